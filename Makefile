@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine with Python 3.11 or later, make and the package registry:
+#   make demo    install, then run the main job on what ships with the package
+#   make test    install, then run the tests
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+
+.PHONY: help install dev demo test lint types zoo bench clean
+.DEFAULT_GOAL := help
+
+help:            ## show this list
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed  ## make the virtual environment with pinned versions
+
+dev: $(VENV)/.installed-dev  ## the same, with what the tests need
+
+demo: install    ## quantize and measure the shipped model on the shipped images; writes quantlens-demo/report.html
+	$(BIN)/quantlens demo --out quantlens-demo
+
+test: dev        ## run the tests (lint and types first)
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check -q src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: dev        ## lint and format check
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+
+types: dev       ## type check
+	$(BIN)/mypy
+
+zoo: install     ## train the shipped model again (about 15 minutes on one core)
+	$(BIN)/python -m quantlens.zoo.train digits-vit
+
+bench: dev       ## timed comparisons, as ratios (benchmarks/README.md)
+	$(BIN)/python -m benchmarks
+
+clean:           ## remove what make made
+	rm -rf $(VENV) quantlens-demo .pytest_cache .mypy_cache .ruff_cache

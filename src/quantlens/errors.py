@@ -1,0 +1,50 @@
+"""The errors a person can cause. Each message names the thing that was wrong and what to do about it.
+
+The command line prints the message alone (no traceback) and exits with code 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class QuantlensError(Exception):
+    """Something the caller can put right: a bad name, file, option or image. Base of all quantlens errors."""
+
+
+class UnknownNameError(QuantlensError):
+    """A model, method, source, score or option of that name does not exist."""
+
+    def __init__(self, what: str, name: str, known: Iterable[str], hint: str = ""):
+        choices = sorted(known)
+        close = get_close_matches(name, choices, n=3, cutoff=0.5)
+        text = f"unknown {what} {name!r}"
+        if close:
+            text += f"; did you mean {' or '.join(repr(c) for c in close)}?"
+        elif choices:
+            text += f"; choose one of {', '.join(choices)}" if len(choices) <= 30 else ""
+        if hint:
+            text += f" ({hint})" if not text.endswith("?") else f" {hint[0].upper()}{hint[1:]}."
+        super().__init__(text)
+        self.name = name
+
+
+class BadImageError(QuantlensError):
+    """An image file cannot be read."""
+
+
+class BadWeightsError(QuantlensError):
+    """A checkpoint does not fit the model, cannot be read safely, or holds values that are not finite."""
+
+
+class CaptureError(QuantlensError):
+    """A model cannot be captured as a graph."""
+
+
+class UnsupportedError(QuantlensError):
+    """A combination that a method, format or runtime cannot do."""
+
+
+class StorageError(QuantlensError):
+    """A file or store cannot be written or read (full disk, no permission, damaged content)."""
