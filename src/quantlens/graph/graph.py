@@ -1,0 +1,267 @@
+"""A model as a flat graph of ATen operations: the thing that sites, rewrites, simulation and export share.
+
+A :class:`Graph` holds a :class:`torch.fx.Graph` whose nodes are one input placeholder, ``get_attr`` nodes (one per
+parameter or constant, named as in the model's ``state_dict``), ``call_function`` nodes and one output. Every
+``call_function`` node carries ``meta["module"]`` (qualified name of the module that made it) and ``meta["shape"]`` (a
+tuple; the batch and what is derived from it is ``None``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from quantlens.errors import CaptureError
+
+EdgeHook = Callable[[str, Tensor], Tensor]
+
+VIEWS = {
+    "aten.reshape.default",
+    "aten.view.default",
+    "aten._unsafe_view.default",
+    "aten.flatten.using_ints",
+    "aten.unflatten.int",
+    "aten.permute.default",
+    "aten.transpose.int",
+    "aten.unsqueeze.default",
+    "aten.squeeze.dim",
+    "aten.select.int",
+    "aten.slice.Tensor",
+    "aten.roll.default",
+    "aten.clone.default",
+    "aten.contiguous.default",
+    "aten.expand.default",
+    "aten.unbind.int",
+    "aten.split.Tensor",
+    "aten.split_with_sizes.default",
+    "aten.chunk.default",
+    "<built-in function getitem>",
+}
+"""Operations that move values without changing them."""
+
+
+def op_name(node: fx.Node) -> str:
+    """``aten.linear.default`` for an ATen call, the function's own text for another, the node's op for the rest."""
+    return str(node.target) if node.op == "call_function" else node.op
+
+
+class Graph(nn.Module):
+    """A captured model. ``graph(images)`` equals the model it was captured from (to float rounding of attention).
+
+    Attributes
+    ----------
+    fx: the :class:`torch.fx.Graph`.
+    root: module that holds the parameters and constants under their qualified names.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph):
+        super().__init__()
+        self.root = root
+        self.fx = graph
+        self._sites: Any = None
+        self._module: fx.GraphModule | None = None
+
+    # -- structure ------------------------------------------------------------------------------------------------
+    @property
+    def input(self) -> fx.Node:
+        return next(n for n in self.fx.nodes if n.op == "placeholder")
+
+    @property
+    def output(self) -> fx.Node:
+        """The node whose value is the model's output (logits)."""
+        return next(n for n in reversed(self.fx.nodes) if n.op == "output").args[0]  # type: ignore[return-value]
+
+    @property
+    def sites(self) -> Any:
+        """Sites by name, in execution order (:class:`quantlens.graph.sites.SiteMap`)."""
+        if self._sites is None:
+            from quantlens.graph.sites import find_sites
+
+            self._sites = find_sites(self)
+        return self._sites
+
+    def invalidate(self) -> None:
+        """Forget what was derived from the graph; call after any change to it."""
+        self._sites = None
+        self._module = None
+
+    # -- tensors --------------------------------------------------------------------------------------------------
+    def tensor(self, name: str) -> Tensor:
+        """Parameter or constant by qualified name. Raises ``AttributeError`` if there is none."""
+        value: Any = self.root
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
+
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        """Put ``value`` under ``name``, as a buffer (made if new)."""
+        put_tensor(self.root, name, value)
+        self._module = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters and constants that the graph uses, by name, in graph order."""
+        names = dict.fromkeys(str(n.target) for n in self.fx.nodes if n.op == "get_attr")
+        return {name: self.tensor(name) for name in names}
+
+    def constant(self, node: Any) -> Tensor | None:
+        """The tensor behind a ``get_attr`` node, ``None`` for anything else."""
+        if isinstance(node, fx.Node) and node.op == "get_attr":
+            return self.tensor(str(node.target))
+        return None
+
+    def num_parameters(self) -> int:
+        return sum(t.numel() for t in self.tensors().values() if t.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors().values())).device
+
+    # -- copies ---------------------------------------------------------------------------------------------------
+    def clone(self) -> Graph:
+        """A copy whose structure and tensors can be changed without touching this one.
+
+        Tensors are shared until replaced by :meth:`set_tensor`: change them by replacing, never in place.
+        """
+        root = nn.Module()
+        for name, value in self.tensors().items():
+            put_tensor(root, name, value)
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in self.fx.nodes:
+            new = graph.node_copy(node, lambda n: mapping[n])
+            new.meta = copy.copy(node.meta)
+            mapping[node] = new
+        twin = Graph(root, graph)
+        twin.train(self.training)
+        return twin
+
+    def to(self, *args: Any, **kwargs: Any) -> Graph:
+        super().to(*args, **kwargs)
+        device = self.device
+        for node in self.fx.nodes:
+            if "device" in node.kwargs:
+                node.kwargs = {**node.kwargs, "device": device}
+        self._module = None
+        return self
+
+    # -- running --------------------------------------------------------------------------------------------------
+    def module(self) -> fx.GraphModule:
+        """The graph as compiled Python, made once."""
+        if self._module is None:
+            root = nn.Module()
+            for name, value in self.tensors().items():
+                put_tensor(root, name, value)
+            self._module = fx.GraphModule(root, copy_graph(self.fx))
+        return self._module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> logits [B, K]."""
+        return self.module()(images)
+
+    def run(
+        self,
+        nodes: Sequence[fx.Node],
+        env: dict[fx.Node, Any],
+        *,
+        hook: EdgeHook | None = None,
+        keep: Iterable[fx.Node] = (),
+    ) -> dict[fx.Node, Any]:
+        """Execute ``nodes`` in order, reading and writing ``env`` (node -> value); values are dropped after their
+        last use within ``nodes`` unless they are in ``keep``.
+
+        ``hook(edge_key, tensor)`` is called on each tensor that crosses an edge of a site (see ``sites``) and returns
+        what is used in its place. Weights are not looked up through the hook unless the hook knows their key.
+        """
+        keep = set(keep)
+        inside = set(nodes)
+        last: dict[fx.Node, fx.Node] = {}
+        for node in nodes:
+            for source in node.all_input_nodes:
+                last[source] = node
+        edges = self.sites.edges_by_node if hook is not None else {}
+        for node in nodes:
+            if node.op == "get_attr":
+                env[node] = self.tensor(str(node.target))
+                continue
+            args = fx.map_arg(node.args, lambda n: self._value(n, env))
+            kwargs = fx.map_arg(node.kwargs, lambda n: self._value(n, env))
+            out_key = None
+            if hook is not None and node in edges:
+                args = list(args)
+                for edge in edges[node]:
+                    if edge.position is None:
+                        out_key = edge.key
+                    else:
+                        args[edge.position] = hook(edge.key, args[edge.position])
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            if out_key is not None and hook is not None:
+                value = hook(out_key, value)
+            env[node] = value
+            for source in node.all_input_nodes:
+                if last[source] is node and source not in keep and (source in inside or source.op != "placeholder"):
+                    env.pop(source, None)
+        return env
+
+    def _value(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        if node in env:
+            return env[node]
+        if node.op == "get_attr":
+            return self.tensor(str(node.target))
+        if node.meta.get("symbolic"):
+            value = node.target(*fx.map_arg(node.args, lambda n: self._value(n, env)))  # type: ignore[operator]
+            env[node] = value
+            return value
+        raise CaptureError(f"internal: the value of {node.name} is not available in this part of the graph")
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = new.node_copy(node, lambda n: mapping[n])
+    return new
+
+
+def put_tensor(root: nn.Module, name: str, value: Tensor) -> None:
+    """Register ``value`` as a buffer at the dotted ``name`` below ``root``, making containers on the way."""
+    *path, leaf = name.split(".")
+    module = root
+    for part in path:
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module):
+            child = nn.Module()
+            module.add_module(part, child)
+        module = child
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module.register_buffer(leaf, value)
+
+
+def with_features(graph: fx.Graph, root: nn.Module, terms: list[tuple[fx.Node, float]] | None) -> fx.GraphModule:
+    """``graph`` as a module that returns (logits, features): features [B, D] are what the classifier's linear layers
+    read (before any quantizer on their input; several layers side by side), or ``None`` without such layers."""
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    logits = output.args[0]
+    features: Any = None
+    if terms:
+        sources = list(dict.fromkeys(unquantized_input(node) for node, _ in terms))
+        if all(len(s.meta.get("shape") or ()) == 2 for s in sources):
+            features = sources[0]
+            if len(sources) > 1:
+                with graph.inserting_before(output):
+                    features = graph.call_function(torch.cat, (sources, 1))
+    output.args = ((logits, features),)
+    return fx.GraphModule(root, graph)
+
+
+def unquantized_input(node: fx.Node) -> fx.Node:
+    """What a linear node reads, looking through a quantizer on the edge."""
+    source = node.args[0]
+    if isinstance(source, fx.Node) and source.op == "call_module":
+        source = source.args[0]
+    return source  # type: ignore[return-value]

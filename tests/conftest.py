@@ -1,0 +1,142 @@
+"""Small models that stand for the architectures, and the real data where it is present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(1)
+
+SHARED = Path(os.environ.get("QUANTLENS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+ARCHITECTURES = ("vit", "deit-distilled", "deit3", "swin", "torchvision", "plain")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real weights and images."""
+    if not (SHARED / "weights").is_dir():
+        pytest.skip(f"no real weights and images at {SHARED}")
+    return SHARED
+
+
+class PlainAttention(nn.Module):
+    """Attention written out by hand, with separate projections and one without bias."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, dim, bias=False),
+            nn.Linear(dim, dim),
+        )
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = (
+            p(x).view(b, n, self.heads, c // self.heads).transpose(1, 2) for p in (self.query, self.key, self.value)
+        )
+        weights = torch.softmax(q @ k.transpose(-1, -2) / (c // self.heads) ** 0.5, dim=-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.before, self.attention = nn.LayerNorm(dim), PlainAttention(dim, heads)
+        self.after, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.before(x))
+        return x + self.down(nn.functional.gelu(self.up(self.after(x))))
+
+
+class PlainViT(nn.Module):
+    """A vision transformer that is not timm's: mean pooling, a projection written as ``x @ W``, no class token."""
+
+    def __init__(self, dim: int = 32, depth: int = 2, classes: int = 10):
+        super().__init__()
+        self.patches = nn.Conv2d(3, dim, 8, 8)
+        self.position = nn.Parameter(torch.randn(1, 16, dim) * 0.1)
+        self.layers = nn.ModuleList(PlainBlock(dim, 2) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.position
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x).mean(1))
+
+
+def make_model(kind: str, seed: int = 0) -> nn.Module:
+    """A small model of an architecture whose norms, biases and layer scales are not trivial."""
+    from timm.models import swin_transformer, vision_transformer
+    from timm.models.deit import VisionTransformerDistilled
+
+    size = {"img_size": 32, "num_classes": 10}
+    vit = {**size, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "vit":
+            model: nn.Module = vision_transformer.VisionTransformer(**vit)
+        elif kind == "deit-distilled":
+            model = VisionTransformerDistilled(**vit)
+        elif kind == "deit3":
+            model = vision_transformer.VisionTransformer(**vit, init_values=0.1, no_embed_class=True)
+        elif kind == "swin":
+            model = swin_transformer.SwinTransformer(
+                **size, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4)
+            )
+        elif kind == "torchvision":
+            from torchvision.models.vision_transformer import VisionTransformer
+
+            model = VisionTransformer(
+                image_size=32,
+                patch_size=8,
+                num_layers=2,
+                num_heads=2,
+                hidden_dim=32,
+                mlp_dim=64,
+                num_classes=10,
+            )
+        elif kind == "plain":
+            model = PlainViT()
+        else:
+            raise ValueError(kind)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+            elif "pos" not in name:
+                parameter.data = torch.randn_like(parameter) * parameter[0].numel() ** -0.5 * 1.5
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def small_models() -> dict[str, nn.Module]:
+    return {kind: make_model(kind) for kind in ARCHITECTURES}
+
+
+@pytest.fixture
+def network(architecture: str, small_models: dict[str, nn.Module]) -> nn.Module:
+    return small_models[architecture]
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Tensor:
+    """[8, 3, 32, 32] smooth random images, so that neighbouring pixels are related as in photographs."""
+    generator = torch.Generator().manual_seed(7)
+    coarse = torch.randn(8, 3, 8, 8, generator=generator)
+    return nn.functional.interpolate(coarse, size=32, mode="bicubic") + 0.1 * torch.randn(
+        8, 3, 32, 32, generator=generator
+    )

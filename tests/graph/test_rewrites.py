@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from quantlens.graph import capture, find_norm_groups, fold_layer_scale, fold_norm, rescale_norm
+from quantlens.graph.graph import op_name
+
+
+@pytest.fixture
+def graph(network, pictures):
+    return capture(network, pictures[:2])
+
+
+def test_norm_groups(architecture, graph):
+    groups = {g.norm.name: [s.name for s in g.linears] for g in find_norm_groups(graph)}
+    if architecture == "plain":  # mean pooling stands between the last norm and the head; q, k and v share a norm
+        assert groups["layers.0.before"] == [f"layers.0.attention.{n}" for n in ("query", "key", "value")]
+        assert "norm" not in groups
+    elif architecture == "swin":
+        assert groups["layers.0.blocks.1.norm1"] == ["layers.0.blocks.1.attn.qkv"]  # behind a shifted window
+        assert groups["layers.1.downsample.norm"] == ["layers.1.downsample.reduction"]
+    elif architecture == "deit-distilled":
+        assert groups["norm"] == ["head", "head_dist"]
+    elif architecture in ("vit", "deit3"):
+        assert groups == {
+            **{f"blocks.{i}.norm1": [f"blocks.{i}.attn.qkv"] for i in range(2)},
+            **{f"blocks.{i}.norm2": [f"blocks.{i}.mlp.fc1"] for i in range(2)},
+            "norm": ["head"],
+        }
+
+
+def test_rescaling_a_norm_keeps_the_function(graph, network, pictures):
+    generator = torch.Generator().manual_seed(1)
+    for group in find_norm_groups(graph):
+        channels = group.norm.node.meta["shape"][-1]
+        before = graph.tensor(f"{group.norm.name}.weight")
+        scale = torch.rand(channels, generator=generator) * 3 + 0.2
+        rescale_norm(graph, group, scale, torch.randn(channels, generator=generator))
+        torch.testing.assert_close(graph.tensor(f"{group.norm.name}.weight"), before / scale)
+    torch.testing.assert_close(graph(pictures), network(pictures), rtol=1e-4, atol=1e-4)
+
+
+def test_folding_norms_keeps_the_function(graph, network, pictures):
+    for group in find_norm_groups(graph):
+        fold_norm(graph, group)
+        assert bool((graph.tensor(f"{group.norm.name}.weight") == 1).all())
+        assert bool((graph.tensor(f"{group.norm.name}.bias") == 0).all())
+    torch.testing.assert_close(graph(pictures), network(pictures), rtol=1e-4, atol=1e-4)
+
+
+def test_folding_a_dead_channel_is_exact(small_models, pictures):
+    import copy
+
+    model = copy.deepcopy(small_models["vit"])
+    model.blocks[0].norm1.weight.data[3] = 0.0
+    graph = capture(model, pictures)
+    for group in find_norm_groups(graph):
+        fold_norm(graph, group)
+    torch.testing.assert_close(graph(pictures), model(pictures), rtol=1e-4, atol=1e-4)
+    assert bool((graph.tensor("blocks.0.attn.qkv.weight")[:, 3] == 0).all())
+
+
+def test_layer_scale_goes_into_the_linear(architecture, graph, network, pictures):
+    changed = fold_layer_scale(graph)
+    if architecture == "deit3":
+        assert changed == ["blocks.0.attn.proj", "blocks.0.mlp.fc2", "blocks.1.attn.proj", "blocks.1.mlp.fc2"]
+        gamma, weight = network.blocks[0].ls1.gamma, network.blocks[0].attn.proj.weight
+        torch.testing.assert_close(graph.tensor("blocks.0.attn.proj.weight"), gamma[:, None] * weight)
+        assert not any("ls1" in name for name in graph.tensors())
+    else:
+        assert changed == []
+    torch.testing.assert_close(graph(pictures), network(pictures), rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_that_feeds_a_sum_is_no_group(pictures):
+    class PostNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch, self.norm, self.fc, self.head = (
+                nn.Conv2d(3, 8, 8, 8),
+                nn.LayerNorm(8),
+                nn.Linear(8, 8),
+                nn.Linear(8, 4),
+            )
+
+        def forward(self, x):
+            y = self.norm(self.patch(x).flatten(2).transpose(1, 2))
+            return self.head((y + self.fc(y)).mean(1))
+
+    assert find_norm_groups(capture(PostNorm(), pictures)) == []
+
+
+def test_a_norm_behind_a_padding_is_no_group(pictures):
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch, self.norm, self.fc = nn.Conv2d(3, 8, 8, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            y = self.norm(self.patch(x).flatten(2).transpose(1, 2))
+            return self.fc(nn.functional.pad(y, (0, 0, 0, 1))).mean(1)  # zeros are not LayerNorm outputs
+
+    graph = capture(Padded(), pictures)
+    assert any("pad" in op_name(n) for n in graph.fx.nodes)
+    assert find_norm_groups(graph) == []
