@@ -1,0 +1,24 @@
+"""Number formats: x → integer codes → x̂, as value objects with their parameters; and the plan that places them."""
+
+from quantlens.quantizers.base import Quantizer, formats, restore, round_ste
+from quantlens.quantizers.bits import Bits
+from quantlens.quantizers.log import Log
+from quantlens.quantizers.model import Outputs, Plan, QuantizedModel, float_model, simulate
+from quantlens.quantizers.uniform import Uniform, affine_parameters, symmetric_parameters
+
+__all__ = [
+    "Bits",
+    "Log",
+    "Outputs",
+    "Plan",
+    "QuantizedModel",
+    "Quantizer",
+    "Uniform",
+    "affine_parameters",
+    "float_model",
+    "formats",
+    "restore",
+    "round_ste",
+    "simulate",
+    "symmetric_parameters",
+]
