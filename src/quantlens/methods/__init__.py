@@ -1,0 +1,17 @@
+"""One file per published method, found by name in one registry."""
+
+from quantlens.methods.base import EVERYTHING, MATMUL_OPERANDS, Method, MethodInfo, Option
+from quantlens.methods.calibration import Calibration
+from quantlens.methods.registry import available, get, register
+
+__all__ = [
+    "EVERYTHING",
+    "MATMUL_OPERANDS",
+    "Calibration",
+    "Method",
+    "MethodInfo",
+    "Option",
+    "available",
+    "get",
+    "register",
+]

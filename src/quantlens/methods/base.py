@@ -1,0 +1,186 @@
+"""What a method is, and how one is found.
+
+A method is one file in this folder with one class: its paper as data (:class:`MethodInfo`) and one verb,
+:meth:`Method.build`, which reads calibration images, may rewrite the graph exactly, and returns a quantizer for every
+edge it quantizes. Everything else (options, bits, folding LayerScale, the record of what was done) is here.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.graph import Edge, Graph, fold_layer_scale, graph_of
+from quantlens.methods.calibration import Calibration
+from quantlens.quantizers import Bits, Plan, QuantizedModel, Quantizer, float_model
+from quantlens.quantizers.bits import FLOAT
+from quantlens.quantizers.model import describe
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) steps."""
+
+MATMUL_OPERANDS = "matmul operands"
+EVERYTHING = "everything"
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a method: its default (the paper's), what it means, and the values allowed (None: any of the
+    type)."""
+
+    default: Any
+    help: str
+    choices: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A method's identity: where it comes from and what it does.
+
+    quantizes: :data:`MATMUL_OPERANDS` (LayerNorm, softmax, GELU and sums stay float) or :data:`EVERYTHING`.
+    departures: where the paper is silent or the authors' code differs, and what was chosen.
+    version: part of every result's identity; raise it when the method's numbers change.
+    """
+
+    name: str
+    title: str
+    paper: str
+    venue: str
+    year: int
+    url: str
+    quantizes: str
+    summary: str
+    departures: str = ""
+    aliases: tuple[str, ...] = ()
+    options: dict[str, Option] = field(default_factory=dict)
+    version: int = 1
+
+
+SHARED_OPTIONS = {
+    "patch_bits": Option(8, "width of the image that the patch embedding reads (32: not quantized)"),
+    "head_bits": Option(None, "width of the classifier's weight and input (None: as everywhere)"),
+}
+"""Options every method has, with equal defaults, because they explain many differences between published figures."""
+
+
+class Method(ABC):
+    """One published method. Subclasses set :attr:`info` and write :meth:`build`."""
+
+    info: ClassVar[MethodInfo]
+
+    @abstractmethod
+    def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
+        """Choose quantizers for ``graph`` (a copy that may be rewritten exactly) and return the plan.
+
+        bits: widths per edge. run: options, seed, progress.
+        """
+
+    def apply(
+        self,
+        model: Any,
+        calibration: Any,
+        bits: str | Bits,
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> QuantizedModel:
+        """Quantize ``model`` (:class:`quantlens.models.Model`) with this method.
+
+        calibration: float images [N, 3, H, W] prepared as the model wants them, an iterable of such batches, an image
+        set or a source. Raises UnknownNameError for an option the method does not have.
+        """
+        widths, settings = Bits.parse(bits), self.options(options)
+        images = Calibration.of(calibration, model.preprocess, device=model.device)
+        if widths.is_float:
+            return float_model(model)
+        started = time.perf_counter()
+        graph = graph_of(model).clone()
+        folded = fold_layer_scale(graph)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            plan = self.build(graph, images, Widths(widths, settings), Run(settings, seed, progress))
+        graph.invalidate()
+        if folded:
+            plan.rewrites.insert(0, f"LayerScale folded into {len(folded)} linear layers")
+        plan.info = {
+            **describe(model),
+            "method": self.info.name,
+            "method_version": self.info.version,
+            "bits": str(widths),
+            "seed": seed,
+            "options": settings,
+            "calibration": images.info(),
+            "seconds": round(time.perf_counter() - started, 3),
+            **plan.info,
+        }
+        return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model)
+
+    def options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """All options with their values: defaults overridden by ``given``. Raises on unknown names and values not
+        allowed."""
+        known = {**SHARED_OPTIONS, **self.info.options}
+        for name, value in given.items():
+            if name not in known:
+                raise UnknownNameError(f"option of {self.info.name}", name, known)
+            choices = known[name].choices
+            if choices is not None and value not in choices:
+                raise QuantlensError(
+                    f"{self.info.name}: option {name}={value!r}; choose one of {', '.join(map(str, choices))}"
+                )
+        return {name: given.get(name, option.default) for name, option in known.items()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method is told of the run: its options (all of them, defaults filled in), the seed, a progress
+    callback."""
+
+    options: dict[str, Any]
+    seed: int
+    progress: Progress | None = None
+
+    def __getitem__(self, option: str) -> Any:
+        return self.options[option]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bits per edge: the asked-for widths, with the patch embedding's input and the classifier as the options say."""
+
+    bits: Bits
+    options: dict[str, Any]
+
+    def of(self, graph: Graph, edge: Edge) -> int:
+        """Width of an edge; 32 means that it stays in float."""
+        site = graph.sites[edge.site]
+        head = self.options["head_bits"]
+        if head is not None and any(site.name == h.name for h in graph.sites.head):
+            return int(head)
+        if not edge.is_weight and site.kind == "conv" and edge.value is graph.input:
+            return FLOAT if self.bits.activations == FLOAT else int(self.options["patch_bits"])
+        return self.bits.weights if edge.is_weight else self.bits.activations
+
+
+def matmul_operand_edges(graph: Graph) -> list[Edge]:
+    """The edges that methods of the RepQ-ViT family quantize, in graph order: weights and inputs of linear and conv
+    layers, and both operands of the attention's products (the softmax output once, as its reader sees it)."""
+    chosen = {
+        "linear": ("input", "weight"),
+        "conv": ("input", "weight"),
+        "scores": ("q", "k"),
+        "probs": ("output",),
+        "context": ("v",),
+        "matmul": ("lhs", "rhs"),
+    }
+    return [site.edges[name] for site in graph.sites for name in chosen.get(site.kind, ())]
+
+
+def make_plan(quantizers: dict[str, Quantizer], rewrites: list[str] | None = None) -> Plan:
+    return Plan(dict(quantizers), list(rewrites or []))

@@ -1,0 +1,62 @@
+"""minmax: the whole range that was seen, the baseline of every comparison.
+
+Weights per output channel, activations per tensor, both asymmetric uniform, ranges = [min, max] over the calibration
+images as the float model makes them (Jacob et al., CVPR 2018, section 3, with min-max in place of a moving average
+because the number of calibration images is small and all of them are seen at once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quantlens.graph import Edge, Graph
+from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Run, Widths, matmul_operand_edges
+from quantlens.methods.calibration import Calibration, Walk
+from quantlens.quantizers import Plan, Uniform
+from quantlens.quantizers.bits import FLOAT
+from quantlens.ranges import Observation, affine, minmax
+
+
+class MinMax(Method):
+    info = MethodInfo(
+        name="minmax",
+        title="Min-max",
+        paper="Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+        venue="CVPR",
+        year=2018,
+        url="https://arxiv.org/abs/1712.05877",
+        quantizes=MATMUL_OPERANDS,
+        summary="whole range seen; weights per output channel, activations per tensor, asymmetric uniform",
+        departures="the paper trains with moving averages; here the range is that of all calibration images",
+        aliases=("min-max",),
+    )
+
+    def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
+        def choose(seen: Observation, width: int) -> tuple:
+            return minmax(seen)
+
+        return uniform_everywhere(graph, calibration, bits, run, choose, tail=0.0)
+
+
+def uniform_everywhere(
+    graph: Graph,
+    calibration: Calibration,
+    bits: Widths,
+    run: Run,
+    choose: Callable[[Observation, int], tuple],
+    *,
+    tail: float,
+) -> Plan:
+    """Asymmetric uniform quantizers on all matmul operands, ranges by ``choose(observation, bits) -> (low, high)`` of
+    the float model's activations."""
+    quantizers: dict[str, Uniform] = {}
+
+    def decide(edge: Edge, observe: Callable[..., Observation]) -> None:
+        width = bits.of(graph, edge)
+        axis, granularity = (0, "channel") if edge.is_weight else (None, "tensor")
+        low, high = choose(observe(axis=axis, tail=tail), width)
+        quantizers[edge.key] = affine(low, high, width, granularity=granularity, axis=axis)
+
+    edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
+    Walk(graph, calibration, sequential=False, seed=run.seed).run(edges, decide, run.progress)
+    return Plan(dict(quantizers))

@@ -1,0 +1,44 @@
+"""percentile: the range between two extreme quantiles, so that a few outliers do not stretch it.
+
+Weights per output channel and activations per tensor, asymmetric uniform, range = [quantile(1 − p), quantile(p)] (Li
+et al., CVPR 2019, which clips activations at a percentile; used as the baseline "Percentile" by the PTQ papers for
+transformers).
+
+Where the papers are silent: p. 0.9999 is used for activations as for weights; with the 200 to 3000 weights of an
+output channel that is all but the whole range, which is what the comparisons in the literature amount to.
+"""
+
+from __future__ import annotations
+
+from quantlens.errors import QuantlensError
+from quantlens.graph import Graph
+from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
+from quantlens.methods.calibration import Calibration
+from quantlens.methods.minmax import uniform_everywhere
+from quantlens.quantizers import Plan
+from quantlens.ranges import Observation, percentile
+
+
+class Percentile(Method):
+    info = MethodInfo(
+        name="percentile",
+        title="Percentile",
+        paper="Fully Quantized Network for Object Detection",
+        venue="CVPR",
+        year=2019,
+        url="https://openaccess.thecvf.com/content_CVPR_2019/html/Li_Fully_Quantized_Network_for_Object_Detection_CVPR_2019_paper.html",
+        quantizes=MATMUL_OPERANDS,
+        summary="range between the quantiles 1 − p and p; weights per output channel, activations per tensor",
+        departures="p is not stated for transformers; 0.9999 here, for weights and activations",
+        options={"p": Option(0.9999, "order of the upper quantile, above 0.5 and at most 1")},
+    )
+
+    def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
+        p = float(run["p"])
+        if not 0.5 < p <= 1.0:
+            raise QuantlensError(f"percentile: p={p} must lie above 0.5 and be at most 1 (for example 0.9999)")
+
+        def choose(seen: Observation, width: int) -> tuple:
+            return percentile(seen, p)
+
+        return uniform_everywhere(graph, calibration, bits, run, choose, tail=1.0 - p)

@@ -1,0 +1,169 @@
+"""repq-vit: RepQ-ViT, scale reparameterization for post-training quantization of vision transformers (Li et al., ICCV
+2023).
+
+Complex quantizers are calibrated, simple ones are shipped (section 3):
+
+* LayerNorm outputs get a scale and zero point per channel; an exact rewrite of the LayerNorm and of the linear layer
+  behind it (section 3.2, eq. 9–13) turns them into one scale s̃ and zero point z̃ for the tensor: with r = s/s̃ and t
+  = s̃(z̃ − z), γ ← γ/r, β ← β/r − t, W ← W·diag(r), bias ← bias + W·t (the new W).
+* softmax outputs get log√2 codes (section 3.3), which shift and add can run.
+* everything else: weights per output channel and activations per tensor, asymmetric uniform; all ranges are quantile
+  ranges (orders 0.999, 0.9999, 0.99999) with the least squared error.
+
+Calibration is sequential (each layer sees activations as the quantized layers before it make them), 32 images, the
+image itself at 8 bits.
+
+Where the authors' code differs from this file, or is silent:
+
+1. The layer-wise zero point z̃ is the rounded mean of the channels'; theirs is not an integer. With an integer z̃ the
+   layer-wise codes are the channel-wise ones up to an offset, so the rewrite costs nothing but the change of W.
+2. They calibrate the whole model first, rewrite then, and search W's ranges again in a second pass, so that
+   activations behind a rewritten layer were calibrated against another weight than the one used. Here a layer is
+   rewritten when it is reached.
+3. Their log√2 format has 2ᵇ + 1 levels; ours has 2ᵇ, with another boundary to zero: see
+   :mod:`quantlens.quantizers.log`.
+4. Channels whose values are constant (LayerNorm weight 0) make their code divide by zero. Here such a channel is
+   represented exactly; its scale, which is arbitrary, does not take part in the mean s̃, and its r is 1.
+5. Their Swin scales q before its quantizer; here the product's operand is quantized wherever the model scales it.
+6. Norms are found by following the graph, not by the substring "norm" in a name; the final norm → head is left alone,
+   as theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantlens.graph import Edge, Graph, NormGroup, find_norm_groups, rescale_norm
+from quantlens.methods.base import (
+    MATMUL_OPERANDS,
+    Method,
+    MethodInfo,
+    Option,
+    Run,
+    Widths,
+    matmul_operand_edges,
+)
+from quantlens.methods.calibration import Calibration, Transform, Walk
+from quantlens.quantizers import Plan, Quantizer, Uniform, affine_parameters
+from quantlens.quantizers.bits import FLOAT
+from quantlens.quantizers.uniform import is_constant
+from quantlens.ranges import Observation, affine, log_by_quantile, quantile_mse
+from quantlens.ranges.rules import REPQ_QUANTILES
+
+TAIL = 1.0 - min(REPQ_QUANTILES)
+
+
+@dataclass(frozen=True)
+class Reparameterization:
+    """How one LayerNorm's channels become one tensor: LN' = LN/r − t, W' = W·diag(r) (eq. 11–13).
+
+    scale [C]: r. shift [C]: t. layer: the tensor-wise quantizer of LN'. channel: the channel-wise quantizer of LN,
+    the same codes up to an offset.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    layer: Uniform
+    channel: Uniform
+
+
+class RepQViT(Method):
+    info = MethodInfo(
+        name="repq-vit",
+        title="RepQ-ViT",
+        paper="RepQ-ViT: Scale Reparameterization for Post-Training Quantization of Vision Transformers",
+        venue="ICCV",
+        year=2023,
+        url="https://arxiv.org/abs/2212.08254",
+        quantizes=MATMUL_OPERANDS,
+        summary="LayerNorm outputs from channel- to tensor-wise by exact rewriting; log√2 softmax; MSE quantile ranges",
+        departures="integer zero points; layers rewritten during calibration; zero is one of the 2^b log codes",
+        aliases=("repq", "repqvit"),
+        options={
+            "layernorm": Option(
+                "reparameterized",
+                "LayerNorm outputs: reparameterized (the paper), tensor or channel (its ablations, Table 3)",
+                ("reparameterized", "tensor", "channel"),
+            ),
+            "softmax": Option(
+                "log-sqrt2",
+                "softmax outputs: log-sqrt2 (the paper), log2 or uniform",
+                ("log-sqrt2", "log2", "uniform"),
+            ),
+        },
+    )
+
+    def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
+        heads = {site.name for site in graph.sites.head}
+        groups: dict[str, NormGroup] = {}
+        if run["layernorm"] != "tensor":
+            for group in find_norm_groups(graph):
+                if not any(linear.name in heads for linear in group.linears):
+                    groups |= {linear.name: group for linear in group.linears}
+        quantizers: dict[str, Quantizer] = {}
+        found: dict[str, Reparameterization] = {}
+
+        def decide(edge: Edge, observe: Callable[..., Observation]) -> Transform:
+            width, site = bits.of(graph, edge), edge.site
+            group = groups.get(site)
+            repar = found.get(group.norm.name) if group is not None else None
+            if edge.is_weight:
+                if repar is None:
+                    low, high = quantile_mse(observe(axis=0, tail=TAIL), width)
+                    quantizers[edge.key] = affine(low, high, width, granularity="channel", axis=0)
+                    return quantizers[edge.key]
+                weight = graph.tensor(str(edge.value.target)) * repar.scale
+                low, high = quantile_mse(Observation.of(weight, TAIL), width)
+                quantizers[edge.key] = quantizer = affine(low, high, width, granularity="channel", axis=0)
+                effective = quantizer(weight) / repar.scale
+                return lambda _: effective
+            if group is not None:
+                if repar is None:
+                    low, high = quantile_mse(observe(axis=-1, tail=TAIL), width)
+                    repar = reparameterize(low, high, width)
+                    if run["layernorm"] == "reparameterized":
+                        found[group.norm.name] = repar
+                channelwise = run["layernorm"] == "channel"
+                quantizers[edge.key] = repar.channel if channelwise else repar.layer
+                return repar.channel
+            if edge.key.endswith(".probs.output") and run["softmax"] != "uniform":
+                steps = 2 if run["softmax"] == "log-sqrt2" else 1
+                quantizers[edge.key] = log_by_quantile(observe(tail=TAIL), width, steps=steps)
+            else:
+                low, high = quantile_mse(observe(tail=TAIL), width)
+                quantizers[edge.key] = affine(low, high, width)
+            return quantizers[edge.key]
+
+        edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
+        Walk(graph, calibration, sequential=True, seed=run.seed).run(edges, decide, run.progress)
+        done = {group.norm.name: group for group in groups.values() if group.norm.name in found}
+        for name, group in done.items():
+            rescale_norm(graph, group, found[name].scale, found[name].shift)
+        rewrites = (
+            [f"LayerNorm outputs reparameterized from channel- to layer-wise at {len(done)} norms"] if done else []
+        )
+        return Plan(quantizers, rewrites)
+
+
+def reparameterize(low: Tensor, high: Tensor, bits: int) -> Reparameterization:
+    """From the channels' ranges [C] to one scale and zero point (section 3.2).
+
+    s̃ = mean(s), z̃ = round(mean(z)) over the channels that vary; r = s/s̃, t = s̃(z̃ − z). z̃ is brought into the
+    range of
+    codes: t makes up for any choice of it. A channel that is constant keeps r = 1 and is shifted to 0, which is exact.
+    """
+    scale, zero = affine_parameters(low, high, bits)
+    alive = ~is_constant(low, high, bits)
+    if not bool(alive.any()):
+        alive = torch.ones_like(alive)
+    layer_scale = scale[alive].double().mean()
+    layer_zero = zero[alive].double().mean().round().clamp(0, 2**bits - 1)
+    ratio = torch.where(alive, scale.double() / layer_scale, 1.0)
+    shift = torch.where(alive, layer_scale * (layer_zero - zero.double()), low.double())
+    layer = Uniform(layer_scale.float(), layer_zero, bits, signed=False)
+    channel = Uniform(scale, zero, bits, signed=False, granularity="channel", axis=-1)
+    return Reparameterization(ratio.float(), shift.float(), layer, channel)

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import quantlens as ql
+from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.methods import registry
+from quantlens.methods.base import Widths
+from quantlens.methods.calibration import Calibration, Walk
+from quantlens.methods.repq_vit import reparameterize
+from quantlens.quantizers import Bits, Uniform, float_model
+
+METHODS = sorted(registry.available())
+
+
+@pytest.fixture(scope="module")
+def loaded(small_models):
+    return {kind: ql.load_model(model, input_size=(3, 32, 32), name=kind) for kind, model in small_models.items()}
+
+
+def _sqnr(model, qmodel, images) -> float:
+    expected, got = model(images), qmodel(images)
+    return float(10 * torch.log10(expected.square().sum() / (got - expected).square().sum()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_architecture_loses_more_with_fewer_bits(method, architecture, loaded, pictures):
+    model = loaded[architecture]
+    sqnr = {
+        bits: _sqnr(model, ql.quantize(model, pictures, method=method, bits=bits), pictures)
+        for bits in ("W8A8", "W6A6", "W4A4")
+    }
+    # log√2 codes have steps of 41 % at any width: the attention of a tiny random model cannot be finer than that
+    assert sqnr["W8A8"] > (10 if method == "repq-vit" else 20), sqnr
+    assert sqnr["W8A8"] > sqnr["W6A6"] - 1, sqnr
+    assert sqnr["W6A6"] > sqnr["W4A4"] + 3, sqnr
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", ["W2A2", "W2A10", "W10A2", "W3A5", "W10A10", "W4A32", "W32A4"])
+def test_every_width_is_finite(method, bits, loaded, pictures):
+    logits = ql.quantize(loaded["swin"], pictures, method=method, bits=bits)(pictures)
+    assert bool(torch.isfinite(logits).all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_model(method, loaded, pictures):
+    a, b = (ql.quantize(loaded["vit"], pictures, method=method, bits="W4A4", seed=3) for _ in range(2))
+    assert torch.equal(a(pictures), b(pictures))
+
+
+def test_fp32_is_the_model_itself(loaded, pictures):
+    model = loaded["vit"]
+    same = ql.quantize(model, pictures, bits="FP32")
+    assert same.plan.quantizers == {}
+    torch.testing.assert_close(same(pictures), model(pictures), rtol=1e-5, atol=1e-5)
+    assert same.size_ratio == pytest.approx(1.0)
+
+
+def test_all_matmul_operands_are_quantized(architecture, loaded, pictures):
+    qmodel = ql.quantize(loaded[architecture], pictures, method="repq-vit", bits="W4A4")
+    keys = set(qmodel.plan.quantizers)
+    for site in qmodel.graph.sites:
+        if site.kind in ("linear", "conv"):
+            assert {f"{site.name}.input", f"{site.name}.weight"} <= keys
+        elif site.kind == "scores":
+            assert {f"{site.name}.q", f"{site.name}.k"} <= keys
+        elif site.kind == "context":
+            assert f"{site.name}.v" in keys
+        elif site.kind == "probs":
+            assert qmodel.plan.quantizers[f"{site.name}.output"].kind == "log"
+    conv = qmodel.graph.sites.of_kind("conv")[0].name
+    assert qmodel.plan.quantizers[f"{conv}.input"].bits == 8
+    assert qmodel.plan.quantizers[f"{conv}.weight"].bits == 4
+
+
+def test_head_and_patch_widths_are_options(loaded, pictures):
+    q = ql.quantize(loaded["vit"], pictures, bits="W4A4", head_bits=8, patch_bits=32).plan.quantizers
+    assert q["head.weight"].bits == q["head.input"].bits == 8
+    assert "patch_embed.proj.input" not in q
+    assert q["blocks.0.mlp.fc1.weight"].bits == 4
+
+
+def test_weights_hold_no_more_levels_than_their_bits(loaded, pictures):
+    qmodel = ql.quantize(loaded["vit"], pictures, bits="W3A8")
+    for edge, quantizer in qmodel.weight_edges():
+        weight = quantizer(qmodel.graph.tensor(str(edge.value.target)))
+        for row in weight.flatten(1)[:4]:
+            assert len(row.unique()) <= 8
+
+
+# -- the walk ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("memory", [1 << 30, 0])
+def test_many_chunks_and_files_give_what_one_chunk_gives(memory, loaded, pictures, monkeypatch):
+    """Calibration in pieces, with every waiting activation in a file, equals calibration in one piece."""
+    from quantlens.methods import calibration as module
+
+    images = pictures.repeat(2, 1, 1, 1) * torch.linspace(0.5, 1.5, 16)[:, None, None, None]
+    whole = ql.quantize(loaded["swin"], images, bits="W4A4")
+    monkeypatch.setattr(module, "CHUNK", 5)
+    monkeypatch.setattr(
+        module.Walk.__init__, "__kwdefaults__", {**module.Walk.__init__.__kwdefaults__, "memory": memory}
+    )
+    pieces = ql.quantize(loaded["swin"], images, bits="W4A4")
+    torch.testing.assert_close(pieces(images), whole(images), rtol=1e-3, atol=1e-3)
+
+
+def test_sequential_shows_quantized_activations(loaded, pictures):
+    """With 2-bit inputs forced on the first linear, a sequential walk sees another second block than a float walk."""
+    graph = float_model(loaded["vit"]).graph
+    edges = [graph.sites.edges[k] for k in ("blocks.0.attn.qkv.input", "blocks.1.attn.qkv.input")]
+    lows = {}
+    for sequential in (False, True):
+        seen = []
+
+        def decide(edge, observe, seen=seen):
+            seen.append(observe())
+            return torch.zeros_like
+
+        Walk(graph, Calibration.of(pictures, loaded["vit"].preprocess), sequential=sequential).run(edges, decide)
+        lows[sequential] = [o.low for o in seen]
+    assert torch.equal(lows[True][0], lows[False][0])
+    assert not torch.equal(lows[True][1], lows[False][1])
+
+
+# -- RepQ-ViT ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_reparameterized_codes_are_the_channelwise_ones(bits):
+    """Layer-wise quantization of LN/r − t is channel-wise quantization of LN, re-scaled: the codes differ by an
+    offset."""
+    generator = torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(500, 24, generator=generator) * torch.rand(24, generator=generator).mul(5)
+        + torch.randn(24, generator=generator) * 4
+    )
+    x[:, 5], x[:, 6] = 2.5, 0.0  # dead channels
+    repar = reparameterize(x.amin(0), x.amax(0), bits)
+    rewritten = (x.double() / repar.scale - repar.shift).float()
+    back = (repar.layer(rewritten) + repar.shift) * repar.scale
+    torch.testing.assert_close(back, repar.channel(x), rtol=1e-3, atol=2e-3)
+    assert torch.equal(back[:, 5:7], x[:, 5:7])
+    assert 0 <= int(repar.layer.zero_point) <= 2**bits - 1
+    assert bool((repar.scale > 0).all())
+
+
+def test_rewriting_does_not_change_the_float_model(architecture, loaded, pictures):
+    qmodel = ql.quantize(loaded[architecture], pictures, bits="W4A4")
+    torch.testing.assert_close(qmodel.graph(pictures), loaded[architecture](pictures), rtol=1e-3, atol=1e-3)
+    assert any("reparameterized" in line for line in qmodel.plan.rewrites)
+
+
+def test_reparameterization_beats_layerwise_quantization(small_models, pictures):
+    """The paper's Table 3 in small: channels of very different size make one scale bad, unless the rewrite evens them
+    out."""
+    import copy
+
+    network = copy.deepcopy(small_models["vit"])
+    generator = torch.Generator().manual_seed(2)
+    for block in network.blocks:
+        for norm, linear in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
+            factor = torch.exp(1.5 * torch.randn(32, generator=generator))
+            norm.weight.data *= factor
+            norm.bias.data *= factor
+            linear.weight.data /= factor
+    model = ql.load_model(network, input_size=(3, 32, 32))
+    sqnr = {
+        how: _sqnr(model, ql.quantize(model, pictures, bits="W8A4", layernorm=how), pictures)
+        for how in ("tensor", "reparameterized", "channel")
+    }
+    assert sqnr["reparameterized"] > sqnr["tensor"] + 2, sqnr
+    assert abs(sqnr["channel"] - sqnr["reparameterized"]) < 4, sqnr
+
+
+def test_log_sqrt2_softmax_is_finer_than_log2(loaded, pictures):
+    graph_probs = []
+    for softmax in ("log-sqrt2", "log2"):
+        q = ql.quantize(loaded["vit"], pictures, bits="W8A8", softmax=softmax)
+        graph_probs.append(q.plan.quantizers["blocks.0.attn.probs.output"])
+    assert [p.steps for p in graph_probs] == [2, 1]
+    assert isinstance(
+        ql.quantize(loaded["vit"], pictures, softmax="uniform").plan.quantizers["blocks.0.attn.probs.output"],
+        Uniform,
+    )
+
+
+def test_a_dead_layernorm_channel_survives(small_models, pictures):
+    import copy
+
+    network = copy.deepcopy(small_models["vit"])
+    network.blocks[0].norm1.weight.data[[2, 9]] = 0.0
+    network.blocks[0].norm1.bias.data[9] = 0.0
+    network.blocks[1].mlp.fc1.weight.data[:, 4] = 0.0
+    model = ql.load_model(network, input_size=(3, 32, 32))
+    for method in METHODS:
+        q = ql.quantize(model, pictures, method=method, bits="W8A8")
+        assert _sqnr(model, q, pictures) > (10 if method == "repq-vit" else 20)
+
+
+# -- the registry and the options ------------------------------------------------------------------------------------
+def test_names_and_aliases():
+    assert type(registry.get("RepQ_ViT")) is type(registry.get("repq"))
+    for info in registry.available().values():
+        assert info.paper
+        assert 2010 < info.year < 2030
+        assert info.url.startswith("https://")
+    with pytest.raises(UnknownNameError, match="repq-vit"):
+        registry.get("repq-vitt")
+
+
+def test_wrong_options_are_named(loaded, pictures):
+    with pytest.raises(QuantlensError, match=r"layernorm"):
+        ql.quantize(loaded["vit"], pictures, layernrom="tensor")
+    with pytest.raises(QuantlensError, match=r"reparameterized, tensor, channel"):
+        ql.quantize(loaded["vit"], pictures, layernorm="group")
+    with pytest.raises(QuantlensError, match=r"0\.5"):
+        ql.quantize(loaded["vit"], pictures, method="percentile", p=0.3)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(0, 3, 32, 32), "no calibration images"),
+        ([], "no calibration images"),
+        (torch.zeros(4, 3, 64, 64), r"\[N, 3, 32, 32\]"),
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "float"),
+        (torch.full((4, 3, 32, 32), float("nan")), "NaN"),
+    ],
+)
+def test_wrong_calibration_images_are_named(images, message, loaded):
+    with pytest.raises(QuantlensError, match=message):
+        ql.quantize(loaded["vit"], images)
+
+
+def test_calibration_takes_batches_and_labels(loaded, pictures):
+    whole = ql.quantize(loaded["vit"], pictures, bits="W4A4")
+    batches = ql.quantize(loaded["vit"], [(pictures[:3], torch.zeros(3)), (pictures[3:], torch.zeros(5))], bits="W4A4")
+    assert torch.equal(whole(pictures), batches(pictures))
+    assert whole.calibration["n"] == batches.calibration["n"] == 8
+
+
+def test_a_method_in_one_file(loaded, pictures):
+    """What the README promises: a class with its paper and one verb is a method."""
+    from quantlens.graph import Graph
+    from quantlens.methods import MATMUL_OPERANDS, Method, MethodInfo
+    from quantlens.quantizers import Plan
+    from quantlens.ranges import Observation, minmax, symmetric
+
+    class WeightsOnly(Method):
+        info = MethodInfo("test-weights-only", "t", "p", "v", 2026, "https://example.org", MATMUL_OPERANDS, "s")
+
+        def build(self, graph: Graph, calibration: Calibration, bits: Widths, run) -> Plan:
+            plan = Plan()
+            for site in graph.sites.of_kind("linear"):
+                seen = Observation.of(graph.tensor(site.weight))
+                plan.quantizers[f"{site.name}.weight"] = symmetric(
+                    *minmax(seen), bits.of(graph, site.edges["weight"]), granularity="channel", axis=0
+                )
+            return plan
+
+    registry.register(WeightsOnly)
+    try:
+        qmodel = ql.quantize(loaded["vit"], pictures, method="test-weights-only", bits=Bits(8, 32))
+        assert _sqnr(loaded["vit"], qmodel, pictures) > 25
+        assert all(k.endswith(".weight") for k in qmodel.plan.quantizers)
+    finally:
+        registry._METHODS.pop("test-weights-only")
+
+
+def test_features_and_classifier_make_the_logits(architecture, loaded, pictures):
+    qmodel = float_model(loaded[architecture])
+    logits, features = qmodel.outputs(pictures)
+    if architecture == "plain":
+        assert features is not None
+    weight, bias = qmodel.classifier()
+    torch.testing.assert_close(features @ weight.T + bias, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_the_images(loaded, pictures):
+    qmodel = ql.quantize(loaded["vit"], pictures, bits="W6A6")
+    x = pictures.clone().requires_grad_(True)
+    qmodel(x).square().sum().backward()
+    y = pictures.clone().requires_grad_(True)
+    loaded["vit"](y).square().sum().backward()
+    cosine = nn.functional.cosine_similarity(x.grad.flatten(), y.grad.flatten(), dim=0)
+    assert float(cosine) > 0.6
