@@ -1,0 +1,20 @@
+"""Classification, calibration and OOD detection figures of arrays. Knows nothing of models."""
+
+from quantlens.metrics.classification import calibration_error, classification_figures, reliability
+from quantlens.metrics.ood import delta, mean_over_sets, ood_figures, score_histograms
+from quantlens.metrics.ood_scores import FitData, ScoreInfo, Scorer, available_scores, make_scorer
+
+__all__ = [
+    "FitData",
+    "ScoreInfo",
+    "Scorer",
+    "available_scores",
+    "calibration_error",
+    "classification_figures",
+    "delta",
+    "make_scorer",
+    "mean_over_sets",
+    "ood_figures",
+    "reliability",
+    "score_histograms",
+]

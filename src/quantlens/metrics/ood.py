@@ -1,0 +1,173 @@
+"""How well a score tells in-distribution (ID) from out-of-distribution (OOD) images.
+
+A score is larger for images that look more in-distribution; an image is flagged as OOD when its score falls
+below a threshold. Quantized models give many equal scores, so every figure here treats equal scores as one: a
+threshold takes all of them or none, and the order of the images never matters. Figures are fractions, not
+percent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from quantlens.errors import QuantlensError
+from quantlens.metrics._arrays import Int, as_vector
+
+COUNTS = frozenset({"n", "n_id", "n_ood", "n_sets", "skipped", "num_classes"})
+"""Keys that hold a number of things: they have no quantization delta and no mean over sets."""
+
+
+def _counts_per_score(id_scores: ArrayLike, ood_scores: ArrayLike) -> tuple[Int, Int]:
+    """ID and OOD images at each distinct score, from the largest score to the smallest."""
+    ins = as_vector(id_scores, "ID scores")
+    outs = as_vector(ood_scores, "OOD scores")
+    values, group = np.unique(np.concatenate([ins, outs]), return_inverse=True)
+    n_in = np.bincount(group[: ins.size], minlength=values.size)[::-1]
+    n_out = np.bincount(group[ins.size :], minlength=values.size)[::-1]
+    return n_in.astype(np.int64), n_out.astype(np.int64)
+
+
+def _average_precision(positives: Int, negatives: Int) -> float:
+    """sum_i (R_i - R_(i-1)) P_i over distinct thresholds; counts in the order in which images are taken."""
+    true, false = np.cumsum(positives), np.cumsum(negatives)
+    precision = true / np.maximum(true + false, 1)
+    return float((positives * precision).sum() / true[-1])
+
+
+def _auroc(n_in: Int, n_out: Int) -> float:
+    """P(ID scores above OOD) + P(equal) / 2; the pairs are counted in whole numbers."""
+    in_above_twice = 2 * (np.cumsum(n_in) - n_in) + n_in
+    return float((n_out * in_above_twice).sum() / (2 * n_in.sum() * n_out.sum()))
+
+
+def _other_at_95(wanted: Int, other: Int) -> float:
+    """Share of `other` taken at the first threshold that takes at least 95 % of `wanted`."""
+    taken = np.cumsum(wanted)
+    first = int(np.argmax(20 * taken >= 19 * taken[-1]))
+    return float(np.cumsum(other)[first] / other.sum())
+
+
+def ood_figures(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, Any]:
+    """Figures of one score on ID and OOD images, `id_scores` [N] and `ood_scores` [M].
+
+    - `aupr_out`, `aupr_in`: average precision with OOD, or ID, as the positive class. It is the step sum over
+      distinct thresholds, sum (R_i - R_(i-1)) P_i, without interpolation: what scikit-learn's
+      `average_precision_score` gives. (OpenOOD takes the trapezoid area, which differs a little.)
+    - `auroc`: probability that an ID image scores above an OOD image, equal scores counting one half.
+    - `fpr95_id`: share of the OOD images accepted when at least 95 % of the ID images are kept (ID positive,
+      as in ODIN: Liang, Li and Srikant, ICLR 2018).
+    - `fpr95_ood`: share of the ID images flagged when at least 95 % of the OOD images are caught (OOD
+      positive, as in OpenOOD and pytorch-ood). Both use the first threshold that reaches 95 %.
+    - `chance_aupr_out`, `chance_aupr_in`: the AUPR of a constant score, M / (N + M) and N / (N + M).
+    - `n_id`, `n_ood`.
+
+    Raises QuantlensError for an empty set and for scores that are NaN or infinite.
+    """
+    n_in, n_out = _counts_per_score(id_scores, ood_scores)
+    n, m = int(n_in.sum()), int(n_out.sum())
+    return {
+        "aupr_out": _average_precision(n_out[::-1], n_in[::-1]),
+        "aupr_in": _average_precision(n_in, n_out),
+        "auroc": _auroc(n_in, n_out),
+        "fpr95_id": _other_at_95(n_in, n_out),
+        "fpr95_ood": _other_at_95(n_out[::-1], n_in[::-1]),
+        "chance_aupr_out": m / (n + m),
+        "chance_aupr_in": n / (n + m),
+        "n_id": n,
+        "n_ood": m,
+    }
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def delta(fp32: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantization delta: each figure at FP32 less the same figure quantized, in the same nesting.
+
+    Kept are the numbers that both sides have. Left out are counts (see COUNTS), names, None, lists (per-class
+    tables, reliability data) and branches in which nothing is left.
+    """
+    out: dict[str, Any] = {}
+    for key, before in fp32.items():
+        after = quantized.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            branch = delta(before, after)
+            if branch:
+                out[key] = branch
+        elif key not in COUNTS and _is_number(before) and _is_number(after):
+            out[key] = float(before) - float(after)
+    return out
+
+
+def mean_over_sets(
+    ood: Mapping[str, Mapping[str, Any]], groups: Mapping[str, str | None] | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Mean of each figure over the OOD sets of a group, every set weighing the same.
+
+    `ood` is {set: {score: figures, …}} as in a result; entries of a set that are not a dict are passed over.
+    `groups` is {set: "far" | "near" | None}; without it the group is read from each set's own "group" entry.
+    Returns {group: {score: {figure: mean, …, "n_sets": int}}} for every group that has a set, and "all" for
+    all sets together (also those without a group). Counts are left out; `n_sets` says how many sets the mean
+    is over. Raises QuantlensError when `groups` names a set that is not there or calls a group "all".
+    """
+    if groups is None:
+        groups = {name: figures.get("group") for name, figures in ood.items()}
+    unknown = sorted(set(groups) - set(ood))
+    if unknown:
+        raise QuantlensError(f"groups names the OOD set {unknown[0]!r}, which was not evaluated")
+    if "all" in groups.values():
+        raise QuantlensError("an OOD group cannot be called 'all', which is the mean of all: rename it")
+    members: dict[str, list[str]] = {}
+    for name in ood:
+        group = groups.get(name)
+        if group is not None:
+            members.setdefault(str(group), []).append(name)
+    members["all"] = list(ood)
+    means: dict[str, dict[str, dict[str, Any]]] = {}
+    for group, names in members.items():
+        collected: dict[str, list[Mapping[str, Any]]] = {}
+        for name in names:
+            for score, figures in ood[name].items():
+                if isinstance(figures, Mapping):
+                    collected.setdefault(score, []).append(figures)
+        if collected:
+            means[group] = {score: _mean_figures(rows) for score, rows in collected.items()}
+    return means
+
+
+def _mean_figures(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    names = [key for key in rows[0] if key not in COUNTS and all(_is_number(row.get(key)) for row in rows)]
+    mean: dict[str, Any] = {key: float(np.mean([row[key] for row in rows])) for key in names}
+    return {**mean, "n_sets": len(rows)}
+
+
+def score_histograms(id_scores: ArrayLike, ood: Mapping[str, ArrayLike], bins: int = 40) -> dict[str, Any]:
+    """Histograms of ID scores [N] and of each OOD set's scores on common edges, to be drawn over each other.
+
+    Returns {"edges": [bins + 1], "id": [bins], "ood": {name: [bins]}}; counts, so each list sums to its
+    number of images. Edges are equally wide from the smallest to the largest score. Where these are equal, or
+    too close for `bins` distinct edges in float64, the range is widened about its middle. Raises as
+    `ood_figures`, and for fewer than one bin.
+    """
+    if isinstance(bins, bool) or not isinstance(bins, int | np.integer) or bins < 1:
+        raise QuantlensError(f"bins is {bins!r}, but must be a whole number of at least 1")
+    ins = as_vector(id_scores, "ID scores")
+    outs = {name: as_vector(scores, f"scores of OOD set {name!r}") for name, scores in ood.items()}
+    low = min(float(v.min()) for v in (ins, *outs.values()))
+    high = max(float(v.max()) for v in (ins, *outs.values()))
+    narrowest = max(abs(low), abs(high), 1.0) * 1e-9
+    if high - low < narrowest:
+        middle = low + (high - low) / 2
+        half = max(0.5, narrowest) if high == low else narrowest
+        low, high = middle - half, middle + half
+    edges = np.linspace(low, high, bins + 1)
+    return {
+        "edges": edges.tolist(),
+        "id": np.histogram(ins, edges)[0].tolist(),
+        "ood": {name: np.histogram(v, edges)[0].tolist() for name, v in outs.items()},
+    }
