@@ -1,0 +1,278 @@
+"""The cells of a store, grouped as the report shows them: one group per model and method, its seeds under
+each precision."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantlens.report.text import (
+    BASELINE,
+    Stat,
+    number,
+    plain,
+    precision_order,
+    score_order,
+)
+
+Path = tuple[str, ...]
+
+_SEED_IN_SOURCE = re.compile(r"([?&])seed=\d+&?")
+
+
+def dig(tree: Any, path: Path) -> Any:
+    """The value at `path` in nested dicts, or None where a key is absent."""
+    for key in path:
+        if not isinstance(tree, Mapping):
+            return None
+        tree = tree.get(key)
+    return tree
+
+
+@dataclass
+class Group:
+    """One row of the tables, one line of the charts: a model quantized by a method, with everything but bits
+    and seed fixed.
+
+    `cells[bits]` are result dicts in order of seed; `fp32` is the FP32 result of the same checkpoint on the
+    same images (the FP32 cell, or the copy that a quantized cell carries), `fp32_own` tells which.
+    """
+
+    model: str
+    method: str
+    traits: dict[str, Any]
+    index: int = 0
+    cells: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    fp32: dict[str, Any] | None = None
+    fp32_own: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} · {self.method}"
+
+    def first(self, bits: str) -> dict[str, Any] | None:
+        """The result of the lowest seed at this precision."""
+        if bits == BASELINE:
+            return self.fp32
+        results = self.cells.get(bits)
+        return results[0] if results else None
+
+
+@dataclass
+class Board:
+    """Everything the report shows, with look-ups; no figure is made here but means and differences."""
+
+    groups: list[Group]
+    done: list[Any]
+    failed: list[Any]
+    study: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.models = _unique(g.model for g in self.groups)
+        self.methods = _unique(g.method for g in self.groups)
+        quantized = _unique(b for g in self.groups for b in g.cells)
+        self.quantized = sorted(quantized, key=precision_order)
+        has_baseline = any(g.fp32 is not None for g in self.groups)
+        self.precisions = ([BASELINE] if has_baseline else []) + self.quantized
+        self.results = [r for g in self.groups for rs in g.cells.values() for r in rs]
+        self.results += [g.fp32 for g in self.groups if g.fp32 is not None]
+        self.seeds = sorted(
+            {
+                s
+                for r in self.results
+                if r.get("bits") != BASELINE and (s := number(r.get("seed"))) is not None
+            }
+        )
+        self.sets = self._ood_sets()
+        self.scores = self._scores()
+
+    def _ood_sets(self) -> dict[str, str]:
+        """OOD set → "far" or "near" ("" if not stated), far sets first."""
+        sets: dict[str, str] = {}
+        for result in self.results:
+            for name, entry in _items(result.get("ood")):
+                sets[name] = sets.get(name) or str(entry.get("group") or "")
+        rank = {"far": 0, "near": 1}
+        return dict(sorted(sets.items(), key=lambda item: rank.get(item[1], 2)))
+
+    def _scores(self) -> list[str]:
+        names: set[str] = set()
+        for result in self.results:
+            for _, entry in (*_items(result.get("ood")), *_items(result.get("ood_mean"))):
+                names.update(key for key, value in entry.items() if isinstance(value, Mapping))
+        return sorted(names, key=score_order)
+
+    @property
+    def score(self) -> str | None:
+        """The score shown first: MSP as in the paper, else the first there is."""
+        return self.scores[0] if self.scores else None
+
+    @property
+    def lowest(self) -> str | None:
+        """The lowest precision among the quantized cells."""
+        widths = [b for b in self.quantized if precision_order(b)[0] == 1]
+        return (widths or self.quantized or [None])[-1]
+
+    def stat(self, group: Group, bits: str, path: Path) -> Stat | None:
+        """Mean and standard deviation over seeds of a stored figure."""
+        if bits == BASELINE:
+            return Stat.of([dig(group.fp32, path)])
+        return Stat.of(dig(result, path) for result in group.cells.get(bits, ()))
+
+    def delta(self, group: Group, bits: str, path: Path) -> Stat | None:
+        """The quantization delta (FP32 less quantized) over seeds: the stored one, else the difference of
+        stored figures."""
+        values = []
+        for result in group.cells.get(bits, ()):
+            stored = number(dig(result, ("delta", *path)))
+            if stored is None:
+                reference = number(dig(result, ("fp32", *path)))
+                if reference is None:
+                    reference = number(dig(group.fp32, path))
+                value = number(dig(result, path))
+                stored = None if reference is None or value is None else reference - value
+            values.append(stored)
+        return Stat.of(values)
+
+    def parts(self) -> list[str]:
+        """Which of the stored means over OOD sets there are: far, near; all only where neither is."""
+        present = {name for r in self.results for name, entry in _items(r.get("ood_mean")) if entry}
+        chosen: list[str] = [p for p in ("far", "near") if p in present]
+        return chosen or (["all"] if "all" in present else [])
+
+
+def collect(cells: Iterable[Any], study: Mapping[str, Any] | None) -> Board:
+    """Group the store's cells. Of cells that differ in nothing but their date, the newest counts."""
+    listed = list(cells)
+    done = [c for c in listed if c.status == "done" and isinstance(c.result, Mapping)]
+    failed = [c for c in listed if c not in done]
+    newest: dict[tuple[str, str, str], tuple[dict[str, Any], dict[str, Any]]] = {}
+    for cell in sorted(done, key=lambda c: str(c.created or "")):
+        result, traits = _normal(cell)
+        newest[(_key(traits), result["bits"], str(result["seed"]))] = (result, traits)
+
+    groups: dict[str, Group] = {}
+    baselines: dict[str, dict[str, Any]] = {}
+    for result, traits in newest.values():
+        if result["bits"] == BASELINE:
+            baselines[_key(traits, ("model", "checkpoint", "id"))] = result
+            continue
+        group = groups.setdefault(_key(traits), Group(traits["model"], traits["method"], traits))
+        group.cells.setdefault(result["bits"], []).append(result)
+    _attach_baselines(groups, baselines)
+    ordered = _ordered(list(groups.values()), listed)
+    _tell_apart(ordered)
+    for index, group in enumerate(ordered):
+        group.index = index
+        for results in group.cells.values():
+            results.sort(key=lambda r: (number(r["seed"]) is None, number(r["seed"]) or 0, str(r["seed"])))
+    return Board(ordered, done, failed, dict(study or {}))
+
+
+def _attach_baselines(groups: dict[str, Group], baselines: dict[str, dict[str, Any]]) -> None:
+    """Give every group its FP32 figures; a model that was only measured at FP32 becomes a group of its
+    own."""
+    used = set()
+    for group in groups.values():
+        key = _key(group.traits, ("model", "checkpoint", "id"))
+        if key in baselines:
+            group.fp32, group.fp32_own = baselines[key], True
+            used.add(key)
+            continue
+        carried = [r["fp32"] for rs in group.cells.values() for r in rs if isinstance(r.get("fp32"), Mapping)]
+        group.fp32 = dict(carried[-1]) if carried else None
+    for key, result in baselines.items():
+        if key not in used:
+            traits = json.loads(key) | {"method": "fp32", "options": {}, "calibration": ""}
+            groups[key] = Group(traits["model"], "fp32", traits, fp32=result, fp32_own=True)
+
+
+def _normal(cell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The result with model, method, bits and seed as the spec names them, and the traits that make its
+    group."""
+    spec = cell.spec if isinstance(cell.spec, Mapping) else {}
+    result = dict(cell.result)
+    for key, default in (("model", "model"), ("method", "unknown"), ("bits", BASELINE), ("seed", 0)):
+        stated = [v for v in (spec.get(key), result.get(key)) if v is not None]
+        result[key] = stated[0] if stated else default
+    result["model"], result["method"] = str(result["model"]), str(result["method"])
+    if result["method"].lower() == "fp32" or str(result["bits"]).upper() == BASELINE:
+        result["bits"] = BASELINE
+    else:
+        result["bits"] = str(result["bits"]).upper()
+    options = spec["options"] if isinstance(spec.get("options"), Mapping) else result.get("options")
+    traits = {
+        "model": result["model"],
+        "checkpoint": str(result.get("checkpoint_sha256") or spec.get("checkpoint_sha256") or ""),
+        "id": plain([dig(result, ("id", "source")), dig(result, ("id", "fingerprint"))]),
+        "method": result["method"],
+        "options": dict(options) if isinstance(options, Mapping) else {},
+        "calibration": calibration_source(result),
+    }
+    return result, traits
+
+
+def calibration_source(result: Mapping[str, Any]) -> str:
+    """Where the calibration images came from and how many, without the seed of a random sample (that varies
+    with the cell's)."""
+    source = dig(result, ("calibration", "source"))
+    if not isinstance(source, str):
+        return ""
+    bare = _SEED_IN_SOURCE.sub(r"\1", source).rstrip("?&")
+    n = dig(result, ("calibration", "n"))
+    return bare if n is None else f"{bare} ({n} images)"
+
+
+def _tell_apart(groups: Sequence[Group]) -> None:
+    """Put what differs into the names of groups that would otherwise read alike (other weights, ID set,
+    options, images)."""
+    for model in {g.model for g in groups}:
+        same = [g for g in groups if g.model == model]
+        for trait, cut in (("checkpoint", 8), ("id", 60)):
+            if len({g.traits[trait] for g in same}) > 1:
+                for g in same:
+                    text = g.traits[trait] if trait == "checkpoint" else json.loads(g.traits["id"])[0]
+                    g.model = f"{g.model} [{str(text or 'unknown')[:cut]}]"
+    named: dict[tuple[str, str], list[Group]] = {}
+    for g in groups:
+        named.setdefault((g.model, g.method), []).append(g)
+    for same in named.values():
+        if len(same) < 2:
+            continue
+        keys = sorted({k for g in same for k in g.traits["options"]})
+        differing = [k for k in keys if len({plain(g.traits["options"].get(k)) for g in same}) > 1]
+        sources = len({g.traits["calibration"] for g in same}) > 1
+        for g in same:
+            notes = [f"{k}={plain(g.traits['options'][k])}" for k in differing if k in g.traits["options"]]
+            notes += [f"calibrated on {g.traits['calibration'] or 'unknown'}"] if sources else []
+            g.method = f"{g.method} ({', '.join(notes) or 'defaults'})"
+
+
+def _ordered(groups: list[Group], cells: Sequence[Any]) -> list[Group]:
+    """Groups by model, then method, each in the order in which the store first names them."""
+    specs = [c.spec if isinstance(c.spec, Mapping) else {} for c in cells]
+    models = _unique(str(s.get("model")) for s in specs)
+    methods = _unique(str(s.get("method")) for s in specs)
+
+    def rank(names: list[str], name: str) -> int:
+        return names.index(name) if name in names else len(names)
+
+    return sorted(groups, key=lambda g: (rank(models, g.model), rank(methods, g.method)))
+
+
+def _key(traits: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
+    chosen = traits if names is None else {name: traits[name] for name in names}
+    return json.dumps(chosen, sort_keys=True, default=str)
+
+
+def _items(tree: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    if not isinstance(tree, Mapping):
+        return []
+    return [(str(k), v) for k, v in tree.items() if isinstance(v, Mapping)]
+
+
+def _unique(items: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(items))

@@ -1,0 +1,385 @@
+"""The tables: figures by precision (the paper's Table 1), ranked deltas, one row per OOD set and score,
+classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantlens.report.collect import Board, Group, Path, dig
+from quantlens.report.text import (
+    BASELINE,
+    MISSING,
+    Stat,
+    count,
+    fixed,
+    mean_std,
+    number,
+    percent,
+    plain,
+    score_label,
+)
+
+CLASS_ROWS = 8000
+"""Rows of all per-class tables together; with more, every table keeps its worst classes and says so."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of the result: title with unit, path, factor, decimals, which direction is better (+1, -1, 0
+    neither), and whether its spread over seeds says anything."""
+
+    title: str
+    path: Path
+    factor: float = 1.0
+    digits: int = 3
+    better: int = 0
+    spread: bool = True
+
+
+@dataclass(frozen=True)
+class Value:
+    """A table cell: mean, standard deviation, a tooltip, and whether it is the best of its model's
+    methods."""
+
+    text: str
+    spread: str = ""
+    note: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str
+    method: str
+    seeds: str
+    values: Sequence[Value]
+
+
+@dataclass
+class Table:
+    """Rows of groups; `heads` are (metric title, precisions) spans; `score` where it belongs to one OOD
+    score."""
+
+    caption: str
+    heads: list[tuple[str, list[str]]]
+    rows: list[Row]
+    score: str = ""
+    alternative: bool = False
+    has_best: bool = False
+    more: bool = False
+
+
+def value_of(stat: Stat | None, metric: Metric, best: bool = False) -> Value:
+    if stat is None:
+        return Value(MISSING)
+    scaled = stat.scaled(metric.factor)
+    spread = "" if scaled.std is None or not metric.spread else fixed(scaled.std, metric.digits)
+    return Value(fixed(scaled.mean, metric.digits), spread, count(stat.n, "seed") if stat.n > 1 else "", best)
+
+
+def seeds_text(group: Group) -> str:
+    """How many seeds the group's precisions have: "3", or "1 to 3" where they differ."""
+    counts = sorted({len(results) for results in group.cells.values()})
+    if not counts:
+        return MISSING
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def by_precision(board: Board, caption: str, metrics: Sequence[Metric], score: str = "") -> Table | None:
+    """A table of groups × (metric, precision); None where the store has none of the figures."""
+    stats = {
+        (g.index, m.path, b): board.stat(g, b, m.path)
+        for g in board.groups
+        for m in metrics
+        for b in board.precisions
+    }
+    if not any(stats.values()):
+        return None
+    best: set[tuple[int, Path, str]] = set()
+    for model in board.models:
+        rivals = [g for g in board.groups if g.model == model]
+        for metric in (m for m in metrics if m.better and len(rivals) > 1):
+            for bits in board.quantized:
+                found = [
+                    (metric.better * s.mean, g.index)
+                    for g in rivals
+                    if (s := stats[g.index, metric.path, bits]) is not None
+                ]
+                if len(found) > 1:
+                    top = max(found)[0]
+                    best.update((i, metric.path, bits) for value, i in found if value == top)
+    rows = [
+        Row(
+            g.model,
+            g.method,
+            seeds_text(g),
+            [
+                value_of(stats[g.index, m.path, b], m, (g.index, m.path, b) in best)
+                for m in metrics
+                for b in board.precisions
+            ],
+        )
+        for g in board.groups
+    ]
+    return Table(
+        caption,
+        [(m.title, board.precisions) for m in metrics],
+        rows,
+        score,
+        score != (board.score or ""),
+        bool(best),
+    )
+
+
+def accuracy_metrics(board: Board) -> list[Metric]:
+    sizes = [n for r in board.results if (n := number(dig(r, ("id", "n")))) is not None]
+    digits = 2 if sizes and min(sizes) >= 5000 else 1
+    return [Metric("Top-1 %", ("id", "top1"), 100, digits, 1), Metric("NLL", ("id", "nll"), 1, 3, -1)]
+
+
+def table_1(board: Board) -> list[Table]:
+    """The paper's Table 1 (top-1 and NLL by precision), then ECE and packed size, then further figures
+    (`more`)."""
+    wanted = [
+        ("Table 1. Accuracy and negative log-likelihood on the ID images", accuracy_metrics(board)),
+        (
+            "Expected calibration error on the ID images; size of the packed weights",
+            [Metric("ECE %", ("id", "ece"), 100, 1, -1), Metric("Size MB", ("size_mb",), 1, 2, spread=False)],
+        ),
+        (
+            "Top-5 accuracy and Brier score",
+            [Metric("Top-5 %", ("id", "top5"), 100, 1, 1), Metric("Brier", ("id", "brier"), 1, 3, -1)],
+        ),
+        (
+            "Adaptive ECE (bins of equal count); packed size as a share of FP32",
+            [
+                Metric("Adaptive ECE %", ("id", "ece_adaptive"), 100, 1, -1),
+                Metric("Size, % of FP32", ("size_ratio",), 100, 1, spread=False),
+            ],
+        ),
+    ]
+    tables = []
+    for i, (caption, metrics) in enumerate(wanted):
+        table = by_precision(board, caption, metrics)
+        if table is not None:
+            table.alternative, table.more = False, i > 1
+            tables.append(table)
+    return tables
+
+
+PART_TITLES = {"far": "AUPR-out %, far sets", "near": "AUPR-out %, near sets", "all": "AUPR-out %, all sets"}
+
+
+def table_2(board: Board) -> list[Table]:
+    """The figures of Figure 1: mean AUPR-out of far and near sets by precision, one table per score."""
+    tables = []
+    for score in board.scores:
+        metrics = [
+            Metric(PART_TITLES[p], ("ood_mean", p, score, "aupr_out"), 100, 1, 1) for p in board.parts()
+        ]
+        table = by_precision(
+            board, f"Table 2. AUPR-out by {score_label(score)}, means over the OOD sets", metrics, score
+        )
+        if metrics and table is not None:
+            tables.append(table)
+    return tables
+
+
+@dataclass
+class DeltaTable:
+    """Rows (model, method, bits, seeds, figures …), worst top-1 loss first; `by_score` holds the last
+    columns per score."""
+
+    columns: list[str]
+    parts: list[str]
+    rows: list[list[str]]
+    by_score: dict[str, list[list[str]]] = field(default_factory=dict)
+
+
+def delta_table(board: Board) -> DeltaTable:
+    """FP32 less quantized, mean ± standard deviation over seeds; top-1, ECE and AUPR-out in points."""
+    parts = board.parts()
+    columns = ["Δ top-1", "Δ NLL", "Δ ECE", *(f"Δ {PART_TITLES[p].replace(' %', '')}" for p in parts)]
+    entries = []
+    for group in board.groups:
+        for bits in board.quantized:
+            if not group.cells.get(bits):
+                continue
+            top1, nll, ece = (board.delta(group, bits, ("id", key)) for key in ("top1", "nll", "ece"))
+            rank = -top1.mean if top1 else float("inf")
+            seeds = str(len(group.cells[bits]))
+            head = [
+                group.model,
+                group.method,
+                bits,
+                seeds,
+                mean_std(top1, 1, factor=100),
+                mean_std(nll, 3),
+                mean_std(ece, 1, factor=100),
+            ]
+            oods = {
+                s: [
+                    mean_std(board.delta(group, bits, ("ood_mean", p, s, "aupr_out")), 1, factor=100)
+                    for p in parts
+                ]
+                for s in board.scores
+            }
+            entries.append((rank, head, oods))
+    entries.sort(key=lambda entry: entry[0])
+    shown = board.score or ""
+    table = DeltaTable(
+        columns, parts, [head + oods.get(shown, [MISSING] * len(parts)) for _, head, oods in entries]
+    )
+    if parts:
+        table.by_score = {s: [oods[s] for _, _, oods in entries] for s in board.scores}
+    return table
+
+
+SET_COLUMNS = [
+    "Model",
+    "Method",
+    "Bits",
+    "OOD set",
+    "Group",
+    "Score",
+    "Seeds",
+    "AUPR-out %",
+    "Δ AUPR-out",
+    "AUPR-in %",
+    "AUROC %",
+    "FPR@95 % (ID kept 95 %)",
+    "FPR@95 % (OOD caught 95 %)",
+    "chance AUPR-out %",
+    "chance AUPR-in %",
+    "n ID",
+    "n OOD",
+]
+SET_TEXT_COLUMNS = 6
+MEAN_SETS = {"far": "mean, far sets", "near": "mean, near sets", "all": "mean, all sets"}
+
+
+def set_rows(board: Board) -> list[list[str]]:
+    """One row per score, OOD set (and mean of sets), group and precision, in SET_COLUMNS."""
+    means = {p for r in board.results for p in (r.get("ood_mean") or {}) if p in MEAN_SETS}
+    places: list[tuple[str, str, Path]] = [
+        (name, kind or MISSING, ("ood", name)) for name, kind in board.sets.items()
+    ]
+    places += [(MEAN_SETS[p], p, ("ood_mean", p)) for p in MEAN_SETS if p in means]
+    rows = []
+    for score in board.scores:
+        for name, kind, prefix in places:
+            for group in board.groups:
+                for bits in board.precisions:
+                    row = set_row(board, group, bits, (*prefix, score))
+                    if row is not None:
+                        rows.append([group.model, group.method, bits, name, kind, score_label(score), *row])
+    return rows
+
+
+def set_row(board: Board, group: Group, bits: str, path: Path) -> list[str] | None:
+    """The figures of one row of the per-set table from "Seeds" on; None where the store has none."""
+    stats = {
+        key: board.stat(group, bits, (*path, key))
+        for key in (
+            "aupr_out",
+            "aupr_in",
+            "auroc",
+            "fpr95_id",
+            "fpr95_ood",
+            "chance_aupr_out",
+            "chance_aupr_in",
+            "n_id",
+            "n_ood",
+        )
+    }
+    if not any(stats.values()):
+        return None
+    shares = [
+        mean_std(stats[k], 1, factor=100) for k in ("aupr_out", "aupr_in", "auroc", "fpr95_id", "fpr95_ood")
+    ]
+    delta = (
+        MISSING
+        if bits == BASELINE
+        else mean_std(board.delta(group, bits, (*path, "aupr_out")), 1, factor=100)
+    )
+    chances = [percent(s.mean if (s := stats[k]) else None) for k in ("chance_aupr_out", "chance_aupr_in")]
+    counts = [fixed(s.mean if (s := stats[k]) else None, 0) for k in ("n_id", "n_ood")]
+    seeds = MISSING if bits == BASELINE else str(max(s.n for s in stats.values() if s))
+    return [seeds, shares[0], delta, *shares[1:], *chances, *counts]
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """One group's classes, worst first: columns after class, name and n are precisions, then the delta at
+    the lowest."""
+
+    model: str
+    method: str
+    precisions: list[str]
+    delta_bits: str
+    rows: list[list[str]]
+    total: int
+    median_n: int
+
+
+def class_tables(board: Board) -> list[ClassTable]:
+    """Top-1 per class (mean over seeds) at every precision."""
+    tables = []
+    having = [g for g in board.groups if any(class_figures(board, g, b) for b in board.precisions)]
+    keep = max(20, CLASS_ROWS // max(len(having), 1))
+    for group in having:
+        figures = {b: class_figures(board, group, b) for b in board.precisions}
+        precisions = [b for b in board.precisions if figures[b]]
+        last = precisions[-1]
+        names = {c: entry for b in precisions for c, entry in figures[b].items()}
+        rows = []
+        for key, (label, n, _) in names.items():
+            values = [figures[b][key][2] if key in figures[b] else None for b in precisions]
+            delta = None
+            if (
+                precisions[0] == BASELINE
+                and last != BASELINE
+                and values[0] is not None
+                and values[-1] is not None
+            ):
+                delta = values[0] - values[-1]
+            order = (values[-1] if values[-1] is not None else 2.0, -(delta or 0.0), -(n or 0))
+            text = [key, label, fixed(n, 0), *map(percent, values), percent(delta)]
+            rows.append((order, text))
+        rows.sort(key=lambda row: row[0])
+        sizes = sorted(n for _, n, _ in names.values() if n is not None)
+        tables.append(
+            ClassTable(
+                group.model,
+                group.method,
+                precisions,
+                last,
+                [text for _, text in rows[:keep]],
+                len(rows),
+                int(sizes[len(sizes) // 2]) if sizes else 0,
+            )
+        )
+    return tables
+
+
+def class_figures(board: Board, group: Group, bits: str) -> dict[str, tuple[str, float | None, float | None]]:
+    """class → (name, images, mean top-1 over seeds)."""
+    results = [group.fp32] if bits == BASELINE else group.cells.get(bits, [])
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        entries = dig(result, ("id", "per_class"))
+        for entry in entries if isinstance(entries, list | tuple) else ():
+            if isinstance(entry, Mapping):
+                found.setdefault(plain(entry.get("class")), []).append(entry)
+    out = {}
+    for key, entries in found.items():
+        top1 = Stat.of(e.get("top1") for e in entries)
+        name = entries[0].get("name")
+        out[key] = (
+            "" if name is None else str(name),
+            number(entries[0].get("n")),
+            top1.mean if top1 else None,
+        )
+    return out

@@ -1,0 +1,150 @@
+"""Numbers, precisions and names as the report prints them. Pure functions, no knowledge of the store."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = "–"
+MINUS = "−"
+BASELINE = "FP32"
+
+SCORE_LABELS = {
+    "msp": "MSP",
+    "maxlogit": "MaxLogit",
+    "energy": "Energy",
+    "entropy": "Entropy",
+    "gen": "GEN",
+    "knn": "KNN",
+    "vim": "ViM",
+    "mahalanobis": "Mahalanobis",
+    "rmahalanobis": "relative Mahalanobis",
+    "mahalanobis_l2": "Mahalanobis, L2-normalised",
+    "rmahalanobis_l2": "relative Mahalanobis, L2-normalised",
+    "react": "ReAct",
+}
+
+_BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean over seeds; `std` is the sample standard deviation (n - 1), None where only one seed has the
+    figure."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    @staticmethod
+    def of(values: Iterable[Any]) -> Stat | None:
+        """Statistics of the finite numbers among `values`; None if there are none."""
+        found = [v for v in map(number, values) if v is not None]
+        if not found:
+            return None
+        n = len(found)
+        mean = math.fsum(found) / n
+        std = math.sqrt(math.fsum((v - mean) ** 2 for v in found) / (n - 1)) if n > 1 else None
+        return Stat(mean, std, n)
+
+    def scaled(self, factor: float) -> Stat:
+        return Stat(self.mean * factor, None if self.std is None else self.std * abs(factor), self.n)
+
+
+def number(value: Any) -> float | None:
+    """`value` as a float, or None where it is no finite number (None, NaN, text, bool)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def fixed(value: float | None, digits: int, *, sign: bool = False) -> str:
+    """`value` with `digits` decimals, a true minus sign, and no "-0.0"; the missing mark for None."""
+    if value is None:
+        return MISSING
+    text = f"{abs(value):.{digits}f}"
+    if not text.strip("0."):
+        return text
+    return (MINUS if value < 0 else "+" if sign else "") + text
+
+
+def percent(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
+    """A fraction as a percentage without the percent sign."""
+    return fixed(None if value is None else 100 * value, digits, sign=sign)
+
+
+def mean_std(stat: Stat | None, digits: int, *, factor: float = 1.0, sign: bool = False) -> str:
+    """ "62.0 ± 0.4"; only the mean where there is one seed."""
+    if stat is None:
+        return MISSING
+    scaled = stat.scaled(factor)
+    text = fixed(scaled.mean, digits, sign=sign)
+    return text if scaled.std is None else f"{text} ± {fixed(scaled.std, digits)}"
+
+
+def parse_bits(bits: str) -> tuple[int, int] | None:
+    """(weight bits, activation bits) of "W4A8"; None for FP32 and for mixed precision."""
+    match = _BITS.fullmatch(bits.strip())
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def precision_order(bits: str) -> tuple[int, int, int, int, str]:
+    """Sort key: FP32, then falling bit widths (the paper's W8A8, W6A6, W4A8, W8A4, W4A4), then names without
+    widths."""
+    if bits == BASELINE:
+        return (0, 0, 0, 0, "")
+    widths = parse_bits(bits)
+    if widths is None:
+        return (2, 0, 0, 0, bits)
+    w, a = widths
+    return (1, -(w + a), abs(w - a), w, "")
+
+
+def score_order(score: str) -> tuple[int, str]:
+    known = list(SCORE_LABELS)
+    return (known.index(score), "") if score in SCORE_LABELS else (len(known), score)
+
+
+def score_label(score: str) -> str:
+    return SCORE_LABELS.get(score, score)
+
+
+def join_words(words: Sequence[str], *, limit: int = 8) -> str:
+    """ "a", "a and b", "a, b and c"; beyond `limit` the rest is counted."""
+    shown = list(words)
+    if len(shown) > limit:
+        shown = [*shown[: limit - 1], f"{len(words) - limit + 1} more"]
+    if len(shown) <= 1:
+        return "".join(shown)
+    return ", ".join(shown[:-1]) + " and " + shown[-1]
+
+
+def count(n: int, noun: str, plural: str = "") -> str:
+    return f"{n} {noun if n == 1 else plural or noun + 's'}"
+
+
+def duration(seconds: float | None) -> str:
+    """ "4.2 s", "3 min 20 s", "2 h 05 min"."""
+    if seconds is None:
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def plain(value: Any) -> str:
+    """A stored value as one line of text: text as it is, anything else as JSON."""
+    if value is None:
+        return MISSING
+    return (
+        value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    )

@@ -1,0 +1,241 @@
+"""The report in headless Chromium: no console errors, visible plots, sorting, selectors, phone, dark mode."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from quantlens.report import write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="Chromium and chromedriver are not installed"),
+]
+
+
+class Browser:
+    """A headless Chromium with the few verbs that these tests need."""
+
+    def __init__(self):
+        webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+        from selenium.webdriver.chrome.service import Service
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+
+    def run(self, script: str, *args):
+        return self.driver.execute_script(script, *args)
+
+    def open(self, path: Path, width: int = 1280, *, dark: bool = False, scripts: bool = True) -> None:
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        command = self.driver.execute_cdp_cmd
+        command("Emulation.setDeviceMetricsOverride", size)
+        command("Emulation.setEmulatedMedia", {"features": [scheme]})
+        command("Emulation.setScriptExecutionDisabled", {"value": not scripts})
+        self.driver.get(path.as_uri())
+
+    def problems(self) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def column(self, table: str, index: int) -> list[str]:
+        """The texts of a column's visible cells."""
+        script = """return [...document.querySelectorAll(arguments[0] + ' tbody tr')].filter(r => !r.hidden)
+                    .map(r => r.cells[arguments[1]].textContent.trim())"""
+        return self.run(script, table, index)
+
+    def shown(self, selector: str) -> list[dict[str, float]]:
+        """The boxes of the elements that are displayed and take up room."""
+        return self.run(
+            """return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility())
+               .map(e => e.getBoundingClientRect()).filter(b => b.width && b.height)
+               .map(b => ({width: b.width, height: b.height}))""",
+            selector,
+        )
+
+
+@pytest.fixture(scope="module")
+def browser():
+    opened = Browser()
+    yield opened
+    opened.driver.quit()
+
+
+@pytest.fixture(scope="module")
+def report(make, tmp_path_factory) -> Path:
+    """Two models, three methods, six precisions, three seeds, three OOD sets, four scores."""
+    make_cells, _, fake_store = make
+    store = fake_store(make_cells(scores=("msp", "energy", "knn", "vim")))
+    return write_report(store, tmp_path_factory.mktemp("report") / "full.html")
+
+
+def number(text: str) -> float:
+    return float(text.split(" ")[0].replace("−", "-"))
+
+
+def test_opens_without_errors_and_shows_its_plots(browser, report):
+    browser.open(report)
+    assert browser.problems() == []
+    for kind in ("lines", "bars", "hist", "reliability"):
+        boxes = browser.shown(f"svg.{kind}")
+        assert len(boxes) >= 3, kind
+        assert all(b["width"] > 200 and b["height"] > 30 for b in boxes), kind
+    assert browser.run("return document.querySelector('h1').getBoundingClientRect().height") > 20
+    colours = browser.run(
+        """return [...document.querySelectorAll('#ood .panel:not(.alt) .l')]
+               .map(e => getComputedStyle(e).stroke)"""
+    )
+    assert len(set(colours)) >= 3
+
+
+def test_tables_sort_by_number_and_by_text(browser, report):
+    """The ECE column at W4A4 holds 9.3 beside 27.1, so sorting by text would give another order."""
+    browser.open(report)
+    table = "document.querySelectorAll('#accuracy table')[1]"
+    header = f"{table}.querySelectorAll('thead tr:last-child th')"
+
+    def column(index: int) -> list[str]:
+        return browser.run(f"return [...{table}.tBodies[0].rows].map(r => r.cells[{index}].textContent)")
+
+    def press(index: int) -> str:
+        script = f"{header}[{index}].querySelector('button').click(); return {header}[{index}].ariaSort"
+        return browser.run(script)
+
+    before = [number(t) for t in column(7)]
+    assert press(7) == "ascending"
+    assert [number(t) for t in column(7)] == sorted(before) != before
+    assert sorted(before) != [number(t) for t in sorted(column(7))]
+    assert press(7) == "descending"
+    assert [number(t) for t in column(7)] == sorted(before, reverse=True)
+    assert press(0) == "ascending"
+    assert column(0) == sorted(column(0))
+    sorted_by = browser.run(f"return [...{header}].map(h => h.ariaSort).filter(s => s !== 'none')")
+    assert sorted_by == ["ascending"]
+
+
+def test_sorting_by_keyboard_with_missing_figures_last(browser, report):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.open(report)
+    button = browser.driver.find_element("css selector", "#set-table th:nth-child(9) button")
+    for order in (False, True):
+        button.send_keys(Keys.ENTER)
+        texts = browser.column("#set-table", 8)
+        values = [number(t) for t in texts if t != "–"]
+        assert values == sorted(values, reverse=order)
+        assert min(values) < 0 < max(values)
+        assert set(texts[len(values) :]) == {"–"}, "FP32 rows have no delta and come last"
+
+
+def test_score_selector_switches_everything(browser, report):
+    browser.open(report)
+    before = browser.column("#delta-table", 7)
+    assert set(browser.column("#set-table", 5)) == {"MSP"}
+    browser.run("""const s = document.getElementById('choose-score'); s.value = 'vim';
+                   s.dispatchEvent(new Event('change'))""")
+    visible = browser.run("""return [...document.querySelectorAll('figure[data-score]')]
+                             .filter(e => e.checkVisibility()).map(e => e.dataset.score)""")
+    assert len(visible) > 10
+    assert set(visible) == {"vim"}
+    assert browser.column("#delta-table", 7) != before
+    assert set(browser.column("#set-table", 5)) == {"ViM"}
+    assert set(
+        browser.run("return [...document.querySelectorAll('[data-score-name]')].map(e => e.textContent)")
+    ) == {"ViM"}
+
+
+def test_precision_selector_and_filters(browser, report):
+    browser.open(report)
+    browser.run("""const s = document.getElementById('choose-bits'); s.value = 'W8A4';
+                   s.dispatchEvent(new Event('change'))""")
+    visible = browser.run("""return [...document.querySelectorAll('.panel[data-bits]')]
+                             .filter(e => e.checkVisibility()).map(e => e.dataset.bits)""")
+    assert set(visible) == {"W8A4"}
+    browser.driver.find_element("id", "search").send_keys("flowers w4a4 repq")
+    assert browser.column("#set-table", 2) == ["W4A4", "W4A4"]
+    assert set(browser.column("#set-table", 3)) == {"flowers"}
+    assert browser.driver.find_element("id", "shown").text == "2 of 864 rows"
+
+
+def test_legend_hides_a_line_and_classes_unfold(browser, report):
+    browser.open(report)
+    lines = "#ood .panel:not(.alt) .s[data-s='0']"
+    assert browser.shown(lines)
+    browser.run("document.querySelector('.legend button[data-key=\"0\"]').click()")
+    assert browser.shown(lines) == []
+    rows = "details.classes[open] tbody tr"
+    assert len(browser.shown(rows)) == 10
+    browser.run("document.querySelector('button.more').click()")
+    assert len(browser.shown(rows)) == 40
+
+
+def test_phone_has_no_sideways_scroll(browser, report):
+    browser.open(report, 380)
+    assert browser.run("return document.documentElement.scrollWidth") <= 380
+    outside = browser.run("""return [...document.querySelectorAll('main *')].filter(e => e.checkVisibility()
+        && !e.closest('.scroll') && e.getBoundingClientRect().right > 381)
+        .map(e => e.outerHTML.slice(0, 80))""")
+    assert outside == []
+    assert all(b["width"] > 250 for b in browser.shown("svg.chart"))
+    size = browser.run("""const t = document.querySelector('#ood .panel:not(.alt) .t');
+        return t.getBoundingClientRect().height""")
+    assert size > 9, "axis labels stay legible"
+
+
+def test_dark_mode_follows_the_system_and_the_button(browser, report):
+    script = """const css = getComputedStyle(document.body); const light = c => c.match(/\\d+/g).slice(0, 3)
+        .reduce((a, b) => a + Number(b), 0) / 3; return [light(css.backgroundColor), light(css.color)]"""
+    browser.open(report, dark=True)
+    background, ink = browser.run(script)
+    assert background < 60
+    assert ink > 180
+    browser.run("document.getElementById('theme').click()")
+    background, ink = browser.run(script)
+    assert background > 230
+    assert ink < 80
+    browser.run("localStorage.clear()")
+    browser.open(report)
+    assert browser.run(script)[0] > 230
+
+
+def test_readable_without_scripts(browser, report):
+    browser.open(report, scripts=False)
+    try:
+        browser.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+        assert "js" not in (browser.run("return document.documentElement.className") or "")
+        assert len(browser.shown("#set-table tbody tr")) == 864
+        assert len(browser.shown("#ood svg.chart")) == 20
+        assert browser.shown("#choose-score") == []
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+@pytest.mark.parametrize("case", ["one cell", "no OOD", "FP32 only", "all failed", "hostile"])
+def test_edge_cases_open_without_errors(browser, make, tmp_path, case):
+    make_cells, fake_cell, fake_store = make
+    model, evil = "deit_tiny_patch16_224", '"><script>alert(1)</script>'
+    failed = fake_cell("k", {"model": evil, "bits": "W4A4"}, "failed", None, evil)
+    cells = {
+        "one cell": lambda: make_cells((model,), ("repq-vit",), ("W4A4",), (0,)),
+        "no OOD": lambda: make_cells((model,), ("minmax", "repq-vit"), sets={}),
+        "FP32 only": lambda: make_cells((model,), (), ("FP32",)),
+        "all failed": lambda: [failed],
+        "hostile": lambda: [
+            *make_cells((evil,), (evil,), seeds=(0,), sets={evil: "far"}, scores=("msp", evil)),
+            failed,
+        ],
+    }[case]()
+    browser.open(write_report(fake_store(cells), tmp_path / "r.html"), 380)
+    assert browser.problems() == []
+    assert browser.run("return document.documentElement.scrollWidth") <= 380
+    if case not in ("all failed", "no OOD"):
+        assert browser.shown("svg.chart.lines")
