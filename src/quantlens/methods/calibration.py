@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -176,6 +177,8 @@ class Walk:
             alive = {n for n in [*env, *calls] if last_use.get(n, -1) >= upto or n is keep}
             self.graph.run(calls, env, hook=self._hook, keep=alive)
             envs.store(index, {n: v for n, v in env.items() if n in alive})
+        if envs.count > 1:
+            _return_memory()
 
     def _hook(self, key: str, value: Tensor) -> Tensor:
         if key in self._weights:
@@ -222,6 +225,8 @@ class _Environments:
         return env
 
     def store(self, index: int, env: dict[fx.Node, Any]) -> None:
+        if self.count > 1:  # a view would keep more alive than is counted
+            env = {n: _own(v) if isinstance(v, Tensor) else v for n, v in env.items()}
         room = self.memory - sum(self._bytes)
         size = sum(v.numel() * v.element_size() for v in env.values() if isinstance(v, Tensor))
         if size <= room or self.count == 1:
@@ -248,6 +253,18 @@ class _Environments:
     def _write(self, value: Tensor) -> _File:
         self._serial += 1
         return _File(self.folder / f"{self._serial}.npy", value)
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what large tensors leave behind, and a walk frees thousands."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library
+        return
+
+
+def _own(value: Tensor) -> Tensor:
+    return value.clone() if value.untyped_storage().nbytes() > value.numel() * value.element_size() else value
 
 
 class _File:

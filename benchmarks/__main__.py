@@ -1,0 +1,153 @@
+"""Run the benchmarks and print one line each: ``python -m benchmarks [NAME …] [--json FILE]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DEIT = "deit_tiny_patch16_224"
+SHARED = Path(os.environ.get("QUANTLENS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def _deit() -> Any:
+    """DeiT-Tiny with its real weights where they are, else with random ones (the times do not differ)."""
+    import quantlens as ql
+
+    weights = SHARED / "weights" / f"{DEIT}.safetensors"
+    return ql.load_model(DEIT, weights if weights.is_file() else None)
+
+
+def _images(count: int) -> Any:
+    import torch
+
+    return torch.randn(count, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+def _interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each function; the functions take turns, so that a busy machine is busy for all."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def calibration() -> dict[str, Any]:
+    """repq-vit W4A4 calibration of DeiT-Tiny on 32 images, against one FP32 forward of the same images."""
+    import torch
+
+    import quantlens as ql
+
+    model, images = _deit(), _images(32)
+    start = time.perf_counter()
+    ql.quantize(model, images, bits="W4A4")
+    first = time.perf_counter() - start
+    with torch.inference_mode():
+        seconds = _interleaved(
+            {
+                "calibration": lambda: ql.quantize(model, images, bits="W4A4"),
+                "fp32": lambda: model(images),
+            },
+            rounds=3,
+        )
+    return {
+        "seconds, with capture": round(first, 2),
+        "seconds": round(seconds["calibration"], 2),
+        "times one FP32 forward": round(seconds["calibration"] / seconds["fp32"], 2),
+        "target": "at most 10 s on 2 cores",
+    }
+
+
+def simulation() -> dict[str, Any]:
+    """A simulated W4A4 forward of DeiT-Tiny against timm's own FP32 forward (fused attention)."""
+    import torch
+
+    import quantlens as ql
+
+    model, images = _deit(), _images(32)
+    qmodel = ql.quantize(model, images, bits="W4A4")
+    out: dict[str, Any] = {}
+    with torch.inference_mode():
+        for batch in (1, 8, 32):
+            x = images[:batch]
+            seconds = _interleaved(
+                {"fp32": lambda x=x: model(x), "w4a4": lambda x=x: qmodel(x)}, rounds=21 if batch < 32 else 7
+            )
+            out[f"batch {batch}"] = f"{seconds['w4a4'] / seconds['fp32']:.2f}x ({seconds['fp32'] * 1e3:.0f} ms FP32)"
+    return {**out, "target": "at most 1.5x"}
+
+
+def image_cache() -> dict[str, Any]:
+    """Decoding 200 JPEG images against reading them from the cache that all cells of a study share."""
+    import numpy as np
+    from PIL import Image
+
+    from quantlens.data import Preprocess, load_images, open_source
+
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for i in range(200):
+            small = rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)
+            Image.fromarray(small).resize((340, 256), Image.Resampling.BICUBIC).save(f"{folder}/{i:03}.jpg", quality=90)
+        source, times = open_source(f"images:{folder}"), []
+        for _ in range(2):
+            start = time.perf_counter()
+            images = load_images(source, Preprocess(), cache_dir=f"{folder}/cache")
+            int(np.asarray(images.pixels).sum())
+            times.append(time.perf_counter() - start)
+    return {"first": f"{times[0]:.2f} s", "second": f"{times[1]:.3f} s", "ratio": round(times[0] / times[1], 1)}
+
+
+def memory() -> dict[str, Any]:
+    """Peak memory of calibrating DeiT-Tiny on 32 and on 192 images, with 64 MiB for waiting activations."""
+    code = (
+        "import psutil, resource, sys; import benchmarks.__main__ as b; import quantlens as ql\n"
+        "from quantlens.methods import calibration as c\n"
+        "c.Walk.__init__.__kwdefaults__['memory'] = 64 << 20\n"
+        "model = b._deit(); images = b._images(int(sys.argv[1]))\n"
+        "before = psutil.Process().memory_info().rss / 1024\n"
+        "ql.quantize(model, images, bits='W4A4')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    grown = {}
+    for count in (32, 192):
+        result = subprocess.run([sys.executable, "-c", code, str(count)], capture_output=True, text=True, check=True)
+        grown[f"{count} images"] = float(result.stdout.split()[-1]) / 1024
+    shown = {name: f"{value:.0f} MiB above the model and the images" for name, value in grown.items()}
+    return {**shown, "ratio": round(grown["192 images"] / grown["32 images"], 2)}
+
+
+BENCHMARKS = {f.__name__: f for f in (calibration, simulation, image_cache, memory)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", default=[], help=f"some of: {', '.join(BENCHMARKS)} (all by default)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    unknown = [n for n in arguments.names if n not in BENCHMARKS]
+    if unknown:
+        parser.error(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
+    results = {}
+    for name in arguments.names or BENCHMARKS:
+        results[name] = BENCHMARKS[name]()
+        print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in results[name].items()), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
