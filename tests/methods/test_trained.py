@@ -58,8 +58,8 @@ def test_four_bits_by_method(digits):
 
 
 def test_repq_beats_its_ablations(digits):
-    """RepQ-ViT's Table 3 in small: layer-wise LayerNorm outputs cost more than reparameterized ones. At 3 bits, where this
-    model's losses are clear of its noise (NLL 0.63 to 0.69 against 0.88 to 0.92 over three seeds)."""
+    """RepQ-ViT's Table 3 in small: layer-wise LayerNorm outputs cost more than reparameterized ones. At 3 bits, where
+    the losses are clear of the noise (NLL 0.63 to 0.69 against 0.88 to 0.92 over three seeds)."""
     nll = {
         how: _figures(_quantize(digits, bits="W3A3", layernorm=how), digits)[1]
         for how in ("reparameterized", "tensor", "channel")

@@ -1,0 +1,219 @@
+"""Sources that are folders of image files: imagenet, imagefolder, images, coco."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from quantlens.data.decode import IMAGE_SUFFIXES
+from quantlens.data.sources import FileSource, SourceSpec
+from quantlens.errors import QuantlensError, StorageError, UnknownNameError
+
+WNID = re.compile(r"n\d{8}")
+_SUFFIXES_TEXT = " ".join(IMAGE_SUFFIXES)
+
+
+def existing_directory(spec: SourceSpec) -> Path:
+    """The folder a spec names, `~` expanded. Raises QuantlensError where it is missing or is a file."""
+    root = Path(spec.path).expanduser()
+    if root.is_dir():
+        return root
+    if root.exists():
+        raise QuantlensError(f"source {spec.text!r}: {root} is a file; give the folder that holds the images")
+    raise QuantlensError(f"source {spec.text!r}: there is no folder {root}; check the path (seen from {Path.cwd()})")
+
+
+def list_images(root: Path) -> list[str]:
+    """Relative paths (forward slashes) of all image files below `root`, sorted; hidden files and folders are
+    left out.
+
+    Links to folders are followed, each real folder once.
+    """
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+
+    def walk(folder: str, prefix: str) -> None:
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in seen:
+            return
+        seen.add((stat.st_dev, stat.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda e: e.name):
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                if entry.is_dir():
+                    walk(entry.path, f"{prefix}{entry.name}/")
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    found.append(prefix + entry.name)
+
+    try:
+        walk(str(root), "")
+    except OSError as error:
+        raise StorageError(f"cannot list {error.filename or root}: {(error.strerror or str(error)).lower()}") from error
+    return sorted(found)
+
+
+def images_below(spec: SourceSpec) -> tuple[Path, list[str]]:
+    """The folder and its images. Raises QuantlensError where there are none."""
+    root = existing_directory(spec)
+    names = list_images(root)
+    if not names:
+        raise QuantlensError(f"source {spec.text!r}: no image below {root}; files must end in {_SUFFIXES_TEXT}")
+    return root, names
+
+
+def open_images(spec: SourceSpec) -> FileSource:
+    """`images:DIR`: every image below DIR, no labels."""
+    root, names = images_below(spec)
+    return FileSource(spec.text, spec.kind, root.resolve().name, root, names)
+
+
+def open_imagefolder(spec: SourceSpec) -> FileSource:
+    """`imagefolder:DIR`: one folder per class; the label is the rank of the folder's name, as in
+    torchvision.
+    """
+    root, names = images_below(spec)
+    loose = [name for name in names if "/" not in name]
+    if loose:
+        raise QuantlensError(
+            f"source {spec.text!r}: {loose[0]} lies outside the class folders (with {len(loose) - 1} "
+            "others); "
+            f"move it into one, or use images:{spec.path} for images without labels"
+        )
+    classes = sorted(
+        e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".") and e.name != "__MACOSX"
+    )
+    rank = {name: k for k, name in enumerate(classes)}
+    labels = np.array([rank[name.split("/", 1)[0]] for name in names], dtype=np.int64)
+    return FileSource(spec.text, spec.kind, root.resolve().name, root, names, labels, classes)
+
+
+@lru_cache(maxsize=1)
+def imagenet_wnids() -> tuple[str, ...]:
+    """The 1000 WordNet ids of ImageNet-1k in class order, from the list that timm ships (timm itself is not
+    imported).
+    """
+    wnids = _timm_lines("imagenet_synsets.txt")
+    return tuple(sorted(wnids))
+
+
+@lru_cache(maxsize=1)
+def imagenet_class_names() -> tuple[str, ...]:
+    """The names (WordNet lemmas) of the 1000 classes in class order, from timm."""
+    lemma = dict(line.split("\t", 1) for line in _timm_lines("imagenet_synset_to_lemma.txt") if "\t" in line)
+    return tuple(lemma.get(wnid, wnid) for wnid in imagenet_wnids())
+
+
+def _timm_lines(file: str) -> list[str]:
+    spec = importlib.util.find_spec("timm")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "data" / "_info" / file
+        if path.is_file():
+            return path.read_text(encoding="utf-8").split("\n")[:-1] if path.stat().st_size else []
+    raise StorageError(
+        f"timm's list of ImageNet classes ({file}) is missing; reinstall timm (pip install 'timm>=1.0.9')"
+    )
+
+
+def open_imagenet(spec: SourceSpec) -> FileSource:
+    """`imagenet:DIR`: wnid folders, or files `nXXXXXXXX_*` or `*_nXXXXXXXX.*`; the label is the rank of the
+    wnid among the 1000, so a subset of the classes keeps its true labels.
+    """
+    root, names = images_below(spec)
+    rank = {wnid: k for k, wnid in enumerate(imagenet_wnids())}
+    labels = np.array([rank[_wnid(spec, name, rank)] for name in names], dtype=np.int64)
+    return FileSource(spec.text, spec.kind, root.resolve().name, root, names, labels, list(imagenet_class_names()))
+
+
+def _wnid(spec: SourceSpec, name: str, rank: dict[str, int]) -> str:
+    """The wnid of one file, from the folder it lies in and from its own name; the two must agree."""
+    *folders, file = name.split("/")
+    where = f"source {spec.text!r}: {name}"
+    in_file = re.match(r"(n\d{8})_", file) or re.search(r"_(n\d{8})\.", file)
+    in_folder = next((f for f in reversed(folders) if WNID.fullmatch(f)), None)
+    if folders and in_folder is None and in_file is None:
+        raise QuantlensError(
+            f"{where} lies in the folder {folders[-1]!r}, which is not a wnid such as n01440764; "
+            f"rename the folder, or use imagefolder:{spec.path} or images:{spec.path}"
+        )
+    if in_folder is None and in_file is None:
+        raise QuantlensError(
+            f"{where} has no wnid in its name (n01440764_1.JPEG); sort the files into wnid folders, "
+            f"or use images:{spec.path} for images without labels"
+        )
+    if in_folder and in_file and in_folder != in_file[1]:
+        raise QuantlensError(f"{where} is named after {in_file[1]} and lies in {in_folder}; move it to its own folder")
+    wnid = in_folder or (in_file[1] if in_file else "")
+    if wnid not in rank:
+        raise QuantlensError(
+            f"{where} belongs to {wnid}, which is not one of the 1000 classes of ImageNet-1k; take it out, "
+            f"or use images:{spec.path} (as out-of-distribution images, for example)"
+        )
+    return wnid
+
+
+def open_coco(spec: SourceSpec) -> FileSource:
+    """`coco:DIR`: the images an `instances_SPLIT.json` lists; `?split=val2017` where DIR has several. No
+    labels: an image of COCO has many objects.
+    """
+    root = existing_directory(spec)
+    split, file = _coco_annotations(spec, root)
+    try:
+        listed = [image["file_name"] for image in json.loads(file.read_text(encoding="utf-8"))["images"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise QuantlensError(f"source {spec.text!r}: {file} is not a COCO instances file; download it again") from error
+    if not listed:
+        raise QuantlensError(f"source {spec.text!r}: {file} lists no images; choose another split")
+    names = sorted(str(name).replace("\\", "/") for name in listed)
+    outside = next((n for n in names if n.startswith("/") or ".." in n.split("/")), None)
+    if outside is not None:
+        raise QuantlensError(
+            f"source {spec.text!r}: {file} lists {outside!r}, outside the image folder; repair the file"
+        )
+    folders = [root / split, root / "images" / split, root / "images", root]
+    folder = next((f for f in folders if (f / names[0]).is_file() or (f / names[-1]).is_file()), None)
+    if folder is None:
+        raise QuantlensError(
+            f"source {spec.text!r}: the images that {file.name} lists (such as {names[0]}) are not in "
+            f"{root / split}; "
+            "unpack them there"
+        )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise QuantlensError(
+            f"source {spec.text!r}: {len(missing)} of the {len(names)} images of {file.name} are missing "
+            f"from {folder}, "
+            f"the first is {missing[0]}; unpack them again, or use images:{folder}"
+        )
+    return FileSource(spec.text, spec.kind, f"{root.resolve().name}/{split}", folder, names)
+
+
+def _coco_annotations(spec: SourceSpec, root: Path) -> tuple[str, Path]:
+    """(split, path) of the instances file to read: the one asked for, the only one, or val2017."""
+    files = {
+        f.stem.removeprefix("instances_"): f for d in (root, root / "annotations") for f in d.glob("instances_*.json")
+    }
+    if not files:
+        raise QuantlensError(
+            f"source {spec.text!r}: no annotations/instances_*.json in {root}; unpack COCO's annotations "
+            "there, "
+            f"or use images:{spec.path}"
+        )
+    asked = dict(spec.options).get("split")
+    if asked is not None:
+        if asked not in files:
+            raise UnknownNameError(f"split in source {spec.text!r}:", asked, files)
+        return asked, files[asked]
+    if len(files) > 1 and "val2017" not in files:
+        raise QuantlensError(
+            f"source {spec.text!r} has several splits ({', '.join(sorted(files))}); choose one, for example "
+            f"coco:{spec.path}?split={min(files)}"
+        )
+    split = "val2017" if "val2017" in files else next(iter(files))
+    return split, files[split]

@@ -1,0 +1,167 @@
+"""The models that ship with the package, and the recipes that train them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from quantlens import zoo
+from quantlens.data import load_images
+from quantlens.zoo.augment import Augmentation, augment, mix
+from quantlens.zoo.recipe import DIGITS_VIT, RECIPES, Recipe, train
+from quantlens.zoo.train import main, measure
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits_vit() -> torch.nn.Module:
+    entry = zoo.available()["digits-vit"]
+    model = entry.build()
+    model.load_state_dict(load_file(str(entry.weights)), strict=True)
+    return model.eval()
+
+
+def small(**changes) -> Recipe:
+    fields = {
+        **vars(DIGITS_VIT),
+        "train": "embedded:digits-train?n=128",
+        "epochs": 2,
+        "embed_dim": 32,
+        "depth": 2,
+    }
+    return Recipe(**{**fields, **changes})
+
+
+def test_shipped_model_is_worth_quantizing(digits_vit: torch.nn.Module) -> None:
+    entry = zoo.available()["digits-vit"]
+    images = load_images(entry.sources.id, entry.preprocess)
+    with torch.inference_mode():
+        right = sum(int((digits_vit(x).argmax(-1) == y).sum()) for x, y in images.batches(100))
+    assert len(images) >= 350
+    assert right / len(images) >= 0.97
+    assert entry.weights.stat().st_size <= 4 * 2**20
+
+
+def test_card_tells_the_truth(digits_vit: torch.nn.Module) -> None:
+    entry = zoo.available()["digits-vit"]
+    card = entry.card()
+    assert card["sha256"] == hashlib.sha256(entry.weights.read_bytes()).hexdigest()
+    assert card["bytes"] == entry.weights.stat().st_size
+    assert card["num_parameters"] == sum(p.numel() for p in digits_vit.parameters())
+    assert card["recipe"] == json.loads(json.dumps(DIGITS_VIT.to_dict()))
+    measured = measure(digits_vit, entry)
+    assert measured["n"] == card["figures"]["n"]
+    assert measured["top1"] == pytest.approx(card["figures"]["top1"], abs=0.003)
+    assert set(measured["ood"]) == set(entry.sources.ood) == set(card["figures"]["ood"])
+    for name, ood in measured["ood"].items():
+        assert ood["group"] == entry.sources.ood[name].group
+        assert ood["aupr_out"] == pytest.approx(card["figures"]["ood"][name]["aupr_out"], abs=0.005)
+        assert ood["chance_aupr_out"] + 0.1 < ood["aupr_out"] < 0.98  # it tells something, and not everything
+    with safe_open(str(entry.weights), "pt") as file:
+        header = file.metadata()
+    assert json.loads(header["recipe"]) == card["recipe"]
+    assert json.loads(header["figures"]) == card["figures"]
+
+
+def test_entry_and_recipe_agree(digits_vit: torch.nn.Module) -> None:
+    entry = zoo.available()["digits-vit"]
+    assert set(RECIPES) == set(zoo.available())
+    assert entry.preprocess == DIGITS_VIT.preprocess
+    assert len(entry.class_names) == DIGITS_VIT.num_classes == digits_vit.num_classes
+    assert load_images(entry.sources.id, entry.preprocess).class_names == entry.class_names
+    sets = {
+        s: load_images(s, entry.preprocess) for s in (entry.sources.fit, entry.sources.calibration, entry.sources.id)
+    }
+    pixels = [{p.tobytes() for p in images.pixels} for images in sets.values()]
+    assert not pixels[0] & pixels[1]
+    assert not (pixels[0] | pixels[1]) & pixels[2]
+    assert {ood.group for ood in entry.sources.ood.values()} == {"near", "far"}
+
+
+def test_listing_the_zoo_imports_no_heavy_package() -> None:
+    code = (
+        "import sys; from quantlens import zoo; zoo.available()['digits-vit'].card()\n"
+        "print([m for m in ('torch', 'timm', 'sklearn', 'scipy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_training_is_seeded_and_learns() -> None:
+    losses: list[float] = []
+    before = torch.random.get_rng_state()
+    recipe = small(epochs=6, warmup_epochs=1)
+    one = train(recipe, lambda done, total, loss: losses.append(loss))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    two = train(recipe)
+    for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    other = train(small(epochs=1, seed=1))
+    assert not torch.equal(other.state_dict()["head.weight"], one.state_dict()["head.weight"])
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert not one.training
+
+
+def test_command_trains_and_writes_a_loadable_model(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(RECIPES, "digits-vit", small())
+    assert main(["digits-vit", "--out", str(tmp_path), "--epochs", "1"]) == 0
+    weights = tmp_path / "digits_vit.safetensors"
+    small().build().load_state_dict(load_file(str(weights)), strict=True)
+    card = json.loads(weights.with_suffix(".json").read_text())
+    assert card["recipe"]["epochs"] == 1
+    assert 0 <= card["figures"]["top1"] <= 1
+    assert "top-1" in capsys.readouterr().out
+    assert main(["digits-vot"]) == 2
+    assert "did you mean 'digits-vit'" in capsys.readouterr().err
+    assert main(["digits-vit", "--epochs", "0"]) == 2
+
+
+# --- augmentation ---
+
+IDENTITY = Augmentation(rotate=0, shear=0, scale=0, translate=0, elastic=0, contrast=0, noise=0, cutout=0, mixup=0)
+
+
+def test_augmentation_of_zero_strength_changes_nothing() -> None:
+    x = torch.from_numpy(load_images("embedded:digits-test[:16]", DIGITS_VIT.preprocess).pixels / 255).float()
+    y = augment(x, IDENTITY, torch.Generator().manual_seed(0))
+    assert torch.allclose(x, y, atol=1e-4)
+
+
+@pytest.mark.parametrize("field", ["rotate", "shear", "scale", "translate", "elastic", "contrast", "noise", "cutout"])
+def test_each_change_is_seeded_and_stays_in_range(field: str) -> None:
+    x = torch.from_numpy(load_images("embedded:digits-test[:16]", DIGITS_VIT.preprocess).pixels / 255).float()
+    strength = {"rotate": 20.0, "cutout": 1.0}.get(field, 0.2)
+    how = Augmentation(**{**vars(IDENTITY), field: strength})
+    y = augment(x, how, torch.Generator().manual_seed(0))
+    assert y.shape == x.shape
+    assert 0 <= float(y.min()) <= float(y.max()) <= 1
+    assert float((x - y).abs().mean()) > 1e-3
+    assert torch.equal(y, augment(x, how, torch.Generator().manual_seed(0)))
+    assert not torch.equal(y, augment(x, how, torch.Generator().manual_seed(1)))
+
+
+def test_mixup_keeps_probabilities() -> None:
+    x, t = torch.rand(8, 3, 4, 4), torch.eye(8)
+    assert mix(x, t, 0.0, torch.Generator())[0] is x
+    state = torch.random.get_rng_state()
+    mixed, targets = mix(x, t, 0.4, torch.Generator().manual_seed(3))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.allclose(targets.sum(1), torch.ones(8))
+    expected = torch.einsum("ij,jchw->ichw", targets, x)  # one-hot targets tell which images were mixed, and how much
+    assert torch.allclose(mixed, expected, atol=1e-6)
+    assert not torch.equal(mixed, x)
