@@ -76,7 +76,7 @@ def test_a_folder_with_brackets_or_a_question_mark_in_its_name(tmp_path: Path, f
         ("?seed=1", "number of images"),
         ("?", "query"),
         ("[5]", r"not a slice"),
-        ("[0:10:2]", r"not a slice"),
+        ("[0:10:2:1]", r"not a slice"),
     ],
 )
 def test_bad_slices_and_samples_say_what_is_wrong(tail: str, words: str, folder: Path) -> None:
@@ -326,3 +326,14 @@ def test_select_keeps_names_and_labels_together(tmp_path: Path) -> None:
     assert picked.names == ["b/3.png", "a/1.png"]
     assert picked.labels.tolist() == [1, 0]
     assert picked.describe(0).endswith("b/3.png")
+
+
+def test_a_step_makes_halves_that_share_no_image(tmp_path):
+    for i in range(7):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    even, odd = (list(open_source(f"images:{tmp_path}{part}").names) for part in ("[::2]", "[1::2]"))
+    assert even == ["0.png", "2.png", "4.png", "6.png"]
+    assert odd == ["1.png", "3.png", "5.png"]
+    assert list(open_source(f"images:{tmp_path}[1:6:3]").names) == ["1.png", "4.png"]
+    with pytest.raises(QuantlensError, match="slice"):
+        open_source(f"images:{tmp_path}[::0]")

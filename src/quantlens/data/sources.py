@@ -1,9 +1,9 @@
 """Where images come from: the SOURCE grammar, and the two kinds of source (files, arrays).
 
-    KIND:PATH            imagenet:DIR imagefolder:DIR images:DIR cifar10:DIR cifar100:DIR coco:DIR
-    embedded:NAME KIND:PATH[a:b]       images a to b (b excluded) in sorted order, as Python slices: ends may
-    be open or negative KIND:PATH?n=200&seed=0   a random sample of 200 (seed 0 where none is given), drawn
-    from the slice if there is one
+    KIND:PATH                    imagenet:DIR imagefolder:DIR images:DIR cifar10:DIR cifar100:DIR coco:DIR embedded:NAME
+    KIND:PATH[a:b]               images a to b (b excluded) in sorted order, as Python slices: ends may be open or negative
+    KIND:PATH[a:b:s]             every s-th of them: [::2] and [1::2] are two halves that share no image
+    KIND:PATH?n=200&seed=0       a random sample of 200 (seed 0 where none is given), from the slice if there is one
 
 Images are sorted by their path below DIR, compared character by character. A sample keeps the order in which
 it was drawn, so that the sample of 32 images is the beginning of the sample of 64 with the same seed.
@@ -30,7 +30,7 @@ FINGERPRINT_DIGITS = 16
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """A parsed SOURCE: `start` and `stop` as in a Python slice, `sample` images drawn with `seed`, options of
+    """A parsed SOURCE: `start`, `stop` and `step` as in a Python slice, `sample` images drawn with `seed`, options of
     the kind.
     """
 
@@ -39,6 +39,7 @@ class SourceSpec:
     path: str
     start: int | None = None
     stop: int | None = None
+    step: int | None = None
     sample: int | None = None
     seed: int = 0
     options: tuple[tuple[str, str], ...] = ()
@@ -59,18 +60,18 @@ def parse_spec(text: str) -> SourceSpec:
         raise UnknownNameError("source kind", kind, KINDS, hint="a source is written KIND:PATH")
     path, question, query = rest.rpartition("?") if "?" in rest else (rest, "", "")
     sample, seed, options = _query(text, query if question else None, KINDS[kind].options)
-    start = stop = None
+    start = stop = step = None
     if (bracket := re.search(r"\[([^\[\]/\\]*)\]$", path)) and re.fullmatch(r"[-+\d:\s]*", bracket[1]):
-        ends = re.fullmatch(r"\s*([-+]?\d+)?\s*:\s*([-+]?\d+)?\s*", bracket[1])
+        ends = re.fullmatch(r"\s*([-+]?\d+)?\s*:\s*([-+]?\d+)?\s*(?::\s*([1-9]\d*)?\s*)?", bracket[1])
         if ends is None:
             raise QuantlensError(
-                f"source {text!r}: {bracket[0]} is not a slice; write [a:b], for example [0:400], [400:] or [-100:]"
+                f"source {text!r}: {bracket[0]} is not a slice; write [a:b] or [a:b:step], for example [0:400], [-100:] or [::2]"
             )
-        start, stop = (int(end) if end else None for end in ends.groups())
+        start, stop, step = (int(end) if end else None for end in ends.groups())
         path = path[: bracket.start()]
     if not path:
         raise QuantlensError(f"source {text!r} names no {KINDS[kind].what}; write {kind}:{KINDS[kind].what.upper()}")
-    return SourceSpec(text, kind, path, start, stop, sample, seed, tuple(sorted(options.items())))
+    return SourceSpec(text, kind, path, start, stop, step, sample, seed, tuple(sorted(options.items())))
 
 
 def _query(text: str, query: str | None, options: Iterable[str]) -> tuple[int | None, int, dict[str, str]]:
@@ -269,9 +270,9 @@ def open_source(spec: str) -> Source:
 
     parsed = parse_spec(spec)
     source = KINDS[parsed.kind].open(parsed)
-    if parsed.start is None and parsed.stop is None and parsed.sample is None:
+    if parsed.start is parsed.stop is parsed.step is parsed.sample is None:
         return source
-    rows = np.arange(len(source))[parsed.start : parsed.stop]
+    rows = np.arange(len(source))[parsed.start : parsed.stop : parsed.step]
     if not len(rows):
         raise QuantlensError(f"source {spec!r}: the slice is empty, there are {len(source)} images; choose other ends")
     if parsed.sample is not None:

@@ -249,7 +249,7 @@ def _open_attention(graph: Graph) -> None:
         if mask is not None:
             constant = graph.constant(mask)
             if constant is not None and constant.dtype == torch.bool:
-                bias = torch.zeros(constant.shape).masked_fill(~constant, float("-inf"))
+                bias = torch.zeros(constant.shape, device=constant.device).masked_fill(~constant, float("-inf"))
                 graph.set_tensor(f"{mask.target}_bias", bias)
                 with graph.fx.inserting_before(node):
                     shape = mask.meta["shape"]

@@ -194,7 +194,8 @@ def _from_timm(
         files.fit(module, state, str(path), name)
     else:
         module = _create(name, pretrained, kwargs, seed)
-    own = preprocess or Preprocess.from_timm(resolve_model_data_config(module))
+    override = {} if input_size is None else {"input_size": tuple(input_size)}
+    own = preprocess or Preprocess.from_timm({**resolve_model_data_config(module), **override})
     return Model(
         module,
         name=name,

@@ -133,6 +133,10 @@ class QuantizedModel(nn.Module):
         return self.graph.num_parameters()
 
     @property
+    def device(self) -> torch.device:
+        return self.graph.device
+
+    @property
     def size_mb(self) -> float:
         """Megabytes (10⁶ bytes) of the packed model: integer codes at their width, scales, what stays in float."""
         return self.size_bytes() / MB

@@ -1,0 +1,145 @@
+"""What the commands share: consoles, progress on stderr, and the reading of option values.
+
+Results go to stdout, progress and messages to stderr. Nothing heavy is imported at the top.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from quantlens.errors import QuantlensError
+
+PIPED_WIDTH = 140
+"""Columns of a table that goes to a file or another program."""
+
+
+def unwrap(text: str) -> str:
+    """A help text with each paragraph on one line, as terminals break lines themselves; indented ones stay."""
+    parts = text.strip().split("\n\n")
+    return "\n\n".join(part if part.startswith("    ") else " ".join(part.split("\n")) for part in parts)
+
+
+class Stopped(Exception):
+    """Ctrl-C, on its way through typer (which would keep its message to itself)."""
+
+
+class ReaderGone(Exception):
+    """Nobody reads stdout any more, on its way through typer."""
+
+
+def command(app: Any, name: str, help: str, function: Callable[..., None]) -> None:
+    """Add a command to the program."""
+    import functools
+
+    @functools.wraps(function)
+    def guarded(*arguments: Any, **options: Any) -> None:
+        try:
+            function(*arguments, **options)
+            sys.stdout.flush()
+        except KeyboardInterrupt as error:
+            raise Stopped(str(error)) from error
+        except BrokenPipeError as error:
+            raise ReaderGone from error
+
+    app.command(name, help=unwrap(help))(guarded)
+
+
+def stdout() -> Any:
+    """The console of results."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPED_WIDTH)
+
+
+def stderr() -> Any:
+    """The console of progress and messages."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """A line on stdout as it is: no markup, no wrapping."""
+    print(text)
+
+
+@contextmanager
+def stages(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (what, done, total) that shows one bar per stage on a terminal, and nothing elsewhere."""
+    console = stderr()
+    if quiet or not console.is_terminal:
+        yield lambda what, done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def step(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield step
+
+
+def names(values: Sequence[str] | None) -> list[str] | None:
+    """Values of an option that may be repeated and may hold commas: `-m a,b -m c` is a, b, c."""
+    if not values:
+        return None
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
+def pairs(values: Sequence[str] | None, option: str, meaning: str) -> dict[str, str]:
+    """NAME=VALUE options as a dictionary; a name given twice, or no `=`, is an error."""
+    found: dict[str, str] = {}
+    for value in values or ():
+        name, equals, rest = value.partition("=")
+        if not equals or not name.strip() or not rest:
+            raise QuantlensError(f"{option} {value!r}: write {option} {meaning}")
+        if name in found:
+            raise QuantlensError(f"{option} gives {name!r} twice; give each name once")
+        found[name.strip()] = rest
+    return found
+
+
+def settings(values: Sequence[str] | None) -> dict[str, Any]:
+    """`--option key=value` pairs with values read as Python literals where they are (0.5, true, none), else as text."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+
+    def read(text: str) -> Any:
+        if text.lower() in words:
+            return words[text.lower()]
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+
+    return {name.replace("-", "_"): read(text) for name, text in pairs(values, "--option", "KEY=VALUE").items()}
+
+
+def weights_argument(weights: str | None) -> str | None:
+    """The `weights` of `load_model`: trained ones unless a person asks for `random`."""
+    return None if weights == "random" else weights or "pretrained"
+
+
+def cache_argument(no_cache: bool) -> bool | None:
+    """The `cache_dir` of `load_images`."""
+    return False if no_cache else None
+
+
+def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None:
+    """Seeds and the like: `0,13,37`."""
+    texts = names(values)
+    if texts is None:
+        return None
+    try:
+        return [int(text) for text in texts]
+    except ValueError:
+        raise QuantlensError(f"{option} {','.join(texts)!r}: write whole numbers, such as {option} 0,13,37") from None

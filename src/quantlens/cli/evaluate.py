@@ -1,0 +1,131 @@
+"""`quantlens evaluate`: the figures of one model, FP32 or quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantlens.cli._common import command
+
+HELP = """Measure a model on labelled in-distribution images and on out-of-distribution sets.
+
+MODEL is a name as for `quantize`, or a quantized checkpoint (.safetensors) that `quantize` wrote. With a quantized
+checkpoint, --weights names the FP32 checkpoint it was made from, which is then measured on the same images, and the
+quantization deltas are shown.
+
+Scores that need statistics (KNN, ViM, Mahalanobis, ReAct …) are fitted on the images of --fit, which must not be among
+those evaluated.
+
+[bold]Examples[/bold]
+
+    quantlens evaluate digits-vit --id embedded:digits-test \\
+      --ood letters=embedded:letters
+
+    quantlens evaluate digits-vit-w4a4.safetensors --weights pretrained \\
+      --id embedded:digits-test --fit embedded:digits-fit \\
+      --ood letters=embedded:letters --json result.json
+
+    quantlens evaluate deit_tiny_patch16_224 --weights deit_tiny.safetensors \\
+      --id imagenet:val --ood dtd=images:dtd/images \\
+      --ood ninco=images:ninco --near ninco
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    command(app, "evaluate", HELP, evaluate)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or a quantized checkpoint.")],
+    id: Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] or random.")
+    ] = None,
+    ood: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An out-of-distribution set; may be repeated.")
+    ] = None,
+    near: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Which of these sets are near; may be repeated.")
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="ID images, not evaluated, that scores are fitted on.")
+    ] = None,
+    scores: Annotated[list[str] | None, typer.Option(metavar="NAMES", help="OOD scores (default: all).")] = None,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+    bins: Annotated[int, typer.Option(min=1, help="Bins of the calibration error.")] = 15,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count images that cannot be read, and go on.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not keep decoded images on disk.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """See HELP."""
+    from quantlens.cli import _common
+
+    sets = _common.pairs(ood, "--ood", "NAME=SOURCE")
+    groups = dict.fromkeys(_common.names(near) or (), "near")
+    from quantlens.studies.environment import choose_device
+    from quantlens.studies.evaluate import choose_scores
+    from quantlens.studies.evaluate import evaluate as measure
+    from quantlens.studies.images import groups_of
+
+    wanted = _common.names(scores)
+    choose_scores(wanted)
+    groups_of(sets, groups)
+    chosen = choose_device(device)
+    measured, reference = models(model, weights, chosen)
+    with _common.stages(quiet) as step:
+        result = measure(
+            measured,
+            id,
+            sets,
+            fit=fit,
+            reference=reference,
+            scores=wanted,
+            groups=groups,
+            batch_size=batch_size,
+            device=chosen,
+            progress=step,
+            n_bins=bins,
+            skip_bad=skip_bad,
+            cache_dir=_common.cache_argument(no_cache),
+        )
+    if json == "-":
+        import json as standard
+
+        print(standard.dumps(result.to_dict(), indent=1, allow_nan=False))
+        return
+    _common.stdout().print(result)
+    if json is not None:
+        result.save_json(json)
+        _common.say(f"written: {json}")
+
+
+def models(name: str, weights: str | None, device: str) -> tuple[Any, Any]:
+    """(model to measure, FP32 reference or None) for the MODEL and --weights of a command line."""
+    from quantlens.cli import _common
+    from quantlens.errors import BadWeightsError
+    from quantlens.models import load_model
+
+    path = Path(name)
+    if path.suffix != ".safetensors":
+        return load_model(name, _common.weights_argument(weights), device=device), None
+    from quantlens.deploy.checkpoint import load
+
+    if not path.is_file():
+        raise BadWeightsError(f"{path} does not exist; give a model's name, or a file that `quantlens quantize` wrote")
+    quantized = load(path)
+    if weights is None:
+        return quantized, None
+    reference = load_model(quantized.name, _common.weights_argument(weights), device=device)
+    if quantized.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
+        raise BadWeightsError(
+            f"--weights {weights} is not the checkpoint that {path} was made from (SHA-256 "
+            f"{reference.checkpoint_sha256[:12]}…, not {str(quantized.checkpoint_sha256)[:12]}…); give that one"
+        )
+    return quantized, reference

@@ -1,0 +1,109 @@
+"""`quantlens`: the entry point, and how every command ends when something goes wrong.
+
+Exit codes: 0 done; 1 some cells of a study failed; 2 a mistake a person can mend, told in one line; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from quantlens._version import __version__
+from quantlens.cli import demo, evaluate, methods, models, quantize, report, sources, study
+from quantlens.cli._common import ReaderGone, Stopped
+from quantlens.errors import QuantlensError
+
+# The base of "no such option" and the like. Some versions of typer bring a click of their own, so it is found by name.
+CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="quantlens",
+    help="Quantize a vision transformer after training, and see what every bit costs, in and out of distribution.",
+    epilog="Start with: quantlens demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for room in (demo, quantize, evaluate, study, report, methods, models, sources):
+    room.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantlens {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and exit with its code."""
+    # Threads of torch that wait for work otherwise spin, which makes it many times slower on a machine that does other
+    # things too. Must stand in the environment before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command; its exit code. Mistakes become one line on stderr; QUANTLENS_DEBUG=1 shows the traceback."""
+    program: Any = typer.main.get_command(app)
+    try:
+        code = program.main(arguments, prog_name="quantlens", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (Stopped, typer.Abort, KeyboardInterrupt) as error:
+        _complain(str(error) or "stopped by Ctrl-C", prefix="")
+        return 130
+    except typer.Exit as error:
+        return int(error.exit_code)
+    except CLICK_ERROR as error:
+        _complain(_usage(error))
+        return int(getattr(error, "exit_code", 2))
+    except QuantlensError as error:
+        _debug()
+        _complain(str(error))
+        return 2
+    except (ReaderGone, BrokenPipeError):  # `quantlens models | head`: nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _debug()
+        where = f" ({error.filename})" if error.filename else ""
+        _complain(f"the disk is full{where}; free some space and run the same command again")
+        return 2
+
+
+def _complain(text: str, prefix: str = "error: ") -> None:
+    """One line on stderr."""
+    print(prefix + " ".join(text.split()), file=sys.stderr)
+
+
+def _debug() -> None:
+    if os.environ.get("QUANTLENS_DEBUG", "0") not in ("", "0"):
+        import traceback
+
+        traceback.print_exc()
+
+
+def _usage(error: Any) -> str:
+    """What click says of a wrong command line, with the command whose help tells more."""
+    path = getattr(getattr(error, "ctx", None), "command_path", "quantlens")
+    return f"{error.format_message().rstrip('.')}; see `{path} --help`"
+
+
+if __name__ == "__main__":
+    main()

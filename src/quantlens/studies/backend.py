@@ -1,0 +1,118 @@
+"""What a study asks of the rest of the house, in one object, so that a test can put a small one in its place."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantlens.errors import BadWeightsError, UnknownNameError
+
+Steps = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """A method of the registry with all its options, defaults filled in."""
+
+    name: str
+    version: int
+    options: dict[str, Any]
+
+
+class Backend:
+    """The real thing. Every import is made when it is needed."""
+
+    def method(self, name: str, options: Mapping[str, Any]) -> MethodChoice:
+        """Look a method up by name or alias; unknown names and options raise."""
+        from quantlens.methods import registry
+
+        method = registry.get(name)
+        return MethodChoice(method.info.name, int(method.info.version), dict(method.options(dict(options))))
+
+    def check_model(self, name: str, weights: str | None) -> None:
+        """Raise at once for a name or a weights file that cannot be right, before any model is loaded."""
+        from quantlens import zoo
+
+        if weights not in (None, "pretrained") and not Path(str(weights)).is_file():
+            raise BadWeightsError(f"the weights {weights} of {name} do not exist; check the path")
+        if name in zoo.available() or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+            return
+        import timm
+
+        if not timm.is_model(name.split("/")[-1].partition(".")[0]):
+            known = [*timm.list_models(), *zoo.available()]
+            raise UnknownNameError("model", name, known, "`quantlens models --filter 'vit*'` lists the names")
+
+    def load_model(self, name: str, weights: str | None, device: str, options: Mapping[str, Any]) -> Any:
+        """The FP32 model."""
+        from quantlens.models import load_model
+
+        return load_model(name, weights, device=device, **options)
+
+    def quantize(
+        self, model: Any, calibration: Any, choice: MethodChoice, bits: str, seed: int, progress: Steps | None
+    ) -> Any:
+        """The quantized model."""
+        from quantlens.api import quantize
+
+        return quantize(
+            model, calibration, method=choice.name, bits=bits, seed=seed, progress=progress, **choice.options
+        )
+
+    def open_source(self, spec: str) -> Any:
+        """A Source: its images are listed, not read."""
+        from quantlens.data import open_source
+
+        return open_source(spec)
+
+    def load_images(
+        self, source: Any, preprocess: Any, *, cache_dir: Any, skip_bad: bool, progress: Steps | None
+    ) -> Any:
+        """The decoded images of a Source."""
+        from quantlens.data import load_images
+
+        return load_images(source, preprocess, cache_dir=cache_dir, skip_bad=skip_bad, progress=progress)
+
+    def evaluate(self, model: Any, id: Any, ood: Mapping[str, Any], **settings: Any) -> Any:
+        """The Result of a model."""
+        from quantlens.studies.evaluate import evaluate
+
+        return evaluate(model, id, ood, **settings)
+
+    def environment(self, device: str) -> dict[str, Any]:
+        """What the figures are measured with."""
+        from quantlens.studies.environment import environment
+
+        return environment(device)
+
+    def device(self, name: str) -> str:
+        """The device to run on."""
+        from quantlens.studies.environment import choose_device
+
+        return choose_device(name)
+
+    def set_threads(self, count: int) -> None:
+        """Share the processor among several worker processes."""
+        import torch
+
+        torch.set_num_threads(max(1, count))
+
+    def free(self, more_to_come: bool = True) -> None:
+        """Give back the memory of a cell that is over (graphs are cycles, which counting references does not free).
+
+        What lives on is set aside from later collections, which would otherwise walk all of torch after every cell;
+        `more_to_come=False` takes it back.
+        """
+        if not more_to_come:
+            gc.unfreeze()
+        gc.collect()
+        if more_to_come:
+            gc.freeze()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

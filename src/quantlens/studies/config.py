@@ -1,0 +1,343 @@
+"""The study file: models x methods x bits x seeds, and the images they are measured on.
+
+    name: my-study
+    models:
+      - name: deit_tiny_patch16_224          # any name that `load_model` takes
+        weights: ${WEIGHTS}/deit_tiny.safetensors
+    methods: [repq-vit, {name: percentile, options: {percentile: 99.99}}]
+    bits: [FP32, W8A8, W4A4]
+    seeds: [0, 13, 37]
+    calibration: {source: "imagenet:data/train", n: 32}     # drawn anew for every seed
+    id: imagenet:data/val
+    ood:
+      textures: images:data/textures
+      ssb_hard: {source: "images:data/ssb_hard", group: near}
+
+A path is relative to the study file; `${NAME}` and `${NAME:-default}` in paths are taken from the environment.
+Every mistake a person can make in the file raises `QuantlensError` with one sentence.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from quantlens.errors import QuantlensError
+
+MAX_BYTES = 1 << 20
+_VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _named(value: Any) -> Any:
+    """A bare string stands for {name: string}."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _sourced(value: Any) -> Any:
+    """A bare string stands for {source: string}."""
+    return {"source": value} if isinstance(value, str) else value
+
+
+class ModelSpec(_Strict):
+    """One model: a name that `load_model` takes, its weights ("pretrained", a file, or nothing for the default of the
+    name), a label for tables, and further keyword arguments of `load_model`."""
+
+    name: str = Field(min_length=1)
+    weights: str | None = None
+    label: str = ""
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _label_is_name(cls, value: Any) -> Any:
+        value = _named(value)
+        return {"label": value.get("name", ""), **value} if isinstance(value, dict) else value
+
+
+class MethodSpec(_Strict):
+    """One method with its options (the paper's defaults where none is given)."""
+
+    name: str = Field(min_length=1)
+    options: dict[str, Any] = {}
+    label: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _label_is_name(cls, value: Any) -> Any:
+        value = _named(value)
+        return {"label": value.get("name", ""), **value} if isinstance(value, dict) else value
+
+
+class CalibrationSpec(_Strict):
+    """Where calibration images come from, and how many of them each seed draws."""
+
+    source: str = Field(min_length=1)
+    n: int = Field(default=32, ge=1)
+
+    @field_validator("source")
+    @classmethod
+    def _no_sample(cls, value: str) -> str:
+        if "?" in value:
+            raise ValueError("must not draw a sample itself: write the number of images as `n`")
+        return value
+
+    def drawn(self, seed: int) -> str:
+        """The source of the images that this seed draws."""
+        return f"{self.source}?n={self.n}&seed={seed}"
+
+
+class OodSpec(_Strict):
+    """One out-of-distribution set; near sets are averaged apart from far ones. A set that does not say its group is
+    far, but for the embedded sets, which know theirs."""
+
+    source: str = Field(min_length=1)
+    group: Literal["far", "near"] | None = None
+
+
+class StudyConfig(_Strict):
+    """A whole study. Lists run in the order given."""
+
+    name: str = "study"
+    models: tuple[ModelSpec, ...] = Field(min_length=1)
+    methods: tuple[MethodSpec, ...] = ()
+    bits: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    calibration: CalibrationSpec | None = None
+    id: str = Field(min_length=1)
+    ood: dict[str, OodSpec] = {}
+    fit: str | None = None
+    scores: tuple[str, ...] | None = None
+    device: str = "auto"
+    batch_size: int = Field(default=64, ge=1)
+    skip_bad: bool = False
+    cache: bool | str = True
+
+    @field_validator("models", "methods", mode="before")
+    @classmethod
+    def _lists_of_names(cls, value: Any) -> Any:
+        return [_named(v) for v in value] if isinstance(value, list | tuple) else value
+
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _calibration_source(cls, value: Any) -> Any:
+        return _sourced(value)
+
+    @field_validator("ood", mode="before")
+    @classmethod
+    def _ood_sources(cls, value: Any) -> Any:
+        return {k: _sourced(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("bits")
+    @classmethod
+    def _bits_exist(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(parse_bits(bits) for bits in value))
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(seed < 0 for seed in value):
+            raise ValueError("a seed is a whole number of at least 0")
+        return tuple(dict.fromkeys(value))
+
+    @model_validator(mode="after")
+    def _whole(self) -> StudyConfig:
+        for what, specs in (("models", self.models), ("methods", self.methods)):
+            labels = [spec.label for spec in specs]
+            twice = next((label for label in labels if labels.count(label) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two {what} are called {twice!r}: give each of them its own `label`")
+        if any(bits != "FP32" for bits in self.bits):
+            if not self.methods:
+                raise ValueError("`methods` is missing: name at least one method for the quantized precisions")
+            if self.calibration is None:
+                raise ValueError("`calibration` is missing: name the source of the calibration images")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it is kept in the store."""
+        return self.model_dump(mode="json")
+
+
+def parse_bits(text: str) -> str:
+    """A precision in its one spelling (`W4A8`, `FP32`); ValueError when it is none."""
+    from quantlens.quantizers.bits import Bits
+
+    try:
+        return str(Bits.parse(text))
+    except QuantlensError as error:
+        raise ValueError(str(error)) from None
+
+
+def load_config(path: str | os.PathLike[str]) -> StudyConfig:
+    """Read a study file (YAML, safe tags only)."""
+    import yaml
+
+    path = Path(path)
+    where = f"study file {path}"
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            raise QuantlensError(f"{where} is a directory; give the YAML file itself")
+        if size > MAX_BYTES:
+            raise QuantlensError(f"{where} has {size} bytes, more than a study can have; is it the right file?")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise QuantlensError(f"{where} does not exist; see examples/ for files to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise QuantlensError(f"{where} cannot be read ({error})") from error
+    try:
+        data = yaml.load(text, Loader=_loader())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" at line {mark.line + 1}" if mark is not None else ""
+        raise QuantlensError(f"{where} is not valid YAML{at}: {getattr(error, 'problem', None) or error}") from error
+    return parse_config(data, base=path.parent, where=where, name=path.stem)
+
+
+def parse_config(data: Any, *, base: Path | None = None, where: str = "the study", name: str = "study") -> StudyConfig:
+    """A checked study from plain data; paths are resolved against `base` (None: the working directory)."""
+    if not isinstance(data, dict):
+        raise QuantlensError(f"{where} must hold keys such as `models:` and `bits:`, not {type(data).__name__}")
+    try:
+        config = StudyConfig.model_validate({"name": name, **data})
+    except ValidationError as error:
+        raise QuantlensError(f"{where}: {_first_problem(error)}") from None
+    return _resolved(config, Path.cwd() if base is None else base.resolve(), where)
+
+
+def _loader() -> Any:
+    """yaml.SafeLoader that refuses a key given twice (YAML would silently keep the last)."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[Any] = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if isinstance(key, str) and key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    )
+                if isinstance(key, str):
+                    seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    # A misspelt key is most likely the reason of a missing one.
+    problems.sort(key=lambda p: p["type"] != "extra_forbidden")
+    problem = problems[0]
+    location = tuple(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        close = get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        place = f" in `{_spell(location[:-1])}`" if len(location) > 1 else ""
+        hint = f"; did you mean {close[0]!r}?" if close else f"; the keys are {', '.join(known)}"
+        return f"unknown key {str(location[-1])!r}{place}{hint}"
+    if problem["type"] == "missing":
+        return f"the key `{_spell(location)}` is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    message = message[0].lower() + message[1:] if message[:5] == "Input" else message
+    return f"`{_spell(location)}`: {message}"
+
+
+def _spell(location: tuple[Any, ...]) -> str:
+    """("models", 0, "name") -> models[0].name"""
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f"{'.' if text else ''}{part}"
+    return text
+
+
+def _keys_at(location: tuple[Any, ...]) -> list[str]:
+    """The keys that may stand at a place of the study file."""
+    here: Any = StudyConfig
+    for part in location:
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            here = here.model_fields[str(part)].annotation if str(part) in here.model_fields else None
+        else:  # an index of a list, a name in a mapping
+            here = _model_in(here)
+    found = _model_in(here)
+    return [] if found is None else list(found.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    """The pydantic model inside `tuple[Model, ...]`, `dict[str, Model]` or `Model | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
+
+
+# ---- paths -----------------------------------------------------------------------------------------------------------
+
+
+def expand(text: str, where: str, environment: Mapping[str, str] | None = None) -> str:
+    """Replace `${NAME}` and `${NAME:-default}`; a variable that is not set is an error."""
+    values = os.environ if environment is None else environment
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match["name"], match["default"]
+        if values.get(name):
+            return values[name]
+        if default is not None:
+            return default
+        raise QuantlensError(f"{where} uses ${{{name}}}, which is not set; run `export {name}=…` first")
+
+    return _VARIABLE.sub(value, text)
+
+
+def resolve_source(spec: str, base: Path, where: str) -> str:
+    """A SOURCE with variables replaced and a relative path made absolute; `embedded:` names stay as they are."""
+    spec = expand(spec, where)
+    kind, colon, rest = spec.partition(":")
+    if not colon or kind == "embedded":
+        return spec
+    return f"{kind}:{base / Path(rest).expanduser()}"
+
+
+def resolve_path(text: str, base: Path, where: str) -> str:
+    """A file path with variables replaced, relative to `base`."""
+    return str(base / Path(expand(text, where)).expanduser())
+
+
+def _resolved(config: StudyConfig, base: Path, where: str) -> StudyConfig:
+    def weights(model: ModelSpec) -> ModelSpec:
+        if model.weights in (None, "pretrained", "hub"):
+            return model
+        assert model.weights is not None
+        return model.model_copy(update={"weights": resolve_path(model.weights, base, where)})
+
+    update: dict[str, Any] = {
+        "models": tuple(weights(m) for m in config.models),
+        "id": resolve_source(config.id, base, where),
+        "ood": {
+            name: spec.model_copy(update={"source": resolve_source(spec.source, base, where)})
+            for name, spec in config.ood.items()
+        },
+    }
+    if config.calibration is not None:
+        source = resolve_source(config.calibration.source, base, where)
+        update["calibration"] = config.calibration.model_copy(update={"source": source})
+    if config.fit is not None:
+        update["fit"] = resolve_source(config.fit, base, where)
+    if isinstance(config.cache, str):
+        update["cache"] = resolve_path(config.cache, base, where)
+    return config.model_copy(update=update)

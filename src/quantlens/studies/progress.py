@@ -1,0 +1,152 @@
+"""What a person sees while a study runs: a live bar with the time left, or a line per cell where there is no screen."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+
+def duration(seconds: float) -> str:
+    """`8 s`, `3 min 05 s`, `2 h 14 min`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Quiet:
+    """Shows nothing; the base of the other displays, and what keeps the time."""
+
+    def __init__(self) -> None:
+        self.total = self.behind = self.at_start = 0
+        self.started = time.monotonic()
+        self.parallel = 1
+        """Processes at work."""
+        self._times: dict[str, list[float]] = {}
+
+    def start(self, total: int, behind: int) -> None:
+        """`behind` of the `total` cells were finished before."""
+        self.total, self.behind, self.at_start, self.started = total, behind, behind, time.monotonic()
+
+    def working(self, what: str) -> None:
+        """A cell begins, or a model is loaded."""
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """Progress inside a cell."""
+
+    def skipped(self, count: int) -> None:
+        """Cells turned out to be finished already, by an earlier run or another process."""
+        self.behind = min(self.total, self.behind + count)
+
+    def finished(self, kind: str, what: str, seconds: float, error: str | None = None) -> None:
+        """A cell is in the store. `kind` groups cells that take about equally long."""
+        self._times.setdefault(kind, []).append(seconds)
+        self.behind = min(self.total, self.behind + 1)
+
+    def message(self, text: str) -> None:
+        """A sentence for the person."""
+
+    def stop(self) -> None:
+        """Leave the screen as it is."""
+
+    def left(self) -> float | None:
+        """Seconds left, from the mean time of the cells so far (methods weigh equally); None when nothing ran yet."""
+        if not self._times:
+            return None
+        means = [sum(times) / len(times) for kind, times in self._times.items() if kind != "fp32"]
+        means = means or [sum(times) / len(times) for times in self._times.values()]
+        return sum(means) / len(means) * (self.total - self.behind) / self.parallel
+
+
+class Lines(Quiet):
+    """One line per finished cell, for logs."""
+
+    def __init__(self, console: Any) -> None:
+        super().__init__()
+        self.console = console
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def start(self, total: int, behind: int) -> None:
+        super().start(total, behind)
+        self._print(f"{total} cells")
+
+    def finished(self, kind: str, what: str, seconds: float, error: str | None = None) -> None:
+        super().finished(kind, what, seconds, error)
+        left = self.left()
+        ending = "" if left is None or self.behind >= self.total else f", about {duration(left)} left"
+        outcome = f"FAILED: {error}" if error else duration(seconds)
+        self._print(f"[{self.behind}/{self.total}] {what}: {outcome}{ending}")
+
+    def message(self, text: str) -> None:
+        self._print(text)
+
+
+class Live(Quiet):
+    """A bar for the study and one for the cell that runs."""
+
+    def __init__(self, console: Any) -> None:
+        super().__init__()
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
+            console=console,
+            transient=False,
+        )
+        self.study = self.progress.add_task("study", total=None, left="")
+        self.cell = self.progress.add_task("", total=None, left="", visible=False)
+        self._what = ""
+
+    def start(self, total: int, behind: int) -> None:
+        super().start(total, behind)
+        self.progress.update(self.study, total=total, completed=behind)
+        self.progress.start()
+
+    def working(self, what: str) -> None:
+        self._what = what
+        self.progress.reset(self.cell, total=None, description=what, visible=True, left="")
+
+    def step(self, what: str, done: int, total: int) -> None:
+        self.progress.update(self.cell, description=f"{self._what}: {what}", completed=done, total=total)
+
+    def skipped(self, count: int) -> None:
+        super().skipped(count)
+        self._show()
+
+    def finished(self, kind: str, what: str, seconds: float, error: str | None = None) -> None:
+        super().finished(kind, what, seconds, error)
+        if error:
+            self.message(f"{what} failed: {error}")
+        self._show()
+
+    def _show(self) -> None:
+        left = self.left()
+        text = "" if left is None or self.behind >= self.total else f"about {duration(left)} left"
+        self.progress.update(self.study, completed=self.behind, left=text)
+
+    def message(self, text: str) -> None:
+        self.progress.console.print(text, markup=False, highlight=False)
+
+    def stop(self) -> None:
+        self.progress.update(self.cell, visible=False)
+        self.progress.stop()
+
+
+def display(progress: bool | Quiet) -> Quiet:
+    """The display for a `progress` argument: True is a live bar on a terminal and lines elsewhere, both on stderr."""
+    if isinstance(progress, Quiet):
+        return progress
+    if not progress:
+        return Quiet()
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return Live(console) if console.is_terminal else Lines(console)

@@ -1,0 +1,168 @@
+"""A small stand-in for models and methods: nearest-centroid classifiers on the embedded digits, quantized by rounding.
+
+The images, metrics, store and runner are the real ones. `FakeBackend` notes every cell it runs in a file, so that tests
+see what ran, in which process, and how often.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from quantlens.data import Preprocess, open_source
+from quantlens.data.images import load_images
+from quantlens.errors import UnknownNameError
+from quantlens.studies.backend import Backend, MethodChoice
+from quantlens.studies.config import StudyConfig, parse_config
+
+PREPROCESS = Preprocess((3, 32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 1.0, "center")
+OPTIONS = {"minmax": {}, "percentile": {"percentile": 99.9}}
+
+
+@lru_cache(maxsize=1)
+def centroids() -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight [8, 64] and bias [8] of the nearest-centroid rule on 8x8 grey means."""
+    images = load_images(open_source("embedded:digits-fit"), PREPROCESS, cache_dir=False)
+    features = features_of(images.tensor())
+    labels = torch.tensor(images.labels)
+    means = torch.stack([features[labels == k].mean(0) for k in range(8)])
+    return means, -0.5 * (means**2).sum(1)
+
+
+def features_of(pixels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.avg_pool2d(pixels.mean(1, keepdim=True), 4).flatten(1)
+
+
+@dataclass
+class FakeModel:
+    """Follows the contract of a model: outputs, classifier, preprocess, and what it is."""
+
+    name: str = "fake"
+    weight: torch.Tensor = field(default_factory=lambda: centroids()[0])
+    bias: torch.Tensor = field(default_factory=lambda: centroids()[1])
+    method: str = "fp32"
+    bits: str = "FP32"
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    reference: Any = None
+    preprocess: Preprocess = PREPROCESS
+    size_mb: float = 0.002
+    size_ratio: float = 1.0
+    num_classes: int = 8
+    num_parameters: int = 520
+    class_names: list[str] | None = None
+    batches_seen: int = 0
+
+    @property
+    def checkpoint_sha256(self) -> str:
+        return hashlib.sha256(centroids()[0].numpy().tobytes() + self.name.encode()).hexdigest()
+
+    def outputs(self, x: torch.Tensor) -> Any:
+        self.batches_seen += 1
+        features = features_of(x)
+        return SimpleNamespace(logits=features @ self.weight.T + self.bias, features=features)
+
+    def classifier(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weight, self.bias
+
+    def to(self, device: str) -> FakeModel:
+        return self
+
+
+def quantized(model: FakeModel, bits: str, seed: int = 0, method: str = "minmax") -> FakeModel:
+    """Weights rounded to the bits of `W<n>A<m>`, with a little noise from the seed."""
+    width = int(bits[1 : bits.index("A")])
+    step = float(model.weight.abs().max()) / (2 ** (width - 1))
+    noise = torch.rand(model.weight.shape, generator=torch.Generator().manual_seed(seed)) - 0.5
+    weight = torch.round(model.weight / step + 0.5 * noise) * step
+    return FakeModel(model.name, weight, model.bias, method, bits, seed, reference=model, size_ratio=width / 32)
+
+
+class FakeBackend(Backend):
+    """`log`: a line for each cell run. `pause`: seconds a cell takes. `broken`: cells ("minmax W4A4 0") that raise."""
+
+    def __init__(self, log: Path, pause: float = 0.0, broken: tuple[str, ...] = (), error: str = "") -> None:
+        self.log, self.pause, self.broken, self.error = Path(log), pause, broken, error
+
+    def note(self, text: str) -> None:
+        with self.log.open("a") as file:
+            file.write(f"{text} pid {os.getpid()}\n")
+
+    def method(self, name: str, options: Any) -> MethodChoice:
+        if name not in OPTIONS:
+            raise UnknownNameError("method", name, OPTIONS)
+        return MethodChoice(name, 1, {**OPTIONS[name], **options})
+
+    def check_model(self, name: str, weights: str | None) -> None:
+        if name.startswith("unknown"):
+            raise UnknownNameError("model", name, ["fake"])
+
+    def load_model(self, name: str, weights: str | None, device: str, options: Any) -> FakeModel:
+        self.note(f"load {name}")
+        if name == "unloadable":
+            raise RuntimeError("no such weights")
+        return FakeModel(name)
+
+    def quantize(
+        self, model: FakeModel, calibration: Any, choice: MethodChoice, bits: str, seed: int, progress: Any
+    ) -> FakeModel:
+        what = f"{choice.name} {bits} {seed}"
+        self.note(f"start {model.name} {what}")
+        time.sleep(self.pause)
+        if what in self.broken:
+            if self.error == "full":
+                raise OSError(28, "No space left on device")
+            if self.error == "interrupt":
+                raise KeyboardInterrupt
+            raise ValueError(f"{what} is broken")
+        assert len(calibration) == 16
+        return quantized(model, bits, seed, choice.name)
+
+    def evaluate(self, model: FakeModel, id: Any, ood: Any, **settings: Any) -> Any:
+        result = super().evaluate(model, id, ood, **settings)
+        self.note(f"end {model.name} {model.method} {model.bits} {model.seed}")
+        return result
+
+    def ended(self) -> list[str]:
+        """The cells that were measured, in order."""
+        if not self.log.exists():
+            return []
+        lines = self.log.read_text().splitlines()
+        return [line[4:].rpartition(" pid ")[0] for line in lines if line.startswith("end ")]
+
+
+def config(**changes: Any) -> StudyConfig:
+    """A study of 1 + 2 x 2 x 2 = 9 cells on the embedded digits."""
+    data: dict[str, Any] = {
+        "name": "test",
+        "models": ["fake"],
+        "methods": ["minmax", "percentile"],
+        "bits": ["FP32", "W8A8", "W3A3"],
+        "seeds": [0, 13],
+        "calibration": {"source": "embedded:digits-calibration", "n": 16},
+        "id": "embedded:digits-test[0:100]",
+        "ood": {"letters": "embedded:letters[0:40]", "other": "embedded:digits-held-out[0:40]"},
+        "scores": ["msp", "energy"],
+        "device": "cpu",
+        "cache": False,
+    }
+    data.update(changes)
+    return parse_config({k: v for k, v in data.items() if v is not ...})
+
+
+if __name__ == "__main__":  # python study_fakes.py OUT LOG PAUSE: a study in a process of its own
+    import sys
+
+    from quantlens.studies.runner import run_study
+
+    torch.set_num_threads(1)
+    run_study(config(), sys.argv[1], backend=FakeBackend(Path(sys.argv[2]), float(sys.argv[3])))
