@@ -106,9 +106,7 @@ def test_one_confidence_for_all_images_is_one_bin(adaptive: bool) -> None:
     n_bins=st.integers(1, 20),
     seed=st.integers(0, 100),
 )
-def test_order_of_tied_confidences_does_not_matter(
-    rows: list[tuple[int, bool]], n_bins: int, seed: int
-) -> None:
+def test_order_of_tied_confidences_does_not_matter(rows: list[tuple[int, bool]], n_bins: int, seed: int) -> None:
     confidence = np.array([c / 8 for c, _ in rows])
     correct = np.array([hit for _, hit in rows])
     order = np.random.default_rng(seed).permutation(len(rows))

@@ -34,9 +34,7 @@ FITTED = NAMES[5:]
 class World:
     """Features of K Gaussian classes with correlated noise, their linear classifier, and OOD features."""
 
-    def __init__(
-        self, n: int = 400, d: int = 12, k: int = 5, seed: int = 0, step: float | None = None
-    ) -> None:
+    def __init__(self, n: int = 400, d: int = 12, k: int = 5, seed: int = 0, step: float | None = None) -> None:
         rng = np.random.default_rng(seed)
         centres = rng.normal(size=(k, d)) * 4
         mix = rng.normal(size=(d, d)) * 0.3 + np.eye(d)
@@ -228,9 +226,7 @@ def test_blocks_of_rows_change_nothing(name: str, monkeypatch: pytest.MonkeyPatc
 def test_order_of_fit_images_does_not_matter(name: str) -> None:
     world = World(n=60, seed=4)
     order = np.random.default_rng(1).permutation(60)
-    shuffled = world.fit(
-        logits=world.logits[order], features=world.features[order], labels=world.labels[order]
-    )
+    shuffled = world.fit(logits=world.logits[order], features=world.features[order], labels=world.labels[order])
     for here, there in zip(world.both(name), world.both(name, shuffled), strict=True):
         np.testing.assert_allclose(here, there, rtol=1e-7)
 

@@ -78,9 +78,7 @@ def mean_figures(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ood_means(ood: dict[str, Any]) -> dict[str, Any]:
-    chosen = {
-        part: [e for e in ood.values() if part in ("all", e["group"])] for part in ("far", "near", "all")
-    }
+    chosen = {part: [e for e in ood.values() if part in ("all", e["group"])] for part in ("far", "near", "all")}
     return {part: mean_figures(entries) for part, entries in chosen.items() if entries}
 
 

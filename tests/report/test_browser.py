@@ -148,9 +148,9 @@ def test_score_selector_switches_everything(browser, report):
     assert set(visible) == {"vim"}
     assert browser.column("#delta-table", 7) != before
     assert set(browser.column("#set-table", 5)) == {"ViM"}
-    assert set(
-        browser.run("return [...document.querySelectorAll('[data-score-name]')].map(e => e.textContent)")
-    ) == {"ViM"}
+    assert set(browser.run("return [...document.querySelectorAll('[data-score-name]')].map(e => e.textContent)")) == {
+        "ViM"
+    }
 
 
 def test_precision_selector_and_filters(browser, report):

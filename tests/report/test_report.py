@@ -95,9 +95,7 @@ def test_set_rows_equal_the_store(full_store):
     assert len(rows) == 10 * (3 + 3) * 6 * 6  # scores × (sets and means) × groups × precisions
     row = next(r for r in rows if r[:6] == [DEIT, "minmax", "W4A4", "flowers", "near", "KNN"])
     stored = [r["ood"]["flowers"]["knn"] for r in results(full_store, DEIT, "minmax", "W4A4")]
-    deltas = [
-        r["delta"]["ood"]["flowers"]["knn"]["aupr_out"] for r in results(full_store, DEIT, "minmax", "W4A4")
-    ]
+    deltas = [r["delta"]["ood"]["flowers"]["knn"]["aupr_out"] for r in results(full_store, DEIT, "minmax", "W4A4")]
 
     def shown(values):
         values = [100 * v for v in values]
@@ -113,9 +111,7 @@ def test_deltas_are_sorted_by_loss_and_follow_the_score(full_store):
     firsts = [float(r[4].split(" ")[0].replace("−", "-")) for r in table.rows]
     assert firsts == sorted(firsts, reverse=True)
     row = table.rows[0]
-    stored = [
-        r["delta"]["ood_mean"]["far"]["vim"]["aupr_out"] for r in results(full_store, row[0], row[1], row[2])
-    ]
+    stored = [r["delta"]["ood_mean"]["far"]["vim"]["aupr_out"] for r in results(full_store, row[0], row[1], row[2])]
     assert table.by_score["vim"][0][0].startswith(percent(statistics.fmean(stored)))
     assert table.rows[0][-2:] == table.by_score["msp"][0]
 
@@ -148,9 +144,7 @@ def test_summary_states_the_largest_and_least_loss(full_store):
             losses[model, method] = statistics.fmean(stored)
     worst = max(losses, key=losses.__getitem__)
     text = " ".join(sentences(board))
-    assert (
-        f"the largest loss of top-1 is {percent(losses[worst])} points: {worst[0]} · {worst[1]} falls" in text
-    )
+    assert f"the largest loss of top-1 is {percent(losses[worst])} points: {worst[0]} · {worst[1]} falls" in text
     assert "repq-vit loses least top-1 at W4A4 for every model" in text
     assert percent(losses[DEIT, "repq-vit"]) in text
     assert "AUPR-out by MSP (mean of the far sets)" in text
@@ -222,9 +216,7 @@ def test_seeds_that_draw_their_own_calibration_images_are_one_group(make):
 
 def test_the_newest_of_equal_cells_counts(make):
     make_cells, _, fake_store = make
-    old, new = (
-        make_cells(models=(DEIT,), methods=("minmax",), bits=("W4A4",), seeds=(0,))[0] for _ in range(2)
-    )
+    old, new = (make_cells(models=(DEIT,), methods=("minmax",), bits=("W4A4",), seeds=(0,))[0] for _ in range(2))
     new.created, new.result["id"]["top1"] = "2026-12-01T00:00:00", 0.123
     board = board_of(fake_store([new, old]))
     assert board.groups[0].first("W4A4")["id"]["top1"] == 0.123
@@ -239,9 +231,7 @@ def words_of(store) -> str:
 
 def test_one_cell_only(make):
     make_cells, _, fake_store = make
-    words = words_of(
-        fake_store(make_cells(models=(DEIT,), methods=("repq-vit",), bits=("W4A4",), seeds=(0,)))
-    )
+    words = words_of(fake_store(make_cells(models=(DEIT,), methods=("repq-vit",), bits=("W4A4",), seeds=(0,))))
     assert "There is one seed (0), so no spread over seeds is given." in words
     assert "FP32" in words, "the FP32 figures that the cell carries are shown"
 
@@ -273,9 +263,7 @@ def test_only_failed_cells(make):
     _, fake_cell, fake_store = make
     error = 'Traceback (most recent call last):\n  File "x"\n'
     error += "quantlens.errors.BadImageError: <img src=x onerror=1>"
-    cell = fake_cell(
-        "k", {"model": "<b>m</b>", "method": "minmax", "bits": "W4A4", "seed": 0}, "failed", None, error
-    )
+    cell = fake_cell("k", {"model": "<b>m</b>", "method": "minmax", "bits": "W4A4", "seed": 0}, "failed", None, error)
     page = render(board_of(fake_store([cell])))
     assert "No cell of this study has finished" in page
     assert "BadImageError: &lt;img src=x onerror=1&gt;" in page
@@ -374,9 +362,7 @@ def test_size_of_a_usual_report(full_page):
 def test_histogram_budget_and_its_note(make, monkeypatch):
     make_cells, _, fake_store = make
     monkeypatch.setattr("quantlens.report.distributions.HISTOGRAM_BUDGET", 40_000)
-    cells = make_cells(
-        methods=("minmax",), bits=("FP32", "W8A8", "W4A4"), seeds=(0,), scores=("msp", "knn", "vim")
-    )
+    cells = make_cells(methods=("minmax",), bits=("FP32", "W8A8", "W4A4"), seeds=(0,), scores=("msp", "knn", "vim"))
     panels, note = histograms(board_of(fake_store(cells)))
     assert sum(len(p.svg) for p in panels) < 40_000
     kept = {(p.score, p.bits) for p in panels}

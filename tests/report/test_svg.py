@@ -99,18 +99,14 @@ def test_histogram_outline_follows_the_heights():
 
 def test_constant_scores_have_a_histogram():
     parsed(
-        svg.histogram(
-            [Outline([1.0, 1.0], [0.0], "id", "ID")], title="t", description="d", x_label="x", y_label="y"
-        )
+        svg.histogram([Outline([1.0, 1.0], [0.0], "id", "ID")], title="t", description="d", x_label="x", y_label="y")
     )
 
 
 def test_reliability_marks_lie_at_confidence_and_accuracy():
     curve = Reliability([(0.5, 0.5, 0.25), (1.0, 0.0, 0.75)], "c0", "W4A4")
     root = parsed(svg.reliability_diagram([curve], title="t", description="d"))
-    first, second = [
-        (float(c.get("cx")), float(c.get("cy")), float(c.get("r"))) for c in root.iter(f"{NS}circle")
-    ]
+    first, second = [(float(c.get("cx")), float(c.get("cy")), float(c.get("r"))) for c in root.iter(f"{NS}circle")]
     assert second[0] > first[0]
     assert second[1] > first[1]
     assert second[2] > first[2], "more images, larger mark"

@@ -1,7 +1,7 @@
 """Where images come from: the SOURCE grammar, and the two kinds of source (files, arrays).
 
     KIND:PATH                    imagenet:DIR imagefolder:DIR images:DIR cifar10:DIR cifar100:DIR coco:DIR embedded:NAME
-    KIND:PATH[a:b]               images a to b (b excluded) in sorted order, as Python slices: ends may be open or negative
+    KIND:PATH[a:b]               images a to b (b excluded) in sorted order, as in Python: ends may be open or negative
     KIND:PATH[a:b:s]             every s-th of them: [::2] and [1::2] are two halves that share no image
     KIND:PATH?n=200&seed=0       a random sample of 200 (seed 0 where none is given), from the slice if there is one
 
@@ -65,7 +65,8 @@ def parse_spec(text: str) -> SourceSpec:
         ends = re.fullmatch(r"\s*([-+]?\d+)?\s*:\s*([-+]?\d+)?\s*(?::\s*([1-9]\d*)?\s*)?", bracket[1])
         if ends is None:
             raise QuantlensError(
-                f"source {text!r}: {bracket[0]} is not a slice; write [a:b] or [a:b:step], for example [0:400], [-100:] or [::2]"
+                f"source {text!r}: {bracket[0]} is not a slice; write [a:b] or [a:b:step], "
+                "for example [0:400], [-100:] or [::2]"
             )
         start, stop, step = (int(end) if end else None for end in ends.groups())
         path = path[: bracket.start()]

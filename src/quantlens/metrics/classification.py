@@ -91,9 +91,7 @@ def _bin_sums(bins: Int, values: Float, n_bins: int) -> Float:
     return np.bincount(bins, weights=values, minlength=n_bins).astype(np.float64)
 
 
-def calibration_error(
-    confidence: ArrayLike, correct: ArrayLike, *, n_bins: int = 15, adaptive: bool = False
-) -> float:
+def calibration_error(confidence: ArrayLike, correct: ArrayLike, *, n_bins: int = 15, adaptive: bool = False) -> float:
     """Expected calibration error: sum over bins of n_b / N * |accuracy_b - mean confidence_b|.
 
     `confidence` [N] in 0..1, `correct` [N] 0 or 1. With `adaptive` the bins hold equally many images (Nguyen
@@ -162,9 +160,7 @@ def classification_figures(
     y = np.asarray(labels).astype(np.int64)
     k = np.shape(logits)[1]
     if class_names is not None and len(class_names) != k:
-        raise QuantlensError(
-            f"there are {len(class_names)} class names for {k} classes: give one per class, or none"
-        )
+        raise QuantlensError(f"there are {len(class_names)} class names for {k} classes: give one per class, or none")
     correct = images.rank == 0
     count = np.bincount(y, minlength=k)
     hits = np.bincount(y[correct], minlength=k)

@@ -36,9 +36,7 @@ from quantlens.metrics._arrays import (
 # scores of the logits alone
 
 
-def _per_row(
-    matrix: np.ndarray, function: Callable[[Float], Float], row_elements: int | None = None
-) -> Float:
+def _per_row(matrix: np.ndarray, function: Callable[[Float], Float], row_elements: int | None = None) -> Float:
     """`function` (float64 block [n, M] -> [n]) over blocks of rows, so that memory stays bounded."""
     n, width = matrix.shape
     out = np.empty(n)
@@ -141,14 +139,10 @@ class FitData:
             fields["weight"] = weight = as_matrix(self.weight, "classifier weights").astype(np.float64)
             d = weight.shape[1] if self.features is None else fields["features"].shape[1]
             if weight.shape != (k, d):
-                raise QuantlensError(
-                    f"the classifier weight has shape {weight.shape}, but {(k, d)} is expected"
-                )
+                raise QuantlensError(f"the classifier weight has shape {weight.shape}, but {(k, d)} is expected")
             bias = np.zeros(k) if self.bias is None else np.asarray(self.bias, dtype=np.float64)
             if bias.shape != (k,) or not np.isfinite(bias).all():
-                raise QuantlensError(
-                    f"the classifier bias must be {k} finite numbers, not of shape {bias.shape}"
-                )
+                raise QuantlensError(f"the classifier bias must be {k} finite numbers, not of shape {bias.shape}")
             fields["bias"] = bias
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -160,17 +154,13 @@ class FitData:
     def features64(self) -> Float:
         """Features [N, D] in float64; UnsupportedError where the model gives none."""
         if self.features is None:
-            raise UnsupportedError(
-                "this score needs penultimate features, which the model lacks: leave it out"
-            )
+            raise UnsupportedError("this score needs penultimate features, which the model lacks: leave it out")
         return self.features.astype(np.float64)
 
     def classifier(self) -> tuple[Float, Float]:
         """Weight [K, D] and bias [K]; UnsupportedError where the model has no linear classifier."""
         if self.weight is None or self.bias is None:
-            raise UnsupportedError(
-                "this score needs a linear classifier, which the model lacks: leave it out"
-            )
+            raise UnsupportedError("this score needs a linear classifier, which the model lacks: leave it out")
         return self.weight, self.bias
 
 
@@ -433,9 +423,7 @@ def relative_mahalanobis(
     Mahalanobis Distance for Improving Near-OOD Detection, arXiv 2106.09022, 2021. Departure: the covariances
     as in `tied_covariances`.
     """
-    return mahalanobis(features, means, whiten) - mahalanobis(
-        features, background_mean[None], background_whiten
-    )
+    return mahalanobis(features, means, whiten) - mahalanobis(features, background_mean[None], background_whiten)
 
 
 @dataclass(frozen=True, eq=False)
@@ -514,9 +502,7 @@ class ReActScorer:
         return cls(weight=weight, bias=bias, threshold=float(np.percentile(data.features64(), percentile)))
 
     def __call__(self, logits: ArrayLike | None, features: ArrayLike | None = None) -> Float:
-        return react(
-            _given(features, "features", self.weight.shape[1]), self.weight, self.bias, self.threshold
-        )
+        return react(_given(features, "features", self.weight.shape[1]), self.weight, self.bias, self.threshold)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -686,15 +672,9 @@ def make_scorer(name: str, fit: FitData | None = None) -> Scorer:
     if name in _LOGIT_SCORES:
         return LogitScorer(_LOGIT_SCORES[name])
     if fit is None:
-        raise QuantlensError(
-            f"the score {name!r} is fitted on ID images, but none were given: name some for it"
-        )
+        raise QuantlensError(f"the score {name!r} is fitted on ID images, but none were given: name some for it")
     if info.needs_features and fit.features is None:
-        raise UnsupportedError(
-            f"the score {name!r} needs penultimate features, which this model lacks: leave it out"
-        )
+        raise UnsupportedError(f"the score {name!r} needs penultimate features, which this model lacks: leave it out")
     if info.needs_classifier and fit.weight is None:
-        raise UnsupportedError(
-            f"the score {name!r} needs a linear classifier, which this model lacks: leave it out"
-        )
+        raise UnsupportedError(f"the score {name!r} needs a linear classifier, which this model lacks: leave it out")
     return _FITTED_SCORES[name](fit)

@@ -33,9 +33,7 @@ def write_report(store_or_dir: Any, out: str | Path | None = None, *, title: str
     cells = list(store.cells())
     where = folder or "the store"
     if not cells:
-        raise QuantlensError(
-            f"{where} holds no cell yet, so there is nothing to report; run `quantlens study` first"
-        )
+        raise QuantlensError(f"{where} holds no cell yet, so there is nothing to report; run `quantlens study` first")
     if out is None and folder is None:
         raise QuantlensError("this store names no directory; say where to write the report with out=")
     target = Path(out) if out is not None else Path(folder or ".") / "report.html"
@@ -51,9 +49,7 @@ def open_store(store_or_dir: Any) -> tuple[Any, Path | None]:
     if isinstance(store_or_dir, str | os.PathLike):
         folder = Path(store_or_dir)
         if not (folder / "store.sqlite").is_file():
-            raise StorageError(
-                f"{folder} holds no store.sqlite; give the --out directory of a `quantlens study`"
-            )
+            raise StorageError(f"{folder} holds no store.sqlite; give the --out directory of a `quantlens study`")
         from quantlens.studies.store import Store
 
         return Store(folder), folder
@@ -77,9 +73,7 @@ def render(board: Any, *, title: str | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style, script = (
-        (HERE / "assets" / name).read_text(encoding="utf-8") for name in ("report.css", "report.js")
-    )
+    style, script = ((HERE / "assets" / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     context = page_context(board)
     name = title or board.study.get("name") or "Quantization report"
     return environment.get_template("report.html.j2").render(
@@ -171,6 +165,5 @@ def write_whole(target: Path, page: str) -> None:
         if part is not None:
             part.unlink(missing_ok=True)
         raise StorageError(
-            f"cannot write the report {target}: {error.strerror or error}; "
-            "free some space or give another --out"
+            f"cannot write the report {target}: {error.strerror or error}; free some space or give another --out"
         ) from error

@@ -150,9 +150,7 @@ def chance_level(board: Board, groups: Sequence[Group], path: Path) -> float | N
     return None if level is None else 100 * level.mean
 
 
-def aupr_panels(
-    board: Board, looks: Looks, score: str, prefix: Path, what: str, detail: str = ""
-) -> list[Panel]:
+def aupr_panels(board: Board, looks: Looks, score: str, prefix: Path, what: str, detail: str = "") -> list[Panel]:
     """AUPR-out by precision of one OOD set or mean of sets, one panel or one per model with a common y
     range."""
     places = [(float(i), b) for i, b in enumerate(board.precisions)]
@@ -261,8 +259,7 @@ def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: s
     ]
     for part in board.parts():
         kinds += [
-            (f"AUPR-out, {PART_NAMES[part]}", ("ood_mean", part, s, "aupr_out"), s, 100, 1, " %")
-            for s in board.scores
+            (f"AUPR-out, {PART_NAMES[part]}", ("ood_mean", part, s, "aupr_out"), s, 100, 1, " %") for s in board.scores
         ]
     panels = []
     for what, path, score, factor, digits, unit in kinds:
@@ -272,9 +269,7 @@ def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: s
             for name, groups in looks.facets()
         ]
         chance = chance_level(board, board.groups, (*path[:-1], "chance_aupr_out")) if score else None
-        ticks = svg.value_range(
-            [s for _, series in drawn for s in series], svg.below(chance), floor=0, ceiling=ceiling
-        )
+        ticks = svg.value_range([s for _, series in drawn for s in series], svg.below(chance), floor=0, ceiling=ceiling)
         for name, series in drawn:
             if not series:
                 continue
@@ -291,9 +286,7 @@ def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: s
                 chance=chance,
             )
             notes = " · ".join(filter(None, [name, score and score_label(score)]))
-            panels.append(
-                Panel(Markup(drawing), what, notes, score, alternative=bool(score) and score != board.score)
-            )
+            panels.append(Panel(Markup(drawing), what, notes, score, alternative=bool(score) and score != board.score))
     return panels
 
 

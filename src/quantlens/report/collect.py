@@ -80,11 +80,7 @@ class Board:
         self.results = [r for g in self.groups for rs in g.cells.values() for r in rs]
         self.results += [g.fp32 for g in self.groups if g.fp32 is not None]
         self.seeds = sorted(
-            {
-                s
-                for r in self.results
-                if r.get("bits") != BASELINE and (s := number(r.get("seed"))) is not None
-            }
+            {s for r in self.results if r.get("bits") != BASELINE and (s := number(r.get("seed"))) is not None}
         )
         self.sets = self._ood_sets()
         self.scores = self._scores()

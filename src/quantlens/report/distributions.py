@@ -25,9 +25,7 @@ def numbers(values: Any) -> list[float] | None:
     return None if any(v is None for v in found) else [v for v in found if v is not None]
 
 
-def bars_of(
-    result: Mapping[str, Any] | None, score: str, name: str | None
-) -> tuple[list[float], list[float]] | None:
+def bars_of(result: Mapping[str, Any] | None, score: str, name: str | None) -> tuple[list[float], list[float]] | None:
     """(edges, counts) of the ID scores (name None) or of an OOD set; None where absent or empty."""
     tree = dig(result, ("histograms", score))
     edges = numbers(dig(tree, ("edges",)))
@@ -57,14 +55,10 @@ def histogram_panel(board: Board, group: Group, bits: str, score: str, name: str
         total = sum(counts)
         heights = [100 * c / total for c in counts]
         if not same:
-            heights = [
-                h / 100 / max(b - a, 1e-12) for h, a, b in zip(heights, edges, edges[1:], strict=False)
-            ]
+            heights = [h / 100 / max(b - a, 1e-12) for h, a, b in zip(heights, edges, edges[1:], strict=False)]
         who = "ID images" if kind == "id" else f"OOD images, {name}"
         outlines.append(
-            Outline(
-                edges, heights, f"{kind} {'fp' if precision == BASELINE else 'qu'}", f"{who}, {precision}"
-            )
+            Outline(edges, heights, f"{kind} {'fp' if precision == BASELINE else 'qu'}", f"{who}, {precision}")
         )
     label = score_label(score)
     title = f"{label} of ID and {name} images, FP32 and {bits}, {group.name}"
@@ -152,9 +146,7 @@ def reliability_diagrams(board: Board, looks: Looks) -> list[Panel]:
             curves.append(Reliability(bins, looks.style(group).classes.split()[0], bits))
             notes.append(f"ECE {bits} {ece(result)} %")
             title = f"Reliability of {group.name}, FP32 and {bits}"
-            drawing = svg.reliability_diagram(
-                curves, title=title, description=f"{title}. {'; '.join(notes)}."
-            )
+            drawing = svg.reliability_diagram(curves, title=title, description=f"{title}. {'; '.join(notes)}.")
             seed = f"seed {plain(result and result.get('seed'))}"
             panels.append(
                 Panel(

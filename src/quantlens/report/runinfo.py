@@ -67,10 +67,7 @@ def images(board: Board) -> Listing:
             rows[
                 (
                     role,
-                    *(
-                        plain(v)
-                        for v in (entry.get("source"), entry.get("fingerprint"), entry.get("n"), skipped)
-                    ),
+                    *(plain(v) for v in (entry.get("source"), entry.get("fingerprint"), entry.get("n"), skipped)),
                 )
             ] = None
 
@@ -96,9 +93,7 @@ def checkpoints(board: Board) -> Listing:
     """Each checkpoint with the FP32 figures measured on the very images of this study."""
     rows: dict[str, list[str]] = {}
     for group in board.groups:
-        sample = (
-            group.fp32 if group.fp32_own else next((r for rs in group.cells.values() for r in rs), group.fp32)
-        )
+        sample = group.fp32 if group.fp32_own else next((r for rs in group.cells.values() for r in rs), group.fp32)
         ids = dig(group.fp32, ("id",)) or {}
         figures = [percent(number(ids.get(k))) for k in ("top1", "top5")]
         figures += [
@@ -136,9 +131,7 @@ def preprocessing(board: Board) -> Listing:
     keys = ["input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"]
     rows: dict[str, list[str]] = {}
     for group in board.groups:
-        for result in [r for rs in group.cells.values() for r in rs[:1]] + (
-            [group.fp32] if group.fp32 else []
-        ):
+        for result in [r for rs in group.cells.values() for r in rs[:1]] + ([group.fp32] if group.fp32 else []):
             found = result.get("preprocess")
             if isinstance(found, Mapping):
                 rows.setdefault(group.model, [group.model, *(_short(found.get(k)) for k in keys)])
@@ -222,9 +215,7 @@ def times(board: Board) -> Listing:
     caption = "Time per quantized cell (mean)"
     if total is not None:
         caption += f"; all cells together took {duration(total.mean * total.n)}"
-    return Listing(
-        caption, ["Model", "Method", "Cells", "Calibration", "Evaluation"], rows, frozenset({2, 3, 4})
-    )
+    return Listing(caption, ["Model", "Method", "Cells", "Calibration", "Evaluation"], rows, frozenset({2, 3, 4}))
 
 
 def failures(board: Board) -> list[Failure]:
@@ -242,9 +233,7 @@ def failures(board: Board) -> list[Failure]:
 
 def conventions(board: Board) -> list[tuple[str, str]]:
     """(term, what it means here)."""
-    edges = next(
-        (e for r in board.results if isinstance(e := dig(r, ("id", "reliability", "edges")), list)), None
-    )
+    edges = next((e for r in board.results if isinstance(e := dig(r, ("id", "reliability", "edges")), list)), None)
     bins = f"{len(edges) - 1} bins of equal width" if edges else "bins of equal width"
     fits = list(
         dict.fromkeys(
@@ -333,9 +322,7 @@ def cells_text(board: Board) -> str:
     finished = len(board.done) + len(board.failed)
     planned = number(board.study.get("planned"))
     text = f"{len(board.done)} done, {len(board.failed)} failed"
-    return (
-        text if planned is None or planned <= finished else f"{text}, {planned - finished:.0f} still to run"
-    )
+    return text if planned is None or planned <= finished else f"{text}, {planned - finished:.0f} still to run"
 
 
 def date(value: Any) -> str:
@@ -349,9 +336,7 @@ def config_text(board: Board) -> str:
     config = board.study.get("config")
     if not config:
         return ""
-    return (
-        config if isinstance(config, str) else json.dumps(config, indent=2, ensure_ascii=False, default=str)
-    )
+    return config if isinstance(config, str) else json.dumps(config, indent=2, ensure_ascii=False, default=str)
 
 
 def _short(value: Any) -> str:

@@ -64,9 +64,7 @@ def ood_path(board: Board) -> tuple[str, Path] | None:
 def sentences(board: Board) -> list[str]:
     """The findings, in words."""
     if not board.groups:
-        return [
-            "No cell of this study has finished, so there is no figure to show; the errors are listed below."
-        ]
+        return ["No cell of this study has finished, so there is no figure to show; the errors are listed below."]
     parts = []
     bits = board.lowest
     if bits is None:

@@ -122,17 +122,13 @@ class Frame:
 
     def y(self, value: float) -> float:
         low, high = self.y_range
-        return (
-            self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
-        )
+        return self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
 
     def grid_y(self, ticks: Sequence[float], *, labelled: bool = True) -> None:
         """Horizontal grid lines and their labels."""
         step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
         end = self.width - self.right
-        self.body.append(
-            f'<path class="g" d="{"".join(f"M{self.left} {coord(self.y(t))}H{end}" for t in ticks)}"/>'
-        )
+        self.body.append(f'<path class="g" d="{"".join(f"M{self.left} {coord(self.y(t))}H{end}" for t in ticks)}"/>')
         self.body += [
             f'<text class="t" x="{self.left - 6}" y="{coord(self.y(t) + 4)}" text-anchor="end">'
             f"{tick_text(t, step)}</text>"
@@ -146,8 +142,7 @@ class Frame:
         for value, label in places:
             x = coord(self.x(value))
             lines = "".join(
-                f'<tspan x="{x}" y="{base + 16 + 13 * i}">{esc(t)}</tspan>'
-                for i, t in enumerate(label.split("\n"))
+                f'<tspan x="{x}" y="{base + 16 + 13 * i}">{esc(t)}</tspan>' for i, t in enumerate(label.split("\n"))
             )
             self.body.append(
                 f'<text class="t" text-anchor="middle">{lines}</text>'
@@ -162,8 +157,7 @@ class Frame:
         if x_label:
             middle = coord((self.left + self.width - self.right) / 2)
             self.body.append(
-                f'<text class="t" x="{middle}" y="{self.height - 5}" text-anchor="middle">'
-                f"{esc(x_label)}</text>"
+                f'<text class="t" x="{middle}" y="{self.height - 5}" text-anchor="middle">{esc(x_label)}</text>'
             )
 
     def svg(self, title: str, description: str, kind: str) -> str:
@@ -286,9 +280,7 @@ def line_chart(
         frame.body.append(chance_line(frame, chance, drawn))
     spread = min(2.4, 16 / max(len(drawn), 1))
     for i, one in enumerate(drawn):
-        frame.body.append(
-            draw_series(frame, one, (i - (len(drawn) - 1) / 2) * spread, 3.4 if len(drawn) <= 8 else 2.6)
-        )
+        frame.body.append(draw_series(frame, one, (i - (len(drawn) - 1) / 2) * spread, 3.4 if len(drawn) <= 8 else 2.6))
     return frame.svg(title, description, kind)
 
 
@@ -401,8 +393,7 @@ def histogram(
     frame.labels(x_label, y_label)
     for outline in outlines:
         frame.body.append(
-            f'<path class="h {outline.css}" d="{steps(frame, outline)}">'
-            f"<title>{esc(outline.tip)}</title></path>"
+            f'<path class="h {outline.css}" d="{steps(frame, outline)}"><title>{esc(outline.tip)}</title></path>'
         )
     return frame.svg(title, description, "hist")
 
@@ -439,8 +430,7 @@ def reliability_diagram(curves: Sequence[Reliability], *, title: str, descriptio
     frame.axis_x((t, str(t)) for t in (0, 20, 40, 60, 80, 100))
     frame.labels("confidence %", "accuracy %")
     frame.body.append(
-        f'<path class="ch" d="M{frame.left} {frame.height - frame.bottom}'
-        f'L{frame.width - frame.right} {frame.top}"/>'
+        f'<path class="ch" d="M{frame.left} {frame.height - frame.bottom}L{frame.width - frame.right} {frame.top}"/>'
     )
     for curve in curves:
         places = [(frame.x(100 * c), frame.y(100 * a)) for c, a, _ in curve.bins]

@@ -90,10 +90,7 @@ def seeds_text(group: Group) -> str:
 def by_precision(board: Board, caption: str, metrics: Sequence[Metric], score: str = "") -> Table | None:
     """A table of groups × (metric, precision); None where the store has none of the figures."""
     stats = {
-        (g.index, m.path, b): board.stat(g, b, m.path)
-        for g in board.groups
-        for m in metrics
-        for b in board.precisions
+        (g.index, m.path, b): board.stat(g, b, m.path) for g in board.groups for m in metrics for b in board.precisions
     }
     if not any(stats.values()):
         return None
@@ -176,9 +173,7 @@ def table_2(board: Board) -> list[Table]:
     """The figures of Figure 1: mean AUPR-out of far and near sets by precision, one table per score."""
     tables = []
     for score in board.scores:
-        metrics = [
-            Metric(PART_TITLES[p], ("ood_mean", p, score, "aupr_out"), 100, 1, 1) for p in board.parts()
-        ]
+        metrics = [Metric(PART_TITLES[p], ("ood_mean", p, score, "aupr_out"), 100, 1, 1) for p in board.parts()]
         table = by_precision(
             board, f"Table 2. AUPR-out by {score_label(score)}, means over the OOD sets", metrics, score
         )
@@ -220,18 +215,13 @@ def delta_table(board: Board) -> DeltaTable:
                 mean_std(ece, 1, factor=100),
             ]
             oods = {
-                s: [
-                    mean_std(board.delta(group, bits, ("ood_mean", p, s, "aupr_out")), 1, factor=100)
-                    for p in parts
-                ]
+                s: [mean_std(board.delta(group, bits, ("ood_mean", p, s, "aupr_out")), 1, factor=100) for p in parts]
                 for s in board.scores
             }
             entries.append((rank, head, oods))
     entries.sort(key=lambda entry: entry[0])
     shown = board.score or ""
-    table = DeltaTable(
-        columns, parts, [head + oods.get(shown, [MISSING] * len(parts)) for _, head, oods in entries]
-    )
+    table = DeltaTable(columns, parts, [head + oods.get(shown, [MISSING] * len(parts)) for _, head, oods in entries])
     if parts:
         table.by_score = {s: [oods[s] for _, _, oods in entries] for s in board.scores}
     return table
@@ -263,9 +253,7 @@ MEAN_SETS = {"far": "mean, far sets", "near": "mean, near sets", "all": "mean, a
 def set_rows(board: Board) -> list[list[str]]:
     """One row per score, OOD set (and mean of sets), group and precision, in SET_COLUMNS."""
     means = {p for r in board.results for p in (r.get("ood_mean") or {}) if p in MEAN_SETS}
-    places: list[tuple[str, str, Path]] = [
-        (name, kind or MISSING, ("ood", name)) for name, kind in board.sets.items()
-    ]
+    places: list[tuple[str, str, Path]] = [(name, kind or MISSING, ("ood", name)) for name, kind in board.sets.items()]
     places += [(MEAN_SETS[p], p, ("ood_mean", p)) for p in MEAN_SETS if p in means]
     rows = []
     for score in board.scores:
@@ -296,14 +284,8 @@ def set_row(board: Board, group: Group, bits: str, path: Path) -> list[str] | No
     }
     if not any(stats.values()):
         return None
-    shares = [
-        mean_std(stats[k], 1, factor=100) for k in ("aupr_out", "aupr_in", "auroc", "fpr95_id", "fpr95_ood")
-    ]
-    delta = (
-        MISSING
-        if bits == BASELINE
-        else mean_std(board.delta(group, bits, (*path, "aupr_out")), 1, factor=100)
-    )
+    shares = [mean_std(stats[k], 1, factor=100) for k in ("aupr_out", "aupr_in", "auroc", "fpr95_id", "fpr95_ood")]
+    delta = MISSING if bits == BASELINE else mean_std(board.delta(group, bits, (*path, "aupr_out")), 1, factor=100)
     chances = [percent(s.mean if (s := stats[k]) else None) for k in ("chance_aupr_out", "chance_aupr_in")]
     counts = [fixed(s.mean if (s := stats[k]) else None, 0) for k in ("n_id", "n_ood")]
     seeds = MISSING if bits == BASELINE else str(max(s.n for s in stats.values() if s))
@@ -338,12 +320,7 @@ def class_tables(board: Board) -> list[ClassTable]:
         for key, (label, n, _) in names.items():
             values = [figures[b][key][2] if key in figures[b] else None for b in precisions]
             delta = None
-            if (
-                precisions[0] == BASELINE
-                and last != BASELINE
-                and values[0] is not None
-                and values[-1] is not None
-            ):
+            if precisions[0] == BASELINE and last != BASELINE and values[0] is not None and values[-1] is not None:
                 delta = values[0] - values[-1]
             order = (values[-1] if values[-1] is not None else 2.0, -(delta or 0.0), -(n or 0))
             text = [key, label, fixed(n, 0), *map(percent, values), percent(delta)]

@@ -143,8 +143,4 @@ def plain(value: Any) -> str:
     """A stored value as one line of text: text as it is, anything else as JSON."""
     if value is None:
         return MISSING
-    return (
-        value
-        if isinstance(value, str)
-        else json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
-    )
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
