@@ -22,7 +22,7 @@ def digits(tmp_path_factory):
         "model": ql.load_model("digits-vit"),
         "calibration": images(f"{entry.sources.calibration}?n=32&seed=0").tensor(),
         "images": test.tensor(),
-        "labels": torch.as_tensor(test.labels),
+        "labels": torch.tensor(test.labels),
     }
 
 
