@@ -100,7 +100,7 @@ def test_version(run) -> None:
         (["evaluate", "deit_tinny_patch16_224", "--id", "x"], "did you mean 'deit_tiny_patch16_224'"),
         (["quantize", "digits-vit", "--calibration", "embedded:digits-tset"], "did you mean 'digits-test'"),
         (["quantize", "digits-vit", "--calibration", "embedded:letters", "--n", "9999"], "asks for 9999 images"),
-        (["quantize", "digits-vit", "--calibration", "a:b?n=3", "--n", "3"], "leave one of them out"),
+        (["quantize", "digits-vit", "--calibration", "embedded:letters?n=3", "--n", "4"], "leave one of them out"),
         (["quantize", "digits-vit", "--calibration", "embedded:letters", "--bits", "4"], "bits '4' not understood"),
         (["quantize", "digits-vit", "--calibration", "embedded:letters", "-o", "k"], "--option 'k': write --option"),
         (["quantize", "digits-vit", "--calibration", "embedded:letters", "-o", "hed_bits=3"], "'head_bits'"),

@@ -15,6 +15,7 @@ from PIL import Image
 
 from quantlens.data import available_sources, open_source
 from quantlens.data.folders import imagenet_class_names, imagenet_wnids
+from quantlens.data.sources import with_sample
 from quantlens.errors import QuantlensError, UnknownNameError
 
 
@@ -337,3 +338,8 @@ def test_a_step_makes_halves_that_share_no_image(tmp_path):
     assert list(open_source(f"images:{tmp_path}[1:6:3]").names) == ["1.png", "4.png"]
     with pytest.raises(QuantlensError, match="slice"):
         open_source(f"images:{tmp_path}[::0]")
+
+
+def test_a_sample_is_added_to_what_a_source_says():
+    assert with_sample("images:a[::2]", 32, 5) == "images:a[::2]?n=32&seed=5"
+    assert with_sample("cifar10:a?split=train", 32, 5) == "cifar10:a?split=train&n=32&seed=5"

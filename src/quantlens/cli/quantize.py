@@ -97,11 +97,13 @@ def quantize(
 
 
 def drawn(source: str, n: int | None, seed: int) -> str:
-    """The SOURCE of the calibration images: `n` drawn by the seed, unless the source itself says which."""
+    """The SOURCE of the calibration images: `n` drawn by the seed, unless the source itself says how many."""
+    from quantlens.data.sources import parse_spec, with_sample
     from quantlens.errors import QuantlensError
 
-    if "?" in source and n is None:
-        return source
-    if "?" in source:
-        raise QuantlensError(f"--n {n} and {source!r} both say how many images to draw; leave one of them out")
-    return f"{source}?n={n or DEFAULT_IMAGES}&seed={seed}"
+    spec = parse_spec(source)
+    if spec.sample is None:
+        return with_sample(source, n or DEFAULT_IMAGES, seed)
+    if n is not None and n != spec.sample:
+        raise QuantlensError(f"--n {n} and {source!r} ask for different numbers of images; leave one of them out")
+    return source

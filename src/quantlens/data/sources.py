@@ -75,6 +75,11 @@ def parse_spec(text: str) -> SourceSpec:
     return SourceSpec(text, kind, path, start, stop, step, sample, seed, tuple(sorted(options.items())))
 
 
+def with_sample(text: str, n: int, seed: int) -> str:
+    """The SOURCE of `n` images that `seed` draws from the SOURCE `text`, which must not draw a sample itself."""
+    return f"{text}{'&' if parse_spec(text).options else '?'}n={n}&seed={seed}"
+
+
 def _query(text: str, query: str | None, options: Iterable[str]) -> tuple[int | None, int, dict[str, str]]:
     if query is None:
         return None, 0, {}

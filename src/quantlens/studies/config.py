@@ -87,13 +87,15 @@ class CalibrationSpec(_Strict):
     @field_validator("source")
     @classmethod
     def _no_sample(cls, value: str) -> str:
-        if "?" in value:
+        if re.search(r"[?&](n|seed)=", value):
             raise ValueError("must not draw a sample itself: write the number of images as `n`")
         return value
 
     def drawn(self, seed: int) -> str:
         """The source of the images that this seed draws."""
-        return f"{self.source}?n={self.n}&seed={seed}"
+        from quantlens.data.sources import with_sample
+
+        return with_sample(self.source, self.n, seed)
 
 
 class OodSpec(_Strict):
