@@ -1,0 +1,56 @@
+"""What the README shows must run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+import quantlens as ql
+from quantlens.methods import registry
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def test_the_method_in_the_readme_is_a_method(small_models, pictures):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    code = next(block for block in blocks if "@register" in block)
+    assert code.count("\n") <= 60
+    try:
+        exec(compile(code, "README.md", "exec"), {})
+        model = ql.load_model(small_models["swin"], input_size=(3, 32, 32))
+        qmodel = ql.quantize(model, pictures, method="weights-only", bits="W8A32")
+        assert float((qmodel(pictures) - model(pictures)).abs().max()) < 0.1 * float(model(pictures).abs().max())
+        assert all(q.symmetric for q in qmodel.plan.quantizers.values())
+    finally:
+        registry._METHODS.pop("weights-only", None)
+
+
+def test_the_python_in_the_readme_runs(tmp_path, pictures):
+    """The calls of the README's Python block, on the shipped model."""
+    entry_images = "embedded:digits-test"
+    model = ql.load_model("digits-vit")
+    qmodel = ql.quantize(model, "embedded:digits-calibration?n=32&seed=0", method="repq-vit", bits="W4A4", seed=0)
+    path = qmodel.save(tmp_path / "digits-w4a4.safetensors")
+    again = ql.load(path)
+    assert torch.equal(again(pictures), qmodel(pictures))
+    result = ql.evaluate(again, id=entry_images, ood={"letters": "embedded:letters"}, cache_dir=False).to_dict()
+    assert 0.9 < result["id"]["top1"] <= 1
+    assert 0.5 < result["ood"]["letters"]["msp"]["aupr_out"] <= 1
+    assert result["fp32"] is None
+    assert "knn" in result["scores_unavailable"]
+    known = ql.evaluate(qmodel, id=entry_images, ood={"letters": "embedded:letters"}, cache_dir=False).to_dict()
+    assert known["id"] == result["id"], "a reloaded model measures the same"
+    assert known["delta"]["id"]["top1"] == known["fp32"]["id"]["top1"] - known["id"]["top1"]
+
+
+def test_evaluate_takes_tensors_and_batches(pictures):
+    model = ql.load_model("digits-vit")
+    labels = torch.arange(8)
+    whole = ql.evaluate(model, id=(pictures, labels), ood={"noise": torch.randn(6, 3, 32, 32)}).to_dict()
+    loader = [(pictures[:5], labels[:5]), (pictures[5:], labels[5:])]
+    parts = ql.evaluate(model, id=loader, ood={"noise": [torch.randn(6, 3, 32, 32)]}).to_dict()
+    assert whole["id"]["nll"] == parts["id"]["nll"]
+    assert whole["ood"]["noise"]["n"] == parts["ood"]["noise"]["n"] == 6
+    assert (whole["method"], whole["bits"]) == ("fp32", "FP32")
