@@ -47,8 +47,9 @@ def study(
     """See HELP."""
     from quantlens.cli import _common
     from quantlens.errors import QuantlensError
+    from quantlens.studies.cells import plan_study
     from quantlens.studies.config import load_config
-    from quantlens.studies.runner import plan_study, run_study
+    from quantlens.studies.runner import run_study
 
     config = load_config(file)
     directory = out or Path(file.stem)

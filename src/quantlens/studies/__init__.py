@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quantlens.studies.cells import plan_study
     from quantlens.studies.config import StudyConfig, load_config
     from quantlens.studies.evaluate import Result
-    from quantlens.studies.runner import Summary, plan_study, run_study
+    from quantlens.studies.runner import Summary, run_study
     from quantlens.studies.store import Cell, Store
 
 _HOMES = {
@@ -21,7 +22,7 @@ _HOMES = {
     "StudyConfig": "config",
     "Summary": "runner",
     "load_config": "config",
-    "plan_study": "runner",
+    "plan_study": "cells",
     "run_study": "runner",
 }
 

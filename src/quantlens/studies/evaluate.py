@@ -146,30 +146,15 @@ def evaluate(
         model.to(choose_device(device))
     chosen = choose_scores(scores)
 
-    def opened(value: Any, name: str) -> Any:
-        images = image_set(value, model.preprocess, name, cache_dir=cache_dir, skip_bad=skip_bad, progress=progress)
-        if len(images) == 0:
-            raise QuantlensError(f"there are no images in {name} ({source_name(images)})")
-        return images
-
-    id_images = opened(id, "the ID set")
-    labels = check_labels(id_images, int(model.num_classes), str(model.name))
-    ood_images = {str(name): opened(value, f"OOD set {name}") for name, value in (ood or {}).items()}
-    fit_images = None if fit is None else opened(fit, "the fit set")
-    set_groups = groups_of(ood_images, groups)
-    if fit_images is not None:
-        refuse_overlap(fit_images, "the fit set", id_images, "the ID set")
-        for name, images in ood_images.items():
-            refuse_overlap(fit_images, "the fit set", images, f"OOD set {name}")
-
+    sets = _Sets.open(model, id, ood, fit, groups, cache_dir=cache_dir, skip_bad=skip_bad, progress=progress)
     quantized = str(model.method) != "fp32"
     if reference is None and quantized:
         reference = getattr(model, "reference", None)
     if isinstance(reference, Result):
-        _check_same_images(reference, id_images, ood_images)
+        _check_same_images(reference, sets.id, sets.ood)
 
     run = _Run(batch_size, progress, n_bins, chosen)
-    measured = run.measure(model, id_images, labels, ood_images, fit_images, set_groups)
+    measured = run.measure(model, sets)
     own_seconds = time.perf_counter() - started
 
     baseline: dict[str, Any] | None = None
@@ -180,7 +165,7 @@ def evaluate(
         if device is not None:
             reference.to(choose_device(device))
         _check_same_preprocess(reference, model)
-        baseline = figures_only(run.measure(reference, id_images, labels, ood_images, fit_images, set_groups))
+        baseline = figures_only(run.measure(reference, sets))
 
     delta = None
     if baseline is not None:
@@ -208,12 +193,51 @@ def evaluate(
         calibration=plain(dict(calibration)) if calibration else None,
         preprocess=None if model.preprocess is None else plain(model.preprocess.to_dict()),
         environment=environment(device_of(model)),
-        fit=None if fit_images is None else {"source": source_name(fit_images), "n": len(fit_images)},
+        fit=None if sets.fit is None else {"source": source_name(sets.fit), "n": len(sets.fit)},
         fp32=baseline,
         delta=delta,
         seconds=seconds,
         **measured,
     )
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """The images of one evaluation, opened and checked: ID images with their labels, OOD sets with their groups."""
+
+    id: Any
+    labels: np.ndarray
+    ood: dict[str, Any]
+    fit: Any
+    groups: dict[str, str]
+
+    @classmethod
+    def open(
+        cls,
+        model: Any,
+        id: Any,
+        ood: Mapping[str, Any] | None,
+        fit: Any,
+        groups: Mapping[str, str] | None,
+        **reading: Any,
+    ) -> _Sets:
+        """Raises QuantlensError for an empty set, labels that do not match, or a fit set among those evaluated."""
+
+        def opened(value: Any, name: str) -> Any:
+            images = image_set(value, model.preprocess, name, **reading)
+            if len(images) == 0:
+                raise QuantlensError(f"there are no images in {name} ({source_name(images)})")
+            return images
+
+        id_images = opened(id, "the ID set")
+        labels = check_labels(id_images, int(model.num_classes), str(model.name))
+        ood_images = {str(name): opened(value, f"OOD set {name}") for name, value in (ood or {}).items()}
+        fit_images = None if fit is None else opened(fit, "the fit set")
+        if fit_images is not None:
+            refuse_overlap(fit_images, "the fit set", id_images, "the ID set")
+            for name, images in ood_images.items():
+                refuse_overlap(fit_images, "the fit set", images, f"OOD set {name}")
+        return cls(id_images, labels, ood_images, fit_images, groups_of(ood_images, groups))
 
 
 # ---- running a model -------------------------------------------------------------------------------------------------
@@ -228,40 +252,34 @@ class _Run:
     n_bins: int
     scores: dict[str, Any]
 
-    def measure(
-        self,
-        model: Any,
-        id_images: Any,
-        labels: np.ndarray,
-        ood_images: Mapping[str, Any],
-        fit_images: Any,
-        groups: Mapping[str, str],
-    ) -> dict[str, Any]:
+    def measure(self, model: Any, sets: _Sets) -> dict[str, Any]:
         """{"id", "ood", "ood_mean", "histograms", "scores_unavailable"} of a result, for one model."""
         from quantlens.metrics import classification_figures, mean_over_sets, ood_figures, score_histograms
 
-        logits, features = self.outputs(model, id_images, "the ID set")
+        logits, features = self.outputs(model, sets.id, "the ID set")
         if logits.shape[1] != int(model.num_classes):
             raise QuantlensError(
                 f"{model.name} gives {logits.shape[1]} logits but says it has {model.num_classes} classes; "
                 "load it with the right number of classes"
             )
-        figures = classification_figures(logits, labels, n_bins=self.n_bins, class_names=class_names(id_images, model))
-        id_part = {**describe(id_images), "num_classes": int(model.num_classes), **figures}
+        figures = classification_figures(
+            logits, sets.labels, n_bins=self.n_bins, class_names=class_names(sets.id, model)
+        )
+        id_part = {**describe(sets.id), "num_classes": int(model.num_classes), **figures}
 
         scorers: dict[str, Callable[..., np.ndarray]] = {}
         unavailable: dict[str, str] = {}
         id_scores: dict[str, np.ndarray] = {}
-        if ood_images:
-            scorers, unavailable = self.scorers(model, features, fit_images)
+        if sets.ood:
+            scorers, unavailable = self.scorers(model, features, sets.fit)
             id_scores = {name: self.scored(scorer, name, logits, features) for name, scorer in scorers.items()}
         del logits, features
 
         ood_part: dict[str, dict[str, Any]] = {}
         ood_scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in scorers}
-        for set_name, images in ood_images.items():
+        for set_name, images in sets.ood.items():
             logits, features = self.outputs(model, images, f"OOD set {set_name}")
-            entry: dict[str, Any] = {**describe(images), "group": groups[set_name]}
+            entry: dict[str, Any] = {**describe(images), "group": sets.groups[set_name]}
             for name, scorer in scorers.items():
                 values = self.scored(scorer, name, logits, features)
                 ood_scores[name][set_name] = values

@@ -7,7 +7,7 @@ is killed leaves the store whole. (WAL needs shared memory: keep the store on a 
 Tables
     cells     a finished cell: key, spec, status, result, error, created, seconds
     study     the configurations that were run here: id, name, config, environment, created; the last is the current
-    plan      the cells of the current study in order, each by its identity (see `runner.identity`)
+    plan      the cells of the current study in order, each by its identity (see `cells.identity`)
     bindings  identity -> key: which cell answers for a planned identity (known once the checkpoint has been hashed)
     claims    key -> owner: the cells that run now
 """
