@@ -198,6 +198,8 @@ def test_a_users_module(pictures):
     net = Net().train()
     model = ql.load_model(net, input_size=(3, 32, 32))
     assert model.name == "Net"
+    assert net.training, "the caller's module is left alone"
+    assert all(p.requires_grad for p in net.parameters())
     assert torch.equal(model(pictures), net(pictures))
     assert ql.quantize(net, pictures, bits="W8A8")(pictures).shape == (8, 5)
     with pytest.raises(QuantlensError, match="timm name"):

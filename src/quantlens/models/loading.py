@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def load_model(
     weights: ``"pretrained"`` (from the hub; the shipped file for a shipped model), a .safetensors, .pth, .pt, .bin or
     AugReg .npz file, or None (random weights drawn with ``seed``; a shipped model and a module keep theirs).
     num_classes: taken from the file if its classifier has another size than the architecture's default.
-    preprocess, input_size: for a user's module; the model's own otherwise.
+    preprocess, input_size: for a user's module, which is copied; the model's own otherwise.
 
     Raises UnknownNameError, BadWeightsError (with what does not fit).
     """
@@ -108,7 +109,7 @@ def _from_module(
     input_size: tuple[int, int, int] | None,
     name: str | None,
 ) -> Model:
-    path = None
+    path, module = None, copy.deepcopy(module)  # the caller's stays as it is: its mode, its gradients, its weights
     if weights is not None:
         if weights == "pretrained":
             raise BadWeightsError("weights='pretrained' needs a timm name; give a module its weights as a file")
