@@ -99,16 +99,3 @@ def log_by_quantile(
     candidates = [Log(delta, bits, steps=steps) for delta in deltas]
     errors = [sum(float((q(part) - part).square_().sum()) for part in values.split(1 << 20)) for q in candidates]
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
-
-
-__all__ = [
-    "REPQ_QUANTILES",
-    "Observation",
-    "affine",
-    "log_by_quantile",
-    "minmax",
-    "mse",
-    "percentile",
-    "quantile_mse",
-    "symmetric",
-]
