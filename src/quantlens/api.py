@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def quantize(
     model: Model | torch.nn.Module,
     calibration: Any,
     method: str = "repq-vit",
-    bits: str | Bits = "W8A8",
+    bits: str | Bits | Mapping[str, Any] = "W8A8",
     seed: int = 0,
     *,
     progress: Progress | None = None,

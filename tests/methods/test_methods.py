@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import quantlens as ql
+from quantlens.calibration import Calibration, Walk
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.methods import registry
 from quantlens.methods.base import Widths
-from quantlens.methods.calibration import Calibration, Walk
 from quantlens.methods.repq_vit import reparameterize
 from quantlens.quantizers import Bits, Uniform, float_model
 
@@ -95,11 +95,12 @@ def test_weights_hold_no_more_levels_than_their_bits(loaded, pictures):
 @pytest.mark.parametrize("memory", [1 << 30, 0])
 def test_many_chunks_and_files_give_what_one_chunk_gives(memory, loaded, pictures, monkeypatch):
     """Calibration in pieces, with every waiting activation in a file, equals calibration in one piece."""
-    from quantlens.methods import calibration as module
+    from quantlens.calibration import images as chunks
+    from quantlens.calibration import walk as module
 
     images = pictures.repeat(2, 1, 1, 1) * torch.linspace(0.5, 1.5, 16)[:, None, None, None]
     whole = ql.quantize(loaded["swin"], images, bits="W4A4")
-    monkeypatch.setattr(module, "CHUNK", 5)
+    monkeypatch.setattr(chunks, "CHUNK", 5)
     monkeypatch.setattr(
         module.Walk.__init__, "__kwdefaults__", {**module.Walk.__init__.__kwdefaults__, "memory": memory}
     )
@@ -115,8 +116,8 @@ def test_sequential_shows_quantized_activations(loaded, pictures):
     for sequential in (False, True):
         seen = []
 
-        def decide(edge, observe, seen=seen):
-            seen.append(observe())
+        def decide(edge, look, seen=seen):
+            seen.append(look())
             return torch.zeros_like
 
         Walk(graph, Calibration.of(pictures, loaded["vit"].preprocess), sequential=sequential).run(edges, decide)

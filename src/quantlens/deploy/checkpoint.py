@@ -22,10 +22,11 @@ from quantlens._version import __version__
 from quantlens.data import Preprocess
 from quantlens.errors import BadWeightsError, StorageError
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
-from quantlens.quantizers import Plan, QuantizedModel, restore
+from quantlens.quantizers import Plan, QuantizedModel, restore, restore_operator
 
 FORMAT = "quantlens"
-VERSION = 1
+VERSION = 2
+"""1 had no integer operators; files of version 1 are read."""
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -99,11 +100,14 @@ def _content(qmodel: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]
     tensors |= {f"float/{k}": v for k, v in graph.tensors().items() if k not in packed}
     for key, quantizer in qmodel.plan.quantizers.items():
         tensors |= {f"quantizer/{key}/{name}": value for name, value in quantizer.tensors().items()}
+    for name, operator in qmodel.plan.operators.items():
+        tensors |= {f"operator/{name}/{key}": value for key, value in operator.tensors().items()}
     header = {
         "version": VERSION,
         "quantlens": __version__,
         "graph": graph_to_dict(graph),
         "quantizers": {key: q.config() for key, q in qmodel.plan.quantizers.items()},
+        "operators": {name: o.config() for name, o in qmodel.plan.operators.items()},
         "weights": weights,
         "rewrites": qmodel.plan.rewrites,
         "info": qmodel.plan.info,
@@ -129,9 +133,9 @@ def read_header(path: str | Path) -> dict[str, Any]:
         raise BadWeightsError(
             f"{path} is a safetensors file but no quantized checkpoint of quantlens; make one with `quantlens quantize`"
         )
-    if header.get("version") != VERSION:
+    if header.get("version") not in range(1, VERSION + 1):
         raise BadWeightsError(
-            f"{path} has checkpoint version {header.get('version')}; this quantlens reads version {VERSION}"
+            f"{path} has checkpoint version {header.get('version')}; this quantlens reads versions 1 to {VERSION}"
         )
     return header
 
@@ -155,19 +159,29 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
     header = read_header(path)
     try:
         tensors = load_file(path)
-        quantizers = {}
-        for key, config in header["quantizers"].items():
-            prefix = f"quantizer/{key}/"
-            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            quantizers[key] = restore(config, own)
+        own = _by_owner(tensors)
+        quantizers = {k: restore(config, own.get(f"quantizer/{k}", {})) for k, config in header["quantizers"].items()}
+        operators = {
+            k: restore_operator(config, own.get(f"operator/{k}", {}))
+            for k, config in header.get("operators", {}).items()
+        }
         values = {k.removeprefix("float/"): v for k, v in tensors.items() if k.startswith("float/")}
         for key, weight in header["weights"].items():
             q = quantizers[key]
             codes = unpack(tensors[f"codes/{key}"], q.bits, tuple(weight["shape"]), signed=q.signed)
             values[weight["tensor"]] = q.decode(codes)
         graph = graph_from_dict(header["graph"], values)
-        plan = Plan(quantizers, list(header["rewrites"]), dict(header["info"]))
+        plan = Plan(quantizers, list(header["rewrites"]), dict(header["info"]), operators)
         model = QuantizedModel(graph, plan, preprocess=Preprocess.from_dict(header["preprocess"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BadWeightsError(f"{path} is damaged: {type(error).__name__} {error}") from error
     return model.to(device)
+
+
+def _by_owner(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors named ``owner/name`` by owner, which may hold slashes itself."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        owner, _, name = key.rpartition("/")
+        found.setdefault(owner, {})[name] = value
+    return found

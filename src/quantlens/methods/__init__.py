@@ -1,7 +1,7 @@
 """One file per published method, found by name in one registry."""
 
+from quantlens.calibration import Calibration
 from quantlens.methods.base import EVERYTHING, MATMUL_OPERANDS, Method, MethodInfo, Option
-from quantlens.methods.calibration import Calibration
 from quantlens.methods.registry import available, get, register
 
 __all__ = [

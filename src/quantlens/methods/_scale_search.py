@@ -3,13 +3,13 @@ cosine similarity of the float and the quantized output, on the float model's te
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from quantlens.calibration import Calibration, Look, Walk
 from quantlens.errors import QuantlensError
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
@@ -19,7 +19,6 @@ from quantlens.methods.base import (
     Widths,
     matmul_operand_edges,
 )
-from quantlens.methods.calibration import Calibration, Walk
 from quantlens.quantizers import Plan, Quantizer, Uniform
 from quantlens.quantizers.bits import FLOAT
 from quantlens.ranges.similarity import Operand, alternate, candidate_factors, search
@@ -93,9 +92,9 @@ def search_scales(
     quantizers: dict[str, Quantizer] = {}
     generator = torch.Generator().manual_seed(run.seed)
 
-    def settle(last: Edge, pieces: Callable[[Edge], list[Tensor]]) -> None:
+    def settle(last: Edge, look: Look) -> None:
         product = by_last[last.key]
-        tensors = [pieces(edge) for edge in product.read]
+        tensors = [look.tensors(edge) for edge in product.read]
         for edge, parts in zip(product.read, tensors, strict=True):
             if not all(bool(torch.isfinite(part).all()) for part in parts):
                 raise QuantlensError(f"{edge.key}: values are not finite; check the weights and the calibration images")
@@ -125,8 +124,8 @@ def search_scales(
                     axis=0 if side.per_row else None,
                 )
 
-    walk = _TensorWalk(graph, calibration, sequential=False, seed=run.seed)
-    walk.run([p.read[-1] for p in products], settle, run.progress)  # type: ignore[arg-type]
+    walk = Walk(graph, calibration, sequential=False, seed=run.seed)
+    walk.run([p.read[-1] for p in products], settle, run.progress)
     return Plan({e.key: quantizers[e.key] for e in matmul_operand_edges(graph) if e.key in quantizers})
 
 
@@ -158,20 +157,6 @@ def find_products(graph: Graph) -> list[Product]:
         found.append(Product(site, read, quantized))
     alone = [Product(site, (e := (site.edges["output"],)), e) for site in probs.values()]
     return found + alone
-
-
-class _TensorWalk(Walk):
-    """A walk of the float model in which ``observe(edge)`` gives the tensors themselves, one per piece of the images,
-    of the operands of the node that is visited."""
-
-    def _settle(self, edge: Edge, decide: Any, envs: Any) -> None:
-        def pieces(asked: Edge) -> list[Tensor]:
-            constant = self.graph.constant(asked.value)
-            if constant is not None:
-                return [constant.float()]
-            return [envs.value(index, asked.value) for index in range(envs.count)]
-
-        decide(edge, pieces)
 
 
 def aligned(site: Site, tensors: list[list[Tensor]], generator: torch.Generator) -> list[Tensor] | None:

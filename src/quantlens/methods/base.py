@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
+from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.graph import Edge, Graph, fold_layer_scale, graph_of
-from quantlens.methods.calibration import Calibration
-from quantlens.quantizers import Bits, Plan, QuantizedModel, Quantizer, float_model
+from quantlens.graph.graph import VIEWS, op_name
+from quantlens.graph.sites import SCALINGS
+from quantlens.quantizers import Bits, Plan, QuantizedModel, float_model
 from quantlens.quantizers.bits import FLOAT
 from quantlens.quantizers.model import describe
 
@@ -85,7 +88,7 @@ class Method(ABC):
         self,
         model: Any,
         calibration: Any,
-        bits: str | Bits,
+        bits: str | Bits | Mapping[str, Any],
         *,
         seed: int = 0,
         progress: Progress | None = None,
@@ -102,6 +105,7 @@ class Method(ABC):
             return float_model(model)
         started = time.perf_counter()
         graph = graph_of(model).clone()
+        check_names(graph, widths)
         folded = fold_layer_scale(graph)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -114,6 +118,7 @@ class Method(ABC):
             "method": self.info.name,
             "method_version": self.info.version,
             "bits": str(widths),
+            **({"widths": widths.to_mapping()} if widths.is_mixed else {}),
             "seed": seed,
             "options": settings,
             "calibration": images.info(),
@@ -164,8 +169,16 @@ class Widths:
         if head is not None and any(site.name == h.name for h in graph.sites.head):
             return int(head)
         if not edge.is_weight and site.kind == "conv" and edge.value is graph.input:
-            return FLOAT if self.bits.activations == FLOAT else int(self.options["patch_bits"])
-        return self.bits.weights if edge.is_weight else self.bits.activations
+            return FLOAT if self.bits.of(edge.site).activations == FLOAT else int(self.options["patch_bits"])
+        widths = self.bits.of(edge.site)
+        return widths.weights if edge.is_weight else widths.activations
+
+
+def check_names(graph: Graph, bits: Bits) -> None:
+    """Raises UnknownNameError for a module that mixed precision names and the graph does not have."""
+    for name, _ in bits.modules:
+        if not any(site.name == name or site.name.startswith(f"{name}.") for site in graph.sites):
+            raise UnknownNameError("module or site", name, [site.name for site in graph.sites])
 
 
 def matmul_operand_edges(graph: Graph) -> list[Edge]:
@@ -182,5 +195,40 @@ def matmul_operand_edges(graph: Graph) -> list[Edge]:
     return [site.edges[name] for site in graph.sites for name in chosen.get(site.kind, ())]
 
 
-def make_plan(quantizers: dict[str, Quantizer], rewrites: list[str] | None = None) -> Plan:
-    return Plan(dict(quantizers), list(rewrites or []))
+def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
+    """What a fully quantized method quantizes besides weights, in graph order: groups of edges that carry one tensor
+    and so share one quantizer.
+
+    Every value that a linear or conv layer, an attention product, a softmax, a LayerNorm, a GELU or a sum reads is
+    quantized once, where it is made: at the ``output`` edge of the site that made it (operations that move values, or
+    multiply them by one number, may lie between), else (pixels, the sum with the position embedding, pooled tokens) at
+    the edges that read it. A softmax reads its own ``input`` edge, behind bias and mask. The classifier's output
+    counts too.
+    """
+    by_node = {site.node: site for site in graph.sites}
+    groups: dict[Any, dict[str, Edge]] = {}
+    for site in graph.sites:
+        for edge in site.edges.values():
+            if edge.is_weight or edge.position is None:
+                continue
+            source = edge.value if site.kind == "probs" else _origin(edge.value)
+            maker = by_node.get(source) if site.kind != "probs" else None
+            wanted = edge if maker is None else maker.edges["output"]
+            groups.setdefault(edge.key if site.kind == "probs" else source, {})[wanted.key] = wanted
+    for site in graph.sites.head:
+        groups.setdefault(site.node, {})[site.edges["output"].key] = site.edges["output"]
+    order = {node: i for i, node in enumerate(graph.fx.nodes)}
+
+    def place(edge: Edge) -> tuple[int, bool, int]:
+        return order[edge.node], edge.position is None, edge.position or 0
+
+    return sorted((tuple(sorted(g.values(), key=place)) for g in groups.values()), key=lambda g: place(g[0]))
+
+
+def _origin(value: fx.Node) -> fx.Node:
+    """Where a value comes from, through operations that only move it or multiply it by one number."""
+    while op_name(value) in VIEWS or (
+        op_name(value) in SCALINGS and len(value.args) == 2 and isinstance(value.args[1], int | float)
+    ):
+        value = value.args[0]  # type: ignore[assignment]
+    return value

@@ -20,10 +20,10 @@ Where the paper, which is about convolutional networks, differs from this file, 
 
 from __future__ import annotations
 
+from quantlens.calibration import Calibration
 from quantlens.graph import Graph
 from quantlens.methods._scale_search import SEARCH_OPTIONS, search_scales
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.methods.calibration import Calibration
 from quantlens.quantizers import Plan
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from quantlens.calibration import Calibration, Look, Walk
 from quantlens.graph import Edge, Graph
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Run, Widths, matmul_operand_edges
-from quantlens.methods.calibration import Calibration, Walk
 from quantlens.quantizers import Plan, Uniform
 from quantlens.quantizers.bits import FLOAT
 from quantlens.ranges import Observation, affine, minmax
@@ -51,10 +51,10 @@ def uniform_everywhere(
     the float model's activations."""
     quantizers: dict[str, Uniform] = {}
 
-    def decide(edge: Edge, observe: Callable[..., Observation]) -> None:
+    def decide(edge: Edge, look: Look) -> None:
         width = bits.of(graph, edge)
         axis, granularity = (0, "channel") if edge.is_weight else (None, "tensor")
-        low, high = choose(observe(axis=axis, tail=tail), width)
+        low, high = choose(look(axis=axis, tail=tail), width)
         quantizers[edge.key] = affine(low, high, width, granularity=granularity, axis=axis)
 
     edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]

@@ -10,10 +10,10 @@ output channel that is all but the whole range, which is what the comparisons in
 
 from __future__ import annotations
 
+from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.methods.calibration import Calibration
 from quantlens.methods.minmax import uniform_everywhere
 from quantlens.quantizers import Plan
 from quantlens.ranges import Observation, percentile

@@ -31,12 +31,12 @@ Where the authors' code differs from this file, or is silent:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from quantlens.calibration import Calibration, Look, Transform, Walk
 from quantlens.graph import Edge, Graph, NormGroup, find_norm_groups, rescale_norm
 from quantlens.methods.base import (
     MATMUL_OPERANDS,
@@ -47,7 +47,6 @@ from quantlens.methods.base import (
     Widths,
     matmul_operand_edges,
 )
-from quantlens.methods.calibration import Calibration, Transform, Walk
 from quantlens.quantizers import Plan, Quantizer, Uniform, affine_parameters
 from quantlens.quantizers.bits import FLOAT
 from quantlens.quantizers.uniform import is_constant
@@ -107,13 +106,13 @@ class RepQViT(Method):
         quantizers: dict[str, Quantizer] = {}
         found: dict[str, Reparameterization] = {}
 
-        def decide(edge: Edge, observe: Callable[..., Observation]) -> Transform:
+        def decide(edge: Edge, look: Look) -> Transform:
             width, site = bits.of(graph, edge), edge.site
             group = groups.get(site)
             repar = found.get(group.norm.name) if group is not None else None
             if edge.is_weight:
                 if repar is None:
-                    low, high = quantile_mse(observe(axis=0, tail=TAIL), width)
+                    low, high = quantile_mse(look(axis=0, tail=TAIL), width)
                     quantizers[edge.key] = affine(low, high, width, granularity="channel", axis=0)
                     return quantizers[edge.key]
                 weight = graph.tensor(str(edge.value.target)) * repar.scale
@@ -123,7 +122,7 @@ class RepQViT(Method):
                 return lambda _: effective
             if group is not None:
                 if repar is None:
-                    low, high = quantile_mse(observe(axis=-1, tail=TAIL), width)
+                    low, high = quantile_mse(look(axis=-1, tail=TAIL), width)
                     repar = reparameterize(low, high, width)
                     if run["layernorm"] == "reparameterized":
                         found[group.norm.name] = repar
@@ -132,9 +131,9 @@ class RepQViT(Method):
                 return repar.channel
             if edge.key.endswith(".probs.output") and run["softmax"] != "uniform":
                 steps = 2 if run["softmax"] == "log-sqrt2" else 1
-                quantizers[edge.key] = log_by_quantile(observe(tail=TAIL), width, steps=steps)
+                quantizers[edge.key] = log_by_quantile(look(tail=TAIL), width, steps=steps)
             else:
-                low, high = quantile_mse(observe(tail=TAIL), width)
+                low, high = quantile_mse(look(tail=TAIL), width)
                 quantizers[edge.key] = affine(low, high, width)
             return quantizers[edge.key]
 

@@ -4,11 +4,13 @@ from quantlens.quantizers.base import Quantizer, formats, restore, round_ste
 from quantlens.quantizers.bits import Bits
 from quantlens.quantizers.log import Log
 from quantlens.quantizers.model import Outputs, Plan, QuantizedModel, float_model, simulate
+from quantlens.quantizers.operators import Operator, restore_operator
 from quantlens.quantizers.uniform import Uniform, affine_parameters, symmetric_parameters
 
 __all__ = [
     "Bits",
     "Log",
+    "Operator",
     "Outputs",
     "Plan",
     "QuantizedModel",
@@ -18,6 +20,7 @@ __all__ = [
     "float_model",
     "formats",
     "restore",
+    "restore_operator",
     "round_ste",
     "simulate",
     "symmetric_parameters",

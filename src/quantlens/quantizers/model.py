@@ -19,6 +19,7 @@ from quantlens.graph.capture import graph_of
 from quantlens.graph.graph import Graph, put_tensor, with_features
 from quantlens.graph.sites import Edge, classifier_terms
 from quantlens.quantizers.base import Quantizer
+from quantlens.quantizers.operators import Operator
 
 MB = 1_000_000
 
@@ -37,11 +38,13 @@ class Plan:
     quantizers: edge key -> quantizer (``blocks.3.attn.qkv.weight``, ``blocks.3.attn.probs.output`` …).
     rewrites: exact rewrites done to the graph, as sentences a person can read.
     info: method, bits, seed, options, calibration, checkpoint … (JSON-able).
+    operators: site name -> integer operator that computes in the site's place (integer LayerNorm, softmax).
     """
 
     quantizers: dict[str, Quantizer] = field(default_factory=dict)
     rewrites: list[str] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+    operators: dict[str, Operator] = field(default_factory=dict)
 
 
 class QuantizedModel(nn.Module):
@@ -61,7 +64,11 @@ class QuantizedModel(nn.Module):
             raise UnknownNameError("quantization site edge", unknown[0], graph.sites.edges)
         self.graph = graph
         self.plan = plan
+        absent = [name for name in plan.operators if name not in graph.sites]
+        if absent:
+            raise UnknownNameError("quantization site", absent[0], [site.name for site in graph.sites])
         self.quantizers = nn.ModuleList(plan.quantizers.values())
+        self.operators = nn.ModuleList(plan.operators.values())
         self.preprocess = preprocess
         self._reference = [reference]  # in a list: not a submodule
         self._simulation: list[fx.GraphModule | None] = [None]
@@ -79,7 +86,7 @@ class QuantizedModel(nn.Module):
     def simulation(self) -> fx.GraphModule:
         """The graph with weights replaced by their quantized values and quantizers on the other edges (built once)."""
         if self._simulation[0] is None:
-            self._simulation[0] = simulate(self.graph, self.plan.quantizers)
+            self._simulation[0] = simulate(self.graph, self.plan.quantizers, self.plan.operators)
         return self._simulation[0]
 
     def classifier(self) -> tuple[Tensor, Tensor] | None:
@@ -151,7 +158,10 @@ class QuantizedModel(nn.Module):
         for edge, quantizer in self.weight_edges():
             weight = self.graph.tensor(str(edge.value.target))
             total += -(-weight.numel() * quantizer.bits // 8) - weight.numel() * weight.element_size()
-        return total + sum(t.numel() * t.element_size() for q in self.quantizers for t in q.tensors().values())  # type: ignore[union-attr, operator]
+        return total + sum(t.numel() * t.element_size() for q in self._parts() for t in q.tensors().values())
+
+    def _parts(self) -> list[Any]:
+        return [*self.plan.quantizers.values(), *self.plan.operators.values()]
 
     def weight_edges(self) -> list[tuple[Edge, Quantizer]]:
         """Edges of quantized weights with their quantizers, in graph order."""
@@ -177,6 +187,7 @@ class QuantizedModel(nn.Module):
             {k: copy.deepcopy(q, memo) for k, q in self.plan.quantizers.items()},
             list(self.plan.rewrites),
             copy.deepcopy(self.plan.info),
+            {k: copy.deepcopy(o, memo) for k, o in self.plan.operators.items()},
         )
         return QuantizedModel(self.graph.clone(), plan, preprocess=self.preprocess, reference=self.reference)
 
@@ -215,10 +226,13 @@ def describe(model: Any) -> dict[str, Any]:
     }
 
 
-def simulate(graph: Graph, quantizers: dict[str, Quantizer]) -> fx.GraphModule:
-    """A module images -> (logits, features) that applies ``quantizers`` on the edges named by their keys."""
+def simulate(
+    graph: Graph, quantizers: dict[str, Quantizer], operators: dict[str, Operator] | None = None
+) -> fx.GraphModule:
+    """A module images -> (logits, features) that applies ``quantizers`` on the edges named by their keys and
+    ``operators`` in place of the sites named."""
     twin = graph.clone()
-    edges = twin.sites.edges
+    sites, edges = twin.sites, twin.sites.edges
     terms = classifier_terms(twin)
     root = nn.Module()
     for name, value in twin.tensors().items():
@@ -252,6 +266,15 @@ def simulate(graph: Graph, quantizers: dict[str, Quantizer]) -> fx.GraphModule:
             call = twin.fx.call_module(f"quantizers.{len(modules) - 1}", (edge.node,))
         call.meta = dict(edge.node.meta)
         edge.node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+    if operators:
+        root.add_module("operators", nn.ModuleList(operators.values()))
+    for index, name in enumerate(operators or {}):
+        node = sites[name].node
+        with twin.fx.inserting_after(node):
+            call = twin.fx.call_module(f"operators.{index}", node.args, node.kwargs)
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        twin.fx.erase_node(node)
     for node in reversed(list(twin.fx.nodes)):
         if not node.users and node.op == "get_attr":
             twin.fx.erase_node(node)

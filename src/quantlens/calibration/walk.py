@@ -1,11 +1,10 @@
-"""Calibration: the images, and the walk that shows a method every tensor of the graph in order, in bounded memory."""
+"""The walk that shows a method every tensor of the graph in order, in bounded memory."""
 
 from __future__ import annotations
 
 import ctypes
-import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from quantlens.calibration.images import Calibration
 from quantlens.errors import QuantlensError
 from quantlens.graph import Edge, Graph
 from quantlens.ranges import Observation, Observer
-
-CHUNK = 32
-"""Images that go through the graph together."""
 
 MEMORY = 1 << 30
 """Bytes of activations kept in memory between the steps of a walk; what exceeds it goes to temporary files."""
@@ -26,85 +23,39 @@ MEMORY = 1 << 30
 Transform = Callable[[Tensor], Tensor]
 
 
-class Calibration:
-    """Calibration images in chunks of :data:`CHUNK`, with where they come from.
+class Look:
+    """What a walk shows of one edge: ``look(axis=None, tail=0.0)`` gives an :class:`Observation` of its values over
+    all calibration images (for a weight: of the weight); :meth:`tensors` gives the values themselves."""
 
-    Memory: images given as an image set are read chunk by chunk when they are needed; tensors stay where they are.
-    """
+    def __init__(self, graph: Graph, edge: Edge, envs: _Environments, seed: int):
+        self._graph, self._edge, self._envs, self._seed = graph, edge, envs, seed
 
-    def __init__(self, chunks: Any, count: int, *, source: str, fingerprint: str | None, device: torch.device):
-        self._chunks, self.count = chunks, count
-        self.source, self.fingerprint, self.device = source, fingerprint, device
+    def __call__(self, axis: int | None = None, tail: float = 0.0) -> Observation:
+        edge, pieces = self._edge, self.tensors()
+        observer = Observer(axis=axis, tail=tail, pieces=len(pieces), seed=self._seed)
+        try:
+            for piece in pieces:
+                observer.update(piece)
+        except ValueError as error:
+            raise QuantlensError(f"{edge.key}: {error}; check the weights and the calibration images") from error
+        return observer.result()
 
-    @classmethod
-    def of(cls, images: Any, preprocess: Any, *, device: torch.device | str = "cpu") -> Calibration:
-        """From a float tensor [N, 3, H, W], an iterable of tensors or (tensor, labels) batches, an image set, or a
-        source.
-
-        Raises QuantlensError: no images, wrong shape, values that are not finite.
-        """
-        device = torch.device(device)
-        if isinstance(images, Calibration):
-            return images
-        if isinstance(images, Iterable) and not isinstance(images, str | Tensor) and not hasattr(images, "batches"):
-            batches = [b[0] if isinstance(b, list | tuple) else b for b in images]
-            images = (
-                torch.cat([torch.as_tensor(b) for b in batches]) if batches else torch.empty(0, *preprocess.input_size)
-            )
-        if isinstance(images, Tensor):
-            _check(images, tuple(preprocess.input_size))
-            return cls(images, len(images), source="tensor", fingerprint=_fingerprint(images), device=device)
-        from quantlens.data import as_image_set
-
-        found = as_image_set(images, preprocess)
-        if len(found) == 0:
-            raise QuantlensError("no calibration images: give at least one, 32 is the usual number")
-        return cls(found, len(found), source=str(found.source), fingerprint=found.fingerprint, device=device)
-
-    def __len__(self) -> int:
-        return self.count
-
-    @property
-    def pieces(self) -> int:
-        return math.ceil(self.count / CHUNK)
-
-    def chunk(self, index: int) -> Tensor:
-        """Chunk ``index`` on the device: float32 [≤ CHUNK, 3, H, W]."""
-        start, stop = index * CHUNK, min((index + 1) * CHUNK, self.count)
-        images = self._chunks[start:stop] if isinstance(self._chunks, Tensor) else self._chunks.tensor(start, stop)
-        return images.to(self.device, torch.float32)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self.chunk(i) for i in range(self.pieces))
-
-    def info(self) -> dict[str, Any]:
-        return {"source": self.source, "n": self.count, "fingerprint": self.fingerprint}
-
-
-def _check(images: Tensor, size: tuple[int, ...]) -> None:
-    if len(images) == 0:
-        raise QuantlensError("no calibration images: give at least one, 32 is the usual number")
-    if images.dim() != 4 or tuple(images.shape[1:]) != size or not images.is_floating_point():
-        raise QuantlensError(
-            f"calibration images have shape {list(images.shape)} and type {images.dtype}; the model wants float [N, "
-            f"{', '.join(map(str, size))}], prepared with its own mean and deviation"
-        )
-    if not bool(torch.isfinite(images).all()):
-        raise QuantlensError("calibration images hold NaN or infinity")
-
-
-def _fingerprint(images: Tensor) -> str:
-    import hashlib
-
-    return hashlib.sha256(images.detach().cpu().contiguous().float().numpy().tobytes()).hexdigest()[:16]
+    def tensors(self, edge: Edge | None = None) -> list[Tensor]:
+        """The values that cross ``edge`` (this one; or another one of the same node), one tensor per piece of the
+        images; one tensor for a weight or another constant. A sequential walk has applied to them what was decided
+        for the edges before, not what was decided for the edge itself. Not to be changed in place."""
+        edge = self._edge if edge is None else edge
+        constant = self._graph.constant(edge.value)
+        if constant is not None:
+            return [constant]
+        return _Pieces(self._envs, edge.value)  # type: ignore[return-value]
 
 
 class Walk:
     """Shows every wanted edge of a graph, in execution order, to a function that decides what happens to it.
 
-    ``decide(edge, observe)`` is called once per edge in ``edges``. ``observe(axis=None, tail=0.0)`` gives an
-    :class:`Observation` of the values that cross the edge over all calibration images (for a weight: of the weight).
-    What it returns, a function tensor -> tensor or None, is applied to the edge from then on if ``sequential``: later
+    ``decide(edge, look)`` is called once per edge in ``edges``; ``look`` shows the edge's values (:class:`Look`). What
+    it returns, a function tensor -> tensor or None, is applied to the edge from then on if ``sequential``: later
     edges then see activations as the quantized part before them makes them; otherwise they see those of the float
     model.
 
@@ -123,7 +74,7 @@ class Walk:
     def run(
         self,
         edges: list[Edge],
-        decide: Callable[[Edge, Callable[..., Observation]], Transform | None],
+        decide: Callable[[Edge, Look], Transform | None],
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Visit ``edges``; see the class. Raises QuantlensError naming the edge where values are not finite."""
@@ -187,26 +138,28 @@ class Walk:
         return value if transform is None else transform(value)
 
     def _settle(self, edge: Edge, decide: Any, envs: _Environments) -> Transform | None:
-        def observe(axis: int | None = None, tail: float = 0.0) -> Observation:
-            try:
-                if edge.is_weight:
-                    observer = Observer(axis=axis, tail=tail, seed=self.seed)
-                    observer.update(self.graph.tensor(str(edge.value.target)))
-                    return observer.result()
-                observer = Observer(axis=axis, tail=tail, pieces=envs.count, seed=self.seed)
-                for index in range(envs.count):
-                    observer.update(envs.value(index, edge.value))
-            except ValueError as error:
-                raise QuantlensError(f"{edge.key}: {error}; check the weights and the calibration images") from error
-            return observer.result()
-
-        transform = decide(edge, observe)
+        transform = decide(edge, Look(self.graph, edge, envs, self.seed))
         if transform is not None and self.sequential:
             if edge.is_weight:
                 self._weights[edge.key] = transform(self.graph.tensor(str(edge.value.target)))
             elif edge.position is not None:
                 self._applied[edge.key] = transform
         return transform
+
+
+class _Pieces(Sequence):
+    """The pieces of one value, read (from a file, if need be) when they are asked for."""
+
+    def __init__(self, envs: _Environments, node: fx.Node):
+        self._envs, self._node = envs, node
+
+    def __len__(self) -> int:
+        return self._envs.count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._envs.value(i, self._node) for i in range(*index.indices(len(self)))]
+        return self._envs.value(range(len(self))[index], self._node)
 
 
 class _Environments:

@@ -1,0 +1,88 @@
+"""Calibration images: where they come from, in chunks, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlens.errors import QuantlensError
+
+CHUNK = 32
+"""Images that go through the graph together."""
+
+
+class Calibration:
+    """Calibration images in chunks of :data:`CHUNK`, with where they come from.
+
+    Memory: images given as an image set are read chunk by chunk when they are needed; tensors stay where they are.
+    """
+
+    def __init__(self, chunks: Any, count: int, *, source: str, fingerprint: str | None, device: torch.device):
+        self._chunks, self.count = chunks, count
+        self.source, self.fingerprint, self.device = source, fingerprint, device
+
+    @classmethod
+    def of(cls, images: Any, preprocess: Any, *, device: torch.device | str = "cpu") -> Calibration:
+        """From a float tensor [N, 3, H, W], an iterable of tensors or (tensor, labels) batches, an image set, or a
+        source.
+
+        Raises QuantlensError: no images, wrong shape, values that are not finite.
+        """
+        device = torch.device(device)
+        if isinstance(images, Calibration):
+            return images
+        if isinstance(images, Iterable) and not isinstance(images, str | Tensor) and not hasattr(images, "batches"):
+            batches = [b[0] if isinstance(b, list | tuple) else b for b in images]
+            images = (
+                torch.cat([torch.as_tensor(b) for b in batches]) if batches else torch.empty(0, *preprocess.input_size)
+            )
+        if isinstance(images, Tensor):
+            _check(images, tuple(preprocess.input_size))
+            return cls(images, len(images), source="tensor", fingerprint=_fingerprint(images), device=device)
+        from quantlens.data import as_image_set
+
+        found = as_image_set(images, preprocess)
+        if len(found) == 0:
+            raise QuantlensError("no calibration images: give at least one, 32 is the usual number")
+        return cls(found, len(found), source=str(found.source), fingerprint=found.fingerprint, device=device)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def pieces(self) -> int:
+        return math.ceil(self.count / CHUNK)
+
+    def chunk(self, index: int) -> Tensor:
+        """Chunk ``index`` on the device: float32 [≤ CHUNK, 3, H, W]."""
+        start, stop = index * CHUNK, min((index + 1) * CHUNK, self.count)
+        images = self._chunks[start:stop] if isinstance(self._chunks, Tensor) else self._chunks.tensor(start, stop)
+        return images.to(self.device, torch.float32)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.chunk(i) for i in range(self.pieces))
+
+    def info(self) -> dict[str, Any]:
+        return {"source": self.source, "n": self.count, "fingerprint": self.fingerprint}
+
+
+def _check(images: Tensor, size: tuple[int, ...]) -> None:
+    if len(images) == 0:
+        raise QuantlensError("no calibration images: give at least one, 32 is the usual number")
+    if images.dim() != 4 or tuple(images.shape[1:]) != size or not images.is_floating_point():
+        raise QuantlensError(
+            f"calibration images have shape {list(images.shape)} and type {images.dtype}; the model wants float [N, "
+            f"{', '.join(map(str, size))}], prepared with its own mean and deviation"
+        )
+    if not bool(torch.isfinite(images).all()):
+        raise QuantlensError("calibration images hold NaN or infinity")
+
+
+def _fingerprint(images: Tensor) -> str:
+    import hashlib
+
+    return hashlib.sha256(images.detach().cpu().contiguous().float().numpy().tobytes()).hexdigest()[:16]
