@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from quantlens.graph import capture, find_norm_groups, fold_layer_scale, fold_norm, rescale_norm
+from quantlens.graph import capture, find_norm_groups, fold_layer_scale, fold_norm, rescale_norm, split_linear
 from quantlens.graph.graph import op_name
+from quantlens.graph.serialize import graph_from_dict, graph_to_dict
 
 
 @pytest.fixture
@@ -105,3 +106,17 @@ def test_a_norm_behind_a_padding_is_no_group(pictures):
     graph = capture(Padded(), pictures)
     assert any("pad" in op_name(n) for n in graph.fx.nodes)
     assert find_norm_groups(graph) == []
+
+
+def test_a_split_linear_is_the_same_function(architecture, network, pictures):
+    """Two linears side by side equal the one, and the graph survives its JSON form."""
+    graph = capture(network, pictures)
+    before = graph(pictures)
+    clone = graph.clone()
+    for site in [s for s in clone.sites.of_kind("linear") if s.block is not None]:
+        split_linear(clone, site, torch.tensor([5, 0]))
+    clone.invalidate()
+    torch.testing.assert_close(clone(pictures), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(graph(pictures), before)
+    again = graph_from_dict(graph_to_dict(clone), clone.tensors())
+    assert torch.equal(again(pictures), clone(pictures))

@@ -6,6 +6,7 @@
   SmoothQuant's folding).
 * :func:`fold_norm`: the LayerNorm's own scale and shift go into the linears.
 * :func:`fold_layer_scale`: a per-channel factor after a linear (DeiT3's LayerScale) goes into the linear.
+* :func:`split_linear`: some input channels of a linear get a linear of their own, y = W₁x₁ + W₂x₂ + bias.
 """
 
 from __future__ import annotations
@@ -173,3 +174,43 @@ def fold_layer_scale(graph: Graph) -> list[str]:
             break
     graph.invalidate()
     return changed
+
+
+def split_linear(graph: Graph, linear: Site, channels: Tensor) -> str:
+    """Give ``channels`` (int64 [m], 0 < m < in) of a linear's input a linear layer of their own and add its output, so
+    that both parts can have quantizers of their own.
+
+    Returns the name of the new site, ``<name>_massive``. The caller calls :meth:`Graph.invalidate` when all are split.
+    """
+    node, weight = linear.node, graph.tensor(linear.weight)  # type: ignore[arg-type]
+    chosen = channels.sort().values.to(weight.device)
+    rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    rest[chosen] = False
+    kept = rest.nonzero().flatten()
+    module, source = node.meta.get("module", ""), node.args[0]
+    stem = f"{linear.name}_massive"
+    graph.set_tensor(f"{linear.name}_channels", kept)
+    graph.set_tensor(f"{stem}_channels", chosen)
+    graph.set_tensor(f"{stem}.weight", weight[:, chosen])
+    graph.set_tensor(linear.weight, weight[:, kept])  # type: ignore[arg-type]
+
+    def made(call: fx.Node, width: int) -> fx.Node:
+        call.meta = {"module": module, "shape": (*source.meta["shape"][:-1], width), "symbolic": False}  # type: ignore[union-attr]
+        return call
+
+    def constant(name: str) -> fx.Node:
+        found = graph.fx.get_attr(name)
+        found.meta = {"module": module, "shape": tuple(graph.tensor(name).shape), "symbolic": False}
+        return found
+
+    with graph.fx.inserting_before(node):
+        parts = [
+            made(graph.fx.call_function(aten.index_select.default, (source, -1, constant(name))), width)
+            for name, width in ((f"{linear.name}_channels", len(kept)), (f"{stem}_channels", len(chosen)))
+        ]
+        few = made(graph.fx.call_function(aten.linear.default, (parts[1], constant(f"{stem}.weight"))), weight.shape[0])
+    node.args = (parts[0], *node.args[1:])
+    with graph.fx.inserting_after(node):
+        total = made(graph.fx.call_function(aten.add.Tensor, (node, few)), weight.shape[0])
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    return stem

@@ -24,6 +24,7 @@ from quantlens.graph.sites import SCALINGS
 from quantlens.quantizers import Bits, Plan, QuantizedModel, float_model
 from quantlens.quantizers.bits import FLOAT
 from quantlens.quantizers.model import describe
+from quantlens.reconstruction.massive import split_massive
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) steps."""
@@ -68,6 +69,12 @@ class MethodInfo:
 SHARED_OPTIONS = {
     "patch_bits": Option(8, "width of the image that the patch embedding reads (32: not quantized)"),
     "head_bits": Option(None, "width of the classifier's weight and input (None: as everywhere)"),
+    "massive_channels": Option(
+        "keep",
+        "input channels behind an activation function that are 16 times larger than the median one: keep (as in the "
+        "papers) or split (a linear layer of their own, which is exact)",
+        ("keep", "split"),
+    ),
 }
 """Options every method has, with equal defaults, because they explain many differences between published figures."""
 
@@ -109,8 +116,10 @@ class Method(ABC):
         folded = fold_layer_scale(graph)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            split = split_massive(graph, images) if settings["massive_channels"] == "split" else []
             plan = self.build(graph, images, Widths(widths, settings), Run(settings, seed, progress))
         graph.invalidate()
+        plan.rewrites[:0] = split
         if folded:
             plan.rewrites.insert(0, f"LayerScale folded into {len(folded)} linear layers")
         plan.info = {
