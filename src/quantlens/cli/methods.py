@@ -68,7 +68,7 @@ def _one(method: Any) -> None:
         table.add_column(column, overflow="fold")
     from quantlens.methods.base import SHARED_OPTIONS
 
-    for key, option in {**info.options, **SHARED_OPTIONS}.items():
+    for key, option in {**SHARED_OPTIONS, **info.options}.items():
         choices = ", ".join(map(str, option.choices)) if option.choices else ""
         table.add_row(key, str(option.default), option.help, choices)
     _common.stdout().print(table)
