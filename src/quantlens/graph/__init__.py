@@ -2,7 +2,14 @@
 
 from quantlens.graph.capture import capture, graph_of
 from quantlens.graph.graph import Graph
-from quantlens.graph.rewrites import NormGroup, find_norm_groups, fold_layer_scale, fold_norm, rescale_norm, split_linear
+from quantlens.graph.rewrites import (
+    NormGroup,
+    find_norm_groups,
+    fold_layer_scale,
+    fold_norm,
+    rescale_norm,
+    split_linear,
+)
 from quantlens.graph.sites import Block, Edge, Site, SiteMap
 
 __all__ = [

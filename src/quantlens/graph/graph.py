@@ -242,9 +242,12 @@ def put_tensor(root: nn.Module, name: str, value: Tensor) -> None:
         module.register_buffer(leaf, value)
 
 
-def with_features(graph: fx.Graph, root: nn.Module, terms: list[tuple[fx.Node, float]] | None) -> fx.GraphModule:
+def with_features(
+    graph: fx.Graph, root: nn.Module, terms: list[tuple[fx.Node, float]] | None, taps: Sequence[fx.Node] = ()
+) -> fx.GraphModule:
     """``graph`` as a module that returns (logits, features): features [B, D] are what the classifier's linear layers
-    read (before any quantizer on their input; several layers side by side), or ``None`` without such layers."""
+    read (before any quantizer on their input; several layers side by side), or ``None`` without such layers. With
+    ``taps``, the values of those nodes come third, as a tuple."""
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     logits = output.args[0]
     features: Any = None
@@ -255,13 +258,13 @@ def with_features(graph: fx.Graph, root: nn.Module, terms: list[tuple[fx.Node, f
             if len(sources) > 1:
                 with graph.inserting_before(output):
                     features = graph.call_function(torch.cat, (sources, 1))
-    output.args = ((logits, features),)
+    output.args = ((logits, features, tuple(taps)) if taps else (logits, features),)
     return fx.GraphModule(root, graph)
 
 
 def unquantized_input(node: fx.Node) -> fx.Node:
     """What a linear node reads, looking through a quantizer on the edge."""
     source = node.args[0]
-    if isinstance(source, fx.Node) and source.op == "call_module":
+    if isinstance(source, fx.Node) and source.op == "call_module" and str(source.target).startswith("quantizers."):
         source = source.args[0]
     return source  # type: ignore[return-value]

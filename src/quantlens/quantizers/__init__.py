@@ -2,19 +2,27 @@
 
 from quantlens.quantizers.base import Quantizer, formats, restore, round_ste
 from quantlens.quantizers.bits import Bits
+from quantlens.quantizers.integer_ops import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax
 from quantlens.quantizers.log import Log
 from quantlens.quantizers.model import Outputs, Plan, QuantizedModel, float_model, simulate
 from quantlens.quantizers.operators import Operator, restore_operator
+from quantlens.quantizers.power_of_two import PowerOfTwo
+from quantlens.quantizers.twin import Twin
 from quantlens.quantizers.uniform import Uniform, affine_parameters, symmetric_parameters
 
 __all__ = [
     "Bits",
+    "IntegerLayerNorm",
     "Log",
+    "LogIntSoftmax",
+    "MaskedSoftmax",
     "Operator",
     "Outputs",
     "Plan",
+    "PowerOfTwo",
     "QuantizedModel",
     "Quantizer",
+    "Twin",
     "Uniform",
     "affine_parameters",
     "float_model",

@@ -8,6 +8,7 @@ simulation, checkpoint, export, study and report read the same two.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -227,10 +228,17 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def simulate(
-    graph: Graph, quantizers: dict[str, Quantizer], operators: dict[str, Operator] | None = None
+    graph: Graph,
+    quantizers: dict[str, Quantizer],
+    operators: dict[str, Operator] | None = None,
+    taps: Sequence[str] = (),
 ) -> fx.GraphModule:
     """A module images -> (logits, features) that applies ``quantizers`` on the edges named by their keys and
-    ``operators`` in place of the sites named."""
+    ``operators`` in place of the sites named.
+
+    taps: keys of activation edges whose values are given out too, as (logits, features, (value, …)): as read behind
+    their quantizer, if they have one.
+    """
     twin = graph.clone()
     sites, edges = twin.sites, twin.sites.edges
     terms = classifier_terms(twin)
@@ -241,6 +249,7 @@ def simulate(
     root.add_module("quantizers", modules)
     outputs: list[tuple[Edge, Quantizer]] = []
     placed: dict[tuple[fx.Node, int], fx.Node] = {}
+    behind: dict[fx.Node, fx.Node] = {}
     for key, quantizer in quantizers.items():
         edge = edges[key]
         if edge.is_weight:
@@ -265,6 +274,7 @@ def simulate(
         with twin.fx.inserting_after(edge.node):
             call = twin.fx.call_module(f"quantizers.{len(modules) - 1}", (edge.node,))
         call.meta = dict(edge.node.meta)
+        behind[edge.node] = call
         edge.node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
     if operators:
         root.add_module("operators", nn.ModuleList(operators.values()))
@@ -274,11 +284,16 @@ def simulate(
             call = twin.fx.call_module(f"operators.{index}", node.args, node.kwargs)
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
+        behind.setdefault(node, call)
         twin.fx.erase_node(node)
     for node in reversed(list(twin.fx.nodes)):
         if not node.users and node.op == "get_attr":
             twin.fx.erase_node(node)
-    module = with_features(twin.fx, root, terms)
+    tapped = []
+    for key in taps:
+        edge = edges[key]
+        tapped.append(behind.get(edge.node, edge.node) if edge.position is None else edge.value)
+    module = with_features(twin.fx, root, terms, tapped)
     module.eval()
     return module
 

@@ -1,4 +1,4 @@
-"""Scale search by cosine similarity of a product: pure functions, no model and no sites.
+"""Scale search by the similarity of a product: pure functions, no model and no sites.
 
 A layer is a product of two operands that share their last dimension, out = A·Bᵀ: inputs [m, in] and weight [out, in]
 of a linear layer, q and k, probs and vᵀ. With one operand fixed, the similarity of out and Âᵢ·B̂ᵀ for a candidate Âᵢ is
@@ -7,11 +7,17 @@ of a linear layer, q and k, probs and vᵀ. With one operand fixed, the similari
 
 exactly, so that ``out·B̂`` and ``B̂ᵀB̂`` are made once and the large output is never made for a candidate (unless that is
 the cheaper way to the norm).
+
+The same holds for the Pearson correlation, the cosine of centred outputs: Σ Âᵢ·B̂ᵀ is linear in Âᵢ, and so is what an
+offset of the output channels (a bias correction) adds to its sum, its norm and its product with out. :class:`Objective`
+is that correlation, averaged over samples, with a ranking loss beside it (Liu et al., NeurIPS 2021, eq. 10 to 12).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -121,4 +127,233 @@ def _cosine(dot: Tensor, norm: Tensor, other: Tensor) -> Tensor:
     return torch.where(size > 0, dot / size.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(size))
 
 
-__all__ = ["Operand", "alternate", "candidate_factors", "search", "similarity"]
+# -- correlation and order ---------------------------------------------------------------------------------------------
+TOLERANCE = 1e-3
+"""A round of :func:`alternate_pair` that lowers the objective by less than this share of it is the last one."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The ranking loss (Liu et al., eq. 10) against fixed float rows, as a mean over rows and pairs.
+
+    first, second: [P] columns of the pairs. sign [P, R]: sign of float column ``first`` less ``second``. margin: θ, in
+    the unit of the rows. rows: [R] which rows of the flattened output are compared; ``None`` for all. weight: γ.
+
+    The mean is the paper's sum over the number of rows and pairs, so that γ does not depend on the sequence's length.
+    """
+
+    first: Tensor
+    second: Tensor
+    sign: Tensor
+    margin: float
+    rows: Tensor | None = None
+    weight: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        expected: Tensor,
+        margin: float,
+        *,
+        pairs: int | None = None,
+        rows: Tensor | None = None,
+        weight: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Ranking:
+        """The loss against ``expected`` [..., w]: over all w(w − 1)/2 pairs of columns, or over ``pairs`` pairs drawn
+        with ``generator`` (with repetition, the same for all rows; its expectation is the loss over all pairs)."""
+        flat = expected.reshape(-1, expected.shape[-1])
+        flat = flat if rows is None else flat[rows]
+        count = flat.shape[1]
+        if pairs is None or count < 2 or pairs >= count * (count - 1) // 2:
+            first, second = torch.triu_indices(count, count, 1)
+        else:
+            first = torch.randint(count, (pairs,), generator=generator)
+            second = (first + torch.randint(1, count, (pairs,), generator=generator)) % count
+        first, second = first.to(flat.device), second.to(flat.device)
+        columns = flat.T.contiguous()
+        return cls(first, second, (columns[first] - columns[second]).sign_(), float(margin), rows, weight)
+
+    def loss(self, got: Tensor) -> Tensor:
+        """[] mean hinge of ``got``, shaped as the float output was; 0 if there is no pair."""
+        flat = got.reshape(-1, got.shape[-1])
+        flat = flat if self.rows is None else flat[self.rows]
+        if self.sign.numel() == 0:
+            return flat.new_zeros(())
+        # columns first: a pair is then two contiguous rows
+        columns = flat.T.contiguous()
+        hinge = (columns[self.second] - columns[self.first]).mul_(self.sign).add_(self.margin).clamp_(min=0)
+        return hinge.mean()
+
+
+def ranking_loss(
+    got: Tensor,
+    expected: Tensor,
+    margin: float,
+    *,
+    pairs: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """[] mean over rows and pairs p < q of max(0, θ − (gotₚ − got_q)·sign(expectedₚ − expected_q)) (Liu et al.,
+    eq. 10, which has the sum).
+
+    got, expected: [..., w], a row per query. margin: θ. pairs: how many pairs to draw with ``generator``; ``None`` for
+    all of them, exactly.
+    """
+    return Ranking.of(expected, margin, pairs=pairs, generator=generator).loss(got)
+
+
+def inversions(got: Tensor, expected: Tensor) -> float:
+    """Share of the pairs of columns whose order in ``got`` [..., w] is the reverse of that in ``expected``; a tie of
+    two columns that differ counts half."""
+    ranking = Ranking.of(expected, 0.0)
+    columns = got.reshape(-1, got.shape[-1]).T
+    found = (columns[ranking.first] - columns[ranking.second]).sign_() * ranking.sign
+    known = ranking.sign != 0
+    return float(((1 - found)[known] / 2).mean()) if bool(known.any()) else 0.0
+
+
+class Objective:
+    """γ·L_ranking + mean over samples of 1 − Γ (Liu et al., eq. 11, plus one): what a pair of scales costs.
+
+    expected [s, m, n]: float outputs of s samples. similarity: whether Γ, the Pearson correlation of a sample's float
+    and quantized output over all its m·n elements (eq. 12), takes part. ranking: the ranking loss, if it takes part.
+    A sample whose float or quantized output is constant has Γ = 0.
+    """
+
+    def __init__(self, expected: Tensor, *, similarity: bool = True, ranking: Ranking | None = None):
+        self.similarity, self.ranking = similarity, ranking
+        self.centred = expected - expected.mean((-2, -1), keepdim=True)
+        self.size = _dot(self.centred, self.centred)
+        self.count = expected.shape[-1] * expected.shape[-2]
+
+    def of(self, got: Tensor) -> Tensor:
+        """[] float64 cost of quantized outputs [s, m, n]."""
+        cost = torch.zeros((), dtype=torch.float64, device=got.device)
+        if self.similarity:
+            total = got.sum((-2, -1)).double()
+            cost = cost + self._distance(_dot(self.centred, got), total, _dot(got, got))
+        if self.ranking is not None:
+            cost = cost + self.ranking.weight * self.ranking.loss(got).double()
+        return cost
+
+    def _distance(self, shared: Tensor, total: Tensor, norm: Tensor) -> Tensor:
+        """Mean of 1 − Γ from Σ (O − Ō)·Ô, Σ Ô and Σ Ô² of each sample [s], float64."""
+        spread = norm - total.square() / self.count
+        # what rounding leaves of a constant output is no signal
+        spread = torch.where(spread > norm * torch.finfo(self.centred.dtype).eps, spread, torch.zeros_like(spread))
+        return (1 - _cosine(shared, spread, self.size)).mean()
+
+
+Side = Literal["left", "right"]
+
+
+def search_side(
+    objective: Objective, left: Operand, right: Operand, side: Side, factors: list[float], offset: Tensor | None = None
+) -> Operand:
+    """The operand on ``side`` with the scale factor·start that costs least, the other one fixed.
+
+    left [s, m, k], right [s, n, k] or [n, k] (the same for all samples): the output is left·rightᵀ − offset. offset:
+    [n]. One scale per operand. The current scale competes, and wins a tie.
+    """
+    moving = left if side == "left" else right
+    if moving.start is None or moving.scale is None:
+        return moving
+    scales = [moving.scale, *(moving.start * factor for factor in factors)]
+    judge = _through_gram(objective, left, right, offset) if side == "left" else None
+    if judge is None:
+        fixed = right.quantized() if side == "left" else left.quantized()
+
+        def judge(values: Tensor) -> Tensor:
+            got = values @ fixed.mT if side == "left" else fixed @ values.mT
+            return objective.of(got if offset is None else got.sub_(offset))
+
+    costs = torch.stack([judge(moving.quantized(scale)) for scale in scales])
+    return replace(moving, scale=scales[int(costs.argmin())])
+
+
+def _through_gram(
+    objective: Objective, left: Operand, right: Operand, offset: Tensor | None
+) -> Callable[[Tensor], Tensor] | None:
+    """The cost of quantized left values [s, m, k] without their outputs; ``None`` where that is dearer or not to be
+    had."""
+    if objective.ranking is not None or not objective.similarity or right.values.shape[-1] >= right.values.shape[-2]:
+        return None
+    fixed = right.quantized()
+    pull, gram, sums = objective.centred @ fixed, fixed.mT @ fixed, fixed.sum(-2, keepdim=True)
+    rows = left.values.shape[-2]
+    if offset is None:
+        offset = fixed.new_zeros(fixed.shape[-2])
+    back = offset @ fixed  # [k] or [s, k]
+    known_shared = (objective.centred.sum(-2) * offset).sum(-1).double()
+    known_total, known_norm = rows * offset.sum().double(), rows * offset.square().sum().double()
+
+    def judge(values: Tensor) -> Tensor:
+        column = values.sum(-2)
+        shared = _dot(values, pull) - known_shared
+        total = (column * sums.squeeze(-2)).sum(-1).double() - known_total
+        norm = _dot(values @ gram, values) - 2 * (column * back).sum(-1).double() + known_norm
+        return objective._distance(shared, total, norm)
+
+    return judge
+
+
+def alternate_pair(
+    objective: Objective,
+    left: Operand,
+    right: Operand,
+    factors: list[float],
+    rounds: int,
+    *,
+    first: Side = "right",
+    correct: Callable[[Operand, Operand], Tensor] | None = None,
+) -> tuple[Operand, Operand, list[float]]:
+    """Search both scales in turn, ``first`` first, until a round lowers the cost by less than :data:`TOLERANCE` of it,
+    or ``rounds`` are done (Liu et al., section 3.2).
+
+    correct: called after each round with both operands, gives the offset [n] that the outputs of the next round are
+    corrected by. Returns the operands of the best round, and the cost before the first and after every round: a round
+    that costs more than the one before is not taken, so that it never rises.
+    """
+    order: tuple[Side, Side] = ("right", "left") if first == "right" else ("left", "right")
+
+    def cost(a: Operand, b: Operand, offset: Tensor | None) -> float:
+        got = a.quantized() @ b.quantized().mT
+        return float(objective.of(got if offset is None else got.sub_(offset)))
+
+    offset = correct(left, right) if correct is not None else None
+    history = [cost(left, right, offset)]
+    for _ in range(rounds):
+        a, b = left, right
+        for side in order:
+            found = search_side(objective, a, b, side, factors, offset)
+            a, b = (found, b) if side == "left" else (a, found)
+        offset = correct(a, b) if correct is not None else None
+        reached = cost(a, b, offset)
+        if not reached < history[-1]:
+            break
+        left, right = a, b
+        history.append(reached)
+        if history[-2] - reached < TOLERANCE * history[-2]:
+            break
+    return left, right, history
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """[s] float64 inner products of samples [s, m, n]."""
+    return torch.linalg.vecdot(a.flatten(-2), b.flatten(-2)).double()
+
+
+__all__ = [
+    "Objective",
+    "Operand",
+    "Ranking",
+    "alternate",
+    "alternate_pair",
+    "candidate_factors",
+    "inversions",
+    "ranking_loss",
+    "search",
+    "search_side",
+    "similarity",
+]
