@@ -1,0 +1,157 @@
+"""LSQ: the scale of an activation quantizer, learned (Esser et al., ICLR 2020, section 2).
+
+For a format whose values are proportional to one base scale s (uniform: x̂ = l·s with integers l = clamp(round(x/s)); a
+power-of-two format: x̂ = l·s·2^α_c), straight through the rounding,
+
+    ∂x̂/∂s = (x̂ − x)/s   inside the range,   x̂/s   outside,        ∂x̂/∂x = 1 inside, 0 outside
+
+which for one scale is LSQ's eq. 3: round(x/s) − x/s, or the outermost level; inside is qmin − z ≤ x/s ≤ qmax − z. The
+gradient of s is multiplied by g = 1/√(N·qmax), N being the number of values that share the scale (section 2.2). Zero
+points and exponents stay.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantlens.errors import UnsupportedError
+from quantlens.quantizers import PowerOfTwo, Quantizer, Uniform
+
+SMALLEST, LARGEST = 0.05, 8.0
+"""Bounds of the learned scale as multiples of the one it started from."""
+
+
+class _Quantize(torch.autograd.Function):
+    """x, s (the values' scale, spread), low and high level, kept (bool like x: left in float; or None) -> x̂."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        inverse: Tensor,
+        low: Tensor | float,
+        high: Tensor | float,
+        kept: Tensor | None,
+        factor: float,
+    ) -> Tensor:
+        levels = x * inverse
+        inside = (levels >= low).logical_and_(levels <= high)
+        levels.round_()
+        if isinstance(low, float):
+            levels.clamp_(low, high)
+        else:
+            torch.clamp(levels, low, high, out=levels)
+        value = levels.mul_(scale)
+        if kept is not None:
+            value = torch.where(kept, x, value)
+            inside.logical_or_(kept)
+        ctx.factor = factor
+        ctx.save_for_backward(*((x, scale, value) if ctx.needs_input_grad[1] else (None, None, None)), inside)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, scale, value, inside = ctx.saved_tensors
+        through = grad * inside
+        wanted = None
+        if ctx.needs_input_grad[1]:
+            # kept elements have value = x and inside = 1: they cancel
+            wanted = grad * value
+            wanted -= through * x
+            shared = [d for d in range(grad.dim()) if scale.dim() == 0 or scale.shape[d] == 1]
+            wanted = (wanted.sum(shared, keepdim=True) if scale.dim() else wanted.sum()) / scale
+            wanted = wanted * ctx.factor
+        return through, wanted, None, None, None, None, None
+
+
+class LearnedScale(nn.Module):
+    """An activation quantizer whose scale is learned; everything else of it stays.
+
+    quantizer: :class:`~quantlens.quantizers.Uniform` (any granularity) or :class:`~quantlens.quantizers.PowerOfTwo`.
+    :attr:`ratio` is the parameter: the scale as a multiple of the quantizer's own ([] or [n]), so that one learning
+    rate suits tensors of any size. ``forward(x, kept=None)`` quantizes x exactly as the frozen quantizer would; where
+    ``kept`` (bool, shape of x) is set, x passes in float (QDrop). :meth:`freeze` gives the quantizer.
+
+    Raises UnsupportedError for another format: log and twin formats stay as they are.
+    """
+
+    def __init__(self, quantizer: Quantizer):
+        super().__init__()
+        if not learnable(quantizer):
+            raise UnsupportedError(f"the scale of {quantizer.kind} codes cannot be learned")
+        self.quantizer: Any = quantizer
+        self.ratio = nn.Parameter(torch.ones_like(quantizer.scale))  # type: ignore[arg-type]
+
+    @property
+    def scale(self) -> Tensor:
+        """The base scale now, float32 [] or [n], with its gradient path to :attr:`ratio`."""
+        return self.quantizer.scale * self.ratio.clamp(SMALLEST, LARGEST)
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        q, dims, scale = self.quantizer, x.dim(), self.scale
+        count = x.numel() // max(scale.numel(), 1)
+        factor = 1.0 / math.sqrt(max(count, 1) * max(q.qmax, 1))
+        if isinstance(q, PowerOfTwo):
+            powers = torch.exp2(q.exponents.to(scale.dtype))
+            inverse = q._spread((1.0 / scale.detach()) / powers, dims)
+            spread = q._spread(scale * powers, dims)
+            return _Quantize.apply(x, spread, inverse, *q._bounds, kept, factor)
+        inverse = q._spread(1.0 / scale.detach(), dims)
+        low, high = q._bounds if q._bounds is not None else (q._spread(q._low, dims), q._spread(q._high, dims))
+        return _Quantize.apply(x, q._spread(scale, dims), inverse, low, high, kept, factor)
+
+    @torch.no_grad()
+    def freeze(self) -> Quantizer:
+        """The quantizer with the scale as learned, of the same format, width and granularity."""
+        return with_scale(self.quantizer, self.scale)
+
+
+def learnable(quantizer: Any) -> bool:
+    """Whether :class:`LearnedScale` can hold this quantizer."""
+    return isinstance(quantizer, Uniform | PowerOfTwo)
+
+
+def with_scale(quantizer: Any, scale: Tensor) -> Quantizer:
+    """The same quantizer with another base scale (same shape, positive)."""
+    if isinstance(quantizer, PowerOfTwo):
+        return PowerOfTwo(
+            scale,
+            quantizer.exponents,
+            quantizer.zero_point,
+            quantizer.bits,
+            signed=quantizer.signed,
+            axis=quantizer.axis,  # type: ignore[arg-type]
+        )
+    return Uniform(
+        scale,
+        quantizer.zero_point,
+        quantizer.bits,
+        signed=quantizer.signed,
+        granularity=quantizer.granularity,
+        axis=quantizer.axis,
+    )
+
+
+def fake_quantize(quantizer: Any, x: Tensor, kept: Tensor | None = None) -> Tensor:
+    """``quantizer(x)`` with its straight-through gradient, lean in memory; elements where ``kept`` is set pass in
+    float."""
+    if isinstance(quantizer, PowerOfTwo):
+        dims = x.dim()
+        spread, inverse = quantizer._spread(quantizer.scales, dims), quantizer._spread(quantizer._inverse, dims)
+        return _Quantize.apply(x, spread, inverse, *quantizer._bounds, kept, 0.0)
+    if isinstance(quantizer, Uniform):
+        dims, spread = x.dim(), quantizer._spread
+        bounds: Any = quantizer._bounds
+        if bounds is None:
+            bounds = spread(quantizer._low, dims), spread(quantizer._high, dims)
+        return _Quantize.apply(x, spread(quantizer.scale, dims), spread(quantizer._inverse, dims), *bounds, kept, 0.0)
+    value = quantizer(x)
+    return value if kept is None else torch.where(kept, x, value)
+
+
+__all__ = ["LearnedScale", "fake_quantize", "learnable", "with_scale"]

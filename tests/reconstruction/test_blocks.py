@@ -1,0 +1,308 @@
+"""Block reconstruction: lower loss, on images it has not seen; the same twice; the same after a kill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import quantlens as ql
+from quantlens.calibration import Calibration
+from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.quantizers import Plan, QuantizedModel, Uniform
+from quantlens.reconstruction import Settings, find_units, mse, optimise_scales, reconstruct, token_norm
+from quantlens.reconstruction.blocks import Context
+
+
+def _start(model, images, bits="W3A8", method="minmax"):
+    """A graph and a plan to begin with, and the images as calibration."""
+    q = ql.quantize(model, images, method=method, bits=bits)
+    return q.graph, q.plan, Calibration.of(images, model.preprocess)
+
+
+def _run(start, settings, **more):
+    """Reconstruct copies; returns graph, plan and report."""
+    graph, plan, calibration = start
+    graph, plan = graph.clone(), Plan(dict(plan.quantizers))
+    return graph, plan, reconstruct(graph, plan, calibration, settings, **more)
+
+
+def _equal(a, b) -> bool:
+    """Whether two (graph, plan, …) hold equal tensors and quantizers."""
+    tensors = all(torch.equal(v, b[0].tensors()[k]) for k, v in a[0].tensors().items())
+    return tensors and all(
+        torch.equal(v, b[1].quantizers[k].tensors()[n])
+        for k, q in a[1].quantizers.items()
+        for n, v in q.tensors().items()
+    )
+
+
+# -- units ---------------------------------------------------------------------------------------------------------
+def test_units_make_up_the_whole_network(small, architecture, pictures):
+    model = small[architecture]
+    graph = ql.quantize(model, pictures, bits="W8A32").graph
+    units, env = find_units(graph), {graph.input: pictures}
+    assert {b.name for b in graph.sites.blocks} <= {u.name for u in units}
+    for unit in units:
+        inputs = {graph.input: torch.empty_like(pictures, device="meta")} | {s: env[s] for s in unit.sources}
+        out = graph.run(unit.nodes, dict(inputs), keep=unit.results)
+        env |= {r: out[r] for r in unit.results}
+    torch.testing.assert_close(env[graph.output], model(pictures), rtol=1e-4, atol=1e-4)
+    keys = [e.key for u in units for e in u.edges]
+    assert len(keys) == len(set(keys)) == len(graph.sites.edges)
+
+
+# -- it works ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("what", [("rounding",), ("scales",), ("rounding", "scales"), ("weights",)])
+def test_every_architecture_comes_nearer_to_its_float_model(what, small, architecture, pictures):
+    start = _start(small[architecture], pictures, "W3A6")
+    settings = Settings(what, iterations=8, batch_size=4, straight_through=True, lr_rounding=0.1, lr_weights=0.05)
+    graph, plan, report = _run(start, settings)
+    assert all(u.after <= u.before for u in report.units)
+    assert sum(u.accepted for u in report.units) >= 2, report
+    assert report.gain() < 1
+    assert bool(torch.isfinite(QuantizedModel(graph, plan, preprocess=small[architecture].preprocess)(pictures)).all())
+    for edge, quantizer in ((e, plan.quantizers[e.key]) for e in graph.sites.edges.values() if e.is_weight):
+        weight = graph.tensor(str(edge.value.target))
+        changed = not torch.equal(weight, start[0].tensor(str(edge.value.target)))
+        assert not changed or torch.equal(quantizer(weight), weight), "a changed weight must lie on its grid"
+
+
+@pytest.mark.parametrize(("bits", "straight"), [("W4A8", True), ("W3A8", False)])
+def test_blocks_lose_less_on_images_not_seen(bits, straight, digits):
+    """Loss of every block behind the quantized prefix, on held-out images, before and after."""
+    start = _start(digits["model"], digits["calibration"], bits)
+    rate = 0.05 if straight else 0.1
+    settings = Settings(("rounding",), iterations=40, straight_through=straight, lr_rounding=rate)
+    graph, plan, _ = _run(start, settings)
+    held_out = Calibration.of(digits["images"], digits["model"].preprocess)
+
+    def logits(graph, plan):
+        return QuantizedModel(graph, plan, preprocess=digits["model"].preprocess)(digits["images"])
+
+    expected = digits["model"](digits["images"])
+    error = [float((logits(g, p) - expected).square().mean()) for g, p in ((start[0], start[1]), (graph, plan))]
+    assert error[1] < (0.6 if straight else 0.9) * error[0], error
+    losses = [_block_losses(g, p, start[0], held_out) for g, p in ((start[0], start[1]), (graph, plan))]
+    ratios = torch.tensor(losses[1]) / torch.tensor(losses[0])
+    assert float(ratios.log().mean().exp()) < 0.9, ratios
+    assert int((ratios < 1).sum()) >= len(ratios) - 1, ratios
+
+
+def _block_losses(graph, plan, original, calibration):
+    """Mean squared error of every unit behind the quantized prefix; the target is the original graph's output."""
+    found, images = [], calibration.chunk(0)
+    exact, quantized = {original.input.name: images}, {original.input.name: images}
+
+    def hook(key, value):
+        quantizer = plan.quantizers.get(key)
+        return value if quantizer is None else quantizer(value)
+
+    def run(graph, unit, values, hook=None):
+        inputs = {graph.input: torch.empty_like(images, device="meta")} | {s: values[s.name] for s in unit.sources}
+        out = graph.run(unit.nodes, inputs, hook=hook, keep=unit.results)
+        return {r.name: out[r] for r in unit.results}
+
+    for mine, theirs in zip(find_units(graph), find_units(original), strict=True):
+        exact |= run(original, theirs, exact)
+        quantized |= run(graph, mine, quantized, hook)
+        name = mine.results[0].name
+        found.append(float((quantized[name] - exact[name]).square().mean()))
+    return found
+
+
+def test_scales_alone(small, pictures):
+    model = small["vit"]
+    start = _start(model, pictures, "W32A4")
+    found = optimise_scales(start[0], start[1].quantizers, start[2], iterations=24, rounds=3, batch_size=8, lr=0.03)
+    expected = model(pictures)
+    error = []
+    for quantizers in (start[1].quantizers, found):
+        q = QuantizedModel(start[0], Plan(dict(quantizers)), preprocess=model.preprocess)
+        error.append(float((q(pictures) - expected).square().mean()))
+    assert error[1] < 0.9 * error[0]
+    assert any(not torch.equal(found[k].scale, q.scale) for k, q in start[1].quantizers.items())
+
+
+def test_a_quantizer_that_edges_share_stays_shared(small, pictures):
+    model = small["vit"]
+    graph, _, calibration = _start(model, pictures, "W8A32")
+    shared = Uniform(torch.tensor(0.5), torch.tensor(8), 4, signed=False)
+    plan = Plan({"blocks.0.norm1.input": shared, "blocks.0.add1.lhs": shared})
+    _, plan, _ = _run((graph, plan, calibration), Settings(("scales",), iterations=8, batch_size=8, lr_scales=0.05))
+    a, b = plan.quantizers.values()
+    assert a is b
+    assert not torch.equal(a.scale, shared.scale)
+
+
+# -- never worse, the same twice, the same after a kill --------------------------------------------------------------
+def test_a_block_that_got_worse_keeps_its_start(small, pictures):
+    start = _start(small["vit"], pictures, "W8A8")
+    settings = Settings(("weights",), iterations=3, batch_size=8, lr_weights=500.0)
+    graph, plan, report = _run(start, settings)
+    assert not any(u.accepted for u in report.units)
+    assert all(r > u.before for u in report.units for r in u.rounds)
+    assert _equal((graph, plan), start)
+
+
+SETTINGS = Settings(iterations=6, rounds=2, batch_size=4, straight_through=True, lr_rounding=0.1, drop=0.5)
+
+
+def test_deterministic_under_a_seed(small, pictures):
+    start = _start(small["vit"], pictures)
+    a, b, c = (_run(start, SETTINGS, seed=s) for s in (1, 1, 2))
+    assert _equal(a, b)
+    assert not _equal(a, c)
+
+
+def test_in_files_as_in_memory(small, pictures):
+    start = _start(small["swin"], pictures)
+    assert _equal(_run(start, SETTINGS), _run(start, SETTINGS, memory=0))
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_bit_equal(small, pictures, tmp_path):
+    start = _start(small["vit"], pictures)
+    whole = _run(start, SETTINGS, seed=5)
+    units = len(whole[2].units)
+
+    def kill(done, total):
+        assert total == units * SETTINGS.iterations
+        if done > 2 * SETTINGS.iterations + 3:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        _run(start, SETTINGS, seed=5, checkpoint=tmp_path, progress=kill)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    calls = []
+    again = _run(start, SETTINGS, seed=5, checkpoint=tmp_path, progress=lambda *c: calls.append(c))
+    assert again[2].resumed == 2
+    assert _equal(again, whole)
+    assert [u.after for u in again[2].units] == [u.after for u in whole[2].units]
+    assert calls == sorted(calls)
+    assert calls[-1][0] == calls[-1][1]
+    finished = _run(start, SETTINGS, seed=5, checkpoint=tmp_path)
+    assert finished[2].resumed == units
+    assert _equal(finished, whole)
+
+
+@pytest.mark.parametrize("what", ["seed", "settings", "images", "plan", "damage"])
+def test_a_stored_block_is_used_only_for_the_same_run(what, small, pictures, tmp_path):
+    start = _start(small["plain"], pictures)
+    _run(start, SETTINGS, checkpoint=tmp_path)
+    graph, plan, calibration = start
+    settings, seed = SETTINGS, 0
+    if what == "seed":
+        seed = 1
+    elif what == "settings":
+        settings = Settings(**{**SETTINGS.__dict__, "lr_rounding": 0.11})
+    elif what == "images":
+        calibration = Calibration.of(pictures.flip(0), small["plain"].preprocess)
+    elif what == "plan":
+        key = next(iter(plan.quantizers))
+        plan = Plan({**plan.quantizers, key: Uniform(torch.tensor(0.123), torch.tensor(3), 8, signed=False)})
+    else:
+        for path in tmp_path.glob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:50])
+    assert _run((graph, plan, calibration), settings, seed=seed, checkpoint=tmp_path)[2].resumed == 0
+
+
+# -- what the unit reads in training, and what is dropped ------------------------------------------------------------
+def _training_error(start, **settings):
+    """Mean |ŷ − y| of the second block's output in training, nothing being learned yet."""
+    seen = []
+
+    def loss(got, expected, context):
+        if context.unit == "blocks.1" and torch.is_grad_enabled():
+            seen.append(float((got - expected).detach().abs().mean()))
+        return mse(got, expected, context)
+
+    _run(start, Settings(("scales",), loss, iterations=4, batch_size=8, lr_scales=0.0, **settings))
+    return sum(seen) / len(seen)
+
+
+def test_drop_and_inputs(small, pictures):
+    """All activations dropped and float inputs: the float block. Nothing dropped and quantized inputs: the most error;
+    half of both lies between."""
+    start = _start(small["vit"], pictures, "W32A4")
+    nearly = 1 - 1e-7
+    none = _training_error(start, inputs="quantized")
+    assert _training_error(start, inputs="float", drop=nearly) < 1e-3 * none
+    assert _training_error(start, inputs="mixed", input_drop=1.0, drop=nearly) < 1e-3 * none
+    assert _training_error(start, inputs="mixed", input_drop=0.0) == pytest.approx(none)
+    half_inputs = _training_error(start, inputs="mixed", input_drop=0.5)
+    inputs = _training_error(start, inputs="float")
+    assert inputs < half_inputs < none
+    assert _training_error(start, inputs="float", drop=0.5) < inputs
+
+
+# -- losses ----------------------------------------------------------------------------------------------------------
+def test_token_norm_counts_tokens_by_their_relative_error():
+    expected = torch.ones(2, 4, 8)
+    expected[0, 0] *= 100.0  # an extreme token
+    scale = float(expected.square().sum(-1).mean())
+    context = Context("u", False, torch.arange(2), None, scale)
+    epsilon = 0.01 * scale
+    norms = expected.square().sum(-1)
+    relative = token_norm(expected * 1.1, expected, context)
+    assert float(relative) == pytest.approx(float((0.01 * norms / (norms + epsilon)).mean()), rel=1e-4)
+    off = expected.clone()
+    off[0, 0, 0] += 10.0
+    plain = torch.ones_like(expected)
+    plain[0, 0] *= 100.0
+    plain[1, 1, 0] += 10.0
+    # the same absolute error counts less at the extreme token; plainly squared it counts the same
+    assert float(token_norm(off, expected, context)) < 0.5 * float(token_norm(plain, expected, context))
+    assert float(mse(off, expected, context)) == pytest.approx(float(mse(plain, expected, context)))
+
+
+def test_element_weights():
+    """Elements of weight 0 do not count; weights may differ by image."""
+    got, expected = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+    expected[1] = 5.0
+    weights = torch.zeros(2, 3, 4)
+    weights[0, 1] = 2.0
+    context = Context("u", False, torch.arange(2), weights, 1.0)
+    assert float(mse(got, expected, context)) == pytest.approx(2.0 * 4 / 24)
+    assert float(token_norm(got, expected, context)) == pytest.approx(8 / 4.01 / 6)
+
+
+def test_element_weights_follow_the_images(small, pictures):
+    seen = []
+
+    def loss(got, expected, context):
+        if context.weights is not None:
+            assert context.unit == "blocks.0"
+            assert torch.equal(context.weights[:, 0, 0].long(), context.images)
+            seen.append(len(context.images))
+        return mse(got, expected, context)
+
+    weights = {"blocks.0": torch.arange(8.0)[:, None, None].expand(8, 17, 1)}
+    settings = Settings(("rounding",), loss, weights, iterations=2, batch_size=3, straight_through=True)
+    _run(_start(small["vit"], pictures), settings)
+    assert sorted(seen) == [3, 3, 8, 8]
+
+
+# -- what is asked for wrongly -----------------------------------------------------------------------------------------
+def test_wrong_settings_are_named(small, pictures):
+    with pytest.raises(UnknownNameError, match="rounding"):
+        Settings(("roundin",))
+    with pytest.raises(UnknownNameError, match="token-norm"):
+        Settings(loss="token-nrm")
+    with pytest.raises(QuantlensError, match="not both"):
+        Settings(("rounding", "weights"))
+    with pytest.raises(QuantlensError, match="drop"):
+        Settings(drop=1.5)
+    with pytest.raises(UnknownNameError, match=r"blocks\.0"):
+        _run(_start(small["vit"], pictures), Settings(units=("blocks.9",)))
+
+
+def test_only_the_units_asked_for(small, pictures):
+    start = _start(small["vit"], pictures)
+    graph, _, report = _run(start, Settings(("rounding",), iterations=4, straight_through=True, units=("blocks.0",)))
+    assert [u.unit for u in report.units if u.trained] == ["blocks.0"]
+    changed = [k for k, v in graph.tensors().items() if not torch.equal(v, start[0].tensors()[k])]
+    assert changed
+    assert all(name.startswith("blocks.0.") for name in changed)
