@@ -24,6 +24,7 @@ from quantlens.graph.sites import SCALINGS
 from quantlens.quantizers import Bits, Plan, QuantizedModel, float_model
 from quantlens.quantizers.bits import FLOAT
 from quantlens.quantizers.model import describe
+from quantlens.quantizers.targets import TARGETS, target_named
 from quantlens.reconstruction.massive import split_massive
 
 Progress = Callable[[int, int], None]
@@ -75,6 +76,9 @@ SHARED_OPTIONS = {
         "papers) or split (a linear layer of their own, which is exact)",
         ("keep", "split"),
     ),
+    "target": Option(
+        None, "runtime whose integers the model must suit, for export (None: any format)", (None, *sorted(TARGETS))
+    ),
 }
 """Options every method has, with equal defaults, because they explain many differences between published figures."""
 
@@ -114,11 +118,16 @@ class Method(ABC):
         graph = graph_of(model).clone()
         check_names(graph, widths)
         folded = fold_layer_scale(graph)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        # a caller in inference mode would leave tensors that no gradient can pass
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             split = split_massive(graph, images) if settings["massive_channels"] == "split" else []
             plan = self.build(graph, images, Widths(widths, settings), Run(settings, seed, progress))
         graph.invalidate()
+        target = target_named(settings["target"])
+        if target is not None:
+            edges = graph.sites.edges
+            plan.quantizers = {k: target.conform(k, q, weight=edges[k].is_weight) for k, q in plan.quantizers.items()}
         plan.rewrites[:0] = split
         if folded:
             plan.rewrites.insert(0, f"LayerScale folded into {len(folded)} linear layers")
@@ -172,7 +181,17 @@ class Widths:
     options: dict[str, Any]
 
     def of(self, graph: Graph, edge: Edge) -> int:
-        """Width of an edge; 32 means that it stays in float."""
+        """Width of an edge; 32 means that it stays in float. Raises UnsupportedError for a width that the target (an
+        option) has no kernels for."""
+        width, target = self._asked(graph, edge), target_named(self.options["target"])
+        if target is None or width == FLOAT:
+            return width
+        if not target.takes(graph.sites[edge.site].kind, edge.name):
+            return FLOAT
+        target.check_width(width, weight=edge.is_weight)
+        return width
+
+    def _asked(self, graph: Graph, edge: Edge) -> int:
         site = graph.sites[edge.site]
         head = self.options["head_bits"]
         if head is not None and any(site.name == h.name for h in graph.sites.head):
@@ -204,40 +223,48 @@ def matmul_operand_edges(graph: Graph) -> list[Edge]:
     return [site.edges[name] for site in graph.sites for name in chosen.get(site.kind, ())]
 
 
+CHOICES = {"aten.index_select.default"}
+"""Operations that choose some channels of a tensor."""
+
+
 def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
     """What a fully quantized method quantizes besides weights, in graph order: groups of edges that carry one tensor
     and so share one quantizer.
 
-    Every value that a linear or conv layer, an attention product, a softmax, a LayerNorm, a GELU or a sum reads is
-    quantized once, where it is made: at the ``output`` edge of the site that made it (operations that move values, or
-    multiply them by one number, may lie between), else (pixels, the sum with the position embedding, pooled tokens) at
-    the edges that read it. A softmax reads its own ``input`` edge, behind bias and mask. The classifier's output
-    counts too.
+    Every value is quantized where it is made: at the ``output`` edge of the site that made it, and from there through
+    operations that move values or multiply them by one number. What no site made (pixels, the sum with the position
+    embedding, a concatenation, pooled tokens) is quantized at the edges that read it, which form one group. A softmax
+    reads its own ``input`` edge, behind bias and mask; where neither stands between it and the scores, that edge
+    alone is quantized, the scores being the same tensor up to one number. Channels that are chosen out of a tensor (a
+    layer split in two) are quantized where they are read, each part by itself. The classifier's output counts too.
     """
     by_node = {site.node: site for site in graph.sites}
-    groups: dict[Any, dict[str, Edge]] = {}
+    softmaxes = graph.sites.of_kind("probs")
+    passed_on = {_origin(s.edges["input"].value) for s in softmaxes} & {s.node for s in graph.sites.of_kind("scores")}
+    groups: dict[Any, list[Edge]] = {}
     for site in graph.sites:
         for edge in site.edges.values():
-            if edge.is_weight or edge.position is None:
+            if edge.is_weight:
                 continue
-            source = edge.value if site.kind == "probs" else _origin(edge.value)
-            maker = by_node.get(source) if site.kind != "probs" else None
-            wanted = edge if maker is None else maker.edges["output"]
-            groups.setdefault(edge.key if site.kind == "probs" else source, {})[wanted.key] = wanted
-    for site in graph.sites.head:
-        groups.setdefault(site.node, {})[site.edges["output"].key] = site.edges["output"]
+            if edge.position is None:
+                if site.node not in passed_on and not all(op_name(u) in CHOICES for u in site.node.users):
+                    groups.setdefault(site.node, []).append(edge)
+            elif site.kind == "probs":
+                groups[edge.key] = [edge]
+            elif _origin(edge.value) not in by_node:
+                groups.setdefault(_origin(edge.value, scalings=False), []).append(edge)
     order = {node: i for i, node in enumerate(graph.fx.nodes)}
 
     def place(edge: Edge) -> tuple[int, bool, int]:
         return order[edge.node], edge.position is None, edge.position or 0
 
-    return sorted((tuple(sorted(g.values(), key=place)) for g in groups.values()), key=lambda g: place(g[0]))
+    return sorted((tuple(sorted(g, key=place)) for g in groups.values()), key=lambda g: place(g[0]))
 
 
-def _origin(value: fx.Node) -> fx.Node:
-    """Where a value comes from, through operations that only move it or multiply it by one number."""
+def _origin(value: fx.Node, *, scalings: bool = True) -> fx.Node:
+    """Where a value comes from, through operations that only move it or (``scalings``) multiply it by one number."""
     while op_name(value) in VIEWS or (
-        op_name(value) in SCALINGS and len(value.args) == 2 and isinstance(value.args[1], int | float)
+        scalings and op_name(value) in SCALINGS and len(value.args) == 2 and isinstance(value.args[1], int | float)
     ):
         value = value.args[0]  # type: ignore[assignment]
     return value

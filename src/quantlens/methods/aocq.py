@@ -1,0 +1,310 @@
+"""aocq: adaptive outlier correction quantization (Li et al., FITEE 26(10):1879–1895, 2025).
+
+A fully quantized vision transformer (LayerNorm inputs, residual sums, softmax and GELU inputs too) whose channels and
+tokens differ too much in size for one scale. The paper corrects this at three levels:
+
+* operator level: Add_α and LN_α balance the channels by an equivalent transformation;
+* framework level: block by block, stage one refines the activations' scales in successive steps, s₀ → s₄, then stage
+  two optimises the direction in which weights are rounded, with the imbalance moved into the weights;
+* loss level: the block-wise reconstruction loss has a token norm that suppresses extreme tokens.
+
+Only its abstract, figures and tables are public: idea and results, not the formulas. What stands behind each level here
+is derived (reasons in docs/aocq.md):
+
+1. LN_α: LN(x) becomes LN(x)/α − t, the linear layers behind it W·diag(α), bias + W·diag(α)·t, exactly. t centres every
+   channel. α_c = (half-range_c)^m over its geometric mean, or SmoothQuant's half-range_c^m/max|W_:,c|^(1−m); of these
+   candidates (m in 0 … 1), the one with the least squared error of the layers' outputs, both sides quantized.
+2. Add_α: what a residual sum or a LayerNorm reads, and what the sum puts out, is stored divided by α_c = 2^k_c: one
+   scale s and zero point for the tensor, a shift per channel (k_c = 0 … 7). For every candidate s each channel takes
+   the k_c with its least squared error, and s the least sum. The summands come from linear layers, whose outputs are
+   requantized per output channel anyway, so dividing their rows costs nothing; LN_α shifts back what it reads.
+3. s₀ is the range with the least squared error. Four rounds of LSQ steps on the block's loss follow, s₁ … s₄: each
+   starts from the best scales so far, with half the step of the round before, and counts only if the block's loss on
+   all calibration images falls. Weights are in float meanwhile.
+4. Rounding: AdaRound's parameters, trained straight through the rounded direction (every step sees the hard weight),
+   which needs no regulariser and converges in some hundred steps; input half quantized prefix, half float, element by
+   element.
+5. Token norm: mean over tokens of ‖y_t − ŷ_t‖²/(‖y_t‖² + ε), ε = 1 % of the mean ‖y_t‖².
+6. The arithmetic inside LayerNorm, softmax and GELU is float, between quantized inputs and outputs. Softmax inputs:
+   values so far below their row's largest that they come out as 0 (Swin's mask) do not count for the range. Softmax
+   outputs: uniform or log√2, whichever has the smaller squared error. All else: activations asymmetric uniform per
+   tensor, weights per output channel, ranges of least squared error.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from quantlens.calibration import Calibration, Look, Transform, Walk
+from quantlens.errors import QuantlensError
+from quantlens.graph import Edge, Graph, NormGroup, find_norm_groups
+from quantlens.graph.graph import VIEWS, op_name
+from quantlens.graph.rewrites import keeps_channels_last
+from quantlens.methods.base import EVERYTHING, Method, MethodInfo, Option, Progress, Run, Widths, everything_edges
+from quantlens.quantizers import Plan, PowerOfTwo, Quantizer, Uniform
+from quantlens.quantizers.bits import FLOAT
+from quantlens.ranges import Observation, Observer, affine, log_by_quantile, mse
+from quantlens.ranges.rules import REPQ_QUANTILES
+from quantlens.reconstruction import blocks
+from quantlens.reconstruction.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""m of LN_α's candidates: how far the channels' ranges are evened out."""
+ROWS = 1024
+"""Tokens on which LN_α's candidates are compared."""
+EXPONENTS = 7
+"""Largest shift of Add_α."""
+ROUNDS = 4
+"""s₀ → s₄."""
+FULL = 32
+"""Calibration images from which on a block gets all the steps asked for; fewer images get fewer steps in proportion,
+because they are seen as often."""
+
+
+class AOCQ(Method):
+    info = MethodInfo(
+        name="aocq",
+        title="AOCQ",
+        paper="An adaptive outlier correction quantization method for vision Transformers",
+        venue="FITEE",
+        year=2025,
+        url="https://doi.org/10.1631/FITEE.2400994",
+        quantizes=EVERYTHING,
+        summary="channels balanced at LayerNorm and residual adds; learned activation scales, then learned rounding; "
+        "block loss per token",
+        departures="only the idea is public: the formulas of all three levels are derived here (docs/aocq.md)",
+        aliases=("adaptive-outlier-correction",),
+        options={
+            "operator": Option(True, "level one: LN_α and Add_α balance the channels", (True, False)),
+            "scales": Option(True, "level two, stage one: activation scales refined, s₀ → s₄", (True, False)),
+            "rounding": Option(True, "level two, stage two: rounding of the weights learned", (True, False)),
+            "loss": Option("token-norm", "level three: token-norm, or plain mse", ("token-norm", "mse")),
+            "softmax": Option(
+                "auto",
+                "softmax outputs: auto (the smaller squared error), uniform or log-sqrt2",
+                ("auto", "uniform", "log-sqrt2"),
+            ),
+            "iterations": Option(80, f"steps per block in stage two, with {FULL} or more calibration images"),
+            "scale_iterations": Option(32, f"steps per block in stage one, over all {ROUNDS} rounds; likewise"),
+            "batch_size": Option(8, "images per step"),
+            "lr_rounding": Option(0.03, "learning rate (Adam) of the rounding, falling to 0"),
+            "lr_scales": Option(0.01, "learning rate (Adam) of the scales, relative to the scale, halved every round"),
+            "checkpoint": Option(None, "folder where finished blocks are stored, so that a killed run goes on"),
+        },
+    )
+
+    def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
+        rewrites = []
+        if run["operator"]:
+            done = balance_norms(graph, calibration, bits, run.seed)
+            rewrites.append(f"LN_α: channels balanced at {len(done)} LayerNorms")
+        activations = activation_quantizers(graph, calibration, bits, run)
+        weights = weight_quantizers(graph, bits)
+        stages = [s for s in ("scales", "rounding") if run[s]]
+        reports: dict[str, blocks.Report] = {}
+        plan = Plan(activations)
+        for number, stage in enumerate(stages):
+            if stage == "rounding":
+                plan.quantizers |= weights
+            settings = stage_settings(stage, calibration.count, run)
+            folder = f"{run['checkpoint']}/{stage}" if run["checkpoint"] else None
+            progress = _part(run.progress, number, len(stages))
+            reports[stage] = blocks.reconstruct(
+                graph, plan, calibration, settings, seed=run.seed, progress=progress, checkpoint=folder
+            )
+        plan.quantizers = {**weights, **plan.quantizers}
+        plan.rewrites = rewrites
+        plan.info["reconstruction"] = {stage: report.info() for stage, report in reports.items()}
+        return plan
+
+
+def stage_settings(stage: str, images: int, run: Run) -> blocks.Settings:
+    """Settings of stage one ("scales") or two ("rounding")."""
+    steps = run["scale_iterations"] if stage == "scales" else run["iterations"]
+    if not isinstance(steps, int) or steps < 0 or not isinstance(run["batch_size"], int) or run["batch_size"] < 1:
+        raise QuantlensError("aocq: iterations are whole numbers from 0 on, batch_size from 1 on")
+    steps = math.ceil(steps * min(1.0, images / FULL))
+    common: dict[str, Any] = {"loss": run["loss"], "batch_size": run["batch_size"], "iterations": steps}
+    if stage == "scales":
+        return blocks.Settings(
+            optimise=("scales",), inputs="quantized", rounds=ROUNDS, lr_scales=float(run["lr_scales"]), **common
+        )
+    return blocks.Settings(
+        optimise=("rounding",), inputs="mixed", straight_through=True, lr_rounding=float(run["lr_rounding"]), **common
+    )
+
+
+def _part(progress: Progress | None, number: int, of: int) -> Progress | None:
+    """Progress of one of several equal parts."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(number * total + done, of * total)
+
+
+# -- level one: LN_α -----------------------------------------------------------------------------------------------
+def balance_norms(graph: Graph, calibration: Calibration, bits: Widths, seed: int) -> list[str]:
+    """LN_α at every LayerNorm that feeds linear layers alone, exactly. Returns the norms changed."""
+    groups = {g.norm.edges["output"].key: g for g in find_norm_groups(graph)}
+    edges = [g.norm.edges["output"] for g in groups.values()]
+    factors: dict[str, Factors] = {}
+    generator = torch.Generator().manual_seed(seed)
+
+    def decide(edge: Edge, look: Look) -> None:
+        rows = _sample(look.tensors(), generator)
+        factors[groups[edge.key].norm.name] = ln_alpha(graph, groups[edge.key], look(axis=-1), rows, bits)
+
+    edges = [e for e in edges if bits.of(graph, e) != FLOAT]
+    Walk(graph, calibration, sequential=False, seed=seed).run(edges, decide)
+    return equalise_norms(graph, list(groups.values()), factors)
+
+
+def ln_alpha(graph: Graph, group: NormGroup, seen: Observation, rows: Tensor, bits: Widths) -> Factors:
+    """Of all candidates, the factors with the least squared error of the linear layers' outputs.
+
+    seen: the LayerNorm's output by channel. rows: [n, C] a sample of it.
+    """
+    width = bits.of(graph, group.norm.edges["output"])
+    weight_width = bits.of(graph, group.linears[0].edges["weight"])
+    weight = torch.cat([graph.tensor(str(linear.weight)) for linear in group.linears])
+    expected = rows @ weight.T
+    half, middle = (seen.high - seen.low) / 2, (seen.high + seen.low) / 2
+    candidates = [balance(seen.low, seen.high, m) for m in STRENGTHS]
+    for m in STRENGTHS[1:-1]:
+        scale = smooth_factors(half, columns(graph, group), m)
+        candidates.append(Factors(scale, middle / scale))
+    best, least = balance(seen.low, seen.high, 0.0, shift=False), math.inf
+    for candidate in candidates:
+        low = (seen.low / candidate.scale - candidate.shift).min()
+        high = (seen.high / candidate.scale - candidate.shift).max()
+        x = affine(low, high, width)(rows / candidate.scale - candidate.shift) + candidate.shift
+        w = weight * candidate.scale
+        if weight_width != FLOAT:
+            ends = mse(Observation.of(w), weight_width, steps=10, shrink=0.05)
+            w = affine(*ends, weight_width, granularity="channel", axis=0)(w)
+        error = float((x @ w.T - expected).square().sum())
+        if error < least:
+            best, least = candidate, error
+    return best
+
+
+def _sample(tensors: list[Tensor], generator: torch.Generator) -> Tensor:
+    """About :data:`ROWS` tokens [n, C], as many from each piece."""
+    share = -(-ROWS // len(tensors))
+    rows = []
+    for part in tensors:
+        flat = part.reshape(-1, part.shape[-1])
+        index = torch.randperm(len(flat), generator=generator)[:share]
+        rows.append(flat[index.to(flat.device)])
+    return torch.cat(rows)
+
+
+# -- level one: Add_α ----------------------------------------------------------------------------------------------
+def residual_edges(graph: Graph) -> set[str]:
+    """Keys of the edges whose value a residual sum reads or makes, or a LayerNorm reads, channels last: at the reader,
+    and at the layer that made it (operations that only move tokens may lie between)."""
+    by_node = {site.node: site for site in graph.sites}
+    found: set[str] = set()
+    for site in graph.sites.of_kind("layer_norm", "add"):
+        for edge in site.edges.values():
+            if edge.position is None:
+                if site.kind == "add":
+                    found.add(edge.key)
+                continue
+            found.add(edge.key)
+            node: Any = edge.value
+            while node not in by_node and op_name(node) in VIEWS and isinstance(node.args[0], fx.Node):
+                if not keeps_channels_last(node, node.args[0]):
+                    break
+                node = node.args[0]
+            if node in by_node and by_node[node].kind in ("linear", "add"):
+                found.add(by_node[node].edges["output"].key)
+    return found
+
+
+def add_alpha(seen: Observation, bits: int) -> Quantizer:
+    """The power-of-two format with the least squared error: seen by channel -> one scale, a shift per channel.
+
+    Candidates of the scale: the largest channel's range over the codes and 2⁷, times 2^(i/4). The zero point is the
+    middle code, or the end where all values have one sign.
+    """
+    low, high, values = seen.low, seen.high, seen.values
+    top = float(torch.maximum(low.abs(), high.abs()).max())
+    if not top > 0:
+        return affine(low.min(), high.max(), bits)
+    last = 2**bits - 1
+    zero = 0 if bool((low >= 0).all()) else last if bool((high <= 0).all()) else 2 ** (bits - 1)
+    finest = top / max(zero, last - zero) / 2**EXPONENTS
+    best, least = (finest, torch.zeros_like(low)), math.inf
+    for scale in (finest * 2 ** (i / 4) for i in range(-3, 2)):
+        errors = []
+        for k in range(EXPONENTS + 1):
+            step = scale * 2**k
+            error = (values / step).round_().clamp_(-zero, last - zero).mul_(step).sub_(values)
+            errors.append(error.square_().mean(1))
+        error, exponents = torch.stack(errors).min(0)
+        if float(error.sum()) < least:
+            best, least = (scale, exponents), float(error.sum())
+    return PowerOfTwo(torch.tensor(best[0], device=low.device), best[1], torch.tensor(zero), bits)
+
+
+# -- starting point ------------------------------------------------------------------------------------------------
+def weight_quantizers(graph: Graph, bits: Widths) -> dict[str, Quantizer]:
+    """Asymmetric uniform per output channel, ranges of least squared error, for every linear and conv layer."""
+    found: dict[str, Quantizer] = {}
+    for site in graph.sites.of_kind("linear", "conv"):
+        edge = site.edges["weight"]
+        width = bits.of(graph, edge)
+        if width != FLOAT:
+            rows = graph.tensor(str(site.weight)).flatten(1)
+            found[edge.key] = affine(*mse(Observation.of(rows), width), width, granularity="channel", axis=0)
+    return found
+
+
+def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> dict[str, Quantizer]:
+    """s₀: a quantizer for every group of :func:`everything_edges`, from the float model's activations."""
+    groups = {g[0].key: g for g in everything_edges(graph) if bits.of(graph, g[0]) != FLOAT}
+    residual = residual_edges(graph) if run["operator"] else set()
+    quantizers: dict[str, Quantizer] = {}
+
+    def decide(edge: Edge, look: Look) -> Transform | None:
+        width, group = bits.of(graph, edge), groups[edge.key]
+        if all(e.key in residual for e in group):
+            made: Quantizer = add_alpha(look(axis=-1), width)
+        elif edge.key.endswith(".probs.input"):
+            made = scores_quantizer(look, width)
+        elif edge.key.endswith(".probs.output"):
+            made = probs_quantizer(look, width, run["softmax"])
+        else:
+            made = affine(*mse(look(), width), width)
+        quantizers.update({e.key: made for e in group})
+        return None
+
+    Walk(graph, calibration, sequential=False, seed=run.seed).run([g[0] for g in groups.values()], decide)
+    return quantizers
+
+
+def scores_quantizer(look: Look, bits: int) -> Uniform:
+    """Softmax inputs. A value more than ln 2·(b + 4) below its row's largest comes out as 0 and counts as lying
+    there."""
+    depth = math.log(2) * (bits + 4)
+    pieces = look.tensors()
+    observer = Observer(pieces=len(pieces))
+    for piece in pieces:
+        observer.update(torch.maximum(piece, piece.amax(-1, keepdim=True) - depth))
+    return affine(*mse(observer.result(), bits), bits)
+
+
+def probs_quantizer(look: Look, bits: int, how: str) -> Quantizer:
+    """Softmax outputs: uniform or log√2."""
+    seen = look(tail=1.0 - min(REPQ_QUANTILES))
+    uniform = affine(*mse(seen, bits), bits)
+    if how == "uniform":
+        return uniform
+    log = log_by_quantile(seen, bits)
+    if how == "log-sqrt2":
+        return log
+    return min((uniform, log), key=lambda q: float((q(seen.values) - seen.values).square().sum()))

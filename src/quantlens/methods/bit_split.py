@@ -1,0 +1,357 @@
+"""bit-split: bit-split and stitching of weights, error-compensated activations (Wang et al., ICML 2020).
+
+Weights: W ≈ α·Q, one α per output channel, Q integers of b bits without −2ᵇ⁻¹. Q is split into b − 1 ternary vectors,
+Q = Σ 2ʲ·Bⱼ with Bⱼ ∈ {−1, 0, 1}, which are optimised in turn, the others fixed, and stitched together again. The
+objective is the layer's output,
+
+    min ‖Y − X̂·(α·Q)ᵀ‖²  =  min over each channel of  α²·q·H·q − 2α·t·q,    H = X̂ᵀX̂,  t = yᵀX̂
+
+with α in closed form (t·q)/(q·H·q), and each Bⱼ coordinate by coordinate, exactly: the best of −1, 0 and 1. All output
+channels go together, and what a coordinate changes reaches the others in blocks, so that most of the work is matrix
+products. Error-compensated activation quantization: X̂ is the layer's quantized input and Y the float output, so that
+the weights take up the activations' error.
+
+Start: rounding, alternated with the α of least squared error in the weights, as the authors' code has it. Activations:
+one scale per tensor, symmetric, codes ±(2ᵇ⁻¹ − 1), tensors without negative values unsigned 0 … 2ᵇ − 1; the scale of
+least squared error, found by their alternation (codes by rounding, scale in closed form).
+
+Where the paper, which is about convolutional networks, or the authors' code differs from this file, or is silent:
+
+1. Their alternation for activation scales starts from the largest magnitude and stops at the first fixed point; in a
+   transformer, where single values are far out, that is close to min-max. Here it starts from the best of 40 scales
+   down to 1/40 of the largest; it sees a random sample of 2¹⁷ values.
+2. They run 100 rounds over all bits; here a layer stops after ``rounds`` (10), or when a round gains less than 1 % of
+   what all rounds gained.
+3. X̂ is the float network's input through the layer's own quantizer. Their code takes the input as the quantized
+   network makes it (``inputs=network``): fitted to that, the weights of a transformer at W6A6 and below shrink from
+   layer to layer, because errors of earlier layers, which no weight can undo, count as noise of the input (DeiT-Tiny
+   at W6A6: KL from FP32 0.51 against 0.13, and 0.18 against 0.12 with the next point's term).
+4. To H is added λ·I, to t λ·w, with λ the mean of H's diagonal times ``damping`` (1): the distance to the float
+   weights. They have none. A few hundred images of a convolutional network fill H; 32 images of a transformer leave
+   directions in which nearly nothing was seen, and there weights would go anywhere.
+5. A layer with fewer than 8 rows per input channel (the classifier, which reads one token of an image) is fitted to its
+   weights instead, as their code does with every fully connected layer.
+6. The products of the attention have no weights: their operands get scales of least squared error alone.
+7. Their first and last layer have 8 bits; here the bits say (``patch_bits``, ``head_bits``).
+8. They re-estimate batch-norm statistics afterwards. A transformer has none; ``bias_correction=true`` brings every
+   layer's mean output to the float network's instead (:mod:`quantlens.reconstruction.bias`). Off by default.
+9. Up to 8192 tokens (positions) are used per layer. A convolution with groups, or with padding given as a word, is
+   fitted to its weights.
+10. The graph's weights are replaced by α·Q, which the quantizer with scale α reproduces code by code. Layers that
+    share one weight share the quantizer of the first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantlens.calibration import Calibration, Look, Transform, Walk
+from quantlens.errors import QuantlensError
+from quantlens.graph import Edge, Graph
+from quantlens.graph.sites import Site
+from quantlens.methods._scale_search import patches, sample_tensor
+from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
+from quantlens.quantizers import Plan, Quantizer, Uniform
+from quantlens.quantizers.bits import FLOAT
+from quantlens.reconstruction.bias import LAYERS, correct_biases, output_means
+
+ROWS = 8192
+"""Tokens (positions) that a layer's weights are fitted on."""
+
+ENOUGH = 8
+"""Rows per input channel below which a layer is fitted to its weights instead of its outputs."""
+
+VALUES = 1 << 17
+"""Values that a scale of least squared error is fitted on."""
+
+STARTS = 40
+BLOCK = 32
+CONVERGED = 1e-2
+
+
+class BitSplit(Method):
+    info = MethodInfo(
+        name="bit-split",
+        title="Bit-Split",
+        paper="Towards Accurate Post-training Network Quantization via Bit-Split and Stitching",
+        venue="ICML",
+        year=2020,
+        url="https://proceedings.mlr.press/v119/wang20c.html",
+        quantizes=MATMUL_OPERANDS,
+        summary="weights bit by bit against the layer's output, on quantized inputs; activations by squared error",
+        departures="inputs of the float network through the layer's quantizer; a term for the distance to the float "
+        "weights; activation scales from several starts",
+        aliases=("bitsplit",),
+        options={
+            "rounds": Option(10, "most rounds over all bits of a layer (the authors: 100)"),
+            "weights": Option(
+                "response",
+                "weights: response (bit by bit against the output, the paper), weight (bit by bit against W) or round",
+                ("response", "weight", "round"),
+            ),
+            "inputs": Option(
+                "quantized",
+                "what weights are fitted on, to float outputs: quantized (float activations through the layer's own "
+                "quantizer), network (as the quantized network makes them) or float (no compensation)",
+                ("quantized", "network", "float"),
+            ),
+            "damping": Option(
+                1.0, "weight of the distance to the float weights, as a multiple of the inputs' mean square"
+            ),
+            "bias_correction": Option(
+                False, "bring every layer's mean output to the float network's at the end", (True, False)
+            ),
+        },
+    )
+
+    def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
+        if int(run["rounds"]) < 1:
+            raise QuantlensError(f"rounds={run['rounds']}: give at least 1 (10)")
+        edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
+        fitted = {e.site for e in edges if e.is_weight} if run["weights"] == "response" else set()
+        means = output_means(graph, calibration) if run["bias_correction"] else None
+        targets = _targets(graph, calibration, fitted, run.seed)
+        quantizers: dict[str, Quantizer] = {}
+        stitched: dict[str, tuple[Uniform, Tensor]] = {}
+        generator = torch.Generator().manual_seed(run.seed)
+
+        def decide(edge: Edge, look: Look) -> Transform | None:
+            width = bits.of(graph, edge)
+            if width == FLOAT:
+                return None
+            if width < 2:
+                raise QuantlensError(
+                    f"{edge.key}: {width} bit; bit-split's codes have a sign and at least one more bit"
+                )
+            if not edge.is_weight:
+                quantizers[edge.key] = quantizer = activation_quantizer(look.tensors(), width, generator, edge.key)
+                return quantizer
+            name = str(edge.value.target)
+            if name not in stitched:
+                site = graph.sites[edge.site]
+                own = quantizers.get(f"{site.name}.input") if run["inputs"] != "float" else None
+                rows = None
+                if site.name in targets:
+                    rows = _rows(site, look.tensors(site.edges["input"]), graph, run.seed)
+                stitched[name] = _stitch(graph.tensor(name), width, rows, targets.pop(site.name, None), own, run)
+            quantizers[edge.key], value = stitched[name]
+            return lambda _: value
+
+        # an input that stays in float is visited too, because its weight is fitted on it
+        shown = {e.key for e in edges} | {f"{name}.input" for name in fitted}
+        order = [e for e in matmul_operand_edges(graph) if e.key in shown]
+        Walk(graph, calibration, sequential=run["inputs"] == "network", seed=run.seed).run(order, decide, run.progress)
+        for name, (_, value) in stitched.items():
+            graph.set_tensor(name, value)
+        rewrites = [f"weights of {len(stitched)} layers replaced by their stitched values"] if stitched else []
+        if means is not None:
+            shifts = correct_biases(graph, quantizers, calibration, means=means)
+            rewrites.append(f"biases of {len(shifts)} layers corrected to the float network's mean outputs")
+        return Plan({e.key: quantizers[e.key] for e in matmul_operand_edges(graph) if e.key in quantizers}, rewrites)
+
+
+# -- a layer's data ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Target:
+    """What a layer's float output is known by: its rows [m, out], or (where they are narrower) its input's [m, in]."""
+
+    rows: Tensor
+    is_input: bool
+
+    def output(self, weight: Tensor) -> Tensor:
+        """[m, out] before the bias, with the float weight [out, in]."""
+        return self.rows @ weight.T if self.is_input else self.rows
+
+
+def _targets(graph: Graph, calibration: Calibration, names: set[str], seed: int) -> dict[str, Target]:
+    """Float outputs of the layers named, at the rows that :func:`_rows` picks."""
+    found: dict[str, Target] = {}
+
+    def note(edge: Edge, look: Look) -> None:
+        site = graph.sites[edge.site]
+        rows = _rows(site, look.tensors(), graph, seed)
+        if rows is None or len(rows) < ENOUGH * rows.shape[1]:
+            return
+        weight = graph.tensor(str(site.weight)).flatten(1)
+        keep = rows.shape[1] <= weight.shape[0]
+        found[site.name] = Target(rows if keep else rows @ weight.T, keep)
+
+    Walk(graph, calibration, sequential=False, seed=seed).run(
+        [site.edges["input"] for site in graph.sites.of_kind(*LAYERS) if site.name in names], note
+    )
+    return found
+
+
+def _rows(site: Site, pieces: list[Tensor], graph: Graph, seed: int) -> Tensor | None:
+    """Up to :data:`ROWS` input rows [m, in] of a layer; the same tokens whenever it is asked. ``None`` for a
+    convolution that is no product."""
+    generator = torch.Generator().manual_seed(seed)
+    share = -(-ROWS // len(pieces))
+    found = []
+    for piece in pieces:
+        rows = patches(site, graph.tensor(str(site.weight)), piece)
+        if rows is None:
+            return None
+        if len(rows) > share:
+            rows = rows[torch.randperm(len(rows), generator=generator)[:share].to(rows.device)]
+        found.append(rows)
+    rows = torch.cat(found).float()
+    if not bool(torch.isfinite(rows).all()):
+        raise QuantlensError(f"{site.name}.input: values are not finite; check the weights and the calibration images")
+    return rows
+
+
+def _stitch(
+    weight: Tensor, bits: int, rows: Tensor | None, target: Target | None, own: Quantizer | None, run: Run
+) -> tuple[Uniform, Tensor]:
+    """A weight's quantizer and its quantized values."""
+    flat = weight.flatten(1)
+    if not bool(torch.isfinite(flat).all()):
+        raise QuantlensError("weights are not finite; check the checkpoint")
+    codes, scale = round_alternating(flat, bits)
+    if rows is not None and target is not None:
+        inputs = rows if own is None else own(rows)
+        gram, cross = inputs.T @ inputs, target.output(flat).T @ inputs
+        damping = float(run["damping"]) * gram.diagonal().mean()
+        gram.diagonal().add_(damping)
+        cross.add_(flat * damping)
+        codes, scale, _ = bit_split(cross, gram, codes, scale, bits, int(run["rounds"]))
+    elif run["weights"] != "round":
+        codes, scale, _ = bit_split(flat, None, codes, scale, bits, int(run["rounds"]))
+    quantizer = Uniform(scale, None, bits, signed=True, granularity="channel", axis=0)
+    return quantizer, (codes * quantizer.scale[:, None]).reshape(weight.shape)
+
+
+# -- scales of least squared error ------------------------------------------------------------------------------------
+def activation_quantizer(pieces: list[Tensor], bits: int, generator: torch.Generator, name: str = "") -> Uniform:
+    """One symmetric scale with the least squared error over pieces of any shape; unsigned codes where no value is
+    negative."""
+    low = torch.stack([p.min() for p in pieces]).min()
+    high = torch.stack([p.abs().max() for p in pieces]).max()
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise QuantlensError(f"{name}: values are not finite; check the weights and the calibration images")
+    unsigned = bool(low >= 0)
+    top = 2**bits - 1 if unsigned else max(2 ** (bits - 1) - 1, 1)
+    bottom = 0 if unsigned else -top
+    share = -(-VALUES // len(pieces))
+    values = torch.cat([sample_tensor(p, share, generator) for p in pieces])[None]
+    if not bool(high > torch.finfo(torch.float32).tiny * 1e6):
+        return Uniform(torch.ones(()), torch.zeros(()), bits, signed=not unsigned)
+    scales = high / top * torch.arange(1, STARTS + 1, device=high.device) / STARTS
+    errors = torch.stack([_error(values, s, bottom, top) for s in scales])
+    scale = _alternate(values, scales[errors.argmin()][None], bottom, top)[0]
+    return Uniform(scale, torch.zeros_like(scale), bits, signed=not unsigned)
+
+
+def round_alternating(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes [out, in] within ±(2ᵇ⁻¹ − 1) and scale [out] of a weight: rounding and the scale of least squared error in
+    turn, from the largest magnitude, until the scale stays (Wang et al., the start of Algorithm 1)."""
+    top = max(2 ** (bits - 1) - 1, 1)
+    largest = weight.abs().amax(1)
+    alive = largest > torch.finfo(torch.float32).tiny * 1e6
+    scale = torch.where(alive, largest / top, torch.ones_like(largest))
+    scale = _alternate(weight, scale, -top, top)
+    return (weight / scale[:, None]).round_().clamp_(-top, top), scale
+
+
+def _alternate(rows: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """[g] scales that rounding and least squares, in turn, lead to from ``scale``, for rows [g, m]."""
+    for _ in range(50):
+        codes = (rows / scale[:, None]).round_().clamp_(low, high)
+        norm = codes.square().sum(1)
+        new = torch.where(norm > 0, (rows * codes).sum(1) / norm.clamp_min(1), scale)
+        if bool(((new - scale).abs() <= 1e-4 * scale).all()):
+            return new
+        scale = new
+    return scale
+
+
+def _error(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    return (values / scale).round_().clamp_(low, high).mul_(scale).sub_(values).square_().sum()
+
+
+# -- bit by bit ---------------------------------------------------------------------------------------------------
+def bit_split(
+    cross: Tensor, gram: Tensor | None, codes: Tensor, scale: Tensor, bits: int, rounds: int
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Optimise integer codes bit by bit: least Σ over channels of α²·q·H·q − 2α·t·q (section 3 of the paper).
+
+    cross: [out, in] rows t = yᵀX̂. gram: H = X̂ᵀX̂ [in, in], or ``None`` for the identity (cross is then W, the objective
+    the weight's own error). codes: [out, in] integers within ±(2ᵇ⁻¹ − 1) to start from. scale: α > 0, [out].
+
+    Returns codes, scale and the objective (summed over channels) before the first and after each round, which never
+    rises.
+    """
+    if gram is None:
+        gram = torch.eye(cross.shape[1], dtype=cross.dtype, device=cross.device)
+    planes = split_bits(codes, bits)
+    curvature = gram.diagonal()
+    history = [_cost(cross, gram, codes, scale)]
+    for _ in range(rounds):
+        scale = _best_scale(cross, gram, codes, scale)
+        for bit in range(len(planes) - 1, -1, -1):
+            _optimise_bit(cross, gram, curvature, planes, bit, scale)
+        codes = stitch_bits(planes)
+        scale = _best_scale(cross, gram, codes, scale)
+        history.append(_cost(cross, gram, codes, scale))
+        if history[-2] - history[-1] <= CONVERGED * abs(history[0] - history[-1]):
+            break
+    return codes, scale, history
+
+
+def split_bits(codes: Tensor, bits: int) -> Tensor:
+    """[max(bits − 1, 1), in, out] ternary planes Bⱼ of codes [out, in], with Σ 2ʲ·Bⱼ = codesᵀ; the sign goes to every
+    bit."""
+    powers = 2 ** torch.arange(max(bits - 1, 1), device=codes.device)
+    magnitude = codes.abs().T.long()
+    return (magnitude // powers[:, None, None] % 2).to(codes.dtype) * codes.T.sign()
+
+
+def stitch_bits(planes: Tensor) -> Tensor:
+    """[out, in] codes Σ 2ʲ·Bⱼ of planes [bits, in, out]."""
+    powers = (2 ** torch.arange(len(planes), device=planes.device)).to(planes.dtype)
+    return torch.einsum("b,bio->oi", powers, planes).contiguous()
+
+
+def _optimise_bit(cross: Tensor, gram: Tensor, curvature: Tensor, planes: Tensor, bit: int, scale: Tensor) -> None:
+    """One pass over the coordinates of a ternary plane [in, out], in place: each the best of −1, 0, 1 for every
+    channel, all else fixed.
+
+    pull = (t − α·H·q)/α is the descent direction of q; along coordinate n, with weight s = 2ʲ, the objective is a
+    parabola whose minimum lies at B + pull/(s·Hₙₙ). A block's own pull is kept up to date coordinate by coordinate,
+    the others' after the block.
+    """
+    step, plane = float(2**bit), planes[bit]
+    pull = (cross / scale[:, None]).T - gram @ stitch_bits(planes).T
+    alive = curvature > curvature.max().clamp_min(0) * torch.finfo(curvature.dtype).eps
+    inverse = torch.where(alive, 1 / (step * curvature.clamp_min(torch.finfo(curvature.dtype).tiny)), 0.0).tolist()
+    for start in range(0, len(plane), BLOCK):
+        stop = min(start + BLOCK, len(plane))
+        mine, old = plane[start:stop], plane[start:stop].clone()
+        local, block = pull[start:stop], gram[start:stop, start:stop] * step
+        rows, values = local.unbind(), mine.unbind()
+        for i, (pulled, value, reach) in enumerate(zip(rows, values, block.unbind(), strict=True)):
+            if inverse[start + i] == 0.0:
+                continue
+            new = torch.add(value, pulled, alpha=inverse[start + i]).round_().clamp_(-1, 1)
+            change = new - value
+            value.copy_(new)
+            local.addr_(reach, change, alpha=-1)
+        if stop < len(plane):
+            pull[stop:].addmm_(gram[stop:, start:stop], mine - old, alpha=-step)
+
+
+def _best_scale(cross: Tensor, gram: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """α = (t·q)/(q·H·q) per channel; the old one where that is not positive."""
+    along, norm = (cross * codes).sum(1).double(), ((codes @ gram) * codes).sum(1).double()
+    best = along / norm.clamp_min(torch.finfo(torch.float64).tiny)
+    usable = (norm > 0) & torch.isfinite(best) & (best > torch.finfo(torch.float32).tiny * 1e6)
+    return torch.where(usable, best.to(scale.dtype), scale)
+
+
+def _cost(cross: Tensor, gram: Tensor, codes: Tensor, scale: Tensor) -> float:
+    values = codes * scale[:, None]
+    return float((((values @ gram) * values).double() - 2 * (values * cross).double()).sum())

@@ -1,0 +1,404 @@
+"""fq-ptq: FQ-ViT, post-training quantization for fully quantized vision transformers (Lin et al., IJCAI 2022).
+
+Every tensor is quantized, LayerNorm, softmax, GELU inputs and residual sums included, so that a model runs in integers
+from pixels to logits:
+
+* LayerNorm inputs, whose channels differ in range by far, get power-of-two factors (section 3.2, eq. 8 and 9): one
+  scale and zero point for the tensor, and per channel a shift with the least squared error. LayerNorm then runs on
+  integers (:class:`~quantlens.quantizers.IntegerLayerNorm`).
+* softmax runs on integers too, with I-BERT's exponential, and puts out powers of two (section 3.3, Log-Int-Softmax;
+  :class:`~quantlens.quantizers.LogIntSoftmax`).
+* everything else: activations per tensor, asymmetric uniform, ranges by one of four observers (min-max, moving
+  average, percentile, OMSE); weights per output channel, symmetric, s = max|w|/(2ᵇ⁻¹ − ½).
+
+All ranges are those of the float model. Biases, γ, β, class token and position embedding are constants of the
+accumulators that they are added to and are not quantized by themselves.
+
+Where the authors' code differs from this file, or the paper is silent:
+
+1. Calibration images: theirs are 10 batches of 100; here as many as are given. The moving average (σ = 0.01) and the
+   percentile (p = 0.99999, averaged the same way) take them in 10 batches in their order, so that their number, not
+   their split into chunks, decides. Power-of-two factors take minimum and maximum whatever the observer, as theirs.
+2. Errors (OMSE's 90 shrink steps, the exponents α) are measured on the last batch only in their code; here on all
+   images (a sample of 2¹⁷ values a tensor for OMSE, of 2¹⁹ for α).
+3. Their zero points are clamped to the codes' range, which cuts off values where a range excludes zero. Here zero is
+   taken into the range, so that no clamping is needed. The softmax's input is the exception: its zero point cancels
+   in q − max q and may be any integer.
+4. Power-of-two factors: the paper's are 2⁰ … 2³, on LayerNorm inputs. Here they are 2⁰ … 2⁷, on all that LayerNorms
+   and sums read, that is on the outputs of the residual branches, too. Their zero point is that of the whole range
+   (issue #34 asks about it), which is the range of a single channel where there are massive activations; here it is
+   the best of eight. ViT-Tiny (AugReg) at W8A8, 150 ImageNet images, FP32 82.7 %: the paper's exponents and tensors
+   58.7 % top-1 (KL of the logits 1.01), with the branches 68.7 % (0.49), with 2⁷ as well 73.3 % (0.29); 77.3 % (0.16)
+   with ``massive_channels="split"``. DeiT-Tiny needs none of it.
+   ``ptf="layernorm"`` and ``largest_exponent=3`` give the paper's choice.
+5. Integer LayerNorm: their multipliers M, N are found anew for every token and channel, in float, with M rounded down;
+   here they are one pair per channel, rounded to nearest, behind an integer normalisation, and σ = 0 gives β where
+   theirs gives NaN (issue #31).
+6. Integer exponential: their grid is the softmax input's, on which ln 2 is a few steps, off by 15 % at a scale of 0.2;
+   here the integers are shifted left to a grid of 2⁻⁸ first. n is 20, not 30, so that sums stay in 64 bits (their
+   issue #21 measures what that costs: 0.1 %).
+7. Their log2 codes have 2ᵇ powers and zero, one level more than b bits hold; here the last code is zero.
+8. Masked attention (Swin's shifted windows): theirs adds the mask to the quantized scores in float. Here the softmax
+   reads quantized values behind the mask, with code 0 kept for masked entries, whose probability is 0. An entry
+   counts as masked while calibrating when it lies 50 below its row's largest (probability < 2·10⁻²²), and takes no part
+   in the range. Scores in front of bias and mask are quantized as well, as theirs.
+9. The softmax's output has the width of the other activations, as in their 8/8/8 rows; ``softmax_bits=4`` gives their
+   8/8/4 rows. The pixels have 8 bits.
+10. Where a width is 32, LayerNorm and softmax stay in float, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from quantlens.calibration import Calibration, Look, Walk
+from quantlens.errors import QuantlensError
+from quantlens.graph import Edge, Graph
+from quantlens.graph.graph import VIEWS, op_name
+from quantlens.graph.sites import SCALINGS, Site
+from quantlens.methods.base import EVERYTHING, Method, MethodInfo, Option, Run, Widths, everything_edges
+from quantlens.quantizers import (
+    IntegerLayerNorm,
+    Log,
+    LogIntSoftmax,
+    MaskedSoftmax,
+    Operator,
+    Plan,
+    PowerOfTwo,
+    Quantizer,
+    Uniform,
+)
+from quantlens.quantizers.bits import FLOAT
+from quantlens.quantizers.power_of_two import MAX_EXPONENT
+from quantlens.ranges import Observation, affine, mse
+from quantlens.ranges.moving import moving_average
+from quantlens.ranges.power_of_two import power_of_two_factors
+
+BATCHES = 10
+"""Batches that a moving average takes the calibration images in."""
+PERCENTILE = 0.99999
+OMSE_VALUES = 1 << 17
+MASKED = 50.0
+"""An entry of the attention this far below its row's largest is masked."""
+
+
+class FQViT(Method):
+    info = MethodInfo(
+        name="fq-ptq",
+        title="FQ-ViT",
+        paper="FQ-ViT: Post-Training Quantization for Fully Quantized Vision Transformer",
+        venue="IJCAI",
+        year=2022,
+        url="https://arxiv.org/abs/2111.13824",
+        quantizes=EVERYTHING,
+        summary="fully quantized: power-of-two factors for LayerNorm inputs, integer LayerNorm, log-int-softmax",
+        departures="all images, not the last batch, decide errors; finer integer exponential; one multiplier per "
+        "LayerNorm channel; code 0 kept for masked attention; zero is one of the 2^b log codes",
+        aliases=("fq-vit", "fqvit", "fq"),
+        options={
+            "observer": Option(
+                "minmax",
+                "ranges of activations: minmax (the paper's FQ-ViT), ema, percentile or omse",
+                ("minmax", "ema", "percentile", "omse"),
+            ),
+            "ptf": Option(
+                "residual",
+                "power-of-two factors: residual (all that LayerNorms and sums read), layernorm (what LayerNorms read: "
+                "the paper) or none",
+                ("residual", "layernorm", "none"),
+            ),
+            "largest_exponent": Option(7, "K of the power-of-two factors 2^0 to 2^K, 0 to 15 (the paper: 3)"),
+            "lis": Option(
+                True, "log-int-softmax (False: float softmax with uniform codes of its output)", (True, False)
+            ),
+            "softmax_bits": Option(None, "width of the softmax's output, 2 to 16 (None: as other activations)"),
+            "integer_layernorm": Option(
+                True, "LayerNorm on integers (False: in float, between quantizers)", (True, False)
+            ),
+        },
+    )
+
+    def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
+        softmax_bits = None if run["softmax_bits"] is None else _whole("softmax_bits", run["softmax_bits"], 2, 16)
+        largest = _whole("largest_exponent", run["largest_exponent"], 0, MAX_EXPONENT)
+        tensors = [Shared.of(graph, group, bits, softmax_bits) for group in everything_edges(graph)]
+        by_edge = {edge.key: tensor for tensor in tensors for edge in tensor.edges if tensor.width != FLOAT}
+        images = calibration
+        if run["observer"] in ("ema", "percentile"):
+            images = _Batches(calibration)
+        first = len(images.chunk(0))
+        quantizers: dict[str, Quantizer] = {}
+        operators: dict[str, Operator] = {}
+        masked: set[str] = set()
+
+        def decide(edge: Edge, look: Look) -> None:
+            if edge.is_weight:
+                quantizers[edge.key] = symmetric_weight(look(axis=0), bits.of(graph, edge))
+                return
+            tensor = by_edge[edge.key]
+            if edge is not tensor.edges[0]:
+                quantizers[edge.key] = quantizers[tensor.edges[0].key]
+            elif graph.sites[edge.site].kind == "probs" and edge.position is not None:
+                quantizers[edge.key], has_mask = softmax_input(look.tensors(), run["observer"], tensor.width)
+                if has_mask:
+                    masked.add(edge.site)
+            elif graph.sites[edge.site].kind == "probs" and run["lis"]:
+                quantizers[edge.key] = Log(torch.tensor(1.0, device=graph.device), tensor.width, steps=1)
+            else:
+                axis = None
+                if run["ptf"] != "none":
+                    axis = tensor.channel_axis(graph, look.tensors()[0], first, sums=run["ptf"] == "residual")
+                if axis is not None:
+                    seen = look(axis=axis)
+                    quantizers[edge.key] = power_of_two_factors(seen, tensor.width, largest=largest, axis=axis)
+                else:
+                    low, high = with_zero(*observed(look, run["observer"], tensor.width))
+                    quantizers[edge.key] = affine(low, high, tensor.width)
+
+        edges = [by_edge[key].edge(key) for key in by_edge]
+        edges += [
+            site.edges["weight"]
+            for site in graph.sites.of_kind("linear", "conv")
+            if bits.of(graph, site.edges["weight"]) != FLOAT
+        ]
+        Walk(graph, images, sequential=False, seed=run.seed).run(edges, decide, run.progress)
+        for site in graph.sites.of_kind("layer_norm"):
+            if run["integer_layernorm"] and (operator := integer_layer_norm(graph, site, quantizers)) is not None:
+                operators[site.name] = operator
+        for site in graph.sites.of_kind("probs"):
+            source, output = quantizers.get(f"{site.name}.input"), quantizers.get(f"{site.name}.output")
+            if not isinstance(source, Uniform) or output is None:
+                continue
+            lowest = source.decode(torch.zeros((), dtype=torch.int32, device=graph.device))
+            if isinstance(output, Log):
+                operators[site.name] = LogIntSoftmax(
+                    source.scale, 2**source.bits, output.bits, lowest=lowest if site.name in masked else None
+                )
+            elif site.name in masked:
+                operators[site.name] = MaskedSoftmax(source.scale, lowest, output)
+        for name in operators:
+            del quantizers[f"{name}.output"]  # the operator puts out values on that grid
+        order = {key: i for i, key in enumerate(graph.sites.edges)}
+        return Plan({k: quantizers[k] for k in sorted(quantizers, key=order.__getitem__)}, operators=operators)
+
+
+# -- which tensors -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Shared:
+    """A tensor with one quantizer: the edges that carry it, the sites that read it, and its width."""
+
+    edges: tuple[Edge, ...]
+    readers: tuple[tuple[Site, fx.Node], ...]
+    """Each with the node whose value it reads."""
+    width: int
+
+    @classmethod
+    def of(cls, graph: Graph, edges: tuple[Edge, ...], bits: Widths, softmax_bits: int | None) -> Shared:
+        readers: list[tuple[Site, fx.Node]] = []
+        for edge in edges:
+            if edge.position is None:
+                readers += _readers(graph, edge.node)
+            else:
+                readers.append((graph.sites[edge.site], edge.value))
+        first = edges[0]
+        width = bits.of(graph, first)
+        heads = {site.name for site in graph.sites.head}
+        if readers and all(site.name in heads for site, _ in readers):
+            width = bits.of(graph, readers[0][0].edges["input"])
+        if graph.sites[first.site].kind == "probs" and first.position is None and width != FLOAT:
+            width = width if softmax_bits is None else softmax_bits
+        return cls(edges, tuple(readers), width)
+
+    def edge(self, key: str) -> Edge:
+        return next(e for e in self.edges if e.key == key)
+
+    def channel_axis(self, graph: Graph, value: Tensor, images: int, *, sums: bool) -> int | None:
+        """The dimension of the tensor (negative) that LayerNorms (``sums``: LayerNorms and sums) read as their last,
+        its channels, if LayerNorms and sums are all that reads it; else None.
+
+        value: the tensor, as a walk shows it for ``images`` images.
+        """
+        kinds = {site.kind for site, _ in self.readers}
+        nodes = [node for site, node in self.readers if site.kind == "layer_norm" or sums]
+        if not nodes or not kinds <= {"layer_norm", "add"}:
+            return None
+        sources = {edge.value for edge in self.edges}
+        if len({tuple(source.meta["shape"]) for source in sources}) > 1:
+            return None
+        for axis in dict.fromkeys((-1, 1 - value.dim())):
+            if all(_reads_axis(graph, sources, node, value, axis, images) for node in nodes):
+                return axis
+        return None
+
+
+def _readers(graph: Graph, node: fx.Node) -> list[tuple[Site, fx.Node]]:
+    """Sites that read a value through operations that move it or multiply it by one number."""
+    by_node = {site.node: site for site in graph.sites}
+    found: list[tuple[Site, fx.Node]] = []
+    queue = [node]
+    while queue:
+        value = queue.pop()
+        for user in value.users:
+            if user in by_node:
+                found.append((by_node[user], value))
+            elif op_name(user) in VIEWS or op_name(user) in SCALINGS:
+                queue.append(user)
+    return found
+
+
+def _reads_axis(graph: Graph, sources: set[fx.Node], node: fx.Node, value: Tensor, axis: int, images: int) -> bool:
+    """Whether the last dimension of ``node`` depends on ``axis`` of its source alone: the operations in between are
+    run on the indices of that dimension."""
+    moves: list[fx.Node] = []
+    while node not in sources:
+        if op_name(node) in SCALINGS:
+            return False
+        moves.insert(0, node)
+        node = node.args[0]  # type: ignore[assignment]
+    if not moves:
+        return axis == -1
+    shape = [1] * value.dim()
+    shape[axis] = -1
+    index = torch.arange(value.shape[axis], device=value.device).view(shape).expand(value.shape)
+    pixels = torch.empty(images, *graph.input.meta["shape"][1:], device=value.device)
+    result = graph.run(moves, {node: index, graph.input: pixels}, keep=[moves[-1]])[moves[-1]]
+    rows = result.reshape(-1, result.shape[-1])
+    return bool((rows == rows[0]).all())
+
+
+# -- ranges -------------------------------------------------------------------------------------------------------
+class _Batches(Calibration):
+    """The same images in :data:`BATCHES` batches."""
+
+    def __init__(self, images: Calibration):
+        super().__init__(
+            images._chunks, images.count, source=images.source, fingerprint=images.fingerprint, device=images.device
+        )
+        self.size = math.ceil(images.count / BATCHES)
+
+    @property
+    def pieces(self) -> int:
+        return math.ceil(self.count / self.size)
+
+    def chunk(self, index: int) -> Tensor:
+        start, stop = index * self.size, min((index + 1) * self.size, self.count)
+        images = self._chunks[start:stop] if isinstance(self._chunks, Tensor) else self._chunks.tensor(start, stop)
+        return images.to(self.device, torch.float32)
+
+
+def observed(look: Look, observer: str, bits: int) -> tuple[Tensor, Tensor]:
+    """[1], [1]: the range of a tensor by one of the paper's observers."""
+    if observer in ("ema", "percentile"):
+        return batch_range(look.tensors(), observer)
+    seen = look()
+    if observer == "minmax":
+        return seen.low, seen.high
+    low, high = with_zero(seen.low, seen.high)
+    step = -(-seen.values.shape[1] // OMSE_VALUES)
+    return mse(replace(seen, low=low, high=high, values=seen.values[:, ::step]), bits)
+
+
+def batch_range(batches: list[Tensor], observer: str) -> tuple[Tensor, Tensor]:
+    """Moving average of the batches' extremes (ema) or extreme quantiles (percentile): [1], [1]."""
+    lows, highs = [], []
+    for batch in batches:
+        tail = 1.0 - PERCENTILE if observer == "percentile" else 0.0
+        seen = Observation.of(batch.reshape(1, -1), tail)
+        lows.append(seen.quantile(1.0 - PERCENTILE) if tail else seen.low)
+        highs.append(seen.quantile(PERCENTILE) if tail else seen.high)
+    return moving_average(torch.stack(lows)), moving_average(torch.stack(highs))
+
+
+def with_zero(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The range with zero taken in, so that the zero point is one of the codes."""
+    return low.clamp_max(0.0), high.clamp_min(0.0)
+
+
+def softmax_input(pieces: list[Tensor], observer: str, bits: int) -> tuple[Uniform, bool]:
+    """The quantizer in front of a softmax, and whether attention is masked there.
+
+    pieces: [..., k] values behind bias and mask, softmax over the last dimension. If some entries are masked, code 0 is
+    theirs and the range of the others begins at code 1.
+    """
+    kept, has_mask = [], False
+    for piece in pieces:
+        if bool(piece.isnan().any()):
+            raise QuantlensError("attention scores are NaN; check the weights and the calibration images")
+        seen = piece >= piece.amax(-1, keepdim=True) - MASKED
+        complete = bool(seen.all())
+        kept.append((piece if complete else piece[seen]).reshape(1, -1))
+        has_mask |= not complete
+    if observer in ("ema", "percentile"):
+        low, high = batch_range(kept, observer)
+    else:
+        low = torch.stack([p.amin() for p in kept]).amin().reshape(1)
+        high = torch.stack([p.amax() for p in kept]).amax().reshape(1)
+        if observer == "omse":
+            values = torch.cat(kept, 1)
+            step = -(-values.shape[1] // OMSE_VALUES)
+            low, high = mse(Observation(low, high, values.shape[1], values[:, ::step], low, high), bits)
+    if has_mask:
+        low = low - (high - low) / (2**bits - 2)
+    return affine(low, high, bits), has_mask
+
+
+def symmetric_weight(seen: Observation, bits: int) -> Uniform:
+    """Signed codes per output channel, s = max|w|/(2ᵇ⁻¹ − ½), as in the authors' code."""
+    magnitude = torch.maximum(seen.low.abs(), seen.high.abs())
+    scale = magnitude / (2 ** (bits - 1) - 0.5)
+    scale = torch.where(scale > torch.finfo(torch.float32).tiny * 4, scale, torch.ones_like(scale))
+    return Uniform(scale, None, bits, signed=True, granularity="channel", axis=0)
+
+
+# -- operators ----------------------------------------------------------------------------------------------------
+def integer_layer_norm(graph: Graph, site: Site, quantizers: dict[str, Quantizer]) -> IntegerLayerNorm | None:
+    """The integer LayerNorm for a site, None where it stays in float: an unquantized side, several dimensions."""
+    output, found = quantizers.get(f"{site.name}.output"), _quantizer_of(graph, site.edges["input"], quantizers)
+    shape = site.node.args[1]
+    if found is None or not isinstance(output, Uniform | PowerOfTwo) or len(shape) != 1:  # type: ignore[arg-type]
+        return None
+    source, factor = found
+    if not isinstance(source, Uniform | PowerOfTwo) or source.scale.dim() != 0 or factor == 0:
+        return None
+    args = [*site.node.args[2:5], None, None, None]
+    gamma, beta = graph.constant(args[0]), graph.constant(args[1])
+    ones = torch.ones(shape[0], device=graph.device)  # type: ignore[index]
+    if (gamma is None and args[0] is not None) or (beta is None and args[1] is not None):
+        return None
+    eps = float(args[2]) if args[2] is not None else float(site.node.kwargs.get("eps", 1e-5))  # type: ignore[arg-type]
+    return IntegerLayerNorm(
+        source.scale * abs(factor),
+        ones if gamma is None else gamma,
+        ones * 0 if beta is None else beta,
+        eps,
+        output,
+    )
+
+
+def _quantizer_of(graph: Graph, edge: Edge, quantizers: dict[str, Quantizer]) -> tuple[Quantizer, float] | None:
+    """The quantizer of the value that crosses an edge and the number it was multiplied by since; None if there is
+    none."""
+    if edge.key in quantizers:
+        return quantizers[edge.key], 1.0
+    by_node = {site.node: site for site in graph.sites}
+    value, factor = edge.value, 1.0
+    scale: dict[bool, Callable[[float, float], float]] = {True: lambda f, n: f / n, False: lambda f, n: f * n}
+    while value not in by_node:
+        if op_name(value) in SCALINGS:
+            factor = scale["div" in op_name(value)](factor, float(value.args[1]))  # type: ignore[arg-type]
+        elif op_name(value) not in VIEWS:
+            return None
+        value = value.args[0]  # type: ignore[assignment]
+    found = quantizers.get(f"{by_node[value].name}.output")
+    return None if found is None else (found, factor)
+
+
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    if not isinstance(value, int | str) or not str(value).isdigit() or not low <= int(value) <= high:
+        raise QuantlensError(f"fq-ptq: {name}={value!r}; give a whole number from {low} to {high}")
+    return int(value)

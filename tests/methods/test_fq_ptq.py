@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+import quantlens as ql
+from quantlens.errors import QuantlensError
+from quantlens.methods import registry
+from quantlens.methods.base import EVERYTHING, everything_edges
+from quantlens.methods.fq_ptq import batch_range, softmax_input, symmetric_weight, with_zero
+from quantlens.quantizers import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax, PowerOfTwo, Uniform, float_model
+from quantlens.ranges import Observation, affine
+
+
+@pytest.fixture(scope="module")
+def loaded(small_models):
+    return {kind: ql.load_model(model, input_size=(3, 32, 32), name=kind) for kind, model in small_models.items()}
+
+
+@pytest.fixture(scope="module")
+def uneven(small_models):
+    """A model whose residual stream has channels of different size, which its LayerNorms even out again."""
+    network = copy.deepcopy(small_models["plain"])
+    factor = torch.exp(0.6 * torch.randn(32, generator=torch.Generator().manual_seed(5)))
+    network.position.data *= factor
+    network.patches.weight.data *= factor[:, None, None, None]
+    network.patches.bias.data *= factor
+    for layer in network.layers:
+        for linear in (layer.attention.out, layer.down):
+            linear.weight.data *= factor[:, None]
+            linear.bias.data *= factor
+        for norm in (layer.before, layer.after):
+            norm.weight.data *= 0.4 * factor.square().mean().sqrt() / factor
+    network.norm.weight.data *= 0.4 * factor.square().mean().sqrt() / factor
+    return ql.load_model(network, input_size=(3, 32, 32))
+
+
+def _sqnr(model, qmodel, images: Tensor) -> float:
+    expected, got = model(images), qmodel(images)
+    return float(10 * torch.log10(expected.square().sum() / (got - expected).square().sum()))
+
+
+def _fq(model, images, bits="W8A8", **options):
+    return ql.quantize(model, images, method="fq-ptq", bits=bits, **options)
+
+
+def test_it_is_found_by_its_names():
+    for name in ("fq-vit", "FQViT", "fq", "fq_ptq"):
+        assert registry.get(name).info.name == "fq-ptq"
+    assert registry.get("fq").info.quantizes == EVERYTHING
+
+
+def test_every_tensor_has_its_quantizer(architecture, loaded, pictures):
+    qmodel = _fq(loaded[architecture], pictures)
+    plan, sites = qmodel.plan, qmodel.graph.sites
+    for group in everything_edges(qmodel.graph):
+        held = [
+            plan.operators[e.site].output if e.site in plan.operators and e.position is None else None for e in group
+        ]
+        found = [q if q is not None else plan.quantizers[e.key] for q, e in zip(held, group, strict=True)]
+        assert all(q.config() == found[0].config() for q in found), "one tensor, one quantizer"
+        assert all(torch.equal(a, found[0].tensors()[k]) for q in found for k, a in q.tensors().items())
+    for site in sites.of_kind("linear", "conv"):
+        weight = plan.quantizers[f"{site.name}.weight"]
+        assert weight.symmetric
+        assert weight.axis == 0
+    assert all(isinstance(plan.operators[s.name], IntegerLayerNorm) for s in sites.of_kind("layer_norm"))
+    assert all(isinstance(plan.operators[s.name], LogIntSoftmax) for s in sites.of_kind("probs"))
+    assert isinstance(plan.quantizers[f"{sites.of_kind('add')[0].name}.output"], PowerOfTwo)
+    for site in sites.head:
+        assert f"{site.name}.output" in plan.quantizers
+
+
+def test_tensors_that_products_read_have_one_scale(architecture, loaded, pictures):
+    """A factor per channel would have to be summed over."""
+    qmodel = _fq(loaded[architecture], pictures)
+    for key, quantizer in qmodel.plan.quantizers.items():
+        if isinstance(quantizer, PowerOfTwo):
+            edge = qmodel.graph.sites.edges[key]
+            assert qmodel.graph.sites[edge.site].kind in ("add", "layer_norm", "linear", "conv")
+            queue = list(edge.node.users) if edge.position is None else []
+            while queue:
+                user = queue.pop()
+                assert not any(name in str(user.target) for name in ("linear", "matmul", "conv"))
+                if any(name in str(user.target) for name in ("reshape", "permute", "transpose", "roll")):
+                    queue += user.users
+
+
+def test_patch_merging_reads_channels_four_times(loaded, pictures):
+    """Swin: the LayerNorm of a patch merging has four times the channels of the sum that it reads."""
+    qmodel = _fq(loaded["swin"], pictures)
+    source = qmodel.plan.quantizers["layers.0.blocks.1.add2.output"]
+    norm = qmodel.plan.operators["layers.1.downsample.norm"]
+    assert isinstance(source, PowerOfTwo)
+    assert (len(source.exponents), len(norm.multiplier)) == (16, 64)
+    conv = qmodel.plan.quantizers["patch_embed.proj.output"]
+    assert isinstance(conv, PowerOfTwo)
+    assert conv.axis == -3
+
+
+def test_power_of_two_factors_help_where_channels_are_uneven(uneven, pictures):
+    sqnr = {
+        ptf: _sqnr(uneven, _fq(uneven, pictures, ptf=ptf, largest_exponent=3, lis=False), pictures)
+        for ptf in ("residual", "layernorm", "none")
+    }
+    assert sqnr["layernorm"] > sqnr["none"] + 2, sqnr
+    assert sqnr["residual"] > sqnr["none"] + 2, sqnr
+
+
+def test_scope_and_size_of_power_of_two_factors(loaded, pictures):
+    def plan(**options):
+        return _fq(loaded["vit"], pictures, "W4A8", **options).plan.quantizers
+
+    branch, total = "blocks.0.mlp.fc2.output", "blocks.0.add2.output"
+    kinds = {ptf: [type(plan(ptf=ptf)[key]) for key in (branch, total)] for ptf in ("residual", "layernorm", "none")}
+    assert kinds == {
+        "residual": [PowerOfTwo, PowerOfTwo],
+        "layernorm": [Uniform, PowerOfTwo],
+        "none": [Uniform, Uniform],
+    }
+    assert int(plan(largest_exponent=1)[total].exponents.max()) <= 1
+
+
+def test_options_of_softmax(loaded, pictures):
+    plan = _fq(loaded["vit"], pictures, softmax_bits=4).plan
+    assert plan.operators["blocks.0.attn.probs"].output.bits == 4
+    assert plan.quantizers["blocks.0.attn.probs.input"].bits == 8
+    plan = _fq(loaded["vit"], pictures, lis=False, softmax_bits=6).plan
+    assert isinstance(plan.quantizers["blocks.0.attn.probs.output"], Uniform)
+    assert plan.quantizers["blocks.0.attn.probs.output"].bits == 6
+    plan = _fq(loaded["swin"], pictures, lis=False).plan
+    kinds = {name: type(o) for name, o in plan.operators.items() if name.endswith("probs")}
+    assert set(kinds.values()) == {MaskedSoftmax}, "the shifted windows, and they alone"
+    assert all(".blocks.1." in name for name in kinds)
+    for wrong in (1, 17, "four"):
+        with pytest.raises(QuantlensError, match="2 to 16"):
+            _fq(loaded["vit"], pictures, softmax_bits=wrong)
+    with pytest.raises(QuantlensError, match="largest_exponent"):
+        _fq(loaded["vit"], pictures, largest_exponent=16)
+
+
+def test_uniform_softmax_is_finer_than_powers_of_two(loaded, pictures):
+    lis, uniform = (
+        _sqnr(loaded["vit"], _fq(loaded["vit"], pictures, "W8A10", lis=lis), pictures) for lis in (True, False)
+    )
+    assert uniform > lis + 5
+
+
+def test_float_layer_norm_is_an_option(loaded, pictures):
+    exact, integer = (_fq(loaded["plain"], pictures, integer_layernorm=i, lis=False) for i in (False, True))
+    assert not exact.plan.operators
+    assert isinstance(exact.plan.quantizers["layers.0.before.output"], Uniform)
+    a, b = _sqnr(loaded["plain"], exact, pictures), _sqnr(loaded["plain"], integer, pictures)
+    assert abs(a - b) < 3, (a, b)
+
+
+def test_masked_windows_do_not_leak(loaded, pictures):
+    """Swin's shifted windows: what is masked in float has probability 0 in integers."""
+    qmodel = _fq(loaded["swin"], pictures)
+    operator = qmodel.plan.operators["layers.0.blocks.1.attn.probs"]
+    assert operator.lowest is not None
+    assert qmodel.plan.operators["layers.0.blocks.0.attn.probs"].lowest is None
+    seen = {}
+    operator.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
+    qmodel(pictures)
+    mask = qmodel.graph.tensor("layers.0.blocks.1.attn_mask_folded")
+    hidden = (mask < -50).expand(len(pictures), *mask.shape[1:]) if mask.dim() > 4 else (mask < -50)
+    hidden = hidden.expand(seen["out"].view(len(pictures), -1, *seen["out"].shape[1:]).shape).reshape(seen["out"].shape)
+    assert bool(hidden.any())
+    assert float(seen["out"][hidden].max()) == 0.0
+    assert float(seen["out"].sum(-1).min()) > 0.5
+
+
+# -- ranges --------------------------------------------------------------------------------------------------------
+def test_weights_span_the_codes():
+    w = torch.tensor([[-0.75, 0.2, 0.1], [0.0, 0.0, 0.0], [0.3, 1.5, -1.0]])
+    q = symmetric_weight(Observation.of(w), 3)
+    torch.testing.assert_close(q.scale, torch.tensor([0.75 / 3.5, 1.0, 1.5 / 3.5]))
+    assert float(q(w).abs().max()) <= 1.5 * 4 / 3.5
+
+
+def test_observers_against_the_text(loaded, pictures):
+    """Ranges of fc1's output, from the float model's values."""
+    images = pictures.repeat(3, 1, 1, 1)[:21] * torch.linspace(0.5, 2, 21)[:, None, None, None]
+    graph = float_model(loaded["vit"]).graph
+    node = graph.sites["blocks.0.mlp.fc1"].node
+    calls = [n for n in graph.fx.nodes if n.op == "call_function"]
+    env = graph.run(calls, {graph.input: images}, keep=[node])
+    values = env[node]
+    batches = [values[i : i + 3] for i in range(0, 21, 3)]  # ten batches of 21 images: seven of three
+    expected = {"minmax": (values.min(), values.max())}
+    low, high = batches[0].min(), batches[0].max()
+    upper, lower = batches[0].flatten().quantile(0.99999), batches[0].flatten().quantile(1e-5)
+    for batch in batches[1:]:
+        low, high = low + 0.01 * (batch.min() - low), high + 0.01 * (batch.max() - high)
+        upper = upper + 0.01 * (batch.flatten().quantile(0.99999) - upper)
+        lower = lower + 0.01 * (batch.flatten().quantile(1e-5) - lower)
+    expected |= {"ema": (low, high), "percentile": (lower, upper)}
+
+    def noise(low, high):
+        scale = (high - low) / 15
+        zero = (-low / scale).round()
+        return float((((values / scale).round() + zero).clamp(0, 15).sub(zero).mul(scale) - values).square().mean())
+
+    best = min(range(90), key=lambda i: noise(values.min() * (1 - 0.01 * i), values.max() * (1 - 0.01 * i)))
+    expected["omse"] = (values.min() * (1 - 0.01 * best), values.max() * (1 - 0.01 * best))
+    found = {}
+    for observer, (low, high) in expected.items():
+        q = _fq(loaded["vit"], images, "W8A4", observer=observer).plan.quantizers["blocks.0.mlp.fc1.output"]
+        found[observer] = float(q.scale)
+        torch.testing.assert_close(q.scale, ((high - low) / 15).float(), rtol=1e-4, atol=0)
+        assert int(q.zero_point) == round(float(-low / q.scale))
+    assert len(set(found.values())) == 4
+
+
+def test_zero_is_a_code_of_every_range(loaded, pictures):
+    """The authors clamp the zero point where a range excludes zero, and cut its values off."""
+    for key, one in _fq(loaded["vit"], pictures).plan.quantizers.items():
+        if isinstance(one, Uniform) and not key.endswith((".weight", "probs.input")):
+            assert 0 <= int(one.zero_point) <= 255, key
+    low, high = with_zero(torch.tensor([5.0]), torch.tensor([6.0]))
+    q = affine(low, high, 8)
+    x = torch.linspace(5, 6, 50)
+    assert float((q(x) - x).abs().max()) < 6 / 255
+
+
+def test_ranges_in_front_of_a_softmax():
+    x = torch.randn(3, 2, 9, 9, generator=torch.Generator().manual_seed(0))
+    q, masked = softmax_input([x], "minmax", 8)
+    assert not masked
+    assert float((q(x) - x).abs().max()) <= float(q.scale) * 0.51
+    hidden = x.clone()
+    hidden[..., 5:] = -200.0
+    hidden[0, 0, 0, 3] = -torch.inf
+    q, masked = softmax_input([hidden], "minmax", 8)
+    assert masked
+    seen = hidden > -50
+    codes = q.encode(hidden)
+    assert int(codes[seen].min()) == 1
+    assert int(codes[~seen].max()) == 0
+    assert int(codes.max()) == 255
+    assert float((q(hidden) - hidden)[seen].abs().max()) <= float(q.scale) * 0.51
+    for observer in ("ema", "percentile", "omse"):
+        q, masked = softmax_input([hidden, hidden * 0.5], observer, 8)
+        assert masked
+        assert float(q.scale) < 0.1
+    with pytest.raises(QuantlensError, match="NaN"):
+        softmax_input([x * torch.nan], "minmax", 8)
+
+
+def test_batch_ranges_of_one_batch_are_its_own():
+    x = torch.randn(4, 100)
+    assert [float(v) for v in batch_range([x], "ema")] == [float(x.min()), float(x.max())]
+
+
+# -- widths, files -------------------------------------------------------------------------------------------------
+def test_where_activations_are_float_nothing_is_replaced(loaded, pictures):
+    plan = _fq(loaded["swin"], pictures, "W4A32").plan
+    assert not plan.operators
+    assert all(key.endswith(".weight") for key in plan.quantizers)
+    plan = _fq(loaded["vit"], pictures, "W32A6").plan
+    assert not any(key.endswith(".weight") for key in plan.quantizers)
+    assert plan.operators
+
+
+def test_widths_of_head_and_pixels(loaded, pictures):
+    plan = _fq(loaded["vit"], pictures, "W4A4", head_bits=8).plan
+    assert plan.quantizers["patch_embed.proj.input"].bits == 8
+    assert plan.quantizers["head.output"].bits == 8
+    assert plan.operators["norm"].output.bits == 8, "the tensor that the head alone reads"
+    assert plan.operators["blocks.0.norm1"].output.bits == 4
+
+
+@pytest.mark.parametrize("bits", ["W2A2", "W4A8", "W8A8", "W10A10"])
+def test_a_file_gives_the_same_logits_bit_for_bit(bits, loaded, pictures, tmp_path):
+    for kind, options in (("swin", {}), ("vit", {"softmax_bits": 4}), ("swin", {"lis": False})):
+        qmodel = _fq(loaded[kind], pictures, bits, **options)
+        again = ql.load(qmodel.save(tmp_path / "q.safetensors"))
+        assert torch.equal(again(pictures), qmodel(pictures))
+        assert set(again.plan.operators) == set(qmodel.plan.operators)
+        assert again.size_mb == qmodel.size_mb
+        assert torch.equal(copy.deepcopy(again)(pictures), qmodel(pictures))
+
+
+def test_gradients_reach_the_images(loaded, pictures):
+    x = pictures.clone().requires_grad_(True)
+    _fq(loaded["plain"], pictures)(x).square().sum().backward()
+    y = pictures.clone().requires_grad_(True)
+    loaded["plain"](y).square().sum().backward()
+    assert float(torch.nn.functional.cosine_similarity(x.grad.flatten(), y.grad.flatten(), dim=0)) > 0.6
