@@ -21,6 +21,7 @@ ORDER = (
     "reconstruction",
     "methods",
     "allocation",
+    "attention",
     "deploy",
     "studies",
     "report",

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from quantlens._version import __version__
 
 if TYPE_CHECKING:
+    from quantlens.allocation import Allocation as Allocation
+    from quantlens.api import allocate as allocate
     from quantlens.api import quantize as quantize
     from quantlens.deploy.checkpoint import load as load
     from quantlens.deploy.checkpoint import save as save
@@ -27,6 +29,8 @@ _HOMES = {
     "load_model": "quantlens.models",
     "Model": "quantlens.models",
     "quantize": "quantlens.api",
+    "allocate": "quantlens.api",
+    "Allocation": "quantlens.allocation",
     "QuantizedModel": "quantlens.quantizers",
     "save": "quantlens.deploy.checkpoint",
     "load": "quantlens.deploy.checkpoint",

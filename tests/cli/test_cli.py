@@ -14,7 +14,7 @@ import pytest
 from quantlens.cli import _common, main
 from quantlens.errors import QuantlensError
 
-COMMANDS = ("demo", "quantize", "evaluate", "study", "report", "methods", "models", "sources")
+COMMANDS = ("demo", "quantize", "allocate", "evaluate", "attention", "study", "report", "methods", "models", "sources")
 
 
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

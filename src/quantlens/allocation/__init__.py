@@ -1,1 +1,28 @@
 """Mixed precision: how sensitive every module is, what its bits cost, and the choice of widths under a budget."""
+
+from quantlens.allocation.allocation import (
+    SENSITIVITIES,
+    Allocation,
+    FrontPoint,
+    GroupChoice,
+    allocate,
+    default_candidates,
+    is_target,
+    parse_target,
+    sensitivity_options,
+)
+from quantlens.allocation.groups import Group, find_groups
+
+__all__ = [
+    "SENSITIVITIES",
+    "Allocation",
+    "FrontPoint",
+    "Group",
+    "GroupChoice",
+    "allocate",
+    "default_candidates",
+    "find_groups",
+    "is_target",
+    "parse_target",
+    "sensitivity_options",
+]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from quantlens._version import __version__
-from quantlens.cli import demo, evaluate, methods, models, quantize, report, sources, study
+from quantlens.cli import allocate, attention, demo, evaluate, methods, models, quantize, report, sources, study
 from quantlens.cli._common import ReaderGone, Stopped
 from quantlens.errors import QuantlensError
 
@@ -29,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for room in (demo, quantize, evaluate, study, report, methods, models, sources):
+for room in (demo, quantize, allocate, evaluate, attention, study, report, methods, models, sources):
     room.register(app)
 
 

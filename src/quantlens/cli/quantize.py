@@ -24,6 +24,9 @@ MODEL is a timm name (`quantlens models` lists them) or a model that ships with 
 
     quantlens quantize digits-vit --method percentile \\
       --option p=0.999 --calibration embedded:digits-calibration
+
+    quantlens quantize digits-vit --method easyquant --bits MP6 \\
+      --calibration embedded:digits-calibration
 """
 
 DEFAULT_IMAGES = 32
@@ -45,7 +48,9 @@ def quantize(
         int | None, typer.Option("--n", min=1, help="How many calibration images the seed draws (default: 32).")
     ] = None,
     method: Annotated[str, typer.Option(help="The method (`quantlens methods`).")] = "repq-vit",
-    bits: Annotated[str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations.")] = "W8A8",
+    bits: Annotated[
+        str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations; MP6 or a file of `quantlens allocate`.")
+    ] = "W8A8",
     seed: Annotated[int, typer.Option(min=0, help="Draws the calibration images, and all else that is random.")] = 0,
     out: Annotated[Path | None, typer.Option(help="The file to write (default: MODEL-BITS.safetensors).")] = None,
     option: Annotated[
@@ -62,15 +67,17 @@ def quantize(
 
     settings = _common.settings(option)
     from quantlens import api
+    from quantlens.allocation import Allocation
     from quantlens.data import as_image_set, open_source
     from quantlens.methods import registry
     from quantlens.models import load_model
     from quantlens.quantizers import Bits
 
-    wanted = Bits.parse(bits)
+    wanted = api.read_bits(bits)
+    spelled = str(wanted.bits() if isinstance(wanted, Allocation) else wanted)
     registry.get(method).options(settings)
     source = open_source(drawn(calibration, n, seed))
-    target = out or Path(f"{model.split('/')[-1]}-{str(wanted).lower()}.safetensors")
+    target = out or Path(f"{model.split('/')[-1]}-{spelled.lower()}.safetensors")
     with _common.stages(quiet) as step:
         loaded = load_model(model, _common.weights_argument(weights), device=choose_device(device))
         images = as_image_set(
@@ -80,11 +87,19 @@ def quantize(
             skip_bad=skip_bad,
             progress=lambda done, total: step("decoding calibration images", done, total),
         )
+        if not isinstance(wanted, Bits):
+            wanted = api.allocation_of(
+                loaded,
+                images,
+                wanted,
+                seed,
+                progress=lambda done, total: step("choosing widths", done, total),
+            )
         quantized = api.quantize(
             loaded,
             images,
             method=method,
-            bits=str(wanted),
+            bits=wanted,
             seed=seed,
             progress=lambda done, total: step(f"calibrating by {method}", done, total),
             **settings,

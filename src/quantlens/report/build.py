@@ -89,7 +89,8 @@ def render(board: Any, *, title: str | None = None) -> str:
 
 def page_context(board: Any) -> dict[str, Any]:
     """Every table, chart and sentence of the page, by its name in the templates."""
-    from quantlens.report import charts, distributions, runinfo, summary, tables, text
+    from quantlens.report import attention as lens
+    from quantlens.report import charts, distributions, frontier, runinfo, summary, tables, text
 
     looks = charts.Looks(board)
     histograms, histogram_note = distributions.histograms(board)
@@ -108,6 +109,9 @@ def page_context(board: Any) -> dict[str, Any]:
         "table_2": tables.table_2(board),
         "figure_1": charts.figure_1(board, looks),
         "sensitivity": charts.sensitivity(board, looks),
+        "mixed": frontier.mixed(board),
+        "attention": lens.attention(board, looks),
+        "link_columns": lens.LINK_COLUMNS,
         "delta_panels": charts.delta_bars(board, looks),
         "deltas": tables.delta_table(board),
         "set_columns": tables.SET_COLUMNS,

@@ -57,7 +57,7 @@ def tick_text(value: float, step: float) -> str:
         if size >= 10 * unit or (size >= unit and step >= unit / 10):
             return tick_text(value / unit, step / unit) + name
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    if digits and abs(step * 10**digits - round(step * 10**digits)) > 1e-6:
+    if abs(step * 10**digits - round(step * 10**digits)) > 1e-6:
         digits += 1
     if digits > 4:
         return f"{value:.1e}".replace("-", MINUS)

@@ -78,10 +78,28 @@ class Backend:
         return load_images(source, preprocess, cache_dir=cache_dir, skip_bad=skip_bad, progress=progress)
 
     def evaluate(self, model: Any, id: Any, ood: Mapping[str, Any], **settings: Any) -> Any:
-        """The Result of a model."""
+        """The Result of a model; with mixed precision it says which widths were chosen, under "allocation"."""
         from quantlens.studies.evaluate import evaluate
 
-        return evaluate(model, id, ood, **settings)
+        result = evaluate(model, id, ood, **settings)
+        allocation = getattr(getattr(model, "plan", None), "info", {}).get("allocation")
+        if allocation is not None:
+            result.extra["allocation"] = allocation
+        return result
+
+    def attention(
+        self, model: Any, reference: Any, id: Any, ood: Mapping[str, Any], spec: Any, progress: Any
+    ) -> dict[str, Any]:
+        """What a cell keeps of the model's attention against that of the FP32 model, under "attention" and
+        "attention_examples"; where the lens does not apply, the reason in words."""
+        from quantlens.attention.lookup import survey
+        from quantlens.errors import UnsupportedError
+
+        try:
+            found = survey(reference, {"": model}, id, ood, images=spec.images, show=spec.show, progress=progress)
+        except UnsupportedError as error:
+            return {"attention": {"unavailable": str(error)}}
+        return found[""]
 
     def environment(self, device: str) -> dict[str, Any]:
         """What the figures are measured with."""

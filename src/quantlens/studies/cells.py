@@ -16,6 +16,9 @@ from quantlens.studies.store import to_json
 CELL_FORMAT = 1
 """Part of every key: raised when the figures of unchanged inputs change (another definition of a metric, say)."""
 
+LENS_FORMAT = 1
+"""Part of the keys of cells with attention: raised when its figures change on unchanged inputs."""
+
 FP32 = "FP32"
 
 Slot = tuple[str, str, str, int]
@@ -131,7 +134,15 @@ def cell_key(
 
 def _determinants(cell: PlannedCell, config: StudyConfig, images: StudyImages) -> dict[str, Any]:
     method = cell.method
+    looks = {} if config.attention is None else {"attention": [LENS_FORMAT, *config.attention.model_dump().values()]}
+    mixed = {}
+    if cell.bits.startswith("MP"):
+        from quantlens.allocation.allocation import VERSION
+
+        mixed = {"allocation": VERSION}
     return {
+        **looks,
+        **mixed,
         "method": None if method is None else [method.name, method.version, method.options],
         "bits": cell.bits,
         "seed": cell.seed,

@@ -5,13 +5,14 @@
       - name: deit_tiny_patch16_224          # any name that `load_model` takes
         weights: ${WEIGHTS}/deit_tiny.safetensors
     methods: [repq-vit, {name: percentile, options: {percentile: 99.99}}]
-    bits: [FP32, W8A8, W4A4]
+    bits: [FP32, W8A8, W4A4, MP6]          # MP6: mixed precision, the size of W6A6
     seeds: [0, 13, 37]
     calibration: {source: "imagenet:data/train", n: 32}     # drawn anew for every seed
     id: imagenet:data/val
     ood:
       textures: images:data/textures
       ssb_hard: {source: "images:data/ssb_hard", group: near}
+    attention: {images: 64, show: 4}       # or true: what the models look at (docs/attention.md)
 
 A path is relative to the study file; `${NAME}` and `${NAME:-default}` in paths are taken from the environment.
 Every mistake a person can make in the file raises `QuantlensError` with one sentence.
@@ -106,6 +107,14 @@ class OodSpec(_Strict):
     group: Literal["far", "near"] | None = None
 
 
+class AttentionSpec(_Strict):
+    """What a study looks at through the attention lens: `images` of every set, evenly spaced, are measured, `show` of
+    them are kept with their maps."""
+
+    images: int = Field(default=64, ge=1)
+    show: int = Field(default=4, ge=0)
+
+
 class StudyConfig(_Strict):
     """A whole study. Lists run in the order given."""
 
@@ -119,6 +128,7 @@ class StudyConfig(_Strict):
     ood: dict[str, OodSpec] = {}
     fit: str | None = None
     scores: tuple[str, ...] | None = None
+    attention: AttentionSpec | None = None
     device: str = "auto"
     batch_size: int = Field(default=64, ge=1)
     skip_bad: bool = False
@@ -138,6 +148,11 @@ class StudyConfig(_Strict):
     @classmethod
     def _ood_sources(cls, value: Any) -> Any:
         return {k: _sourced(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("attention", mode="before")
+    @classmethod
+    def _attention_asked_for(cls, value: Any) -> Any:
+        return ({} if value else None) if isinstance(value, bool) else value
 
     @field_validator("bits")
     @classmethod
@@ -171,11 +186,12 @@ class StudyConfig(_Strict):
 
 
 def parse_bits(text: str) -> str:
-    """A precision in its one spelling (`W4A8`, `FP32`); ValueError when it is none."""
+    """A precision in its one spelling (`W4A8`, `FP32`, `MP6` for mixed precision); ValueError when it is none."""
+    from quantlens.allocation import is_target, parse_target
     from quantlens.quantizers.bits import Bits
 
     try:
-        return str(Bits.parse(text))
+        return f"MP{parse_target(text)}" if is_target(text) else str(Bits.parse(text))
     except QuantlensError as error:
         raise ValueError(str(error)) from None
 

@@ -357,6 +357,7 @@ class _Runner:
             "scores": None if config.scores is None else list(config.scores),
             "preprocess": None if model is None else model.preprocess.to_dict(),
             "format": CELL_FORMAT,
+            **({} if config.attention is None else {"attention": config.attention.model_dump()}),
         }
 
     def relabel(self, group: _Group, specs: Mapping[Slot, Mapping[str, Any]]) -> None:
@@ -427,6 +428,11 @@ class _ModelWork:
         data = result.to_dict()
         if cell.method is not None:
             data["seconds"] = {**data["seconds"], "calibration": seconds}
+        if config.attention is not None:
+            started = time.perf_counter()
+            look = runner.backend.attention
+            data |= look(measured, self.model, self.id, self.ood, config.attention, runner.shown.step)
+            data["seconds"] = {**data["seconds"], "attention": time.perf_counter() - started}
         spec = self.specs[cell.slot]
         return relabelled(data, spec)
 

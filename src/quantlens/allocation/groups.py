@@ -1,0 +1,136 @@
+"""What shares a width: the attention and the MLP of every block, found from the graph.
+
+The paper gives all operations of an attention module one width, and all operations of an MLP module one (Liu et al.
+2021, section 3.3). Here a block's *attention* is everything that its attention's output projection is made from
+(LayerNorm, projections, products, softmax) and that projection; its *MLP* is the rest of the block, with the residual
+sums. What lies outside the blocks (patch embedding, patch merging, classifier) is in no group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from quantlens.errors import UnsupportedError
+from quantlens.graph import Graph
+from quantlens.graph.sites import Block, Site
+
+ATTENTION, MLP = "attention", "MLP"
+
+COMPUTES = ("linear", "conv", "scores", "context", "matmul")
+"""Kinds of sites that multiply and add: those that weights and bit operations are counted of."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that share one width.
+
+    name: a person's name for it (``blocks.3.attn``). kind: "attention" or "MLP". block: the block it lies in.
+    sites: names of its sites, in execution order. modules: module or site names that cover exactly these sites, for
+    :class:`~quantlens.quantizers.Bits`.
+    """
+
+    name: str
+    kind: str
+    block: str
+    sites: tuple[str, ...]
+    modules: tuple[str, ...]
+
+
+def find_groups(graph: Graph) -> list[Group]:
+    """The groups of a graph, in execution order. Raises UnsupportedError for a graph without transformer blocks."""
+    found = [group for block in graph.sites.blocks for group in _groups_of(graph, block)]
+    if not found:
+        raise UnsupportedError(
+            "mixed precision gives a width to the attention and the MLP of every block, and no transformer block was "
+            "found in this model; give single modules their widths by a mapping instead"
+        )
+    return found
+
+
+def _groups_of(graph: Graph, block: Block) -> list[Group]:
+    inside = [site for site in graph.sites if site.block == block.name]
+    by_node = {site.node: site for site in inside}
+    ends = [end for site in inside if site.kind == "context" for end in _output_projections(site.node, by_node)]
+    above = _ancestors(ends, set(block.nodes))
+    parts = {
+        ATTENTION: [site for site in inside if site.node in above],
+        MLP: [site for site in inside if site.node not in above],
+    }
+    if not any(site.kind in COMPUTES for site in parts[MLP]):
+        parts = {ATTENTION: inside}
+    if not parts[ATTENTION]:
+        parts = {MLP: inside}
+    names = {kind: _common_module(sites) for kind, sites in parts.items()}
+    groups = []
+    for kind, sites in parts.items():
+        name = names[kind]
+        if len(name) <= len(block.name) or list(names.values()).count(name) > 1:
+            name = f"{block.name}.{'attn' if kind == ATTENTION else 'mlp'}"
+        members = tuple(site.name for site in sites)
+        groups.append(Group(name, kind, block.name, members, cover(members, (s.name for s in graph.sites))))
+    return groups
+
+
+def _output_projections(context: fx.Node, by_node: dict[fx.Node, Site]) -> list[fx.Node]:
+    """The linear layers that read an attention's result before any residual sum does; without one, the product
+    itself."""
+    queue, seen, ends = list(context.users), set(), []
+    while queue:
+        node = queue.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        kind = by_node[node].kind if node in by_node else ""
+        if kind == "linear":
+            ends.append(node)
+        elif kind != "add":
+            queue.extend(node.users)
+    return ends or [context]
+
+
+def _ancestors(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
+    """``nodes`` and all that they are made from within ``inside``."""
+    queue, found = list(nodes), set()
+    while queue:
+        node = queue.pop()
+        if node in inside and node not in found:
+            found.add(node)
+            queue.extend(node.all_input_nodes)
+    return found
+
+
+def _common_module(sites: list[Site]) -> str:
+    """The innermost module around all layers and products of a group."""
+    paths = [site.name.split(".") for site in sites if site.kind in COMPUTES]
+    if not paths:
+        return ""
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def cover(members: Iterable[str], everything: Iterable[str]) -> tuple[str, ...]:
+    """The shortest module or site names under which lie all ``members`` and no other name of ``everything``.
+
+    A member that is itself the module of others (a GELU that a block calls as a function is named like the block)
+    stands under its own name; the others are given longer names by their own groups, and the longest name counts.
+    """
+    members = list(members)
+    others = set(everything) - set(members)
+    chosen: dict[str, None] = {}
+    for member in members:
+        parts = member.split(".")
+        for length in range(1, len(parts) + 1):
+            prefix = ".".join(parts[:length])
+            if not any(other == prefix or other.startswith(f"{prefix}.") for other in others):
+                chosen[prefix] = None
+                break
+        else:
+            chosen[member] = None
+    return tuple(chosen)

@@ -1,0 +1,101 @@
+"""The lens: attention of all blocks, and the blocks' tokens, read in the same pass as the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantlens.attention.rollout import rollout
+from quantlens.errors import UnsupportedError
+from quantlens.graph import Graph
+from quantlens.quantizers import QuantizedModel, float_model, simulate
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where patches are: ``prefix`` class and register tokens, then patches on a grid of (rows, columns)."""
+
+    prefix: int
+    grid: tuple[int, int]
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+class View(NamedTuple):
+    """What a lens sees of a batch: logits [B, K]; attention of every block, [B, H, N, N] each; tokens that every
+    block puts out, [B, N, C] each."""
+
+    logits: Tensor
+    probs: tuple[Tensor, ...]
+    tokens: tuple[Tensor, ...]
+
+
+class Lens:
+    """Looks into a model, float or quantized: a :class:`quantlens.models.Model` or a
+    :class:`~quantlens.quantizers.QuantizedModel`.
+
+    Attention is read behind its quantizer, as the product with the values sees it. Raises UnsupportedError for models
+    without attention over all tokens: windowed attention (Swin) has no map from class token to patches.
+    """
+
+    def __init__(self, model: Any):
+        self.model: QuantizedModel = float_model(model)
+        graph = self.model.graph
+        self.sites = attention_sites(graph)
+        self.layout = layout_of(graph)
+        outputs = {site.node: site.edges["output"].key for site in graph.sites if "output" in site.edges}
+        self.blocks = [b.name for b in graph.sites.blocks if b.result in outputs]
+        results = [outputs[b.result] for b in graph.sites.blocks if b.result in outputs]
+        plan = self.model.plan
+        self._count = len(self.sites)
+        self._module = simulate(graph, plan.quantizers, plan.operators, [f"{s}.output" for s in self.sites] + results)
+
+    def __call__(self, images: Tensor) -> View:
+        """images [B, 3, H, W], prepared as the model wants them. Gradients pass (straight through quantizers)."""
+        logits, _, taps = self._module(images)
+        return View(logits, tuple(taps[: self._count]), tuple(taps[self._count :]))
+
+    def rollout(self, images: Tensor, **settings: Any) -> Tensor:
+        """Rollout maps [B, P]; see :func:`~quantlens.attention.rollout.rollout` for the settings."""
+        with torch.no_grad():
+            return self.rollout_of(self(images), **settings)
+
+    def rollout_of(self, view: View, **settings: Any) -> Tensor:
+        """The same from what was seen already."""
+        return rollout(view.probs, prefix=self.layout.prefix, **settings)
+
+
+def attention_sites(graph: Graph) -> list[str]:
+    """Names of the ``probs`` sites, in order. Raises UnsupportedError where attention is not over all tokens."""
+    sites = graph.sites.of_kind("probs")
+    if not sites:
+        raise UnsupportedError("the model has no attention that the graph shows; there is nothing to look at")
+    shapes = {tuple(site.node.meta["shape"] or ())[1:] for site in sites}
+    if len(shapes) > 1 or any(len(s) != 3 or s[-1] != s[-2] or s[-1] is None for s in shapes):
+        raise _windowed()
+    return [site.name for site in sites]
+
+
+def layout_of(graph: Graph) -> Layout:
+    """Where the patches of a model's tokens are, from the patch embedding and the attention's size."""
+    tokens = graph.sites.of_kind("probs")[0].node.meta["shape"][-1]
+    for site in graph.sites.of_kind("conv"):
+        shape = site.node.meta["shape"]
+        if site.edges["input"].value is graph.input and len(shape) == 4 and None not in shape[1:]:
+            grid = (int(shape[2]), int(shape[3]))
+            if 0 <= tokens - grid[0] * grid[1] <= max(16, tokens // 8):
+                return Layout(tokens - grid[0] * grid[1], grid)
+            raise _windowed()
+    raise UnsupportedError("no patch embedding (a convolution of the image) was found: the grid of patches is unknown")
+
+
+def _windowed() -> UnsupportedError:
+    return UnsupportedError(
+        "attention is computed in windows or at several resolutions (Swin and its kind): no map leads from a class "
+        "token to the patches. Grad-CAM works on such models (`quantlens attention --map grad-cam`)"
+    )

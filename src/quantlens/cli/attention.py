@@ -1,0 +1,226 @@
+"""`quantlens attention`: what a model looks at, before and after quantization, in pictures and in numbers."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantlens.cli._common import command
+
+HELP = """Compare what a model looks at in FP32 and quantized: attention rollout or class activation maps, norms of the
+patch tokens, and the drift of attention in numbers.
+
+Written to the directory --out: [bold]maps.png[/bold] (images in rows, precisions in columns, each with its predicted
+class and probability), [bold]norms.png[/bold] (norms of the patch tokens behind the last block),
+[bold]drift.json[/bold] (every figure, on ID and every OOD set, per block and head) and [bold]drift.svg[/bold].
+
+MODEL is a name as for `quantize`, or a quantized checkpoint (.safetensors) whose FP32 checkpoint --weights names.
+
+[bold]Examples[/bold]
+
+    quantlens attention digits-vit --images embedded:digits-test \\
+      --calibration embedded:digits-calibration --out looks
+
+    quantlens attention deit_tiny_patch16_224 --weights deit_tiny.safetensors \\
+      --images imagenet:val --ood dtd=images:dtd/images \\
+      --calibration imagenet:train --bits W8A8,W6A6,W4A4 --out looks
+
+    quantlens attention digits-vit-w4a4.safetensors --weights pretrained \\
+      --images embedded:digits-test --map grad-cam --target 3 --out looks
+"""
+
+BITS = "W8A8,W6A6,W4A4"
+FIGURES = (
+    ("rollout_spearman", "map rank corr.", "{:.3f}"),
+    ("rollout_overlap", "top tenth shared", "{:.3f}"),
+    ("row_cosine", "row cosine", "{:.3f}"),
+    ("row_kl", "row KL", "{:.3f}"),
+    ("centre_movement", "centre moved", "{:.3f}"),
+    ("outliers", "outliers", "{:.2f}"),
+    ("outlier_overlap", "their overlap", "{:.3f}"),
+    ("prediction_changed", "changed", "{:.3f}"),
+    ("output_kl", "output KL", "{:.3f}"),
+)
+MAP_FIGURES = (
+    ("map_spearman", "map rank corr.", "{:.3f}"),
+    ("map_overlap", "top tenth shared", "{:.3f}"),
+    ("map_movement", "centre moved", "{:.3f}"),
+)
+"""Of maps other than rollout, in place of these:"""
+OF_ROLLOUT = ("rollout_spearman", "rollout_overlap", "centre_movement")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    command(app, "attention", HELP, attention)
+
+
+def attention(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or a quantized checkpoint.")],
+    images: Annotated[str, typer.Option(metavar="SOURCE", help="In-distribution images (`quantlens sources`).")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of what is written.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] or random.")
+    ] = None,
+    ood: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An out-of-distribution set; may be repeated.")
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option(metavar="BITS", help=f"Precisions, separated by commas (default: {BITS}).")
+    ] = None,
+    method: Annotated[str, typer.Option(help="The method (`quantlens methods`).")] = "repq-vit",
+    calibration: Annotated[str | None, typer.Option(metavar="SOURCE", help="Calibration images.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="How many calibration images the seed draws (default: 32).")
+    ] = None,
+    map: Annotated[
+        str, typer.Option(help="[bold]rollout[/bold], grad-cam, hires-cam or gradient-rollout.")
+    ] = "rollout",
+    discard: Annotated[float, typer.Option(help="Share of the entries that rollout discards.")] = 0.9,
+    fusion: Annotated[str, typer.Option(help="How rollout fuses heads: [bold]max[/bold], mean or min.")] = "max",
+    compat: Annotated[
+        str | None, typer.Option(help="[bold]vit-explain[/bold]: rollout as that code does it, slips included.")
+    ] = None,
+    target: Annotated[
+        int | None, typer.Option(min=0, metavar="CLASS", help="Class of gradient maps (default: FP32's prediction).")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Images of each set that are measured, evenly spaced.")] = 64,
+    show: Annotated[int, typer.Option(min=1, max=64, help="Images of each set in the pictures.")] = 8,
+    choose: Annotated[
+        str, typer.Option(help="Which: the [bold]first[/bold], or the most-changed at the last precision.")
+    ] = "first",
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the method.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the calibration images, and all else that is random.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not keep decoded images on disk.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """See HELP."""
+    from quantlens.cli import _common
+    from quantlens.errors import QuantlensError, UnknownNameError
+    from quantlens.studies.environment import choose_device
+
+    if choose not in ("first", "most-changed"):
+        raise UnknownNameError("choice of images", choose, ("first", "most-changed"))
+    sets = _common.pairs(ood, "--ood", "NAME=SOURCE")
+    if "ID" in sets:
+        raise QuantlensError("--ood 'ID': that is the name of the in-distribution images; call the set something else")
+    settings, place = _common.settings(option), choose_device(device)
+    from quantlens.attention import lookup
+    from quantlens.cli.look import Look
+    from quantlens.data import as_image_set
+
+    if map not in lookup.MAPS:
+        raise UnknownNameError("map", map, lookup.MAPS)
+    rollout = {"discard": discard, "fusion": fusion, "compat": compat}
+    with _common.stages(quiet) as step:
+        reference, models = _models(
+            model, weights, bits, method, calibration, n, seed, settings, place, skip_bad, no_cache, step
+        )
+        look = Look(reference, models, map, rollout, target)
+        opened = {
+            name: as_image_set(
+                source,
+                reference.preprocess,
+                cache_dir=_common.cache_argument(no_cache),
+                skip_bad=skip_bad,
+                progress=partial(step, f"decoding {name}"),
+            )
+            for name, source in {"ID": images, **sets}.items()
+        }
+        for name, image_set in opened.items():
+            look.measure(name, image_set, limit, partial(step, f"looking at {name}"))
+        written = look.write(out, show, choose == "most-changed")
+    console = _common.stdout()
+    for name in opened:
+        console.print(_table(name, look))
+    if look.refused:
+        _common.say(f"no norms and no drift of attention: {look.refused}")
+    _common.say(f"written: {', '.join(str(path) for path in written)}")
+
+
+def _models(
+    name: str,
+    weights: str | None,
+    bits: str | None,
+    method: str,
+    calibration: str | None,
+    n: int | None,
+    seed: int,
+    settings: dict[str, Any],
+    device: str,
+    skip_bad: bool,
+    no_cache: bool,
+    step: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """(FP32 model, label -> quantized model)."""
+    from quantlens import api
+    from quantlens.allocation import Allocation
+    from quantlens.cli import _common, evaluate, quantize
+    from quantlens.data import as_image_set, open_source
+    from quantlens.errors import QuantlensError
+    from quantlens.methods import registry
+
+    if name.endswith(".safetensors"):
+        if bits is not None or calibration is not None:
+            raise QuantlensError(f"{name} is quantized already; leave --bits and --calibration out")
+        if weights is None:
+            raise QuantlensError(
+                f"drift is measured from FP32: name the checkpoint that {name} was made from, --weights W"
+            )
+        quantized, reference = evaluate.models(name, weights, device)
+        return reference, {str(quantized.bits): quantized.to(device)}
+    if calibration is None:
+        raise QuantlensError("quantizing takes calibration images: give --calibration SOURCE (`quantlens sources`)")
+    wanted = {}
+    for text in _common.names([bits or BITS]) or ():
+        read = api.read_bits(text)
+        wanted[str(read.bits() if isinstance(read, Allocation) else read)] = read
+    registry.get(method).options(settings)
+    source = open_source(quantize.drawn(calibration, n, seed))
+    reference, _ = evaluate.models(name, weights, device)
+    learnt = as_image_set(
+        source,
+        reference.preprocess,
+        cache_dir=_common.cache_argument(no_cache),
+        skip_bad=skip_bad,
+        progress=partial(step, "decoding calibration images"),
+    )
+    models = {}
+    for label, precision in wanted.items():
+        models[label] = api.quantize(
+            reference,
+            learnt,
+            method=method,
+            bits=precision,
+            seed=seed,
+            progress=partial(step, f"calibrating {label} by {method}"),
+            **settings,
+        )
+    return reference, models
+
+
+def _table(name: str, look: Any) -> Any:
+    """The drift of one set as a rich table."""
+    from rich.table import Table
+
+    drifts = look.summaries[name]
+    first = next(iter(drifts.values()))
+    table = Table(title=f"Drift from FP32 on {name}, {first['n']} images", title_justify="left")
+    table.add_column("bits")
+    other = [f for f in MAP_FIGURES if f[0] in first]
+    figures = [f for f in FIGURES if f[0] in first and not (other and f[0] in OF_ROLLOUT)] + other
+    for _, title, _ in figures:
+        table.add_column(title, justify="right")
+    for bits, summary in drifts.items():
+        table.add_row(bits, *(form.format(summary[key]) for key, _, form in figures))
+    if "outliers_fp32" in first:
+        table.caption = f"FP32: {first['outliers_fp32']:.2f} outlier tokens per image, all blocks together"
+        table.caption_justify = "left"
+    return table

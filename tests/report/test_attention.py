@@ -1,0 +1,187 @@
+"""The report's section of the attention lens: its figures are the store's, its pictures are drawn from it, and what is
+missing or hostile does no harm."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from quantlens.attention import pictures
+from quantlens.report import attention as lens
+from quantlens.report.build import render
+from quantlens.report.charts import Looks
+from quantlens.report.collect import collect
+
+BITS = ("FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4")
+MODELS = ("deit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+
+
+def _summary(amount: float, rng) -> dict:
+    return {
+        "n": 16, "row_cosine": 1 - 0.3 * amount, "row_kl": 4 * amount, "entropy_change": -amount,
+        "rollout_spearman": 1 - amount, "rollout_overlap": 1 - 0.8 * amount, "centre_movement": 0.05 * amount,
+        "outliers": 20 - 10 * amount, "outliers_fp32": 20.0, "outlier_overlap": 1 - amount / 2,
+        "prediction_changed": amount / 2, "confidence_change": -amount / 3, "output_kl": amount + 0.01 * rng.random(),
+    }  # fmt: skip
+
+
+def _example(name: str, ood: bool, index: int, amount: float, rng, fp32: bool) -> dict:
+    example = {
+        "set": name, "ood": ood, "index": index, "grid": [4, 4], "truth": None if ood else 3, "label": 3 if amount < 0.5
+        else 5, "class_name": "tench" if amount < 0.5 else "<b>otter</b>", "probability": 0.9 - amount / 2,
+        "rollout": rng.random(16).round(3).tolist(), "norms": {"blocks.1": (5 + rng.random(16)).tolist()},
+    }  # fmt: skip
+    if fp32:
+        photo = Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
+        example |= {"thumbnail": pictures.webp(photo), "truth_name": None if ood else "tench"}
+    return example
+
+
+@pytest.fixture
+def store(make):
+    make_cells, _, fake_store = make
+    cells = make_cells(methods=("minmax", "repq-vit"), bits=BITS, seeds=(0, 13), scores=("msp",))
+    rng = np.random.default_rng(0)
+    for cell in cells:
+        fp32 = cell.spec["bits"] == "FP32"
+        widths = [] if fp32 else [int(n) for n in re.findall(r"\d+", cell.spec["bits"])]
+        amount = 0.0 if fp32 else min(0.9, sum(2.0**-w for w in widths) * (6 if cell.spec["method"] == "minmax" else 4))
+        cell.result["attention"] = {
+            "id": _summary(amount, rng),
+            "ood": {s: _summary(amount, rng) for s in ("textures", "places")},
+        }
+        cell.result["attention_examples"] = [
+            _example(name, ood, i, amount, rng, fp32)
+            for name, ood in (("id", False), ("textures", True))
+            for i in (0, 7)
+        ]
+    return fake_store(cells)
+
+
+def _section(store):
+    board = collect(store.cells(), store.study())
+    return board, lens.attention(board, Looks(board))
+
+
+def test_studies_without_attention_have_no_section(full_store):
+    board, section = _section(full_store)
+    assert section is None
+    page = render(board)
+    assert 'id="attention"' not in page
+    assert 'href="#attention"' not in page
+
+
+def test_a_gallery_for_every_image_and_a_picture_for_every_cell(store):
+    board, section = _section(store)
+    assert [g.key for g in section.galleries] == ["id-id-0", "id-id-7", "ood-textures-0", "ood-textures-7"]
+    assert [g.alternative for g in section.galleries] == [False, True, True, True]
+    gallery = section.galleries[0]
+    assert gallery.columns == board.precisions
+    assert [(method, model) for method, model, _ in gallery.maps] == [(g.method, g.model) for g in board.groups]
+    fp32 = board.groups[0].fp32["attention_examples"][0]
+    shot = gallery.maps[0][2][0]
+    drawn = Image.open(io.BytesIO(base64.b64decode(shot.uri.removeprefix("data:image/webp;base64,")))).convert("RGB")
+    expected = pictures.overlay(pictures.from_webp(fp32["thumbnail"]), np.reshape(fp32["rollout"], (4, 4)))
+    assert np.abs(np.asarray(drawn, float) - np.asarray(expected, float)).mean() < 12
+    assert (shot.label, shot.probability, shot.changed) == ("tench", "90 %", False)
+    lowest = gallery.maps[0][2][-1]
+    assert lowest.changed
+    page = render(board)
+    assert "&lt;b&gt;otter" in page
+    assert "<b>otter" not in page
+    assert page.count('data-picture="') == 4
+    assert "img-src data:" in page
+    assert len(page) < 15_000_000
+
+
+def test_tables_and_curves_are_the_stores_means(store):
+    board, section = _section(store)
+    table = section.tables[0]
+    row = table.rows[0]
+    results = board.groups[0].cells["W4A4"]
+    at = board.precisions.index("W4A4")
+    expected = np.mean([r["attention"]["id"]["outliers"] for r in results])
+    assert float(row.values[at].text) == pytest.approx(expected, abs=0.06)
+    assert row.values[0].text == "20.0"
+    ood = np.mean([np.mean([s["row_kl"] for s in r["attention"]["ood"].values()]) for r in results])
+    assert lens.stat_of(board.groups[0], "W4A4", "ood", lens.KL).mean == pytest.approx(ood)
+    headings = [row.heading for row in section.curves]
+    assert len(headings) == 3, "both, weights alone, activations alone"
+    assert all(len(row.panels) % 6 == 0 for row in section.curves)
+
+
+def test_correlation_has_one_point_per_quantized_cell(store):
+    board, section = _section(store)
+    cells = 2 * 2 * 5 * 2
+    first = dict(zip(lens.LINK_COLUMNS, section.links[0], strict=True))
+    assert first["Cells"] == f"{cells} (20 conditions)"
+    assert float(first["Spearman"].replace("−", "-")) > 0.5, "the made-up losses grow with the made-up drift"
+    low, high = (float(t.replace("−", "-")) for t in first["95 % interval"].split(" to "))
+    assert low < float(first["Spearman"]) <= high
+    points = lens.pairs(board, ("ood_mean", "far", "msp", "aupr_out"), "id", lens.CAUSES[0])
+    one = next(p for p in points if p.bits == "W4A4" and p.seed == "13")
+    result = one.group.cells["W4A4"][1]
+    assert one.x == pytest.approx(1 - result["attention"]["id"]["rollout_spearman"])
+    assert one.y == pytest.approx(100 * result["delta"]["ood_mean"]["far"]["msp"]["aupr_out"])
+    marks = re.findall(r'class="m"', section.scatter[0].svg)
+    assert len(marks) == cells
+
+
+def test_few_cells_give_no_correlation(store):
+    kept = [c for c in store.cells() if c.spec["bits"] in ("FP32", "W4A4") and c.spec["model"] == MODELS[0]
+            and c.spec["method"] in ("fp32", "minmax")]  # fmt: skip
+    _, section = _section(type(store)(kept))
+    assert section.links[0][3:] == ["–"] * 4
+    assert "too few cells" in section.scatter[0].detail
+
+
+def test_models_without_the_lens_say_why(store):
+    for cell in store.cells():
+        if cell.spec["model"] == MODELS[1]:
+            cell.result["attention"] = {"unavailable": "attention is computed in <windows>"}
+            del cell.result["attention_examples"]
+    board, section = _section(store)
+    assert len(section.reasons) == 1
+    assert "&lt;windows&gt;" in render(board)
+    assert {model for _, model, _ in section.galleries[0].maps} == {MODELS[0]}
+    for cell in store.cells():
+        cell.result["attention"] = {"unavailable": "no"}
+    assert "What the model looks at" in render(_section(store)[0])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"thumbnail": "AAAA"}, {"rollout": [1, 2]}, {"rollout": "x"}, {"grid": [0, 0]}, {"grid": None},
+        {"norms": {"blocks.1": [float("nan")] * 16}}, {"norms": None}, {"class_name": None, "probability": None},
+    ],
+)  # fmt: skip
+def test_damaged_examples_do_no_harm(store, damage):
+    for cell in store.cells():
+        for example in cell.result["attention_examples"]:
+            example.update(copy.deepcopy(damage))
+    assert 'id="attention"' in render(_section(store)[0])
+
+
+def test_too_many_pictures_are_left_out_and_counted(store, monkeypatch):
+    _, whole = _section(store)
+    size = sum(len(s.uri) for rows in (whole.galleries[0].maps, whole.galleries[0].norms) for *_, cells in rows
+               for s in cells)  # fmt: skip
+    monkeypatch.setattr(lens, "PICTURE_BYTES", int(2.5 * size))
+    board, section = _section(store)
+    assert (len(section.galleries), section.left_out) == (2, 2)
+    assert "2 further images" in render(board)
+
+
+def test_drift_svg_escapes_and_draws():
+    rng = np.random.default_rng(0)
+    drawing = lens.drift_svg("a <b>", {"W8A8": {"<ID>": _summary(0.1, rng)}, "W4A4": {"<ID>": _summary(0.5, rng)}})
+    assert "<b>" not in drawing
+    assert "&lt;ID&gt;" in drawing
+    assert drawing.count('class="chart lines"') == 6
