@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from quantlens.allocation import Allocation as Allocation
     from quantlens.api import allocate as allocate
     from quantlens.api import quantize as quantize
+    from quantlens.deploy.artefact import Artefact as Artefact
     from quantlens.deploy.checkpoint import load as load
     from quantlens.deploy.checkpoint import save as save
+    from quantlens.deploy.export import export as export
     from quantlens.errors import QuantlensError as QuantlensError
     from quantlens.models import Model as Model
     from quantlens.models import load_model as load_model
@@ -33,6 +35,8 @@ _HOMES = {
     "Allocation": "quantlens.allocation",
     "QuantizedModel": "quantlens.quantizers",
     "save": "quantlens.deploy.checkpoint",
+    "export": "quantlens.deploy.export",
+    "Artefact": "quantlens.deploy.artefact",
     "load": "quantlens.deploy.checkpoint",
     "evaluate": "quantlens.studies.evaluate",
     "QuantlensError": "quantlens.errors",

@@ -14,7 +14,10 @@ import pytest
 from quantlens.cli import _common, main
 from quantlens.errors import QuantlensError
 
-COMMANDS = ("demo", "quantize", "allocate", "evaluate", "attention", "study", "report", "methods", "models", "sources")
+COMMANDS = (
+    *("demo", "quantize", "allocate", "evaluate", "attention", "export", "predict", "bench"),
+    *("study", "report", "methods", "models", "sources"),
+)
 
 
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

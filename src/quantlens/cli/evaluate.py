@@ -11,9 +11,9 @@ from quantlens.cli._common import command
 
 HELP = """Measure a model on labelled in-distribution images and on out-of-distribution sets.
 
-MODEL is a name as for `quantize`, or a quantized checkpoint (.safetensors) that `quantize` wrote. With a quantized
-checkpoint, --weights names the FP32 checkpoint it was made from, which is then measured on the same images, and the
-quantization deltas are shown.
+MODEL is a name as for `quantize`, a quantized checkpoint (.safetensors) that `quantize` wrote, or an exported file
+(.onnx, .xml), which is measured in its runtime. With the latter two, --weights names the FP32 checkpoint it was made
+from, which is then measured on the same images, and the quantization deltas are shown.
 
 Scores that need statistics (KNN, ViM, Mahalanobis, ReAct …) are fitted on the images of --fit, which must not be among
 those evaluated.
@@ -113,6 +113,13 @@ def models(name: str, weights: str | None, device: str) -> tuple[Any, Any]:
     from quantlens.models import load_model
 
     path = Path(name)
+    if path.suffix in (".onnx", ".xml"):
+        from quantlens.deploy.artefact import Artefact
+
+        artefact = Artefact(path)
+        if weights is None:
+            return artefact, None
+        return artefact, _reference(artefact, weights, device, path)
     if path.suffix != ".safetensors":
         return load_model(name, _common.weights_argument(weights), device=device), None
     from quantlens.deploy.checkpoint import load
@@ -122,10 +129,19 @@ def models(name: str, weights: str | None, device: str) -> tuple[Any, Any]:
     quantized = load(path)
     if weights is None:
         return quantized, None
+    return quantized, _reference(quantized, weights, device, path)
+
+
+def _reference(quantized: Any, weights: str, device: str, path: Path) -> Any:
+    """The FP32 model that a quantized one was made from."""
+    from quantlens.cli import _common
+    from quantlens.errors import BadWeightsError
+    from quantlens.models import load_model
+
     reference = load_model(quantized.name, _common.weights_argument(weights), device=device)
     if quantized.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
         raise BadWeightsError(
             f"--weights {weights} is not the checkpoint that {path} was made from (SHA-256 "
             f"{reference.checkpoint_sha256[:12]}…, not {str(quantized.checkpoint_sha256)[:12]}…); give that one"
         )
-    return quantized, reference
+    return reference

@@ -13,7 +13,21 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from quantlens._version import __version__
-from quantlens.cli import allocate, attention, demo, evaluate, methods, models, quantize, report, sources, study
+from quantlens.cli import (
+    allocate,
+    attention,
+    bench,
+    demo,
+    evaluate,
+    export,
+    methods,
+    models,
+    predict,
+    quantize,
+    report,
+    sources,
+    study,
+)
 from quantlens.cli._common import ReaderGone, Stopped
 from quantlens.errors import QuantlensError
 
@@ -29,7 +43,22 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for room in (demo, quantize, allocate, evaluate, attention, study, report, methods, models, sources):
+ROOMS = (
+    demo,
+    quantize,
+    allocate,
+    evaluate,
+    attention,
+    export,
+    predict,
+    bench,
+    study,
+    report,
+    methods,
+    models,
+    sources,
+)
+for room in ROOMS:
     room.register(app)
 
 

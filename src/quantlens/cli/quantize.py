@@ -51,6 +51,10 @@ def quantize(
     bits: Annotated[
         str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations; MP6 or a file of `quantlens allocate`.")
     ] = "W8A8",
+    runtime: Annotated[
+        str | None,
+        typer.Option("--target", help="Stay inside a runtime's integers: openvino-cpu, onnxruntime-cpu or tensorrt."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws the calibration images, and all else that is random.")] = 0,
     out: Annotated[Path | None, typer.Option(help="The file to write (default: MODEL-BITS.safetensors).")] = None,
     option: Annotated[
@@ -66,6 +70,8 @@ def quantize(
     from quantlens.studies.environment import choose_device
 
     settings = _common.settings(option)
+    if runtime is not None:
+        settings["target"] = runtime
     from quantlens import api
     from quantlens.allocation import Allocation
     from quantlens.data import as_image_set, open_source

@@ -34,6 +34,7 @@ is derived (reasons in docs/aocq.md):
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,17 @@ from quantlens.errors import QuantlensError
 from quantlens.graph import Edge, Graph, NormGroup, find_norm_groups
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.rewrites import keeps_channels_last
-from quantlens.methods.base import EVERYTHING, Method, MethodInfo, Option, Progress, Run, Widths, everything_edges
+from quantlens.methods.base import (
+    EVERYTHING,
+    SHARED_OPTIONS,
+    Method,
+    MethodInfo,
+    Option,
+    Progress,
+    Run,
+    Widths,
+    everything_edges,
+)
 from quantlens.quantizers import Plan, PowerOfTwo, Quantizer, Uniform
 from quantlens.quantizers.bits import FLOAT
 from quantlens.ranges import Observation, Observer, affine, log_by_quantile, mse
@@ -93,6 +104,7 @@ class AOCQ(Method):
             "batch_size": Option(8, "images per step"),
             "lr_rounding": Option(0.03, "learning rate (Adam) of the rounding, falling to 0"),
             "lr_scales": Option(0.01, "learning rate (Adam) of the scales, relative to the scale, halved every round"),
+            "massive_channels": replace(SHARED_OPTIONS["massive_channels"], default="split"),
             "checkpoint": Option(None, "folder where finished blocks are stored, so that a killed run goes on"),
         },
     )

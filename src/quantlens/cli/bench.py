@@ -1,0 +1,103 @@
+"""`quantlens bench`: latency of exported models, interleaved, against what they replace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantlens.cli._common import command
+
+HELP = """Time exported models against each other, in one process with interleaved runs.
+
+The first contender is the baseline of the ratios: with --fp32 that is the float model in PyTorch, followed by the float
+model in the runtimes that are installed; with --peers also what the runtimes' own tools make of it at 8 bits.
+
+[bold]Examples[/bold]
+
+    quantlens bench digits.onnx digits.xml --batch 1,8 --threads 1,2
+
+    quantlens bench deit.xml --fp32 deit_tiny_patch16_224 \\
+      --weights deit_tiny.safetensors --json bench.json
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    command(app, "bench", HELP, bench)
+
+
+def bench(
+    artefacts: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Exported models: .onnx or .xml.")],
+    batch: Annotated[list[str] | None, typer.Option(metavar="N,N", help="Batch sizes.")] = None,
+    threads: Annotated[list[str] | None, typer.Option(metavar="N,N", help="CPU threads (default: 1).")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Counted runs of each.")] = 30,
+    fp32: Annotated[str | None, typer.Option(metavar="MODEL", help="Name of the float model to compare with.")] = None,
+    weights: Annotated[str | None, typer.Option(metavar="W", help="Its weights: a file, pretrained or random.")] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also ONNX Runtime's and NNCF's own int8 (needs --fp32).")
+    ] = False,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the timings as JSON.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """See HELP."""
+    import tempfile
+
+    import numpy as np
+
+    from quantlens.cli import _common
+    from quantlens.deploy import bench as timing
+    from quantlens.deploy.artefact import Artefact
+    from quantlens.errors import QuantlensError
+
+    sizes = {tuple(Artefact(path).preprocess.input_size) for path in artefacts}
+    if len(sizes) > 1:
+        raise QuantlensError("the files take images of different sizes; time those of one model together")
+    (size,) = sizes
+    if peers and fp32 is None:
+        raise QuantlensError("--peers needs --fp32 MODEL: the float model that the other tools quantize")
+    with tempfile.TemporaryDirectory() as folder, _common.stages(quiet) as step:
+        contenders = [timing.contender(path) for path in artefacts]
+        if fp32 is not None:
+            from quantlens.models import load_model
+
+            model = load_model(fp32, _common.weights_argument(weights))
+            floats = [timing.eager(model), *timing.float_files(model, Path(folder))]
+            noise = np.random.default_rng(0).standard_normal((16, *size), dtype=np.float32)
+            contenders = floats + (timing.peers(model, noise, Path(folder)) if peers else []) + contenders
+        found = timing.bench(
+            contenders,
+            input_size=size,  # type: ignore[arg-type]
+            batches=_common.whole_numbers(batch, "--batch") or [1],
+            threads=_common.whole_numbers(threads, "--threads") or [1],
+            rounds=rounds,
+            progress=lambda done, total: step("timing", done, total),
+        )
+    _common.stdout().print(_table(found))
+    if json is not None:
+        import json as standard
+
+        json.write_text(standard.dumps([t.to_dict() for t in found], indent=1), encoding="utf-8")
+        _common.say(f"written: {json}")
+
+
+def _table(found: list[Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(caption=f"ratios to {found[0].label}; runs interleaved", caption_justify="left")
+    for column in ("model", "batch", "threads", "median ms", "p10 to p90", "images/s", "ratio", "MB", "memory MB"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for t in found:
+        table.add_row(
+            t.label,
+            str(t.batch),
+            str(t.threads),
+            f"{t.median_ms:.2f}",
+            f"{t.p10_ms:.2f} to {t.p90_ms:.2f}",
+            f"{t.images_per_second:.1f}",
+            f"{t.speedup:.2f}×",
+            "–" if t.size_mb is None else f"{t.size_mb:.2f}",
+            "–" if t.memory_mb is None else f"{t.memory_mb:.0f}",
+        )
+    return table

@@ -1,0 +1,184 @@
+"""A quantized model as a file that runtimes run: ONNX, OpenVINO IR. What is written are the quantizers that were
+measured: their codes, scales and zero points.
+
+The file carries what an application needs besides: preprocessing, class names, the plan's record (method, bits, seed,
+calibration, checkpoint), and a guard: an out-of-distribution score as second output, with the threshold that keeps a
+given share of in-distribution images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantlens._version import __version__
+from quantlens.errors import QuantlensError, StorageError, UnknownNameError, UnsupportedError
+from quantlens.quantizers import QuantizedModel, float_model
+
+GUARDS = ("msp", "energy", "maxlogit")
+"""Scores that a file can carry; larger means more in-distribution."""
+
+KEEP = 0.95
+"""Share of in-distribution images that the threshold keeps."""
+
+
+def export(
+    model: Any,
+    path: str | Path,
+    *,
+    simulate: bool = False,
+    guard: str = "energy",
+    guard_images: Any = None,
+    keep: float = KEEP,
+) -> Path:
+    """Write a model for a runtime; the ending chooses: ``.onnx`` (operator set 21) or ``.xml`` (OpenVINO IR, weights in
+    the ``.bin`` beside it). Inputs: ``images`` float32 [batch, 3, H, W], normalised. Outputs: ``logits`` [batch, K] and
+    ``score`` [batch].
+
+    model: quantized or float. simulate: write formats without integer kernels as float operations that reproduce them.
+    guard: the score, one of :data:`GUARDS`. guard_images: in-distribution images (a SOURCE, an image set, a tensor)
+    whose scores give the threshold that keeps the share ``keep`` of them; without them there is no threshold.
+    Raises UnsupportedError for formats that the file cannot hold, StorageError where it cannot be written.
+    """
+    path = Path(path)
+    qmodel: QuantizedModel = float_model(model)
+    if guard not in GUARDS:
+        raise UnknownNameError("guard score", guard, GUARDS)
+    if not 0 < keep < 1:
+        raise QuantlensError(f"keep={keep}: give the share of in-distribution images to keep, such as 0.95")
+    if path.suffix not in (".onnx", ".xml"):
+        raise UnsupportedError(f"{path}: give a file that ends in .onnx or .xml (OpenVINO)")
+    threshold = None if guard_images is None else guard_threshold(qmodel, guard_images, guard, keep)
+    record = metadata(qmodel, guard, keep, threshold)
+    proto = onnx_model(qmodel, record, guard, simulate=simulate)
+    if path.suffix == ".onnx":
+        _write(path, proto.SerializeToString())
+        return path
+    return _openvino(proto, record, path)
+
+
+def guard_threshold(qmodel: QuantizedModel, images: Any, guard: str, keep: float = KEEP) -> dict[str, Any]:
+    """{"value", "n"}: the score that the share ``keep`` of in-distribution images reaches."""
+    import torch
+
+    from quantlens.calibration import Calibration
+
+    found = []
+    with torch.inference_mode():
+        for batch in Calibration.of(images, qmodel.preprocess, device=qmodel.device):
+            found.append(guard_score(qmodel(batch).cpu().numpy(), guard))
+    scores = np.concatenate(found)
+    return {"value": float(np.quantile(scores, 1 - keep)), "n": len(scores)}
+
+
+def guard_score(logits: np.ndarray, guard: str) -> np.ndarray:
+    """The guard's score of logits [n, K]: [n], larger is more in-distribution."""
+    largest = logits.max(axis=1)
+    if guard == "maxlogit":
+        return largest
+    total = np.exp(logits - largest[:, None]).sum(axis=1)
+    return 1 / total if guard == "msp" else largest + np.log(total)
+
+
+def metadata(qmodel: QuantizedModel, guard: str, keep: float, threshold: dict[str, Any] | None) -> dict[str, str]:
+    """What the file says of itself, as strings (JSON where it is structured)."""
+    return {
+        "quantlens": __version__,
+        "plan": json.dumps({**qmodel.plan.info, "rewrites": qmodel.plan.rewrites}),
+        "preprocess": json.dumps(qmodel.preprocess.to_dict()),
+        "guard": json.dumps({"score": guard, "keep": keep, "threshold": threshold}),
+        "num_parameters": str(qmodel.num_parameters),
+    }
+
+
+def onnx_model(qmodel: QuantizedModel, record: dict[str, str], guard: str, *, simulate: bool) -> Any:
+    """The checked ONNX ModelProto."""
+    onnx = _need("onnx")
+    from onnx import TensorProto, helper
+
+    from quantlens.deploy.onnx_graph import IR_VERSION, OPSET, Emitter
+
+    if qmodel.plan.operators:
+        raise UnsupportedError(
+            f"the model computes {len(qmodel.plan.operators)} LayerNorms or softmaxes in integer arithmetic of its "
+            "own, which runtimes have no operators for; quantize for a runtime (--target) to export"
+        )
+    emitter = Emitter(qmodel.graph, qmodel.plan.quantizers, simulate=simulate)
+    logits = emitter.op("Identity", emitter.run(), out="logits")
+    axis = emitter.constant([1], dtype=np.int64)
+    if guard == "energy":
+        emitter.op("ReduceLogSumExp", logits, axis, out="score", keepdims=0)
+    else:
+        scored = emitter.op("Softmax", logits, axis=1) if guard == "msp" else logits
+        emitter.op("ReduceMax", scored, axis, out="score", keepdims=0)
+    size = [int(v) for v in qmodel.preprocess.input_size]
+    graph = helper.make_graph(
+        emitter.nodes,
+        qmodel.name,
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", *size])],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", qmodel.num_classes]),
+            helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"]),
+        ],
+        list(emitter.constants.values()),
+    )
+    proto = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="quantlens",
+        producer_version=__version__,
+    )
+    helper.set_model_props(proto, record)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _openvino(proto: Any, record: dict[str, str], path: Path) -> Path:
+    openvino = _need("openvino")
+    model = openvino.Core().read_model(proto.SerializeToString())
+    for key, value in record.items():
+        model.set_rt_info(value, ["quantlens", key])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)
+            os.replace(Path(folder) / path.with_suffix(".bin").name, path.with_suffix(".bin"))
+            os.replace(Path(folder) / path.name, path)
+    except (OSError, RuntimeError) as error:
+        raise StorageError(f"cannot write {path}: {error}; free some room or choose another place") from error
+    return path
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
+            temporary = stream.name
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error.strerror}; free some room or choose another place") from error
+
+
+def _need(package: str) -> Any:
+    """A package of the ``deploy`` extra. Raises QuantlensError saying how to get it."""
+    from importlib import import_module
+
+    try:
+        return import_module(package)
+    except ImportError:
+        raise QuantlensError(
+            f"the package {package} is not installed: pip install 'quantlens[deploy]' (with the project's constraints)"
+        ) from None

@@ -1,0 +1,228 @@
+"""Exported files, run in their runtimes for real."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import quantlens as ql
+from quantlens.deploy.artefact import Artefact
+from quantlens.deploy.export import export, guard_score, onnx_model
+from quantlens.deploy.parity import parity
+from quantlens.errors import BadWeightsError, QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.quantizers import Uniform, float_model
+from quantlens.quantizers.targets import TARGETS, target_named
+
+onnx = pytest.importorskip("onnx", reason="the deploy extra is not installed")
+pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
+ENDINGS = (".onnx", ".xml")
+TARGET = "openvino-cpu"
+
+
+@pytest.fixture(scope="module")
+def loaded(small_models):
+    return {kind: ql.load_model(model, input_size=(3, 32, 32), name=kind) for kind, model in small_models.items()}
+
+
+def _sqnr(expected, got) -> float:
+    noise = float((expected - got).square().sum())
+    return float("inf") if noise == 0 else float(10 * np.log10(float(expected.square().sum()) / noise))
+
+
+def _need(ending):
+    if ending == ".xml":
+        pytest.importorskip("openvino", reason="the deploy extra is not installed")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_float_graph_is_the_model(ending, architecture, loaded, pictures, tmp_path):
+    _need(ending)
+    model = loaded[architecture]
+    artefact = Artefact(export(model, tmp_path / f"m{ending}"), threads=1)
+    for batch in (pictures, pictures[:1], pictures[:3]):
+        assert _sqnr(model(batch), artefact(batch)) > 80
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_integers_are_those_that_were_measured(ending, architecture, loaded, pictures, tmp_path):
+    _need(ending)
+    qmodel = ql.quantize(loaded[architecture], pictures, method="minmax", bits="W8A8", target=TARGET)
+    artefact = Artefact(export(qmodel, tmp_path / f"m{ending}"), threads=1)
+    assert _sqnr(qmodel(pictures), artefact(pictures)) > 35
+    assert _sqnr(qmodel(pictures), artefact(pictures)) > _sqnr(loaded[architecture](pictures), artefact(pictures)) + 3
+
+
+def test_codes_scales_and_zero_points_are_in_the_file(loaded, pictures):
+    """Every initializer named by an edge is the quantizer's own parameter, every stored weight its codes."""
+    from onnx import numpy_helper
+
+    for bits in ("W8A8", "W4A8"):
+        qmodel = ql.quantize(loaded["swin"], pictures, method="minmax", bits=bits, target=TARGET)
+        proto = onnx_model(qmodel, {}, "msp", simulate=False)
+        held = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+        for key, quantizer in qmodel.plan.quantizers.items():
+            assert np.array_equal(held[f"{key}.scale"], quantizer.scale.numpy())
+            assert np.array_equal(held[f"{key}.zero_point"].astype(np.int32), quantizer.zero_point.numpy())
+        for edge, quantizer in qmodel.weight_edges():
+            codes = quantizer.encode(qmodel.graph.tensor(str(edge.value.target))).numpy()
+            stored = held[f"{edge.key}.codes"].astype(np.int32)
+            assert np.array_equal(stored if codes.ndim == 4 else stored.T, codes)
+        kinds = [n.op_type for n in proto.graph.node]
+        inputs = [k for k in qmodel.plan.quantizers if k.endswith(".input")]
+        assert kinds.count("QuantizeLinear") <= len(inputs), "an activation is quantized once, however many read it"
+
+
+def test_one_site_is_exact(loaded, pictures, tmp_path):
+    """Integer arithmetic of one linear layer: the runtime's output equals the simulation's to float rounding."""
+    qmodel = ql.quantize(loaded["vit"], pictures, method="minmax", bits="W8A8", target=TARGET)
+    for key in [k for k in qmodel.plan.quantizers if not k.startswith("head.")]:
+        del qmodel.plan.quantizers[key]
+    qmodel = ql.QuantizedModel(qmodel.graph, qmodel.plan, preprocess=qmodel.preprocess)
+    for ending in ENDINGS:
+        _need(ending)
+        artefact = Artefact(export(qmodel, tmp_path / f"m{ending}"), threads=1)
+        # a value on the border between two codes may fall to either side: one such flip costs one step of one input
+        assert _sqnr(qmodel(pictures), artefact(pictures)) > 55
+
+
+def test_four_bit_weights_are_packed(loaded, pictures, tmp_path):
+    """The 4-bit codes take half the room of the 8-bit ones."""
+    sizes = {}
+    for bits in ("W8A8", "W4A8"):
+        qmodel = ql.quantize(ql.load_model("digits-vit"), _digits(8), method="minmax", bits=bits, target=TARGET)
+        proto = onnx_model(qmodel, {}, "msp", simulate=False)
+        sizes[bits] = sum(len(t.raw_data) for t in proto.graph.initializer if t.name.endswith(".codes"))
+        assert _sqnr(qmodel(_digits(4)), Artefact(export(qmodel, tmp_path / "m.onnx"), threads=1)(_digits(4))) > 35
+    assert sizes["W4A8"] == pytest.approx(sizes["W8A8"] / 2, rel=1e-3)
+
+
+def _digits(count):
+    from quantlens.data import load_images, open_source
+
+    model = ql.load_model("digits-vit")
+    source = open_source(f"embedded:digits-calibration?n={count}&seed=0")
+    return load_images(source, model.preprocess, cache_dir=False).tensor()
+
+
+# -- what has no integers ----------------------------------------------------------------------------------------------
+def test_other_formats_are_refused_or_simulated(loaded, pictures, tmp_path):
+    qmodel = ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W6A6")
+    with pytest.raises(UnsupportedError, match=r"6 bits.*--target"):
+        export(qmodel, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+    artefact = Artefact(export(qmodel, tmp_path / "m.onnx", simulate=True), threads=1)
+    assert _sqnr(qmodel(pictures), artefact(pictures)) > 60
+
+
+def test_targets_keep_methods_inside(loaded, pictures):
+    qmodel = ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W8A8", target=TARGET)
+    target = target_named(TARGET)
+    for key, quantizer in qmodel.plan.quantizers.items():
+        site, edge = key.rsplit(".", 1)
+        assert target.takes(qmodel.graph.sites[site].kind, edge)
+        assert type(quantizer) is Uniform
+        assert quantizer.symmetric if edge == "weight" else quantizer.axis is None
+        assert bool(((quantizer.zero_point >= quantizer.qmin) & (quantizer.zero_point <= quantizer.qmax)).all())
+    with pytest.raises(UnsupportedError, match="8 or 4"):
+        ql.quantize(loaded["vit"], pictures, bits="W6A8", target=TARGET)
+    with pytest.raises(UnsupportedError, match="activations"):
+        ql.quantize(loaded["vit"], pictures, bits="W8A4", target=TARGET)
+    with pytest.raises(UnknownNameError):
+        target_named("npu")
+    with pytest.raises(QuantlensError, match="openvino-cpu"):
+        ql.quantize(loaded["vit"], pictures, target="npu")
+    assert all(t.summary for t in TARGETS.values())
+
+
+# -- what the file says of itself --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("guard", ["energy", "msp", "maxlogit"])
+def test_the_guard(guard, ending, loaded, pictures, tmp_path):
+    _need(ending)
+    model = float_model(loaded["vit"])
+    images = pictures.repeat(3, 1, 1, 1) * torch.linspace(0.5, 1.5, 24)[:, None, None, None]
+    artefact = Artefact(export(model, tmp_path / f"m{ending}", guard=guard, guard_images=images, keep=0.75), threads=1)
+    logits, scores = artefact.run(images.numpy())
+    assert np.allclose(scores, guard_score(logits, guard), atol=1e-4)
+    expected = {
+        "msp": torch.from_numpy(logits).softmax(1).amax(1),
+        "energy": torch.from_numpy(logits).logsumexp(1),
+        "maxlogit": torch.from_numpy(logits).amax(1),
+    }[guard]
+    assert np.allclose(scores, expected.numpy(), atol=1e-4)
+    threshold = artefact.guard["threshold"]
+    assert threshold["n"] == 24
+    assert (scores >= threshold["value"] - 1e-5).mean() == 0.75
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_file_is_measured_like_a_model(ending, tmp_path):
+    _need(ending)
+    model = ql.load_model("digits-vit")
+    qmodel = ql.quantize(model, _digits(16), method="minmax", bits="W8A8", target=TARGET)
+    artefact = Artefact(export(qmodel, tmp_path / f"m{ending}", guard_images=_digits(16)), threads=1)
+    settings = {"id": "embedded:digits-test?n=100&seed=0", "ood": {"letters": "embedded:letters?n=60&seed=0"}}
+    shipped = ql.evaluate(artefact, **settings, cache_dir=False).to_dict()
+    simulated = ql.evaluate(qmodel, **settings, cache_dir=False).to_dict()
+    assert abs(shipped["id"]["top1"] - simulated["id"]["top1"]) <= 0.01
+    for figure in ("aupr_out", "auroc"):
+        assert shipped["ood"]["letters"]["msp"][figure] == pytest.approx(
+            simulated["ood"]["letters"]["msp"][figure], abs=0.01
+        )
+    assert (shipped["method"], shipped["bits"], shipped["model"]) == ("minmax", "W8A8", "digits-vit")
+    assert "knn" in shipped["scores_unavailable"]
+    found = parity(qmodel, artefact, _digits(12))
+    assert found.n == 12
+    assert found.agreement >= 0.9
+    assert found.sqnr_db > 30
+    assert "equal predictions" in found.sentence(artefact.runtime)
+
+
+def test_predictions_of_pictures(tmp_path):
+    from PIL import Image
+
+    model = ql.load_model("digits-vit")
+    artefact = Artefact(export(model, tmp_path / "m.onnx", guard_images=_digits(64)), threads=1)
+    generator = np.random.default_rng(0)
+    noise = Image.fromarray(generator.integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    noise.save(tmp_path / "noise.png")
+    first, second = artefact.predict([noise, tmp_path / "noise.png"])
+    assert first == second
+    assert 0 < first.probability <= 1
+    assert first.unknown == (first.score < artefact.guard["threshold"]["value"])
+    if artefact.class_names:
+        assert first.name == artefact.class_names[first.label]
+
+
+def test_wrong_files_are_named(loaded, tmp_path):
+    with pytest.raises(UnsupportedError, match=r"\.onnx or \.xml"):
+        export(loaded["vit"], tmp_path / "m.tflite")
+    with pytest.raises(UnknownNameError, match="energy"):
+        export(loaded["vit"], tmp_path / "m.onnx", guard="energie")
+    with pytest.raises(QuantlensError, match=r"0\.95"):
+        export(loaded["vit"], tmp_path / "m.onnx", keep=95)
+    with pytest.raises(BadWeightsError, match="no exported model"):
+        Artefact(tmp_path / "absent.onnx")
+    (tmp_path / "damaged.onnx").write_bytes(b"not a model")
+    with pytest.raises(BadWeightsError, match="cannot be run"):
+        Artefact(tmp_path / "damaged.onnx")
+    path = export(loaded["vit"], tmp_path / "foreign.onnx")
+    proto = onnx.load(path)
+    del proto.metadata_props[:]
+    onnx.save(proto, path)
+    with pytest.raises(BadWeightsError, match="not written by"):
+        Artefact(path)
+
+
+def test_the_record_travels(loaded, pictures, tmp_path):
+    qmodel = ql.quantize(loaded["vit"], pictures, method="minmax", bits="W8A8", target=TARGET, seed=3)
+    artefact = Artefact(export(qmodel, tmp_path / "m.onnx"), threads=1)
+    assert artefact.info["seed"] == 3
+    assert artefact.calibration["n"] == 8
+    assert artefact.preprocess == qmodel.preprocess
+    assert json.dumps(artefact.options)
+    assert artefact.guard["threshold"] is None
+    assert artefact.size_mb == pytest.approx((tmp_path / "m.onnx").stat().st_size / 1e6)
