@@ -137,6 +137,33 @@ def test_targets_keep_methods_inside(loaded, pictures):
     assert all(t.summary for t in TARGETS.values())
 
 
+def test_pytorch_runs_it_without_quantlens(loaded, pictures, tmp_path):
+    """The .pt2 file, loaded in a process that never imports quantlens, gives the simulation's logits."""
+    import subprocess
+    import sys
+
+    qmodel = ql.quantize(loaded["vit"], pictures, method="minmax", bits="W8A8", target=TARGET)
+    path = export(qmodel, tmp_path / "m.pt2")
+    torch.save(pictures, tmp_path / "x.pt")
+    code = (
+        "import sys, torch, torch.ao.quantization.fx._decomposed\n"
+        "model = torch.export.load(sys.argv[1]).module()\n"
+        "torch.save(model(torch.load(sys.argv[2])), sys.argv[3])\n"
+        "assert 'quantlens' not in sys.modules\n"
+    )
+    files = [str(path), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert _sqnr(qmodel(pictures), torch.load(tmp_path / "y.pt")) > 40
+    stored = torch.export.load(path).state_dict | dict(torch.export.load(path).constants)
+    assert sum(t.dtype in (torch.int8, torch.uint8) for t in stored.values()) == len(qmodel.weight_edges())
+    with pytest.raises(UnsupportedError, match="--simulate"):
+        export(ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W6A6"), tmp_path / "n.pt2")
+    simulated = ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W6A6")
+    program = torch.export.load(export(simulated, tmp_path / "n.pt2", simulate=True))
+    assert _sqnr(simulated(pictures), program.module()(pictures)) > 40
+
+
 # -- what the file says of itself --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("guard", ["energy", "msp", "maxlogit"])

@@ -10,7 +10,7 @@ import typer
 
 from quantlens.cli._common import command
 
-HELP = """Write a model for a runtime: ONNX (.onnx) or OpenVINO IR (.xml with its .bin).
+HELP = """Write a model for a runtime: ONNX (.onnx), OpenVINO IR (.xml with its .bin) or PyTorch (.pt2).
 
 MODEL is a quantized checkpoint (.safetensors) that `quantize` wrote, or the name of a model, which is exported in
 float. What is written are the codes, scales and zero points that were measured, as QuantizeLinear and DequantizeLinear
@@ -39,7 +39,7 @@ def register(app: typer.Typer) -> None:
 
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A quantized checkpoint, or a model's name (float).")],
-    out: Annotated[Path, typer.Option(help="The file to write: .onnx or .xml.")],
+    out: Annotated[Path, typer.Option(help="The file to write: .onnx, .xml or .pt2.")],
     weights: Annotated[
         str | None, typer.Option(metavar="W", help="Weights of a named model: a file, pretrained or random.")
     ] = None,
@@ -72,6 +72,9 @@ def export(
             report = functools.partial(step, f"decoding {name} images")
             images[name] = as_image_set(source, measured.preprocess, progress=report)
         path = write(measured, out, simulate=simulate, guard=guard, guard_images=images.get("guard"), keep=keep)
+        if path.suffix == ".pt2":
+            _common.say(f"{path}: {measured.name} for torch.export.load")
+            return
         artefact = Artefact(path)
         found = None
         if "check" in images:

@@ -36,9 +36,10 @@ def export(
     guard_images: Any = None,
     keep: float = KEEP,
 ) -> Path:
-    """Write a model for a runtime; the ending chooses: ``.onnx`` (operator set 21) or ``.xml`` (OpenVINO IR, weights in
-    the ``.bin`` beside it). Inputs: ``images`` float32 [batch, 3, H, W], normalised. Outputs: ``logits`` [batch, K] and
-    ``score`` [batch].
+    """Write a model for a runtime; the ending chooses: ``.onnx`` (operator set 21), ``.xml`` (OpenVINO IR, weights in
+    the ``.bin`` beside it) or ``.pt2`` (PyTorch's own; logits alone, see :mod:`quantlens.deploy.pt2`).
+
+    Inputs: ``images`` float32 [batch, 3, H, W], normalised. Outputs: ``logits`` [batch, K] and ``score`` [batch].
 
     model: quantized or float. simulate: write formats without integer kernels as float operations that reproduce them.
     guard: the score, one of :data:`GUARDS`. guard_images: in-distribution images (a SOURCE, an image set, a tensor)
@@ -51,8 +52,12 @@ def export(
         raise UnknownNameError("guard score", guard, GUARDS)
     if not 0 < keep < 1:
         raise QuantlensError(f"keep={keep}: give the share of in-distribution images to keep, such as 0.95")
+    if path.suffix == ".pt2":
+        from quantlens.deploy.pt2 import export_pt2
+
+        return export_pt2(qmodel, path, simulate=simulate)
     if path.suffix not in (".onnx", ".xml"):
-        raise UnsupportedError(f"{path}: give a file that ends in .onnx or .xml (OpenVINO)")
+        raise UnsupportedError(f"{path}: give a file that ends in .onnx or .xml (OpenVINO) or .pt2 (PyTorch)")
     threshold = None if guard_images is None else guard_threshold(qmodel, guard_images, guard, keep)
     record = metadata(qmodel, guard, keep, threshold)
     proto = onnx_model(qmodel, record, guard, simulate=simulate)
