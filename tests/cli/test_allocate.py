@@ -5,24 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-import pytest
-
-from quantlens.cli import main
-
 IMAGES = ("--calibration", "embedded:digits-calibration", "--n", "8")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = main.run(list(arguments))
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_help_has_examples(run) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from quantlens.cli import _common, main
+from quantlens.cli import _common
 from quantlens.errors import QuantlensError
 
 COMMANDS = (
@@ -28,19 +28,6 @@ def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         timeout=120,
         env={**os.environ, "NO_COLOR": "1", "COLUMNS": "100", **environment},
     )
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = main.run(list(arguments))
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 # ---- help ------------------------------------------------------------------------------------------------------------

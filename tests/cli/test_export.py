@@ -7,22 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from quantlens.cli import main
-
 pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = main.run(list(arguments))
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_from_quantize_to_predict(run, tmp_path):

@@ -9,8 +9,6 @@ Loading needs neither timm nor the model's class, executes nothing from the file
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from quantlens._version import __version__
 from quantlens.data import Preprocess
+from quantlens.deploy.files import write_whole
 from quantlens.errors import BadWeightsError, StorageError
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
 from quantlens.quantizers import Plan, QuantizedModel, restore, restore_operator
@@ -64,20 +63,7 @@ def save(qmodel: QuantizedModel, path: str | Path) -> Path:
         raise StorageError(f"{path}: quantized checkpoints end in .safetensors")
     tensors, header = _content(qmodel)
     content = to_bytes(tensors, {"format": FORMAT, "header": json.dumps(header)})
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-            temporary = stream.name
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror}; free some room or choose another place") from error
+    write_whole(path, content)
     return path
 
 

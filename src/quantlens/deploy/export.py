@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from quantlens._version import __version__
+from quantlens.deploy.files import write_whole
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError, UnsupportedError
 from quantlens.quantizers import QuantizedModel, float_model
 
@@ -62,7 +63,7 @@ def export(
     record = metadata(qmodel, guard, keep, threshold)
     proto = onnx_model(qmodel, record, guard, simulate=simulate)
     if path.suffix == ".onnx":
-        _write(path, proto.SerializeToString())
+        write_whole(path, proto.SerializeToString())
         return path
     return _openvino(proto, record, path)
 
@@ -158,23 +159,6 @@ def _openvino(proto: Any, record: dict[str, str], path: Path) -> Path:
     except (OSError, RuntimeError) as error:
         raise StorageError(f"cannot write {path}: {error}; free some room or choose another place") from error
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-            temporary = stream.name
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror}; free some room or choose another place") from error
 
 
 def _need(package: str) -> Any:
