@@ -289,3 +289,11 @@ def test_gradients_reach_the_images(loaded, pictures):
     loaded["vit"](y).square().sum().backward()
     cosine = nn.functional.cosine_similarity(x.grad.flatten(), y.grad.flatten(), dim=0)
     assert float(cosine) > 0.6
+
+
+def test_the_symmetric_percentile_is_the_coarser_one(loaded, pictures):
+    """vt-ptq's paper compares with a percentile of its own format: one symmetric scale per tensor."""
+    asymmetric = ql.quantize(loaded["vit"], pictures, method="percentile", bits="W6A6")
+    symmetric = ql.quantize(loaded["vit"], pictures, method="percentile", bits="W6A6", format="symmetric")
+    assert all(q.symmetric and q.axis is None for q in symmetric.plan.quantizers.values())
+    assert _sqnr(loaded["vit"], asymmetric, pictures) > _sqnr(loaded["vit"], symmetric, pictures) + 2

@@ -14,7 +14,7 @@ from quantlens.graph import Edge, Graph
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Run, Widths, matmul_operand_edges
 from quantlens.quantizers import Plan, Uniform
 from quantlens.quantizers.bits import FLOAT
-from quantlens.ranges import Observation, affine, minmax
+from quantlens.ranges import Observation, affine, minmax, symmetric
 
 
 class MinMax(Method):
@@ -46,16 +46,18 @@ def uniform_everywhere(
     choose: Callable[[Observation, int], tuple],
     *,
     tail: float,
+    symmetric_tensors: bool = False,
 ) -> Plan:
-    """Asymmetric uniform quantizers on all matmul operands, ranges by ``choose(observation, bits) -> (low, high)`` of
-    the float model's activations."""
+    """Uniform quantizers on all matmul operands, ranges by ``choose(observation, bits) -> (low, high)`` of the float
+    model's activations: asymmetric, weights per output channel; or symmetric with one scale per tensor."""
     quantizers: dict[str, Uniform] = {}
 
     def decide(edge: Edge, look: Look) -> None:
         width = bits.of(graph, edge)
-        axis, granularity = (0, "channel") if edge.is_weight else (None, "tensor")
+        axis, granularity = (0, "channel") if edge.is_weight and not symmetric_tensors else (None, "tensor")
         low, high = choose(look(axis=axis, tail=tail), width)
-        quantizers[edge.key] = affine(low, high, width, granularity=granularity, axis=axis)
+        make = symmetric if symmetric_tensors else affine
+        quantizers[edge.key] = make(low, high, width, granularity=granularity, axis=axis)
 
     edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
     Walk(graph, calibration, sequential=False, seed=run.seed).run(edges, decide, run.progress)

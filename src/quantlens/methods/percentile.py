@@ -5,7 +5,9 @@ et al., CVPR 2019, which clips activations at a percentile; used as the baseline
 transformers).
 
 Where the papers are silent: p. 0.9999 is used for activations as for weights; with the 200 to 3000 weights of an
-output channel that is all but the whole range, which is what the comparisons in the literature amount to.
+output channel that is all but the whole range, which is what the comparisons in the literature amount to. Liu et al.
+(NeurIPS 2021) compare with a percentile in their own format, symmetric with one scale per tensor, weights too:
+``format=symmetric``.
 """
 
 from __future__ import annotations
@@ -30,7 +32,15 @@ class Percentile(Method):
         quantizes=MATMUL_OPERANDS,
         summary="range between the quantiles 1 − p and p; weights per output channel, activations per tensor",
         departures="p is not stated for transformers; 0.9999 here, for weights and activations",
-        options={"p": Option(0.9999, "order of the upper quantile, above 0.5 and at most 1")},
+        options={
+            "p": Option(0.9999, "order of the upper quantile, above 0.5 and at most 1"),
+            "format": Option(
+                "asymmetric",
+                "asymmetric, weights per output channel; or symmetric, one scale per tensor (the baseline of vt-ptq's "
+                "paper)",
+                ("asymmetric", "symmetric"),
+            ),
+        },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
@@ -41,4 +51,5 @@ class Percentile(Method):
         def choose(seen: Observation, width: int) -> tuple:
             return percentile(seen, p)
 
-        return uniform_everywhere(graph, calibration, bits, run, choose, tail=1.0 - p)
+        plain = run["format"] == "symmetric"
+        return uniform_everywhere(graph, calibration, bits, run, choose, tail=1.0 - p, symmetric_tensors=plain)
