@@ -18,6 +18,8 @@ It shows the cells that are finished, also while the study still runs.
     quantlens report quantlens-demo
 
     quantlens report results --out paper.html --title "Four small vision transformers"
+
+    quantlens report results --csv results.csv
 """
 
 
@@ -30,9 +32,19 @@ def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a study.")],
     out: Annotated[Path | None, typer.Option(help="The HTML file (default: DIR/report.html).")] = None,
     title: Annotated[str | None, typer.Option(help="Title of the report (default: the study's name).")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every figure of every cell as a table, and no report.")
+    ] = None,
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common
     from quantlens.report import write_report
+    from quantlens.report.build import open_store
 
+    if csv is not None:
+        from quantlens.studies.flat import write_csv
+
+        open_store(directory)
+        _common.say(f"table: {write_csv(directory, csv)}")
+        return
     _common.say(f"report: {write_report(directory, out, title=title)}")
