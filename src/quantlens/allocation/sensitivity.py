@@ -53,12 +53,25 @@ from quantlens.errors import QuantlensError
 from quantlens.graph import Edge, Graph
 from quantlens.methods.base import Progress, matmul_operand_edges
 from quantlens.quantizers import Quantizer
-from quantlens.ranges import affine, minmax
+from quantlens.ranges import affine
 
 Hook = Callable[[str, Tensor], Tensor]
 
 NORM_IMAGES = 8
 """Images of each chunk of 32 that nuclear norms are measured on."""
+
+
+def _extremes(look: Look, edge: Edge) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value: of each output channel for a weight [G], of the whole tensor else [1].
+
+    Raises QuantlensError naming the edge where values are not finite.
+    """
+    pieces = [p.flatten(1) if edge.is_weight else p.reshape(1, -1) for p in look.tensors()]
+    low = torch.stack([p.amin(1) for p in pieces]).amin(0)
+    high = torch.stack([p.amax(1) for p in pieces]).amax(0)
+    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        raise QuantlensError(f"{edge.key}: values are not finite; check the weights and the calibration images")
+    return low, high
 
 
 class Candidates:
@@ -87,7 +100,7 @@ class Candidates:
         self._weights: dict[tuple[str, int], Tensor] = {}
 
         def note(edge: Edge, look: Look) -> None:
-            self._ranges[edge.key] = minmax(look(axis=0 if edge.is_weight else None))
+            self._ranges[edge.key] = _extremes(look, edge)
 
         walk = Walk(graph, calibration, sequential=False, seed=seed)
         walk.run([edge for part in self.edges for edge in part], note, progress)
