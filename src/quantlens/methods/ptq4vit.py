@@ -21,7 +21,7 @@ Where the authors' code differs from this file, or is silent:
    leaves the gradients alone). The expansion behind the metric holds for small errors. At 4 bits, errors are not
    small, and bare gradients did worse than none. DeiT-Tiny, logit KL on 143 ImageNet images, one seed: W6A6 0.121
    (none), 0.056 (fisher), 0.058 (quantized), 0.059 (label), 0.057 (fisher with the floor); W4A4 1.25 (none), 1.70
-   (fisher), 2.63 (quantized), 1.31 (fisher with the floor).
+   (fisher), 2.63 (quantized), 1.31 (fisher with the floor). The floor was chosen on these images.
 3. The two ranges of softmax outputs are disjoint, as in the paper; the code adds what it makes of both. The boundary is
    half way between the ranges' neighbouring levels, so that every value goes to the nearest level.
 4. Steps are a power of two apart, as the paper asks of its hardware and the code does not do for GELU: for every
