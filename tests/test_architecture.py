@@ -27,7 +27,7 @@ ORDER = (
     "report",
     "cli",
 )
-BELOW_ALL = {"errors", "_version"}
+BELOW_ALL = {"errors", "files", "_version"}
 THROUGH_THE_REGISTRY = {("models", "zoo"), ("data", "zoo")}
 """The shipped models sit on data and are found by name from the loading code (docs/architecture.md)."""
 
@@ -55,6 +55,11 @@ def test_no_room_imports_a_higher_one(room):
                 )
             else:
                 raise AssertionError(f"{path.relative_to(PACKAGE)} imports the higher room {target}")
+
+
+def test_what_all_rooms_share_knows_none_of_them():
+    for name in BELOW_ALL:
+        assert _imports(PACKAGE / f"{name}.py") <= BELOW_ALL, name
 
 
 def test_metrics_know_nothing_of_models():

@@ -42,20 +42,34 @@ def _error(digits, bits, **options) -> float:
     return float((q(digits["images"]) - digits["expected"]).square().mean())
 
 
-def test_balanced_operators_lose_less(digits):
-    off = {"scales": False, "rounding": False}
-    assert _error(digits, "W32A5", **off) < 0.9 * _error(digits, "W32A5", operator=False, **off)
+def test_balanced_operators_undo_uneven_channels(digits):
+    """Four channels of every LayerNorm made 16 times as large, and the layers behind it undone: the same function."""
+    model = ql.load_model("digits-vit")
+    for block in model.module.blocks:
+        for norm, linear in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
+            norm.weight[:4] *= 16
+            norm.bias[:4] *= 16
+            linear.weight[:, :4] /= 16
+    assert torch.equal(model(digits["images"]), digits["expected"])
+    uneven, off = {**digits, "model": model}, {"scales": False, "rounding": False}
+    without = _error(uneven, "W32A5", operator=False, **off)
+    assert _error(uneven, "W32A5", **off) < 0.25 * without
+    assert without > 4 * _error(digits, "W32A5", operator=False, **off)
 
 
 def test_refined_scales_lose_less(digits):
-    """By the divergence from the float model's probabilities: 0.093 unrefined, 0.063 to 0.088 over three seeds."""
+    """On the calibration images, block by block and at the output."""
+    some = digits["calibration"]
+    expected = digits["model"](some)
 
-    def divergence(**options) -> float:
-        q = ql.quantize(digits["model"], digits["calibration"], method="aocq", bits="W32A4", rounding=False, **options)
-        got, expected = q(digits["images"]).log_softmax(-1), digits["expected"].log_softmax(-1)
-        return float((expected.exp() * (expected - got)).sum(-1).mean())
+    def quantized(**options):
+        q = ql.quantize(digits["model"], some, method="aocq", bits="W32A3", rounding=False, **options)
+        return q, float((q(some) - expected).square().mean())
 
-    assert divergence(batch_size=16) < 0.95 * divergence(scales=False)
+    (refined, error), (_, unrefined) = quantized(batch_size=16), quantized(scales=False)
+    units = refined.plan.info["reconstruction"]["scales"]
+    assert all(unit["after"] < unit["before"] for unit in units)
+    assert error < 0.9 * unrefined
 
 
 def test_learned_rounding_loses_less(digits):

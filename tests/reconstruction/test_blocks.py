@@ -9,8 +9,7 @@ import quantlens as ql
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.quantizers import Plan, QuantizedModel, Uniform
-from quantlens.reconstruction import Settings, find_units, mse, optimise_scales, reconstruct, token_norm
-from quantlens.reconstruction.blocks import Context
+from quantlens.reconstruction import Context, Settings, find_units, mse, optimise_scales, reconstruct, token_norm
 
 
 def _start(model, images, bits="W3A8", method="minmax"):

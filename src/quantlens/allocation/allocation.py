@@ -25,7 +25,8 @@ from quantlens.allocation.sensitivity import (
 )
 from quantlens.allocation.solver import Front, pareto_front
 from quantlens.calibration import Calibration
-from quantlens.errors import QuantlensError, StorageError, UnknownNameError
+from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.files import write_whole
 from quantlens.graph import fold_layer_scale, graph_of
 from quantlens.methods.base import Progress
 from quantlens.quantizers import Bits
@@ -148,14 +149,7 @@ class Allocation:
     def save(self, path: str | Path) -> Path:
         """Write it as JSON; the file is there whole or not at all. Raises StorageError."""
         target = Path(path)
-        part = target.with_name(f".{target.name}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            part.replace(target)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise StorageError(f"cannot write {target}: {error.strerror or error}; give another --out") from error
+        write_whole(target, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", what="the allocation")
         return target
 
     @classmethod

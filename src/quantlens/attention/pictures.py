@@ -11,7 +11,6 @@ import base64
 import io
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from quantlens.errors import QuantlensError, StorageError, UnknownNameError
+from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.files import write_whole
 
 COLOURS = {
     "inferno": "000004 210c4a 56106e 89226a bb3754 e35932 f98c0a f9c932 fcffa4",
@@ -171,16 +171,10 @@ def save(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     kinds = {".png": "PNG", ".webp": "WEBP"}
     if path.suffix.lower() not in kinds:
         raise UnknownNameError("ending of a picture", path.suffix, kinds)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        options: dict[str, Any] = {"optimize": True} if path.suffix.lower() == ".png" else {"quality": 85}
-        image.save(part, kinds[path.suffix.lower()], **options)
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise StorageError(f"cannot write the picture {path}: {error.strerror or error}") from error
+    options: dict[str, Any] = {"optimize": True} if path.suffix.lower() == ".png" else {"quality": 85}
+    buffer = io.BytesIO()
+    image.save(buffer, kinds[path.suffix.lower()], **options)
+    write_whole(path, buffer.getvalue(), what="the picture")
     return path
 
 

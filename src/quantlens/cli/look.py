@@ -13,6 +13,7 @@ import torch
 from quantlens.attention import lookup, pictures
 from quantlens.attention.lens import Lens
 from quantlens.errors import UnsupportedError
+from quantlens.files import write_whole
 from quantlens.quantizers import float_model
 
 PART = 16
@@ -174,7 +175,7 @@ class Look:
 
     def _figures(self, folder: Path, chosen: Mapping[str, list[int]], quantized: Any) -> list[Path]:
         from quantlens.report.attention import drift_svg
-        from quantlens.studies.evaluate import plain, write_text
+        from quantlens.studies.evaluate import plain
 
         first = float_model(self.reference)
         about = {
@@ -191,9 +192,9 @@ class Look:
             "drift": {label: {name: self.summaries[name][label] for name in self._sets} for label in self.models},
         }
         target = folder / "drift.json"
-        write_text(target, json.dumps(plain(about), indent=1, allow_nan=False) + "\n")
+        write_whole(target, json.dumps(plain(about), indent=1, allow_nan=False) + "\n")
         if self.refused:
             return [target]
         drawing = drift_svg(f"{first.name}, {quantized.method}: drift of attention from FP32", about["drift"])
-        write_text(folder / "drift.svg", drawing)
+        write_whole(folder / "drift.svg", drawing)
         return [target, folder / "drift.svg"]

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from quantlens._version import __version__
 from quantlens.data import Preprocess
-from quantlens.deploy.files import write_whole
 from quantlens.errors import BadWeightsError, StorageError
+from quantlens.files import write_whole
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
 from quantlens.quantizers import Plan, QuantizedModel, restore, restore_operator
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from quantlens._version import __version__
-from quantlens.deploy.files import write_whole
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError, UnsupportedError
+from quantlens.files import write_whole
 from quantlens.quantizers import QuantizedModel, float_model
 
 GUARDS = ("msp", "energy", "maxlogit")

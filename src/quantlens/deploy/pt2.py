@@ -12,13 +12,15 @@ operators do not know become float operations of the same values.
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from quantlens.errors import StorageError, UnsupportedError
+from quantlens.errors import UnsupportedError
+from quantlens.files import write_whole
 from quantlens.graph.graph import put_tensor
 from quantlens.quantizers import QuantizedModel, Quantizer, Uniform
 
@@ -35,14 +37,9 @@ def export_pt2(qmodel: QuantizedModel, path: Path, *, simulate: bool) -> Path:
     size = qmodel.preprocess.input_size
     with torch.no_grad():
         program = torch.export.export(module, (torch.zeros(2, *size),), dynamic_shapes=({0: batch},), strict=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.stem}.part.pt2")
-        torch.export.save(program, part)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        path.with_name(f".{path.stem}.part.pt2").unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error}; free some room or choose another place") from error
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    write_whole(path, buffer.getvalue())
     return path
 
 

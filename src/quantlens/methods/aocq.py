@@ -45,13 +45,13 @@ from quantlens.errors import QuantlensError
 from quantlens.graph import Edge, Graph, NormGroup, find_norm_groups
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.rewrites import keeps_channels_last
+from quantlens.methods._reconstruction import FULL, portion, weight_quantizers
 from quantlens.methods.base import (
     EVERYTHING,
     SHARED_OPTIONS,
     Method,
     MethodInfo,
     Option,
-    Progress,
     Run,
     Widths,
     everything_edges,
@@ -60,7 +60,7 @@ from quantlens.quantizers import Plan, PowerOfTwo, Quantizer, Uniform
 from quantlens.quantizers.bits import FLOAT
 from quantlens.ranges import Observation, Observer, affine, log_by_quantile, mse
 from quantlens.ranges.rules import REPQ_QUANTILES
-from quantlens.reconstruction import blocks
+from quantlens.reconstruction import Report, Settings, reconstruct
 from quantlens.reconstruction.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -71,9 +71,6 @@ EXPONENTS = 7
 """Largest shift of Add_α."""
 ROUNDS = 4
 """s₀ → s₄."""
-FULL = 32
-"""Calibration images from which on a block gets all the steps asked for; fewer images get fewer steps in proportion,
-because they are seen as often."""
 
 
 class AOCQ(Method):
@@ -117,15 +114,15 @@ class AOCQ(Method):
         activations = activation_quantizers(graph, calibration, bits, run)
         weights = weight_quantizers(graph, bits)
         stages = [s for s in ("scales", "rounding") if run[s]]
-        reports: dict[str, blocks.Report] = {}
+        reports: dict[str, Report] = {}
         plan = Plan(activations)
         for number, stage in enumerate(stages):
             if stage == "rounding":
                 plan.quantizers |= weights
             settings = stage_settings(stage, calibration.count, run)
             folder = f"{run['checkpoint']}/{stage}" if run["checkpoint"] else None
-            progress = _part(run.progress, number, len(stages))
-            reports[stage] = blocks.reconstruct(
+            progress = portion(run.progress, number, len(stages))
+            reports[stage] = reconstruct(
                 graph, plan, calibration, settings, seed=run.seed, progress=progress, checkpoint=folder
             )
         plan.quantizers = {**weights, **plan.quantizers}
@@ -134,7 +131,7 @@ class AOCQ(Method):
         return plan
 
 
-def stage_settings(stage: str, images: int, run: Run) -> blocks.Settings:
+def stage_settings(stage: str, images: int, run: Run) -> Settings:
     """Settings of stage one ("scales") or two ("rounding")."""
     steps = run["scale_iterations"] if stage == "scales" else run["iterations"]
     if not isinstance(steps, int) or steps < 0 or not isinstance(run["batch_size"], int) or run["batch_size"] < 1:
@@ -142,19 +139,12 @@ def stage_settings(stage: str, images: int, run: Run) -> blocks.Settings:
     steps = math.ceil(steps * min(1.0, images / FULL))
     common: dict[str, Any] = {"loss": run["loss"], "batch_size": run["batch_size"], "iterations": steps}
     if stage == "scales":
-        return blocks.Settings(
+        return Settings(
             optimise=("scales",), inputs="quantized", rounds=ROUNDS, lr_scales=float(run["lr_scales"]), **common
         )
-    return blocks.Settings(
+    return Settings(
         optimise=("rounding",), inputs="mixed", straight_through=True, lr_rounding=float(run["lr_rounding"]), **common
     )
-
-
-def _part(progress: Progress | None, number: int, of: int) -> Progress | None:
-    """Progress of one of several equal parts."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(number * total + done, of * total)
 
 
 # -- level one: LN_α -----------------------------------------------------------------------------------------------
@@ -264,18 +254,6 @@ def add_alpha(seen: Observation, bits: int) -> Quantizer:
 
 
 # -- starting point ------------------------------------------------------------------------------------------------
-def weight_quantizers(graph: Graph, bits: Widths) -> dict[str, Quantizer]:
-    """Asymmetric uniform per output channel, ranges of least squared error, for every linear and conv layer."""
-    found: dict[str, Quantizer] = {}
-    for site in graph.sites.of_kind("linear", "conv"):
-        edge = site.edges["weight"]
-        width = bits.of(graph, edge)
-        if width != FLOAT:
-            rows = graph.tensor(str(site.weight)).flatten(1)
-            found[edge.key] = affine(*mse(Observation.of(rows), width), width, granularity="channel", axis=0)
-    return found
-
-
 def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> dict[str, Quantizer]:
     """s₀: a quantizer for every group of :func:`everything_edges`, from the float model's activations."""
     groups = {g[0].key: g for g in everything_edges(graph) if bits.of(graph, g[0]) != FLOAT}

@@ -7,12 +7,12 @@ import base64
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from quantlens._version import __version__
 from quantlens.errors import QuantlensError, StorageError
+from quantlens.files import write_whole
 
 HERE = Path(__file__).parent
 MANY_GROUPS = 6
@@ -40,7 +40,7 @@ def write_report(store_or_dir: Any, out: str | Path | None = None, *, title: str
     if target.is_dir():
         target = target / "report.html"
     page = render(collect(cells, store.study()), title=title)
-    write_whole(target, page)
+    write_whole(target, page, what="the report")
     return target
 
 
@@ -151,23 +151,3 @@ def safe_json(value: Any) -> Any:
 
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def write_whole(target: Path, page: str) -> None:
-    """Write beside the target, then put in its place, so that a full disk leaves no half file."""
-    part = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as file:
-            part = Path(file.name)
-            file.write(page)
-        part.chmod(0o644)
-        part.replace(target)
-    except OSError as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write the report {target}: {error.strerror or error}; free some space or give another --out"
-        ) from error

@@ -12,6 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from quantlens._version import __version__
+from quantlens.files import write_whole
 from quantlens.report import svg
 from quantlens.report.charts import Panel
 from quantlens.report.collect import Board, dig
@@ -236,8 +237,6 @@ def front_page(allocation: Any) -> str:
 
 def write_front(allocation: Any, path: str | Path) -> Path:
     """Write :func:`front_page`; an existing file is replaced at once or not at all. Raises StorageError."""
-    from quantlens.report.build import write_whole
-
     target = Path(path)
-    write_whole(target, front_page(allocation))
+    write_whole(target, front_page(allocation), what="the page")
     return target

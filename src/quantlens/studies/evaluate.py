@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantlens.errors import QuantlensError, StorageError, UnknownNameError
+from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.files import write_whole
 from quantlens.studies.images import (
     ImageProgress,
     check_labels,
@@ -87,7 +88,7 @@ class Result:
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()` as JSON; the file is there whole or not at all."""
-        write_text(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from _tables(self)
@@ -487,30 +488,6 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     return str(value)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; what goes wrong is a StorageError."""
-    import tempfile
-
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise StorageError(
-            f"{path} cannot be written: {error.strerror or error}; free space or choose another place"
-        ) from error
 
 
 def class_names(images: Any, model: Any) -> Sequence[str] | None:

@@ -54,7 +54,7 @@ def to_csv(cells: Iterable[Any]) -> str:
 
 def write_csv(directory: str | Path, target: str | Path) -> Path:
     """Write the table of the store in ``directory`` to ``target``, whole or not at all. Returns the path."""
-    from quantlens.deploy.files import write_whole
+    from quantlens.files import write_whole
     from quantlens.studies.store import Store
 
     target = Path(target)

@@ -1,0 +1,36 @@
+"""Writing a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from quantlens.errors import StorageError
+
+
+def write_whole(path: Path, content: bytes | str, *, what: str = "") -> None:
+    """Write ``content`` (text as UTF-8) beside ``path``, then put it in its place.
+
+    what: what it is, for the error ("the report"). Raises StorageError where that cannot be done; nothing is left then.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
+            temporary = stream.name
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        named = f"{what} {path}" if what else str(path)
+        raise StorageError(
+            f"cannot write {named}: {error.strerror or error}; free some room or choose another place"
+        ) from error

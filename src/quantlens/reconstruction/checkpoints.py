@@ -1,0 +1,136 @@
+"""Finished units on disk, so that a killed reconstruction goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as pack
+from torch import Tensor
+
+from quantlens.calibration import Calibration
+from quantlens.errors import StorageError
+from quantlens.files import write_whole
+from quantlens.graph import Graph
+from quantlens.quantizers import Plan, Quantizer, restore
+from quantlens.reconstruction.settings import Result, Settings, UnitReport
+from quantlens.reconstruction.units import Unit
+
+VERSION = 1
+"""Part of every checkpoint's fingerprint; raise it when results change."""
+
+
+class Checkpoint:
+    """Finished units in a folder, one safetensors file each, written atomically and keyed by a fingerprint of all
+    that determines them."""
+
+    def __init__(
+        self,
+        folder: Path | str,
+        graph: Graph,
+        plan: Plan,
+        calibration: Calibration,
+        settings: Settings,
+        seed: int,
+    ):
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        self.key = fingerprint(graph, plan.quantizers, calibration, settings, seed)
+
+    def _path(self, index: int, unit: Unit) -> Path:
+        return self.folder / f"{index:03d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', unit.name)}.safetensors"
+
+    def read(self, index: int, unit: Unit) -> Result | None:
+        """A stored unit; None if there is none that fits, or the file is damaged."""
+        path = self._path(index, unit)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(str(path), "pt") as file:
+                about = file.metadata() or {}
+                if about.get("fingerprint") != self.key:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            record = json.loads(about["record"])
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return None
+        made: list[Quantizer] = []
+        for number, config in enumerate(record["formats"]):
+            prefix = f"q{number}."
+            made.append(restore(config, {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}))
+        report = {**record["report"], "rounds": tuple(record["report"]["rounds"])}
+        return Result(
+            UnitReport(**report),
+            {k[2:]: v for k, v in tensors.items() if k.startswith("w.")},
+            {key: made[number] for key, number in record["quantizers"].items()},
+        )
+
+    def write(self, index: int, unit: Unit, result: Result) -> None:
+        tensors = {f"w.{k}": v.detach().cpu().contiguous() for k, v in result.tensors.items()}
+        numbers: dict[int, int] = {}
+        configs: list[dict[str, Any]] = []
+        for quantizer in result.quantizers.values():
+            if id(quantizer) not in numbers:
+                numbers[id(quantizer)] = number = len(configs)
+                configs.append(quantizer.config())
+                tensors |= {f"q{number}.{k}": v.cpu().contiguous() for k, v in quantizer.tensors().items()}
+        record = {
+            "report": {**asdict(result.report), "rounds": list(result.report.rounds)},
+            "formats": configs,
+            "quantizers": {key: numbers[id(q)] for key, q in result.quantizers.items()},
+        }
+        path = self._path(index, unit)
+        write_whole(path, pack(tensors, {"fingerprint": self.key, "record": json.dumps(record)}))
+
+
+def fingerprint(
+    graph: Graph, quantizers: Mapping[str, Quantizer], calibration: Calibration, settings: Settings, seed: int
+) -> str:
+    """Hex digest of everything that determines a reconstruction: graph, tensors, quantizers, images, settings, seed,
+    torch's version and the kind of device."""
+    digest = hashlib.sha256()
+
+    def add(*values: Any) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                add(str(value.dtype), str(tuple(value.shape)))
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                text = str(value).encode()
+                digest.update(f"{len(text)}:".encode() + text)
+
+    add(VERSION, torch.__version__, graph.device.type, seed)
+    for node in graph.fx.nodes:
+        add(node.op, node.target, node.args, node.kwargs)
+    for name, tensor in graph.tensors().items():
+        add(name, tensor)
+    shared: dict[int, int] = {}
+    for key in sorted(quantizers):
+        quantizer = quantizers[key]
+        add(key, json.dumps(quantizer.config(), sort_keys=True), shared.setdefault(id(quantizer), len(shared)))
+        for name, tensor in sorted(quantizer.tensors().items()):
+            add(name, tensor)
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if callable(value):
+            code = getattr(value, "__code__", None)
+            extra = (code.co_code.hex(), code.co_consts) if code is not None else ()
+            value = (getattr(value, "__module__", ""), getattr(value, "__qualname__", repr(type(value))), *extra)
+        elif isinstance(value, Mapping):
+            for name in sorted(value):
+                add(item.name, name, value[name])
+            continue
+        add(item.name, value)
+    for chunk in calibration:
+        add(chunk)
+    return digest.hexdigest()

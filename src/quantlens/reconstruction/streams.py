@@ -1,0 +1,140 @@
+"""The values between units for all calibration images, of the float and of the quantized graph, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from quantlens.calibration import CHUNK, Calibration
+from quantlens.errors import StorageError, UnsupportedError
+from quantlens.graph import Graph
+from quantlens.reconstruction.units import Unit
+
+
+class Room:
+    """Where cached tensors live: in memory within a budget, in mapped files beyond it."""
+
+    def __init__(self, budget: int, folder: Path):
+        self.left, self.folder, self._serial = budget, folder, 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, int]:
+        """A tensor of that shape and the bytes that it takes of the budget."""
+        size = math.prod(shape) * dtype.itemsize
+        if size <= self.left:
+            self.left -= size
+            return torch.empty(shape, dtype=dtype, device=device), size
+        self._serial += 1
+        path = self.folder / f"{self._serial}.bin"
+        try:
+            with open(path, "wb") as file:
+                file.truncate(max(size, 1))
+            flat = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
+            path.unlink()  # the mapping keeps it until the tensor goes
+        except OSError as error:
+            raise StorageError(f"no room for temporary activations in {path.parent}: {error.strerror}") from error
+        return flat.view(shape), 0
+
+
+class Cache:
+    """One value for all images, [N·k, …]: k rows per image, in the order of the images (k = 1 but for windows)."""
+
+    def __init__(self, room: Room, count: int):
+        self.room, self.count = room, count
+        self.tensor: Tensor | None = None
+        self.rows = 1
+        self._taken = 0
+
+    def put(self, first: int, images: int, value: Tensor) -> None:
+        """Store the value of ``images`` images, starting at number ``first``."""
+        if self.tensor is None:
+            if value.shape[0] % images:
+                raise UnsupportedError(f"a value of shape {list(value.shape)} cannot be told apart by image")
+            self.rows = value.shape[0] // images
+            shape = (self.count * self.rows, *value.shape[1:])
+            self.tensor, self._taken = self.room.empty(shape, value.dtype, value.device)
+        self.tensor[first * self.rows : (first + images) * self.rows] = value
+
+    def slice(self, first: int, last: int, device: torch.device) -> Tensor:
+        return self.tensor[first * self.rows : last * self.rows].to(device)  # type: ignore[index]
+
+    def pick(self, images: Tensor, device: torch.device) -> Tensor:
+        """The rows of the images numbered ``images`` (int64, CPU)."""
+        if self.rows > 1:
+            images = (images[:, None] * self.rows + torch.arange(self.rows)).flatten()
+        tensor: Tensor = self.tensor  # type: ignore[assignment]
+        return tensor.index_select(0, images.to(tensor.device)).to(device)
+
+    def free(self) -> None:
+        self.room.left += self._taken
+        self.tensor, self._taken = None, 0
+
+
+Hook = Callable[[str, Tensor], Tensor]
+
+
+class Streams:
+    """The values between units for all images, of the float graph and of the quantized one."""
+
+    def __init__(self, graph: Graph, units: list[Unit], calibration: Calibration, room: Room):
+        self.graph, self.room, self.count = graph, room, calibration.count
+        self.device = graph.device
+        images = Cache(room, self.count)
+        for index, chunk in enumerate(calibration):
+            images.put(index * CHUNK, len(chunk), chunk)
+        self.float: dict[fx.Node, Cache] = {graph.input: images}
+        self.quantized: dict[fx.Node, Cache] = {graph.input: images}
+        self.last_use = {s: i for i, unit in enumerate(units) for s in unit.sources}
+
+    def run(self, unit: Unit, env: dict[fx.Node, Any], images: int, hook: Hook | None) -> list[Tensor]:
+        """Values of the unit's results; ``env`` holds its sources."""
+        shape = (images, *self.graph.input.meta["shape"][1:])
+        env.setdefault(self.graph.input, torch.empty(shape, device="meta"))  # for its batch size alone
+        out = self.graph.run(unit.nodes, env, hook=hook, keep=unit.results)
+        return [out[node] for node in unit.results]
+
+    def outputs(self, unit: Unit, hook: Hook | None, *, of_float: bool = False) -> dict[fx.Node, Cache]:
+        """The unit's results for all images."""
+        inputs = self.float if of_float else self.quantized
+        caches = {node: Cache(self.room, self.count) for node in unit.results}
+        for first in range(0, self.count, CHUNK):
+            last = min(first + CHUNK, self.count)
+            env: dict[fx.Node, Any] = {s: inputs[s].slice(first, last, self.device) for s in unit.sources}
+            for node, value in zip(unit.results, self.run(unit, env, last - first, hook), strict=True):
+                caches[node].put(first, last - first, value)
+        return caches
+
+    def advance_float(self, unit: Unit) -> None:
+        self.float.update(self.outputs(unit, None, of_float=True))
+
+    def advance_quantized(self, unit: Unit, outputs: dict[fx.Node, Cache]) -> None:
+        self.quantized.update(outputs)
+
+    def forget(self, done: int) -> None:
+        """Free what no unit behind number ``done`` reads."""
+        for stream in (self.float, self.quantized):
+            for node in [n for n in stream if self.last_use.get(n, -1) <= done]:
+                stream.pop(node).free()
+
+    def inputs(self, unit: Unit, images: Tensor, kind: str, float_share: float, generator: torch.Generator) -> dict:
+        """The unit's sources for a mini-batch: of the "quantized" or the "float" stream, or "mixed", element by element
+        (the float one with probability ``float_share``)."""
+        env: dict[fx.Node, Any] = {}
+        for node in unit.sources:
+            if kind == "float" or self.quantized[node] is self.float[node]:
+                env[node] = self.float[node].pick(images, self.device)
+                continue
+            env[node] = self.quantized[node].pick(images, self.device)
+            if kind == "mixed":
+                exact = self.float[node].pick(images, self.device)
+                env[node] = torch.where(random_mask(exact.shape, float_share, generator, self.device), exact, env[node])
+        return env
+
+
+def random_mask(shape: torch.Size, p: float, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Bool, True with probability p; drawn on the CPU, so that all devices see the same."""
+    return (torch.rand(shape, generator=generator) < p).to(device)
