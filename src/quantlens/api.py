@@ -89,7 +89,7 @@ def allocation_of(
     images = Calibration.of(calibration, model.preprocess, device=model.device)
     key = f"allocation {bits}, seed {seed}, images {images.fingerprint}"
     if images.fingerprint is None or key not in model.derived:
-        model.derived[key] = choose_widths(model, images, bits, seed=seed, progress=progress)
+        model.derived[key] = choose_widths(model, images, bits, front=True, seed=seed, progress=progress)
     return model.derived[key]
 
 

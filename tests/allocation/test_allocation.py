@@ -187,3 +187,18 @@ def test_same_seed_same_choice(vit, pictures):
     a, b = (ql.allocate(vit, pictures, sensitivity="hessian", probes=1, seed=4) for _ in range(2))
     assert a.bits() == b.bits()
     assert [g.sensitivity for g in a.groups] == [g.sensitivity for g in b.groups]
+
+
+def test_a_quantized_model_remembers_the_front(vit, pictures):
+    """Enough of it to draw: the ends, the uniform models and the choice, as plain data."""
+    from quantlens.report.frontier import front_chart
+
+    frontier = ql.quantize(vit, pictures, method="minmax", bits="MP6").plan.info["allocation"]["frontier"]
+    whole = ql.allocate(vit, pictures, "MP6", front=True)
+    assert frontier == json.loads(json.dumps(frontier))
+    assert frontier["points"][0] == [whole.front[0].cost, whole.front[0].sensitivity]
+    assert frontier["points"][-1] == [whole.front[-1].cost, whole.front[-1].sensitivity]
+    assert frontier["chosen"] == [whole.total, whole.loss] and frontier["chosen"] in whole.frontier()["points"]
+    assert [6, whole.budget, whole.loss_of(6)] in frontier["uniform"]
+    drawn = front_chart(frontier)
+    assert drawn.count("<title>") >= len(frontier["points"]) and "W6A6" in drawn

@@ -38,6 +38,8 @@ VERSION = 1
 NARROWEST, WIDEST = 2, 10
 POINTS = 500
 """Most points of a front that a file holds: all of them for transformers of equal blocks, else a regular choice."""
+DRAWN = 80
+"""Most points of a front that a quantized model remembers, for drawing."""
 
 SENSITIVITIES: dict[str, Callable[..., Any] | None] = {
     "nuclear-norm": nuclear_norm_sensitivity,
@@ -125,6 +127,17 @@ class Allocation:
         """Total sensitivity with every group at one of the candidate widths."""
         return sum(group.sensitivity[bits] for group in self.groups)
 
+    def frontier(self, most: int = POINTS) -> dict[str, Any]:
+        """The front as plain data, for drawing: (cost, sensitivity) of ``most`` of its points at most, of every
+        candidate width used everywhere ("uniform": [bits, cost, sensitivity]) and of the choice."""
+        front = [[p.cost, p.sensitivity] for p in self.front]
+        return {
+            **{key: getattr(self, key) for key in ("name", "model", "sensitivity", "cost")},
+            "points": [front[i] for i in _spread(len(front), most)],
+            "uniform": [[b, self.cost_of(self.cost, b), self.loss_of(b)] for b in self.candidates],
+            "chosen": [self.total, self.loss],
+        }
+
     def check(self, model: Any) -> None:
         """Raises QuantlensError if this allocation was made for another model."""
         if self.checkpoint_sha256 == model.checkpoint_sha256:
@@ -144,7 +157,12 @@ class Allocation:
         """What a quantized model remembers of it."""
         kept = ("name", "sensitivity", "target", "candidates", "cost", "budget", "total", "seconds", "seed", "options")
         groups = [{"name": g.name, "kind": g.kind, "block": g.block, "bits": g.bits} for g in self.groups]
-        return {**{key: getattr(self, key) for key in kept}, "candidates": list(self.candidates), "groups": groups}
+        return {
+            **{key: getattr(self, key) for key in kept},
+            "candidates": list(self.candidates),
+            "groups": groups,
+            "frontier": self.frontier(DRAWN),
+        }
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON; the file is there whole or not at all. Raises StorageError."""
@@ -349,13 +367,14 @@ def _name(width: int, sensitivity: str, cost: str, budget: int | None) -> str:
 
 
 def _points(front: Front, widths: Sequence[int], fixed: int) -> tuple[FrontPoint, ...]:
-    count = len(front)
-    kept = (
-        range(count) if count <= POINTS else sorted({math.floor(i * (count - 1) / (POINTS - 1)) for i in range(POINTS)})
-    )
     return tuple(
         FrontPoint(
             int(front.costs[i]) + fixed, float(front.values[i]), tuple(widths[c] for c in front.choices[i].tolist())
         )
-        for i in kept
+        for i in _spread(len(front), POINTS)
     )
+
+
+def _spread(count: int, most: int) -> Sequence[int]:
+    """``most`` of ``count`` positions at most, evenly spread, both ends among them."""
+    return range(count) if count <= most else sorted({math.floor(i * (count - 1) / (most - 1)) for i in range(most)})

@@ -23,26 +23,21 @@ UNITS = {"size": (1e6, "MB", "size of the packed model"), "bops": (1e9, "G", "bi
 KINDS = ("attention", "MLP")
 
 
-def front_chart(allocation: Any) -> str:
+def front_chart(frontier: Mapping[str, Any]) -> str:
     """Total sensitivity (decades) against cost: the front, the uniform models, and the choice, as svg.
 
-    allocation: :class:`quantlens.allocation.Allocation`; without a front only the uniform models and the choice.
+    frontier: what :meth:`quantlens.allocation.Allocation.frontier` gives; without points, only the uniform models and
+    the choice.
     """
-    unit, name, what = UNITS[allocation.cost]
-    front = [
-        (p.cost / unit, p.sensitivity, f"{p.cost / unit:.3f} {name}: {p.sensitivity:.3g}") for p in allocation.front
-    ]
-    uniform = [
-        (
-            x := allocation.cost_of(allocation.cost, b) / unit,
-            y := allocation.loss_of(b),
-            f"W{b}A{b}, {x:.3f} {name}: {y:.3g}",
-        )
-        for b in allocation.candidates
-    ]
-    x, y = allocation.total / unit, allocation.loss
-    chosen = [(x, y, f"{allocation.name}, {x:.3f} {name}: {y:.3g}")]
-    lines = [("Pareto front", 0, 0, front), ("one width everywhere", 1, 1, uniform), (allocation.name, 2, 2, chosen)]
+    unit, name, what = UNITS[frontier["cost"]]
+
+    def point(label: str, cost: float, loss: float) -> tuple[float, float, str]:
+        return cost / unit, loss, f"{label}{cost / unit:.3f} {name}: {loss:.3g}"
+
+    front = [point("", *p) for p in frontier["points"]]
+    uniform = [point(f"W{b}A{b}, ", cost, loss) for b, cost, loss in frontier["uniform"]]
+    chosen = [point(f"{frontier['name']}, ", *frontier["chosen"])]
+    lines = [("Pareto front", 0, 0, front), ("one width everywhere", 1, 1, uniform), (frontier["name"], 2, 2, chosen)]
     series = [
         Series(
             label, Style(colour, 0, mark), i, [Point(px, math.log10(py), None, tip) for px, py, tip in points if py > 0]
@@ -64,7 +59,7 @@ def front_chart(allocation: Any) -> str:
     frame.axis_x((t, svg.tick_text(t, marks[1] - marks[0])) for t in marks)
     frame.labels(f"{what}, {name}", "total sensitivity")
     frame.body += [svg.draw_series(frame, one, radius=r) for one, r in zip(series, (2.0, 3.4, 5.0), strict=True)]
-    title = f"Pareto front of {allocation.model}, {allocation.sensitivity}"
+    title = f"Pareto front of {frontier['model']}, {frontier['sensitivity']}"
     words = (
         f"{title}: {len(front)} points; chosen {chosen[0][2]}; uniform " + ", ".join(tip for _, _, tip in uniform) + "."
     )
@@ -109,9 +104,12 @@ class WidthRow:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Mixed precision in a study: a panel of widths per cell, and a table of them for the reader who wants figures."""
+    """Mixed precision in a study: per cell a panel of its widths and one of the Pareto front they were chosen from, and
+    a table of the widths for the reader who wants figures."""
 
     panels: list[Panel]
+    fronts: list[Panel]
+    front_legend: Markup
     columns: list[str]
     rows: list[WidthRow]
     legend: Markup
@@ -137,18 +135,31 @@ def mixed(board: Board) -> Mixed | None:
     cells = mixed_cells(board)
     if not cells:
         return None
-    panels = []
+    panels, fronts = [], []
     for name, allocation in cells:
         unit, label, _ = UNITS.get(str(allocation.get("cost")), UNITS["size"])
         spent, allowed = (fixed(allocation[key] / unit, 2) for key in ("total", "budget"))
         facts = f"{allocation['sensitivity']}; {spent} of {allowed} {label}, {fixed(allocation['seconds'], 1)} s"
         panels.append(Panel(Markup(widths_chart(allocation["groups"], f"Widths of {name}")), name, facts))
+        frontier = allocation.get("frontier")
+        if frontier and frontier["points"]:
+            fronts.append(Panel(Markup(front_chart(frontier)), name, allocation["sensitivity"]))
     widths = [{g["name"]: str(g["bits"]) for g in allocation["groups"]} for _, allocation in cells]
     names = dict.fromkeys(n for one in widths for n in one)
     rows = [WidthRow(n, [one.get(n, "") for one in widths]) for n in names]
     return Mixed(
-        panels, [name for name, _ in cells], rows, Markup(legend_of([(k, Style(i)) for i, k in enumerate(KINDS)]))
+        panels,
+        fronts,
+        Markup(front_legend("the choice")),
+        [name for name, _ in cells],
+        rows,
+        Markup(legend_of([(k, Style(i)) for i, k in enumerate(KINDS)])),
     )
+
+
+def front_legend(chosen: str) -> str:
+    """The legend of :func:`front_chart`."""
+    return legend_of([("Pareto front", Style(0)), ("one width everywhere", Style(1, 0, 1)), (chosen, Style(2, 0, 2))])
 
 
 def legend_of(entries: Sequence[tuple[str, Style]]) -> str:
@@ -223,10 +234,8 @@ def front_page(allocation: Any) -> str:
         title=esc(f"{allocation.model} {allocation.name}"),
         lead=esc(lead),
         caption=esc(caption),
-        legend=legend_of(
-            [("Pareto front", Style(0)), ("one width everywhere", Style(1, 0, 1)), (allocation.name, Style(2, 0, 2))]
-        ),
-        front=front_chart(allocation),
+        legend=front_legend(allocation.name),
+        front=front_chart(allocation.frontier()),
         kinds=legend_of([(kind, Style(i)) for i, kind in enumerate(KINDS)]),
         widths=widths_chart(allocation.summary()["groups"], f"Widths of {allocation.name}"),
         heads="".join(f'<th scope="col">sensitivity at {b}</th>' for b in allocation.candidates),
