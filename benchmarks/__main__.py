@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.studies import ray_workers, studies
+
 DEIT = "deit_tiny_patch16_224"
 SHARED = Path(os.environ.get("QUANTLENS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -237,7 +239,62 @@ def attention() -> dict[str, Any]:
     }
 
 
-BENCHMARKS = {f.__name__: f for f in (calibration, methods, simulation, image_cache, memory, allocation, attention)}
+def inspection(count: int = 32, every: int = 4) -> dict[str, Any]:
+    """All sites of DeiT-Tiny quantized alone at W8A8, 32 images: one pass over cached inputs, against a whole forward
+    per site (of every fourth site, times four: all cost the same). Processor seconds; the noise compared."""
+    import torch
+
+    import quantlens as ql
+    from quantlens.allocation.alone import effects_alone
+    from quantlens.calibration import Calibration
+    from quantlens.quantizers import Plan, QuantizedModel
+
+    model = _deit()
+    images = _photographs(model, count, 1)
+    quantized = ql.quantize(model, images, method="minmax", bits="W8A8")
+    graph, quantizers = quantized.graph, quantized.plan.quantizers
+    parts: dict[str, list[str]] = {}
+    for key in quantizers:
+        parts.setdefault(graph.sites.edges[key].site, []).append(key)
+    calibration = Calibration.of(images, model.preprocess)
+    start = time.process_time()
+    effects = dict(zip(parts, effects_alone(graph, quantizers, list(parts.values()), calibration), strict=True))
+    seconds, naive, apart = time.process_time() - start, 0.0, 0.0
+    with torch.inference_mode():
+        expected = graph(images).double()
+        for name in list(parts)[::every]:
+            start = time.process_time()
+            plan = Plan({key: quantizers[key] for key in parts[name]})
+            logits = QuantizedModel(graph, plan, preprocess=model.preprocess)(images).double()
+            naive += time.process_time() - start
+            noise = 10 * torch.log10(expected.square().sum() / (logits - expected).square().sum())
+            apart = max(apart, abs(float(noise) - (effects[name].sqnr_db or 0.0)))
+    naive *= len(parts) / len(list(parts)[::every])
+    return {
+        "sites": len(parts),
+        "processor seconds": round(seconds, 1),
+        "a whole forward per site": round(naive, 1),
+        "ratio": round(naive / seconds, 2),
+        "apart at most, dB": round(apart, 4),
+        "target": "2 or more: half of every forward lies in front of its site, on average",
+    }
+
+
+BENCHMARKS = {
+    f.__name__: f
+    for f in (
+        calibration,
+        methods,
+        simulation,
+        image_cache,
+        memory,
+        allocation,
+        attention,
+        inspection,
+        studies,
+        ray_workers,
+    )
+}
 
 
 def main() -> None:

@@ -15,7 +15,9 @@ from quantlens._version import __version__
 
 if TYPE_CHECKING:
     from quantlens.allocation import Allocation as Allocation
+    from quantlens.allocation import Inspection as Inspection
     from quantlens.api import allocate as allocate
+    from quantlens.api import inspect as inspect
     from quantlens.api import quantize as quantize
     from quantlens.deploy.artefact import Artefact as Artefact
     from quantlens.deploy.checkpoint import load as load
@@ -32,7 +34,9 @@ _HOMES = {
     "Model": "quantlens.models",
     "quantize": "quantlens.api",
     "allocate": "quantlens.api",
+    "inspect": "quantlens.api",
     "Allocation": "quantlens.allocation",
+    "Inspection": "quantlens.allocation",
     "QuantizedModel": "quantlens.quantizers",
     "save": "quantlens.deploy.checkpoint",
     "export": "quantlens.deploy.export",

@@ -1,4 +1,4 @@
-"""The public face: ``quantize`` and ``allocate`` (the rest is re-exported from the rooms)."""
+"""The public face: ``quantize``, ``allocate`` and ``inspect`` (the rest is re-exported from the rooms)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from quantlens.allocation import Allocation, is_target, parse_target
+from quantlens.allocation import Allocation, Inspection, is_target, parse_target
 from quantlens.allocation import allocate as choose_widths
+from quantlens.allocation import inspect as inspect_parts
 from quantlens.calibration import Calibration
 from quantlens.methods import registry
 from quantlens.methods.base import Progress
@@ -64,6 +65,30 @@ def allocate(
     >>> ql.quantize(model, images, method="easyquant", bits=allocation)  # doctest: +SKIP
     """
     return choose_widths(_loaded(model, calibration), calibration, target, **settings)
+
+
+def inspect(
+    model: Model | torch.nn.Module,
+    images: Any,
+    bits: str | Path | Bits | Allocation | Mapping[str, Any] = "W8A8",
+    *,
+    seed: int = 0,
+    **settings: Any,
+) -> Inspection:
+    """Which layer hurts: what every site and every block does to the output when it alone is quantized, and the
+    statistics of its weights and activations.
+
+    model, images, bits: as for :func:`quantize`. settings: see :func:`quantlens.allocation.inspect`.
+
+    >>> found = ql.inspect(model, images, bits="W8A8")  # doctest: +SKIP
+    >>> found.ranked()[0].name  # doctest: +SKIP
+    'blocks.7.mlp.fc2'
+    """
+    model, wanted = _loaded(model, images), read_bits(bits)
+    if not isinstance(wanted, Bits):
+        images = Calibration.of(images, model.preprocess, device=model.device)
+        wanted = allocation_of(model, images, wanted, seed).bits()
+    return inspect_parts(model, images, wanted, seed=seed, **settings)
 
 
 def read_bits(bits: str | Path | Bits | Allocation | Mapping[str, Any]) -> Bits | Allocation | str:

@@ -1,4 +1,5 @@
-"""Mixed precision: how sensitive every module is, what its bits cost, and the choice of widths under a budget."""
+"""Mixed precision: how sensitive every module is, what its bits cost, and the choice of widths under a budget; and
+inspection: what every site does to the output when it alone is quantized."""
 
 from quantlens.allocation.allocation import (
     SENSITIVITIES,
@@ -12,6 +13,7 @@ from quantlens.allocation.allocation import (
     sensitivity_options,
 )
 from quantlens.allocation.groups import Group, find_groups
+from quantlens.allocation.inspection import Inspection, inspect
 
 __all__ = [
     "SENSITIVITIES",
@@ -19,9 +21,11 @@ __all__ = [
     "FrontPoint",
     "Group",
     "GroupChoice",
+    "Inspection",
     "allocate",
     "default_candidates",
     "find_groups",
+    "inspect",
     "is_target",
     "parse_target",
     "sensitivity_options",

@@ -148,17 +148,30 @@ def visit_groups(
     env: node -> value, all that the rest of the model needs at this point (a dictionary of the visitor's own).
     ahead(targets) runs the float model on to some later nodes and gives their values; it is called at most once.
     """
-    order = [node for node in candidates.graph.fx.nodes if node.op in ("placeholder", "call_function")]
+    nodes = [candidates.nodes(group) for group in range(len(candidates.groups))]
+    visit_starts(candidates.graph, nodes, calibration, visit, progress)
+
+
+def visit_starts(
+    graph: Graph,
+    parts: Sequence[Sequence[fx.Node]],
+    calibration: Calibration,
+    visit: Visit,
+    progress: Progress | None = None,
+) -> None:
+    """As :func:`visit_groups`, for parts of the graph given by their nodes: ``visit(number of the part, env, ahead)``
+    where each begins."""
+    order = [node for node in graph.fx.nodes if node.op in ("placeholder", "call_function")]
     place = {node: i for i, node in enumerate(order)}
-    starts = sorted((min(place[node] for node in candidates.nodes(g)), g) for g in range(len(candidates.groups)))
+    starts = sorted((min(place[node] for node in part), number) for number, part in enumerate(parts))
     total, done = calibration.pieces * len(starts), 0
     for images in calibration:
-        float_pass = _FloatPass(candidates.graph, order, place, images)
-        for start, group in starts:
+        float_pass = _FloatPass(graph, order, place, images)
+        for start, number in starts:
             float_pass.advance(start)
-            # branches that run side by side: nothing that the group itself makes may be there already
+            # branches that run side by side: nothing that the part itself makes may be there already
             env = {node: value for node, value in float_pass.env.items() if place[node] < start}
-            visit(group, env, float_pass.ahead)
+            visit(number, env, float_pass.ahead)
             done += 1
             if progress is not None:
                 progress(done, total)

@@ -26,6 +26,12 @@ SHARE = 1 / 16
 """A layer with more massive channels than this share of all is left alone: its channels are uneven, not massive."""
 
 
+def massive_channels(largest: Tensor, ratio: float = RATIO) -> Tensor:
+    """Massive ones among channels with largest magnitudes [C]: int64 [m], none if they are more than :data:`SHARE`."""
+    massive = (largest > ratio * largest.median()).nonzero().flatten()
+    return massive if len(massive) <= SHARE * len(largest) else massive[:0]
+
+
 def find_massive(graph: Graph, calibration: Calibration, ratio: float = RATIO) -> dict[Site, Tensor]:
     """Linear layers behind a GELU or another activation function (not behind a LayerNorm, whose channels can be
     rescaled exactly, nor inside an attention) with massive input channels: site -> int64 [m]. One pass over the images.
@@ -41,8 +47,8 @@ def find_massive(graph: Graph, calibration: Calibration, ratio: float = RATIO) -
     def decide(edge: Edge, look: Look) -> None:
         seen = look(axis=-1)
         largest = torch.maximum(seen.high.abs(), seen.low.abs())
-        massive = (largest > ratio * largest.median()).nonzero().flatten()
-        if 0 < len(massive) <= SHARE * len(largest):
+        massive = massive_channels(largest, ratio)
+        if len(massive):
             found[sites[edge.key]] = massive
 
     Walk(graph, calibration, sequential=False).run([s.edges["input"] for s in sites.values()], decide)

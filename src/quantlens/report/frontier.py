@@ -11,11 +11,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from quantlens._version import __version__
 from quantlens.files import write_whole
 from quantlens.report import svg
 from quantlens.report.charts import Panel
 from quantlens.report.collect import Board, dig
+from quantlens.report.page import page
 from quantlens.report.svg import Frame, Point, Series, Style, coord, esc
 from quantlens.report.text import fixed
 
@@ -168,23 +168,7 @@ def legend_of(entries: Sequence[tuple[str, Style]]) -> str:
 
 
 # -- the page beside an allocation ------------------------------------------------------------------------------------
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title} · quantlens</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<section>
-<p class="kicker">quantlens · mixed precision</p>
-<h1>{title}</h1>
-<p class="lead">{lead}</p>
-<ul class="legend still">{legend}</ul>
+BODY = """<ul class="legend still">{legend}</ul>
 <figure>{front}<figcaption>{caption}</figcaption></figure>
 <h2>Widths</h2>
 <ul class="legend still">{kinds}</ul>
@@ -196,20 +180,11 @@ PAGE = """<!DOCTYPE html>
 {rows}
 </tbody>
 </table>
-</div>
-</section>
-</main>
-<footer>Written by quantlens {version}.</footer>
-</body>
-</html>
-"""
+</div>"""
 
 
 def front_page(allocation: Any) -> str:
     """One self-contained HTML page: the front, the widths, and every group's sensitivities."""
-    from quantlens.report.build import HERE, content_policy
-
-    style = (HERE / "assets" / "report.css").read_text(encoding="utf-8")
     unit, name, what = UNITS[allocation.cost]
     total, budget = allocation.total / unit, allocation.budget / unit
     lead = (
@@ -228,11 +203,7 @@ def front_page(allocation: Any) -> str:
         + "</tr>"
         for g in allocation.groups
     )
-    return PAGE.format(
-        policy=content_policy(style, ""),
-        style=style,
-        title=esc(f"{allocation.model} {allocation.name}"),
-        lead=esc(lead),
+    body = BODY.format(
         caption=esc(caption),
         legend=front_legend(allocation.name),
         front=front_chart(allocation.frontier()),
@@ -240,8 +211,8 @@ def front_page(allocation: Any) -> str:
         widths=widths_chart(allocation.summary()["groups"], f"Widths of {allocation.name}"),
         heads="".join(f'<th scope="col">sensitivity at {b}</th>' for b in allocation.candidates),
         rows=rows,
-        version=__version__,
     )
+    return page(f"{allocation.model} {allocation.name}", "mixed precision", lead, body)
 
 
 def write_front(allocation: Any, path: str | Path) -> Path:

@@ -1,0 +1,142 @@
+"""`quantlens inspect`: which layer hurts."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantlens.cli._common import command
+
+HELP = """Find the layer that hurts: quantize every site and every block alone, rank them by what that does to the
+output, and show the statistics of their weights and activations.
+
+Ranked by the noise of the logits (SQNR, low hurts) or, with [bold]--rank kl[/bold], by the KL divergence of the
+classes. Range ratio, kurtosis, token norms, dead channels and massive channels say why.
+
+[bold]Examples[/bold]
+
+    quantlens inspect digits-vit --bits W4A4
+
+    quantlens inspect deit_tiny_patch16_224 --weights deit_tiny.safetensors \\
+      --images imagenet:train --n 32 --html layers.html --json layers.json
+
+    quantlens inspect digits-vit --bits W4A4 --method repq-vit --by edge --all
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    command(app, "inspect", HELP, inspect)
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")],
+    images: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Images to measure on (default: a shipped model's calibration images)."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] (the default) or random."),
+    ] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="How many images the seed draws (default: 32).")] = None,
+    bits: Annotated[str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations.")] = "W8A8",
+    method: Annotated[str, typer.Option(help="Whose quantizers; a method that sets ranges only.")] = "minmax",
+    by: Annotated[
+        str, typer.Option(metavar="NAMES", help="What is quantized alone: site, block, edge.")
+    ] = "site,block",
+    rank: Annotated[str, typer.Option(help="Rank by [bold]sqnr[/bold] or kl.")] = "sqnr",
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of each table.")] = 10,
+    everything: Annotated[bool, typer.Option("--all", help="All rows.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the images, and all else that is random.")] = 0,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the method.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not keep decoded images on disk.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """See HELP."""
+    from quantlens.cli import _common
+    from quantlens.cli.quantize import drawn
+    from quantlens.errors import UnknownNameError
+    from quantlens.studies.environment import choose_device
+
+    settings, parts = _common.settings(option), _common.names([by]) or []
+    place = choose_device(device)
+    from quantlens import api
+    from quantlens.allocation.inspection import GRANULARITIES, RANKS
+    from quantlens.data import as_image_set, open_source
+    from quantlens.methods import registry
+    from quantlens.models import load_model
+
+    for name in parts:
+        if name not in GRANULARITIES:
+            raise UnknownNameError("granularity", name, GRANULARITIES)
+    if rank not in RANKS:
+        raise UnknownNameError("rank", rank, RANKS)
+    registry.get(method).options(settings)
+    widths = api.read_bits(bits)
+    source = open_source(drawn(images or shipped_images(model), n, seed))
+    with _common.stages(quiet) as step:
+        loaded = load_model(model, _common.weights_argument(weights), device=place)
+        opened = as_image_set(
+            source,
+            loaded.preprocess,
+            cache_dir=_common.cache_argument(no_cache),
+            skip_bad=skip_bad,
+            progress=partial(step, "decoding images"),
+        )
+        found = api.inspect(loaded, opened, widths, method=method, seed=seed, by=parts, progress=step, **settings)
+    show(found, rank, None if everything else top)
+    if json is not None:
+        _common.say(f"written: {found.save(json)}")
+    if html is not None:
+        from quantlens.report.inspection import write_inspection
+
+        _common.say(f"written: {write_inspection(found, html, rank)}")
+
+
+def shipped_images(model: str) -> str:
+    """The calibration images that ship with a model of the zoo. Raises QuantlensError for another model."""
+    from quantlens import zoo
+    from quantlens.errors import QuantlensError
+
+    if model.endswith(".safetensors"):
+        raise QuantlensError(f"{model}: the float model is inspected; name it and give its checkpoint as --weights")
+    entry = zoo.available().get(model)
+    if entry is None:
+        raise QuantlensError(f"{model} ships without images: give --images SOURCE (`quantlens sources`)")
+    return entry.sources.calibration
+
+
+def show(found: Any, rank: str, top: int | None) -> None:
+    """The ranked tables on the terminal, ``top`` rows of each, or all."""
+    from rich.table import Table
+
+    from quantlens.cli import _common
+    from quantlens.report import inspection
+
+    console = _common.stdout()
+    for by in found.parts:
+        ranked = found.ranked(by, rank)
+        shown = ranked[:top]
+        size = f"all {len(ranked)}" if len(shown) == len(ranked) else f"{len(shown)} of {len(ranked)}"
+        table = Table(box=None, pad_edge=False)
+        titles = inspection.columns(by)
+        for i, name in enumerate(titles):
+            text = i == 0 or (by != "block" and i == len(titles) - 1)
+            table.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=i == 0)
+        for row in inspection.table_rows(shown, by):
+            table.add_row(*row)
+        _common.say(f"{found.model} {found.bits}, {by}s {inspection.RANKED[rank]}: {size}")
+        console.print(table, markup=False)
+        _common.say("")
+    _common.say(inspection.explanation(found))
+    _common.say(f"statistics in {found.seconds['statistics']:.1f} s, parts alone in {found.seconds['alone']:.1f} s")
