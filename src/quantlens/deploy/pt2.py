@@ -138,7 +138,8 @@ def _dequantized(
     if quantizer.axis is None:
         arguments = (codes, float(quantizer.scale), int(quantizer.zero_point), low, high, kind)
         return graph.call_function(operators.dequantize_per_tensor.default, arguments)
-    scales, zeros = _parameters(graph, root, quantizer, name)
+    with graph.inserting_before(codes):  # what is inserted after a node comes out in reverse
+        scales, zeros = _parameters(graph, root, quantizer, name)
     return graph.call_function(
         operators.dequantize_per_channel.default, (codes, scales, zeros, quantizer.axis, low, high, kind)
     )

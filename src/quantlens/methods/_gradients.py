@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from quantlens.calibration import CHUNK, Calibration
 from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
-from quantlens.graph.graph import VIEWS, EdgeHook, op_name
+from quantlens.graph.graph import EdgeHook
 from quantlens.graph.sites import Site
 from quantlens.methods._scale_search import Product
 from quantlens.quantizers import Quantizer
 from quantlens.ranges.guided import sample_rows
+from quantlens.reconstruction.sensitivity import images_together
 
 ROWS = 512
 """Rows (tokens) of a layer's input that are kept."""
@@ -26,9 +27,6 @@ PAIR_ROWS = 1024
 """Query rows of an attention product that are kept, at most :data:`PER_PAIR` of one image (or window)."""
 
 PER_PAIR = 64
-
-MEMORY = 1 << 30
-"""Bytes of activations that one backward pass may keep; they decide how many images go through together."""
 
 Loss = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """(logits with gradient [B, K], logits of the float model [B, K], generator) -> the loss, summed over the images."""
@@ -86,8 +84,8 @@ def collect(
     model), ``None`` for the float model. floor: squared gradients are raised by so many times their layer's mean, which
     adds plain squared error to the weighted one (what is kept are magnitudes then, without sign).
 
-    Memory: the sample, and the activations of as many images as :data:`MEMORY` holds. Raises QuantlensError naming the
-    edge where values are not finite.
+    Memory: the sample, and the activations of as many images as :func:`images_together` allows. Raises
+    QuantlensError naming the edge where values are not finite.
     """
     if loss is not None and (
         torch.is_inference_mode_enabled() or any(t.is_inference() for t in graph.tensors().values())
@@ -107,13 +105,6 @@ def collect(
             if progress is not None:
                 progress(done, pieces)
     return collector.result()
-
-
-def images_together(graph: Graph, passes: int) -> int:
-    """Images whose activations fit into :data:`MEMORY` ``passes`` times, at least 1."""
-    shapes = (n.meta.get("shape") or () for n in graph.fx.nodes if n.op == "call_function" and op_name(n) not in VIEWS)
-    values = sum(math.prod(d for d in shape if d is not None) for shape in shapes if shape)
-    return max(1, MEMORY // (4 * passes * max(values, 1)))
 
 
 class _Collector:

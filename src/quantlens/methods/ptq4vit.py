@@ -230,7 +230,7 @@ def _format(
     # nothing to represent: any scale does
     start = torch.where(start > torch.finfo(torch.float32).tiny * 1e6, start, torch.ones_like(start)).float()
     steps = factors.to(start)[:, None] * start
-    if edge.name == "input" and run["twin"] in ("both", "gelu") and _behind_gelu(edge.value):
+    if edge.name == "input" and run["twin"] in ("both", "gelu") and behind_gelu(edge.value):
         return _gelu_format(values, start, steps[:, 0], bits, aligned=run["gelu_steps"] == "shift")
 
     def uniform(x: Tensor, step: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ def gelu_steps(positive: Tensor, bits: int, *, aligned: bool) -> Tensor:
     return torch.stack(pairs, 1).reshape(-1, 1, 2)
 
 
-def _behind_gelu(value: fx.Node) -> bool:
+def behind_gelu(value: fx.Node) -> bool:
     """Whether a value is a GELU's output, moved at most."""
     while op_name(value) in VIEWS:
         value = value.args[0]  # type: ignore[assignment]

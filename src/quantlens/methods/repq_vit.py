@@ -97,12 +97,7 @@ class RepQViT(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        heads = {site.name for site in graph.sites.head}
-        groups: dict[str, NormGroup] = {}
-        if run["layernorm"] != "tensor":
-            for group in find_norm_groups(graph):
-                if not any(linear.name in heads for linear in group.linears):
-                    groups |= {linear.name: group for linear in group.linears}
+        groups = norm_groups(graph) if run["layernorm"] != "tensor" else {}
         quantizers: dict[str, Quantizer] = {}
         found: dict[str, Reparameterization] = {}
 
@@ -146,6 +141,13 @@ class RepQViT(Method):
             [f"LayerNorm outputs reparameterized from channel- to layer-wise at {len(done)} norms"] if done else []
         )
         return Plan(quantizers, rewrites)
+
+
+def norm_groups(graph: Graph) -> dict[str, NormGroup]:
+    """The LayerNorms that are reparameterized, by the names of the linear layers behind them; not the classifier's."""
+    heads = {site.name for site in graph.sites.head}
+    groups = [g for g in find_norm_groups(graph) if not any(linear.name in heads for linear in g.linears)]
+    return {linear.name: group for group in groups for linear in group.linears}
 
 
 def reparameterize(low: Tensor, high: Tensor, bits: int) -> Reparameterization:

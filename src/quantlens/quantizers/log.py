@@ -29,6 +29,7 @@ class Log(Quantizer):
 
     kind = "log"
     delta: Tensor
+    steps: float
 
     def __init__(self, delta: Tensor, bits: int, *, steps: int = 1):
         super().__init__(bits, signed=False)
@@ -36,15 +37,20 @@ class Log(Quantizer):
             raise ValueError("steps (codes per octave) must be 1 (log2) or 2 (log√2)")
         if bits < 2:
             raise ValueError("a log format needs at least 2 bits")
+        self._prepare(delta, steps, torch.exp2(-torch.arange(2**bits, dtype=torch.float64) / steps))
+
+    def _prepare(self, delta: Tensor, steps: float, levels: Tensor) -> None:
+        """Take δ, the codes per octave and what the codes multiply δ by, float64 [2ᵇ] (the last one becomes 0)."""
         delta = torch.as_tensor(delta, dtype=torch.float32).detach().clone()
         if delta.dim() != 0 or not bool(torch.isfinite(delta)) or not bool(delta > 0):
             raise ValueError("delta must be one positive finite number")
         self.steps = steps
         self.register_buffer("delta", delta)
-        table = self.delta * torch.exp2(-torch.arange(2**bits, dtype=torch.float64) / steps).float().to(delta.device)
+        table = self.delta * levels.float().to(delta.device)
         table[-1] = 0.0
         self.register_buffer("_table", table, persistent=False)
         self._offset = steps * math.log2(float(delta))
+        self._top = float(delta)
 
     @property
     def base(self) -> float:
@@ -60,8 +66,9 @@ class Log(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         if needs_grad(x):
             with torch.no_grad():
-                value = self.decode(self.encode(x))
-                inside = ((x <= self.delta) & (value > 0)).to(x.dtype)
+                codes = self.encode(x)
+                value = self.decode(codes)
+                inside = ((x <= self._top) & (codes != self.qmax)).to(x.dtype)
             return value + (x - x.detach()) * inside
         return self.decode(self._index(x).to(torch.int32))
 

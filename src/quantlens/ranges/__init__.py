@@ -2,13 +2,23 @@
 points."""
 
 from quantlens.ranges.observers import Observation, Observer, as_rows
-from quantlens.ranges.rules import affine, log_by_quantile, minmax, mse, percentile, quantile_mse, symmetric
+from quantlens.ranges.rules import (
+    affine,
+    clipping,
+    log_by_quantile,
+    minmax,
+    mse,
+    percentile,
+    quantile_mse,
+    symmetric,
+)
 
 __all__ = [
     "Observation",
     "Observer",
     "affine",
     "as_rows",
+    "clipping",
     "log_by_quantile",
     "minmax",
     "mse",

@@ -85,7 +85,7 @@ def search(a: Side, b: Side, gradient: Tensor | None, *, transposed: bool = Fals
         error = (a.quantized(some) @ fixed).sub_(expected)
         if weights is not None:
             error.mul_(weights)
-        losses.append(_by_group(error.square_(), a.groups, len(each)))
+        losses.append(by_group(error.square_(), a.groups, len(each)))
     least = torch.cat(losses).argmin(0)  # the first of equal ones
     return replace(a, current=tried[least, each], place=places[least, each])
 
@@ -120,7 +120,7 @@ def _same(old: Side, new: Side) -> bool:
     return old.current is None or new.current is None or bool(torch.equal(old.current, new.current))
 
 
-def _by_group(terms: Tensor, groups: str | Tensor | None, count: int) -> Tensor:
+def by_group(terms: Tensor, groups: str | Tensor | None, count: int) -> Tensor:
     """Sums of terms [n, ..., rows, cols] per group, float64 [n, count]."""
     if isinstance(groups, Tensor):
         rows = terms.sum(-1).double()
@@ -163,4 +163,4 @@ def sample_rows(importance: Tensor, most: int, generator: torch.Generator) -> tu
     return index, (1.0 / chance.gather(-1, index)).float()
 
 
-__all__ = ["FLOOR", "HEADS", "Side", "alternate", "sample_rows", "search", "weighted_error"]
+__all__ = ["FLOOR", "HEADS", "Side", "alternate", "by_group", "sample_rows", "search", "weighted_error"]

@@ -4,17 +4,24 @@ from quantlens.reconstruction.bias import correct_biases, expected_error
 from quantlens.reconstruction.blocks import optimise_scales, reconstruct
 from quantlens.reconstruction.equalisation import (
     Factors,
-    ValuePair,
     balance,
     equalise_norms,
-    find_value_pairs,
-    rescale_values,
     smooth_factors,
 )
-from quantlens.reconstruction.losses import LOSSES, Context, Loss, mse, token_norm
+from quantlens.reconstruction.heads import (
+    ScorePair,
+    ValuePair,
+    find_score_pairs,
+    find_value_pairs,
+    rescale_values,
+    rotate_scores,
+    rotate_values,
+)
+from quantlens.reconstruction.losses import LOSSES, Context, Loss, Metric, MetricLoss, divergence, mse, token_norm
 from quantlens.reconstruction.massive import find_massive, split_massive
 from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale
+from quantlens.reconstruction.sensitivity import fisher_metrics, perturbation_metrics
 from quantlens.reconstruction.settings import Report, Settings, UnitReport
 from quantlens.reconstruction.units import Unit, find_units
 
@@ -25,7 +32,10 @@ __all__ = [
     "Factors",
     "LearnedScale",
     "Loss",
+    "Metric",
+    "MetricLoss",
     "Report",
+    "ScorePair",
     "Settings",
     "Unit",
     "UnitReport",
@@ -33,15 +43,21 @@ __all__ = [
     "annealed_beta",
     "balance",
     "correct_biases",
+    "divergence",
     "equalise_norms",
     "expected_error",
     "find_massive",
+    "find_score_pairs",
     "find_units",
     "find_value_pairs",
+    "fisher_metrics",
     "mse",
     "optimise_scales",
+    "perturbation_metrics",
     "reconstruct",
     "rescale_values",
+    "rotate_scores",
+    "rotate_values",
     "smooth_factors",
     "split_massive",
     "token_norm",

@@ -29,11 +29,12 @@ from quantlens.errors import UnknownNameError, UnsupportedError
 from quantlens.graph import Graph
 from quantlens.quantizers import Plan, Quantizer, Uniform
 from quantlens.reconstruction.checkpoints import Checkpoint
+from quantlens.reconstruction.latent import Latent
 from quantlens.reconstruction.losses import Context, Loss
 from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
 from quantlens.reconstruction.settings import ROUNDING, SCALES, WEIGHTS, Report, Result, Settings, UnitReport
-from quantlens.reconstruction.streams import Cache, Hook, Room, Streams, random_mask
+from quantlens.reconstruction.streams import Cache, Hook, Room, Streams, frozen_hook, random_mask
 from quantlens.reconstruction.units import Unit, find_units
 
 Progress = Callable[[int, int], None]
@@ -46,16 +47,19 @@ def reconstruct(
     settings: Settings | None = None,
     *,
     seed: int = 0,
+    reference: Graph | None = None,
     progress: Progress | None = None,
     checkpoint: Path | str | None = None,
     memory: int = MEMORY,
 ) -> Report:
     """Reconstruct ``graph`` under ``plan`` unit by unit; changes weights of the graph and quantizers of the plan.
 
-    calibration: images, on the graph's device. progress: called with (done, total) steps. checkpoint: a folder where
-    every finished unit is stored; a later call with equal graph, plan, images, settings and seed goes on behind the
-    last finished unit, bit-equal. memory: bytes of cached activations kept in memory, the rest goes to a temporary
-    file. A unit whose loss on all calibration images got worse keeps its start.
+    calibration: images, on the graph's device. reference: the float model to come near to where ``graph`` no longer is
+    it (weights were trained, activation functions replaced): a graph with the same units. progress: called with (done,
+    total) steps. checkpoint: a folder where every finished unit is stored; a later call with equal graph, plan,
+    images, settings and seed goes on behind the last finished unit, bit-equal. memory: bytes of cached activations
+    kept in memory, the rest goes to a temporary file. A unit whose loss on all calibration images got worse keeps its
+    start.
 
     Random numbers come from a CPU generator, seeded per unit. Raises UnsupportedError for a plan with integer operators
     (train before they are put in), UnknownNameError for unit names that do not exist.
@@ -63,18 +67,22 @@ def reconstruct(
     settings = settings or Settings()
     if plan.operators:
         raise UnsupportedError("reconstruction works on quantizers; put integer operators in after it")
-    units = find_units(graph)
+    units, originals = find_units(graph), find_units(reference or graph)
+    if [u.name for u in units] != [u.name for u in originals]:
+        raise UnsupportedError("the reference of a reconstruction must be cut into the same units as its graph")
     if settings.units is not None:
         known = {u.name for u in units}
         for name in settings.units:
             if name not in known:
                 raise UnknownNameError("unit", name, known)
-    store = Checkpoint(checkpoint, graph, plan, calibration, settings, seed) if checkpoint is not None else None
+    store = None
+    if checkpoint is not None:
+        store = Checkpoint(checkpoint, graph, plan, calibration, settings, seed, reference)
     total, resumed, reports = len(units) * max(settings.iterations, 1), 0, []
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="quantlens-") as folder:
         streams = Streams(graph, units, calibration, Room(memory, Path(folder)))
-        for index, unit in enumerate(units):
-            streams.advance_float(unit)
+        for index, (unit, original) in enumerate(zip(units, originals, strict=True)):
+            streams.advance_float(unit, reference or graph, original)
             found = store.read(index, unit) if store is not None else None
             work = _Work(graph, plan.quantizers, unit, streams, settings, seed, index)
             if found is None:
@@ -126,28 +134,6 @@ def optimise_scales(
 
 
 # -- one unit ------------------------------------------------------------------------------------------------------
-class _Latent(torch.nn.Module):
-    """A float weight that is trained straight through its quantizer, in units of its scale."""
-
-    def __init__(self, quantizer: Any, weight: Tensor):
-        super().__init__()
-        self.quantizer = quantizer
-        scale = quantizer._spread(quantizer.scale, weight.dim()) if isinstance(quantizer, Uniform) else weight.std()
-        self.register_buffer("scale", scale.detach().clone())
-        self.register_buffer("start", weight.detach().clone())
-        self.step = torch.nn.Parameter(torch.zeros_like(weight))
-
-    def latent(self) -> Tensor:
-        return self.start + self.step * self.scale  # type: ignore[operator]
-
-    def forward(self) -> Tensor:
-        return fake_quantize(self.quantizer, self.latent())
-
-    @torch.no_grad()
-    def harden(self) -> Tensor:
-        return self.quantizer(self.latent())
-
-
 class _Work:
     """Training of one unit. ``outputs`` holds the accepted unit's results once :meth:`run` has made them."""
 
@@ -184,7 +170,7 @@ class _Work:
         shared: dict[int, LearnedScale] = {}
         for edge in self.unit.edges:
             quantizer = self.all.get(edge.key)
-            if quantizer is None:
+            if quantizer is None and not (edge.is_weight and self.settings.float_weights):
                 continue
             if edge.is_weight:
                 name = str(edge.value.target)
@@ -195,7 +181,9 @@ class _Work:
                     through = self.settings.straight_through
                     self.trained[edge.key] = AdaRound(quantizer, weight, straight_through=through)
                 elif WEIGHTS in optimise:
-                    self.trained[edge.key] = _Latent(quantizer, weight)
+                    self.trained[edge.key] = Latent(quantizer, weight)
+            elif quantizer is None:
+                continue
             elif SCALES in optimise and learnable(quantizer) and owners[id(quantizer)] <= keys:
                 if id(quantizer) not in shared:
                     shared[id(quantizer)] = LearnedScale(quantizer)
@@ -203,22 +191,10 @@ class _Work:
 
     # -- hooks
     def frozen_hook(self, result: Result | None = None) -> Hook:
-        """Applies the plan's quantizers (with ``result``'s changes), weights encoded once."""
-        changed = result.quantizers if result is not None else {}
-        tensors = result.tensors if result is not None else {}
-        weights: dict[str, Tensor] = {}
-        for edge in self.unit.edges:
-            if edge.is_weight and edge.key in self.all:
-                name = str(edge.value.target)
-                weights[edge.key] = self.all[edge.key](tensors.get(name, self.graph.tensor(name)))
-
-        def hook(key: str, value: Tensor) -> Tensor:
-            if key in weights:
-                return weights[key]
-            quantizer = changed.get(key) or self.all.get(key)
-            return value if quantizer is None else quantizer(value)
-
-        return hook
+        """Applies the plan's quantizers (with ``result``'s changes)."""
+        if result is None:
+            return frozen_hook(self.graph, self.unit, self.all)
+        return frozen_hook(self.graph, self.unit, {**self.all, **result.quantizers}, result.tensors)
 
     def training_hook(self) -> Hook:
         """As the frozen hook, with what is trained in its present state, and elements dropped at random."""
@@ -232,7 +208,7 @@ class _Work:
             if key in weights:
                 return weights[key]
             learner = trained.get(key)
-            if isinstance(learner, AdaRound | _Latent):
+            if isinstance(learner, AdaRound | Latent):
                 return learner()
             quantizer = everything.get(key)
             if quantizer is None:
@@ -334,7 +310,7 @@ class _Work:
         rates: dict[type, float] = {
             AdaRound: settings.lr_rounding,
             LearnedScale: settings.lr_scales,
-            _Latent: settings.lr_weights,
+            Latent: settings.lr_weights,
         }
         parameters: dict[type, list[Tensor]] = {}
         for learner in learners:

@@ -39,13 +39,14 @@ class Checkpoint:
         calibration: Calibration,
         settings: Settings,
         seed: int,
+        reference: Graph | None = None,
     ):
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot make the folder {self.folder}: {error.strerror}") from error
-        self.key = fingerprint(graph, plan.quantizers, calibration, settings, seed)
+        self.key = fingerprint(graph, plan.quantizers, calibration, settings, seed, reference)
 
     def _path(self, index: int, unit: Unit) -> Path:
         return self.folder / f"{index:03d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', unit.name)}.safetensors"
@@ -94,10 +95,15 @@ class Checkpoint:
 
 
 def fingerprint(
-    graph: Graph, quantizers: Mapping[str, Quantizer], calibration: Calibration, settings: Settings, seed: int
+    graph: Graph,
+    quantizers: Mapping[str, Quantizer],
+    calibration: Calibration,
+    settings: Settings,
+    seed: int,
+    reference: Graph | None = None,
 ) -> str:
-    """Hex digest of everything that determines a reconstruction: graph, tensors, quantizers, images, settings, seed,
-    torch's version and the kind of device."""
+    """Hex digest of everything that determines a reconstruction: graph, reference, tensors, quantizers, images,
+    settings, seed, torch's version and the kind of device. A loss with a state counts by ``loss.state()``."""
     digest = hashlib.sha256()
 
     def add(*values: Any) -> None:
@@ -110,10 +116,12 @@ def fingerprint(
                 digest.update(f"{len(text)}:".encode() + text)
 
     add(VERSION, torch.__version__, graph.device.type, seed)
-    for node in graph.fx.nodes:
-        add(node.op, node.target, node.args, node.kwargs)
-    for name, tensor in graph.tensors().items():
-        add(name, tensor)
+    for part in (graph, reference):
+        if part is not None:
+            for node in part.fx.nodes:
+                add(node.op, node.target, node.args, node.kwargs)
+            for name, tensor in part.tensors().items():
+                add(name, tensor)
     shared: dict[int, int] = {}
     for key in sorted(quantizers):
         quantizer = quantizers[key]
@@ -122,6 +130,8 @@ def fingerprint(
             add(name, tensor)
     for item in fields(settings):
         value = getattr(settings, item.name)
+        for name, tensor in sorted(getattr(value, "state", dict)().items()):
+            add(item.name, name, tensor)
         if callable(value):
             code = getattr(value, "__code__", None)
             extra = (code.co_code.hex(), code.co_consts) if code is not None else ()

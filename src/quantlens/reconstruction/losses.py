@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,54 @@ def token_norm(got: Tensor, expected: Tensor, context: Context) -> Tensor:
         difference = difference * context.weights
     norm = expected.square().sum(-1) + max(EPSILON * context.scale, torch.finfo(torch.float32).tiny)
     return (difference.sum(-1) / norm).mean()
+
+
+def divergence(got: Tensor, expected: Tensor, context: Context) -> Tensor:
+    """KL(softmax(y) ‖ softmax(ŷ)) of logits [B, K], mean over the images."""
+    return nn.functional.kl_div(got.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A quadratic form on a unit's error that stands for a Hessian or Fisher matrix, diagonal plus low rank.
+
+    diagonal: w, ≥ 0, broadcasts to the output [B, …]. factors: U, [k, n] with n the elements of one row of the output,
+    or None. The form is Σ_j w_j Δ_j² + ‖U·|Δ|‖², the matrix diag(w) + Uᵀ·U applied to the magnitudes of the error.
+    """
+
+    diagonal: Tensor
+    factors: Tensor | None = None
+
+    def __call__(self, difference: Tensor) -> Tensor:
+        """Mean of the form over the rows of an error [B, …]."""
+        rows = len(difference)
+        value = (difference.square() * self.diagonal.to(difference.device)).sum() / rows
+        if self.factors is not None:
+            low_rank = difference.abs().reshape(rows, -1) @ self.factors.to(difference.device).T
+            value = value + low_rank.square().sum() / rows
+        return value
+
+
+@dataclass(frozen=True)
+class MetricLoss:
+    """A loss with a :class:`Metric` for every unit; the divergence at the logits, squared error for a unit that has
+    none.
+
+    metrics: by name of the unit. They may be on any device.
+    """
+
+    metrics: Mapping[str, Metric] = field(repr=False)
+
+    def __call__(self, got: Tensor, expected: Tensor, context: Context) -> Tensor:
+        if context.is_logits:
+            return divergence(got, expected, context)
+        metric = self.metrics.get(context.unit)
+        return mse(got, expected, context) if metric is None else metric(got - expected)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the loss depends on, for a checkpoint's fingerprint."""
+        found = {f"{name}.diagonal": m.diagonal for name, m in self.metrics.items()}
+        return found | {f"{name}.factors": m.factors for name, m in self.metrics.items() if m.factors is not None}
 
 
 LOSSES: dict[str, Loss] = {"mse": mse, "token-norm": token_norm}

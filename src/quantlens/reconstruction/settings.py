@@ -31,10 +31,12 @@ class Settings:
     iterations: steps per unit, split evenly over ``rounds``. After each round the unit is frozen and measured on all
         images; the next round starts from the best result so far with half the learning rate.
     batch_size: images per step. lr_*: learning rates of Adam; scales are learned as multiples of their start, weights
-        in units of their scale. They fall to zero along a cosine, but for soft rounding.
+        in units of their scale (of their standard deviation without a quantizer). They fall to zero along a cosine,
+        but for soft rounding.
     straight_through, regularisation, beta, warmup: see :class:`.rounding.AdaRound` and :func:`.rounding.annealed_beta`;
         the regulariser is the mean over a unit's weights times ``regularisation``.
     units: names of the units to train; None: all.
+    float_weights: with "weights", weights that are not quantized are trained too.
     """
 
     optimise: tuple[str, ...] = (ROUNDING, SCALES)
@@ -54,6 +56,7 @@ class Settings:
     beta: tuple[float, float] = (20.0, 2.0)
     warmup: float = 0.2
     units: tuple[str, ...] | None = None
+    float_weights: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.optimise if name not in (ROUNDING, SCALES, WEIGHTS)]
@@ -61,6 +64,8 @@ class Settings:
             raise UnknownNameError("part to optimise", unknown[0], (ROUNDING, SCALES, WEIGHTS))
         if ROUNDING in self.optimise and WEIGHTS in self.optimise:
             raise QuantlensError("either the rounding or the weights themselves can be optimised, not both")
+        if self.float_weights and WEIGHTS not in self.optimise:
+            raise QuantlensError('float_weights says which weights are trained; name "weights" in optimise too')
         if isinstance(self.loss, str) and self.loss not in LOSSES:
             raise UnknownNameError("reconstruction loss", self.loss, LOSSES)
         if self.inputs not in ("quantized", "float", "mixed"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from quantlens.calibration import CHUNK, Calibration
 from quantlens.errors import StorageError, UnsupportedError
 from quantlens.graph import Graph
+from quantlens.quantizers import Quantizer
 from quantlens.reconstruction.units import Unit
 
 
@@ -92,24 +93,28 @@ class Streams:
 
     def run(self, unit: Unit, env: dict[fx.Node, Any], images: int, hook: Hook | None) -> list[Tensor]:
         """Values of the unit's results; ``env`` holds its sources."""
-        shape = (images, *self.graph.input.meta["shape"][1:])
-        env.setdefault(self.graph.input, torch.empty(shape, device="meta"))  # for its batch size alone
-        out = self.graph.run(unit.nodes, env, hook=hook, keep=unit.results)
-        return [out[node] for node in unit.results]
+        return run_unit(self.graph, unit, env, images, hook)
 
-    def outputs(self, unit: Unit, hook: Hook | None, *, of_float: bool = False) -> dict[fx.Node, Cache]:
-        """The unit's results for all images."""
-        inputs = self.float if of_float else self.quantized
+    def outputs(self, unit: Unit, hook: Hook | None) -> dict[fx.Node, Cache]:
+        """The quantized unit's results for all images."""
+        return self._outputs(self.quantized, unit, self.graph, unit, hook)
+
+    def _outputs(
+        self, inputs: dict[fx.Node, Cache], unit: Unit, graph: Graph, same: Unit, hook: Hook | None
+    ) -> dict[fx.Node, Cache]:
+        """Results of ``unit``, computed by its counterpart ``same`` in ``graph``."""
         caches = {node: Cache(self.room, self.count) for node in unit.results}
         for first in range(0, self.count, CHUNK):
             last = min(first + CHUNK, self.count)
-            env: dict[fx.Node, Any] = {s: inputs[s].slice(first, last, self.device) for s in unit.sources}
-            for node, value in zip(unit.results, self.run(unit, env, last - first, hook), strict=True):
+            pairs = zip(unit.sources, same.sources, strict=True)
+            env: dict[fx.Node, Any] = {s: inputs[n].slice(first, last, self.device) for n, s in pairs}
+            for node, value in zip(unit.results, run_unit(graph, same, env, last - first, hook), strict=True):
                 caches[node].put(first, last - first, value)
         return caches
 
-    def advance_float(self, unit: Unit) -> None:
-        self.float.update(self.outputs(unit, None, of_float=True))
+    def advance_float(self, unit: Unit, graph: Graph, same: Unit) -> None:
+        """Take the float stream through ``unit``, as its counterpart ``same`` in the float model ``graph`` has it."""
+        self.float.update(self._outputs(self.float, unit, graph, same, None))
 
     def advance_quantized(self, unit: Unit, outputs: dict[fx.Node, Cache]) -> None:
         self.quantized.update(outputs)
@@ -133,6 +138,35 @@ class Streams:
                 exact = self.float[node].pick(images, self.device)
                 env[node] = torch.where(random_mask(exact.shape, float_share, generator, self.device), exact, env[node])
         return env
+
+
+def run_unit(graph: Graph, unit: Unit, env: dict[fx.Node, Any], images: int, hook: Hook | None) -> list[Tensor]:
+    """Values of a unit's results; ``env`` holds its sources, ``images`` is the size of the batch."""
+    shape = (images, *graph.input.meta["shape"][1:])
+    env.setdefault(graph.input, torch.empty(shape, device="meta"))  # for its batch size alone
+    out = graph.run(unit.nodes, env, hook=hook, keep=unit.results)
+    return [out[node] for node in unit.results]
+
+
+def frozen_hook(
+    graph: Graph, unit: Unit, quantizers: Mapping[str, Quantizer], tensors: Mapping[str, Tensor] | None = None
+) -> Hook:
+    """Applies quantizers to the edges of a unit, weights encoded once. tensors: weights that stand in for the graph's,
+    by name."""
+    weights: dict[str, Tensor] = {}
+    for edge in unit.edges:
+        name = str(edge.value.target)
+        if edge.is_weight and (edge.key in quantizers or (tensors and name in tensors)):
+            weight = tensors[name] if tensors and name in tensors else graph.tensor(name)
+            weights[edge.key] = quantizers[edge.key](weight) if edge.key in quantizers else weight
+
+    def hook(key: str, value: Tensor) -> Tensor:
+        if key in weights:
+            return weights[key]
+        quantizer = quantizers.get(key)
+        return value if quantizer is None else quantizer(value)
+
+    return hook
 
 
 def random_mask(shape: torch.Size, p: float, generator: torch.Generator, device: torch.device) -> Tensor:

@@ -1,0 +1,200 @@
+"""MLPs with GELU made into MLPs with ReLU, and refitted (APHQ-ViT, Wu et al., CVPR 2025, section 3.4).
+
+What comes out of a ReLU has one sign and no crowd of small negative values, so that few bits go further. The two linear
+layers are refitted to put out what they did with GELU, on the inputs that they have in the float model, also where the
+hidden values are clipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quantlens.calibration import Calibration, Look, Walk
+from quantlens.graph import Edge, Graph
+from quantlens.graph.sites import Site
+from quantlens.reconstruction.closed_form import Moments, output_shift, ridge
+
+CLIPPED = 2
+"""Weight of the error with clipped hidden values, against that without (the authors' code)."""
+
+RIDGE = 1e-2
+"""Damping of the second layer's least-squares start (:func:`~quantlens.reconstruction.closed_form.ridge`)."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Two linear layers with a GELU between them and nothing else."""
+
+    first: Site
+    gelu: Site
+    second: Site
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How MLPs are refitted.
+
+    steps, batch: of Adam, and rows (tokens) per step. lr: in standard deviations of the weights, falling to 0 along a
+    cosine. quantile: of the positive hidden values, where they are clipped.
+    """
+
+    steps: int
+    batch: int = 1024
+    lr: float = 0.02
+    quantile: float = 0.98
+
+
+def find_mlps(graph: Graph) -> list[Mlp]:
+    """All MLPs of a graph whose hidden values nothing else reads."""
+    linears = {site.node: site for site in graph.sites.of_kind("linear")}
+    found = []
+    for gelu in graph.sites.of_kind("gelu"):
+        source, readers = gelu.node.args[0], list(gelu.node.users)
+        if source in linears and len(source.users) == 1 and len(readers) == 1 and readers[0] in linears:
+            found.append(Mlp(linears[source], gelu, linears[readers[0]]))
+    return found
+
+
+def replace_gelu(
+    graph: Graph,
+    calibration: Calibration,
+    fit: Fit,
+    weights: Mapping[str, Tensor],
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, tuple[float, float]]:
+    """Replace GELU by ReLU in all MLPs of ``graph`` and refit each on the float model's values.
+
+    weights: by name of the second layer, how much an error of each element of its output counts, [1, …] like the
+    output of one image; mean 1 (missing: all the same). Returns by name of the second layer the weighted squared error
+    of its output, as a share of its weighted squared output: with the old weights behind ReLU, and refitted.
+    """
+    mlps = find_mlps(graph)
+    by_input = {mlp.first.edges["input"].key: mlp for mlp in mlps}
+    generator = torch.Generator().manual_seed(seed)
+    errors: dict[str, tuple[float, float]] = {}
+    fitted: dict[str, Tensor] = {}
+
+    def decide(edge: Edge, look: Look) -> None:
+        mlp = by_input[edge.key]
+        work = _Refit(graph, mlp, torch.cat(list(look.tensors())), weights.get(mlp.second.name), fit)
+        tensors, errors[mlp.second.name] = work.run(generator)
+        fitted.update(tensors)
+        if progress is not None:
+            progress(len(errors), len(mlps))
+
+    Walk(graph, calibration, sequential=False, seed=seed).run([m.first.edges["input"] for m in mlps], decide)
+    for name, tensor in fitted.items():
+        graph.set_tensor(name, tensor)
+    for mlp in mlps:
+        node = mlp.gelu.node
+        node.target, node.args, node.kwargs = torch.ops.aten.relu.default, node.args[:1], {}
+    graph.invalidate()
+    return errors
+
+
+class _Weights(NamedTuple):
+    """Weights and biases of both layers."""
+
+    first: Tensor
+    start: Tensor | None
+    second: Tensor
+    end: Tensor | None
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """What the activation function reads."""
+        return functional.linear(inputs, self.first, self.start)
+
+    def outputs(self, hidden: Tensor) -> Tensor:
+        """What the second layer makes of hidden values."""
+        return functional.linear(hidden, self.second, self.end)
+
+
+class _Refit:
+    """Refitting of one MLP on inputs [n, tokens …, C] (all calibration images)."""
+
+    def __init__(self, graph: Graph, mlp: Mlp, inputs: Tensor, spread: Tensor | None, fit: Fit):
+        self.fit, self.names = fit, (mlp.first.weight, mlp.first.bias, mlp.second.weight, mlp.second.bias)
+        self.old = _Weights(*(None if n is None else graph.tensor(n) for n in self.names))  # type: ignore[arg-type]
+        self.inputs = inputs.reshape(-1, inputs.shape[-1])
+        hidden = functional.gelu(self.old.hidden(self.inputs))
+        self.outputs = self.old.outputs(hidden)
+        shape = (*inputs.shape[:-1], self.outputs.shape[-1])
+        spread = torch.ones((), device=inputs.device) if spread is None else spread.to(inputs.device)
+        self.spread = spread.expand(shape).reshape(self.outputs.shape)
+        positive = hidden[hidden > 0]
+        self.bound = float(_quantile(positive, fit.quantile)) if len(positive) else math.inf
+
+    def errors(self, weights: _Weights, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Weighted mean squared error of some rows' outputs, and the same with clipped hidden values."""
+        hidden = weights.hidden(self.inputs[rows]).relu()
+        plain, clipped = (
+            (weights.outputs(h) - self.outputs[rows]).square().mul(self.spread[rows]).mean()
+            for h in (hidden, hidden.clamp_max(self.bound))
+        )
+        return plain, clipped
+
+    def loss(self, weights: _Weights, rows: Tensor | slice = slice(None)) -> Tensor:
+        plain, clipped = self.errors(weights, rows)
+        return plain + CLIPPED * clipped
+
+    def run(self, generator: torch.Generator) -> tuple[dict[str, Tensor], tuple[float, float]]:
+        """The new tensors by name, and the relative error before and after."""
+        size = float((self.outputs.square() * self.spread).mean()) or 1.0
+        best, least = self.old, math.inf
+        for candidate in self._candidates(generator):
+            if (loss := float(self.loss(candidate))) < least:
+                best, least = candidate, loss
+        made = {n: t for n, t in zip(self.names, best, strict=True) if n is not None and t is not None}
+        return made, (float(self.errors(self.old)[0]) / size, float(self.errors(best)[0]) / size)
+
+    def _candidates(self, generator: torch.Generator) -> Iterator[_Weights]:
+        """As it was; with the best second layer for the old first one; both trained from there."""
+        yield self.old
+        start = self._least_squares()
+        yield start
+        yield self._train(start, generator)
+
+    def _least_squares(self) -> _Weights:
+        """The second layer by ridge regression, hidden values behind ReLU against those behind GELU."""
+        if self.old.end is None:
+            return self.old
+        before = self.old.hidden(self.inputs)
+        plain, wanted = before.relu(), functional.gelu(before)
+        clipped = plain.clamp_max(self.bound)
+        moments = Moments.of([(plain, wanted), *[(clipped, wanted)] * CLIPPED])
+        second = ridge(self.old.second, moments, RIDGE)
+        return self.old._replace(
+            second=second, end=(self.old.end - output_shift(self.old.second, second, moments)).float()
+        )
+
+    def _train(self, start: _Weights, generator: torch.Generator) -> _Weights:
+        """Adam on both layers."""
+        weights = _Weights(*(None if t is None else t.clone().requires_grad_(True) for t in start))  # type: ignore[arg-type]
+        groups = []
+        for pair in (weights[:2], weights[2:]):
+            rate = self.fit.lr * float(pair[0].detach().std())  # type: ignore[union-attr]
+            groups.append({"params": [t for t in pair if t is not None], "lr": rate, "start": rate})
+        optimiser, count = torch.optim.Adam(groups), len(self.inputs)
+        for step in range(self.fit.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = group["start"] * 0.5 * (1 + math.cos(math.pi * step / self.fit.steps))
+            rows = torch.randint(count, (min(self.fit.batch, count),), generator=generator).to(self.inputs.device)
+            with torch.enable_grad():
+                optimiser.zero_grad(set_to_none=True)
+                self.loss(weights, rows).backward()
+            optimiser.step()
+        return _Weights(*(None if t is None else t.detach() for t in weights))  # type: ignore[arg-type]
+
+
+def _quantile(values: Tensor, p: float) -> Tensor:
+    """The p-quantile of a flat tensor of any size."""
+    return values.kthvalue(max(1, math.ceil(p * len(values)))).values

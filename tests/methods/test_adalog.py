@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import quantlens as ql
+from quantlens import zoo
+from quantlens.data import load_images, open_source
+from quantlens.errors import QuantlensError, UnsupportedError
+from quantlens.quantizers import AdaLog, Log, Uniform
+
+
+@pytest.fixture(scope="module")
+def model(small_models):
+    return ql.load_model(small_models["vit"], input_size=(3, 32, 32), name="vit")
+
+
+@pytest.fixture(scope="module")
+def quantized(model, pictures):
+    return ql.quantize(model, pictures, method="adalog", bits="W4A4")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    entry = zoo.available()["digits-vit"]
+
+    def images(spec):
+        return load_images(open_source(spec), entry.preprocess, cache_dir=tmp_path_factory.mktemp("cache")).tensor()
+
+    return {
+        "model": ql.load_model("digits-vit"),
+        "calibration": images(f"{entry.sources.calibration}?n=32&seed=0"),
+        "images": images(entry.sources.id),
+    }
+
+
+def _divergence(digits, **settings) -> float:
+    """KL of the float model's class probabilities from the quantized one's, on images not calibrated on."""
+    qmodel = ql.quantize(digits["model"], digits["calibration"], **settings)
+    with torch.inference_mode():
+        expected = digits["model"](digits["images"]).double().log_softmax(-1)
+        got = qmodel(digits["images"]).double().log_softmax(-1)
+    return float((expected.exp() * (expected - got)).sum(-1).mean())
+
+
+def test_formats(quantized):
+    """Softmax and GELU outputs have adaptive log codes; q, k and v a scale per head; weights one per channel."""
+    formats = quantized.plan.quantizers
+    probs, gelu = formats["blocks.0.attn.probs.output"], formats["blocks.0.mlp.fc2.input"]
+    assert isinstance(probs, AdaLog)
+    assert float(probs.delta) == 1.0
+    assert float(probs.shift) == 0.0
+    assert isinstance(gelu, AdaLog)
+    assert float(gelu.shift) == pytest.approx(0.16997124)
+    for key in ("scores.q", "scores.k", "context.v"):
+        assert formats[f"blocks.0.attn.{key}"].granularity == "head"
+    assert formats["blocks.0.attn.qkv.weight"].granularity == "channel"
+    assert formats["blocks.0.attn.qkv.input"].granularity == "tensor"
+    assert any("reparameterized" in line for line in quantized.plan.rewrites)
+
+
+def test_what_the_options_turn_off(model, pictures):
+    formats = ql.quantize(
+        model, pictures, method="adalog", bits="W4A4", log="none", attention_granularity="tensor", layernorm="tensor"
+    ).plan
+    assert all(isinstance(q, Uniform) for q in formats.quantizers.values())
+    assert {q.granularity for q in formats.quantizers.values()} == {"tensor", "channel"}
+    assert formats.rewrites == []
+
+
+def test_the_adaptive_base_beats_sqrt2(model, pictures, quantized):
+    """On the attention it was searched on, in the context that it makes."""
+    graph = ql.quantize(model, pictures, bits="FP32").graph
+    seen = {}
+
+    def hook(key, value):
+        seen[key] = value
+        return value
+
+    calls = [n for n in graph.fx.nodes if n.op == "call_function"]
+    graph.run(calls, {graph.input: pictures}, hook=hook, keep=[graph.output])
+    for block in (0, 1):
+        probs = seen[f"blocks.{block}.attn.context.probs"]
+        v = seen[f"blocks.{block}.attn.context.v"]
+        errors = [
+            float(((q(probs) - probs) @ v).square().sum())
+            for q in (
+                quantized.plan.quantizers[f"blocks.{block}.attn.probs.output"],
+                Log(torch.tensor(1.0), 4, steps=2),
+            )
+        ]
+        assert errors[0] < errors[1]
+
+
+def test_it_beats_repq(digits):
+    """At 3 bits, where the losses are clear of the noise; a short search is enough."""
+    short = {"rounds": 1, "steps": 1, "candidates": 32}
+    found = _divergence(digits, method="adalog", bits="W3A3", **short)
+    assert found < 0.9 * _divergence(digits, method="repq-vit", bits="W3A3")
+
+
+def test_saved_and_read_back_the_logits_are_equal(quantized, pictures, tmp_path):
+    again = ql.load(quantized.save(tmp_path / "q.safetensors"))
+    assert torch.equal(again(pictures), quantized(pictures))
+    assert isinstance(again.plan.quantizers["blocks.0.mlp.fc2.input"], AdaLog)
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".pt2"])
+def test_it_is_exported_as_a_simulation_alone(ending, model, pictures, tmp_path):
+    pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
+    from quantlens.deploy.artefact import Artefact
+    from quantlens.deploy.export import export
+
+    quantized = ql.quantize(model, pictures, method="adalog", bits="W6A6", rounds=1, steps=2)
+    with pytest.raises(UnsupportedError, match="--simulate"):
+        export(quantized, tmp_path / f"m{ending}")
+    path = export(quantized, tmp_path / f"m{ending}", simulate=True)
+    expected = quantized(pictures)
+    if ending == ".pt2":
+        got = torch.export.load(path).module()(pictures)
+    else:
+        got = torch.as_tensor(Artefact(path, threads=1)(pictures))
+    assert float((got - expected).square().sum()) < 1e-6 * float(expected.square().sum())
+
+
+@pytest.mark.parametrize("options", [{"rounds": 0}, {"steps": 0}, {"candidates": 3}])
+def test_wrong_options_are_named(options, model, pictures):
+    with pytest.raises(QuantlensError, match="rounds"):
+        ql.quantize(model, pictures, method="adalog", bits="W4A8", **options)

@@ -1,0 +1,259 @@
+"""qdrop, i-and-s-vit, fima-q, aphq-vit: what makes each of them, and that it helps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import quantlens as ql
+from quantlens import zoo
+from quantlens.calibration import Calibration
+from quantlens.data import load_images, open_source
+from quantlens.errors import QuantlensError
+from quantlens.graph import graph_of
+from quantlens.methods import registry
+from quantlens.methods._reconstruction import START_OPTIONS
+from quantlens.quantizers import ShiftedLog, Uniform
+
+DROPPING = ("qdrop", "fima-q", "aphq-vit")
+METHODS = (*DROPPING, "i-and-s-vit")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    entry = zoo.available()["digits-vit"]
+
+    def images(spec):
+        return load_images(open_source(spec), entry.preprocess, cache_dir=tmp_path_factory.mktemp("cache")).tensor()
+
+    model, test = ql.load_model("digits-vit"), images(entry.sources.id)[:200]
+    calibration = images(f"{entry.sources.calibration}?n=32&seed=0")
+    return {"model": model, "calibration": calibration, "images": test, "expected": model(test).log_softmax(-1)}
+
+
+@pytest.fixture(scope="module")
+def vit(small_models):
+    return ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+
+
+def _divergence(digits, method, bits, **options) -> float:
+    """From the float model's probabilities, on images that were not seen."""
+    q = ql.quantize(digits["model"], digits["calibration"][:16], method=method, bits=bits, **options)
+    expected = digits["expected"]
+    return float((expected.exp() * (expected - q(digits["images"]).log_softmax(-1))).sum(-1).mean())
+
+
+# -- reconstruction helps ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_come_nearer_and_so_does_the_model(method, digits):
+    """Every block's loss falls, and the divergence on other images with it."""
+    some = digits["calibration"][:16]
+    q = ql.quantize(digits["model"], some, method=method, bits="W3A4", iterations=32)
+    reports = q.plan.info["reconstruction"]
+    units = reports["quantized"] if isinstance(reports, dict) else reports
+    assert all(u["after"] <= u["before"] for u in units)
+    assert sum(u["accepted"] for u in units) >= len(units) - 1
+    expected = digits["expected"]
+    after = float((expected.exp() * (expected - q(digits["images"]).log_softmax(-1))).sum(-1).mean())
+    assert after < 0.6 * _divergence(digits, method, "W3A4", iterations=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "ablation"), [("fima-q", {"loss": "mse"}), ("i-and-s-vit", {"smooth": False, "iterations": 24})]
+)
+def test_parts_help(method, ablation, digits):
+    """The Fisher matrix and the smooth first stage, on images not seen."""
+    settings = {"bits": "W4A4", "iterations": 24}
+    assert _divergence(digits, method, **settings) < _divergence(digits, method, **{**settings, **ablation})
+
+
+# -- what each one is --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", METHODS)
+def test_starts_have_equal_options(method, vit, pictures):
+    info = registry.get(method).info
+    assert set(START_OPTIONS) <= set(info.options)
+    assert "iterations" in info.options
+    assert "paper" in info.options["iterations"].help
+    q = ql.quantize(vit, pictures, method=method, bits="W4A4", iterations=1, attention="head", token_scales=True)
+    plan = q.plan.quantizers
+    assert plan["blocks.0.attn.scores.q"].granularity == "head"
+    assert len(plan["blocks.0.attn.scores.q"].scale) == 2
+    assert plan["blocks.0.mlp.fc1.input"].granularity == "token"
+    assert len(plan["blocks.0.mlp.fc1.input"].scale) == 17
+    assert any("reparameterized" in line for line in q.plan.rewrites)
+    q = ql.quantize(vit, pictures, method=method, bits="W4A4", iterations=1, attention="tensor", layernorm="tensor")
+    assert all(x.axis is None for k, x in q.plan.quantizers.items() if not k.endswith(".weight"))
+    assert not any("reparameterized" in line for line in q.plan.rewrites)
+
+
+@pytest.mark.parametrize("method", ["qdrop", "fima-q", "i-and-s-vit"])
+def test_the_float_model_stays_the_function_it_was(method, vit, pictures):
+    q = ql.quantize(vit, pictures, method=method, bits="W4A4", iterations=0)
+    if method == "i-and-s-vit":
+        q = ql.quantize(vit, pictures, method=method, bits="W4A4", iterations=0, smooth=False)
+    torch.testing.assert_close(q.graph(pictures), vit(pictures), rtol=1e-3, atol=1e-3)
+
+
+def test_tokens_of_windows_share_a_scale(small_models, pictures):
+    """Where a tensor is not [batch, tokens, channels], there is no position to have a scale of."""
+    swin = ql.load_model(small_models["swin"], input_size=(3, 32, 32))
+    q = ql.quantize(swin, pictures, method="qdrop", bits="W4A4", iterations=1, token_scales=True)
+    by_rank = {}
+    for key, quantizer in q.plan.quantizers.items():
+        if key.endswith(".input"):
+            edge = q.graph.sites.edges[key]
+            by_rank.setdefault(len(edge.value.meta["shape"]), set()).add(quantizer.granularity)
+    assert by_rank[4] == {"tensor"}
+
+
+def test_softmax_of_i_and_s_vit(vit, pictures):
+    plan = ql.quantize(vit, pictures, method="i&s-vit", bits="W4A4", iterations=0).plan.quantizers
+    assert isinstance(plan["blocks.0.attn.probs.output"], ShiftedLog)
+    plan = ql.quantize(vit, pictures, method="ias-vit", bits="W4A4", iterations=0, softmax="uniform").plan.quantizers
+    assert isinstance(plan["blocks.0.attn.probs.output"], Uniform)
+
+
+def test_the_three_stages(vit, pictures):
+    """Stage 1 trains float weights on channel-wise activations; what ships is layer-wise, on the grid of the weights,
+    and aims at the model as it was given."""
+    q = ql.quantize(vit, pictures, method="i-and-s-vit", bits="W4A4", iterations=16)
+    reports = q.plan.info["reconstruction"]
+    assert set(reports) == {"smooth", "quantized"}
+    assert any(u["accepted"] for u in reports["smooth"])
+    assert q.plan.quantizers["blocks.0.attn.qkv.input"].axis is None
+    for edge, quantizer in q.weight_edges():
+        weight = q.graph.tensor(str(edge.value.target))
+        report = next(u for u in reports["quantized"] if edge.key.startswith(u["unit"]) or "…" in u["unit"])
+        assert not report["accepted"] or torch.equal(quantizer(weight), weight) or "…" in report["unit"]
+    assert list(
+        ql.quantize(vit, pictures, method="i-and-s-vit", bits="W4A4", iterations=2, smooth=False).plan.info[
+            "reconstruction"
+        ]
+    ) == ["quantized"]
+
+
+def test_stage_one_leaves_no_codes(vit, pictures, monkeypatch):
+    """In stage 1 weights are float: no weight has a quantizer, and they change."""
+    from quantlens.methods import i_and_s_vit as module
+
+    seen = []
+
+    def spy(graph, plan, calibration, settings, **more):
+        seen.append(
+            (settings, dict(plan.quantizers), graph.tensor("blocks.0.mlp.fc1.weight").clone(), more["reference"])
+        )
+        return module_reconstruct(graph, plan, calibration, settings, **more)
+
+    module_reconstruct = module.reconstruct
+    monkeypatch.setattr(module, "reconstruct", spy)
+    ql.quantize(vit, pictures, method="i-and-s-vit", bits="W4A4", iterations=16)
+    (first, start, before, reference), (second, end, after, same) = seen
+    assert not any(k.endswith(".weight") for k in start)
+    assert start["blocks.0.attn.qkv.input"].axis == -1
+    assert end["blocks.0.attn.qkv.input"].axis is None
+    assert any(k.endswith(".weight") for k in end)
+    assert (first.inputs, second.inputs) == ("float", "quantized")
+    assert not torch.allclose(before, after)
+    assert reference is same
+    torch.testing.assert_close(reference(pictures), vit(pictures))
+
+
+def test_the_losses_of_fima_q_differ(vit, pictures):
+    found = {
+        loss: ql.quantize(vit, pictures, method="fima-q", bits="W3A4", iterations=8, loss=loss)(pictures)
+        for loss in ("dplr", "diagonal", "low-rank", "mse")
+    }
+    names = list(found)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert not torch.equal(found[a], found[b]), (a, b)
+
+
+def test_relu_takes_the_place_of_gelu(vit, pictures):
+    q = ql.quantize(vit, pictures, method="aphq-vit", bits="W4A4", iterations=2, mlp_iterations=40)
+    assert not q.graph.sites.of_kind("gelu")
+    assert all(after < before for before, after in q.plan.info["mlp"].values())
+    assert any("ReLU" in line for line in q.plan.rewrites)
+    quantizer = q.plan.quantizers["blocks.0.mlp.fc2.input"]
+    assert int(quantizer.zero_point) == 0, "one sign"
+    kept = ql.quantize(vit, pictures, method="aphq-vit", bits="W4A4", iterations=2, mlp="gelu")
+    assert len(kept.graph.sites.of_kind("gelu")) == 2
+    torch.testing.assert_close(kept.graph.clone()(pictures).shape, q(pictures).shape)
+
+
+def test_blocks_of_aphq_aim_at_the_model_with_gelu(vit, pictures, monkeypatch):
+    from quantlens.methods import aphq_vit as module
+
+    seen = {}
+    real = module.reconstruct
+    monkeypatch.setattr(module, "reconstruct", lambda *a, **k: (seen.update(k), real(*a, **k))[1])
+    ql.quantize(vit, pictures, method="aphq-vit", bits="W4A4", iterations=1, mlp_iterations=3)
+    torch.testing.assert_close(seen["reference"](pictures), vit(pictures))
+
+
+def test_block_weights_are_those_of_the_block(vit, pictures):
+    from quantlens.methods.aphq_vit import block_weights
+    from quantlens.reconstruction import perturbation_metrics
+
+    graph = graph_of(vit)
+    metrics = perturbation_metrics(graph, Calibration.of(pictures, vit.preprocess))
+    weights = block_weights(graph, metrics)
+    assert set(weights) == {"blocks.0.mlp.fc2", "blocks.1.mlp.fc2"}
+    found = weights["blocks.1.mlp.fc2"]
+    assert float(found.mean()) == pytest.approx(1.0, rel=1e-4)
+    assert float(found[:, 1:].max()) < 1e-3 * float(found[:, 0].mean()), "the class token alone is read behind block 1"
+
+
+# -- names, options, kills -------------------------------------------------------------------------------------------
+def test_names():
+    for alias, name in (
+        ("i&s-vit", "i-and-s-vit"),
+        ("IAS_ViT", "i-and-s-vit"),
+        ("fimaq", "fima-q"),
+        ("aphq", "aphq-vit"),
+    ):
+        assert registry.get(alias).info.name == name
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("qdrop", {"iterations": -1}, "iterations"),
+        ("qdrop", {"batch_size": 0}, "batch_size"),
+        ("qdrop", {"drop": 1.5}, "drop"),
+        ("fima-q", {"rank": 0}, "rank"),
+        ("fima-q", {"damping": 0}, "damping"),
+        ("aphq-vit", {"step": 0}, "step"),
+        ("aphq-vit", {"mlp_iterations": -3}, "mlp_iterations"),
+        ("i-and-s-vit", {"iterations": 2.5}, "iterations"),
+    ],
+)
+def test_wrong_options_are_named(method, options, message, vit, pictures):
+    with pytest.raises(QuantlensError, match=message):
+        ql.quantize(vit, pictures, method=method, bits="W4A4", **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_goes_on(method, vit, pictures, tmp_path):
+    short = {"iterations": 8} | ({"mlp_iterations": 4} if method == "aphq-vit" else {})
+
+    def run(**more):
+        return ql.quantize(vit, pictures, method=method, bits="W4A4", **short, **more)
+
+    whole = run()
+
+    def kill(done, total):
+        if done > 0.85 * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint=str(tmp_path), progress=kill)
+    assert list(tmp_path.rglob("*.safetensors"))
+    assert torch.equal(run(checkpoint=str(tmp_path))(pictures), whole(pictures))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_and_read_back(method, vit, pictures, tmp_path):
+    q = ql.quantize(vit, pictures, method=method, bits="W3A4", iterations=2)
+    again = ql.load(q.save(tmp_path / "q.safetensors"))
+    assert torch.equal(again(pictures), q(pictures))

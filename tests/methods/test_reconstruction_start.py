@@ -1,0 +1,69 @@
+"""The quantizers that reconstruction methods start from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quantlens.methods._reconstruction import softmax_quantizer, softmax_range
+from quantlens.ranges import Observation, affine, clipping, mse
+
+
+class _Look:
+    """What a walk shows of an edge, for tensors at hand."""
+
+    def __init__(self, *pieces):
+        self.pieces = pieces
+
+    def tensors(self):
+        return list(self.pieces)
+
+    def __call__(self, axis=None, tail=0.0):
+        assert axis is None
+        return Observation.of(torch.cat([p.flatten() for p in self.pieces])[None], tail)
+
+
+@pytest.fixture(scope="module")
+def probs():
+    """[4, 2, 64, 64]: a flat head and a peaked one."""
+    scores = torch.randn(4, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    return (scores * torch.tensor([0.5, 3.0])[:, None, None]).softmax(-1)
+
+
+def test_clipping_keeps_the_short_end():
+    """Of a GELU's outputs the negative values keep levels; a symmetric tensor is clipped at both ends."""
+    x = torch.nn.functional.gelu(torch.randn(1, 20000, generator=torch.Generator().manual_seed(1)) * 2)
+    seen = Observation.of(x)
+    low, high = clipping(seen, 4)
+    assert torch.equal(low, x.amin(1))
+    assert float(high) < float(x.max())
+    bias = {rule: float((affine(*rule(seen, 4), 4)(x) - x)[x < 0].mean().abs()) for rule in (clipping, mse)}
+    assert bias[clipping] < bias[mse]
+    y = torch.randn(1, 20000, generator=torch.Generator().manual_seed(2))
+    low, high = clipping(Observation.of(y), 3)
+    assert float(-low) == pytest.approx(float(high), rel=1e-6)
+    assert float(high) < 0.8 * float(y.abs().max())
+
+
+def test_the_softmax_range_is_the_best_of_its_candidates(probs):
+    def error(high, x):
+        e = affine(torch.zeros(1), torch.tensor([high]), 4)(x) - x
+        return float((e.square().sum(-1) + e.sum(-1).square()).mean())
+
+    low, high = softmax_range(_Look(probs), 4, by_head=False)
+    assert float(low) == 0.0
+    tried = [error(float(probs.max()) * f, probs) for f in torch.linspace(1, 0.05, 39).tolist()]
+    assert error(float(high), probs) < 1.1 * min(tried), "up to the rows that were looked at"
+    _, heads = softmax_range(_Look(probs[:2], probs[2:]), 4, by_head=True)
+    assert heads.shape == (2,)
+    assert float(heads[0]) < 0.5 * float(heads[1]), "the flat head has a finer range"
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"), [("uniform", "uniform"), ("log-sqrt2", "log"), ("shifted-log2", "shifted-log2")]
+)
+def test_softmax_formats(how, kind, probs):
+    quantizer = softmax_quantizer(_Look(probs), 4, how, by_head=True)
+    assert quantizer.kind == kind
+    assert bool(torch.isfinite(quantizer(probs)).all())
+    assert (quantizer.granularity == "head") == (how == "uniform")
