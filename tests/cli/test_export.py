@@ -7,6 +7,8 @@ import json
 import pytest
 from PIL import Image
 
+from quantlens.deploy.processor import saturates
+
 pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
 
 
@@ -21,6 +23,7 @@ def test_from_quantize_to_predict(run, tmp_path):
     assert code == 0, err
     assert "unknown below" in out
     assert "equal predictions" in out
+    assert ("x64quantprecision" in out) == saturates()
     code, out, err = run("evaluate", str(file), "--id", "embedded:digits-test?n=40&seed=0", "--json", "-", "--no-cache")
     assert code == 0, err
     assert json.loads(out)["bits"] == "W8A8"
@@ -37,6 +40,31 @@ def test_from_quantize_to_predict(run, tmp_path):
     code, out, err = run("bench", str(file), "--rounds", "3", "--batch", "1,2", "--json", str(timings))
     assert code == 0, err
     assert [t["batch"] for t in json.loads(timings.read_text())] == [1, 2]
+
+
+def test_the_decision_page(run, tmp_path):
+    """evaluate and bench with --store, then the report, joined by the file."""
+    file, store = tmp_path / "d.onnx", str(tmp_path / "results")
+    images = "embedded:digits-calibration?n=16&seed=0"
+    code, _, err = run("export", "digits-vit", "--out", str(file), "--guard-images", images)
+    assert code == 0, err
+    sets = ("--id", "embedded:digits-test?n=40&seed=0", "--ood", "letters=embedded:letters?n=20&seed=0", "--no-cache")
+    code, out, err = run("evaluate", str(file), *sets, "--scores", "msp", "--store", store)
+    assert (code, "looks unknown" in out) == (0, True), err
+    code, _, err = run("evaluate", "digits-vit", *sets, "--store", store)
+    assert (code, "--store" in err) == (2, True)
+    bench = ("bench", str(file), "--fp32", "digits-vit", "--rounds", "3", "--store", store)
+    code, _, err = run(*bench, "--files", str(tmp_path / "kept"))
+    assert code == 0, err
+    assert (tmp_path / "kept" / "fp32.onnx").is_file()
+    code, _, err = run("report", store)
+    assert code == 0, err
+    html = (tmp_path / "results" / "report.html").read_text(encoding="utf-8")
+    section = html.split('<section id="decision">')[1].split("</section>")[0]
+    assert "d.onnx" in section
+    assert "on the front" in section
+    assert "letters: balanced accuracy %" in section
+    assert "not evaluated" in section, "the float model in OpenVINO was timed only"
 
 
 def test_mistakes_are_told_in_one_line(run, tmp_path):

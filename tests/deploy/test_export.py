@@ -10,7 +10,8 @@ import torch
 
 import quantlens as ql
 from quantlens.deploy.artefact import Artefact
-from quantlens.deploy.export import export, guard_score, onnx_model
+from quantlens.deploy.export import export
+from quantlens.deploy.guard import guard_figures, guard_score, looks_unknown
 from quantlens.deploy.parity import parity
 from quantlens.errors import BadWeightsError, QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.quantizers import Uniform, float_model
@@ -55,13 +56,13 @@ def test_integers_are_those_that_were_measured(ending, architecture, loaded, pic
     assert _sqnr(qmodel(pictures), artefact(pictures)) > _sqnr(loaded[architecture](pictures), artefact(pictures)) + 3
 
 
-def test_codes_scales_and_zero_points_are_in_the_file(loaded, pictures):
+def test_codes_scales_and_zero_points_are_in_the_file(loaded, pictures, tmp_path):
     """Every initializer named by an edge is the quantizer's own parameter, every stored weight its codes."""
     from onnx import numpy_helper
 
     for bits in ("W8A8", "W4A8"):
         qmodel = ql.quantize(loaded["swin"], pictures, method="minmax", bits=bits, target=TARGET)
-        proto = onnx_model(qmodel, {}, "msp", simulate=False)
+        proto = onnx.load(export(qmodel, tmp_path / "m.onnx"))
         held = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
         for key, quantizer in qmodel.plan.quantizers.items():
             assert np.array_equal(held[f"{key}.scale"], quantizer.scale.numpy())
@@ -93,18 +94,21 @@ def test_four_bit_weights_are_packed(loaded, pictures, tmp_path):
     sizes = {}
     for bits in ("W8A8", "W4A8"):
         qmodel = ql.quantize(ql.load_model("digits-vit"), _digits(8), method="minmax", bits=bits, target=TARGET)
-        proto = onnx_model(qmodel, {}, "msp", simulate=False)
+        proto = onnx.load(export(qmodel, tmp_path / "m.onnx"))
         sizes[bits] = sum(len(t.raw_data) for t in proto.graph.initializer if t.name.endswith(".codes"))
         assert _sqnr(qmodel(_digits(4)), Artefact(export(qmodel, tmp_path / "m.onnx"), threads=1)(_digits(4))) > 35
     assert sizes["W4A8"] == pytest.approx(sizes["W8A8"] / 2, rel=1e-3)
 
 
 def _digits(count):
+    return _tensor(f"embedded:digits-calibration?n={count}&seed=0")
+
+
+def _tensor(source):
     from quantlens.data import load_images, open_source
 
     model = ql.load_model("digits-vit")
-    source = open_source(f"embedded:digits-calibration?n={count}&seed=0")
-    return load_images(source, model.preprocess, cache_dir=False).tensor()
+    return load_images(open_source(source), model.preprocess, cache_dir=False).tensor()
 
 
 # -- what has no integers ----------------------------------------------------------------------------------------------
@@ -185,6 +189,21 @@ def test_the_guard(guard, ending, loaded, pictures, tmp_path):
     assert (scores >= threshold["value"] - 1e-5).mean() == 0.75
 
 
+def test_how_often_the_guard_is_right():
+    guard = {"score": "maxlogit", "keep": 0.75, "threshold": {"value": 2.0, "n": 9}}
+    known = looks_unknown(guard, np.array([[3.0, 0.0], [0.0, 2.0], [1.0, 1.5], [9.0, 0.0]]))
+    other = looks_unknown(guard, np.array([[1.0, 0.0], [2.5, 2.0]]))
+    assert known.tolist() == [False, False, True, False], "a score on the threshold is known"
+    found = guard_figures(guard, known, {"far": other})
+    assert found["id"] == {"n": 4, "kept": 0.75}
+    assert found["ood"]["far"] == {"n": 2, "flagged": 0.5, "balanced_accuracy": 0.625}
+    assert found["threshold"] == guard["threshold"]
+    bare = {**guard, "threshold": None}
+    assert looks_unknown(bare, np.zeros((1, 2))) is None
+    assert guard_figures(bare, None, {}) is None
+    assert looks_unknown(None, np.zeros((1, 2))) is None
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_the_file_is_measured_like_a_model(ending, tmp_path):
     _need(ending)
@@ -192,7 +211,8 @@ def test_the_file_is_measured_like_a_model(ending, tmp_path):
     qmodel = ql.quantize(model, _digits(16), method="minmax", bits="W8A8", target=TARGET)
     artefact = Artefact(export(qmodel, tmp_path / f"m{ending}", guard_images=_digits(16)), threads=1)
     settings = {"id": "embedded:digits-test?n=100&seed=0", "ood": {"letters": "embedded:letters?n=60&seed=0"}}
-    shipped = ql.evaluate(artefact, **settings, cache_dir=False).to_dict()
+    measured = ql.evaluate(artefact, **settings, cache_dir=False)
+    shipped = measured.to_dict()
     simulated = ql.evaluate(qmodel, **settings, cache_dir=False).to_dict()
     assert abs(shipped["id"]["top1"] - simulated["id"]["top1"]) <= 0.01
     for figure in ("aupr_out", "auroc"):
@@ -201,6 +221,13 @@ def test_the_file_is_measured_like_a_model(ending, tmp_path):
         )
     assert (shipped["method"], shipped["bits"], shipped["model"]) == ("minmax", "W8A8", "digits-vit")
     assert "knn" in shipped["scores_unavailable"]
+    assert simulated["guard"] is None
+    value = artefact.guard["threshold"]["value"]
+    for source, what in (("embedded:digits-test?n=100&seed=0", "id"), ("embedded:letters?n=60&seed=0", "letters")):
+        unknown = float((artefact.run(_tensor(source).numpy())[1] < value).mean())
+        said = 1 - shipped["guard"]["id"]["kept"] if what == "id" else shipped["guard"]["ood"][what]["flagged"]
+        assert said == pytest.approx(unknown), "what the file's own second output says"
+    assert "looks unknown" in str(measured)
     found = parity(qmodel, artefact, _digits(12))
     assert found.n == 12
     assert found.agreement >= 0.9
@@ -252,4 +279,7 @@ def test_the_record_travels(loaded, pictures, tmp_path):
     assert artefact.preprocess == qmodel.preprocess
     assert json.dumps(artefact.options)
     assert artefact.guard["threshold"] is None
+    openvino = Artefact(export(qmodel, tmp_path / "m.xml"), threads=1)
+    assert "INFERENCE_PRECISION_HINT" in " ".join(openvino.advice())
+    assert openvino.fingerprint != artefact.fingerprint == Artefact(tmp_path / "m.onnx").fingerprint
     assert artefact.size_mb == pytest.approx((tmp_path / "m.onnx").stat().st_size / 1e6)

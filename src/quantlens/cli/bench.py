@@ -14,12 +14,21 @@ HELP = """Time exported models against each other, in one process with interleav
 The first contender is the baseline of the ratios: with --fp32 that is the float model in PyTorch, followed by the float
 model in the runtimes that are installed; with --peers also what the runtimes' own tools make of it at 8 bits.
 
+With --store the timings are kept in the store of a study, beside the evaluations that `quantlens evaluate FILE --store`
+keeps there, and `quantlens report` shows accuracy, OOD detection, latency and size in one table with its Pareto front.
+
 [bold]Examples[/bold]
 
     quantlens bench digits.onnx digits.xml --batch 1,8 --threads 1,2
 
     quantlens bench deit.xml --fp32 deit_tiny_patch16_224 \\
       --weights deit_tiny.safetensors --json bench.json
+
+    quantlens evaluate deit.xml --id imagenet:val --store results
+
+    quantlens bench deit.xml --store results
+
+    quantlens report results
 """
 
 
@@ -38,13 +47,18 @@ def bench(
     peers: Annotated[
         bool, typer.Option("--peers", help="Also ONNX Runtime's and NNCF's own int8 (needs --fp32).")
     ] = False,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Images that the peers quantize with (default: noise).")
+    ] = None,
+    files: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the float and the peers' files here, to evaluate them too.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the timings in the store of a study.")] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the timings as JSON.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """See HELP."""
     import tempfile
-
-    import numpy as np
 
     from quantlens.cli import _common
     from quantlens.deploy import bench as timing
@@ -57,15 +71,16 @@ def bench(
     (size,) = sizes
     if peers and fp32 is None:
         raise QuantlensError("--peers needs --fp32 MODEL: the float model that the other tools quantize")
-    with tempfile.TemporaryDirectory() as folder, _common.stages(quiet) as step:
+    with tempfile.TemporaryDirectory() as scratch, _common.stages(quiet) as step:
+        folder = scratch if files is None else files
         contenders = [timing.contender(path) for path in artefacts]
         if fp32 is not None:
             from quantlens.models import load_model
 
             model = load_model(fp32, _common.weights_argument(weights))
             floats = [timing.eager(model), *timing.float_files(model, Path(folder))]
-            noise = np.random.default_rng(0).standard_normal((16, *size), dtype=np.float32)
-            contenders = floats + (timing.peers(model, noise, Path(folder)) if peers else []) + contenders
+            others = timing.peers(model, _images(calibration, model, size), Path(folder)) if peers else []
+            contenders = floats + others + contenders
         found = timing.bench(
             contenders,
             input_size=size,  # type: ignore[arg-type]
@@ -75,11 +90,30 @@ def bench(
             progress=lambda done, total: step("timing", done, total),
         )
     _common.stdout().print(_table(found))
+    if store is not None:
+        from quantlens.studies.benchmarks import put_timings
+        from quantlens.studies.environment import environment
+        from quantlens.studies.store import Store
+
+        with Store(store) as kept:
+            put_timings(kept, [t.to_dict() for t in found], [c.facts for c in contenders], environment())
+        _common.say(f"kept in {store}; `quantlens report {store}` shows them")
     if json is not None:
         import json as standard
 
         json.write_text(standard.dumps([t.to_dict() for t in found], indent=1), encoding="utf-8")
         _common.say(f"written: {json}")
+
+
+def _images(calibration: str | None, model: Any, size: tuple[int, ...]) -> Any:
+    """What the peers quantize with: float32 [n, 3, H, W]; noise gives their speed, not their accuracy."""
+    import numpy as np
+
+    if calibration is None:
+        return np.random.default_rng(0).standard_normal((16, *size), dtype=np.float32)
+    from quantlens.data import as_image_set, open_source
+
+    return as_image_set(open_source(calibration), model.preprocess).tensor().numpy()
 
 
 def _table(found: list[Any]) -> Any:

@@ -86,3 +86,5 @@ def export(
     _common.say(f"{path}: {artefact.name} {artefact.bits}, {artefact.size_mb:.2f} MB; {guard} score, {said}")
     if found is not None:
         _common.say(found.sentence(artefact.runtime))
+    for line in artefact.advice():
+        _common.say(line)

@@ -3,6 +3,7 @@ model."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from quantlens.data import Preprocess
 from quantlens.deploy.export import _need
+from quantlens.deploy.processor import saturates
 from quantlens.errors import BadWeightsError
 
 
@@ -29,7 +31,9 @@ class Prediction(NamedTuple):
 class Artefact:
     """A .onnx or .xml (OpenVINO) file written by :func:`quantlens.export`, ready to run on the CPU.
 
-    threads: CPU threads (None: the runtime's choice). Raises BadWeightsError for a file that is missing, damaged or
+    threads: CPU threads (None: the runtime's choice). Where the processor's integer sums saturate (see
+    :mod:`quantlens.deploy.processor`), ONNX Runtime is told to avoid it, and OpenVINO computes with the same codes in
+    float: right, and not faster than FP32. Raises BadWeightsError for a file that is missing, damaged or
     not written by quantlens.
     """
 
@@ -146,10 +150,26 @@ class Artefact:
         """Name and version of what runs it."""
         return self._runtime.version
 
+    def advice(self) -> list[str]:
+        """Sentences on what must be set to get these figures where the file is loaded without quantlens."""
+        said = []
+        if self.path.suffix == ".xml":
+            said.append(
+                "OpenVINO computes float operations in bfloat16 on processors that have it; the file cannot say "
+                'otherwise, so compile it with {"INFERENCE_PRECISION_HINT": "f32"} (quantlens.Artefact does)'
+            )
+        if saturates() and self.bits != "FP32":
+            setting = (
+                'compile it with {"LP_TRANSFORMS_MODE": False}, which is right and no faster than FP32'
+                if self.path.suffix == ".xml"
+                else 'set the session entry "session.x64quantprecision" to "1"'
+            )
+            said.append(f"this processor's 8-bit sums saturate (no VNNI): {setting} (quantlens.Artefact does)")
+        return said
+
     @property
     def size_bytes(self) -> int:
-        files = [self.path, self.path.with_suffix(".bin")] if self.path.suffix == ".xml" else [self.path]
-        return sum(f.stat().st_size for f in files)
+        return sum(f.stat().st_size for f in files_of(self.path))
 
     @property
     def size_mb(self) -> float:
@@ -160,12 +180,42 @@ class Artefact:
     def size_ratio(self) -> float:
         return self.size_bytes / (4 * self.num_parameters)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the file, of an .xml and its .bin together."""
+        digest = hashlib.sha256()
+        for file in files_of(self.path):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """What the file is, as a benchmark's row names it."""
+        return {
+            "fingerprint": self.fingerprint,
+            "file": self.path.name,
+            "runtime": self.runtime,
+            "model": self.name,
+            "method": self.method,
+            "bits": self.bits,
+            "seed": self.seed,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "size_mb": self.size_mb,
+        }
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of an exported model: an .xml has its weights in the .bin beside it."""
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
 
 class _OnnxRuntime:
     def __init__(self, path: Path, threads: int | None):
         ort = _need("onnxruntime")
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        if saturates():  # weights as unsigned codes, whose products ONNX Runtime adds without saturation
+            options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
@@ -187,6 +237,8 @@ class _OpenVINO:
         core = openvino.Core()
         # float32 where the model is float: some CPUs would take bfloat16 by default, which is not what was measured
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        if saturates():  # OpenVINO has no kernels that add without saturation: the same codes in float arithmetic
+            settings["LP_TRANSFORMS_MODE"] = False
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:

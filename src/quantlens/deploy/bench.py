@@ -3,18 +3,19 @@ though the machine's speed drifts."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quantlens.deploy.artefact import Artefact
+from quantlens.deploy.artefact import Artefact, files_of
 from quantlens.errors import QuantlensError
 
 
@@ -22,8 +23,8 @@ from quantlens.errors import QuantlensError
 class Timing:
     """One model at one batch size and thread count: milliseconds per batch (median, 10th and 90th percentile),
     images per second, file size, memory that a loaded model that has run once holds (MB, 10⁶ bytes; None where not
-    measured), and
-    ``speedup``: the baseline's median over this one's."""
+    measured),
+    ``speedup``: the baseline's median over this one's, and the fingerprint and runtime of what was timed."""
 
     label: str
     batch: int
@@ -35,6 +36,8 @@ class Timing:
     size_mb: float | None
     memory_mb: float | None
     speedup: float
+    fingerprint: str = ""
+    runtime: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,11 +45,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time. make: threads -> function of images [B, 3, H, W] float32. path: its file, if it has one."""
+    """Something to time. make: threads -> function of images [B, 3, H, W] float32. path: its file, if it has one.
+    facts: what it is (see `Artefact.facts`)."""
 
     label: str
     make: Callable[[int], Callable[[np.ndarray], Any]]
     path: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def contender(path: str | Path, label: str | None = None) -> Contender:
@@ -56,7 +61,7 @@ def contender(path: str | Path, label: str | None = None) -> Contender:
     def make(threads: int) -> Callable[[np.ndarray], Any]:
         return Artefact(path, threads=threads).run
 
-    return Contender(label or path.name, make, path)
+    return Contender(label or path.name, make, path, Artefact(path).facts())
 
 
 def eager(model: Any, label: str = "PyTorch eager FP32") -> Contender:
@@ -74,7 +79,20 @@ def eager(model: Any, label: str = "PyTorch eager FP32") -> Contender:
 
         return run
 
-    return Contender(label, make)
+    import torch
+
+    facts = {
+        "fingerprint": f"torch {model.checkpoint_sha256 or model.name}",
+        "file": None,
+        "runtime": f"torch {torch.__version__}",
+        "model": model.name,
+        "method": "fp32",
+        "bits": "FP32",
+        "seed": 0,
+        "checkpoint_sha256": model.checkpoint_sha256,
+        "size_mb": None,
+    }
+    return Contender(label, make, facts=facts)
 
 
 def bench(
@@ -130,6 +148,8 @@ def bench(
                         size_mb=size,
                         memory_mb=held[c.label],
                         speedup=float(medians[0] / medians[j]),
+                        fingerprint=c.facts.get("fingerprint", ""),
+                        runtime=c.facts.get("runtime", ""),
                     )
                 )
     return found
@@ -156,6 +176,7 @@ def peers(model: Any, calibration: np.ndarray, folder: Path) -> list[Contender]:
 
 def _ort_static(model: Any, calibration: np.ndarray, folder: Path) -> Contender | None:
     try:
+        import onnx
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
     except ImportError:
         return None
@@ -171,7 +192,10 @@ def _ort_static(model: Any, calibration: np.ndarray, folder: Path) -> Contender 
 
     source, target = export(model, folder / "peer-fp32.onnx"), folder / "onnxruntime-static.onnx"
     quantize_static(source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
-    _copy_metadata(source, target)
+    made = onnx.load(target)
+    record = {p.key: p.value for p in onnx.load(source).metadata_props}
+    onnx.helper.set_model_props(made, record | {"plan": _peer_plan(record["plan"], "onnxruntime-static", calibration)})
+    onnx.save(made, target)
     return contender(target, "ONNX Runtime static int8 (its defaults)")
 
 
@@ -186,22 +210,21 @@ def _nncf(model: Any, calibration: np.ndarray, folder: Path) -> Contender | None
     source = openvino.Core().read_model(export(model, folder / "peer-fp32.xml"))
     data = nncf.Dataset([image[None] for image in calibration])
     quantized = nncf.quantize(source, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration))
+    plan = source.get_rt_info(["quantlens", "plan"]).value
+    quantized.set_rt_info(_peer_plan(plan, "nncf-transformer", calibration), ["quantlens", "plan"])
     target = folder / "nncf.xml"
     openvino.save_model(quantized, target, compress_to_fp16=False)
     return contender(target, "NNCF int8 (transformer)")
 
 
-def _copy_metadata(source: Path, target: Path) -> None:
-    import onnx
-
-    made = onnx.load(target)
-    onnx.helper.set_model_props(made, {p.key: p.value for p in onnx.load(source).metadata_props})
-    onnx.save(made, target)
+def _peer_plan(plan: str, method: str, calibration: np.ndarray) -> str:
+    """The float file's record (JSON) as that of what another tool made of it."""
+    made = {"method": method, "bits": "W8A8", "calibration": {"n": len(calibration)}}
+    return json.dumps(json.loads(plan) | made)
 
 
 def _size(path: Path) -> float:
-    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-    return sum(f.stat().st_size for f in files) / 1e6
+    return sum(f.stat().st_size for f in files_of(path)) / 1e6
 
 
 _MEMORY = """

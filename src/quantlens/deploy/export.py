@@ -17,15 +17,11 @@ from typing import Any
 import numpy as np
 
 from quantlens._version import __version__
+from quantlens.deploy.guard import GUARDS, KEEP, guard_threshold
+from quantlens.deploy.onnx_file import Initializer, check, pieces
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError, UnsupportedError
 from quantlens.files import write_whole
 from quantlens.quantizers import QuantizedModel, float_model
-
-GUARDS = ("msp", "energy", "maxlogit")
-"""Scores that a file can carry; larger means more in-distribution."""
-
-KEEP = 0.95
-"""Share of in-distribution images that the threshold keeps."""
 
 
 def export(
@@ -61,34 +57,11 @@ def export(
         raise UnsupportedError(f"{path}: give a file that ends in .onnx or .xml (OpenVINO) or .pt2 (PyTorch)")
     threshold = None if guard_images is None else guard_threshold(qmodel, guard_images, guard, keep)
     record = metadata(qmodel, guard, keep, threshold)
-    proto = onnx_model(qmodel, record, guard, simulate=simulate)
+    proto, initializers = onnx_model(qmodel, record, guard, simulate=simulate)
     if path.suffix == ".onnx":
-        write_whole(path, proto.SerializeToString())
+        write_whole(path, pieces(proto, initializers))
         return path
-    return _openvino(proto, record, path)
-
-
-def guard_threshold(qmodel: QuantizedModel, images: Any, guard: str, keep: float = KEEP) -> dict[str, Any]:
-    """{"value", "n"}: the score that the share ``keep`` of in-distribution images reaches."""
-    import torch
-
-    from quantlens.calibration import Calibration
-
-    found = []
-    with torch.inference_mode():
-        for batch in Calibration.of(images, qmodel.preprocess, device=qmodel.device):
-            found.append(guard_score(qmodel(batch).cpu().numpy(), guard))
-    scores = np.concatenate(found)
-    return {"value": float(np.quantile(scores, 1 - keep)), "n": len(scores)}
-
-
-def guard_score(logits: np.ndarray, guard: str) -> np.ndarray:
-    """The guard's score of logits [n, K]: [n], larger is more in-distribution."""
-    largest = logits.max(axis=1)
-    if guard == "maxlogit":
-        return largest
-    total = np.exp(logits - largest[:, None]).sum(axis=1)
-    return 1 / total if guard == "msp" else largest + np.log(total)
+    return _openvino(proto, initializers, record, path)
 
 
 def metadata(qmodel: QuantizedModel, guard: str, keep: float, threshold: dict[str, Any] | None) -> dict[str, str]:
@@ -102,9 +75,11 @@ def metadata(qmodel: QuantizedModel, guard: str, keep: float, threshold: dict[st
     }
 
 
-def onnx_model(qmodel: QuantizedModel, record: dict[str, str], guard: str, *, simulate: bool) -> Any:
-    """The checked ONNX ModelProto."""
-    onnx = _need("onnx")
+def onnx_model(
+    qmodel: QuantizedModel, record: dict[str, str], guard: str, *, simulate: bool
+) -> tuple[Any, list[Initializer]]:
+    """The checked ONNX ModelProto without its initializers, and these."""
+    _need("onnx")
     from onnx import TensorProto, helper
 
     from quantlens.deploy.onnx_graph import IR_VERSION, OPSET, Emitter
@@ -131,7 +106,6 @@ def onnx_model(qmodel: QuantizedModel, record: dict[str, str], guard: str, *, si
             helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", qmodel.num_classes]),
             helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"]),
         ],
-        list(emitter.constants.values()),
     )
     proto = helper.make_model(
         graph,
@@ -141,18 +115,21 @@ def onnx_model(qmodel: QuantizedModel, record: dict[str, str], guard: str, *, si
         producer_version=__version__,
     )
     helper.set_model_props(proto, record)
-    onnx.checker.check_model(proto, full_check=True)
-    return proto
+    initializers = list(emitter.constants.values())
+    check(proto, initializers)
+    return proto, initializers
 
 
-def _openvino(proto: Any, record: dict[str, str], path: Path) -> Path:
+def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str], path: Path) -> Path:
     openvino = _need("openvino")
-    model = openvino.Core().read_model(proto.SerializeToString())
-    for key, value in record.items():
-        model.set_rt_info(value, ["quantlens", key])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            source = Path(folder) / "model.onnx"
+            write_whole(source, pieces(proto, initializers))
+            model = openvino.Core().read_model(source)
+            for key, value in record.items():
+                model.set_rt_info(value, ["quantlens", key])
             openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)
             os.replace(Path(folder) / path.with_suffix(".bin").name, path.with_suffix(".bin"))
             os.replace(Path(folder) / path.name, path)

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
+from quantlens.deploy.onnx_file import Initializer
 from quantlens.errors import UnsupportedError
 from quantlens.graph import Graph
 from quantlens.graph.graph import op_name
-from quantlens.quantizers import Log, Quantizer, Uniform
+from quantlens.quantizers import AdaLog, Log, Quantizer, Uniform
 
 OPSET = 21
 """ONNX operator set written: the first with 4-bit weights in DequantizeLinear."""
@@ -37,7 +38,7 @@ class Emitter:
     def __init__(self, graph: Graph, quantizers: dict[str, Quantizer], *, simulate: bool = False):
         self.graph, self.quantizers, self.simulate = graph, quantizers, simulate
         self.nodes: list[Any] = []
-        self.constants: dict[str, Any] = {}
+        self.constants: dict[str, Initializer] = {}
         self.names: dict[fx.Node, str] = {}
         self.edges = graph.sites.edges_by_node
         self._count = 0
@@ -59,28 +60,26 @@ class Emitter:
 
     def constant(self, value: Any, name: str | None = None, dtype: Any = None) -> str:
         """An initializer from a tensor, array, list or number; the same array under one name is written once."""
-        from onnx import numpy_helper
-
-        array = value.detach().cpu().contiguous().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         if dtype is not None:
             array = array.astype(dtype)
         elif array.dtype == np.float64:
             array = array.astype(np.float32)
         name = name or self.fresh("const")
         if name not in self.constants:
-            self.constants[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
+            self.constants[name] = Initializer.of(name, array)
         return name
 
     def codes(self, codes: np.ndarray, kind: str, name: str) -> str:
         """An initializer of integer codes; 4-bit ones are packed two to a byte."""
-        from onnx import TensorProto, helper
+        from onnx import TensorProto
 
         raw = codes.astype(np.int8 if kind == "INT8" else np.uint8)
         if kind in ("INT4", "UINT4"):
             flat = np.append(codes.reshape(-1), 0)[: codes.size + codes.size % 2].astype(np.int16) & 0xF
             raw = (flat[0::2] | (flat[1::2] << 4)).astype(np.uint8)
-        tensor = helper.make_tensor(name, getattr(TensorProto, kind), list(codes.shape), raw.tobytes(), raw=True)
-        self.constants[name] = tensor
+        made = Initializer(name, getattr(TensorProto, kind), codes.shape, raw.nbytes, lambda: raw.tobytes())
+        self.constants[name] = made
         return name
 
     # -- the graph ----------------------------------------------------------------------------------------------------
@@ -169,20 +168,23 @@ class Emitter:
             levels = self.op("Round", self.op("Mul", source, inverse))
             levels = self.op("Min", self.op("Max", levels, low), high)
             return self.op("Mul", levels, self.constant(quantizer._spread(quantizer.scale, dims)))
+        if isinstance(quantizer, AdaLog) and bool(quantizer.shift != 0):
+            shift = self.constant(quantizer.shift)
+            return self.op("Sub", self._logarithmic(quantizer, self.op("Add", source, shift)), shift)
         if isinstance(quantizer, Log):
-            positive = self.op("Max", source, self.constant(np.float32(1e-38)))
-            octaves = self.op(
-                "Mul", self.op("Log", positive), self.constant(np.float32(-quantizer.steps / np.log(2.0)))
-            )
-            k = self.op("Add", octaves, self.constant(np.float32(quantizer._offset)))
-            last = float(quantizer.qmax - 1)
-            is_zero = self.op("Greater", k, self.constant(np.float32(last + quantizer.steps)))
-            nearest = self.op(
-                "Clip", self.op("Round", k), self.constant(np.float32(0)), self.constant(np.float32(last))
-            )
-            code = self.op("Where", is_zero, self.constant(np.float32(last + 1)), nearest)
-            return self.op("Gather", self.constant(quantizer._table), self.op("Cast", code, to=7))
+            return self._logarithmic(quantizer, source)
         raise UnsupportedError(f"the format {quantizer.kind!r} cannot be written as ONNX operations yet")
+
+    def _logarithmic(self, quantizer: Log, source: str) -> str:
+        """Values of a log format, before an AdaLog's shift."""
+        positive = self.op("Max", source, self.constant(np.float32(1e-38)))
+        octaves = self.op("Mul", self.op("Log", positive), self.constant(np.float32(-quantizer.steps / np.log(2.0))))
+        k = self.op("Add", octaves, self.constant(np.float32(quantizer._offset)))
+        last = float(quantizer.qmax - 1)
+        is_zero = self.op("Greater", k, self.constant(np.float32(last + quantizer.steps)))
+        nearest = self.op("Clip", self.op("Round", k), self.constant(np.float32(0)), self.constant(np.float32(last)))
+        code = self.op("Where", is_zero, self.constant(np.float32(last + 1)), nearest)
+        return self.op("Gather", self.constant(quantizer._table), self.op("Cast", code, to=7))
 
     def dequantized_weight(self, node: fx.Node, weight: Tensor, *, transpose: bool) -> str:
         """The weight of a linear or conv node, quantized if it has a quantizer; transposed to [in, out] on request."""

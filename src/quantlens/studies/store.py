@@ -10,6 +10,8 @@ Tables
     plan      the cells of the current study in order, each by its identity (see `cells.identity`)
     bindings  identity -> key: which cell answers for a planned identity (known once the checkpoint has been hashed)
     claims    key -> owner: the cells that run now
+    artefacts exported files by fingerprint: what each is, and its evaluation (see `benchmarks`)
+    timings   latency of artefacts: one row per run, artefact, batch size and thread count
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from typing import Any
 
 from quantlens.errors import StorageError
 
-FORMAT = 1
-"""Version of the file's layout (`PRAGMA user_version`)."""
+FORMAT = 2
+"""Version of the file's layout (`PRAGMA user_version`). 1 had no artefacts and timings; such a store is read, and the
+first write adds the tables."""
 
 BUSY_SECONDS = 30.0
 STALE_SECONDS = 180.0
@@ -51,6 +54,11 @@ CREATE TABLE IF NOT EXISTS bindings (identity TEXT PRIMARY KEY, key TEXT NOT NUL
 CREATE TABLE IF NOT EXISTS claims (
     key TEXT PRIMARY KEY, owner TEXT NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL, started REAL NOT NULL,
     heartbeat REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS artefacts (
+    fingerprint TEXT PRIMARY KEY, facts TEXT NOT NULL, result BLOB, created TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS timings (
+    run TEXT NOT NULL, fingerprint TEXT NOT NULL, batch INTEGER NOT NULL, threads INTEGER NOT NULL,
+    timing TEXT NOT NULL, PRIMARY KEY (run, fingerprint, batch, threads));
 """
 
 
@@ -186,7 +194,7 @@ class Store:
                 self._check_format(connection)
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
-                if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+                if connection.execute("PRAGMA user_version").fetchone()[0] < FORMAT:
                     connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
             except BaseException:
                 connection.close()
@@ -232,7 +240,7 @@ class Store:
             )
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: all of it is in the file, or none."""
         with self._errors():
             connection = self._connect(write=True)
@@ -245,7 +253,8 @@ class Store:
                     connection.execute("ROLLBACK")
                 raise
 
-    def _rows(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """What a query finds."""
         with self._errors():
             return self._connect(write=False).execute(query, parameters).fetchall()
 
@@ -267,7 +276,7 @@ class Store:
         """
         if status not in ("done", "failed"):
             raise ValueError(f"status must be 'done' or 'failed', not {status!r}")
-        with self._writing() as connection:
+        with self.writing() as connection:
             before = connection.execute("SELECT status FROM cells WHERE key = ?", (key,)).fetchone()
             connection.execute("DELETE FROM claims WHERE key = ?", (key,))
             if before is not None and before[0] == "done":
@@ -275,34 +284,32 @@ class Store:
             connection.execute(
                 "INSERT OR REPLACE INTO cells (key, spec, status, result, error, created, seconds) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (key, to_json(dict(spec)), status, _packed(result), error, now(), float(seconds)),
+                (key, to_json(dict(spec)), status, packed(result), error, now(), float(seconds)),
             )
         return True
 
     def cells(self, *, everything: bool = False) -> list[Cell]:
         """The finished cells of the current study in its order; with `everything` those of earlier ones too."""
         columns = "c.key, c.spec, c.status, c.result, c.error, c.created, c.seconds"
-        if not everything and self._rows("SELECT 1 FROM plan LIMIT 1"):
+        if not everything and self.rows("SELECT 1 FROM plan LIMIT 1"):
             query = (
                 f"SELECT {columns} FROM plan p JOIN bindings b ON b.identity = p.identity "
                 "JOIN cells c ON c.key = b.key ORDER BY p.position"
             )
         else:
             query = f"SELECT {columns} FROM cells c ORDER BY c.created, c.rowid"
-        return [self._cell(row) for row in self._rows(query)]
+        return [self._cell(row) for row in self.rows(query)]
 
     def cell(self, key: str) -> Cell | None:
         """The finished cell of that key."""
         columns = "key, spec, status, result, error, created, seconds"
-        rows = self._rows(f"SELECT {columns} FROM cells WHERE key = ?", (key,))
+        rows = self.rows(f"SELECT {columns} FROM cells WHERE key = ?", (key,))
         return self._cell(rows[0]) if rows else None
 
     def _cell(self, row: tuple[Any, ...]) -> Cell:
         key, spec, status, result, error, created, seconds = row
         try:
-            text = zlib.decompress(result).decode() if isinstance(result, bytes) else result
-            parsed = None if text is None else json.loads(text)
-            return Cell(key, json.loads(spec), status, parsed, error, created, seconds)
+            return Cell(key, json.loads(spec), status, unpacked(result), error, created, seconds)
         except (zlib.error, ValueError) as problem:
             raise StorageError(
                 f"the store {self.path} is damaged (cell {key[:12]}: {problem}); move it away and run the study again"
@@ -310,20 +317,20 @@ class Store:
 
     def spec(self, key: str) -> str | None:
         """The spec of a finished cell as canonical JSON text."""
-        rows = self._rows("SELECT spec FROM cells WHERE key = ?", (key,))
+        rows = self.rows("SELECT spec FROM cells WHERE key = ?", (key,))
         return rows[0][0] if rows else None
 
     def finished(self, keys: Iterable[str], retry_before: str | None = None) -> set[str]:
         """Those of `keys` that need not run: done, or failed (not before the time `retry_before`, if one is given)."""
         wanted = set(keys)
-        rows = self._rows("SELECT key, status, created FROM cells")
+        rows = self.rows("SELECT key, status, created FROM cells")
         return {key for key, status, at in rows if key in wanted and not _again(status, at, retry_before)}
 
     def rewrite(self, key: str, spec: Mapping[str, Any], result: Mapping[str, Any] | None) -> None:
         """Give a finished cell the labels and paths that the present study uses (see `runner.relabelled`)."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             connection.execute(
-                "UPDATE cells SET spec = ?, result = ? WHERE key = ?", (to_json(dict(spec)), _packed(result), key)
+                "UPDATE cells SET spec = ?, result = ? WHERE key = ?", (to_json(dict(spec)), packed(result), key)
             )
 
     # ---- the study -----------------------------------------------------------------------------------------------
@@ -338,7 +345,7 @@ class Store:
         """Make this configuration, with its planned cells in order, the current study. The same configuration again
         (in the same environment) adds no row."""
         row = (name, to_json(dict(config)), to_json(dict(environment)))
-        with self._writing() as connection:
+        with self.writing() as connection:
             last = connection.execute("SELECT name, config, environment FROM study ORDER BY id DESC LIMIT 1").fetchone()
             if last != row:
                 connection.execute(
@@ -352,7 +359,7 @@ class Store:
     def study(self) -> dict[str, Any]:
         """The current study: {"id", "name", "config", "environment", "created", "planned"}; {} when none was begun.
         `planned` is the number of its cells."""
-        rows = self._rows("SELECT id, name, config, environment, created FROM study ORDER BY id DESC LIMIT 1")
+        rows = self.rows("SELECT id, name, config, environment, created FROM study ORDER BY id DESC LIMIT 1")
         if not rows:
             return {}
         number, name, config, environment, created = rows[0]
@@ -362,17 +369,17 @@ class Store:
             "config": json.loads(config),
             "environment": json.loads(environment),
             "created": created,
-            "planned": self._rows("SELECT count(*) FROM plan")[0][0],
+            "planned": self.rows("SELECT count(*) FROM plan")[0][0],
         }
 
     def bind(self, keys: Mapping[str, str]) -> None:
         """Record which key answers for each planned identity."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             connection.executemany("INSERT OR REPLACE INTO bindings (identity, key) VALUES (?, ?)", list(keys.items()))
 
     def counts(self) -> dict[str, int]:
         """{"done", "failed"}: how many cells of the current study are finished."""
-        rows = self._rows(
+        rows = self.rows(
             "SELECT c.status, count(*) FROM plan p JOIN bindings b ON b.identity = p.identity "
             "JOIN cells c ON c.key = b.key GROUP BY c.status"
         )
@@ -380,16 +387,16 @@ class Store:
 
     def last(self) -> int:
         """A mark: the number of the newest row (see `since`)."""
-        return int(self._rows("SELECT coalesce(max(rowid), 0) FROM cells")[0][0])
+        return int(self.rows("SELECT coalesce(max(rowid), 0) FROM cells")[0][0])
 
     def since(self, mark: int) -> list[tuple[int, dict[str, Any], float, str | None]]:
         """(mark, spec, seconds, traceback or None) of the cells finished after a mark, oldest first."""
-        rows = self._rows("SELECT rowid, spec, seconds, error FROM cells WHERE rowid > ? ORDER BY rowid", (mark,))
+        rows = self.rows("SELECT rowid, spec, seconds, error FROM cells WHERE rowid > ? ORDER BY rowid", (mark,))
         return [(number, json.loads(spec), seconds, error) for number, spec, seconds, error in rows]
 
     def failures(self) -> list[tuple[dict[str, Any], str]]:
         """(spec, traceback) of the failed cells of the current study, in its order."""
-        rows = self._rows(
+        rows = self.rows(
             "SELECT c.spec, c.error FROM plan p JOIN bindings b ON b.identity = p.identity "
             "JOIN cells c ON c.key = b.key WHERE c.status = 'failed' ORDER BY p.position"
         )
@@ -400,7 +407,7 @@ class Store:
     def claim(self, key: str, owner: Owner, retry_before: str | None = None) -> str:
         """Try to take a cell: "mine" (run it now), "done" or "failed" (it is finished), or "taken" (another living
         process runs it). A cell that failed before the time `retry_before` is taken again."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             finished = connection.execute("SELECT status, created FROM cells WHERE key = ?", (key,)).fetchone()
             if finished is not None and not _again(finished[0], finished[1], retry_before):
                 return str(finished[0])
@@ -417,26 +424,32 @@ class Store:
 
     def taken(self, key: str, owner: Owner) -> bool:
         """Whether another living process holds this cell."""
-        rows = self._rows("SELECT owner, host, pid, started, heartbeat FROM claims WHERE key = ?", (key,))
+        rows = self.rows("SELECT owner, host, pid, started, heartbeat FROM claims WHERE key = ?", (key,))
         return bool(rows) and rows[0][0] != owner.name and not _abandoned(*rows[0][1:])
 
     def beat(self, owner: Owner) -> None:
         """Say that this owner still lives."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             connection.execute("UPDATE claims SET heartbeat = ? WHERE owner = ?", (time.time(), owner.name))
 
     def release(self, owner: Owner) -> None:
         """Give up every claim of this owner."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             connection.execute("DELETE FROM claims WHERE owner = ?", (owner.name,))
 
 
-def _packed(result: Mapping[str, Any] | None) -> str | bytes | None:
+def packed(result: Mapping[str, Any] | None) -> str | bytes | None:
     """JSON text, or its zlib compression when it is long."""
     if result is None:
         return None
     text = to_json(dict(result))
     return zlib.compress(text.encode(), 6) if len(text) > COMPRESS_ABOVE else text
+
+
+def unpacked(stored: str | bytes | None) -> dict[str, Any] | None:
+    """The inverse of `packed`. Raises zlib.error or ValueError for what is neither."""
+    text = zlib.decompress(stored).decode() if isinstance(stored, bytes) else stored
+    return None if text is None else dict(json.loads(text))
 
 
 def _again(status: str, created: str, retry_before: str | None) -> bool:
