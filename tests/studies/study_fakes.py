@@ -159,10 +159,14 @@ def config(**changes: Any) -> StudyConfig:
     return parse_config({k: v for k, v in data.items() if v is not ...})
 
 
-if __name__ == "__main__":  # python study_fakes.py OUT LOG PAUSE: a study in a process of its own
+if __name__ == "__main__":  # python study_fakes.py OUT LOG PAUSE [RAY]: a study in a process of its own
     import sys
+
+    import study_fakes  # workers import the classes from the module, not from this script
 
     from quantlens.studies.runner import run_study
 
     torch.set_num_threads(1)
-    run_study(config(), sys.argv[1], backend=FakeBackend(Path(sys.argv[2]), float(sys.argv[3])))
+    place = {"executor": "ray", "workers": 2, "address": sys.argv[4]} if len(sys.argv) > 4 else {}
+    backend = study_fakes.FakeBackend(Path(sys.argv[2]), float(sys.argv[3]))
+    run_study(config(), sys.argv[1], backend=backend, **place)

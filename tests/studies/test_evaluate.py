@@ -186,7 +186,7 @@ def test_result_round_trip(tmp_path) -> None:
         Result.from_dict({"model": "x"})
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(StorageError, match="cannot write .*result.json"):
+    with pytest.raises(StorageError, match=r"cannot write .*result\.json"):
         result.save_json(blocked / "result.json")
 
 

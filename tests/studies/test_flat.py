@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from types import SimpleNamespace
 
 import pytest
 
-from quantlens.errors import QuantlensError
-from quantlens.studies.flat import rows, to_csv
+from quantlens.errors import QuantlensError, UnsupportedError
+from quantlens.studies.flat import rows, to_csv, to_parquet
 
 
 def _cell(bits, seed, top1, status="done", **more):
@@ -37,3 +38,21 @@ def test_every_number_under_its_path():
 def test_an_empty_store_says_so():
     with pytest.raises(QuantlensError, match="quantlens study"):
         to_csv([])
+
+
+def test_parquet_holds_the_same_table():
+    parquet = pytest.importorskip("pyarrow.parquet")
+    cells = [_cell("W8A8", 0, 1, ood={"textures": {"n": 3}}), _cell("W4A4", 13, 0.5)]
+    table = parquet.read_table(io.BytesIO(to_parquet(cells)))
+    assert table.to_pylist() == [{"ood.textures.n": None} | row for row in rows(cells)]
+    types = {field.name: str(field.type) for field in table.schema}
+    assert (types["model"], types["seed"], types["id.top1"]) == ("string", "int64", "double")
+    assert types["ood.textures.n"] == "int64"
+    with pytest.raises(QuantlensError, match="quantlens study"):
+        to_parquet([])
+
+
+def test_parquet_without_pyarrow_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UnsupportedError, match=r"quantlens\[parquet\].*--csv"):
+        to_parquet([_cell("W8A8", 0, 1.0)])

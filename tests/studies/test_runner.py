@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,14 +17,9 @@ from study_fakes import FakeBackend, config
 
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.studies.aggregate import FAR, NEAR, TOP1, Spread, aggregate, table
+from quantlens.studies.cells import StudyImages, cell_key, plan_study
 from quantlens.studies.progress import Quiet, duration
-from quantlens.studies.runner import (
-    StudyImages,
-    StudyInterrupted,
-    cell_key,
-    plan_study,
-    run_study,
-)
+from quantlens.studies.runner import StudyInterrupted, run_study
 from quantlens.studies.store import Store
 
 CELLS = 9
@@ -152,6 +148,20 @@ def test_a_whole_study(out: Path, log: Path) -> None:
     assert low["seconds"]["calibration"] >= 0
     assert Counter(FakeBackend(log).ended()).most_common(1)[0][1] == 1
     assert log.read_text().count("load") == 1  # the model is loaded once
+
+
+def test_scores_do_not_depend_on_the_threads_of_numpy(out: Path, log: Path) -> None:
+    from threadpoolctl import threadpool_info
+
+    threads: set[int] = set()
+
+    class Watched(FakeBackend):
+        def evaluate(self, *arguments, **settings):
+            threads.update(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+            return super().evaluate(*arguments, **settings)
+
+    run(out, log, backend=Watched(log), limit=1)
+    assert threads == {1}
 
 
 def test_run_again_runs_nothing(out: Path, log: Path) -> None:
@@ -371,6 +381,30 @@ def test_workers(out: Path, log: Path) -> None:
     assert (summary.done, summary.ran, summary.failed) == (CELLS, 1, [])
 
 
+def test_a_killed_worker_is_replaced_by_the_others(out: Path, log: Path) -> None:
+    """SIGKILL of one of two workers in the middle of a cell: the other takes the cell over, and says so."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            lines = log.read_text().splitlines() if log.exists() else []
+            for line in [line for line in lines if line.startswith("start")][:1]:
+                killed.append(int(line.rpartition(" ")[2]))
+                os.kill(killed[0], signal.SIGKILL)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    shown = Recorder()
+    summary = run_study(config(), out, workers=2, progress=shown, backend=FakeBackend(log, pause=0.3))
+    thread.join()
+    assert killed
+    assert (summary.done, summary.ran, summary.failed) == (CELLS, CELLS, [])
+    assert set(Counter(FakeBackend(log).ended()).values()) == {1}
+    assert shown.said[-1].startswith("1 of 2 workers ended with exit code -9")
+
+
 def test_what_stops_a_worker_reaches_the_caller(out: Path, log: Path) -> None:
     with pytest.raises(QuantlensError, match="the disk is full"):
         run(out, log, backend=FakeBackend(log, broken=("minmax W8A8 0", "minmax W8A8 13"), error="full"), workers=2)
@@ -406,7 +440,11 @@ class Recorder(Quiet):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+        self.said: list[str] = []
         self.lefts: list[float | None] = []
+
+    def message(self, text: str) -> None:
+        self.said.append(text)
 
     def finished(self, kind, what, seconds, error=None) -> None:
         super().finished(kind, what, seconds, error)

@@ -21,18 +21,35 @@ MEMORY = 1 << 30
 """Bytes of activations kept in memory between the steps of a walk; what exceeds it goes to temporary files."""
 
 Transform = Callable[[Tensor], Tensor]
+Seen = dict[tuple[str, int | None], tuple[float, Observation]]
+"""(edge key, axis) -> (tail, observation) of the float model on one set of calibration images, without samples of the
+values: what every width and every method that asks for no more can share (some 10 kB per edge)."""
 
 
 class Look:
     """What a walk shows of one edge: ``look(axis=None, tail=0.0)`` gives an :class:`Observation` of its values over
-    all calibration images (for a weight: of the weight); :meth:`tensors` gives the values themselves."""
+    all calibration images (for a weight: of the weight); :meth:`tensors` gives the values themselves.
 
-    def __init__(self, graph: Graph, edge: Edge, envs: _Environments, seed: int):
+    ``sample=False`` is for rules that read no ``values``: the observation is then taken from ``seen``, where an earlier
+    walk over the same images has left it."""
+
+    def __init__(
+        self, graph: Graph, edge: Edge, envs: _Environments, seed: int, arrive: Callable[[], None], seen: Seen | None
+    ):
         self._graph, self._edge, self._envs, self._seed = graph, edge, envs, seed
+        self._arrive, self._seen = arrive, seen
 
-    def __call__(self, axis: int | None = None, tail: float = 0.0) -> Observation:
+    def __call__(self, axis: int | None = None, tail: float = 0.0, *, sample: bool = True) -> Observation:
+        if self._seen is None or sample:
+            return self._observe(axis, tail, sample)
+        key = (self._edge.key, axis)
+        if key not in self._seen or self._seen[key][0] < tail:
+            self._seen[key] = (tail, self._observe(axis, tail, sample))
+        return self._seen[key][1]
+
+    def _observe(self, axis: int | None, tail: float, sample: bool) -> Observation:
         edge, pieces = self._edge, self.tensors()
-        observer = Observer(axis=axis, tail=tail, pieces=len(pieces), seed=self._seed)
+        observer = Observer(axis=axis, tail=tail, pieces=len(pieces), seed=self._seed, sample=sample)
         try:
             for piece in pieces:
                 observer.update(piece)
@@ -48,6 +65,7 @@ class Look:
         constant = self._graph.constant(edge.value)
         if constant is not None:
             return [constant]
+        self._arrive()
         return _Pieces(self._envs, edge.value)  # type: ignore[return-value]
 
 
@@ -59,15 +77,26 @@ class Walk:
     edges then see activations as the quantized part before them makes them; otherwise they see those of the float
     model.
 
-    All images advance together, from one wanted edge to the next, so every operation runs once per chunk. Activations
-    that wait between two steps are kept within ``memory`` bytes; the rest goes to temporary files.
+    All images advance together, from one wanted edge to the next, so every operation runs once per chunk, and only as
+    far as something is looked at. Activations that wait between two steps are kept within ``memory`` bytes; the rest
+    goes to temporary files.
+
+    seen: what earlier walks saw of this very graph on these images (see :class:`Look`); not for a sequential walk,
+    which shows what the quantized part before an edge makes of it.
     """
 
     def __init__(
-        self, graph: Graph, calibration: Calibration, *, sequential: bool, memory: int = MEMORY, seed: int = 0
+        self,
+        graph: Graph,
+        calibration: Calibration,
+        *,
+        sequential: bool,
+        memory: int = MEMORY,
+        seed: int = 0,
+        seen: Seen | None = None,
     ):
         self.graph, self.calibration, self.sequential = graph, calibration, sequential
-        self.memory, self.seed = memory, seed
+        self.memory, self.seed, self.seen = memory, seed, None if sequential else seen
         self._applied: dict[str, Transform] = {}
         self._weights: dict[str, Tensor] = {}
 
@@ -88,27 +117,33 @@ class Walk:
         pending: list[fx.Node] = []
         with tempfile.TemporaryDirectory(prefix="quantlens-") as folder:
             envs = _Environments(self.calibration.pieces, self.memory, Path(folder))
+
+            def settle(edge: Edge, place: int, keep: fx.Node | None = None) -> Transform | None:
+                nonlocal done
+
+                def arrive() -> None:
+                    if pending:
+                        self._advance(list(pending), envs, last_use, place, keep)
+                        pending.clear()
+
+                if self.sequential and not edge.is_weight:
+                    arrive()
+                look = Look(self.graph, edge, envs, self.seed, arrive, self.seen)
+                transform = self._settle(edge, decide, look)
+                done += 1
+                if progress is not None:
+                    progress(done, len(edges))
+                return transform
+
             for i, node in enumerate(order[:stop]):
-                before = [e for e in wanted.get(node, []) if e.position is not None]
-                if any(not e.is_weight for e in before) and pending:
-                    self._advance(pending, envs, last_use, i)
-                    pending = []
-                for edge in before:
-                    self._settle(edge, decide, envs)
-                    done += 1
-                    if progress is not None:
-                        progress(done, len(edges))
+                for edge in (e for e in wanted.get(node, []) if e.position is not None):
+                    settle(edge, i)
                 if node.op == "placeholder" or node.op == "call_function":
                     pending.append(node)
                 for edge in (e for e in wanted.get(node, []) if e.position is None):
-                    self._advance(pending, envs, last_use, i, keep=node)
-                    pending = []
-                    transform = self._settle(edge, decide, envs)
+                    transform = settle(edge, i, keep=node)
                     if transform is not None and self.sequential:
                         envs.change(node, transform)
-                    done += 1
-                    if progress is not None:
-                        progress(done, len(edges))
 
     def _advance(
         self,
@@ -137,8 +172,8 @@ class Walk:
         transform = self._applied.get(key)
         return value if transform is None else transform(value)
 
-    def _settle(self, edge: Edge, decide: Any, envs: _Environments) -> Transform | None:
-        transform = decide(edge, Look(self.graph, edge, envs, self.seed))
+    def _settle(self, edge: Edge, decide: Any, look: Look) -> Transform | None:
+        transform = decide(edge, look)
         if transform is not None and self.sequential:
             if edge.is_weight:
                 self._weights[edge.key] = transform(self.graph.tensor(str(edge.value.target)))

@@ -57,6 +57,12 @@ def evaluate(
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")
     ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Keep per-image outputs, for `quantlens compare`.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the result of an exported file in the store of a study.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
     bins: Annotated[int, typer.Option(min=1, help="Bins of the calibration error.")] = 15,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
@@ -66,6 +72,7 @@ def evaluate(
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common
+    from quantlens.errors import QuantlensError
 
     sets = _common.pairs(ood, "--ood", "NAME=SOURCE")
     groups = dict.fromkeys(_common.names(near) or (), "near")
@@ -79,6 +86,8 @@ def evaluate(
     groups_of(sets, groups)
     chosen = choose_device(device)
     measured, reference = models(model, weights, chosen)
+    if store is not None and not hasattr(measured, "facts"):
+        raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
     with _common.stages(quiet) as step:
         result = measure(
             measured,
@@ -94,7 +103,19 @@ def evaluate(
             n_bins=bins,
             skip_bad=skip_bad,
             cache_dir=_common.cache_argument(no_cache),
+            keep=keep is not None,
         )
+    if keep is not None:
+        from quantlens.studies import outputs
+
+        assert result.outputs is not None
+        outputs.write(keep, result.outputs)
+    if store is not None:
+        from quantlens.studies.benchmarks import put_artefact
+        from quantlens.studies.store import Store
+
+        with Store(store) as kept:
+            put_artefact(kept, measured.facts(), result.to_dict())
     if json == "-":
         import json as standard
 
@@ -104,6 +125,8 @@ def evaluate(
     if json is not None:
         result.save_json(json)
         _common.say(f"written: {json}")
+    if keep is not None:
+        _common.say(f"written: {keep}")
 
 
 def models(name: str, weights: str | None, device: str) -> tuple[Any, Any]:

@@ -19,7 +19,9 @@ It shows the cells that are finished, also while the study still runs.
 
     quantlens report results --out paper.html --title "Four small vision transformers"
 
-    quantlens report results --csv results.csv
+    quantlens report results --csv results.csv --parquet results.parquet
+
+    quantlens report results --mlflow http://localhost:5000
 """
 
 
@@ -35,16 +37,40 @@ def report(
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write every figure of every cell as a table, and no report.")
     ] = None,
+    parquet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same table as Parquet (needs quantlens\\[parquet]).")
+    ] = None,
+    mlflow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI", help="Log every cell once as a run of MLflow (needs quantlens\\[mlflow]); no report."
+        ),
+    ] = None,
+    experiment: Annotated[str | None, typer.Option(help="MLflow's experiment (default: the study's name).")] = None,
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common
     from quantlens.report import write_report
     from quantlens.report.build import open_store
 
-    if csv is not None:
-        from quantlens.studies.flat import write_csv
-
+    if csv is not None or parquet is not None or mlflow is not None:
         open_store(directory)
-        _common.say(f"table: {write_csv(directory, csv)}")
+        export(directory, csv, parquet, mlflow, experiment)
         return
-    _common.say(f"report: {write_report(directory, out, title=title)}")
+    with _common.stages() as step:
+        written = write_report(directory, out, title=title, progress=step)
+    _common.say(f"report: {written}")
+
+
+def export(directory: Path, csv: Path | None, parquet: Path | None, mlflow: str | None, experiment: str | None) -> None:
+    """Hand a store to other programs."""
+    from quantlens.cli import _common
+    from quantlens.studies import flat, tracking
+
+    if csv is not None:
+        _common.say(f"table: {flat.write_csv(directory, csv)}")
+    if parquet is not None:
+        _common.say(f"table: {flat.write_parquet(directory, parquet)}")
+    if mlflow is not None:
+        new, old = tracking.log(directory, mlflow, experiment=experiment)
+        _common.say(f"MLflow: {new} runs logged, {old} were there; {mlflow}")

@@ -23,7 +23,11 @@ of the file: only what is not finished runs. Several such commands may work on o
 
     quantlens study my-study.yaml --out results --dry-run
 
+    quantlens study my-study.yaml --out results --plan
+
     quantlens study my-study.yaml --out results --workers 4 --report
+
+    quantlens study my-study.yaml --out results --executor ray --address auto
 """
 
 
@@ -37,10 +41,25 @@ def study(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Directory of the store (default: the file's name, here).")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that share the work (default: 1; on a cluster, all that find room)."),
+    ] = None,
+    executor: Annotated[str, typer.Option(metavar="NAME", help="local, or ray for a Ray cluster.")] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="The Ray cluster; auto is this machine's (default: one of its own on this machine)."),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="What part of a GPU each worker of a cluster gets, such as 0.25."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Run at most so many cells now.")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and run nothing.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="List the cells with an estimate of time, memory and disk; run nothing.")
+    ] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report at the end.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
@@ -53,13 +72,28 @@ def study(
 
     config = load_config(file)
     directory = out or Path(file.stem)
-    if dry_run:
+    if dry_run or plan:
         cells = plan_study(config)
         for cell in cells:
             _common.say(str(cell))
         _common.say(f"{len(cells)} cells")
+        if plan:
+            from quantlens.studies.estimate import estimate
+
+            for line in estimate(config, directory, workers=workers or 1).lines():
+                _common.say(line)
         return
-    summary = run_study(config, directory, workers=workers, progress=not quiet, retry_failed=retry_failed, limit=limit)
+    summary = run_study(
+        config,
+        directory,
+        workers=workers,
+        executor=executor,
+        address=address,
+        gpus_per_worker=gpus_per_worker,
+        progress=not quiet,
+        retry_failed=retry_failed,
+        limit=limit,
+    )
     if summary.done:
         from quantlens.studies.aggregate import aggregate, table
         from quantlens.studies.store import Store

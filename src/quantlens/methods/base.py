@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from quantlens.calibration import Calibration
+from quantlens.calibration import Calibration, Seen
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.graph import Edge, Graph, fold_layer_scale, graph_of
 from quantlens.graph.graph import VIEWS, op_name
@@ -122,7 +122,8 @@ class Method(ABC):
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             split = split_massive(graph, images) if settings["massive_channels"] == "split" else []
-            plan = self.build(graph, images, Widths(widths, settings), Run(settings, seed, progress))
+            seen = None if split or images.fingerprint is None else _seen(model, images.fingerprint)
+            plan = self.build(graph, images, Widths(widths, settings), Run(settings, seed, progress, seen))
         graph.invalidate()
         target = target_named(settings["target"])
         if target is not None:
@@ -160,14 +161,21 @@ class Method(ABC):
         return {name: given.get(name, option.default) for name, option in known.items()}
 
 
+def _seen(model: Any, fingerprint: str) -> Seen:
+    """What was seen of a model on the images with that fingerprint; it lives as long as the model is loaded."""
+    found: Seen = model.derived.setdefault(f"seen, images {fingerprint}", {})
+    return found
+
+
 @dataclass(frozen=True)
 class Run:
     """What a method is told of the run: its options (all of them, defaults filled in), the seed, a progress
-    callback."""
+    callback, and what was seen of the float model on the same images before (for a walk over the graph as it is)."""
 
     options: dict[str, Any]
     seed: int
     progress: Progress | None = None
+    seen: Seen | None = None
 
     def __getitem__(self, option: str) -> Any:
         return self.options[option]

@@ -49,16 +49,17 @@ def uniform_everywhere(
     symmetric_tensors: bool = False,
 ) -> Plan:
     """Uniform quantizers on all matmul operands, ranges by ``choose(observation, bits) -> (low, high)`` of the float
-    model's activations: asymmetric, weights per output channel; or symmetric with one scale per tensor."""
+    model's activations: asymmetric, weights per output channel; or symmetric with one scale per tensor. ``choose``
+    reads no samples, so that all widths on the same images share one walk."""
     quantizers: dict[str, Uniform] = {}
 
     def decide(edge: Edge, look: Look) -> None:
         width = bits.of(graph, edge)
         axis, granularity = (0, "channel") if edge.is_weight and not symmetric_tensors else (None, "tensor")
-        low, high = choose(look(axis=axis, tail=tail), width)
+        low, high = choose(look(axis=axis, tail=tail, sample=False), width)
         make = symmetric if symmetric_tensors else affine
         quantizers[edge.key] = make(low, high, width, granularity=granularity, axis=axis)
 
     edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
-    Walk(graph, calibration, sequential=False, seed=run.seed).run(edges, decide, run.progress)
+    Walk(graph, calibration, sequential=False, seed=run.seed, seen=run.seen).run(edges, decide, run.progress)
     return Plan(dict(quantizers))

@@ -24,7 +24,8 @@ class Observation:
     """What was seen, G rows.
 
     low, high: [G] smallest and largest value. count: values per row.
-    values: [G, m] float32, the values themselves or (m < count) a random sample of them.
+    values: [G, m] float32, the values themselves or (m < count) a random sample of them; m = 0 where none was asked
+    for.
     lower, upper: [G, t] sorted extreme values, the ``t`` smallest ascending and the ``t`` largest descending.
     """
 
@@ -108,12 +109,14 @@ class Observer:
 
     axis: dimension with a row per index, ``None`` for one row.
     tail: how deep from either end quantiles will be asked for (0.001 keeps a thousandth of the values on each side).
-    pieces: how many pieces will come, none larger than the first; with one piece nothing is copied. Memory is bounded
-    by ``VALUES`` floats plus the tails.
+    pieces: how many pieces will come, none larger than the first; with one piece nothing is copied. sample: whether the
+    rule reads ``values``. Memory is bounded by ``VALUES`` floats plus the tails.
     """
 
-    def __init__(self, *, axis: int | None = None, tail: float = 0.0, pieces: int = 1, seed: int = 0):
-        self.axis, self.tail, self.pieces = axis, tail, pieces
+    def __init__(
+        self, *, axis: int | None = None, tail: float = 0.0, pieces: int = 1, seed: int = 0, sample: bool = True
+    ):
+        self.axis, self.tail, self.pieces, self.sample = axis, tail, pieces, sample
         self._generator = torch.Generator().manual_seed(seed)
         self._keep = 0
         self._result: Observation | None = None
@@ -126,7 +129,7 @@ class Observer:
         lower, upper = _tails(rows, k)
         if not bool(torch.isfinite(lower[:, 0]).all() & torch.isfinite(upper[:, 0]).all()) or bool(upper.isnan().any()):
             raise ValueError("values are not finite")
-        sample = self._thin(rows, VALUES // rows.shape[0])
+        sample = self._thin(rows, VALUES // rows.shape[0]) if self.sample else rows[:, :0].clone()
         if self._result is None:
             self._result = Observation(lower[:, 0], upper[:, 0], rows.shape[1], sample, lower, upper)
             return
@@ -152,6 +155,8 @@ class Observer:
     def _merge(self, old: Observation, sample: Tensor, new: int) -> Tensor:
         """A sample of everything from a sample of the past and one of the new piece, in proportion to their counts."""
         most = VALUES // sample.shape[0]
+        if not self.sample:
+            return sample
         if old.values.shape[1] == old.count and sample.shape[1] == new and old.count + new <= most:
             return torch.cat([old.values, sample], 1)
         share = round(most * new / (old.count + new))

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,42 @@ MANY_GROUPS = 6
 """With more models and methods than this, histograms and reliability diagrams start with one of them."""
 
 
-def write_report(store_or_dir: Any, out: str | Path | None = None, *, title: str | None = None) -> Path:
+def write_report(
+    store_or_dir: Any,
+    out: str | Path | None = None,
+    *,
+    title: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Path:
     """Write the report of a study and return its path.
 
     store_or_dir: a directory that holds store.sqlite, or an object with `.cells()` and `.study()`.
     out: the HTML file; by default report.html in the study's directory. An existing file is replaced at once
     or not at all.
+    progress: called with (what, done, in all) while deltas are resampled, once per store.
     Raises QuantlensError for an empty store, StorageError where the file cannot be written.
     """
     from quantlens.report.collect import collect
+    from quantlens.report.marks import mark
+    from quantlens.studies import benchmarks
+    from quantlens.studies.store import Store
 
     store, folder = open_store(store_or_dir)
     cells = list(store.cells())
+    timings, artefacts = (
+        (benchmarks.timed(store), benchmarks.evaluated(store)) if isinstance(store, Store) else ([], [])
+    )
     where = folder or "the store"
-    if not cells:
+    if not cells and not timings and not artefacts:
         raise QuantlensError(f"{where} holds no cell yet, so there is nothing to report; run `quantlens study` first")
     if out is None and folder is None:
         raise QuantlensError("this store names no directory; say where to write the report with out=")
     target = Path(out) if out is not None else Path(folder or ".") / "report.html"
     if target.is_dir():
         target = target / "report.html"
-    page = render(collect(cells, store.study()), title=title)
+    board = collect(cells, store.study(), timings, artefacts)
+    mark(board, folder, progress)
+    page = render(board, title=title)
     write_whole(target, page, what="the report")
     return target
 
@@ -91,14 +107,17 @@ def page_context(board: Any) -> dict[str, Any]:
     """Every table, chart and sentence of the page, by its name in the templates."""
     from quantlens.report import attention as lens
     from quantlens.report import charts, distributions, frontier, runinfo, summary, tables, text
+    from quantlens.report.decision import decision
 
     looks = charts.Looks(board)
     histograms, histogram_note = distributions.histograms(board)
     rows = tables.set_rows(board)
+    shipped = decision(board)
     return {
         "board": board,
-        "sentences": summary.sentences(board),
-        "tiles": summary.tiles(board),
+        "sentences": [shipped.sentence] if shipped and not board.groups else summary.sentences(board),
+        "decision": shipped,
+        "tiles": [] if shipped and not board.groups else summary.tiles(board),
         "scope": summary.scope(board) if board.groups else "",
         "legend": looks.legend(),
         "split": looks.split,

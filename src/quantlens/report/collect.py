@@ -17,6 +17,7 @@ from quantlens.report.text import (
     precision_order,
     score_order,
 )
+from quantlens.studies.benchmarks import Timed
 
 Path = tuple[str, ...]
 
@@ -69,6 +70,11 @@ class Board:
     done: list[Any]
     failed: list[Any]
     study: dict[str, Any]
+    timings: Sequence[Timed] = ()
+    artefacts: Sequence[tuple[dict[str, Any], dict[str, Any]]] = ()
+    unsure: frozenset[tuple[int, str, str]] = frozenset()
+    """deltas that may be chance: (group, precision, path of the figure); see `marks`"""
+    unsure_note: str = ""
 
     def __post_init__(self) -> None:
         self.models = _unique(g.model for g in self.groups)
@@ -140,8 +146,14 @@ class Board:
         return chosen or (["all"] if "all" in present else [])
 
 
-def collect(cells: Iterable[Any], study: Mapping[str, Any] | None) -> Board:
-    """Group the store's cells. Of cells that differ in nothing but their date, the newest counts."""
+def collect(
+    cells: Iterable[Any],
+    study: Mapping[str, Any] | None,
+    timings: Sequence[Timed] = (),
+    artefacts: Sequence[tuple[dict[str, Any], dict[str, Any]]] = (),
+) -> Board:
+    """Group the store's cells. Of cells that differ in nothing but their date, the newest counts. timings, artefacts:
+    what `studies.benchmarks` finds in the store."""
     listed = list(cells)
     done = [c for c in listed if c.status == "done" and isinstance(c.result, Mapping)]
     failed = [c for c in listed if c not in done]
@@ -165,7 +177,7 @@ def collect(cells: Iterable[Any], study: Mapping[str, Any] | None) -> Board:
         group.index = index
         for results in group.cells.values():
             results.sort(key=lambda r: (number(r["seed"]) is None, number(r["seed"]) or 0, str(r["seed"])))
-    return Board(ordered, done, failed, dict(study or {}))
+    return Board(ordered, done, failed, dict(study or {}), timings, artefacts)
 
 
 def _attach_baselines(groups: dict[str, Group], baselines: dict[str, dict[str, Any]]) -> None:
@@ -190,7 +202,7 @@ def _normal(cell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The result with model, method, bits and seed as the spec names them, and the traits that make its
     group."""
     spec = cell.spec if isinstance(cell.spec, Mapping) else {}
-    result = dict(cell.result)
+    result = {**cell.result, "cell_key": cell.key}
     for key, default in (("model", "model"), ("method", "unknown"), ("bits", BASELINE), ("seed", 0)):
         stated = [v for v in (spec.get(key), result.get(key)) if v is not None]
         result[key] = stated[0] if stated else default

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlens.report.collect import Board, Group, Path, dig
+from quantlens.report.marks import signed
 from quantlens.report.text import (
     BASELINE,
     MISSING,
@@ -210,13 +211,12 @@ def delta_table(board: Board) -> DeltaTable:
                 group.method,
                 bits,
                 seeds,
-                mean_std(top1, 1, factor=100),
-                mean_std(nll, 3),
-                mean_std(ece, 1, factor=100),
+                signed(board, group, bits, ("id", "top1"), mean_std(top1, 1, factor=100)),
+                signed(board, group, bits, ("id", "nll"), mean_std(nll, 3)),
+                signed(board, group, bits, ("id", "ece"), mean_std(ece, 1, factor=100)),
             ]
             oods = {
-                s: [mean_std(board.delta(group, bits, ("ood_mean", p, s, "aupr_out")), 1, factor=100) for p in parts]
-                for s in board.scores
+                s: [delta_text(board, group, bits, ("ood_mean", p, s, "aupr_out")) for p in parts] for s in board.scores
             }
             entries.append((rank, head, oods))
     entries.sort(key=lambda entry: entry[0])
@@ -225,6 +225,11 @@ def delta_table(board: Board) -> DeltaTable:
     if parts:
         table.by_score = {s: [oods[s] for _, _, oods in entries] for s in board.scores}
     return table
+
+
+def delta_text(board: Board, group: Group, bits: str, path: Path) -> str:
+    """A delta in points, marked where it does not stand."""
+    return signed(board, group, bits, path, mean_std(board.delta(group, bits, path), 1, factor=100))
 
 
 SET_COLUMNS = [
@@ -285,7 +290,7 @@ def set_row(board: Board, group: Group, bits: str, path: Path) -> list[str] | No
     if not any(stats.values()):
         return None
     shares = [mean_std(stats[k], 1, factor=100) for k in ("aupr_out", "aupr_in", "auroc", "fpr95_id", "fpr95_ood")]
-    delta = MISSING if bits == BASELINE else mean_std(board.delta(group, bits, (*path, "aupr_out")), 1, factor=100)
+    delta = MISSING if bits == BASELINE else delta_text(board, group, bits, (*path, "aupr_out"))
     chances = [percent(s.mean if (s := stats[k]) else None) for k in ("chance_aupr_out", "chance_aupr_in")]
     counts = [fixed(s.mean if (s := stats[k]) else None, 0) for k in ("n_id", "n_ood")]
     seeds = MISSING if bits == BASELINE else str(max(s.n for s in stats.values() if s))

@@ -86,6 +86,14 @@ class StudyImages:
         """The fingerprint of one of these sources (it reads a directory, so it is taken once)."""
         return str(self._marks[id(source)])  # type: ignore[attr-defined]
 
+    def marks(self) -> dict[str, str]:
+        """The fingerprints of all these sources by what they are for, to compare those of two machines."""
+        named = {"the ID set": self.id, **{f"OOD set {name}": source for name, source in self.ood.items()}}
+        named |= {f"the calibration images of seed {seed}": source for seed, source in self.calibration.items()}
+        if self.fit is not None:
+            named["the fit set"] = self.fit
+        return {name: self.mark(source) for name, source in named.items()}
+
     @staticmethod
     def open(config: StudyConfig, backend: Backend) -> StudyImages:
         """Open every source; calibration and fit images must not be among those evaluated."""

@@ -13,6 +13,8 @@
       textures: images:data/textures
       ssb_hard: {source: "images:data/ssb_hard", group: near}
     attention: {images: 64, show: 4}       # or true: what the models look at (docs/attention.md)
+    outputs: true                          # per-image outputs for `quantlens compare`; scores: without logits; false
+    resources: {cpu: 4, gpu: 0.25}         # of each worker on a Ray cluster (docs/scaling.md)
 
 A path is relative to the study file; `${NAME}` and `${NAME:-default}` in paths are taken from the environment.
 Every mistake a person can make in the file raises `QuantlensError` with one sentence.
@@ -115,6 +117,21 @@ class AttentionSpec(_Strict):
     show: int = Field(default=4, ge=0)
 
 
+class ResourcesSpec(_Strict):
+    """What each worker asks a Ray cluster for: processors (its threads) and GPUs, a part of one (0.25: four workers
+    share it) or whole ones. None: see docs/scaling.md. No figure depends on it."""
+
+    cpu: int | None = Field(default=None, ge=1)
+    gpu: float | None = Field(default=None, ge=0)
+
+    @field_validator("gpu")
+    @classmethod
+    def _whole_above_one(cls, value: float | None) -> float | None:
+        if value is not None and value > 1 and value != int(value):
+            raise ValueError("a worker has a part of one GPU, or whole ones: 0.25, 0.5, 1, 2")
+        return value
+
+
 class StudyConfig(_Strict):
     """A whole study. Lists run in the order given."""
 
@@ -129,10 +146,12 @@ class StudyConfig(_Strict):
     fit: str | None = None
     scores: tuple[str, ...] | None = None
     attention: AttentionSpec | None = None
+    resources: ResourcesSpec = ResourcesSpec()
     device: str = "auto"
     batch_size: int = Field(default=64, ge=1)
     skip_bad: bool = False
     cache: bool | str = True
+    outputs: bool | Literal["scores"] = True
 
     @field_validator("models", "methods", mode="before")
     @classmethod

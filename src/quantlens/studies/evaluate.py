@@ -30,12 +30,17 @@ from quantlens.studies.images import (
     refuse_overlap,
     source_name,
 )
+from quantlens.studies.outputs import check_keep, gather, of_images
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
+    from quantlens.studies.outputs import Outputs
+
 ID_FIGURES = ("top1", "top5", "nll", "ece", "ece_adaptive", "brier")
 OOD_FIGURES = ("aupr_out", "aupr_in", "auroc", "fpr95_id", "fpr95_ood")
+NOT_STORED = frozenset({"extra", "outputs"})
+"""Fields of a Result that are no keys of its dictionary."""
 
 
 @dataclass
@@ -62,19 +67,23 @@ class Result:
     scores_unavailable: dict[str, str] = field(default_factory=dict)
     fp32: dict[str, Any] | None = None
     delta: dict[str, Any] | None = None
+    guard: dict[str, Any] | None = None
+    """How often the guard of an exported file is right (`deploy.guard.guard_figures`); None without one."""
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     """Keys of a newer quantlens, kept as they are."""
+    outputs: Outputs | None = field(default=None, repr=False, compare=False)
+    """What the model gave on every image, where it was asked for; no part of `to_dict()`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that is valid JSON: numbers are Python's, and a figure that is not finite is null."""
-        names = [f.name for f in dataclasses.fields(self) if f.name != "extra"]
+        names = [f.name for f in dataclasses.fields(self) if f.name not in NOT_STORED]
         return plain({**self.extra, **{name: getattr(self, name) for name in names}})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Result:
         """The inverse of `to_dict`. Raises QuantlensError when a key that every result has is missing."""
-        fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in NOT_STORED}
         known = {k: v for k, v in data.items() if k in fields}
         try:
             return cls(**known, extra={k: v for k, v in data.items() if k not in fields})
@@ -117,6 +126,7 @@ def evaluate(
     n_bins: int = 15,
     skip_bad: bool = False,
     cache_dir: Any = None,
+    keep: bool | str = False,
 ) -> Result:
     """Measure a model on labelled ID images and on OOD sets.
 
@@ -133,6 +143,7 @@ def evaluate(
     progress: called with (what, images done, images in all).
     n_bins: bins of the calibration error. skip_bad: leave out images that cannot be read, and count them.
     cache_dir: place of the decoded-image cache; None is the user's, False none.
+    keep: True keeps what the model gave on every image in the Result's `outputs`; "scores" does without the logits.
 
     Raises QuantlensError when the labels do not match the classes, the logits are not finite, sets overlap that must
     not, or a name is unknown.
@@ -146,6 +157,7 @@ def evaluate(
 
         model.to(choose_device(device))
     chosen = choose_scores(scores)
+    keep = check_keep(keep)
 
     sets = _Sets.open(model, id, ood, fit, groups, cache_dir=cache_dir, skip_bad=skip_bad, progress=progress)
     quantized = str(model.method) != "fp32"
@@ -155,7 +167,7 @@ def evaluate(
         _check_same_images(reference, sets.id, sets.ood)
 
     run = _Run(batch_size, progress, n_bins, chosen)
-    measured = run.measure(model, sets)
+    measured = run.measure(model, sets, keep)
     own_seconds = time.perf_counter() - started
 
     baseline: dict[str, Any] | None = None
@@ -253,8 +265,9 @@ class _Run:
     n_bins: int
     scores: dict[str, Any]
 
-    def measure(self, model: Any, sets: _Sets) -> dict[str, Any]:
-        """{"id", "ood", "ood_mean", "histograms", "scores_unavailable"} of a result, for one model."""
+    def measure(self, model: Any, sets: _Sets, keep: bool | str = False) -> dict[str, Any]:
+        """{"id", "ood", "ood_mean", "histograms", "scores_unavailable", "guard", "outputs"} of a result."""
+        from quantlens.deploy.guard import guard_figures, looks_unknown
         from quantlens.metrics import classification_figures, mean_over_sets, ood_figures, score_histograms
 
         logits, features = self.outputs(model, sets.id, "the ID set")
@@ -267,6 +280,9 @@ class _Run:
             logits, sets.labels, n_bins=self.n_bins, class_names=class_names(sets.id, model)
         )
         id_part = {**describe(sets.id), "num_classes": int(model.num_classes), **figures}
+        images = of_images(logits, sets.labels, keep) if keep else None
+        guard = getattr(model, "guard", None)
+        known, unknown = looks_unknown(guard, logits), {}
 
         scorers: dict[str, Callable[..., np.ndarray]] = {}
         unavailable: dict[str, str] = {}
@@ -278,14 +294,15 @@ class _Run:
 
         ood_part: dict[str, dict[str, Any]] = {}
         ood_scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in scorers}
-        for set_name, images in sets.ood.items():
-            logits, features = self.outputs(model, images, f"OOD set {set_name}")
-            entry: dict[str, Any] = {**describe(images), "group": sets.groups[set_name]}
+        for set_name, others in sets.ood.items():
+            logits, features = self.outputs(model, others, f"OOD set {set_name}")
+            entry: dict[str, Any] = {**describe(others), "group": sets.groups[set_name]}
             for name, scorer in scorers.items():
                 values = self.scored(scorer, name, logits, features)
                 ood_scores[name][set_name] = values
                 entry[name] = ood_figures(id_scores[name], values)
             ood_part[set_name] = entry
+            unknown[set_name] = looks_unknown(guard, logits)
             del logits, features
         return {
             "id": plain(id_part),
@@ -293,6 +310,8 @@ class _Run:
             "ood_mean": plain(mean_over_sets(ood_part)) if ood_part else {},
             "histograms": {name: score_histograms(id_scores[name], ood_scores[name]) for name in scorers},
             "scores_unavailable": unavailable,
+            "guard": plain(guard_figures(guard, known, unknown)),
+            "outputs": images and gather(model, images, id_scores, ood_scores, id_part, ood_part, self.n_bins),
         }
 
     def outputs(self, model: Any, images: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -551,7 +570,7 @@ def _tables(result: Result) -> list[Any]:
             first.add_row(title, *(_number(v, percent) for v in values))
     parts: list[Any] = [head, images, first]
     if not result.ood:
-        return parts
+        return parts if result.guard is None else [*parts, _guard_table(result.guard)]
 
     second = Table(title="Out of distribution, AUPR-out % by score", title_justify="left")
     second.add_column("score")
@@ -574,12 +593,31 @@ def _tables(result: Result) -> list[Any]:
             third.add_column(name, justify="right")
         third.add_row(*(_number(deltas[name].get("msp", {}).get("aupr_out"), True) for name in deltas))
         parts.append(third)
+    if result.guard is not None:
+        parts.append(_guard_table(result.guard))
     if result.scores_unavailable:
         reasons: dict[str, list[str]] = {}
         for name, reason in result.scores_unavailable.items():
             reasons.setdefault(reason, []).append(name)
         parts += [Text(f"left out: {', '.join(names)} ({reason})") for reason, names in reasons.items()]
     return parts
+
+
+def _guard_table(guard: Mapping[str, Any]) -> Any:
+    """What the guard keeps and flags, and how often it is right."""
+    from rich.table import Table
+
+    title = f"Guard: {guard['score']} below {guard['threshold']['value']:.3f} looks unknown"
+    table = Table(title=title, title_justify="left")
+    table.add_column("images")
+    for name in ("looks known %", "looks unknown %", "balanced accuracy %"):
+        table.add_column(name, justify="right")
+    kept = guard["id"]["kept"]
+    table.add_row("ID", _number(kept, True), _number(1 - kept, True), "–")
+    for name, entry in guard["ood"].items():
+        flagged, right = entry["flagged"], entry["balanced_accuracy"]
+        table.add_row(name, *(_number(v, True) for v in (1 - flagged, flagged, right)))
+    return table
 
 
 def _number(value: Any, percent: bool) -> str:

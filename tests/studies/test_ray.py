@@ -1,0 +1,199 @@
+"""The same study on a Ray cluster: the same cells and figures, and nothing lost when workers or drivers are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from study_fakes import FakeBackend, config
+
+from quantlens.errors import QuantlensError
+from quantlens.studies.config import ResourcesSpec
+from quantlens.studies.runner import run_study
+from quantlens.studies.store import Store
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'quantlens[cluster]'")
+
+HERE = Path(__file__).parent
+CELLS = 9
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[str]:
+    """One cluster of two processors for all tests, whose workers find `study_fakes`; its address."""
+    from quantlens.studies.executors.local import environment
+
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), before]))
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
+    with environment(quiet):
+        context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def run(out: Path, backend: FakeBackend, study=None, **settings):
+    settings = {"executor": "ray", "workers": 2, "progress": False, **settings}
+    return run_study(study or config(), out, backend=backend, **settings)
+
+
+def figures(out: Path) -> dict[str, tuple]:
+    """Key -> spec and result without what tells when and where it ran."""
+    with Store(out) as store:
+        cells = store.cells()
+    ignored = ("seconds", "environment")
+    return {c.key: (c.spec, {k: v for k, v in c.result.items() if k not in ignored}) for c in cells}
+
+
+def test_the_same_cells_and_figures_wherever_they_ran(tmp_path: Path, log: Path) -> None:
+    broken = ("percentile W3A3 13",)
+    summary = run(tmp_path / "ray", FakeBackend(log, broken=broken))
+    assert (summary.done, summary.ran) == (CELLS - 1, CELLS)
+    assert summary.failed == [("fake percentile W3A3 seed 13", "ValueError: percentile W3A3 13 is broken")]
+
+    summary = run(tmp_path / "ray", FakeBackend(log), retry_failed=True, workers=1)
+    assert (summary.ran, summary.done, summary.failed) == (1, CELLS, [])
+    assert set(Counter(FakeBackend(log).ended()).values()) == {1}
+
+    run(tmp_path / "local", FakeBackend(tmp_path / "log2"), executor="local", workers=1)
+    assert figures(tmp_path / "ray") == figures(tmp_path / "local")
+    names = {path.name for path in (tmp_path / "local" / "outputs").iterdir()}
+    for name in names:
+        ours, theirs = ((tmp_path / who / "outputs" / name).read_bytes() for who in ("ray", "local"))
+        assert len(ours) == len(theirs)
+    assert len(names) == CELLS
+
+
+def test_a_killed_worker_is_replaced_and_its_cell_retried(tmp_path: Path, log: Path) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            lines = log.read_text().splitlines() if log.exists() else []
+            running = [line for line in lines if line.startswith("start fake percentile")]
+            if running:
+                killed.append(int(running[0].rpartition(" ")[2]))
+                os.kill(killed[0], signal.SIGKILL)
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    summary = run(tmp_path / "out", FakeBackend(log, pause=0.3), limit=7)
+    thread.join()
+    assert killed
+    assert (summary.done, summary.ran, summary.failed) == (7, 7, [])
+    starts = Counter(line.rpartition(" pid ")[0] for line in log.read_text().splitlines() if line.startswith("start"))
+    assert sorted(starts.values())[-2:] == [1, 2]  # the cell that was running ran again, and no other
+    assert set(Counter(FakeBackend(log).ended()).values()) == {1}
+
+
+def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path, log: Path, cluster: str) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "study_fakes.py"), str(out), str(log), "0.5", cluster],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 90
+    while not log.exists() or log.read_text().count("start ") < 4:
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    with Store(out) as store:
+        stored = len(store.cells())
+    assert 2 <= stored < CELLS
+
+    again = FakeBackend(tmp_path / "log2")
+    summary = run(out, again, executor="local", workers=1)  # whichever executor goes on
+    assert (summary.done, summary.ran) == (CELLS, CELLS - stored)
+    assert len(again.ended()) == CELLS - stored  # what was finished is not run again
+    connection = sqlite3.connect(out / "store.sqlite")
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert connection.execute("SELECT count(*) FROM claims").fetchone() == (0,)
+    connection.close()
+
+
+def test_what_stops_a_worker_stops_the_study(tmp_path: Path, log: Path) -> None:
+    """A model that cannot be loaded fails its own cells; a disk that is full stops everything."""
+    backend = FakeBackend(log, broken=("minmax W8A8 0",), error="full")
+    with pytest.raises(QuantlensError, match="the disk is full"):
+        run(tmp_path / "out", backend, config(models=["unloadable", "fake"]), workers=1)
+    with Store(tmp_path / "out") as store:
+        assert store.counts() == {"done": 1, "failed": CELLS}
+        assert store.failures()[0][1].strip().endswith("RuntimeError: no such weights")
+
+
+def test_a_driver_and_another_process_share_a_store(tmp_path: Path, log: Path) -> None:
+    out = tmp_path / "out"
+    other = subprocess.Popen(
+        [sys.executable, str(HERE / "study_fakes.py"), str(out), str(log), "0.3"], stderr=subprocess.PIPE
+    )
+    summary = run(out, FakeBackend(log, pause=0.3), workers=1)
+    _, errors = other.communicate(timeout=120)
+    assert other.returncode == 0, errors.decode()
+    assert summary.done == CELLS
+    counts = Counter(FakeBackend(log).ended())
+    assert (len(counts), set(counts.values())) == (CELLS, {1})  # nothing twice
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"workers": 1, "gpus_per_worker": 0.5}, "asks for 0.5 GPU, but the largest node .* has 0"),
+        ({"workers": 1, "gpus_per_worker": 1.5}, "a part of one GPU, or whole ones"),
+        ({"executor": "local", "address": "auto"}, "add --executor ray"),
+        ({"executor": "rey"}, "did you mean 'ray'"),
+    ],
+    ids=str,
+)
+def test_refusals(tmp_path: Path, log: Path, settings: dict, said: str) -> None:
+    with pytest.raises(QuantlensError, match=said):
+        run(tmp_path / "out", FakeBackend(log), **settings)
+
+
+def nodes(*resources: dict) -> object:
+    """A stand-in for ray with these nodes."""
+    from types import SimpleNamespace
+
+    total: Counter = Counter()
+    for one in resources:
+        total.update(one)
+    listed = [{"Alive": True, "Resources": one} for one in resources]
+    return SimpleNamespace(cluster_resources=lambda: dict(total), nodes=lambda: listed)
+
+
+def test_how_a_cluster_is_divided() -> None:
+    from quantlens.studies.executors.cluster import Share, share
+
+    gpus = nodes({"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4})
+    assert share(gpus, None, ResourcesSpec(), "auto", 100) == Share(8, 1, 1.0)
+    assert share(gpus, None, ResourcesSpec(gpu=0.25), "auto", 100) == Share(32, 1, 0.25)
+    assert share(gpus, None, ResourcesSpec(gpu=0.25, cpu=4), "auto", 100) == Share(8, 4, 0.25)
+    assert share(gpus, None, ResourcesSpec(cpu=4), "cpu", 100) == Share(8, 4, 0.0)
+    assert share(gpus, None, ResourcesSpec(), "auto", 3) == Share(3, 1, 1.0)
+    assert share(nodes({"CPU": 2}), 2, ResourcesSpec(), "auto", 19) == Share(2, 1, 0.0)
+    assert share(nodes({"CPU": 8}, {"CPU": 4}), 1, ResourcesSpec(), "auto", 19) == Share(1, 8, 0.0)
+    with pytest.raises(QuantlensError, match="asks for 9 CPU"):
+        share(nodes({"CPU": 8}, {"CPU": 8}), 1, ResourcesSpec(cpu=9), "auto", 19)
