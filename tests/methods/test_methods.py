@@ -13,10 +13,10 @@ from quantlens.methods.repq_vit import reparameterize
 from quantlens.quantizers import Bits, Uniform, float_model
 
 METHODS = sorted(registry.available())
-QUICK = {name: {"iterations": 4} for name in ("qdrop", "fima-q", "i-and-s-vit")}
+QUICK = {name: {"iterations": 4} for name in ("qdrop", "fima-q", "i-and-s-vit", "quantlens-best")}
 QUICK["aphq-vit"] = {"iterations": 4, "mlp_iterations": 10}
 """Fewer steps for methods that train: what is tested here does not need them."""
-FLOOR = {"repq-vit": 10, "i-and-s-vit": 10, "gptq": 10, "erq": 10, "ptq4vit": 18, "fq-ptq": 8}
+FLOOR = {"repq-vit": 10, "i-and-s-vit": 10, "gptq": 10, "erq": 10, "adalog": 12, "ptq4vit": 18, "fq-ptq": 8}
 """dB of the logits at W8A8. log√2 codes have steps of 41 % at any width: the attention of a tiny random model cannot be
 finer than that, and log2 codes (fq-ptq, i-and-s-vit) are coarser still. ptq4vit has one scale per weight tensor; 20
 for the others."""

@@ -11,6 +11,7 @@ from quantlens.methods._scale_search import find_products
 from quantlens.methods.ptq4vit import GELU_MINIMUM, fused_projections, gelu_steps
 from quantlens.quantizers import float_model
 from quantlens.ranges.guided import HEADS, Side, alternate, sample_rows, search, weighted_error
+from quantlens.reconstruction import sensitivity
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_pairs_and_gradients_are_of_the_same_rows(shape, monkeypatch):
 def test_samples_do_not_depend_on_how_many_images_fit(model, pictures, monkeypatch):
     """Where every row is kept, batches change the order of the rows and nothing else."""
     whole = _collect(model, pictures, gradients.own_label)
-    monkeypatch.setattr(gradients, "MEMORY", 1)
+    monkeypatch.setattr(sensitivity, "MEMORY", 1)
     single = _collect(model, pictures, gradients.own_label)
     for name, sample in whole.items():
         assert sample.largest.keys() == single[name].largest.keys()

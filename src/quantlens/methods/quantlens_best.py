@@ -1,0 +1,94 @@
+"""quantlens-best: quantlens-fast, and then every block trained for some dozens of steps.
+
+1. :mod:`quantlens.methods.quantlens_fast` rotates the network, finds ranges and fits the weights in closed form.
+2. Block after block, on the blocks' quantized inputs, the weights (straight through their quantizers) and the scales of
+   the activations are trained towards the output of the float block. The loss weighs the squared error by the average
+   perturbation Hessian (APHQ-ViT, Wu et al., CVPR 2025, section 3.2), at the classifier by the divergence of the
+   predictions. Because training starts from weights that already make up for the quantized inputs, it needs dozens of
+   steps where it takes the papers twenty thousand.
+"""
+
+from __future__ import annotations
+
+from quantlens.calibration import Calibration
+from quantlens.errors import QuantlensError
+from quantlens.graph import Graph
+from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps
+from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
+from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, rotate
+from quantlens.quantizers import Plan
+from quantlens.reconstruction import Settings, reconstruct
+from quantlens.reconstruction.losses import MetricLoss
+from quantlens.reconstruction.sensitivity import perturbation_metrics
+
+
+class QuantlensBest(Method):
+    info = MethodInfo(
+        name="quantlens-best",
+        title="quantlens-best",
+        paper="quantlens: quantlens-fast, and short block reconstruction behind it",
+        venue="quantlens",
+        year=2026,
+        url="docs/methods.md",
+        quantizes=MATMUL_OPERANDS,
+        summary="quantlens-fast, then weights and activation scales of every block trained for some dozens of steps",
+        departures="our own; each part can be switched off",
+        aliases=("best",),
+        options={
+            **QuantlensFast.info.options,
+            "loss": Option(
+                "aph", "error of a block: weighted by the perturbation Hessian (aph), or mse", ("aph", "mse")
+            ),
+            "train": Option(
+                "rounding",
+                "what is trained beside the scales: the rounding of the fitted weights, or the weights themselves",
+                ("rounding", "weights"),
+            ),
+            "iterations": Option(80, f"steps per block, with {FULL} or more calibration images"),
+            "batch_size": Option(8, "images per step"),
+            "lr_rounding": Option(0.03, "learning rate (Adam) of the rounding, falling to 0"),
+            "lr_weights": Option(0.05, "learning rate (Adam) of the weights, in units of their scale, falling to 0"),
+            "lr_scales": Option(
+                0.01, "learning rate (Adam) of activations' scales, relative to the scale, falling to 0"
+            ),
+            "input_drop": Option(0.0, "probability that an element of a block's input is the float model's"),
+            "drop": Option(0.0, "probability that an activation's element is left in float in training"),
+            "checkpoint": CHECKPOINT,
+        },
+    )
+
+    def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
+        if not float(run["damping"]) > 0:
+            raise QuantlensError(f"quantlens-best: damping={run['damping']}; give a number above 0, such as 0.1")
+        plan = Plan({}, rotate(graph, run["rotate"], run.seed))
+        original = graph.clone()
+        metrics = {}
+        if run["loss"] == "aph":
+            metrics = perturbation_metrics(graph, calibration, seed=run.seed)
+        first = Run(run.options, run.seed, portion(run.progress, 0, 2))
+        calibrate(graph, calibration, bits, plan, first, rounded=run["train"] == "weights")
+        settings = Settings(
+            optimise=(run["train"], "scales"),
+            loss=MetricLoss(metrics),
+            inputs="mixed" if float(run["input_drop"]) > 0 else "quantized",
+            input_drop=float(run["input_drop"]),
+            drop=float(run["drop"]),
+            iterations=steps("quantlens-best", run, calibration.count),
+            batch_size=run["batch_size"],
+            lr_rounding=float(run["lr_rounding"]),
+            straight_through=True,
+            lr_weights=float(run["lr_weights"]),
+            lr_scales=float(run["lr_scales"]),
+        )
+        report = reconstruct(
+            graph,
+            plan,
+            calibration,
+            settings,
+            seed=run.seed,
+            reference=original,
+            progress=portion(run.progress, 1, 2),
+            checkpoint=run["checkpoint"],
+        )
+        plan.info["reconstruction"] = report.info()
+        return plan

@@ -1,0 +1,77 @@
+"""Rotations: exact, found wherever the graph proves them, and good for something."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from quantlens.graph import fold_layer_scale, graph_of
+from quantlens.graph.rotation import find_residuals, mean_keeping, orthogonal, rotate_residual
+
+ROTATABLE = ("vit", "deit-distilled", "deit3", "torchvision")
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 192])
+def test_the_rotation_commutes_with_layernorm(size):
+    q = mean_keeping(size, _generator())
+    torch.testing.assert_close(q @ q.T, torch.eye(size, dtype=torch.float64))
+    torch.testing.assert_close(q @ torch.ones(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64))
+    x = 3 + torch.randn(5, size, generator=_generator(1), dtype=torch.float64)
+    torch.testing.assert_close(F.layer_norm(x @ q.T, (size,)), F.layer_norm(x, (size,)) @ q.T)
+    other = orthogonal(size, _generator())
+    torch.testing.assert_close(other @ other.T, torch.eye(size, dtype=torch.float64))
+    assert not torch.equal(q, mean_keeping(size, _generator(2)))
+
+
+def test_the_function_stays_when_the_residual_stream_is_rotated(small_models, architecture, pictures):
+    import quantlens as ql
+
+    model = ql.load_model(small_models[architecture], input_size=(3, 32, 32))
+    graph = graph_of(model).clone()
+    fold_layer_scale(graph)
+    graph.invalidate()
+    expected, residuals = graph(pictures), find_residuals(graph)
+    assert bool(residuals) == (architecture in ROTATABLE)
+    before = {name: t.clone() for name, t in graph.tensors().items()}
+    for residual in residuals:
+        rotate_residual(graph, residual, mean_keeping(residual.channels, _generator()))
+        linears = [linear for group in residual.norms for linear in group.linears]
+        for site in (*residual.linears, *residual.convs, *linears):
+            assert not torch.allclose(graph.tensor(site.weight), before[site.weight]), f"{site.name} is as it was"
+    torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_stream_that_something_else_reads_is_left_alone(small_models, pictures):
+    """One more reader of the residual stream, which would see rotated channels."""
+    import quantlens as ql
+
+    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+    graph = graph_of(model).clone()
+    stream = find_residuals(graph)[0].norms[0].norm.node.args[0]
+    last = graph.output
+    with graph.fx.inserting_after(last):
+        probe = graph.fx.call_function(torch.ops.aten.relu.default, (stream,))
+        probe.meta = dict(stream.meta)
+    graph.invalidate()
+    assert find_residuals(graph) == []
+
+
+def test_massive_channels_of_a_stream_are_spread(small_models, pictures):
+    """A LayerNorm that puts most of its output into two channels: rotated, no channel stands out."""
+    import quantlens as ql
+
+    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+    graph = graph_of(model).clone()
+    residual = find_residuals(graph)[0]
+    group = residual.norms[0]
+    gamma = str(group.norm.node.args[2].target)
+    graph.set_tensor(gamma, torch.cat([torch.full((2,), 40.0), graph.tensor(gamma)[2:]]))
+    expected = graph(pictures)
+    rotate_residual(graph, residual, mean_keeping(residual.channels, _generator()))
+    torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(graph.tensor(gamma), torch.ones(residual.channels)), "the scale went into the weights"

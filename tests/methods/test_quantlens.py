@@ -1,0 +1,108 @@
+"""Our own methods: better than the published one they start from, and every part of them helps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import quantlens as ql
+from quantlens import zoo
+from quantlens.data import load_images, open_source
+from quantlens.errors import QuantlensError
+from quantlens.quantizers import Log, Uniform
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    entry = zoo.available()["digits-vit"]
+
+    def images(spec):
+        return load_images(open_source(spec), entry.preprocess, cache_dir=tmp_path_factory.mktemp("cache")).tensor()
+
+    model, test = ql.load_model("digits-vit"), images(entry.sources.id)[:400]
+    calibration = images(f"{entry.sources.calibration}?n=32&seed=0")
+    return {"model": model, "calibration": calibration, "images": test, "expected": model(test).double()}
+
+
+def _divergence(digits, method="quantlens-fast", bits="W3A3", model=None, **options) -> float:
+    """KL of the float model's class probabilities from the quantized one's, on images not calibrated on."""
+    q = ql.quantize(model or digits["model"], digits["calibration"], method=method, bits=bits, **options)
+    with torch.inference_mode():
+        got, expected = q(digits["images"]).double().log_softmax(-1), digits["expected"].log_softmax(-1)
+    return float((expected.exp() * (expected - got)).sum(-1).mean())
+
+
+def test_fast_beats_repq_and_its_ablations(digits):
+    found = {
+        "repq": _divergence(digits, "repq-vit"),
+        "whole": _divergence(digits),
+        "no fit": _divergence(digits, fit=False),
+        "nearest": _divergence(digits, rounding="nearest"),
+        "neither": _divergence(digits, fit=False, rounding="nearest"),
+    }
+    assert found["whole"] < 0.6 * found["repq"], found
+    assert found["whole"] < found["no fit"] < found["neither"], found
+    assert found["whole"] < 0.3 * found["nearest"], found
+
+
+def test_rotations_undo_uneven_channels(digits):
+    """Two channels of every LayerNorm, and of every q and k, made 16 times as large and undone: the same function."""
+    model = ql.load_model("digits-vit")
+    for block in model.module.blocks:
+        width = block.attn.qkv.in_features
+        for norm, linear in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
+            norm.weight[:2] *= 16
+            norm.bias[:2] *= 16
+            linear.weight[:, :2] /= 16
+        for rows, factor in ((slice(0, 2), 16), (slice(width, width + 2), 1 / 16)):
+            block.attn.qkv.weight[rows] *= factor
+            block.attn.qkv.bias[rows] *= factor
+    torch.testing.assert_close(model(digits["images"]).double(), digits["expected"], rtol=1e-3, atol=1e-3)
+    plain = {"fit": False, "rounding": "nearest", "bits": "W32A4"}
+    without = _divergence(digits, model=model, rotate="none", **plain)
+    heads, residual, both = (
+        _divergence(digits, model=model, rotate=which, **plain) for which in ("heads", "residual", "all")
+    )
+    assert both < 0.3 * without
+    assert both < min(heads, residual)
+    assert max(heads, residual) < without
+
+
+def test_best_goes_on_where_fast_ends(digits, tmp_path):
+    options = {"iterations": 12, "batch_size": 16}
+    q = ql.quantize(digits["model"], digits["calibration"], method="quantlens-best", bits="W3A3", **options)
+    units = q.plan.info["reconstruction"]
+    assert all(unit["after"] <= unit["before"] for unit in units)
+    assert sum(unit["after"] < 0.97 * unit["before"] for unit in units) > len(units) / 2
+    assert _divergence(digits, "quantlens-best", **options) < 0.95 * _divergence(digits)
+
+
+def test_what_they_use_can_be_shipped(digits):
+    """One uniform scale per activation tensor and output channel; log√2 at the softmax at most, on request nowhere."""
+    for softmax, log in (("auto", True), ("uniform", False)):
+        q = ql.quantize(digits["model"], digits["calibration"], method="fast", bits="W4A4", softmax=softmax)
+        for key, quantizer in q.plan.quantizers.items():
+            if isinstance(quantizer, Log):
+                assert log
+                assert key.endswith(".probs.output")
+            else:
+                assert isinstance(quantizer, Uniform)
+                assert quantizer.granularity == ("channel" if key.endswith(".weight") else "tensor"), key
+
+
+def test_seeds_rotate_differently_and_reproducibly(digits):
+    some = digits["images"][:20]
+
+    def logits(seed):
+        q = ql.quantize(digits["model"], digits["calibration"], method="quantlens-fast", bits="W4A4", seed=seed)
+        return q(some)
+
+    first = logits(0)
+    assert torch.equal(first, logits(0))
+    assert not torch.equal(first, logits(1))
+
+
+def test_a_damping_that_is_none_is_refused(digits):
+    for method in ("quantlens-fast", "quantlens-best"):
+        with pytest.raises(QuantlensError, match="damping"):
+            ql.quantize(digits["model"], digits["calibration"], method=method, bits="W4A4", damping=0)
