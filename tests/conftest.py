@@ -127,6 +127,31 @@ def small_models() -> dict[str, nn.Module]:
     return {kind: make_model(kind) for kind in ARCHITECTURES}
 
 
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The shipped model, which is trained: with 32 calibration images, its test images, their labels, and its logits on
+    them."""
+    import quantlens as ql
+    from quantlens import zoo
+    from quantlens.data import load_images, open_source
+
+    entry, model = zoo.available()["digits-vit"], ql.load_model("digits-vit")
+
+    def images(spec):
+        return load_images(open_source(spec), entry.preprocess, cache_dir=tmp_path_factory.mktemp("cache"))
+
+    test = images(entry.sources.id)
+    with torch.inference_mode():
+        expected = model(test.tensor())
+    return {
+        "model": model,
+        "calibration": images(f"{entry.sources.calibration}?n=32&seed=0").tensor(),
+        "images": test.tensor(),
+        "labels": torch.tensor(test.labels),
+        "expected": expected.clone(),
+    }
+
+
 @pytest.fixture
 def network(architecture: str, small_models: dict[str, nn.Module]) -> nn.Module:
     return small_models[architecture]

@@ -4,8 +4,6 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens import zoo
-from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.quantizers import AdaLog, Log, Uniform
 
@@ -18,20 +16,6 @@ def model(small_models):
 @pytest.fixture(scope="module")
 def quantized(model, pictures):
     return ql.quantize(model, pictures, method="adalog", bits="W4A4")
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    entry = zoo.available()["digits-vit"]
-
-    def images(spec):
-        return load_images(open_source(spec), entry.preprocess, cache_dir=tmp_path_factory.mktemp("cache")).tensor()
-
-    return {
-        "model": ql.load_model("digits-vit"),
-        "calibration": images(f"{entry.sources.calibration}?n=32&seed=0"),
-        "images": images(entry.sources.id),
-    }
 
 
 def _divergence(digits, **settings) -> float:

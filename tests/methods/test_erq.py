@@ -4,30 +4,12 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens import zoo
-from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError
 
 
 @pytest.fixture(scope="module")
 def model(small_models):
     return ql.load_model(small_models["vit"], input_size=(3, 32, 32), name="vit")
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    entry = zoo.available()["digits-vit"]
-
-    def images(spec):
-        return load_images(open_source(spec), entry.preprocess, cache_dir=tmp_path_factory.mktemp("cache"))
-
-    test = images(entry.sources.id)
-    return {
-        "model": ql.load_model("digits-vit"),
-        "calibration": images(f"{entry.sources.calibration}?n=32&seed=0").tensor(),
-        "images": test.tensor(),
-        "labels": torch.tensor(test.labels),
-    }
 
 
 def _divergence(digits, **settings) -> float:

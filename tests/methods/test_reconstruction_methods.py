@@ -6,9 +6,7 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens import zoo
 from quantlens.calibration import Calibration
-from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError
 from quantlens.graph import graph_of
 from quantlens.methods import registry
@@ -20,15 +18,8 @@ METHODS = (*DROPPING, "i-and-s-vit")
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    entry = zoo.available()["digits-vit"]
-
-    def images(spec):
-        return load_images(open_source(spec), entry.preprocess, cache_dir=tmp_path_factory.mktemp("cache")).tensor()
-
-    model, test = ql.load_model("digits-vit"), images(entry.sources.id)[:200]
-    calibration = images(f"{entry.sources.calibration}?n=32&seed=0")
-    return {"model": model, "calibration": calibration, "images": test, "expected": model(test).log_softmax(-1)}
+def digits(digits):
+    return {**digits, "images": digits["images"][:200], "expected": digits["expected"][:200].log_softmax(-1)}
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,6 @@ def small(small_models):
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """The shipped model with 32 calibration images and 128 held-out ones."""
-    from quantlens import zoo
-    from quantlens.data import load_images, open_source
-
-    entry = zoo.available()["digits-vit"]
-
-    def images(spec):
-        return load_images(open_source(spec), entry.preprocess, cache_dir=tmp_path_factory.mktemp("cache")).tensor()
-
-    return {
-        "model": ql.load_model("digits-vit"),
-        "calibration": images(f"{entry.sources.calibration}?n=32&seed=0"),
-        "images": images(entry.sources.id)[:128],
-    }
+def digits(digits):
+    """With 128 held-out images."""
+    return {**digits, "images": digits["images"][:128]}

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quantlens.cli import _options
 from quantlens.cli._common import command
 
 HELP = """Choose bit widths for mixed precision: how sensitive every attention and every MLP is, and the widths of least
@@ -34,15 +35,10 @@ def register(app: typer.Typer) -> None:
 
 
 def allocate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")],
-    calibration: Annotated[str, typer.Option(metavar="SOURCE", help="Calibration images (`quantlens sources`).")],
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] (the default) or random."),
-    ] = None,
-    n: Annotated[
-        int | None, typer.Option("--n", min=1, help="How many calibration images the seed draws (default: 32).")
-    ] = None,
+    model: _options.ModelName,
+    calibration: _options.CalibrationSource,
+    weights: _options.Weights = None,
+    n: _options.CalibrationCount = None,
     sensitivity: Annotated[
         str, typer.Option(help="[bold]nuclear-norm[/bold], hessian, kl or random.")
     ] = "nuclear-norm",
@@ -65,15 +61,15 @@ def allocate(
         bool, typer.Option("--front", help="Keep the whole Pareto front, and plot it in front.html beside the file.")
     ] = False,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("alloc.json"),
-    seed: Annotated[int, typer.Option(min=0, help="Draws the calibration images, and all else that is random.")] = 0,
+    seed: _options.Seed = 0,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the sensitivity (probes=32)."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not keep decoded images on disk.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    device: _options.Device = "auto",
+    skip_bad: _options.SkipBad = False,
+    no_cache: _options.NoCache = False,
+    quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common

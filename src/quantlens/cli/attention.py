@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quantlens.cli import _options
 from quantlens.cli._common import command
 
 HELP = """Compare what a model looks at in FP32 and quantized: attention rollout or class activation maps, norms of the
@@ -62,20 +63,16 @@ def attention(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or a quantized checkpoint.")],
     images: Annotated[str, typer.Option(metavar="SOURCE", help="In-distribution images (`quantlens sources`).")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of what is written.")],
-    weights: Annotated[
-        str | None, typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] or random.")
-    ] = None,
+    weights: _options.Weights = None,
     ood: Annotated[
         list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An out-of-distribution set; may be repeated.")
     ] = None,
     bits: Annotated[
         str | None, typer.Option(metavar="BITS", help=f"Precisions, separated by commas (default: {BITS}).")
     ] = None,
-    method: Annotated[str, typer.Option(help="The method (`quantlens methods`).")] = "repq-vit",
+    method: _options.MethodName = "repq-vit",
     calibration: Annotated[str | None, typer.Option(metavar="SOURCE", help="Calibration images.")] = None,
-    n: Annotated[
-        int | None, typer.Option("--n", min=1, help="How many calibration images the seed draws (default: 32).")
-    ] = None,
+    n: _options.CalibrationCount = None,
     map: Annotated[
         str, typer.Option(help="[bold]rollout[/bold], grad-cam, hires-cam or gradient-rollout.")
     ] = "rollout",
@@ -92,14 +89,12 @@ def attention(
     choose: Annotated[
         str, typer.Option(help="Which: the [bold]first[/bold], or the most-changed at the last precision.")
     ] = "first",
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the method.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the calibration images, and all else that is random.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not keep decoded images on disk.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    option: _options.MethodOptions = None,
+    seed: _options.Seed = 0,
+    device: _options.Device = "auto",
+    skip_bad: _options.SkipBad = False,
+    no_cache: _options.NoCache = False,
+    quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common

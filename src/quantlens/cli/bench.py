@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quantlens.cli import _options
 from quantlens.cli._common import command
 
 HELP = """Time exported models against each other, in one process with interleaved runs.
@@ -55,7 +56,7 @@ def bench(
     ] = None,
     store: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the timings in the store of a study.")] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the timings as JSON.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
     import tempfile

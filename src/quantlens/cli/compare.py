@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from quantlens.cli import _options
 from quantlens.cli._common import command
 
 HELP = """Compare two studies, two parts of a study, or two models, figure by figure, with intervals.
@@ -46,7 +47,7 @@ def compare(
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the comparison as JSON; - is stdout.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
     import json as standard

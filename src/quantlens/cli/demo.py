@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from quantlens.cli import _options
 from quantlens.cli._common import command
 
 HELP = """Quantize the embedded model at several precisions, evaluate it on embedded images, and write the report.
@@ -39,7 +40,7 @@ def demo(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that share the work (default: 2 where there are two cores).")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
     from quantlens import demo as room

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quantlens.cli import _options
 from quantlens.cli._common import command
 
 HELP = """Measure a model on labelled in-distribution images and on out-of-distribution sets.
@@ -41,9 +42,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or a quantized checkpoint.")],
     id: Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")],
-    weights: Annotated[
-        str | None, typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] or random.")
-    ] = None,
+    weights: _options.Weights = None,
     ood: Annotated[
         list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An out-of-distribution set; may be repeated.")
     ] = None,
@@ -65,10 +64,10 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
     bins: Annotated[int, typer.Option(min=1, help="Bins of the calibration error.")] = 15,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count images that cannot be read, and go on.")] = False,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not keep decoded images on disk.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    device: _options.Device = "auto",
+    skip_bad: _options.SkipBad = False,
+    no_cache: _options.NoCache = False,
+    quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common

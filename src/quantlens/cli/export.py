@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from quantlens.cli import _options
 from quantlens.cli._common import command
 
 HELP = """Write a model for a runtime: ONNX (.onnx), OpenVINO IR (.xml with its .bin) or PyTorch (.pt2).
@@ -54,7 +55,7 @@ def export(
     check: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Hold the file against the simulation on these images.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common

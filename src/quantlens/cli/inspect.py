@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quantlens.cli import _options
 from quantlens.cli._common import command
 
 HELP = """Find the layer that hurts: quantize every site and every block alone, rank them by what that does to the
@@ -33,15 +34,12 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")],
+    model: _options.ModelName,
     images: Annotated[
         str | None,
         typer.Option(metavar="SOURCE", help="Images to measure on (default: a shipped model's calibration images)."),
     ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] (the default) or random."),
-    ] = None,
+    weights: _options.Weights = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="How many images the seed draws (default: 32).")] = None,
     bits: Annotated[str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations.")] = "W8A8",
     method: Annotated[str, typer.Option(help="Whose quantizers; a method that sets ranges only.")] = "minmax",
@@ -54,13 +52,11 @@ def inspect(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure as JSON.")] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws the images, and all else that is random.")] = 0,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the method.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not keep decoded images on disk.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    option: _options.MethodOptions = None,
+    device: _options.Device = "auto",
+    skip_bad: _options.SkipBad = False,
+    no_cache: _options.NoCache = False,
+    quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common

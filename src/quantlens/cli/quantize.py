@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from quantlens.cli import _options
 from quantlens.cli._common import command
 
 HELP = """Quantize a model after training and save it packed: integer codes at their bit width, scales, and a header.
@@ -38,16 +39,11 @@ def register(app: typer.Typer) -> None:
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")],
-    calibration: Annotated[str, typer.Option(metavar="SOURCE", help="Calibration images (`quantlens sources`).")],
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] (the default) or random."),
-    ] = None,
-    n: Annotated[
-        int | None, typer.Option("--n", min=1, help="How many calibration images the seed draws (default: 32).")
-    ] = None,
-    method: Annotated[str, typer.Option(help="The method (`quantlens methods`).")] = "repq-vit",
+    model: _options.ModelName,
+    calibration: _options.CalibrationSource,
+    weights: _options.Weights = None,
+    n: _options.CalibrationCount = None,
+    method: _options.MethodName = "repq-vit",
     bits: Annotated[
         str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations; MP6 or a file of `quantlens allocate`.")
     ] = "W8A8",
@@ -55,15 +51,13 @@ def quantize(
         str | None,
         typer.Option("--target", help="Stay inside a runtime's integers: openvino-cpu, onnxruntime-cpu or tensorrt."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the calibration images, and all else that is random.")] = 0,
+    seed: _options.Seed = 0,
     out: Annotated[Path | None, typer.Option(help="The file to write (default: MODEL-BITS.safetensors).")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the method.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not keep decoded images on disk.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    option: _options.MethodOptions = None,
+    device: _options.Device = "auto",
+    skip_bad: _options.SkipBad = False,
+    no_cache: _options.NoCache = False,
+    quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantlens.cli import _options
 from quantlens.cli._common import command
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def study(
         bool, typer.Option("--plan", help="List the cells with an estimate of time, memory and disk; run nothing.")
     ] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report at the end.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common
