@@ -8,11 +8,15 @@ look as real ones do.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from quantlens.attention import pictures
 
 SCORES = ("msp", "maxlogit", "energy", "entropy", "gen", "knn", "vim", "mahalanobis", "rmahalanobis", "react")
 SETS = {"textures": "far", "places": "far", "flowers": "near"}
@@ -271,3 +275,55 @@ def full_store() -> FakeStore:
         )
     )
     return FakeStore(cells)
+
+
+ATTENTION_BITS = ("FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4")
+
+
+def drift_summary(amount: float, rng) -> dict:
+    return {
+        "n": 16, "row_cosine": 1 - 0.3 * amount, "row_kl": 4 * amount, "entropy_change": -amount,
+        "rollout_spearman": 1 - amount, "rollout_overlap": 1 - 0.8 * amount, "centre_movement": 0.05 * amount,
+        "outliers": 20 - 10 * amount, "outliers_fp32": 20.0, "outlier_overlap": 1 - amount / 2,
+        "prediction_changed": amount / 2, "confidence_change": -amount / 3, "output_kl": amount + 0.01 * rng.random(),
+    }  # fmt: skip
+
+
+def _example(name: str, ood: bool, index: int, amount: float, rng, fp32: bool) -> dict:
+    example = {
+        "set": name, "ood": ood, "index": index, "grid": [4, 4], "truth": None if ood else 3, "label": 3 if amount < 0.5
+        else 5, "class_name": "tench" if amount < 0.5 else "<b>otter</b>", "probability": 0.9 - amount / 2,
+        "rollout": rng.random(16).round(3).tolist(), "norms": {"blocks.1": (5 + rng.random(16)).tolist()},
+    }  # fmt: skip
+    if fp32:
+        photo = Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
+        example |= {"thumbnail": pictures.webp(photo), "truth_name": None if ood else "tench"}
+    return example
+
+
+@pytest.fixture
+def attention_store(make):
+    """A study with the attention lens: drift for every cell, four images with their maps."""
+    make_cells, _, fake_store = make
+    cells = make_cells(methods=("minmax", "repq-vit"), bits=ATTENTION_BITS, seeds=(0, 13), scores=("msp",))
+    rng = np.random.default_rng(0)
+    for cell in cells:
+        fp32 = cell.spec["bits"] == "FP32"
+        widths = [] if fp32 else [int(n) for n in re.findall(r"\d+", cell.spec["bits"])]
+        amount = 0.0 if fp32 else min(0.9, sum(2.0**-w for w in widths) * (6 if cell.spec["method"] == "minmax" else 4))
+        cell.result["attention"] = {
+            "id": drift_summary(amount, rng),
+            "ood": {s: drift_summary(amount, rng) for s in ("textures", "places")},
+        }
+        cell.result["attention_examples"] = [
+            _example(name, ood, i, amount, rng, fp32)
+            for name, ood in (("id", False), ("textures", True))
+            for i in (0, 7)
+        ]
+    return fake_store(cells)
+
+
+@pytest.fixture
+def drift():
+    """A made-up summary of drift: (amount, generator) -> figures."""
+    return drift_summary

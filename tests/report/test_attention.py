@@ -18,50 +18,12 @@ from quantlens.report.build import render
 from quantlens.report.charts import Looks
 from quantlens.report.collect import collect
 
-BITS = ("FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4")
 MODELS = ("deit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k_ft_in1k")
 
 
-def _summary(amount: float, rng) -> dict:
-    return {
-        "n": 16, "row_cosine": 1 - 0.3 * amount, "row_kl": 4 * amount, "entropy_change": -amount,
-        "rollout_spearman": 1 - amount, "rollout_overlap": 1 - 0.8 * amount, "centre_movement": 0.05 * amount,
-        "outliers": 20 - 10 * amount, "outliers_fp32": 20.0, "outlier_overlap": 1 - amount / 2,
-        "prediction_changed": amount / 2, "confidence_change": -amount / 3, "output_kl": amount + 0.01 * rng.random(),
-    }  # fmt: skip
-
-
-def _example(name: str, ood: bool, index: int, amount: float, rng, fp32: bool) -> dict:
-    example = {
-        "set": name, "ood": ood, "index": index, "grid": [4, 4], "truth": None if ood else 3, "label": 3 if amount < 0.5
-        else 5, "class_name": "tench" if amount < 0.5 else "<b>otter</b>", "probability": 0.9 - amount / 2,
-        "rollout": rng.random(16).round(3).tolist(), "norms": {"blocks.1": (5 + rng.random(16)).tolist()},
-    }  # fmt: skip
-    if fp32:
-        photo = Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
-        example |= {"thumbnail": pictures.webp(photo), "truth_name": None if ood else "tench"}
-    return example
-
-
 @pytest.fixture
-def store(make):
-    make_cells, _, fake_store = make
-    cells = make_cells(methods=("minmax", "repq-vit"), bits=BITS, seeds=(0, 13), scores=("msp",))
-    rng = np.random.default_rng(0)
-    for cell in cells:
-        fp32 = cell.spec["bits"] == "FP32"
-        widths = [] if fp32 else [int(n) for n in re.findall(r"\d+", cell.spec["bits"])]
-        amount = 0.0 if fp32 else min(0.9, sum(2.0**-w for w in widths) * (6 if cell.spec["method"] == "minmax" else 4))
-        cell.result["attention"] = {
-            "id": _summary(amount, rng),
-            "ood": {s: _summary(amount, rng) for s in ("textures", "places")},
-        }
-        cell.result["attention_examples"] = [
-            _example(name, ood, i, amount, rng, fp32)
-            for name, ood in (("id", False), ("textures", True))
-            for i in (0, 7)
-        ]
-    return fake_store(cells)
+def store(attention_store):
+    return attention_store
 
 
 def _section(store):
@@ -179,9 +141,9 @@ def test_too_many_pictures_are_left_out_and_counted(store, monkeypatch):
     assert "2 further images" in render(board)
 
 
-def test_drift_svg_escapes_and_draws():
+def test_drift_svg_escapes_and_draws(drift):
     rng = np.random.default_rng(0)
-    drawing = lens.drift_svg("a <b>", {"W8A8": {"<ID>": _summary(0.1, rng)}, "W4A4": {"<ID>": _summary(0.5, rng)}})
+    drawing = lens.drift_svg("a <b>", {"W8A8": {"<ID>": drift(0.1, rng)}, "W4A4": {"<ID>": drift(0.5, rng)}})
     assert "<b>" not in drawing
     assert "&lt;ID&gt;" in drawing
     assert drawing.count('class="chart lines"') == 6

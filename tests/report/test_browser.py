@@ -9,6 +9,8 @@ import pytest
 
 from quantlens.report import write_report
 
+ATTENTION_BITS = ("FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4")
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 
@@ -164,6 +166,32 @@ def test_precision_selector_and_filters(browser, report):
     assert browser.column("#set-table", 2) == ["W4A4", "W4A4"]
     assert set(browser.column("#set-table", 3)) == {"flowers"}
     assert browser.driver.find_element("id", "shown").text == "2 of 864 rows"
+
+
+def test_the_image_selector_switches_the_maps(browser, attention_store, tmp_path):
+    """One image's maps are shown at a time, and drawn: the photograph and a map for every precision."""
+    browser.open(write_report(attention_store, tmp_path / "attention.html"))
+    shown = """const figures = [...document.querySelectorAll('figure.gallery')].filter(e => e.checkVisibility());
+               return Promise.all(figures.map(async e => {
+                 const images = [...e.querySelectorAll('img')].filter(i => i.checkVisibility());
+                 for (const i of images) i.loading = 'eager';
+                 await Promise.all(images.map(i => i.decode()));
+                 return [e.dataset.picture, images.filter(i => i.naturalWidth > 0).length];
+               }));"""
+    keys = browser.run("return [...document.querySelectorAll('#choose-picture option')].map(o => o.value)")
+    assert len(keys) == 4
+    first = browser.run(shown)
+    assert len(first) == 1
+    for key in keys:
+        browser.run(
+            """const s = document.getElementById('choose-picture'); s.value = arguments[0];
+               s.dispatchEvent(new Event('change'))""",
+            key,
+        )
+        found = browser.run(shown)
+        assert [name for name, _ in found] == [key]
+        assert found[0][1] > len(ATTENTION_BITS)
+    assert browser.problems() == []
 
 
 def test_legend_hides_a_line_and_classes_unfold(browser, report):
