@@ -1,11 +1,16 @@
 """quantlens-best: quantlens-fast, and then every block trained for some dozens of steps.
 
-1. :mod:`quantlens.methods.quantlens_fast` rotates the network, finds ranges and fits the weights in closed form.
-2. Block after block, on the blocks' quantized inputs, the weights (straight through their quantizers) and the scales of
-   the activations are trained towards the output of the float block. The loss weighs the squared error by the average
+1. :mod:`quantlens.methods.quantlens_fast` rotates the network, finds ranges and fits the weights in closed form, here
+   without rounding them for good.
+2. Block after block, the rounding of the fitted weights (AdaRound's parameters, straight through the rounded direction)
+   and the scales of the activations are trained towards the output of the float block, on inputs that are half the
+   quantized network's, half the float one's, element by element. The loss weighs the squared error by the average
    perturbation Hessian (APHQ-ViT, Wu et al., CVPR 2025, section 3.2), at the classifier by the divergence of the
    predictions. Because training starts from weights that already make up for the quantized inputs, it needs dozens of
    steps where it takes the papers twenty thousand.
+
+``train=weights`` trains the fitted and rounded weights themselves instead. On 32 images that overfits: DeiT-Tiny W4A4,
+400 images, KL from the float model 0.68 (0.35 before training), where training the rounding ends at 0.31.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ class QuantlensBest(Method):
         year=2026,
         url="docs/methods.md",
         quantizes=MATMUL_OPERANDS,
-        summary="quantlens-fast, then weights and activation scales of every block trained for some dozens of steps",
+        summary="quantlens-fast, then rounding and activation scales of every block trained for some dozens of steps",
         departures="our own; each part can be switched off",
         aliases=("best",),
         options={
@@ -51,7 +56,7 @@ class QuantlensBest(Method):
             "lr_scales": Option(
                 0.01, "learning rate (Adam) of activations' scales, relative to the scale, falling to 0"
             ),
-            "input_drop": Option(0.0, "probability that an element of a block's input is the float model's"),
+            "input_drop": Option(0.5, "probability that an element of a block's input is the float model's"),
             "drop": Option(0.0, "probability that an activation's element is left in float in training"),
             "checkpoint": CHECKPOINT,
         },
