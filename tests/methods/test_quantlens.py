@@ -81,12 +81,11 @@ def test_what_they_use_can_be_shipped(digits):
                 assert quantizer.granularity == ("channel" if key.endswith(".weight") else "tensor"), key
 
 
-def test_seeds_rotate_differently_and_reproducibly(digits):
-    some = digits["images"][:20]
+def test_seeds_rotate_differently_and_reproducibly(small_models, pictures):
+    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
 
     def logits(seed):
-        q = ql.quantize(digits["model"], digits["calibration"], method="quantlens-fast", bits="W4A4", seed=seed)
-        return q(some)
+        return ql.quantize(model, pictures, method="quantlens-fast", bits="W4A4", seed=seed)(pictures)
 
     first = logits(0)
     assert torch.equal(first, logits(0))
