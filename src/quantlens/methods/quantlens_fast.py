@@ -140,13 +140,12 @@ def calibrate(
             return made
         weight = graph.tensor(str(site.weight))
         flat = weight.flatten(1)
-        moments = _moments(site, weight, look, plan.quantizers.get(f"{site.name}.input"))
+        alone = names.count(site.weight) == 1
+        moments = _moments(site, weight, look, plan.quantizers.get(f"{site.name}.input")) if alone else None
         target = flat if moments is None or not run["fit"] else ridge(flat, moments, float(run["damping"]))
         quantizer = affine(*mse(Observation.of(target), width), width, granularity="channel", axis=0)
         plan.quantizers[edge.key] = quantizer
-        if moments is None or names.count(site.weight) > 1:
-            quantizer = affine(*mse(Observation.of(flat), width), width, granularity="channel", axis=0)
-            plan.quantizers[edge.key] = quantizer
+        if moments is None:
             return quantizer
         value = _rounded(target, moments, quantizer, run, own_bias=site.name in free)
         if site.name in free:
