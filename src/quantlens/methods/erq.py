@@ -15,8 +15,8 @@ Where the authors' code differs from this file, or is silent:
 
 1. λ. Theirs is one number, 1000 or 2000, for the Gram matrices of all layers, which grow with the inputs and the
    number of images; here it is ``activation_damping`` and ``weight_damping`` times the mean of the matrix's diagonal,
-   0.1 (the best by KL of a few tried on DeiT-Tiny, 234 images). Their bias is one more column under the same λ; here it is
-   free, and the moments are taken about their means.
+   0.1 (the best by KL of a few tried on DeiT-Tiny, 234 images). Their bias is one more column under the same λ; here
+   it is free, and the moments are taken about their means.
 2. They invert a matrix per half. All halves follow from one Cholesky factor
    (:mod:`quantlens.reconstruction.closed_form`), for all output channels at once: 32 images of DeiT-Tiny take seconds.
 3. A flip is judged by the error that is left once the other channels have taken up what they can; theirs by the half's
