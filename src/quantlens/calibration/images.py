@@ -66,6 +66,16 @@ class Calibration:
     def __iter__(self) -> Iterator[Tensor]:
         return (self.chunk(i) for i in range(self.pieces))
 
+    def head(self, count: int) -> Calibration:
+        """The first ``count`` images (all, if there are fewer)."""
+        return Calibration(
+            self._chunks,
+            min(count, self.count),
+            source=self.source,
+            fingerprint=None if count < self.count else self.fingerprint,
+            device=self.device,
+        )
+
     def info(self) -> dict[str, Any]:
         return {"source": self.source, "n": self.count, "fingerprint": self.fingerprint}
 

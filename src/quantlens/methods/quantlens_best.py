@@ -1,19 +1,27 @@
-"""quantlens-best: quantlens-fast, and then every block trained for some dozens of steps.
+"""quantlens-best: quantlens-fast, then every block trained for some dozens of steps, then the whole network at once.
 
 1. :mod:`quantlens.methods.quantlens_fast` rotates the network, finds ranges and fits the weights in closed form, here
-   without rounding them for good.
+   without rounding them for good. It reads ``fitted`` images: more change nothing (DeiT-Tiny W4A4, KL from the float
+   model on held-out images: 0.35 with 32, 0.33 with 256).
 2. Block after block, the rounding of the fitted weights (AdaRound's parameters, straight through the rounded direction)
    and the scales of the activations are trained towards the output of the float block, on inputs that are half the
    quantized network's, half the float one's, element by element. The loss weighs the squared error by the average
    perturbation Hessian (APHQ-ViT, Wu et al., CVPR 2025, section 3.2), at the classifier by the divergence of the
    predictions. Because training starts from weights that already make up for the quantized inputs, it needs dozens of
    steps where it takes the papers twenty thousand.
+3. The whole network is distilled from the float one (:mod:`quantlens.reconstruction.distillation`): predictions and
+   features, on the images, on crops of them, and on out-of-distribution images made of them (tiles shuffled, images
+   mixed, noise with an image's spectrum). The last are what keeps the detection of out-of-distribution images: no such
+   image is needed.
 
-``train=weights`` trains the fitted and rounded weights themselves instead. On 32 images that overfits: DeiT-Tiny W4A4,
-400 images, KL from the float model 0.68 (0.35 before training), where training the rounding ends at 0.31.
+``train=weights`` trains the fitted and rounded weights of the blocks themselves instead. On 32 images that overfits:
+DeiT-Tiny W4A4, 400 images, KL from the float model 0.68 (0.35 before training), where training the rounding ends at
+0.31.
 """
 
 from __future__ import annotations
+
+from dataclasses import asdict
 
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
@@ -22,7 +30,7 @@ from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
 from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, rotate
 from quantlens.quantizers import Plan
-from quantlens.reconstruction import Settings, reconstruct
+from quantlens.reconstruction import Distillation, Settings, distil, reconstruct
 from quantlens.reconstruction.losses import MetricLoss
 from quantlens.reconstruction.sensitivity import perturbation_metrics
 
@@ -31,26 +39,28 @@ class QuantlensBest(Method):
     info = MethodInfo(
         name="quantlens-best",
         title="quantlens-best",
-        paper="quantlens: quantlens-fast, and short block reconstruction behind it",
+        paper="quantlens: quantlens-fast, short block reconstruction, distillation of the whole network",
         venue="quantlens",
         year=2026,
         url="docs/methods.md",
         quantizes=MATMUL_OPERANDS,
-        summary="quantlens-fast, then rounding and activation scales of every block trained for some dozens of steps",
+        summary="quantlens-fast, then every block and at last the whole network trained for a short time",
         departures="our own; each part can be switched off",
         aliases=("best",),
+        version=2,
         options={
             **QuantlensFast.info.options,
+            "fitted": Option(64, "images that ranges and the closed form are made on"),
             "loss": Option(
                 "aph", "error of a block: weighted by the perturbation Hessian (aph), or mse", ("aph", "mse")
             ),
             "train": Option(
                 "rounding",
-                "what is trained beside the scales: the rounding of the fitted weights, or the weights themselves",
+                "what is trained of a block beside the scales: the rounding of the fitted weights, or the weights",
                 ("rounding", "weights"),
             ),
-            "iterations": Option(80, f"steps per block, with {FULL} or more calibration images"),
-            "batch_size": Option(8, "images per step"),
+            "iterations": Option(80, f"steps per block, with {FULL} or more calibration images; 0: none"),
+            "batch_size": Option(8, "images per step of a block"),
             "lr_rounding": Option(0.03, "learning rate (Adam) of the rounding, falling to 0"),
             "lr_weights": Option(0.05, "learning rate (Adam) of the weights, in units of their scale, falling to 0"),
             "lr_scales": Option(
@@ -58,6 +68,10 @@ class QuantlensBest(Method):
             ),
             "input_drop": Option(0.5, "probability that an element of a block's input is the float model's"),
             "drop": Option(0.0, "probability that an activation's element is left in float in training"),
+            "distillation": Option(300, "steps of 16 images with the whole network; 0: none"),
+            "features": Option(1.0, "weight of the features' error beside the divergence of the predictions"),
+            "strange": Option(0.25, "share of out-of-distribution views, made of the calibration images"),
+            "plain": Option(0.4, "share of calibration images as they are; the rest are crops"),
             "checkpoint": CHECKPOINT,
         },
     )
@@ -66,34 +80,55 @@ class QuantlensBest(Method):
         if not float(run["damping"]) > 0:
             raise QuantlensError(f"quantlens-best: damping={run['damping']}; give a number above 0, such as 0.1")
         plan = Plan({}, rotate(graph, run["rotate"], run.seed))
-        original = graph.clone()
-        metrics = {}
-        if run["loss"] == "aph":
-            metrics = perturbation_metrics(graph, calibration, seed=run.seed)
-        first = Run(run.options, run.seed, portion(run.progress, 0, 2))
-        calibrate(graph, calibration, bits, plan, first, rounded=run["train"] == "weights")
+        original, parts = graph.clone(), 3
+        metrics, blocks = {}, steps("quantlens-best", run, calibration.count)
+        distillation = Distillation(
+            iterations=steps("quantlens-best", run, calibration.count, "distillation"),
+            features=float(run["features"]),
+            strange=float(run["strange"]),
+            plain=float(run["plain"]),
+        )
+        fitted = calibration.head(int(run["fitted"]))
+        if blocks and run["loss"] == "aph":
+            metrics = perturbation_metrics(graph, fitted, seed=run.seed)
+        first = Run(run.options, run.seed, portion(run.progress, 0, parts))
+        rounded = run["train"] == "weights" or blocks == 0
+        targets = calibrate(graph, fitted, bits, plan, first, rounded=rounded)
         settings = Settings(
             optimise=(run["train"], "scales"),
             loss=MetricLoss(metrics),
             inputs="mixed" if float(run["input_drop"]) > 0 else "quantized",
             input_drop=float(run["input_drop"]),
             drop=float(run["drop"]),
-            iterations=steps("quantlens-best", run, calibration.count),
+            iterations=blocks,
             batch_size=run["batch_size"],
             lr_rounding=float(run["lr_rounding"]),
             straight_through=True,
             lr_weights=float(run["lr_weights"]),
             lr_scales=float(run["lr_scales"]),
         )
-        report = reconstruct(
+        if blocks:
+            report = reconstruct(
+                graph,
+                plan,
+                calibration,
+                settings,
+                seed=run.seed,
+                reference=original,
+                progress=portion(run.progress, 1, parts),
+                checkpoint=run["checkpoint"],
+            )
+            plan.info["reconstruction"] = report.info()
+        whole = distil(
             graph,
             plan,
             calibration,
-            settings,
-            seed=run.seed,
+            distillation,
             reference=original,
-            progress=portion(run.progress, 1, 2),
+            starts=targets,
+            seed=run.seed,
+            progress=portion(run.progress, 2, parts),
             checkpoint=run["checkpoint"],
         )
-        plan.info["reconstruction"] = report.info()
+        plan.info["distillation"] = asdict(whole)
         return plan

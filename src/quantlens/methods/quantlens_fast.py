@@ -125,14 +125,15 @@ def rotate(graph: Graph, which: str, seed: int) -> list[str]:
 
 def calibrate(
     graph: Graph, calibration: Calibration, bits: Widths, plan: Plan, run: Run, *, rounded: bool = True
-) -> None:
+) -> dict[str, Tensor]:
     """One walk: the range of every activation and the weight of every layer, each on what the quantized part before it
     makes of the images. Puts quantizers into ``plan`` and fitted weights and biases into ``graph``; with
-    ``rounded=False`` the weights as they are before rounding."""
+    ``rounded=False`` the weights as they are before rounding. Returns these by name."""
     # a layer that shares its bias or weight with another keeps both
     free = {site.name for site in corrected_layers(graph)}
     names = [site.weight for site in graph.sites.of_kind("linear", "conv")]
     fitted: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
 
     def decide(edge: Edge, look: Look) -> Transform:
         width, site = bits.of(graph, edge), graph.sites[edge.site]
@@ -154,7 +155,8 @@ def calibrate(
             shift = output_shift(flat, value, moments)
             graph.set_tensor(bias, (graph.tensor(bias).double() - shift).to(weight.dtype))
         value = value.reshape(weight.shape)
-        fitted[str(site.weight)] = value if rounded else target.reshape(weight.shape)
+        targets[str(site.weight)] = target.reshape(weight.shape)
+        fitted[str(site.weight)] = value if rounded else targets[str(site.weight)]
         return lambda _: value
 
     edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
@@ -162,6 +164,7 @@ def calibrate(
     for name, value in fitted.items():
         graph.set_tensor(name, value)
     graph.invalidate()
+    return targets
 
 
 def activation(edge: Edge, look: Look, width: int, softmax: str) -> Quantizer:

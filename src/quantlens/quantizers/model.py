@@ -8,6 +8,7 @@ simulation, checkpoint, export, study and report read the same two.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,6 +24,10 @@ from quantlens.quantizers.base import Quantizer
 from quantlens.quantizers.operators import Operator
 
 MB = 1_000_000
+
+CACHED = 4 << 20
+"""Bytes of the largest activation that a CPU may work on at once: larger ones leave its cache between two operations
+(DeiT-Tiny, one core: 27 images a second in batches of 8, 20 in batches of 64)."""
 
 
 class Outputs(NamedTuple):
@@ -143,6 +148,16 @@ class QuantizedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.graph.device
+
+    @property
+    def images_together(self) -> int | None:
+        """How many images are fastest in one forward pass: those whose largest activation stays within :data:`CACHED`
+        on a CPU (at least 1), None for as many as memory holds elsewhere."""
+        if self.device.type != "cpu":
+            return None
+        shapes = (n.meta.get("shape") or () for n in self.graph.fx.nodes if n.op == "call_function")
+        largest = max((math.prod(d for d in shape if d is not None) for shape in shapes), default=1)
+        return max(1, CACHED // (4 * max(largest, 1)))
 
     @property
     def size_mb(self) -> float:

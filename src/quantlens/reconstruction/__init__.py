@@ -2,6 +2,7 @@
 
 from quantlens.reconstruction.bias import correct_biases, expected_error
 from quantlens.reconstruction.blocks import optimise_scales, reconstruct
+from quantlens.reconstruction.distillation import Distillation, DistillationReport, distil
 from quantlens.reconstruction.equalisation import (
     Factors,
     balance,
@@ -29,6 +30,8 @@ __all__ = [
     "LOSSES",
     "AdaRound",
     "Context",
+    "Distillation",
+    "DistillationReport",
     "Factors",
     "LearnedScale",
     "Loss",
@@ -43,6 +46,7 @@ __all__ = [
     "annealed_beta",
     "balance",
     "correct_biases",
+    "distil",
     "divergence",
     "equalise_norms",
     "expected_error",

@@ -20,7 +20,7 @@ from quantlens.errors import StorageError
 from quantlens.files import write_whole
 from quantlens.graph import Graph
 from quantlens.quantizers import Plan, Quantizer, restore
-from quantlens.reconstruction.settings import Result, Settings, UnitReport
+from quantlens.reconstruction.settings import Result, UnitReport
 from quantlens.reconstruction.units import Unit
 
 VERSION = 1
@@ -37,15 +37,11 @@ class Checkpoint:
         graph: Graph,
         plan: Plan,
         calibration: Calibration,
-        settings: Settings,
+        settings: Any,
         seed: int,
         reference: Graph | None = None,
     ):
-        self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        self.folder = made_folder(folder)
         self.key = fingerprint(graph, plan.quantizers, calibration, settings, seed, reference)
 
     def _path(self, index: int, unit: Unit) -> Path:
@@ -53,18 +49,10 @@ class Checkpoint:
 
     def read(self, index: int, unit: Unit) -> Result | None:
         """A stored unit; None if there is none that fits, or the file is damaged."""
-        path = self._path(index, unit)
-        if not path.exists():
+        found = stored(self._path(index, unit), self.key)
+        if found is None:
             return None
-        try:
-            with safe_open(str(path), "pt") as file:
-                about = file.metadata() or {}
-                if about.get("fingerprint") != self.key:
-                    return None
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            record = json.loads(about["record"])
-        except (SafetensorError, OSError, KeyError, ValueError):
-            return None
+        tensors, record = found
         made: list[Quantizer] = []
         for number, config in enumerate(record["formats"]):
             prefix = f"q{number}."
@@ -90,20 +78,65 @@ class Checkpoint:
             "formats": configs,
             "quantizers": {key: numbers[id(q)] for key, q in result.quantizers.items()},
         }
-        path = self._path(index, unit)
-        write_whole(path, pack(tensors, {"fingerprint": self.key, "record": json.dumps(record)}))
+        store(self._path(index, unit), self.key, tensors, record)
+
+
+class Progressed:
+    """The state of one long training in a folder, written now and then, keyed by a fingerprint like a unit's."""
+
+    def __init__(self, folder: Path | str, name: str, key: str):
+        self.path, self.key = made_folder(folder) / f"{name}.safetensors", key
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and a record; None if there are none that fit, or the file is damaged."""
+        return stored(self.path, self.key)
+
+    def write(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        store(self.path, self.key, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, record)
+
+
+def made_folder(folder: Path | str) -> Path:
+    """The folder, made where it is absent. Raises StorageError where it cannot be."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the folder {path}: {error.strerror}") from error
+    return path
+
+
+def store(path: Path, key: str, tensors: dict[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    write_whole(path, pack(tensors, {"fingerprint": key, "record": json.dumps(record)}))
+
+
+def stored(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What :func:`store` wrote under that key; None without such a file, or with a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(str(path), "pt") as file:
+            about = file.metadata() or {}
+            if about.get("fingerprint") != key:
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(about["record"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
 
 
 def fingerprint(
     graph: Graph,
     quantizers: Mapping[str, Quantizer],
     calibration: Calibration,
-    settings: Settings,
+    settings: Any,
     seed: int,
     reference: Graph | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Hex digest of everything that determines a reconstruction: graph, reference, tensors, quantizers, images,
-    settings, seed, torch's version and the kind of device. A loss with a state counts by ``loss.state()``."""
+    settings (a dataclass), seed, torch's version and the kind of device. A loss with a state counts by
+    ``loss.state()``."""
     digest = hashlib.sha256()
 
     def add(*values: Any) -> None:
@@ -128,6 +161,8 @@ def fingerprint(
         add(key, json.dumps(quantizer.config(), sort_keys=True), shared.setdefault(id(quantizer), len(shared)))
         for name, tensor in sorted(quantizer.tensors().items()):
             add(name, tensor)
+    for name, tensor in sorted((tensors or {}).items()):
+        add("start", name, tensor)
     for item in fields(settings):
         value = getattr(settings, item.name)
         for name, tensor in sorted(getattr(value, "state", dict)().items()):

@@ -323,8 +323,9 @@ class _Run:
         logits: np.ndarray | None = None
         features: np.ndarray | None = None
         start = 0
+        size = min(self.batch_size, getattr(model, "images_together", None) or self.batch_size)
         with torch.inference_mode():
-            for batch in images.batches(batch_size=self.batch_size, device=device):
+            for batch in images.batches(batch_size=size, device=device):
                 pixels = batch[0] if isinstance(batch, tuple | list) else batch
                 outputs = model.outputs(pixels)
                 rows = outputs.logits.float().cpu().numpy()

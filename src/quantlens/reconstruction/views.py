@@ -1,0 +1,97 @@
+"""Views of calibration images: what a network is distilled on when there are few images and no labels.
+
+A teacher labels whatever it is shown, so that 256 images need not stay 256: crops and mirror images stand for other
+photographs of the same kind, and images that no longer show anything known (tiles in another order, two images in one,
+noise with the image's spectrum) stand for out-of-distribution images, without a single one of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+SMALLEST = 0.35
+"""Smallest area of a crop, as a share of the image (timm trains with 0.08; a crop that small shows another thing)."""
+
+ASPECT = (3 / 4, 4 / 3)
+"""Range of a crop's width over its height, relative to the image's."""
+
+TILES = (2, 4, 7)
+"""Tiles per side of images whose tiles are shuffled."""
+
+
+def cropped(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image cut at random (area :data:`SMALLEST` to 1, aspect :data:`ASPECT`), stretched to its old size, and
+    mirrored or not: float [B, C, H, W]."""
+    count = len(images)
+    area, aspect, left, top, mirror = torch.rand(5, count, generator=generator)
+    area = SMALLEST + (1 - SMALLEST) * area
+    aspect = torch.exp(math.log(ASPECT[0]) + math.log(ASPECT[1] / ASPECT[0]) * aspect)
+    width, height = (area * aspect).sqrt().clamp(max=1.0), (area / aspect).sqrt().clamp(max=1.0)
+    transform = torch.zeros(count, 2, 3)
+    transform[:, 0, 0] = torch.where(mirror < 0.5, width, -width)
+    transform[:, 1, 1] = height
+    transform[:, 0, 2] = (2 * left - 1) * (1 - width)
+    transform[:, 1, 2] = (2 * top - 1) * (1 - height)
+    grid = nn.functional.affine_grid(transform.to(images), list(images.shape), align_corners=False)
+    return nn.functional.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def shuffled(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image with its tiles in another order; how many tiles per side is drawn from those of :data:`TILES` that
+    divide the image (none: the image as it is)."""
+    count, channels, height, width = images.shape
+    fitting = [t for t in TILES if height % t == 0 and width % t == 0]
+    if not fitting:
+        return images
+    side = fitting[int(torch.randint(len(fitting), (), generator=generator))]
+    tiles = images.reshape(count, channels, side, height // side, side, width // side)
+    tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(count, side * side, -1)
+    order = torch.rand(count, side * side, generator=generator).argsort(1).to(images.device)
+    tiles = tiles.gather(1, order[:, :, None].expand_as(tiles))
+    tiles = tiles.reshape(count, side, side, channels, height // side, width // side)
+    return tiles.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
+
+
+def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image mixed with the one before it in the batch, at most equally: λ·x + (1 − λ)·x', λ in ½ … 1."""
+    share = (0.5 + 0.5 * torch.rand(len(images), 1, 1, 1, generator=generator)).to(images)
+    return share * images + (1 - share) * images.roll(1, 0)
+
+
+def noise(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise with every image's spectrum: its Fourier amplitudes with the phases of white noise, equal in all channels,
+    so that the colours stay."""
+    shape = (len(images), 1, *images.shape[2:])
+    phases = torch.fft.rfft2(torch.randn(shape, generator=generator)).angle().to(images.device)
+    phases[..., 0, 0] = 0
+    spectrum = torch.fft.rfft2(images)
+    turned = torch.polar(torch.ones_like(phases), phases) * spectrum
+    turned[..., 0, 0] = spectrum[..., 0, 0]  # the mean
+    return torch.fft.irfft2(turned, s=images.shape[2:])
+
+
+STRANGE: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = (shuffled, mixed, noise)
+"""What makes images out-of-distribution."""
+
+
+def draw(images: Tensor, plain: float, strange: float, generator: torch.Generator) -> Tensor:
+    """A view of every image [B, C, H, W]: with probability ``plain`` the image as it is, with probability ``strange``
+    an out-of-distribution image made of a crop of it, each kind of :data:`STRANGE` equally often, else a crop.
+    generator: on the CPU, so that all devices see the same."""
+    chosen = torch.rand(len(images), generator=generator)
+    kind = torch.randint(len(STRANGE), (len(images),), generator=generator)
+    kind[chosen >= plain + strange] = -1
+
+    def put(where: Tensor, new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(where[:, None, None, None].to(images.device), new, old)
+
+    crops = cropped(images, generator)
+    seen = crops
+    for number, change in enumerate(STRANGE):
+        # of all images, chosen or not: the others are what an image is mixed with
+        seen = put(kind == number, change(crops, generator), seen)
+    return put(chosen < plain, images, seen)

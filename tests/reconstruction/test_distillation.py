@@ -1,0 +1,124 @@
+"""Distillation of the whole network: nearer to the float model on images it has not seen; the same after a kill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import quantlens as ql
+from quantlens.calibration import Calibration
+from quantlens.errors import QuantlensError
+from quantlens.quantizers import Plan, QuantizedModel
+from quantlens.reconstruction import Distillation, distil, distillation
+from quantlens.reconstruction.distillation import near_code, trained_vectors
+
+
+def _start(model, images, bits="W3A4", method="minmax"):
+    q = ql.quantize(model, images, method=method, bits=bits)
+    return q.graph, q.plan, Calibration.of(images, model.preprocess), ql.quantize(model, images, bits="W32A32").graph
+
+
+def _run(start, settings, **more):
+    graph, plan, calibration, reference = start
+    graph, plan = graph.clone(), Plan(dict(plan.quantizers))
+    report = distil(graph, plan, calibration, settings, reference=reference, **more)
+    return graph, plan, report
+
+
+def _logits(model, graph, plan, images):
+    with torch.inference_mode():
+        return QuantizedModel(graph, plan, preprocess=model.preprocess)(images)
+
+
+def _divergence(got, expected):
+    got, expected = got.double().log_softmax(-1), expected.double().log_softmax(-1)
+    return float((expected.exp() * (expected - got)).sum(-1).mean())
+
+
+def test_every_architecture_comes_nearer_to_its_float_model(small, architecture, pictures):
+    model = small[architecture]
+    start = _start(model, pictures)
+    graph, plan, report = _run(start, Distillation(40, 8, lr_weights=0.01, lr_scales=0.005, plain=1.0, strange=0.0))
+    assert report.accepted
+    assert report.after < 0.95 * report.before
+    assert bool(torch.isfinite(_logits(model, graph, plan, pictures)).all())
+    for edge, quantizer in ((e, plan.quantizers[e.key]) for e in graph.sites.edges.values() if e.is_weight):
+        weight = graph.tensor(str(edge.value.target))
+        changed = not torch.equal(weight, start[0].tensor(str(edge.value.target)))
+        assert not changed or torch.equal(quantizer(weight), weight), "a changed weight must lie on its grid"
+
+
+def test_it_trains_the_model_that_is_shipped(digits):
+    """The loss in training is that of the quantized model, not of something near to it."""
+    model = digits["model"]
+    graph, plan, calibration, reference = _start(model, digits["calibration"], "W4A4", "repq-vit")
+    _, _, report = _run((graph, plan, calibration, reference), Distillation(iterations=0, features=0.0))
+    with torch.inference_mode():
+        expected = model(digits["calibration"])
+    assert report.before == pytest.approx(
+        _divergence(_logits(model, graph, plan, digits["calibration"]), expected), rel=1e-3
+    )
+
+
+def test_it_helps_on_images_not_seen_and_more_than_vectors_alone(digits):
+    model, images = digits["model"], digits["images"]
+    start = _start(model, digits["calibration"], "W3A3", "quantlens-fast")
+    settings = {"iterations": 60, "batch_size": 16, "lr_weights": 0.01, "lr_scales": 0.01, "lr_vectors": 0.003}
+
+    def after(**changes):
+        graph, plan, report = _run(start, Distillation(**settings | changes))
+        return _divergence(_logits(model, graph, plan, images), digits["expected"][: len(images)]), report
+
+    before = _divergence(_logits(model, *start[:2], images), digits["expected"][: len(images)])
+    whole, report = after()
+    vectors, _ = after(lr_weights=0.0, lr_scales=0.0)
+    assert report.accepted
+    assert whole < 0.8 * before, (whole, before)
+    assert whole < vectors, (whole, vectors)
+
+
+def test_a_killed_run_goes_on_bit_equal(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, "SAVED", 2)
+    start = _start(digits["model"], digits["calibration"][:16], "W3A4")
+    settings = Distillation(iterations=5, batch_size=8)
+    whole = _run(start, settings, seed=3)
+
+    def kill(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _run(start, settings, seed=3, checkpoint=tmp_path, progress=kill)
+    seen = []
+    again = _run(start, settings, seed=3, checkpoint=tmp_path, progress=lambda done, total: seen.append(done))
+    assert seen == [3, 4, 5]
+    assert all(torch.equal(v, again[0].tensors()[k]) for k, v in whole[0].tensors().items())
+    for key, quantizer in whole[1].quantizers.items():
+        assert all(torch.equal(v, again[1].quantizers[key].tensors()[n]) for n, v in quantizer.tensors().items())
+    other = []
+    _run(start, settings, seed=4, checkpoint=tmp_path, progress=lambda done, total: other.append(done))
+    assert other == [1, 2, 3, 4, 5], "another run does not go on there"
+
+
+def test_a_weight_starts_at_its_code_and_near_its_float_value(digits):
+    q = ql.quantize(digits["model"], digits["calibration"], method="minmax", bits="W4A8")
+    edge, quantizer = q.weight_edges()[1]
+    weight = q.graph.tensor(str(edge.value.target))
+    start = weight + 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    near = near_code(quantizer, weight, start)
+    assert torch.equal(quantizer(near), quantizer(weight))
+    assert bool(((near - start).abs() <= (quantizer(weight) - start).abs() + 1e-7).all())
+    assert torch.equal(near_code(quantizer, weight, None), quantizer(weight))
+
+
+def test_vectors_that_are_trained_are_biases_and_norms(digits):
+    graph = ql.quantize(digits["model"], digits["calibration"], bits="W32A32").graph
+    names = {str(node.target) for node in trained_vectors(graph)}
+    assert names
+    assert all(graph.tensor(name).dim() == 1 for name in names)
+
+
+def test_settings_that_make_no_sense_are_refused():
+    for wrong in ({"iterations": -1}, {"batch_size": 0}, {"strange": 0.7, "plain": 0.4}, {"features": -1.0}):
+        with pytest.raises(QuantlensError):
+            Distillation(**wrong)
