@@ -17,6 +17,10 @@ from typing import Any
 
 import torch
 
+from quantlens.allocation import Inspection
+from quantlens.allocation.alone import Effect
+from quantlens.allocation.inspection import Part
+from quantlens.allocation.statistics import EdgeStatistics
 from quantlens.data import Preprocess, open_source
 from quantlens.data.images import load_images
 from quantlens.errors import UnknownNameError
@@ -115,7 +119,12 @@ class FakeBackend(Backend):
     def quantize(
         self, model: FakeModel, calibration: Any, choice: MethodChoice, bits: str, seed: int, progress: Any
     ) -> FakeModel:
-        what = f"{choice.name} {bits} {seed}"
+        self.begin(model, f"{choice.name} {bits} {seed}")
+        assert len(calibration) == 16
+        return quantized(model, bits, seed, choice.name)
+
+    def begin(self, model: FakeModel, what: str) -> None:
+        """Note a cell, take the time it takes, and raise for one that is broken."""
         self.note(f"start {model.name} {what}")
         time.sleep(self.pause)
         if what in self.broken:
@@ -124,8 +133,14 @@ class FakeBackend(Backend):
             if self.error == "interrupt":
                 raise KeyboardInterrupt
             raise ValueError(f"{what} is broken")
-        assert len(calibration) == 16
-        return quantized(model, bits, seed, choice.name)
+
+    def inspect(
+        self, model: FakeModel, images: Any, choice: MethodChoice, bits: str, seed: int, progress: Any
+    ) -> dict[str, Any]:
+        self.begin(model, f"inspection {bits} {seed}")
+        found = inspection(model.name, choice.name, bits, {"source": str(images.source), "n": len(images)})
+        self.note(f"end {model.name} inspection {bits} {seed}")
+        return found.to_dict()
 
     def evaluate(self, model: FakeModel, id: Any, ood: Any, **settings: Any) -> Any:
         result = super().evaluate(model, id, ood, **settings)
@@ -138,6 +153,18 @@ class FakeBackend(Backend):
             return []
         lines = self.log.read_text().splitlines()
         return [line[4:].rpartition(" pid ")[0] for line in lines if line.startswith("end ")]
+
+
+def inspection(model: str, method: str, bits: str, images: dict[str, Any]) -> Inspection:
+    """A made-up inspection of two layers, of which the second hurts."""
+    still = EdgeStatistics("a.input", "input", False, 8, -1.0, 1.0, 3.0, 40.0, 4, 1.5, (2,), token_norm=2.0)
+    loud = EdgeStatistics("b.input", "input", False, 8, -9.0, 90.0, 37762.0, 12.0, 4, 112.0, (), (3,), (90.0,), 9.0)
+    parts = (
+        Part("blocks.0.a", "linear", "blocks.0", bits, Effect(40.0, 1e-4, 0.0), (still,)),
+        Part("blocks.0.b", "linear", "blocks.0", bits, Effect(12.5, 0.02, 0.1), (loud,)),
+    )
+    block = Part("blocks.0", "block", "blocks.0", bits, Effect(12.0, 0.03, 0.1))
+    return Inspection(model, "sha", method, bits, 0, {"site": parts, "block": (block,)}, images)
 
 
 def config(**changes: Any) -> StudyConfig:

@@ -56,25 +56,26 @@ def run(out: Path, backend: FakeBackend, study=None, **settings):
 
 
 def figures(out: Path) -> dict[str, tuple]:
-    """Key -> spec and result without what tells when and where it ran."""
+    """Key -> spec and result without what tells when and where it ran; of inspections too."""
     with Store(out) as store:
-        cells = store.cells()
+        cells = [*store.cells(), *store.inspections()]
     ignored = ("seconds", "environment")
     return {c.key: (c.spec, {k: v for k, v in c.result.items() if k not in ignored}) for c in cells}
 
 
 def test_the_same_cells_and_figures_wherever_they_ran(tmp_path: Path, log: Path) -> None:
-    broken = ("percentile W3A3 13",)
-    summary = run(tmp_path / "ray", FakeBackend(log, broken=broken))
-    assert (summary.done, summary.ran) == (CELLS - 1, CELLS)
+    broken, study = ("percentile W3A3 13",), config(inspect=True)
+    summary = run(tmp_path / "ray", FakeBackend(log, broken=broken), study)
+    assert (summary.done, summary.ran) == (CELLS, CELLS + 1)
     assert summary.failed == [("fake percentile W3A3 seed 13", "ValueError: percentile W3A3 13 is broken")]
 
-    summary = run(tmp_path / "ray", FakeBackend(log), retry_failed=True, workers=1)
-    assert (summary.ran, summary.done, summary.failed) == (1, CELLS, [])
+    summary = run(tmp_path / "ray", FakeBackend(log), study, retry_failed=True, workers=1)
+    assert (summary.ran, summary.done, summary.failed) == (1, CELLS + 1, [])
     assert set(Counter(FakeBackend(log).ended()).values()) == {1}
 
-    run(tmp_path / "local", FakeBackend(tmp_path / "log2"), executor="local", workers=1)
+    run(tmp_path / "local", FakeBackend(tmp_path / "log2"), study, executor="local", workers=1)
     assert figures(tmp_path / "ray") == figures(tmp_path / "local")
+    assert len(figures(tmp_path / "ray")) == CELLS + 1
     names = {path.name for path in (tmp_path / "local" / "outputs").iterdir()}
     for name in names:
         ours, theirs = ((tmp_path / who / "outputs" / name).read_bytes() for who in ("ray", "local"))

@@ -21,7 +21,7 @@ from quantlens.studies.config import ModelSpec, StudyConfig
 from quantlens.studies.outputs import path_of
 from quantlens.studies.progress import Quiet
 from quantlens.studies.specs import label, reason, relabelled, spec_of
-from quantlens.studies.store import Owner, Store, to_json
+from quantlens.studies.store import INSPECTION, Owner, Store, to_json
 from quantlens.studies.work import ModelWork, Outcome
 
 HEARTBEAT_SECONDS = 20.0
@@ -236,7 +236,7 @@ class Session:
         """The model of a group cannot be loaded: its cells failed, and are tried again by every run."""
         for cell in list(group.left):
             mark = self.identities[cell.slot]
-            key = f"not-loaded-{mark}"
+            key = f"{INSPECTION if cell.inspects else ''}not-loaded-{mark}"
             self.store.bind({mark: key})
             spec = spec_of(cell, self.config, self.images, None, None)
             self.store.put(key, spec, "failed", None, error, 0.0)

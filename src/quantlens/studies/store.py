@@ -5,7 +5,8 @@ whose process is gone is taken over. The file is in WAL mode, so a reader never 
 is killed leaves the store whole. (WAL needs shared memory: keep the store on a local disk, not on a network share.)
 
 Tables
-    cells     a finished cell: key, spec, status, result, error, created, seconds
+    cells     a finished cell: key, spec, status, result, error, created, seconds; or what was found out of a model
+              ("which layer hurts"), under a key that begins with `INSPECTION`
     study     the configurations that were run here: id, name, config, environment, created; the last is the current
     plan      the cells of the current study in order, each by its identity (see `cells.identity`)
     bindings  identity -> key: which cell answers for a planned identity (known once the checkpoint has been hashed)
@@ -38,6 +39,9 @@ first write adds the tables."""
 BUSY_SECONDS = 30.0
 STALE_SECONDS = 180.0
 """A claim of another machine counts as abandoned when its heart has not beaten for so long."""
+
+INSPECTION = "inspection-"
+"""How the keys of inspections begin; those of cells with figures are hashes alone."""
 
 COMPRESS_ABOVE = 64 * 1024
 """Results whose JSON is longer than this many bytes are stored as zlib-compressed JSON."""
@@ -289,15 +293,24 @@ class Store:
         return True
 
     def cells(self, *, everything: bool = False) -> list[Cell]:
-        """The finished cells of the current study in its order; with `everything` those of earlier ones too."""
+        """The finished cells of the current study in its order; with `everything` those of earlier ones too.
+        Inspections are apart, in `inspections`."""
+        return self._cells(everything, "NOT LIKE")
+
+    def inspections(self, *, everything: bool = False) -> list[Cell]:
+        """The finished inspections, as `cells` gives cells: each result is {"inspection": Inspection.to_dict()}."""
+        return self._cells(everything, "LIKE")
+
+    def _cells(self, everything: bool, like: str) -> list[Cell]:
         columns = "c.key, c.spec, c.status, c.result, c.error, c.created, c.seconds"
+        wanted = f"c.key {like} '{INSPECTION}%'"
         if not everything and self.rows("SELECT 1 FROM plan LIMIT 1"):
             query = (
                 f"SELECT {columns} FROM plan p JOIN bindings b ON b.identity = p.identity "
-                "JOIN cells c ON c.key = b.key ORDER BY p.position"
+                f"JOIN cells c ON c.key = b.key WHERE {wanted} ORDER BY p.position"
             )
         else:
-            query = f"SELECT {columns} FROM cells c ORDER BY c.created, c.rowid"
+            query = f"SELECT {columns} FROM cells c WHERE {wanted} ORDER BY c.created, c.rowid"
         return [self._cell(row) for row in self.rows(query)]
 
     def cell(self, key: str) -> Cell | None:

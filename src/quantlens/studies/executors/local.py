@@ -89,12 +89,14 @@ def _run_group(session: Session, group: Group, desk: _Desk) -> None:
 
 
 def _run_cells(session: Session, group: Group, work: ModelWork) -> None:
+    waits = False  # another process measures FP32, the reference of all but inspections
     for cell in list(group.left):
         if session.spent():
             return
+        if waits and cell.needs_fp32:
+            continue
         outcome = _run_cell(session, cell, group, work)
-        if outcome == "taken" and cell.method is None:
-            return  # another process measures FP32, the reference of all the others
+        waits = waits or (outcome == "taken" and cell.method is None)
         if outcome != "taken":
             group.left.remove(cell)
 
@@ -170,6 +172,7 @@ def _watch(session: Session, processes: Sequence[Any], mark: int) -> None:
         for number, spec, seconds, error in session.store.since(mark):
             mark = number
             kind = "fp32" if spec["method_name"] == "fp32" else str(spec["method"])
+            kind = "inspection" if spec.get("inspects") else kind
             session.ran += 1
             failures += error is not None
             session.shown.finished(kind, label(spec), seconds, None if error is None else reason(error))
