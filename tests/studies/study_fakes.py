@@ -6,6 +6,7 @@ see what ran, in which process, and how often.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -91,8 +92,24 @@ def quantized(model: FakeModel, bits: str, seed: int = 0, method: str = "minmax"
     return FakeModel(model.name, weight, model.bias, method, bits, seed, reference=model, size_ratio=width / 32)
 
 
+BALLAST = "ballast"
+
+
+def fill(disk: Path) -> None:
+    """Leave no room on the file system that is mounted there."""
+    with (disk / BALLAST).open("ab", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+
+
 class FakeBackend(Backend):
-    """`log`: a line for each cell run. `pause`: seconds a cell takes. `broken`: cells ("minmax W4A4 0") that raise."""
+    """`log`: a line for each cell run. `pause`: seconds a cell takes. `broken`: cells ("minmax W4A4 0") that raise;
+    with `error` "full" and "interrupt" what these say, with a path they do not raise, but fill the disk there."""
 
     def __init__(self, log: Path, pause: float = 0.0, broken: tuple[str, ...] = (), error: str = "") -> None:
         self.log, self.pause, self.broken, self.error = Path(log), pause, broken, error
@@ -127,12 +144,15 @@ class FakeBackend(Backend):
         """Note a cell, take the time it takes, and raise for one that is broken."""
         self.note(f"start {model.name} {what}")
         time.sleep(self.pause)
-        if what in self.broken:
-            if self.error == "full":
-                raise OSError(28, "No space left on device")
-            if self.error == "interrupt":
-                raise KeyboardInterrupt
+        if what not in self.broken:
+            return
+        if self.error == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if self.error == "interrupt":
+            raise KeyboardInterrupt
+        if not self.error:
             raise ValueError(f"{what} is broken")
+        fill(Path(self.error))
 
     def inspect(
         self, model: FakeModel, images: Any, choice: MethodChoice, bits: str, seed: int, progress: Any

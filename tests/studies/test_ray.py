@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from study_fakes import FakeBackend, config
 
 from quantlens.errors import QuantlensError
@@ -144,6 +145,40 @@ def test_what_stops_a_worker_stops_the_study(tmp_path: Path, log: Path) -> None:
     with Store(tmp_path / "out") as store:
         assert store.counts() == {"done": 1, "failed": CELLS}
         assert store.failures()[0][1].strip().endswith("RuntimeError: no such weights")
+
+
+def test_the_store_on_a_disk_that_fills(small_disk, tmp_path: Path, log: Path) -> None:
+    """While two workers run: what found room is kept, and the same command goes on once there is some."""
+    out, study = small_disk.path / "out", config(inspect=True)
+    filling = FakeBackend(log, broken=("minmax W3A3 0",), error=str(small_disk.path))
+    with pytest.raises(QuantlensError, match=r"the disk that holds the store .* is full|No space left on device"):
+        run(out, filling, study)
+    small_disk.free()
+    with Store(out) as store:
+        stored = [c.key for c in (*store.cells(), *store.inspections())]
+    assert 2 <= len(stored) < CELLS
+    again = FakeBackend(tmp_path / "log2")
+    summary = run(out, again, study)
+    assert (summary.done, summary.ran, summary.failed) == (CELLS + 1, CELLS + 1 - len(stored), [])
+    assert len(again.ended()) == CELLS + 1 - len(stored)  # what was finished is not run again
+    connection = sqlite3.connect(out / "store.sqlite")
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert connection.execute("SELECT count(*) FROM claims").fetchone() == (0,)
+    connection.close()
+
+
+def test_a_worker_whose_disk_is_full(small_disk, tmp_path: Path, log: Path) -> None:
+    """The cache of decoded images where workers run: the study stops, and no cell counts as failed."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 40), (60, 0, 90)).save(tmp_path / "photos" / "one.png")
+    study = config(cache=str(small_disk.path / "cache"), ood={"photos": f"images:{tmp_path / 'photos'}"})
+    small_disk.fill()
+    with pytest.raises(QuantlensError, match=r"the image cache .* (needs|cannot be written)"):
+        run(tmp_path / "out", FakeBackend(log), study)
+    with Store(tmp_path / "out") as store:
+        assert store.counts() == {"done": 0, "failed": 0}
+    small_disk.free()
+    assert run(tmp_path / "out", FakeBackend(log), study, limit=2).done == 2
 
 
 def test_a_driver_and_another_process_share_a_store(tmp_path: Path, log: Path) -> None:

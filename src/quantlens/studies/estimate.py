@@ -105,7 +105,8 @@ class Estimate:
         """The estimate for a person."""
         out = []
         for model, stages in self.seconds.items():
-            parts = ", ".join(f"{stage} {duration(stages[stage])}" for stage in STAGES if stage in stages)
+            shown = [stage for stage in STAGES if stage != "inspection" or stages[stage]]
+            parts = ", ".join(f"{stage} {duration(stages[stage])}" for stage in shown)
             out.append(f"{model}: {duration(sum(stages.values()))} ({parts}); {self.sources[model]}")
         if self.unknown:
             out.append(f"calibration by {', '.join(self.unknown)} is not counted: no cell of it has been run here yet")
@@ -234,10 +235,7 @@ def _stages(
     inspected = 0 if config.inspect is None else config.inspect.images
     looked = INSPECTION * cost.parts * cost.image * inspected
     times = (cost.load, cost.decode * (read + drawn), cost.image * read, looked, calibration)
-    found = dict(zip(STAGES, (*times, simulated * read * quantized), strict=True))
-    if config.inspect is None:
-        del found["inspection"]
-    return found
+    return dict(zip(STAGES, (*times, simulated * read * quantized), strict=True))
 
 
 def _parts(model: Any) -> int:

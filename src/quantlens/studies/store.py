@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import time
@@ -42,6 +43,9 @@ STALE_SECONDS = 180.0
 
 INSPECTION = "inspection-"
 """How the keys of inspections begin; those of cells with figures are hashes alone."""
+
+SHARED_MEMORY = 64 << 10
+"""Bytes of disk without which SQLite cannot work: twice what its shared-memory file begins with."""
 
 COMPRESS_ABOVE = 64 * 1024
 """Results whose JSON is longer than this many bytes are stored as zlib-compressed JSON."""
@@ -169,7 +173,7 @@ class Store:
     def _explain(self, message: str) -> str:
         low = message.lower()
         again = "run the same command again afterwards: finished cells are kept"
-        if "disk is full" in low:
+        if "disk is full" in low or ("disk i/o" in low and self._no_room()):
             return f"the disk that holds the store {self.path} is full; free some space and {again}"
         if "readonly" in low or "read-only" in low:
             return f"the store {self.path} is read-only; give write permission to it and its directory, and {again}"
@@ -185,6 +189,13 @@ class Store:
         if "disk i/o" in low:
             return f"the disk that holds the store {self.path} reports an error ({message}); check the disk and {again}"
         return f"the store {self.path} cannot be used ({message}); move it away and run the study again"
+
+    def _no_room(self) -> bool:
+        """Whether the disk is full: SQLite calls it an I/O error where there is no room for its shared memory."""
+        try:
+            return shutil.disk_usage(self.directory).free < SHARED_MEMORY
+        except OSError:
+            return False
 
     def _connect(self, write: bool) -> sqlite3.Connection:
         if self._connection is not None and (self._writable or not write):
