@@ -18,10 +18,6 @@ from typing import Any
 
 import torch
 
-from quantlens.allocation import Inspection
-from quantlens.allocation.alone import Effect
-from quantlens.allocation.inspection import Part
-from quantlens.allocation.statistics import EdgeStatistics
 from quantlens.data import Preprocess, open_source
 from quantlens.data.images import load_images
 from quantlens.errors import UnknownNameError
@@ -90,6 +86,12 @@ def quantized(model: FakeModel, bits: str, seed: int = 0, method: str = "minmax"
     noise = torch.rand(model.weight.shape, generator=torch.Generator().manual_seed(seed)) - 0.5
     weight = torch.round(model.weight / step + 0.5 * noise) * step
     return FakeModel(model.name, weight, model.bias, method, bits, seed, reference=model, size_ratio=width / 32)
+
+
+def surroundings() -> dict[str, str]:
+    """The environment of a process that finds this module, and what its parent finds."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 BALLAST = "ballast"
@@ -175,8 +177,13 @@ class FakeBackend(Backend):
         return [line[4:].rpartition(" pid ")[0] for line in lines if line.startswith("end ")]
 
 
-def inspection(model: str, method: str, bits: str, images: dict[str, Any]) -> Inspection:
-    """A made-up inspection of two layers, of which the second hurts."""
+def inspection(model: str, method: str, bits: str, images: dict[str, Any]) -> Any:
+    """A made-up Inspection of two layers, of which the second hurts."""
+    from quantlens.allocation import Inspection  # late, as most processes of these tests do without
+    from quantlens.allocation.alone import Effect
+    from quantlens.allocation.inspection import Part
+    from quantlens.allocation.statistics import EdgeStatistics
+
     still = EdgeStatistics("a.input", "input", False, 8, -1.0, 1.0, 3.0, 40.0, 4, 1.5, (2,), token_norm=2.0)
     loud = EdgeStatistics("b.input", "input", False, 8, -9.0, 90.0, 37762.0, 12.0, 4, 112.0, (), (3,), (90.0,), 9.0)
     parts = (
@@ -206,7 +213,8 @@ def config(**changes: Any) -> StudyConfig:
     return parse_config({k: v for k, v in data.items() if v is not ...})
 
 
-if __name__ == "__main__":  # python study_fakes.py OUT LOG PAUSE [RAY]: a study in a process of its own
+if __name__ == "__main__":  # python study_fakes.py OUT LOG PAUSE [SETTINGS [CHANGES]]: a study in its own process
+    import json
     import sys
 
     import study_fakes  # workers import the classes from the module, not from this script
@@ -214,6 +222,6 @@ if __name__ == "__main__":  # python study_fakes.py OUT LOG PAUSE [RAY]: a study
     from quantlens.studies.runner import run_study
 
     torch.set_num_threads(1)
-    place = {"executor": "ray", "workers": 2, "address": sys.argv[4]} if len(sys.argv) > 4 else {}
+    settings, changes = (json.loads(sys.argv[i]) if len(sys.argv) > i else {} for i in (4, 5))
     backend = study_fakes.FakeBackend(Path(sys.argv[2]), float(sys.argv[3]))
-    run_study(config(), sys.argv[1], backend=backend, **place)
+    print(run_study(config(**changes), sys.argv[1], backend=backend, **settings))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sqlite3
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from study_fakes import FakeBackend, config
+from study_fakes import FakeBackend, config, surroundings
 
 from quantlens.errors import QuantlensError, StorageError
 from quantlens.studies.runner import run_study
@@ -83,9 +82,7 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
-    process = subprocess.run(
-        command, preexec_fn=limited, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)}
-    )
+    process = subprocess.run(command, preexec_fn=limited, capture_output=True, text=True, env=surroundings())
     assert process.returncode == 1
     assert "StorageError: the disk that holds the store" in process.stderr
     with Store(out) as store:

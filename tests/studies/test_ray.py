@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -111,8 +112,9 @@ def test_a_killed_worker_is_replaced_and_its_cell_retried(tmp_path: Path, log: P
 
 def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path, log: Path, cluster: str) -> None:
     out = tmp_path / "out"
+    ray_settings = {"executor": "ray", "workers": 2, "address": cluster}
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "study_fakes.py"), str(out), str(log), "0.5", cluster],
+        [sys.executable, str(HERE / "study_fakes.py"), str(out), str(log), "0.5", json.dumps(ray_settings)],
         stderr=subprocess.PIPE,
         start_new_session=True,
     )

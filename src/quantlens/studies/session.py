@@ -128,7 +128,7 @@ class Session:
         """How the study stands after Ctrl-C, and how to carry on."""
         counts = {"done": 0, "failed": 0}
         with suppress(StorageError):
-            counts = self.store.counts()
+            counts = self.counts()
         finished = counts["done"] + counts["failed"]
         return (
             f"stopped; {finished} of {len(self.cells)} cells are finished and kept in {self.store.path}; run the same "
@@ -137,10 +137,14 @@ class Session:
 
     def summary(self) -> Summary:
         """How the study stands."""
-        counts = self.store.counts()
-        failed = [(label(spec), reason(error)) for spec, error in self.store.failures()]
+        counts = self.counts()
+        failed = [(label(spec), reason(error)) for spec, error in self.store.failures(self.identities.values())]
         self.store.close()
         return Summary(self.directory, len(self.cells), counts["done"], self.ran, failed)
+
+    def counts(self) -> dict[str, int]:
+        """How many of this study's cells are done and failed, whatever other studies the store holds."""
+        return self.store.counts(self.identities.values())
 
     @contextmanager
     def beating(self) -> Iterator[None]:

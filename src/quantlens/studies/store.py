@@ -24,6 +24,7 @@ import socket
 import sqlite3
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -401,13 +402,16 @@ class Store:
         with self.writing() as connection:
             connection.executemany("INSERT OR REPLACE INTO bindings (identity, key) VALUES (?, ?)", list(keys.items()))
 
-    def counts(self) -> dict[str, int]:
-        """{"done", "failed"}: how many cells of the current study are finished."""
-        rows = self.rows(
-            "SELECT c.status, count(*) FROM plan p JOIN bindings b ON b.identity = p.identity "
-            "JOIN cells c ON c.key = b.key GROUP BY c.status"
-        )
-        return {"done": 0, "failed": 0, **dict(rows)}
+    def planned(self) -> list[str]:
+        """The identities of the current study's cells, in its order."""
+        return [identity for (identity,) in self.rows("SELECT identity FROM plan ORDER BY position")]
+
+    def counts(self, identities: Iterable[str] | None = None) -> dict[str, int]:
+        """{"done", "failed"}: how many cells of the current study are finished; or of those with these identities, as
+        another study may have begun on this store since."""
+        wanted = set(self.planned() if identities is None else identities)
+        rows = self.rows("SELECT b.identity, c.status FROM bindings b JOIN cells c ON c.key = b.key")
+        return {"done": 0, "failed": 0, **Counter(status for identity, status in rows if identity in wanted)}
 
     def last(self) -> int:
         """A mark: the number of the newest row (see `since`)."""
@@ -418,13 +422,13 @@ class Store:
         rows = self.rows("SELECT rowid, spec, seconds, error FROM cells WHERE rowid > ? ORDER BY rowid", (mark,))
         return [(number, json.loads(spec), seconds, error) for number, spec, seconds, error in rows]
 
-    def failures(self) -> list[tuple[dict[str, Any], str]]:
-        """(spec, traceback) of the failed cells of the current study, in its order."""
+    def failures(self, identities: Iterable[str] | None = None) -> list[tuple[dict[str, Any], str]]:
+        """(spec, traceback) of the failed cells of the current study, or of those with these identities, in order."""
         rows = self.rows(
-            "SELECT c.spec, c.error FROM plan p JOIN bindings b ON b.identity = p.identity "
-            "JOIN cells c ON c.key = b.key WHERE c.status = 'failed' ORDER BY p.position"
+            "SELECT b.identity, c.spec, c.error FROM bindings b JOIN cells c ON c.key = b.key WHERE c.status = 'failed'"
         )
-        return [(json.loads(spec), error or "") for spec, error in rows]
+        failed = {identity: (json.loads(spec), error or "") for identity, spec, error in rows}
+        return [failed[i] for i in (self.planned() if identities is None else identities) if i in failed]
 
     # ---- claims --------------------------------------------------------------------------------------------------
 
