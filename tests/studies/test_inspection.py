@@ -99,10 +99,9 @@ def test_mistakes_that_need_a_look(log: Path, tmp_path: Path) -> None:
     assert load_config(path).inspect.source == f"images:{tmp_path}/there"
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_found_once_and_apart_from_the_cells(log: Path, tmp_path: Path, workers: int) -> None:
+def test_found_once_and_apart_from_the_cells(log: Path, tmp_path: Path) -> None:
     out, study = tmp_path / "out", config(models=["fake", "fake2"], inspect=ASKED)
-    summary = run_study(study, out, workers=workers, progress=False, backend=FakeBackend(log))
+    summary = run_study(study, out, progress=False, backend=FakeBackend(log))
     assert (summary.planned, summary.done, summary.failed) == (20, 20, [])
     counts = Counter(FakeBackend(log).ended())
     assert set(counts.values()) == {1}

@@ -386,7 +386,7 @@ def test_workers_end_with_a_driver_that_is_killed(out: Path, log: Path) -> None:
     assert not any(worker.is_running() for worker in workers)
     finished = len(FakeBackend(log).ended())
     assert 1 <= finished < CELLS
-    summary = run(out, log, workers=2)
+    summary = run(out, log)
     assert (summary.done, summary.failed) == (CELLS, [])
     counts = Counter(FakeBackend(log).ended())
     assert (len(counts), set(counts.values())) == (CELLS, {1})  # a worker ends after its cell, which it keeps
@@ -409,16 +409,18 @@ def test_a_dead_process_is_waited_for_and_replaced(out: Path, log: Path) -> None
 
 
 def test_workers(out: Path, log: Path) -> None:
-    run(out, log, limit=2)
+    study, cells = config(inspect=True), CELLS + 1
+    run(out, log, study, limit=1)
     shown = Recorder()
     broken = FakeBackend(log, broken=("percentile W3A3 13",))
-    summary = run_study(config(), out, workers=2, progress=shown, backend=broken)
-    assert (summary.done, summary.ran) == (CELLS - 1, CELLS - 2)
+    summary = run_study(study, out, workers=2, progress=shown, backend=broken)
+    assert (summary.done, summary.ran) == (cells - 1, cells - 1)
     assert set(Counter(broken.ended()).values()) == {1}
-    assert (len(shown.seen), shown.behind) == (CELLS - 2, CELLS)
+    assert (len(shown.seen), shown.behind) == (cells - 1, cells)
+    assert "fake inspection W8A8" in shown.seen
     assert summary.failed == [("fake percentile W3A3 seed 13", "ValueError: percentile W3A3 13 is broken")]
-    summary = run(out, log, workers=2, retry_failed=True, limit=3)
-    assert (summary.done, summary.ran, summary.failed) == (CELLS, 1, [])
+    summary = run(out, log, study, workers=2, retry_failed=True, limit=3)
+    assert (summary.done, summary.ran, summary.failed) == (cells, 1, [])
 
 
 def test_a_killed_worker_is_replaced_by_the_others(out: Path, log: Path) -> None:
