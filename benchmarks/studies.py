@@ -98,12 +98,12 @@ def studies(images: int = 100, every: int = 6) -> dict[str, Any]:
     }
 
 
-def ray_workers(images: int = 128) -> dict[str, Any]:
+def ray_workers(images: int = 64, bits: tuple[str, ...] = BITS, seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
     """The same study on a Ray cluster of this machine that is there already, by one worker of one thread and by two.
-    The two go first, and so decode the images."""
+    The two go first, and so decode the images. It needs two cores that nothing else uses."""
     import ray
 
-    study = {**_study(images), "resources": {"cpu": 1}}
+    study = {**_study(images), "bits": list(bits), "seeds": list(seeds), "resources": {"cpu": 1}}
     seconds = {}
     context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
@@ -119,6 +119,7 @@ def ray_workers(images: int = 128) -> dict[str, Any]:
         ray.shutdown()
     return {
         "images": images,
+        "cells": 1 + len(bits) * len(seeds),
         "one worker": f"{seconds[1]:.0f} s",
         "two workers": f"{seconds[2]:.0f} s",
         "ratio": round(seconds[2] / seconds[1], 2),

@@ -128,6 +128,29 @@ def small_models() -> dict[str, nn.Module]:
 
 
 @pytest.fixture(scope="session")
+def loaded(small_models):
+    """The small models as loaded models, by architecture. Capturing one takes seconds, and the graph stays with the
+    model: whoever changes a network takes one of its own, not these."""
+    import quantlens as ql
+
+    return {kind: ql.load_model(model, input_size=(3, 32, 32), name=kind) for kind, model in small_models.items()}
+
+
+@pytest.fixture(scope="session")
+def fresh(loaded, small_models):
+    """architecture -> a model of which nothing but its graph is known."""
+    import quantlens as ql
+    from quantlens.graph.capture import graph_of
+
+    def make(kind: str):
+        model = ql.load_model(small_models[kind], input_size=(3, 32, 32), name=kind)
+        model.derived["graph"] = graph_of(loaded[kind]).clone()
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The shipped model, which is trained: with 32 calibration images, its test images, their labels, and its logits on
     them."""

@@ -15,13 +15,13 @@ from quantlens.methods import registry
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
-def test_the_method_in_the_readme_is_a_method(small_models, pictures):
+def test_the_method_in_the_readme_is_a_method(loaded, pictures):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
     code = next(block for block in blocks if "@register" in block)
     assert code.count("\n") <= 60
     try:
         exec(compile(code, "README.md", "exec"), {})
-        model = ql.load_model(small_models["swin"], input_size=(3, 32, 32))
+        model = loaded["swin"]
         qmodel = ql.quantize(model, pictures, method="weights-only", bits="W8A32")
         assert float((qmodel(pictures) - model(pictures)).abs().max()) < 0.1 * float(model(pictures).abs().max())
         assert all(q.symmetric for q in qmodel.plan.quantizers.values())
@@ -29,14 +29,14 @@ def test_the_method_in_the_readme_is_a_method(small_models, pictures):
         registry._METHODS.pop("weights-only", None)
 
 
-def test_the_method_in_the_docs_is_a_method(small_models, pictures):
+def test_the_method_in_the_docs_is_a_method(loaded, pictures):
     """docs/writing-a-method.md: sixty lines at most, any architecture, any width, its option and its error."""
     text = (README.parent / "docs" / "writing-a-method.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     assert code.count("\n") <= 60
     try:
         exec(compile(code, "writing-a-method.md", "exec"), {})
-        model = ql.load_model(small_models["swin"], input_size=(3, 32, 32))
+        model = loaded["swin"]
         expected = model(pictures)
 
         def error(bits, **options):

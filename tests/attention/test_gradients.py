@@ -30,9 +30,9 @@ def _by_hooks(network, layer, images, target):
 
 
 @pytest.mark.parametrize("target", [None, 3])
-def test_maps_are_those_of_hooks(target, small_models, pictures):
+def test_maps_are_those_of_hooks(target, loaded, small_models, pictures):
     network = copy.deepcopy(small_models["vit"])
-    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+    model = loaded["vit"]
     assert default_layer(model) == "blocks.1.norm1.output"
     cam, hires = _by_hooks(network, network.blocks[1].norm1, pictures, target)
     torch.testing.assert_close(class_activation(model, pictures, target=target), cam, rtol=1e-3, atol=1e-5)
@@ -44,7 +44,7 @@ def test_maps_are_those_of_hooks(target, small_models, pictures):
     torch.testing.assert_close(found, early, rtol=1e-3, atol=1e-5)
 
 
-def test_the_library_agrees(small_models, pictures):
+def test_the_library_agrees(loaded, small_models, pictures):
     """pytorch-grad-cam, where it is installed, gives the same map up to its scaling per image."""
     library = pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed")
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -56,14 +56,14 @@ def test_the_library_agrees(small_models, pictures):
         reshape_transform=lambda t: t[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2),
     )
     theirs = torch.from_numpy(cam(pictures, [ClassifierOutputTarget(3)] * len(pictures)))
-    ours = class_activation(ql.load_model(small_models["vit"], input_size=(3, 32, 32)), pictures, target=3)
+    ours = class_activation(loaded["vit"], pictures, target=3)
     ours = torch.nn.functional.interpolate(ours[:, None], 32, mode="bilinear")[:, 0]
     a, b = theirs.flatten(1), ours.flatten(1)
     assert float(torch.nn.functional.cosine_similarity(a - a.mean(1, True), b - b.mean(1, True)).min()) > 0.95
 
 
-def test_every_architecture_and_precision(architecture, network, pictures):
-    model = ql.load_model(network, input_size=(3, 32, 32))
+def test_every_architecture_and_precision(architecture, loaded, pictures):
+    model = loaded[architecture]
     full = class_activation(model, pictures)
     quantized = class_activation(ql.quantize(model, pictures, method="minmax", bits="W8A8"), pictures)
     assert full.shape == quantized.shape
@@ -74,16 +74,16 @@ def test_every_architecture_and_precision(architecture, network, pictures):
     assert float(close) > 0.8, "gradients pass quantizers straight through"
 
 
-def test_gradient_rollout(small_models, pictures):
-    model = ql.load_model(small_models["deit-distilled"], input_size=(3, 32, 32))
+def test_gradient_rollout(loaded, pictures):
+    model = loaded["deit-distilled"]
     maps = gradient_rollout(model, pictures, target=2)
     assert maps.shape == (8, Lens(model).layout.patches)
     assert float(maps.amax()) <= 1 + 1e-6
     assert not torch.allclose(maps, gradient_rollout(model, pictures, target=5))
 
 
-def test_wrong_targets_and_layers_are_named(small_models, pictures):
-    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+def test_wrong_targets_and_layers_are_named(loaded, pictures):
+    model = loaded["vit"]
     with pytest.raises(QuantlensError, match="class 10"):
         class_activation(model, pictures, target=10)
     with pytest.raises(UnknownNameError, match=r"blocks\.1"):

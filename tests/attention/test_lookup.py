@@ -65,8 +65,8 @@ def test_survey_is_measure_and_keeps_what_was_seen(digits):
 
 
 @pytest.mark.parametrize("kind", lookup.MAPS)
-def test_maps_of_any_kind(kind, small_models, pictures):
-    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+def test_maps_of_any_kind(kind, loaded, pictures):
+    model = loaded["vit"]
     maps, probabilities = lookup.maps_of(model, pictures, kind, target=None if kind == "rollout" else 2)
     assert maps.shape == (8, 4, 4)
     assert np.isfinite(maps).all()

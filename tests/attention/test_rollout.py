@@ -97,7 +97,7 @@ def test_wrong_settings_are_named(settings, message):
 
 # -- the lens --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["vit", "deit-distilled", "deit3"])
-def test_attention_is_timms(kind, small_models, pictures):
+def test_attention_is_timms(kind, loaded, small_models, pictures):
     """The lens reads what timm's own attention modules compute when their fused kernel is off."""
     network = copy.deepcopy(small_models[kind])
     seen = []
@@ -105,7 +105,7 @@ def test_attention_is_timms(kind, small_models, pictures):
         block.attn.fused_attn = False
         block.attn.attn_drop.register_forward_hook(lambda module, args, out: seen.append(out))
     network(pictures)
-    lens = Lens(ql.load_model(small_models[kind], input_size=(3, 32, 32)))
+    lens = Lens(loaded[kind])
     view = lens(pictures)
     assert len(view.probs) == len(seen) == 2
     for ours, theirs in zip(view.probs, seen, strict=True):
@@ -114,9 +114,9 @@ def test_attention_is_timms(kind, small_models, pictures):
     torch.testing.assert_close(view.logits, network(pictures), rtol=1e-4, atol=1e-4)
 
 
-def test_layouts(small_models):
+def test_layouts(loaded):
     def layout(kind):
-        return Lens(ql.load_model(small_models[kind], input_size=(3, 32, 32))).layout
+        return Lens(loaded[kind]).layout
 
     assert {k: layout(k).prefix for k in ("vit", "deit-distilled", "plain", "torchvision")} == {
         "vit": 1,
@@ -127,25 +127,25 @@ def test_layouts(small_models):
     assert layout("vit").grid == (4, 4)
 
 
-def test_tokens_are_the_blocks_outputs(small_models, pictures):
+def test_tokens_are_the_blocks_outputs(loaded, small_models, pictures):
     network, seen = copy.deepcopy(small_models["vit"]), []
     for block in network.blocks:
         block.register_forward_hook(lambda module, args, out: seen.append(out))
     network(pictures)
-    view = Lens(ql.load_model(small_models["vit"], input_size=(3, 32, 32)))(pictures)
+    view = Lens(loaded["vit"])(pictures)
     for ours, theirs in zip(view.tokens, seen, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_quantized_attention_is_what_the_values_meet(small_models, pictures):
+def test_quantized_attention_is_what_the_values_meet(loaded, pictures):
     """At 3 bits the maps hold at most 8 values: they are read behind their quantizer."""
-    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+    model = loaded["vit"]
     qmodel = ql.quantize(model, pictures, method="minmax", bits="W8A3")
     view = Lens(qmodel)(pictures)
     assert all(len(p.unique()) <= 8 for p in view.probs)
     torch.testing.assert_close(view.logits, qmodel(pictures))
 
 
-def test_windowed_attention_is_refused_in_words(small_models):
+def test_windowed_attention_is_refused_in_words(loaded):
     with pytest.raises(UnsupportedError, match="windows"):
-        Lens(ql.load_model(small_models["swin"], input_size=(3, 32, 32)))
+        Lens(loaded["swin"])

@@ -78,8 +78,8 @@ def test_checkpoints_and_gradient_maps(run, tmp_path):
     assert run(str(path), *IMAGES, "--out", str(out))[0] == 2
 
 
-def test_windowed_models_have_gradient_maps_only(small_models, tmp_path):
-    model = ql.load_model(small_models["swin"], input_size=(3, 32, 32))
+def test_windowed_models_have_gradient_maps_only(loaded, tmp_path):
+    model = loaded["swin"]
     images = load_images(open_source("embedded:letters[0:6]"), model.preprocess, cache_dir=False)
     quantized = ql.quantize(model, images, method="minmax", bits="W4A4")
     with pytest.raises(UnsupportedError, match="windows"):

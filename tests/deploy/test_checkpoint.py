@@ -13,11 +13,6 @@ from quantlens.deploy.checkpoint import is_quantized_checkpoint, pack, read_head
 from quantlens.errors import BadWeightsError, StorageError
 
 
-@pytest.fixture(scope="module")
-def loaded(small_models):
-    return {kind: ql.load_model(model, input_size=(3, 32, 32), name=kind) for kind, model in small_models.items()}
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 16), st.integers(0, 50), st.booleans(), st.integers(0, 2**31))
 def test_packing_is_lossless(bits, count, signed, seed):

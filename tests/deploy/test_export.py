@@ -23,11 +23,6 @@ ENDINGS = (".onnx", ".xml")
 TARGET = "openvino-cpu"
 
 
-@pytest.fixture(scope="module")
-def loaded(small_models):
-    return {kind: ql.load_model(model, input_size=(3, 32, 32), name=kind) for kind, model in small_models.items()}
-
-
 def _sqnr(expected, got) -> float:
     noise = float((expected - got).square().sum())
     return float("inf") if noise == 0 else float(10 * np.log10(float(expected.square().sum()) / noise))

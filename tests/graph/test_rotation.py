@@ -28,10 +28,9 @@ def test_the_rotation_commutes_with_layernorm(size):
     assert not torch.equal(q, mean_keeping(size, _generator(2)))
 
 
-def test_the_function_stays_when_the_residual_stream_is_rotated(small_models, architecture, pictures):
-    import quantlens as ql
+def test_the_function_stays_when_the_residual_stream_is_rotated(loaded, architecture, pictures):
 
-    model = ql.load_model(small_models[architecture], input_size=(3, 32, 32))
+    model = loaded[architecture]
     graph = graph_of(model).clone()
     fold_layer_scale(graph)
     graph.invalidate()
@@ -46,11 +45,10 @@ def test_the_function_stays_when_the_residual_stream_is_rotated(small_models, ar
     torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_stream_that_something_else_reads_is_left_alone(small_models, pictures):
+def test_a_stream_that_something_else_reads_is_left_alone(loaded, pictures):
     """One more reader of the residual stream, which would see rotated channels."""
-    import quantlens as ql
 
-    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+    model = loaded["vit"]
     graph = graph_of(model).clone()
     stream = find_residuals(graph)[0].norms[0].norm.node.args[0]
     last = graph.output
@@ -61,11 +59,10 @@ def test_a_stream_that_something_else_reads_is_left_alone(small_models, pictures
     assert find_residuals(graph) == []
 
 
-def test_massive_channels_of_a_stream_are_spread(small_models, pictures):
+def test_massive_channels_of_a_stream_are_spread(loaded, pictures):
     """A LayerNorm that puts most of its output into two channels: rotated, no channel stands out."""
-    import quantlens as ql
 
-    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+    model = loaded["vit"]
     graph = graph_of(model).clone()
     residual = find_residuals(graph)[0]
     group = residual.norms[0]

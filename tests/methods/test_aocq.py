@@ -22,8 +22,8 @@ def digits(digits):
 
 
 @pytest.fixture(scope="module")
-def vit(small_models):
-    return ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+def vit(loaded):
+    return loaded["vit"]
 
 
 def _error(digits, bits, **options) -> float:
@@ -67,8 +67,8 @@ def test_learned_rounding_loses_less(digits):
     assert _error(digits, "W3A8", scales=False) < 0.6 * _error(digits, "W3A8", scales=False, rounding=False)
 
 
-def test_everything_is_quantized(architecture, small_models, pictures):
-    model = ql.load_model(small_models[architecture], input_size=(3, 32, 32))
+def test_everything_is_quantized(architecture, loaded, pictures):
+    model = loaded[architecture]
     q = ql.quantize(model, pictures, method="aocq", bits="W4A8", iterations=1, scale_iterations=4)
     keys, plan = set(q.plan.quantizers), q.plan.quantizers
     for group in everything_edges(q.graph):

@@ -19,8 +19,8 @@ from quantlens.methods.bit_split import (
 
 
 @pytest.fixture(scope="module")
-def model(small_models):
-    return ql.load_model(small_models["vit"], input_size=(3, 32, 32), name="vit")
+def model(loaded):
+    return loaded["vit"]
 
 
 def _layer(bits: int, seed: int = 0):

@@ -16,11 +16,6 @@ from quantlens.ranges import Observation, affine
 
 
 @pytest.fixture(scope="module")
-def loaded(small_models):
-    return {kind: ql.load_model(model, input_size=(3, 32, 32), name=kind) for kind, model in small_models.items()}
-
-
-@pytest.fixture(scope="module")
 def uneven(small_models):
     """A model whose residual stream has channels of different size, which its LayerNorms even out again."""
     network = copy.deepcopy(small_models["plain"])

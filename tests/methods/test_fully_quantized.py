@@ -85,11 +85,6 @@ def float_inputs(module: fx.GraphModule) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def loaded(small_models):
-    return {kind: ql.load_model(model, input_size=(3, 32, 32), name=kind) for kind, model in small_models.items()}
-
-
-@pytest.fixture(scope="module")
 def quantized(loaded, pictures):
     """(method, architecture) -> model, made once."""
     made: dict[tuple[str, str], ql.QuantizedModel] = {}

@@ -14,8 +14,8 @@ from quantlens.quantizers import Plan, Uniform
 
 
 @pytest.fixture(scope="module")
-def model(small_models):
-    return ql.load_model(small_models["vit"], input_size=(3, 32, 32), name="vit")
+def model(loaded):
+    return loaded["vit"]
 
 
 def _inputs(qmodel, images, site):

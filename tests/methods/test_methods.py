@@ -31,11 +31,6 @@ GAP = {"i-and-s-vit": 1}
 """dB between 6 and 4 bits: its softmax exponents are whole numbers, as coarse at any width."""
 
 
-@pytest.fixture(scope="module")
-def loaded(small_models):
-    return {kind: ql.load_model(model, input_size=(3, 32, 32), name=kind) for kind, model in small_models.items()}
-
-
 def _sqnr(model, qmodel, images) -> float:
     expected, got = model(images), qmodel(images)
     return float(10 * torch.log10(expected.square().sum() / (got - expected).square().sum()))

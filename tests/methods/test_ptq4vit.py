@@ -15,8 +15,8 @@ from quantlens.reconstruction import sensitivity
 
 
 @pytest.fixture(scope="module")
-def model(small_models):
-    return ql.load_model(small_models["vit"], input_size=(3, 32, 32), name="vit")
+def model(loaded):
+    return loaded["vit"]
 
 
 def _collect(model, pictures, loss, **settings):
@@ -46,8 +46,8 @@ def test_the_papers_gradient_is_zero_and_ours_is_not():
     assert min(sizes["fisher"], sizes["own_label"]) > 0.05
 
 
-def test_every_product_has_a_gradient(architecture, small_models, pictures):
-    model = ql.load_model(small_models[architecture], input_size=(3, 32, 32))
+def test_every_product_has_a_gradient(architecture, loaded, pictures):
+    model = loaded[architecture]
     for name, sample in _collect(model, pictures, gradients.fisher).items():
         assert sample.joined, name
         assert sample.gradient is not None, name
@@ -218,9 +218,9 @@ def test_gelu_steps(bits):
             torch.testing.assert_close(covered, torch.full_like(covered, GELU_MINIMUM))
 
 
-def test_formats_and_granularity(architecture, small_models, pictures):
+def test_formats_and_granularity(architecture, loaded, pictures):
     """Twin formats behind every softmax and GELU, heads of their own for q, k and v; everything else symmetric."""
-    model = ql.load_model(small_models[architecture], input_size=(3, 32, 32))
+    model = loaded[architecture]
     qmodel = ql.quantize(model, pictures, method="ptq4-vit", bits="W4A5", candidates=10, rounds=1)
     found = qmodel.plan.quantizers
     sites = qmodel.graph.sites

@@ -81,8 +81,8 @@ def test_what_they_use_can_be_shipped(digits):
                 assert quantizer.granularity == ("channel" if key.endswith(".weight") else "tensor"), key
 
 
-def test_seeds_rotate_differently_and_reproducibly(small_models, pictures):
-    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+def test_seeds_rotate_differently_and_reproducibly(loaded, pictures):
+    model = loaded["vit"]
 
     def logits(seed):
         return ql.quantize(model, pictures, method="quantlens-fast", bits="W4A4", seed=seed)(pictures)

@@ -23,8 +23,8 @@ def digits(digits):
 
 
 @pytest.fixture(scope="module")
-def vit(small_models):
-    return ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+def vit(loaded):
+    return loaded["vit"]
 
 
 def _divergence(digits, method, bits, **options) -> float:
@@ -85,9 +85,9 @@ def test_the_float_model_stays_the_function_it_was(method, vit, pictures):
     torch.testing.assert_close(q.graph(pictures), vit(pictures), rtol=1e-3, atol=1e-3)
 
 
-def test_tokens_of_windows_share_a_scale(small_models, pictures):
+def test_tokens_of_windows_share_a_scale(loaded, pictures):
     """Where a tensor is not [batch, tokens, channels], there is no position to have a scale of."""
-    swin = ql.load_model(small_models["swin"], input_size=(3, 32, 32))
+    swin = loaded["swin"]
     q = ql.quantize(swin, pictures, method="qdrop", bits="W4A4", iterations=1, token_scales=True)
     by_rank = {}
     for key, quantizer in q.plan.quantizers.items():

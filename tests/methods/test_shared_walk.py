@@ -37,19 +37,19 @@ def assert_same(first, second) -> None:
         assert torch.equal(one["zero_point"], other["zero_point"]), key
 
 
-def test_one_walk_serves_every_width(small_models, pictures, steps) -> None:
-    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+def test_one_walk_serves_every_width(fresh, pictures, steps) -> None:
+    model = fresh("vit")
     ql.quantize(model, pictures, method="minmax", bits="W8A8")
     assert steps
     steps.clear()
     again = ql.quantize(model, pictures, method="minmax", bits="W4A4", seed=5)
     assert steps == []  # nothing of the model ran again
-    fresh = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
-    assert_same(again, ql.quantize(fresh, pictures, method="minmax", bits="W4A4"))
+    other_model = fresh("vit")
+    assert_same(again, ql.quantize(other_model, pictures, method="minmax", bits="W4A4"))
 
 
-def test_what_was_seen_is_not_taken_for_something_else(small_models, pictures, steps) -> None:
-    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+def test_what_was_seen_is_not_taken_for_something_else(fresh, pictures, steps) -> None:
+    model = fresh("vit")
     ql.quantize(model, pictures, method="minmax", bits="W4A4")
     for images, settings in (
         (pictures.flip(0) * 2, {"method": "minmax"}),  # other images
@@ -59,18 +59,18 @@ def test_what_was_seen_is_not_taken_for_something_else(small_models, pictures, s
         steps.clear()
         shared = ql.quantize(model, images, bits="W4A4", **settings)
         assert steps, settings
-        fresh = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
-        assert_same(shared, ql.quantize(fresh, images, bits="W4A4", **settings))
+        other_model = fresh("vit")
+        assert_same(shared, ql.quantize(other_model, images, bits="W4A4", **settings))
     steps.clear()
     ql.quantize(model, pictures, bits="W4A4", method="percentile", p=0.99)
     assert steps == []  # the deeper tails hold the shallower ones
 
 
-def test_a_sequential_walk_sees_the_quantized_part(small_models, pictures) -> None:
-    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+def test_a_sequential_walk_sees_the_quantized_part(fresh, pictures) -> None:
+    model = fresh("vit")
     for bits in ("W8A8", "W3A3"):
         shared = ql.quantize(model, pictures, method="repq-vit", bits=bits)
-        fresh = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
-        other = ql.quantize(fresh, pictures, method="repq-vit", bits=bits)
+        other_model = fresh("vit")
+        other = ql.quantize(other_model, pictures, method="repq-vit", bits=bits)
         with torch.inference_mode():
             assert torch.equal(shared(pictures), other(pictures))

@@ -68,8 +68,8 @@ def test_all_zero_operands_survive():
 
 
 @pytest.mark.parametrize("method", ["baseptq", "easy-quant"])
-def test_codes_and_granularity(method, small_models, pictures):
-    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+def test_codes_and_granularity(method, loaded, pictures):
+    model = loaded["vit"]
     quantizers = ql.quantize(model, pictures, method=method, bits="W4A4").plan.quantizers
     easy = method == "easy-quant"
     assert quantizers["blocks.0.attn.probs.output"].signed is not easy

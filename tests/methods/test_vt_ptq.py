@@ -13,8 +13,8 @@ OFF = {"similarity": False, "ranking": False, "bias_correction": False}
 
 
 @pytest.fixture(scope="module")
-def model(small_models):
-    return ql.load_model(small_models["vit"], input_size=(3, 32, 32), name="vit")
+def model(loaded):
+    return loaded["vit"]
 
 
 def _plan(model, pictures, bits="W4A4", **options):
@@ -89,8 +89,8 @@ def test_the_correction_is_the_mean_error_of_the_layer(model, pictures):
     torch.testing.assert_close(change, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_missing_biases_are_made(small_models, pictures):
-    plain = ql.load_model(small_models["plain"], input_size=(3, 32, 32), name="plain")
+def test_missing_biases_are_made(loaded, pictures):
+    plain = loaded["plain"]
     qmodel = _plan(plain, pictures)
     assert all(s.bias is not None for s in qmodel.graph.sites.of_kind("linear"))
     assert bool(torch.isfinite(qmodel(pictures)).all())

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-import quantlens as ql
-
 
 @pytest.fixture(scope="session")
-def small(small_models):
+def small(loaded):
     """The small models as loaded models, by architecture."""
-    return {kind: ql.load_model(model, input_size=(3, 32, 32), name=kind) for kind, model in small_models.items()}
+    return loaded
 
 
 @pytest.fixture(scope="session")

@@ -21,11 +21,6 @@ from quantlens.reconstruction.bias import (
 )
 
 
-@pytest.fixture(scope="module")
-def loaded(small_models):
-    return {kind: ql.load_model(model, input_size=(3, 32, 32), name=kind) for kind, model in small_models.items()}
-
-
 def _quantized_means(qmodel: QuantizedModel, calibration: Calibration) -> dict[str, torch.Tensor]:
     """Mean outputs of all layers in the quantized network, by a walk of their own."""
     graph, quantizers, found = qmodel.graph, qmodel.plan.quantizers, {}

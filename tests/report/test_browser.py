@@ -11,6 +11,8 @@ from quantlens.report import write_report
 
 ATTENTION_BITS = ("FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4")
 
+EVIL = '"><script>alert(1)</script>'
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 
@@ -235,6 +237,37 @@ def test_dark_mode_follows_the_system_and_the_button(browser, report):
     assert browser.run(script)[0] > 230
 
 
+def test_layers_show_and_sort(browser, make, tmp_path):
+    """The section "Which layer hurts" of a real store: no errors, also where the model's name is hostile."""
+    from quantlens.allocation import Inspection
+    from quantlens.allocation.alone import Effect
+    from quantlens.allocation.inspection import Part
+    from quantlens.allocation.statistics import EdgeStatistics
+    from quantlens.studies.store import INSPECTION, Store
+
+    def site(name: str, sqnr: float, kurtosis: float) -> Part:
+        edge = EdgeStatistics(f"{name}.input", "input", False, 8, -1.0, 1.0, kurtosis, 40.0, 4, 1.5, (2,))
+        return Part(name, "linear", "blocks.0", "W8A8", Effect(sqnr, 0.01 / sqnr, 0.0), (edge,))
+
+    sites = (site("blocks.0.a", 40.0, 9.5), site("blocks.0.b", 12.5, 10000.0), site("blocks.0.c", 30.0, 25.0))
+    blocks = (Part("blocks.0", "block", "blocks.0", "W8A8", Effect(12.0, 0.03, 0.1)),)
+    found = Inspection(EVIL, "sha", "minmax", "W8A8", 0, {"site": sites, "block": blocks}, {"n": 4})
+    with Store(tmp_path) as store:
+        for cell in make[0](("deit_tiny_patch16_224",), ("minmax",), ("FP32", "W8A8"), (0,)):
+            store.put(cell.key, cell.spec, "done", cell.result)
+        store.put(f"{INSPECTION}x", {"model": EVIL, "inspects": True}, "done", {"inspection": found.to_dict()})
+    browser.open(write_report(tmp_path), 380)
+    assert browser.problems() == []
+    assert browser.run("return document.documentElement.scrollWidth") <= 380
+    assert browser.run("return document.querySelector('#layers h3').textContent") == EVIL
+    assert browser.shown("#layers svg.chart")
+    table = "#layers > .scroll table"
+    assert browser.column(table, 0) == ["blocks.0.b", "blocks.0.c", "blocks.0.a"]
+    browser.run(f"document.querySelectorAll('{table} th')[7].querySelector('button').click()")
+    assert browser.column(table, 7) == ["9.5", "25", "10000"]
+    assert "1 dead channel" in browser.column(table, 10)[0]
+
+
 def test_readable_without_scripts(browser, report):
     browser.open(report, scripts=False)
     try:
@@ -250,7 +283,7 @@ def test_readable_without_scripts(browser, report):
 @pytest.mark.parametrize("case", ["one cell", "no OOD", "FP32 only", "all failed", "hostile"])
 def test_edge_cases_open_without_errors(browser, make, tmp_path, case):
     make_cells, fake_cell, fake_store = make
-    model, evil = "deit_tiny_patch16_224", '"><script>alert(1)</script>'
+    model, evil = "deit_tiny_patch16_224", EVIL
     failed = fake_cell("k", {"model": evil, "bits": "W4A4"}, "failed", None, evil)
     cells = {
         "one cell": lambda: make_cells((model,), ("repq-vit",), ("W4A4",), (0,)),

@@ -6,6 +6,7 @@ see what ran, in which process, and how often.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -87,8 +88,30 @@ def quantized(model: FakeModel, bits: str, seed: int = 0, method: str = "minmax"
     return FakeModel(model.name, weight, model.bias, method, bits, seed, reference=model, size_ratio=width / 32)
 
 
+def surroundings() -> dict[str, str]:
+    """The environment of a process that finds this module, and what its parent finds."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+BALLAST = "ballast"
+
+
+def fill(disk: Path) -> None:
+    """Leave no room on the file system that is mounted there."""
+    with (disk / BALLAST).open("ab", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+
+
 class FakeBackend(Backend):
-    """`log`: a line for each cell run. `pause`: seconds a cell takes. `broken`: cells ("minmax W4A4 0") that raise."""
+    """`log`: a line for each cell run. `pause`: seconds a cell takes. `broken`: cells ("minmax W4A4 0") that raise;
+    with `error` "full" and "interrupt" what these say, with a path they do not raise, but fill the disk there."""
 
     def __init__(self, log: Path, pause: float = 0.0, broken: tuple[str, ...] = (), error: str = "") -> None:
         self.log, self.pause, self.broken, self.error = Path(log), pause, broken, error
@@ -115,17 +138,31 @@ class FakeBackend(Backend):
     def quantize(
         self, model: FakeModel, calibration: Any, choice: MethodChoice, bits: str, seed: int, progress: Any
     ) -> FakeModel:
-        what = f"{choice.name} {bits} {seed}"
-        self.note(f"start {model.name} {what}")
-        time.sleep(self.pause)
-        if what in self.broken:
-            if self.error == "full":
-                raise OSError(28, "No space left on device")
-            if self.error == "interrupt":
-                raise KeyboardInterrupt
-            raise ValueError(f"{what} is broken")
+        self.begin(model, f"{choice.name} {bits} {seed}")
         assert len(calibration) == 16
         return quantized(model, bits, seed, choice.name)
+
+    def begin(self, model: FakeModel, what: str) -> None:
+        """Note a cell, take the time it takes, and raise for one that is broken."""
+        self.note(f"start {model.name} {what}")
+        time.sleep(self.pause)
+        if what not in self.broken:
+            return
+        if self.error == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if self.error == "interrupt":
+            raise KeyboardInterrupt
+        if not self.error:
+            raise ValueError(f"{what} is broken")
+        fill(Path(self.error))
+
+    def inspect(
+        self, model: FakeModel, images: Any, choice: MethodChoice, bits: str, seed: int, progress: Any
+    ) -> dict[str, Any]:
+        self.begin(model, f"inspection {bits} {seed}")
+        found = inspection(model.name, choice.name, bits, {"source": str(images.source), "n": len(images)})
+        self.note(f"end {model.name} inspection {bits} {seed}")
+        return found.to_dict()
 
     def evaluate(self, model: FakeModel, id: Any, ood: Any, **settings: Any) -> Any:
         result = super().evaluate(model, id, ood, **settings)
@@ -138,6 +175,23 @@ class FakeBackend(Backend):
             return []
         lines = self.log.read_text().splitlines()
         return [line[4:].rpartition(" pid ")[0] for line in lines if line.startswith("end ")]
+
+
+def inspection(model: str, method: str, bits: str, images: dict[str, Any]) -> Any:
+    """A made-up Inspection of two layers, of which the second hurts."""
+    from quantlens.allocation import Inspection  # late, as most processes of these tests do without
+    from quantlens.allocation.alone import Effect
+    from quantlens.allocation.inspection import Part
+    from quantlens.allocation.statistics import EdgeStatistics
+
+    still = EdgeStatistics("a.input", "input", False, 8, -1.0, 1.0, 3.0, 40.0, 4, 1.5, (2,), token_norm=2.0)
+    loud = EdgeStatistics("b.input", "input", False, 8, -9.0, 90.0, 37762.0, 12.0, 4, 112.0, (), (3,), (90.0,), 9.0)
+    parts = (
+        Part("blocks.0.a", "linear", "blocks.0", bits, Effect(40.0, 1e-4, 0.0), (still,)),
+        Part("blocks.0.b", "linear", "blocks.0", bits, Effect(12.5, 0.02, 0.1), (loud,)),
+    )
+    block = Part("blocks.0", "block", "blocks.0", bits, Effect(12.0, 0.03, 0.1))
+    return Inspection(model, "sha", method, bits, 0, {"site": parts, "block": (block,)}, images)
 
 
 def config(**changes: Any) -> StudyConfig:
@@ -159,7 +213,8 @@ def config(**changes: Any) -> StudyConfig:
     return parse_config({k: v for k, v in data.items() if v is not ...})
 
 
-if __name__ == "__main__":  # python study_fakes.py OUT LOG PAUSE [RAY]: a study in a process of its own
+if __name__ == "__main__":  # python study_fakes.py OUT LOG PAUSE [SETTINGS [CHANGES]]: a study in its own process
+    import json
     import sys
 
     import study_fakes  # workers import the classes from the module, not from this script
@@ -167,6 +222,6 @@ if __name__ == "__main__":  # python study_fakes.py OUT LOG PAUSE [RAY]: a study
     from quantlens.studies.runner import run_study
 
     torch.set_num_threads(1)
-    place = {"executor": "ray", "workers": 2, "address": sys.argv[4]} if len(sys.argv) > 4 else {}
+    settings, changes = (json.loads(sys.argv[i]) if len(sys.argv) > i else {} for i in (4, 5))
     backend = study_fakes.FakeBackend(Path(sys.argv[2]), float(sys.argv[3]))
-    run_study(config(), sys.argv[1], backend=backend, **place)
+    print(run_study(config(**changes), sys.argv[1], backend=backend, **settings))

@@ -109,11 +109,10 @@ def test_a_model_without_global_attention_goes_on(tmp_path, monkeypatch):
         assert 0 < cell.result["id"]["top1"] <= 1
 
 
-def test_swin_is_refused_in_words(small_models):
-    import quantlens as ql
+def test_swin_is_refused_in_words(loaded):
     from quantlens.data import load_images
 
-    model = ql.load_model(small_models["swin"], input_size=(3, 32, 32))
+    model = loaded["swin"]
     images = load_images(open_source("embedded:letters[0:2]"), model.preprocess, cache_dir=False)
     spec = parse_config({**STUDY, "attention": True}).attention
     found = Backend().attention(model, model, images, {}, spec, None)

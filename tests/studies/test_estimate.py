@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from study_fakes import FakeBackend, FakeModel, config
 
-from quantlens.studies.estimate import CALIBRATION_FORWARDS, SIMULATION, STAGES, Estimate, estimate
+import quantlens as ql
+from quantlens.studies.estimate import CALIBRATION_FORWARDS, INSPECTION, SIMULATION, STAGES, Estimate, estimate
+from quantlens.studies.progress import duration
 from quantlens.studies.runner import run_study
 
 PAUSE = 0.02
@@ -39,7 +41,21 @@ def test_the_first_estimate_is_timed(tmp_path: Path) -> None:
     assert stages["quantized evaluation"] == pytest.approx(8 * 180 * SIMULATION * image)
     assert stages["calibration"] == pytest.approx(8 * 16 * CALIBRATION_FORWARDS["minmax"] * image)
     assert "timed now" in found.lines()[0]
+    assert "inspection" not in found.lines()[0]
     assert not out.exists()
+
+
+def test_inspections_are_counted_by_their_parts(digits, tmp_path: Path) -> None:
+    class Digits(FakeBackend):
+        def load_model(self, *arguments):
+            return digits["model"]
+
+    found = estimate(config(inspect={"images": 4}), tmp_path / "out", backend=Digits(tmp_path / "log"))
+    stages = found.seconds["fake"]
+    parts = ql.inspect(digits["model"], digits["calibration"][:1]).parts
+    image = stages["FP32 evaluation"] / 180
+    assert stages["inspection"] == pytest.approx(INSPECTION * 4 * sum(map(len, parts.values())) * image)
+    assert f"inspection {duration(stages['inspection'])}" in found.lines()[0]
 
 
 def test_a_second_estimate_learns_from_the_store(tmp_path: Path) -> None:
@@ -57,7 +73,7 @@ def test_workers_and_what_is_not_known(tmp_path: Path, monkeypatch: pytest.Monke
     found = estimate(config(), tmp_path / "out", workers=4, backend=FakeBackend(tmp_path / "log"))
     assert found.unknown == ["percentile"]
     assert any("calibration by percentile is not counted" in line for line in found.lines())
-    one = Estimate(9, 1, {"m": dict(zip(STAGES, (10, 0, 10, 40, 40), strict=True))}, {"m": "timed"}, [], 0, 0)
+    one = Estimate(9, 1, {"m": dict(zip(STAGES, (10, 0, 10, 0, 40, 40), strict=True))}, {"m": "timed"}, [], 0, 0)
     assert (one.total, one.wall) == (100, 100)
     one.workers = 4
     assert one.wall == 40  # loading and the only FP32 evaluation are not divided

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from study_fakes import FakeBackend, config
 
 from quantlens.errors import QuantlensError
@@ -56,25 +58,26 @@ def run(out: Path, backend: FakeBackend, study=None, **settings):
 
 
 def figures(out: Path) -> dict[str, tuple]:
-    """Key -> spec and result without what tells when and where it ran."""
+    """Key -> spec and result without what tells when and where it ran; of inspections too."""
     with Store(out) as store:
-        cells = store.cells()
+        cells = [*store.cells(), *store.inspections()]
     ignored = ("seconds", "environment")
     return {c.key: (c.spec, {k: v for k, v in c.result.items() if k not in ignored}) for c in cells}
 
 
 def test_the_same_cells_and_figures_wherever_they_ran(tmp_path: Path, log: Path) -> None:
-    broken = ("percentile W3A3 13",)
-    summary = run(tmp_path / "ray", FakeBackend(log, broken=broken))
-    assert (summary.done, summary.ran) == (CELLS - 1, CELLS)
+    broken, study = ("percentile W3A3 13",), config(inspect=True)
+    summary = run(tmp_path / "ray", FakeBackend(log, broken=broken), study)
+    assert (summary.done, summary.ran) == (CELLS, CELLS + 1)
     assert summary.failed == [("fake percentile W3A3 seed 13", "ValueError: percentile W3A3 13 is broken")]
 
-    summary = run(tmp_path / "ray", FakeBackend(log), retry_failed=True, workers=1)
-    assert (summary.ran, summary.done, summary.failed) == (1, CELLS, [])
+    summary = run(tmp_path / "ray", FakeBackend(log), study, retry_failed=True, workers=1)
+    assert (summary.ran, summary.done, summary.failed) == (1, CELLS + 1, [])
     assert set(Counter(FakeBackend(log).ended()).values()) == {1}
 
-    run(tmp_path / "local", FakeBackend(tmp_path / "log2"), executor="local", workers=1)
+    run(tmp_path / "local", FakeBackend(tmp_path / "log2"), study, executor="local", workers=1)
     assert figures(tmp_path / "ray") == figures(tmp_path / "local")
+    assert len(figures(tmp_path / "ray")) == CELLS + 1
     names = {path.name for path in (tmp_path / "local" / "outputs").iterdir()}
     for name in names:
         ours, theirs = ((tmp_path / who / "outputs" / name).read_bytes() for who in ("ray", "local"))
@@ -109,8 +112,9 @@ def test_a_killed_worker_is_replaced_and_its_cell_retried(tmp_path: Path, log: P
 
 def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path, log: Path, cluster: str) -> None:
     out = tmp_path / "out"
+    ray_settings = {"executor": "ray", "workers": 2, "address": cluster}
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "study_fakes.py"), str(out), str(log), "0.5", cluster],
+        [sys.executable, str(HERE / "study_fakes.py"), str(out), str(log), "0.5", json.dumps(ray_settings)],
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
@@ -143,6 +147,40 @@ def test_what_stops_a_worker_stops_the_study(tmp_path: Path, log: Path) -> None:
     with Store(tmp_path / "out") as store:
         assert store.counts() == {"done": 1, "failed": CELLS}
         assert store.failures()[0][1].strip().endswith("RuntimeError: no such weights")
+
+
+def test_the_store_on_a_disk_that_fills(small_disk, tmp_path: Path, log: Path) -> None:
+    """While two workers run: what found room is kept, and the same command goes on once there is some."""
+    out, study = small_disk.path / "out", config(inspect=True)
+    filling = FakeBackend(log, broken=("minmax W3A3 0",), error=str(small_disk.path))
+    with pytest.raises(QuantlensError, match=r"the disk that holds the store .* is full|No space left on device"):
+        run(out, filling, study)
+    small_disk.free()
+    with Store(out) as store:
+        stored = [c.key for c in (*store.cells(), *store.inspections())]
+    assert 2 <= len(stored) < CELLS
+    again = FakeBackend(tmp_path / "log2")
+    summary = run(out, again, study)
+    assert (summary.done, summary.ran, summary.failed) == (CELLS + 1, CELLS + 1 - len(stored), [])
+    assert len(again.ended()) == CELLS + 1 - len(stored)  # what was finished is not run again
+    connection = sqlite3.connect(out / "store.sqlite")
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert connection.execute("SELECT count(*) FROM claims").fetchone() == (0,)
+    connection.close()
+
+
+def test_a_worker_whose_disk_is_full(small_disk, tmp_path: Path, log: Path) -> None:
+    """The cache of decoded images where workers run: the study stops, and no cell counts as failed."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 40), (60, 0, 90)).save(tmp_path / "photos" / "one.png")
+    study = config(cache=str(small_disk.path / "cache"), ood={"photos": f"images:{tmp_path / 'photos'}"})
+    small_disk.fill()
+    with pytest.raises(QuantlensError, match=r"the image cache .* (needs|cannot be written)"):
+        run(tmp_path / "out", FakeBackend(log), study)
+    with Store(tmp_path / "out") as store:
+        assert store.counts() == {"done": 0, "failed": 0}
+    small_disk.free()
+    assert run(tmp_path / "out", FakeBackend(log), study, limit=2).done == 2
 
 
 def test_a_driver_and_another_process_share_a_store(tmp_path: Path, log: Path) -> None:

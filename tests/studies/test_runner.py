@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -12,8 +13,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
-from study_fakes import FakeBackend, config
+from study_fakes import FakeBackend, config, surroundings
 
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.studies.aggregate import FAR, NEAR, TOP1, Spread, aggregate, table
@@ -297,13 +299,14 @@ def test_refusals_come_before_any_work(out: Path, log: Path, changes: dict, said
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def start(out: Path, log: Path, pause: float) -> subprocess.Popen:
-    here = Path(__file__).parent
+def start(out: Path, log: Path, pause: float, settings: object = None, changes: object = None) -> subprocess.Popen:
+    here, more = Path(__file__).parent, [json.dumps(x or {}) for x in (settings, changes)]
     return subprocess.Popen(
-        [sys.executable, str(here / "study_fakes.py"), str(out), str(log), str(pause)],
+        [sys.executable, str(here / "study_fakes.py"), str(out), str(log), str(pause), *more],
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(here)},
+        env=surroundings(),
     )
 
 
@@ -352,6 +355,43 @@ def test_two_processes_share_a_store(out: Path, log: Path) -> None:
         assert store.counts() == {"done": CELLS, "failed": 0}
 
 
+def test_two_studies_share_a_store(out: Path, log: Path) -> None:
+    """Two that differ, in two processes: what they have in common runs once, and each counts its own cells."""
+    both = {"methods": ["minmax"], "inspect": True}  # FP32, the inspection, and minmax at two widths and two seeds
+    first = start(out, log, 0.2, None, {**both, "seeds": [0, 13], "name": "first"})
+    second = start(out, log, 0.2, None, {**both, "seeds": [13, 37], "name": "second"})
+    for process in (first, second):
+        said, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+        assert said.decode().startswith("6 of 6 cells done")
+    counts = Counter(FakeBackend(log).ended())
+    assert len(counts) == 2 + 3 * 2
+    assert set(counts.values()) == {1}
+    with Store(out) as store:
+        assert len(store.cells(everything=True)) == 7
+        assert len(store.inspections(everything=True)) == 1
+        assert store.study()["name"] in ("first", "second")
+        assert len(store.cells()) == 5  # the report shows the study that began last
+
+
+def test_workers_end_with_a_driver_that_is_killed(out: Path, log: Path) -> None:
+    """SIGKILL of the process that started two workers, and of nothing else; the same command again goes on."""
+    driver = start(out, log, 0.4, {"workers": 2})
+    wait_for(log, 3, driver, "start ")
+    driver.kill()
+    driver.wait()
+    pids = {int(line.rpartition(" ")[2]) for line in log.read_text().splitlines()}
+    workers = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid) and pid != driver.pid]
+    psutil.wait_procs(workers, timeout=30)
+    assert not any(worker.is_running() for worker in workers)
+    finished = len(FakeBackend(log).ended())
+    assert 1 <= finished < CELLS
+    summary = run(out, log)
+    assert (summary.done, summary.failed) == (CELLS, [])
+    counts = Counter(FakeBackend(log).ended())
+    assert (len(counts), set(counts.values())) == (CELLS, {1})  # a worker ends after its cell, which it keeps
+
+
 def test_a_dead_process_is_waited_for_and_replaced(out: Path, log: Path) -> None:
     """A study that meets a cell of a process which then dies takes the cell over."""
     first = start(out, log, 3.0)
@@ -369,16 +409,18 @@ def test_a_dead_process_is_waited_for_and_replaced(out: Path, log: Path) -> None
 
 
 def test_workers(out: Path, log: Path) -> None:
-    run(out, log, limit=2)
+    study, cells = config(inspect=True), CELLS + 1
+    run(out, log, study, limit=1)
     shown = Recorder()
     broken = FakeBackend(log, broken=("percentile W3A3 13",))
-    summary = run_study(config(), out, workers=2, progress=shown, backend=broken)
-    assert (summary.done, summary.ran) == (CELLS - 1, CELLS - 2)
+    summary = run_study(study, out, workers=2, progress=shown, backend=broken)
+    assert (summary.done, summary.ran) == (cells - 1, cells - 1)
     assert set(Counter(broken.ended()).values()) == {1}
-    assert (len(shown.seen), shown.behind) == (CELLS - 2, CELLS)
+    assert (len(shown.seen), shown.behind) == (cells - 1, cells)
+    assert "fake inspection W8A8" in shown.seen
     assert summary.failed == [("fake percentile W3A3 seed 13", "ValueError: percentile W3A3 13 is broken")]
-    summary = run(out, log, workers=2, retry_failed=True, limit=3)
-    assert (summary.done, summary.ran, summary.failed) == (CELLS, 1, [])
+    summary = run(out, log, study, workers=2, retry_failed=True, limit=3)
+    assert (summary.done, summary.ran, summary.failed) == (cells, 1, [])
 
 
 def test_a_killed_worker_is_replaced_by_the_others(out: Path, log: Path) -> None:

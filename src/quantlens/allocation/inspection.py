@@ -109,11 +109,30 @@ class Inspection:
         parts = data.pop("parts")
         return {"format": FORMAT, **data, **{f"{by}s": list(found) for by, found in parts.items()}}
 
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Inspection:
+        """The inverse of :meth:`to_dict`. Raises QuantlensError for another format."""
+        rest = dict(data)
+        if rest.pop("format", None) != FORMAT:
+            raise QuantlensError(
+                f"the inspection has format {data.get('format')}, this quantlens reads {FORMAT}; inspect it again"
+            )
+        parts = {by: tuple(map(_read_part, rest.pop(f"{by}s"))) for by in GRANULARITIES if f"{by}s" in rest}
+        return Inspection(parts=parts, rewrites=tuple(rest.pop("rewrites")), **rest)
+
     def save(self, path: str | Path) -> Path:
         """Write :meth:`to_dict` as JSON; an existing file is replaced at once or not at all. Raises StorageError."""
         target = Path(path)
         write_whole(target, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", what="the figures")
         return target
+
+
+def _read_part(data: Mapping[str, Any]) -> Part:
+    edges = []
+    for edge in data["edges"]:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in edge.items()}
+        edges.append(EdgeStatistics(**fields))
+    return Part(**{**data, "effect": Effect(**data["effect"]), "edges": tuple(edges)})
 
 
 def inspect(

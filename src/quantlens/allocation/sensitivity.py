@@ -158,21 +158,23 @@ def visit_starts(
     calibration: Calibration,
     visit: Visit,
     progress: Progress | None = None,
+    *,
+    at_once: int = CHUNK,
 ) -> None:
     """As :func:`visit_groups`, for parts of the graph given by their nodes: ``visit(number of the part, env, ahead)``
-    where each begins."""
+    where each begins. at_once: images that go through the model together, at most a chunk."""
     order = [node for node in graph.fx.nodes if node.op in ("placeholder", "call_function")]
     place = {node: i for i, node in enumerate(order)}
     starts = sorted((min(place[node] for node in part), number) for number, part in enumerate(parts))
-    total, done = calibration.pieces * len(starts), 0
-    for images in calibration:
+    total, done = len(calibration) * len(starts), 0
+    for images in (piece for chunk in calibration for piece in chunk.split(at_once)):
         float_pass = _FloatPass(graph, order, place, images)
         for start, number in starts:
             float_pass.advance(start)
             # branches that run side by side: nothing that the part itself makes may be there already
             env = {node: value for node, value in float_pass.env.items() if place[node] < start}
             visit(number, env, float_pass.ahead)
-            done += 1
+            done += len(images)
             if progress is not None:
                 progress(done, total)
 

@@ -42,18 +42,18 @@ def write_report(
 
     store, folder = open_store(store_or_dir)
     cells = list(store.cells())
-    timings, artefacts = (
-        (benchmarks.timed(store), benchmarks.evaluated(store)) if isinstance(store, Store) else ([], [])
-    )
+    timings, artefacts, looked = [], [], []
+    if isinstance(store, Store):
+        timings, artefacts, looked = benchmarks.timed(store), benchmarks.evaluated(store), store.inspections()
     where = folder or "the store"
-    if not cells and not timings and not artefacts:
+    if not cells and not timings and not artefacts and not looked:
         raise QuantlensError(f"{where} holds no cell yet, so there is nothing to report; run `quantlens study` first")
     if out is None and folder is None:
         raise QuantlensError("this store names no directory; say where to write the report with out=")
     target = Path(out) if out is not None else Path(folder or ".") / "report.html"
     if target.is_dir():
         target = target / "report.html"
-    board = collect(cells, store.study(), timings, artefacts)
+    board = collect(cells, store.study(), timings, artefacts, looked)
     mark(board, folder, progress)
     page = render(board, title=title)
     write_whole(target, page, what="the report")
@@ -106,7 +106,7 @@ def render(board: Any, *, title: str | None = None) -> str:
 def page_context(board: Any) -> dict[str, Any]:
     """Every table, chart and sentence of the page, by its name in the templates."""
     from quantlens.report import attention as lens
-    from quantlens.report import charts, distributions, frontier, runinfo, summary, tables, text
+    from quantlens.report import charts, distributions, frontier, inspection, runinfo, summary, tables, text
     from quantlens.report.decision import decision
 
     looks = charts.Looks(board)
@@ -129,6 +129,7 @@ def page_context(board: Any) -> dict[str, Any]:
         "figure_1": charts.figure_1(board, looks),
         "sensitivity": charts.sensitivity(board, looks),
         "mixed": frontier.mixed(board),
+        "layers": inspection.layers(board),
         "attention": lens.attention(board, looks),
         "link_columns": lens.LINK_COLUMNS,
         "delta_panels": charts.delta_bars(board, looks),

@@ -72,6 +72,8 @@ class Board:
     study: dict[str, Any]
     timings: Sequence[Timed] = ()
     artefacts: Sequence[tuple[dict[str, Any], dict[str, Any]]] = ()
+    inspections: Sequence[Any] = ()
+    """finished cells of the store that say which layer hurts (`Store.inspections`)"""
     unsure: frozenset[tuple[int, str, str]] = frozenset()
     """deltas that may be chance: (group, precision, path of the figure); see `marks`"""
     unsure_note: str = ""
@@ -151,12 +153,15 @@ def collect(
     study: Mapping[str, Any] | None,
     timings: Sequence[Timed] = (),
     artefacts: Sequence[tuple[dict[str, Any], dict[str, Any]]] = (),
+    inspections: Sequence[Any] = (),
 ) -> Board:
     """Group the store's cells. Of cells that differ in nothing but their date, the newest counts. timings, artefacts:
-    what `studies.benchmarks` finds in the store."""
+    what `studies.benchmarks` finds in the store. inspections: `Store.inspections`; those that failed are among the
+    failed cells."""
     listed = list(cells)
     done = [c for c in listed if c.status == "done" and isinstance(c.result, Mapping)]
-    failed = [c for c in listed if c not in done]
+    looked = [c for c in inspections if c.status == "done" and isinstance(c.result, Mapping)]
+    failed = [c for c in (*listed, *inspections) if c not in done and c not in looked]
     newest: dict[tuple[str, str, str], tuple[dict[str, Any], dict[str, Any]]] = {}
     for cell in sorted(done, key=lambda c: str(c.created or "")):
         result, traits = _normal(cell)
@@ -177,7 +182,7 @@ def collect(
         group.index = index
         for results in group.cells.values():
             results.sort(key=lambda r: (number(r["seed"]) is None, number(r["seed"]) or 0, str(r["seed"])))
-    return Board(ordered, done, failed, dict(study or {}), timings, artefacts)
+    return Board(ordered, done, failed, dict(study or {}), timings, artefacts, looked)
 
 
 def _attach_baselines(groups: dict[str, Group], baselines: dict[str, dict[str, Any]]) -> None:

@@ -1,14 +1,19 @@
-"""Which layer hurts, on the page: every site alone in a chart, and the ranked tables. Columns are those of the
-terminal's tables too."""
+"""Which layer hurts, on a page of its own and in a study's report: every site alone in a chart, and the ranked tables.
+Columns are those of the terminal's tables too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
+from quantlens.errors import QuantlensError
 from quantlens.files import write_whole
 from quantlens.report import svg
+from quantlens.report.collect import Board
 from quantlens.report.frontier import legend_of
 from quantlens.report.page import page
 from quantlens.report.svg import Frame, Style, esc
@@ -109,12 +114,18 @@ def _block_starts(parts: Sequence[Any]) -> list[tuple[float, str]]:
     return [(float(i), str(number)) for number, i in enumerate(first.values())]
 
 
-def _table(found: Any, by: str, rank: str) -> str:
+def _table(found: Any, by: str, rank: str, head: str = "h2") -> str:
+    """A ranked table under its heading; inside a report (``head`` is not "h2") its columns sort."""
     titles = columns(by)
     text = {0} if by == "block" else {0, len(titles) - 1}
+    sorts = head != "h2"
+
+    def attributes(i: int) -> str:
+        kind = "text" if i in text else "num"
+        return (" class=text" if i in text else "") + (f" data-sort={kind}" if sorts else "")
+
     heads = "".join(
-        f'<th scope="col"{" class=text" if i in text else ""}>{esc(t.capitalize() if i in text else t)}</th>'
-        for i, t in enumerate(titles)
+        f'<th scope="col"{attributes(i)}>{esc(t.capitalize() if i in text else t)}</th>' for i, t in enumerate(titles)
     )
     rows = "\n".join(
         "<tr>"
@@ -124,21 +135,83 @@ def _table(found: Any, by: str, rank: str) -> str:
     )
     name = f"{by.capitalize()}s, ranked {RANKED[rank]}"
     return (
-        f"<h2>{esc(name)}</h2>\n"
-        f'<div class="scroll tall" tabindex="0" role="region" aria-label="{esc(name)}">\n<table>\n'
+        f"<{head}>{esc(name)}</{head}>\n"
+        f'<div class="scroll tall" tabindex="0" role="region" aria-label="{esc(name)}">\n'
+        f"<table{' class=sortable' if sorts else ''}>\n"
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n</div>"
     )
 
 
+def _chart(found: Any) -> str:
+    """The chart of all sites under its legend; empty without sites."""
+    if not found.sites:
+        return ""
+    styles = [(name, Style(i, 0, i)) for i, name in enumerate([*KINDS, OTHER])]
+    used = {_kind(p) for p in found.sites}
+    legend = legend_of([entry for i, entry in enumerate(styles) if i in used])
+    chart = effect_chart(found.sites, f"Every site of {found.model} alone at {found.bits}")
+    return f'<ul class="legend still">{legend}</ul>\n<figure>{chart}</figure>'
+
+
+@dataclass(frozen=True)
+class Layers:
+    """One model of a study: which layer hurts, in a sentence, a chart and the ranked tables."""
+
+    model: str
+    bits: str
+    sentence: str
+    explanation: str
+    chart: Markup
+    sites: Markup
+    blocks: Markup
+
+
+def layers(board: Board) -> list[Layers]:
+    """What the report shows of each model that the study inspected; empty where there is none.
+
+    Raises QuantlensError for an inspection of a newer quantlens.
+    """
+    from quantlens.allocation import Inspection
+
+    shown = []
+    for cell in board.inspections:
+        data = cell.result.get("inspection")
+        if not isinstance(data, dict):
+            raise QuantlensError(f"the inspection {cell.key[:24]} of the store holds no figures; run the study again")
+        found = Inspection.from_dict(data)
+        tables = {by: Markup(_table(found, by, "sqnr", "h4")) for by in ("site", "block") if found.parts.get(by)}
+        chart = Markup(_chart(found))
+        empty = Markup()
+        shown.append(
+            Layers(
+                found.model,
+                found.bits,
+                verdict(found),
+                explanation(found),
+                chart,
+                tables.get("site", empty),
+                tables.get("block", empty),
+            )
+        )
+    return shown
+
+
+def verdict(found: Any) -> str:
+    """The part that hurts most and by how much, in one sentence."""
+    by = "site" if found.sites else "block"
+    ranked = [part for part in found.ranked(by) if part.effect.sqnr_db is not None]
+    if not ranked:
+        return f"At {found.bits} no {by} alone changes the logits."
+    first = ranked[0]
+    said = f"At {found.bits} {first.name} alone hurts most: {fixed(first.effect.sqnr_db, 1)} dB"
+    if len(ranked) > 1:
+        said += f", {fixed(ranked[1].effect.sqnr_db - first.effect.sqnr_db, 1)} dB below the next, {ranked[1].name}"
+    return f"{said} ({first.remark()})." if first.remark() else f"{said}."
+
+
 def inspection_page(found: Any, rank: str = "sqnr") -> str:
     """One self-contained HTML page of a :class:`quantlens.allocation.Inspection`."""
-    body = []
-    if found.sites:
-        styles = [(name, Style(i, 0, i)) for i, name in enumerate([*KINDS, OTHER])]
-        used = {_kind(p) for p in found.sites}
-        legend = legend_of([entry for i, entry in enumerate(styles) if i in used])
-        chart = effect_chart(found.sites, f"Every site of {found.model} alone at {found.bits}")
-        body.append(f'<ul class="legend still">{legend}</ul>\n<figure>{chart}</figure>')
+    body = [_chart(found)] if found.sites else []
     body += [_table(found, by, rank) for by in found.parts]
     return page(f"{found.model} {found.bits}: which layer hurts", "inspection", explanation(found), "\n".join(body))
 

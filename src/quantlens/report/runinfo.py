@@ -211,7 +211,7 @@ def times(board: Board) -> Listing:
                     *(duration(s.mean if s else None) for s in stats),
                 ]
             )
-    total = Stat.of(c.seconds for c in [*board.done, *board.failed])
+    total = Stat.of(c.seconds for c in [*board.done, *board.inspections, *board.failed])
     caption = "Time per quantized cell (mean)"
     if total is not None:
         caption += f"; all cells together took {duration(total.mean * total.n)}"
@@ -223,6 +223,7 @@ def failures(board: Board) -> list[Failure]:
     for cell in board.failed:
         spec = cell.spec if isinstance(cell.spec, Mapping) else {}
         what = [plain(spec.get(k)) for k in ("model", "method", "bits") if spec.get(k) is not None]
+        what += ["inspection"] if spec.get("inspects") else []
         if spec.get("seed") is not None:
             what.append(f"seed {plain(spec.get('seed'))}")
         text = str(cell.error or "no error message was stored").strip()
@@ -319,9 +320,10 @@ def study_facts(board: Board) -> list[tuple[str, str]]:
 
 def cells_text(board: Board) -> str:
     """ "92 done, 1 failed, 3 still to run": the store's cells against the study's plan, where it has one."""
-    finished = len(board.done) + len(board.failed)
+    done = len(board.done) + len(board.inspections)
+    finished = done + len(board.failed)
     planned = number(board.study.get("planned"))
-    text = f"{len(board.done)} done, {len(board.failed)} failed"
+    text = f"{done} done, {len(board.failed)} failed"
     return text if planned is None or planned <= finished else f"{text}, {planned - finished:.0f} still to run"
 
 

@@ -101,6 +101,16 @@ class Backend:
             return {"attention": {"unavailable": str(error)}}
         return found[""]
 
+    def inspect(
+        self, model: Any, images: Any, choice: MethodChoice, bits: str, seed: int, progress: Any
+    ) -> dict[str, Any]:
+        """Which layer of a model hurts: `Inspection.to_dict`, by site and by block, in six digits (the last ones of a
+        sum differ with the threads that added it up)."""
+        from quantlens.api import inspect
+
+        found = inspect(model, images, bits, method=choice.name, seed=seed, progress=progress, **choice.options)
+        return dict(_six_digits(found.to_dict()))
+
     def environment(self, device: str) -> dict[str, Any]:
         """What the figures are measured with."""
         from quantlens.studies.environment import environment
@@ -134,3 +144,12 @@ class Backend:
 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _six_digits(tree: Any) -> Any:
+    """Plain data with its floats rounded to six significant digits."""
+    if isinstance(tree, dict):
+        return {key: _six_digits(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_six_digits(value) for value in tree]
+    return float(f"{tree:.6g}") if isinstance(tree, float) else tree

@@ -11,7 +11,7 @@ from quantlens.errors import QuantlensError
 from quantlens.studies.backend import Backend, MethodChoice
 from quantlens.studies.config import ModelSpec, StudyConfig
 from quantlens.studies.images import fingerprint, groups_of, refuse_overlap
-from quantlens.studies.store import to_json
+from quantlens.studies.store import INSPECTION, to_json
 
 CELL_FORMAT = 1
 """Part of every key: raised when the figures of unchanged inputs change (another definition of a metric, say)."""
@@ -19,32 +19,46 @@ CELL_FORMAT = 1
 LENS_FORMAT = 1
 """Part of the keys of cells with attention: raised when its figures change on unchanged inputs."""
 
+INSPECTION_FORMAT = 1
+"""Part of the keys of inspections: raised when their figures change on unchanged inputs."""
+
 FP32 = "FP32"
 
-Slot = tuple[str, str, str, int]
-"""Model label, method label, bits, seed."""
+Slot = tuple[str, str, str, int, bool]
+"""Model label, method label, bits, seed, whether it is an inspection."""
 
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """One cell before it runs. The FP32 cell of a model stands for all methods and seeds."""
+    """One cell before it runs. The FP32 cell of a model stands for all methods and seeds. An inspection is a cell that
+    measures no images: it finds which layer of its model hurts."""
 
     model: ModelSpec
     method: MethodChoice | None
     method_label: str
     bits: str
     seed: int
+    inspects: bool = False
 
     @property
     def slot(self) -> Slot:
         """Its place in the grid; no two cells of a study share one, as labels differ."""
-        return (self.model.label, self.method_label, self.bits, self.seed)
+        return (self.model.label, self.method_label, self.bits, self.seed, self.inspects)
 
     @property
     def kind(self) -> str:
+        if self.inspects:
+            return "inspection"
         return "fp32" if self.method is None else self.method_label
 
+    @property
+    def needs_fp32(self) -> bool:
+        """Whether it is compared with the FP32 cell of its model, and so comes after it."""
+        return self.method is not None and not self.inspects
+
     def __str__(self) -> str:
+        if self.inspects:
+            return f"{self.model.label} inspection {self.bits}"
         if self.method is None:
             return f"{self.model.label} FP32"
         return f"{self.model.label} {self.method_label} {self.bits} seed {self.seed}"
@@ -52,13 +66,18 @@ class PlannedCell:
 
 def plan_study(config: StudyConfig, backend: Backend | None = None) -> list[PlannedCell]:
     """The cells of a study in the order in which they run; nothing is loaded. FP32 is always measured, once per model,
-    as every quantization delta is taken from it. Raises for methods and options that do not exist."""
+    as every quantization delta is taken from it; the inspection of a model, where the study asks for it, comes next.
+    Raises for methods and options that do not exist."""
     backend = backend or Backend()
     methods = [(backend.method(spec.name, spec.options), spec.label) for spec in config.methods]
     quantized = [bits for bits in config.bits if bits != FP32]
+    asked = config.inspect
+    inspected = None if asked is None else backend.method(asked.method.name, asked.method.options)
     cells: list[PlannedCell] = []
     for model in config.models:
         cells.append(PlannedCell(model, None, "fp32", FP32, 0))
+        if asked is not None:
+            cells.append(PlannedCell(model, inspected, asked.method.label, asked.bits, asked.seed, inspects=True))
         cells += [
             PlannedCell(model, choice, label, bits, seed)
             for choice, label in methods
@@ -77,9 +96,11 @@ class StudyImages:
     fit: Any
     calibration: dict[int, Any]
     groups: dict[str, str]
+    inspected: Any = None
 
     def __post_init__(self) -> None:
-        every = [self.id, *self.ood.values(), *self.calibration.values(), *([] if self.fit is None else [self.fit])]
+        asked = [source for source in (self.fit, self.inspected) if source is not None]
+        every = [self.id, *self.ood.values(), *self.calibration.values(), *asked]
         object.__setattr__(self, "_marks", {id(source): fingerprint(source) for source in every})
 
     def mark(self, source: Any) -> str:
@@ -92,6 +113,8 @@ class StudyImages:
         named |= {f"the calibration images of seed {seed}": source for seed, source in self.calibration.items()}
         if self.fit is not None:
             named["the fit set"] = self.fit
+        if self.inspected is not None:
+            named["the inspected images"] = self.inspected
         return {name: self.mark(source) for name, source in named.items()}
 
     @staticmethod
@@ -103,12 +126,7 @@ class StudyImages:
         calibration: dict[int, Any] = {}
         learnt = [] if fit is None else [(fit, "the fit set")]
         if config.calibration is not None and any(bits != FP32 for bits in config.bits):
-            pool = backend.open_source(config.calibration.source)
-            if len(pool) < config.calibration.n:
-                raise QuantlensError(
-                    f"calibration asks for {config.calibration.n} images, but {config.calibration.source} has "
-                    f"{len(pool)}; lower `n` or give a larger source"
-                )
+            pool = _enough(backend, config.calibration.source, config.calibration.n, "calibration", "n")
             learnt.append((pool, "the calibration images"))
             calibration = {seed: backend.open_source(config.calibration.drawn(seed)) for seed in config.seeds}
         for source, what in learnt:
@@ -116,7 +134,22 @@ class StudyImages:
             for name, other in ood.items():
                 refuse_overlap(source, what, other, f"OOD set {name}")
         given = {name: spec.group for name, spec in config.ood.items() if spec.group is not None}
-        return StudyImages(id_source, ood, fit, calibration, groups_of(ood, given))
+        inspected = None
+        if config.inspect is not None:
+            bare = config.inspect.source or (config.calibration.source if config.calibration else "")
+            _enough(backend, bare, config.inspect.images, "inspect", "images")
+            inspected = backend.open_source(config.inspected())
+        return StudyImages(id_source, ood, fit, calibration, groups_of(ood, given), inspected)
+
+
+def _enough(backend: Backend, spec: str, count: int, what: str, key: str) -> Any:
+    """The Source, if it has as many images as `what` asks for under the key `key`."""
+    pool = backend.open_source(spec)
+    if len(pool) < count:
+        raise QuantlensError(
+            f"{what} asks for {count} images, but {spec} has {len(pool)}; lower `{key}` or give a larger source"
+        )
+    return pool
 
 
 def identity(cell: PlannedCell, config: StudyConfig, images: StudyImages) -> str:
@@ -128,9 +161,10 @@ def identity(cell: PlannedCell, config: StudyConfig, images: StudyImages) -> str
 def cell_key(
     cell: PlannedCell, config: StudyConfig, images: StudyImages, checkpoint_sha256: str, preprocess: Mapping[str, Any]
 ) -> str:
-    """SHA-256 of the canonical JSON of everything that determines a cell's figures. The architecture's name, the
+    """SHA-256 of the canonical JSON of everything that determines a cell's figures (after `INSPECTION` for an
+    inspection, which `Store.cells` leaves out). The architecture's name, the
     checkpoint's own hash and the images' fingerprints are in it; paths, labels and the study's name are not."""
-    return _hash(
+    key = _hash(
         {
             "cell": CELL_FORMAT,
             "model": {"name": cell.model.name, "checkpoint": checkpoint_sha256, "options": cell.model.options},
@@ -138,10 +172,16 @@ def cell_key(
             **_determinants(cell, config, images),
         }
     )
+    return INSPECTION + key if cell.inspects else key
 
 
 def _determinants(cell: PlannedCell, config: StudyConfig, images: StudyImages) -> dict[str, Any]:
     method = cell.method
+    if cell.inspects:
+        assert method is not None
+        chosen = [method.name, method.version, method.options]
+        mark = images.mark(images.inspected)
+        return {"inspection": INSPECTION_FORMAT, "method": chosen, "bits": cell.bits, "seed": cell.seed, "images": mark}
     looks = {} if config.attention is None else {"attention": [LENS_FORMAT, *config.attention.model_dump().values()]}
     mixed = {}
     if cell.bits.startswith("MP"):

@@ -13,6 +13,7 @@
       textures: images:data/textures
       ssb_hard: {source: "images:data/ssb_hard", group: near}
     attention: {images: 64, show: 4}       # or true: what the models look at (docs/attention.md)
+    inspect: {bits: W8A8, images: 16}      # or true: which layer hurts, once per model (docs/inspect.md)
     outputs: true                          # per-image outputs for `quantlens compare`; scores: without logits; false
     resources: {cpu: 4, gpu: 0.25}         # of each worker on a Ray cluster (docs/scaling.md)
 
@@ -49,6 +50,13 @@ def _named(value: Any) -> Any:
 def _sourced(value: Any) -> Any:
     """A bare string stands for {source: string}."""
     return {"source": value} if isinstance(value, str) else value
+
+
+def _not_sampled(source: str, count: str) -> str:
+    """ValueError for a source that draws a sample, which the key `count` is for."""
+    if re.search(r"[?&](n|seed)=", source):
+        raise ValueError(f"must not draw a sample itself: write the number of images as `{count}`")
+    return source
 
 
 class ModelSpec(_Strict):
@@ -90,9 +98,7 @@ class CalibrationSpec(_Strict):
     @field_validator("source")
     @classmethod
     def _no_sample(cls, value: str) -> str:
-        if re.search(r"[?&](n|seed)=", value):
-            raise ValueError("must not draw a sample itself: write the number of images as `n`")
-        return value
+        return _not_sampled(value, "n")
 
     def drawn(self, seed: int) -> str:
         """The source of the images that this seed draws."""
@@ -115,6 +121,35 @@ class AttentionSpec(_Strict):
 
     images: int = Field(default=64, ge=1)
     show: int = Field(default=4, ge=0)
+
+
+class InspectSpec(_Strict):
+    """Which layer hurts (:func:`quantlens.allocation.inspect`), found once per model: every site and block alone,
+    quantized by `method` at `bits`, on `images` that `seed` draws from `source` (by default that of `calibration`)."""
+
+    bits: str = "W8A8"
+    images: int = Field(default=16, ge=1)
+    method: MethodSpec = MethodSpec(name="minmax", label="minmax")
+    seed: int = Field(default=0, ge=0)
+    source: str | None = None
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name(cls, value: Any) -> Any:
+        return _named(value)
+
+    @field_validator("bits")
+    @classmethod
+    def _widths(cls, value: str) -> str:
+        bits = parse_bits(value)
+        if bits == "FP32" or bits.startswith("MP"):
+            raise ValueError(f"{bits} is no pair of widths; give bits such as W8A8 or W4A4")
+        return bits
+
+    @field_validator("source")
+    @classmethod
+    def _no_sample(cls, value: str | None) -> str | None:
+        return None if value is None else _not_sampled(value, "images")
 
 
 class ResourcesSpec(_Strict):
@@ -146,6 +181,7 @@ class StudyConfig(_Strict):
     fit: str | None = None
     scores: tuple[str, ...] | None = None
     attention: AttentionSpec | None = None
+    inspect: InspectSpec | None = None
     resources: ResourcesSpec = ResourcesSpec()
     device: str = "auto"
     batch_size: int = Field(default=64, ge=1)
@@ -168,9 +204,9 @@ class StudyConfig(_Strict):
     def _ood_sources(cls, value: Any) -> Any:
         return {k: _sourced(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-    @field_validator("attention", mode="before")
+    @field_validator("attention", "inspect", mode="before")
     @classmethod
-    def _attention_asked_for(cls, value: Any) -> Any:
+    def _asked_for(cls, value: Any) -> Any:
         return ({} if value else None) if isinstance(value, bool) else value
 
     @field_validator("bits")
@@ -197,7 +233,17 @@ class StudyConfig(_Strict):
                 raise ValueError("`methods` is missing: name at least one method for the quantized precisions")
             if self.calibration is None:
                 raise ValueError("`calibration` is missing: name the source of the calibration images")
+        if self.inspect is not None and self.inspect.source is None and self.calibration is None:
+            raise ValueError("`inspect` has no images: give it a `source`, or the study `calibration`")
         return self
+
+    def inspected(self) -> str:
+        """The source of the images that `inspect` draws; the study must have it."""
+        from quantlens.data.sources import with_sample
+
+        assert self.inspect is not None
+        source = self.inspect.source or (self.calibration.source if self.calibration else "")
+        return with_sample(source, self.inspect.images, self.inspect.seed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it is kept in the store."""
@@ -373,6 +419,9 @@ def _resolved(config: StudyConfig, base: Path, where: str) -> StudyConfig:
     if config.calibration is not None:
         source = resolve_source(config.calibration.source, base, where)
         update["calibration"] = config.calibration.model_copy(update={"source": source})
+    if config.inspect is not None and config.inspect.source is not None:
+        source = resolve_source(config.inspect.source, base, where)
+        update["inspect"] = config.inspect.model_copy(update={"source": source})
     if config.fit is not None:
         update["fit"] = resolve_source(config.fit, base, where)
     if isinstance(config.cache, str):

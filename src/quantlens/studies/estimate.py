@@ -49,14 +49,18 @@ RESULT_BYTES = 100_000
 WALK_BYTES = 1 << 30
 """Most activations that a calibration keeps in memory (`calibration.walk.MEMORY`)."""
 
-STAGES = ("loading", "decoding", "FP32 evaluation", "calibration", "quantized evaluation")
+INSPECTION = 0.45
+"""Seconds of inspecting one part (a site or a block) on one image over those of an FP32 forward (`python -m benchmarks
+inspection`: what lies in front of a part is not computed)."""
+
+STAGES = ("loading", "decoding", "FP32 evaluation", "inspection", "calibration", "quantized evaluation")
 
 
 @dataclass
 class ModelCost:
     """Constants of one model, in seconds: `load` with capture, `image` for one FP32 image, `decode` for one image file;
     `quantized` for one simulated image and `calibration` by method label, where stored cells tell. `memory`: bytes of a
-    process that has loaded it."""
+    process that has loaded it. `parts`: its sites and blocks that an inspection quantizes alone."""
 
     label: str
     load: float
@@ -67,6 +71,7 @@ class ModelCost:
     pixels: int
     memory: int
     source: str
+    parts: int = 0
     quantized: float | None = None
     calibration: dict[str, float] = field(default_factory=dict)
 
@@ -100,7 +105,8 @@ class Estimate:
         """The estimate for a person."""
         out = []
         for model, stages in self.seconds.items():
-            parts = ", ".join(f"{stage} {duration(stages[stage])}" for stage in STAGES)
+            shown = [stage for stage in STAGES if stage != "inspection" or stages[stage]]
+            parts = ", ".join(f"{stage} {duration(stages[stage])}" for stage in shown)
             out.append(f"{model}: {duration(sum(stages.values()))} ({parts}); {self.sources[model]}")
         if self.unknown:
             out.append(f"calibration by {', '.join(self.unknown)} is not counted: no cell of it has been run here yet")
@@ -176,6 +182,7 @@ def measured(
         pixels=int(np.prod(model.preprocess.input_size)),
         memory=psutil.Process().memory_info().rss,
         source=f"timed now on {TRIAL_IMAGES} images",
+        parts=_parts(model),
     )
     _learn(cost, spec, stored)
     backend.free(more_to_come=False)
@@ -215,7 +222,7 @@ def _stages(
     n = 0 if config.calibration is None else config.calibration.n
     calibration, quantized = 0.0, 0
     for cell in cells:
-        if cell.method is None:
+        if cell.method is None or cell.inspects:
             continue
         quantized += 1
         forwards = CALIBRATION_FORWARDS.get(cell.method.name)
@@ -225,8 +232,20 @@ def _stages(
         else:
             calibration += each * n
     simulated = SIMULATION * cost.image if cost.quantized is None else cost.quantized
-    times = (cost.load, cost.decode * (read + drawn), cost.image * read, calibration, simulated * read * quantized)
-    return dict(zip(STAGES, times, strict=True))
+    inspected = 0 if config.inspect is None else config.inspect.images
+    looked = INSPECTION * cost.parts * cost.image * inspected
+    times = (cost.load, cost.decode * (read + drawn), cost.image * read, looked, calibration)
+    return dict(zip(STAGES, (*times, simulated * read * quantized), strict=True))
+
+
+def _parts(model: Any) -> int:
+    """How many parts of a model an inspection quantizes alone."""
+    graph = getattr(model, "graph", None)
+    if graph is None:
+        return 0
+    from quantlens.methods.base import matmul_operand_edges
+
+    return len({edge.site for edge in matmul_operand_edges(graph)}) + len(graph.sites.blocks)
 
 
 def _decoding(source: Any, preprocess: Any, backend: Backend) -> float:
@@ -246,7 +265,7 @@ def _evaluation_bytes(images: StudyImages, cost: ModelCost, config: StudyConfig)
 
 
 def _walk_bytes(cells: list[PlannedCell]) -> int:
-    return WALK_BYTES if any(cell.method is not None for cell in cells) else 0
+    return WALK_BYTES if any(cell.method is not None for cell in cells) else 0  # an inspection calibrates too
 
 
 def _cell_bytes(images: StudyImages, cost: ModelCost, config: StudyConfig) -> int:

@@ -55,7 +55,7 @@ class Quiet:
         """Seconds left, from the mean time of the cells so far (methods weigh equally); None when nothing ran yet."""
         if not self._times:
             return None
-        means = [sum(times) / len(times) for kind, times in self._times.items() if kind != "fp32"]
+        means = [sum(times) / len(times) for kind, times in self._times.items() if kind not in ("fp32", "inspection")]
         means = means or [sum(times) / len(times) for times in self._times.values()]
         return sum(means) / len(means) * (self.total - self.behind) / self.parallel
 

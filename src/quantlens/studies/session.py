@@ -21,7 +21,7 @@ from quantlens.studies.config import ModelSpec, StudyConfig
 from quantlens.studies.outputs import path_of
 from quantlens.studies.progress import Quiet
 from quantlens.studies.specs import label, reason, relabelled, spec_of
-from quantlens.studies.store import Owner, Store, to_json
+from quantlens.studies.store import INSPECTION, Owner, Store, to_json
 from quantlens.studies.work import ModelWork, Outcome
 
 HEARTBEAT_SECONDS = 20.0
@@ -128,7 +128,7 @@ class Session:
         """How the study stands after Ctrl-C, and how to carry on."""
         counts = {"done": 0, "failed": 0}
         with suppress(StorageError):
-            counts = self.store.counts()
+            counts = self.counts()
         finished = counts["done"] + counts["failed"]
         return (
             f"stopped; {finished} of {len(self.cells)} cells are finished and kept in {self.store.path}; run the same "
@@ -137,10 +137,14 @@ class Session:
 
     def summary(self) -> Summary:
         """How the study stands."""
-        counts = self.store.counts()
-        failed = [(label(spec), reason(error)) for spec, error in self.store.failures()]
+        counts = self.counts()
+        failed = [(label(spec), reason(error)) for spec, error in self.store.failures(self.identities.values())]
         self.store.close()
         return Summary(self.directory, len(self.cells), counts["done"], self.ran, failed)
+
+    def counts(self) -> dict[str, int]:
+        """How many of this study's cells are done and failed, whatever other studies the store holds."""
+        return self.store.counts(self.identities.values())
 
     @contextmanager
     def beating(self) -> Iterator[None]:
@@ -236,7 +240,7 @@ class Session:
         """The model of a group cannot be loaded: its cells failed, and are tried again by every run."""
         for cell in list(group.left):
             mark = self.identities[cell.slot]
-            key = f"not-loaded-{mark}"
+            key = f"{INSPECTION if cell.inspects else ''}not-loaded-{mark}"
             self.store.bind({mark: key})
             spec = spec_of(cell, self.config, self.images, None, None)
             self.store.put(key, spec, "failed", None, error, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantlens.studies.cells import CELL_FORMAT, PlannedCell, StudyImages
+from quantlens.studies.cells import CELL_FORMAT, INSPECTION_FORMAT, PlannedCell, StudyImages
 from quantlens.studies.config import StudyConfig
 from quantlens.studies.images import source_name
 
@@ -19,19 +19,11 @@ def spec_of(
 ) -> dict[str, Any]:
     """What a cell is, for a reader of the store: with the labels and sources that this study uses. The checkpoint and
     the preprocessing are None for a model that could not be loaded."""
-    calibration = None
-    if cell.method is not None and config.calibration is not None:
-        drawn = images.calibration[cell.seed]
-        calibration = {
-            "source": config.calibration.drawn(cell.seed),
-            "n": len(drawn),
-            "fingerprint": images.mark(drawn),
-        }
 
     def listed(source: Any) -> dict[str, Any]:
         return {"source": source_name(source), "fingerprint": images.mark(source), "n": len(source)}
 
-    return {
+    common = {
         "model": cell.model.label,
         "architecture": cell.model.name,
         "weights": cell.model.weights,
@@ -43,12 +35,24 @@ def spec_of(
         "bits": cell.bits,
         "seed": cell.seed,
         "options": {} if cell.method is None else cell.method.options,
+        "preprocess": None if preprocess is None else dict(preprocess),
+    }
+    if cell.inspects:
+        return common | {"inspects": True, "images": listed(images.inspected), "format": INSPECTION_FORMAT}
+    calibration = None
+    if cell.method is not None and config.calibration is not None:
+        drawn = images.calibration[cell.seed]
+        calibration = {
+            "source": config.calibration.drawn(cell.seed),
+            "n": len(drawn),
+            "fingerprint": images.mark(drawn),
+        }
+    return common | {
         "calibration": calibration,
         "id": listed(images.id),
         "ood": {name: {**listed(s), "group": images.groups[name]} for name, s in images.ood.items()},
         "fit": None if images.fit is None else listed(images.fit),
         "scores": None if config.scores is None else list(config.scores),
-        "preprocess": None if preprocess is None else dict(preprocess),
         "format": CELL_FORMAT,
         **({} if config.attention is None else {"attention": config.attention.model_dump()}),
     }
@@ -56,6 +60,10 @@ def spec_of(
 
 def relabelled(result: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
     """A result under the labels and sources of a spec; its figures are untouched."""
+    if spec.get("inspects"):
+        found = result["inspection"]
+        images = {**found["images"], "source": spec["images"]["source"]}
+        return {**result, "inspection": {**found, "model": spec["model"], "images": images}}
     changed = dict(result)
     changed["model"], changed["method"] = spec["model"], spec["method"]
     changed["architecture"], changed["method_name"] = spec["architecture"], spec["method_name"]
@@ -79,4 +87,6 @@ def label(spec: Mapping[str, Any]) -> str:
     """A cell in words, as `PlannedCell` spells it."""
     if spec.get("method_name") == "fp32":
         return f"{spec.get('model')} FP32"
+    if spec.get("inspects"):
+        return f"{spec.get('model')} inspection {spec.get('bits')}"
     return f"{spec.get('model')} {spec.get('method')} {spec.get('bits')} seed {spec.get('seed')}"

@@ -5,7 +5,8 @@ whose process is gone is taken over. The file is in WAL mode, so a reader never 
 is killed leaves the store whole. (WAL needs shared memory: keep the store on a local disk, not on a network share.)
 
 Tables
-    cells     a finished cell: key, spec, status, result, error, created, seconds
+    cells     a finished cell: key, spec, status, result, error, created, seconds; or what was found out of a model
+              ("which layer hurts"), under a key that begins with `INSPECTION`
     study     the configurations that were run here: id, name, config, environment, created; the last is the current
     plan      the cells of the current study in order, each by its identity (see `cells.identity`)
     bindings  identity -> key: which cell answers for a planned identity (known once the checkpoint has been hashed)
@@ -18,10 +19,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +41,12 @@ first write adds the tables."""
 BUSY_SECONDS = 30.0
 STALE_SECONDS = 180.0
 """A claim of another machine counts as abandoned when its heart has not beaten for so long."""
+
+INSPECTION = "inspection-"
+"""How the keys of inspections begin; those of cells with figures are hashes alone."""
+
+SHARED_MEMORY = 64 << 10
+"""Bytes of disk without which SQLite cannot work: twice what its shared-memory file begins with."""
 
 COMPRESS_ABOVE = 64 * 1024
 """Results whose JSON is longer than this many bytes are stored as zlib-compressed JSON."""
@@ -165,7 +174,7 @@ class Store:
     def _explain(self, message: str) -> str:
         low = message.lower()
         again = "run the same command again afterwards: finished cells are kept"
-        if "disk is full" in low:
+        if "disk is full" in low or ("disk i/o" in low and self._no_room()):
             return f"the disk that holds the store {self.path} is full; free some space and {again}"
         if "readonly" in low or "read-only" in low:
             return f"the store {self.path} is read-only; give write permission to it and its directory, and {again}"
@@ -181,6 +190,13 @@ class Store:
         if "disk i/o" in low:
             return f"the disk that holds the store {self.path} reports an error ({message}); check the disk and {again}"
         return f"the store {self.path} cannot be used ({message}); move it away and run the study again"
+
+    def _no_room(self) -> bool:
+        """Whether the disk is full: SQLite calls it an I/O error where there is no room for its shared memory."""
+        try:
+            return shutil.disk_usage(self.directory).free < SHARED_MEMORY
+        except OSError:
+            return False
 
     def _connect(self, write: bool) -> sqlite3.Connection:
         if self._connection is not None and (self._writable or not write):
@@ -289,15 +305,24 @@ class Store:
         return True
 
     def cells(self, *, everything: bool = False) -> list[Cell]:
-        """The finished cells of the current study in its order; with `everything` those of earlier ones too."""
+        """The finished cells of the current study in its order; with `everything` those of earlier ones too.
+        Inspections are apart, in `inspections`."""
+        return self._cells(everything, "NOT LIKE")
+
+    def inspections(self, *, everything: bool = False) -> list[Cell]:
+        """The finished inspections, as `cells` gives cells: each result is {"inspection": Inspection.to_dict()}."""
+        return self._cells(everything, "LIKE")
+
+    def _cells(self, everything: bool, like: str) -> list[Cell]:
         columns = "c.key, c.spec, c.status, c.result, c.error, c.created, c.seconds"
+        wanted = f"c.key {like} '{INSPECTION}%'"
         if not everything and self.rows("SELECT 1 FROM plan LIMIT 1"):
             query = (
                 f"SELECT {columns} FROM plan p JOIN bindings b ON b.identity = p.identity "
-                "JOIN cells c ON c.key = b.key ORDER BY p.position"
+                f"JOIN cells c ON c.key = b.key WHERE {wanted} ORDER BY p.position"
             )
         else:
-            query = f"SELECT {columns} FROM cells c ORDER BY c.created, c.rowid"
+            query = f"SELECT {columns} FROM cells c WHERE {wanted} ORDER BY c.created, c.rowid"
         return [self._cell(row) for row in self.rows(query)]
 
     def cell(self, key: str) -> Cell | None:
@@ -377,13 +402,16 @@ class Store:
         with self.writing() as connection:
             connection.executemany("INSERT OR REPLACE INTO bindings (identity, key) VALUES (?, ?)", list(keys.items()))
 
-    def counts(self) -> dict[str, int]:
-        """{"done", "failed"}: how many cells of the current study are finished."""
-        rows = self.rows(
-            "SELECT c.status, count(*) FROM plan p JOIN bindings b ON b.identity = p.identity "
-            "JOIN cells c ON c.key = b.key GROUP BY c.status"
-        )
-        return {"done": 0, "failed": 0, **dict(rows)}
+    def planned(self) -> list[str]:
+        """The identities of the current study's cells, in its order."""
+        return [identity for (identity,) in self.rows("SELECT identity FROM plan ORDER BY position")]
+
+    def counts(self, identities: Iterable[str] | None = None) -> dict[str, int]:
+        """{"done", "failed"}: how many cells of the current study are finished; or of those with these identities, as
+        another study may have begun on this store since."""
+        wanted = set(self.planned() if identities is None else identities)
+        rows = self.rows("SELECT b.identity, c.status FROM bindings b JOIN cells c ON c.key = b.key")
+        return {"done": 0, "failed": 0, **Counter(status for identity, status in rows if identity in wanted)}
 
     def last(self) -> int:
         """A mark: the number of the newest row (see `since`)."""
@@ -394,13 +422,13 @@ class Store:
         rows = self.rows("SELECT rowid, spec, seconds, error FROM cells WHERE rowid > ? ORDER BY rowid", (mark,))
         return [(number, json.loads(spec), seconds, error) for number, spec, seconds, error in rows]
 
-    def failures(self) -> list[tuple[dict[str, Any], str]]:
-        """(spec, traceback) of the failed cells of the current study, in its order."""
+    def failures(self, identities: Iterable[str] | None = None) -> list[tuple[dict[str, Any], str]]:
+        """(spec, traceback) of the failed cells of the current study, or of those with these identities, in order."""
         rows = self.rows(
-            "SELECT c.spec, c.error FROM plan p JOIN bindings b ON b.identity = p.identity "
-            "JOIN cells c ON c.key = b.key WHERE c.status = 'failed' ORDER BY p.position"
+            "SELECT b.identity, c.spec, c.error FROM bindings b JOIN cells c ON c.key = b.key WHERE c.status = 'failed'"
         )
-        return [(json.loads(spec), error or "") for spec, error in rows]
+        failed = {identity: (json.loads(spec), error or "") for identity, spec, error in rows}
+        return [failed[i] for i in (self.planned() if identities is None else identities) if i in failed]
 
     # ---- claims --------------------------------------------------------------------------------------------------
 

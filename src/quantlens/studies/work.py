@@ -93,6 +93,8 @@ class ModelWork:
     def measure(self, cell: PlannedCell, reference: Callable[[], Any]) -> tuple[dict[str, Any], bytes | None]:
         """The result dict of a cell, and its per-image outputs packed. `reference()` gives the FP32 Result of the
         model; the FP32 cell does not ask."""
+        if cell.inspects:
+            return self._inspect(cell), None
         config, step = self.config, self.shown.step
         started = time.perf_counter()
         if cell.method is None:
@@ -131,6 +133,13 @@ class ModelWork:
             data |= self.backend.attention(measured, self.model, self.id, self.ood, config.attention, step)
             data["seconds"] = {**data["seconds"], "attention": time.perf_counter() - started}
         return data, outputs
+
+    def _inspect(self, cell: PlannedCell) -> dict[str, Any]:
+        """The result of an inspection: what `Inspection.to_dict` gives, under "inspection"."""
+        images = self._load(self.images.inspected, "the inspected images")
+        assert cell.method is not None
+        found = self.backend.inspect(self.model, images, cell.method, cell.bits, cell.seed, self.shown.step)
+        return {"inspection": found}
 
     def attempt(self, cell: PlannedCell, reference: Callable[[], Any]) -> Outcome:
         """Measure a cell; what it raises is its outcome, unless it would stop every other cell too (see `stops`)."""

@@ -89,12 +89,14 @@ def _run_group(session: Session, group: Group, desk: _Desk) -> None:
 
 
 def _run_cells(session: Session, group: Group, work: ModelWork) -> None:
+    waits = False  # another process measures FP32, the reference of all but inspections
     for cell in list(group.left):
         if session.spent():
             return
+        if waits and cell.needs_fp32:
+            continue
         outcome = _run_cell(session, cell, group, work)
-        if outcome == "taken" and cell.method is None:
-            return  # another process measures FP32, the reference of all the others
+        waits = waits or (outcome == "taken" and cell.method is None)
         if outcome != "taken":
             group.left.remove(cell)
 
@@ -152,7 +154,7 @@ def run_workers(session: Session, workers: int) -> None:
     if not crashed:
         return
     ended = f"{len(crashed)} of {workers} workers ended with exit code {crashed[0].exitcode} (out of memory?)"
-    counts = session.store.counts()
+    counts = session.counts()
     if counts["done"] + counts["failed"] < len(session.cells):
         raise QuantlensError(
             f"{ended}; finished cells are kept: run the same command again, perhaps with fewer workers"
@@ -163,17 +165,21 @@ def run_workers(session: Session, workers: int) -> None:
 def _watch(session: Session, processes: Sequence[Any], mark: int) -> None:
     """Show the cells as the workers put them into the store, until no worker is alive. `mark`: see `Store.since`."""
     known = failures = 0
+    own = {str(cell) for cell in session.cells}
     alive = True
     while alive:
         alive = any(p.is_alive() for p in processes)
         time.sleep(0.3 if alive else 0)
         for number, spec, seconds, error in session.store.since(mark):
             mark = number
+            if label(spec) not in own:  # of another study on this store
+                continue
             kind = "fp32" if spec["method_name"] == "fp32" else str(spec["method"])
+            kind = "inspection" if spec.get("inspects") else kind
             session.ran += 1
             failures += error is not None
             session.shown.finished(kind, label(spec), seconds, None if error is None else reason(error))
-        counts = session.store.counts()
+        counts = session.counts()
         earlier = counts["done"] - (session.ran - failures)
         if session.retry_before is None:
             earlier += counts["failed"] - failures

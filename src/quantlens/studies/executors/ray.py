@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlens.errors import QuantlensError
-from quantlens.studies.cells import PlannedCell
+from quantlens.studies.cells import PlannedCell, Slot
 from quantlens.studies.config import ResourcesSpec
 from quantlens.studies.executors.cluster import Share, connected, load_ray, share
 from quantlens.studies.executors.remote import Loaded, Stop, Worker
@@ -65,7 +65,7 @@ class _Model:
     known: bool = False
     checkpoint_sha256: str | None = None
     running: list[PlannedCell] = field(default_factory=list)
-    held: dict[tuple[str, str, str, int], float] = field(default_factory=dict)
+    held: dict[Slot, float] = field(default_factory=dict)
     """Slots of cells that another process holds -> when to ask again."""
     reference: Any = None
     """The FP32 result in Ray's object store."""
@@ -174,11 +174,13 @@ class _Driver:
         return model.known and waiting
 
     def take(self, model: _Model) -> PlannedCell | None:
-        """Claim a cell of a model whose keys are known; while FP32 is measured there is none."""
+        """Claim a cell of a model whose keys are known; while FP32 is measured, one that does without it."""
         if not model.known:
             return None
         session, group, now = self.session, model.group, time.monotonic()
-        wanted = [group.fp32] if model.waits_for_fp32() else model.free
+        wanted = model.free
+        if model.waits_for_fp32():
+            wanted = [cell for cell in wanted if not cell.needs_fp32]
         for cell in wanted:
             if cell in model.running or model.held.get(cell.slot, 0.0) > now:
                 continue
@@ -201,7 +203,7 @@ class _Driver:
             return job.actor.handle.load.remote(job.index)
         model = self.models[job.index]
         baseline = None
-        if job.cell.method is not None:
+        if job.cell.needs_fp32:
             try:
                 baseline = self.baseline(model)
             except QuantlensError as error:
