@@ -139,7 +139,7 @@ def test_one_massive_channel_does_not_take_the_others_sign():
 
 
 def test_extreme_tokens_do_not_choose_the_shifts():
-    """One token in a hundred is some 450 times as large in one channel. By the squared error its rounding is what counts
+    """One token in a hundred is some 450 times as large in one channel. By squared error its rounding is what counts
     there; a LayerNorm divides it away, so that the other tokens should have their codes."""
     x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
     x[::100, 3] = 300 * (1 + torch.rand(20, generator=torch.Generator().manual_seed(1)))
