@@ -8,6 +8,7 @@ import torch
 import quantlens as ql
 from quantlens.errors import QuantlensError
 from quantlens.methods import registry
+from quantlens.methods._shifts import shift_axis
 from quantlens.methods.aocq import add_alpha, residual_edges
 from quantlens.methods.base import everything_edges
 from quantlens.quantizers import PowerOfTwo, Uniform
@@ -77,7 +78,10 @@ def test_everything_is_quantized(architecture, loaded, pictures):
     for site in q.graph.sites.of_kind("linear", "conv"):
         assert plan[f"{site.name}.weight"].bits == 4
     shifts = [k for k, v in plan.items() if isinstance(v, PowerOfTwo)]
-    assert set(shifts) <= residual_edges(q.graph)
+    free = {e.key for group in everything_edges(q.graph) if shift_axis(q.graph, group) is not None for e in group}
+    assert set(shifts) <= residual_edges(q.graph) | free
+    gelus = [s for s in q.graph.sites.of_kind("linear") if s.name.endswith("fc1")]
+    assert all(f"{s.name}.output" in shifts for s in gelus), "a GELU's input has a shift per channel"
     sums = q.graph.sites.of_kind("add")
     assert sums
     for site in sums:
@@ -120,6 +124,33 @@ def test_shifts_follow_the_channels():
     single = (one(values) - values).square().mean(1)
     assert float(error[0]) < 0.01 * float(single[0])
     assert float(error[5]) < 1.5 * float(single[5])
+
+
+def test_zero_points_centre_the_channels():
+    """Channels that lie to one side of zero: a zero point for all leaves them half of the codes, or fewer."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(6, 4000, generator=generator) + torch.tensor([0.0, -1.0, 5.0, -30.0, 0.0, 0.0])[:, None]
+    seen = Observation.of(values)
+    centred, shared = add_alpha(seen, 6), add_alpha(seen, 6, shift=False)
+    assert centred.zero_point.shape == (6,)
+    assert shared.zero_point.dim() == 0
+    error = [(q(values.T).T - values).square().mean(1) for q in (centred, shared)]
+    assert bool((error[0] < 0.3 * error[1])[:4].all()), error
+    steps = (1 / 63) ** 2 / 12
+    assert bool((error[0] < 1.5 * steps).all()), "as good as each channel alone, but for the power of two"
+    constant = add_alpha(Observation.of(torch.full((2, 50), 1e6) + torch.tensor([[0.0], [1e-3]])), 8)
+    assert bool(torch.isfinite(constant(torch.full((3, 2), 1e6))).all())
+
+
+def test_token_norm_chooses_the_shifts_of_sums(vit, pictures):
+    def plan(loss):
+        off = {"scales": False, "rounding": False}
+        return ql.quantize(vit, pictures, method="aocq", bits="W8A4", loss=loss, **off).plan.quantizers
+
+    token, squared = plan("token-norm"), plan("mse")
+    differ = {k for k, q in token.items() if q.kind == "ptf" and not torch.equal(q.exponents, squared[k].exponents)}
+    assert differ
+    assert all(".add" in k or "norm" in k for k in differ), "branches and GELU inputs keep the squared error"
 
 
 def test_names_and_wrong_options(vit, pictures):

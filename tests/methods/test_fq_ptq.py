@@ -119,6 +119,36 @@ def test_scope_and_size_of_power_of_two_factors(loaded, pictures):
     assert int(plan(largest_exponent=1)[total].exponents.max()) <= 1
 
 
+def test_factors_at_gelu_inputs_and_the_patch_embedding(small_models, pictures):
+    """ptf=all: also where a layer's output goes to a GELU or into the token sequence, never to a product."""
+    network = copy.deepcopy(small_models["vit"])
+    for block in network.blocks:
+        block.mlp.fc1.bias.data[:3] = torch.tensor([-40.0, -30.0, -20.0])  # GELU gives 0
+    model = ql.load_model(network, input_size=(3, 32, 32))
+    plans = {ptf: _fq(model, pictures, ptf=ptf, lis=False) for ptf in ("residual", "all")}
+    quantizers = plans["all"].plan.quantizers
+    assert isinstance(quantizers["blocks.0.mlp.fc1.output"], PowerOfTwo)
+    assert quantizers["patch_embed.proj.output"].axis == 1
+    for key in ("blocks.0.attn.qkv.output", "blocks.0.attn.context.output", "blocks.0.mlp.gelu.output", "head.output"):
+        assert not isinstance(quantizers[key], PowerOfTwo), key
+    assert isinstance(plans["residual"].plan.quantizers["blocks.0.mlp.fc1.output"], Uniform)
+    sqnr = {ptf: _sqnr(model, q, pictures) for ptf, q in plans.items()}
+    assert sqnr["all"] > sqnr["residual"] + 2, sqnr
+
+
+def test_exponents_by_token(small_models, pictures):
+    """``exponents=token`` counts at sums, and only there."""
+    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
+    plans = {e: _fq(model, pictures, "W8A4", exponents=e).plan.quantizers for e in ("squared", "token")}
+    differ = {
+        key
+        for key, q in plans["token"].items()
+        if isinstance(q, PowerOfTwo) and not torch.equal(q.exponents, plans["squared"][key].exponents)
+    }
+    assert differ
+    assert all(key.endswith(("add1.output", "add2.output", "norm1.input", "add1.lhs", "add1.rhs")) for key in differ)
+
+
 def test_options_of_softmax(loaded, pictures):
     plan = _fq(loaded["vit"], pictures, softmax_bits=4).plan
     assert plan.operators["blocks.0.attn.probs"].output.bits == 4

@@ -34,7 +34,7 @@ from quantlens.reconstruction.losses import Context, Loss
 from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
 from quantlens.reconstruction.settings import ROUNDING, SCALES, WEIGHTS, Report, Result, Settings, UnitReport
-from quantlens.reconstruction.streams import Cache, Hook, Room, Streams, frozen_hook, random_mask
+from quantlens.reconstruction.streams import Cache, Hook, Room, Streams, frozen_hook, held_memory, random_mask
 from quantlens.reconstruction.units import Unit, find_units
 
 Progress = Callable[[int, int], None]
@@ -79,7 +79,7 @@ def reconstruct(
     if checkpoint is not None:
         store = Checkpoint(checkpoint, graph, plan, calibration, settings, seed, reference)
     total, resumed, reports = len(units) * max(settings.iterations, 1), 0, []
-    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="quantlens-") as folder:
+    with torch.no_grad(), held_memory(), tempfile.TemporaryDirectory(prefix="quantlens-") as folder:
         streams = Streams(graph, units, calibration, Room(memory, Path(folder)))
         for index, (unit, original) in enumerate(zip(units, originals, strict=True)):
             streams.advance_float(unit, reference or graph, original)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +174,32 @@ def frozen_hook(
 def random_mask(shape: torch.Size, p: float, generator: torch.Generator, device: torch.device) -> Tensor:
     """Bool, True with probability p; drawn on the CPU, so that all devices see the same."""
     return (torch.rand(shape, generator=generator) < p).to(device)
+
+
+HELD = 1 << 28
+"""Bytes of freed memory that the process keeps while it trains."""
+
+
+@contextmanager
+def held_memory() -> Iterator[None]:
+    """Freed memory stays with the process, up to :data:`HELD` bytes, and goes back at the end (glibc; elsewhere nothing
+    happens).
+
+    A training step makes and frees hundreds of tensors of some MB. glibc gives each back to the system and asks for it
+    again, and touching fresh pages takes several times as long as the arithmetic on them.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 25)  # the largest there is
+        libc.mallopt(trim_threshold, HELD)
+        libc.mallopt(top_pad, HELD // 4)
+    except (OSError, AttributeError):  # another C library
+        yield
+        return
+    try:
+        yield
+    finally:
+        libc.mallopt(trim_threshold, 1 << 26)  # twice the largest mmap threshold, where glibc's own rule ends
+        libc.mallopt(top_pad, 0)
+        libc.malloc_trim(0)
