@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from quantlens.graph import capture, find_norm_groups, fold_layer_scale, fold_norm, rescale_norm, split_linear
+from quantlens.graph import (
+    capture,
+    find_norm_groups,
+    fold_layer_scale,
+    fold_norm,
+    rescale_input,
+    rescale_norm,
+    split_linear,
+)
 from quantlens.graph.graph import op_name
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
 
@@ -120,3 +128,16 @@ def test_a_split_linear_is_the_same_function(architecture, network, pictures):
     torch.testing.assert_close(graph(pictures), before)
     again = graph_from_dict(graph_to_dict(clone), clone.tensors())
     assert torch.equal(again(pictures), clone(pictures))
+
+
+def test_rescaled_inputs_keep_the_function(graph, network, pictures):
+    generator = torch.Generator().manual_seed(2)
+    for site in graph.sites.of_kind("linear"):
+        channels = graph.tensor(site.weight).shape[1]
+        rescale_input(graph, site, torch.rand(channels, generator=generator) + 0.5, torch.randn(channels) / 10)
+    with pytest.raises(ValueError, match="5 factors"):
+        rescale_input(graph, graph.sites.of_kind("linear")[0], torch.ones(5))
+    graph.invalidate()
+    torch.testing.assert_close(graph(pictures), network(pictures), rtol=1e-4, atol=1e-4)
+    read = graph_from_dict(graph_to_dict(graph), graph.tensors())
+    assert torch.equal(read(pictures), graph(pictures))

@@ -54,7 +54,7 @@ def site_work(graph: Graph) -> dict[str, SiteWork]:
         left = next(edge for edge in site.edges.values() if edge.position == 0)
         inner = shapes[left.key][-1] if weight is None else weight[0].numel()
         made = shapes[site.edges["output"].key].numel()
-        work[site.name] = SiteWork(0 if weight is None else weight.numel(), made * inner, left.value is graph.input)
+        work[site.name] = SiteWork(0 if weight is None else weight.numel(), made * inner, graph.is_image(left.value))
     return work
 
 

@@ -86,7 +86,7 @@ def layout_of(graph: Graph) -> Layout:
     tokens = graph.sites.of_kind("probs")[0].node.meta["shape"][-1]
     for site in graph.sites.of_kind("conv"):
         shape = site.node.meta["shape"]
-        if site.edges["input"].value is graph.input and len(shape) == 4 and None not in shape[1:]:
+        if graph.is_image(site.edges["input"].value) and len(shape) == 4 and None not in shape[1:]:
             grid = (int(shape[2]), int(shape[3]))
             if 0 <= tokens - grid[0] * grid[1] <= max(16, tokens // 8):
                 return Layout(tokens - grid[0] * grid[1], grid)

@@ -7,6 +7,7 @@ from quantlens.graph.rewrites import (
     find_norm_groups,
     fold_layer_scale,
     fold_norm,
+    rescale_input,
     rescale_norm,
     split_linear,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "fold_layer_scale",
     "fold_norm",
     "graph_of",
+    "rescale_input",
     "rescale_norm",
     "split_linear",
 ]

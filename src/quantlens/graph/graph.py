@@ -43,6 +43,9 @@ VIEWS = {
 }
 """Operations that move values without changing them."""
 
+CHANNEL_OPS = {"aten.mul.Tensor", "aten.add.Tensor"}
+"""Operations that rescale channels, where their second argument is a constant."""
+
 
 def op_name(node: fx.Node) -> str:
     """``aten.linear.default`` for an ATen call, the function's own text for another, the node's op for the rest."""
@@ -83,6 +86,13 @@ class Graph(nn.Module):
 
             self._sites = find_sites(self)
         return self._sites
+
+    def is_image(self, value: Any) -> bool:
+        """Whether a value is the graph's input, as it is or with its channels rescaled by constants (see
+        :func:`quantlens.graph.rescale_input`)."""
+        while op_name(value) in CHANNEL_OPS and self.constant(value.args[1]) is not None:  # type: ignore[arg-type]
+            value = value.args[0]
+        return value is self.input
 
     def invalidate(self) -> None:
         """Forget what was derived from the graph; call after any change to it."""

@@ -6,12 +6,15 @@
   SmoothQuant's folding).
 * :func:`fold_norm`: the LayerNorm's own scale and shift go into the linears.
 * :func:`fold_layer_scale`: a per-channel factor after a linear (DeiT3's LayerScale) goes into the linear.
+* :func:`rescale_input`: what a linear or convolution reads becomes x/scale − shift per channel, by one multiplication
+  (and one sum) in front of it, where no layer before it can take the factors up.
 * :func:`split_linear`: some input channels of a linear get a linear of their own, y = W₁x₁ + W₂x₂ + bias.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -214,3 +217,43 @@ def split_linear(graph: Graph, linear: Site, channels: Tensor) -> str:
         total = made(graph.fx.call_function(aten.add.Tensor, (node, few)), weight.shape[0])
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
     return stem
+
+
+def rescale_input(graph: Graph, layer: Site, scale: Tensor, shift: Tensor | None = None) -> None:
+    """Let a linear or convolution read x/scale − shift, by operations of their own in front of it, and undo it in
+    the weight and bias exactly: W ← W·diag(scale), bias ← bias + W_new·shift.
+
+    scale, shift: [in channels], scale > 0. Raises ValueError where they do not fit (a convolution with groups). A
+    convolution that pads is not exact with a shift, as padding is not shifted: the caller leaves it alone. The caller
+    calls :meth:`Graph.invalidate` when all is done.
+    """
+    node, source, name = layer.node, layer.node.args[0], str(layer.weight)
+    weight = graph.tensor(name)
+    spread = (-1, *[1] * (weight.dim() - 2))
+    if weight.shape[1] != len(scale):
+        raise ValueError(f"{layer.name}: {len(scale)} factors for {weight.shape[1]} input channels")
+    precise = scale.to(weight.device, torch.float64)
+    new = weight.double() * precise.view(spread)
+    value = _with_constant(graph, node, aten.mul.Tensor, source, f"{layer.name}_input_factor", 1.0 / precise, spread)
+    if shift is not None:
+        moved = shift.to(weight.device, torch.float64)
+        bias = ensure_bias(graph, layer)
+        extra = (new * moved.view(spread)).flatten(1).sum(1)
+        graph.set_tensor(bias, (graph.tensor(bias).double() + extra).to(weight.dtype))
+        value = _with_constant(graph, node, aten.add.Tensor, value, f"{layer.name}_input_shift", -moved, spread)
+    graph.set_tensor(name, new.to(weight.dtype))
+    node.args = (value, *node.args[1:])
+
+
+def _with_constant(
+    graph: Graph, before: fx.Node, operation: Any, value: Any, name: str, constant: Tensor, spread: tuple[int, ...]
+) -> fx.Node:
+    """``operation(value, constant)`` in front of a node, in its module; constant [C], viewed as ``spread``."""
+    module = before.meta.get("module", "")
+    graph.set_tensor(name, constant.float().view(spread))
+    with graph.fx.inserting_before(before):
+        held = graph.fx.get_attr(name)
+        made = graph.fx.call_function(operation, (value, held))
+    held.meta = {"module": module, "shape": tuple(graph.tensor(name).shape), "symbolic": False}
+    made.meta = {"module": module, "shape": value.meta["shape"], "symbolic": False}
+    return made

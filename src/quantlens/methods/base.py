@@ -14,18 +14,20 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from quantlens.calibration import Calibration, Seen
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.graph import Edge, Graph, fold_layer_scale, graph_of
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
-from quantlens.quantizers import Bits, Plan, QuantizedModel, float_model
+from quantlens.quantizers import Bits, Plan, QuantizedModel, Uniform, float_model
 from quantlens.quantizers.bits import FLOAT
 from quantlens.quantizers.model import describe
 from quantlens.quantizers.targets import TARGETS, target_named
+from quantlens.ranges import affine
 from quantlens.reconstruction.massive import split_massive
+from quantlens.reconstruction.pixels import pixel_quantizer, read_pixels
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) steps."""
@@ -76,11 +78,20 @@ SHARED_OPTIONS = {
         "papers) or split (a linear layer of their own, which is exact)",
         ("keep", "split"),
     ),
+    "image": Option(
+        "range",
+        "codes of an 8-bit image: range (one range for the normalised image, as in the papers) or pixels (the graph "
+        "reads pixel/255, whose 256 values are the codes: exact)",
+        ("range", "pixels"),
+    ),
     "target": Option(
         None, "runtime whose integers the model must suit, for export (None: any format)", (None, *sorted(TARGETS))
     ),
 }
 """Options every method has, with equal defaults, because they explain many differences between published figures."""
+
+FOR_TARGETS = {"massive_channels": "split", "image": "pixels"}
+"""Shared options that a target has by default: exact rewrites that every method gains from, at next to no cost."""
 
 
 class Method(ABC):
@@ -122,14 +133,19 @@ class Method(ABC):
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             split = split_massive(graph, images) if settings["massive_channels"] == "split" else []
-            seen = None if split or images.fingerprint is None else _seen(model, images.fingerprint)
+            pixels = self._pixels(graph, model, images, settings)
+            seen = None if split or pixels or images.fingerprint is None else _seen(model, images.fingerprint)
             plan = self.build(graph, images, Widths(widths, settings), Run(settings, seed, progress, seen))
         graph.invalidate()
         target = target_named(settings["target"])
         if target is not None:
             edges = graph.sites.edges
-            plan.quantizers = {k: target.conform(k, q, weight=edges[k].is_weight) for k, q in plan.quantizers.items()}
-        plan.rewrites[:0] = split
+            plan.quantizers = {
+                k: target.conform(k, q, graph.tensor(str(edges[k].value.target)) if edges[k].is_weight else None)
+                for k, q in plan.quantizers.items()
+            }
+        plan.quantizers |= {key: pixel_quantizer(images.device) for key in pixels if key in plan.quantizers}
+        plan.rewrites[:0] = [*split, *(["the image is read as pixel/255, whose codes are exact"] if pixels else [])]
         if folded:
             plan.rewrites.insert(0, f"LayerScale folded into {len(folded)} linear layers")
         plan.info = {
@@ -146,9 +162,15 @@ class Method(ABC):
         }
         return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model)
 
+    def _pixels(self, graph: Graph, model: Any, images: Calibration, settings: dict[str, Any]) -> list[str]:
+        """Keys of the edges that read the image as pixels from now on; see :mod:`quantlens.reconstruction.pixels`."""
+        if settings["image"] != "pixels" or int(settings["patch_bits"]) != 8 or self.info.quantizes == EVERYTHING:
+            return []
+        return read_pixels(graph, model.preprocess, images)
+
     def options(self, given: dict[str, Any]) -> dict[str, Any]:
-        """All options with their values: defaults overridden by ``given``. Raises on unknown names and values not
-        allowed."""
+        """All options with their values: defaults (with a target also :data:`FOR_TARGETS`) overridden by ``given``.
+        Raises on unknown names and values not allowed."""
         known = {**SHARED_OPTIONS, **self.info.options}
         for name, value in given.items():
             if name not in known:
@@ -158,7 +180,8 @@ class Method(ABC):
                 raise QuantlensError(
                     f"{self.info.name}: option {name}={value!r}; choose one of {', '.join(map(str, choices))}"
                 )
-        return {name: given.get(name, option.default) for name, option in known.items()}
+        usual = {name: option.default for name, option in known.items()}
+        return {**usual, **(FOR_TARGETS if given.get("target") is not None else {}), **given}
 
 
 def _seen(model: Any, fingerprint: str) -> Seen:
@@ -199,12 +222,20 @@ class Widths:
         target.check_width(width, weight=edge.is_weight)
         return width
 
+    def weights(self, low: Tensor, high: Tensor, width: int) -> Uniform:
+        """The grid of a weight's rows [out] over [low, high]: asymmetric, or what the target (an option) makes of it,
+        so that weights are fitted and rounded on the grid that ships."""
+        made, target = affine(low, high, width, granularity="channel", axis=0), target_named(self.options["target"])
+        if target is None or not target.symmetric_weights:
+            return made
+        return target.symmetric(torch.maximum(low.abs(), high.abs()), made)
+
     def _asked(self, graph: Graph, edge: Edge) -> int:
         site = graph.sites[edge.site]
         head = self.options["head_bits"]
         if head is not None and any(site.name == h.name for h in graph.sites.head):
             return int(head)
-        if not edge.is_weight and site.kind == "conv" and edge.value is graph.input:
+        if not edge.is_weight and site.kind == "conv" and graph.is_image(edge.value):
             return FLOAT if self.bits.of(edge.site).activations == FLOAT else int(self.options["patch_bits"])
         widths = self.bits.of(edge.site)
         return widths.weights if edge.is_weight else widths.activations

@@ -43,7 +43,7 @@ from quantlens.methods._layer_fit import Fitted, fit_layers
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
 from quantlens.methods.repq_vit import RepQViT
 from quantlens.quantizers import Plan
-from quantlens.ranges import Observation, affine, quantile_mse
+from quantlens.ranges import Observation, quantile_mse
 from quantlens.reconstruction.closed_form import (
     FLIPS,
     Grid,
@@ -67,6 +67,7 @@ class ERQ(Method):
         year=2024,
         url="https://arxiv.org/abs/2407.06794",
         quantizes=MATMUL_OPERANDS,
+        version=2,
         summary="weights by ridge regression on quantized inputs, rounded half by half, the rest taking up the error",
         departures="λ relative to the inputs; flips judged by the error that is left; no dual weight quantizer",
         options={
@@ -97,7 +98,7 @@ class ERQ(Method):
 
         def fit(weight: Tensor, moments: Moments, width: int, free_bias: bool) -> Fitted:
             shifts = free_bias and run["activation_error"] != "none"
-            return _fit(weight, moments if shifts else moments.uncentred(), width, shifts, run)
+            return _fit(weight, moments if shifts else moments.uncentred(), bits, width, shifts, run)
 
         plan = RepQViT().build(graph, calibration, bits, Run(run.options, run.seed))
         count = fit_layers(graph, calibration, plan, fit, run, network=False)
@@ -105,14 +106,14 @@ class ERQ(Method):
         return plan
 
 
-def _fit(weight: Tensor, moments: Moments, width: int, shifts: bool, run: Run) -> Fitted:
+def _fit(weight: Tensor, moments: Moments, bits: Widths, width: int, shifts: bool, run: Run) -> Fitted:
     """One layer: weight [out, in]; its quantizer, its values on the grid, and (``shifts``) what its bias is off by."""
     second = float(run["weight_damping"])
     fitted = weight
     if run["activation_error"] == "ridge":
         fitted = ridge(weight, moments, float(run["activation_damping"]))
     low, high = quantile_mse(Observation.of(fitted, 1 - QUANTILES[0]), width, QUANTILES)
-    quantizer = affine(low, high, width, granularity="channel", axis=0)
+    quantizer = bits.weights(low, high, width)
     grid = Grid.of(quantizer)
     if run["weight_error"] == "halves":
         value = round_halves(fitted, moments.gram, grid, damping=second, flips=int(run["flips"]))

@@ -37,7 +37,7 @@ from quantlens.methods._layer_fit import Fitted, fit_layers
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
 from quantlens.methods.repq_vit import TAIL, RepQViT
 from quantlens.quantizers import Plan
-from quantlens.ranges import Observation, affine, minmax, mse, quantile_mse
+from quantlens.ranges import Observation, minmax, mse, quantile_mse
 from quantlens.reconstruction.closed_form import BLOCK, Grid, Moments, round_columns
 
 RANGES: dict[str, Callable[[Observation, int], tuple[Tensor, Tensor]]] = {
@@ -56,6 +56,7 @@ class GPTQ(Method):
         year=2023,
         url="https://arxiv.org/abs/2210.17323",
         quantizes=MATMUL_OPERANDS,
+        version=2,
         summary="weights column by column, each one's error taken up by the rest; activations as repq-vit",
         departures="activations quantized too, as in repq-vit; quantile ranges for weights",
         options={
@@ -86,7 +87,7 @@ class GPTQ(Method):
 
         def fit(weight: Tensor, moments: Moments, width: int, _: bool) -> Fitted:
             low, high = RANGES[run["weight_range"]](Observation.of(weight, TAIL), width)
-            quantizer = affine(low, high, width, granularity="channel", axis=0)
+            quantizer = bits.weights(low, high, width)
             gram = moments.second
             order = gram.diagonal().argsort(descending=True) if run["act_order"] else None
             value = round_columns(weight, gram, Grid.of(quantizer), damping=damping, order=order, block=block)

@@ -67,6 +67,7 @@ class QuantlensFast(Method):
         year=2026,
         url="docs/methods.md",
         quantizes=MATMUL_OPERANDS,
+        version=2,
         summary="exact rotations, clipped ranges, weights fitted and rounded in closed form on quantized inputs",
         departures="our own; each part can be switched off",
         aliases=("fast",),
@@ -145,7 +146,7 @@ def calibrate(
         alone = names.count(site.weight) == 1
         moments = _moments(site, weight, look, plan.quantizers.get(f"{site.name}.input")) if alone else None
         target = flat if moments is None or not run["fit"] else ridge(flat, moments, float(run["damping"]))
-        quantizer = affine(*mse(Observation.of(target), width), width, granularity="channel", axis=0)
+        quantizer = bits.weights(*mse(Observation.of(target), width), width)
         plan.quantizers[edge.key] = quantizer
         if moments is None:
             return quantizer

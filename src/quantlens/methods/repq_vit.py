@@ -79,6 +79,7 @@ class RepQViT(Method):
         year=2023,
         url="https://arxiv.org/abs/2212.08254",
         quantizes=MATMUL_OPERANDS,
+        version=2,
         summary="LayerNorm outputs from channel- to tensor-wise by exact rewriting; log√2 softmax; MSE quantile ranges",
         departures="integer zero points; layers rewritten during calibration; zero is one of the 2^b log codes",
         aliases=("repq", "repqvit"),
@@ -108,11 +109,11 @@ class RepQViT(Method):
             if edge.is_weight:
                 if repar is None:
                     low, high = quantile_mse(look(axis=0, tail=TAIL), width)
-                    quantizers[edge.key] = affine(low, high, width, granularity="channel", axis=0)
+                    quantizers[edge.key] = bits.weights(low, high, width)
                     return quantizers[edge.key]
                 weight = graph.tensor(str(edge.value.target)) * repar.scale
                 low, high = quantile_mse(Observation.of(weight, TAIL), width)
-                quantizers[edge.key] = quantizer = affine(low, high, width, granularity="channel", axis=0)
+                quantizers[edge.key] = quantizer = bits.weights(low, high, width)
                 effective = quantizer(weight) / repar.scale
                 return lambda _: effective
             if group is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from quantlens.errors import UnknownNameError, UnsupportedError
 from quantlens.quantizers.base import Quantizer
@@ -46,25 +46,26 @@ class Target:
                 f"(for example W8A8{', W4A8' if 4 in self.weights else ''}), or leave the target out to simulate"
             )
 
-    def conform(self, key: str, quantizer: Quantizer, *, weight: bool) -> Quantizer:
+    def conform(self, key: str, quantizer: Quantizer, weight: Tensor | None = None) -> Quantizer:
         """The quantizer inside the target: symmetric where it must be, zero points among the codes.
 
-        Raises UnsupportedError for a format that is not uniform, or per channel on an activation.
+        weight: the tensor that it quantizes, None for an activation. A symmetric range covers the largest value that
+        the quantizer makes of it (not the quantizer's own range, which is 256 times the value where a row has a single
+        one). Raises UnsupportedError for a format that is not uniform, or per channel on an activation.
         """
         if type(quantizer) is not Uniform:
             raise UnsupportedError(
                 f"{key} has the format {quantizer.kind!r}, which {self.name} has no kernels for; choose a method with "
                 "uniform formats (`quantlens methods`), or leave the target out to simulate"
             )
-        low = (quantizer.qmin - quantizer.zero_point) * quantizer.scale
-        high = (quantizer.qmax - quantizer.zero_point) * quantizer.scale
-        if weight:
+        if weight is not None:
             if not self.symmetric_weights or quantizer.symmetric:
                 return quantizer
-            scale = symmetric_parameters(torch.maximum(low.abs(), high.abs()), quantizer.bits)
-            return Uniform(
-                scale, None, quantizer.bits, signed=True, granularity=quantizer.granularity, axis=quantizer.axis
-            )
+            values = quantizer(weight).abs()
+            largest = values.amax() if quantizer.axis is None else values.movedim(quantizer.axis, 0).flatten(1).amax(1)
+            return self.symmetric(largest, quantizer)
+        low = (quantizer.qmin - quantizer.zero_point) * quantizer.scale
+        high = (quantizer.qmax - quantizer.zero_point) * quantizer.scale
         if quantizer.axis is not None:
             raise UnsupportedError(
                 f"{key} has one scale per {quantizer.granularity}, {self.name} one per tensor; choose another method "
@@ -74,6 +75,11 @@ class Target:
             return quantizer
         scale, zero = affine_parameters(low.clamp_max(0), high.clamp_min(0), quantizer.bits)
         return Uniform(scale, zero, quantizer.bits, signed=False)
+
+    def symmetric(self, largest: Tensor, like: Uniform) -> Uniform:
+        """Weights in ±largest ([] or [n]), with the granularity of another quantizer."""
+        scale = symmetric_parameters(largest, like.bits)
+        return Uniform(scale, None, like.bits, signed=True, granularity=like.granularity, axis=like.axis)
 
 
 LINEAR = frozenset({("linear", "input"), ("linear", "weight"), ("conv", "input"), ("conv", "weight")})
