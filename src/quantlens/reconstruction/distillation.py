@@ -37,7 +37,7 @@ from quantlens.reconstruction.checkpoints import Progressed, fingerprint
 from quantlens.reconstruction.latent import Latent
 from quantlens.reconstruction.losses import divergence
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
-from quantlens.reconstruction.streams import Cache, Room
+from quantlens.reconstruction.streams import Cache, Room, held_memory
 from quantlens.reconstruction.views import draw
 
 Progress = Callable[[int, int], None]
@@ -124,7 +124,7 @@ def distil(
     if plan.operators:
         raise UnsupportedError("distillation works on quantizers; put integer operators in after it")
     started = time.perf_counter()
-    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="quantlens-") as folder:
+    with torch.no_grad(), held_memory(), tempfile.TemporaryDirectory(prefix="quantlens-") as folder:
         images = Cache(Room(memory, Path(folder)), calibration.count)
         for index, chunk in enumerate(calibration):
             images.put(index * CHUNK, len(chunk), chunk)
