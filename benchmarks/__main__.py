@@ -55,12 +55,12 @@ def calibration() -> dict[str, Any]:
 
     model, images = _deit(), _images(32)
     start = time.perf_counter()
-    ql.quantize(model, images, bits="W4A4")
+    ql.quantize(model, images, method="repq-vit", bits="W4A4")
     first = time.perf_counter() - start
     with torch.inference_mode():
         seconds = _interleaved(
             {
-                "calibration": lambda: ql.quantize(model, images, bits="W4A4"),
+                "calibration": lambda: ql.quantize(model, images, method="repq-vit", bits="W4A4"),
                 "fp32": lambda: model(images),
             },
             rounds=3,
@@ -101,7 +101,7 @@ def simulation() -> dict[str, Any]:
     import quantlens as ql
 
     model, images = _deit(), _images(32)
-    qmodel = ql.quantize(model, images, bits="W4A4")
+    qmodel = ql.quantize(model, images, method="repq-vit", bits="W4A4")
     out: dict[str, Any] = {}
     with torch.inference_mode():
         for batch in (1, 8, 32):
@@ -142,7 +142,7 @@ def memory() -> dict[str, Any]:
         "c.Walk.__init__.__kwdefaults__['memory'] = 64 << 20\n"
         "model = b._deit(); images = b._images(int(sys.argv[1]))\n"
         "before = psutil.Process().memory_info().rss / 1024\n"
-        "ql.quantize(model, images, bits='W4A4')\n"
+        "ql.quantize(model, images, method='repq-vit', bits='W4A4')\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     grown = {}
@@ -207,7 +207,7 @@ def attention() -> dict[str, Any]:
     from quantlens.quantizers import float_model
 
     model, images = _deit(), _images(32)
-    quantized = {bits: ql.quantize(model, images, bits=bits) for bits in ("W8A8", "W6A6", "W4A4")}
+    quantized = {bits: ql.quantize(model, images, method="repq-vit", bits=bits) for bits in ("W8A8", "W6A6", "W4A4")}
     plain = [float_model(model), *quantized.values()]
     reference, lenses = Lens(model), {bits: Lens(q) for bits, q in quantized.items()}
     part = images[:16]

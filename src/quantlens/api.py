@@ -21,7 +21,7 @@ from quantlens.quantizers import Bits, QuantizedModel
 def quantize(
     model: Model | torch.nn.Module,
     calibration: Any,
-    method: str = "repq-vit",
+    method: str = registry.DEFAULT,
     bits: str | Path | Bits | Allocation | Mapping[str, Any] = "W8A8",
     seed: int = 0,
     *,

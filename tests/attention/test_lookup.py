@@ -25,7 +25,12 @@ def digits():
         load_images(open_source(s), model.preprocess, cache_dir=False)
         for s in ("embedded:digits-test[0:60]", "embedded:letters[0:12]")
     )
-    return model, ql.quantize(model, "embedded:digits-calibration?n=16&seed=0", bits="W4A4"), id, letters
+    return (
+        model,
+        ql.quantize(model, "embedded:digits-calibration?n=16&seed=0", method="repq-vit", bits="W4A4"),
+        id,
+        letters,
+    )
 
 
 def test_evenly():

@@ -25,7 +25,7 @@ def test_packing_is_lossless(bits, count, signed, seed):
 
 @pytest.mark.parametrize("bits", ["W2A4", "W3A8", "W4A4", "W8A8", "W10A10", "W32A8"])
 def test_logits_survive_bit_for_bit(bits, architecture, loaded, pictures, tmp_path):
-    qmodel = ql.quantize(loaded[architecture], pictures, bits=bits)
+    qmodel = ql.quantize(loaded[architecture], pictures, method="repq-vit", bits=bits)
     path = qmodel.save(tmp_path / "q.safetensors")
     again = ql.load(path)
     assert torch.equal(again(pictures), qmodel(pictures))
@@ -54,7 +54,7 @@ def test_loading_needs_no_timm(loaded, pictures, tmp_path):
     import subprocess
     import sys
 
-    qmodel = ql.quantize(loaded["swin"], pictures, bits="W4A4")
+    qmodel = ql.quantize(loaded["swin"], pictures, method="repq-vit", bits="W4A4")
     path = qmodel.save(tmp_path / "q.safetensors")
     torch.save((pictures, qmodel(pictures)), tmp_path / "expected.pt")
     code = (
@@ -74,7 +74,7 @@ def test_what_is_no_checkpoint_says_so(loaded, pictures, tmp_path):
     with pytest.raises(BadWeightsError, match="quantlens quantize"):
         ql.load(tmp_path / "plain.safetensors")
     assert not is_quantized_checkpoint(tmp_path / "plain.safetensors")
-    path = ql.quantize(loaded["vit"], pictures).save(tmp_path / "q.safetensors")
+    path = ql.quantize(loaded["vit"], pictures, method="repq-vit").save(tmp_path / "q.safetensors")
     assert is_quantized_checkpoint(path)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(BadWeightsError, match="damaged"):
@@ -82,7 +82,7 @@ def test_what_is_no_checkpoint_says_so(loaded, pictures, tmp_path):
 
 
 def test_a_file_is_written_whole_or_not_at_all(loaded, pictures, tmp_path, monkeypatch):
-    qmodel = ql.quantize(loaded["vit"], pictures)
+    qmodel = ql.quantize(loaded["vit"], pictures, method="repq-vit")
     path = qmodel.save(tmp_path / "q.safetensors")
     before = path.read_bytes()
 
@@ -97,7 +97,9 @@ def test_a_file_is_written_whole_or_not_at_all(loaded, pictures, tmp_path, monke
 
 
 def test_the_header_describes_the_file(loaded, pictures, tmp_path):
-    path = ql.quantize(loaded["vit"], pictures, bits="W4A8", seed=13).save(tmp_path / "q.safetensors")
+    path = ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W4A8", seed=13).save(
+        tmp_path / "q.safetensors"
+    )
     header = read_header(path)
     info = header["info"]
     assert (info["method"], info["bits"], info["seed"], info["model"]) == ("repq-vit", "W4A8", 13, "vit")

@@ -126,13 +126,13 @@ def test_targets_keep_methods_inside(loaded, pictures):
         assert quantizer.symmetric if edge == "weight" else quantizer.axis is None
         assert bool(((quantizer.zero_point >= quantizer.qmin) & (quantizer.zero_point <= quantizer.qmax)).all())
     with pytest.raises(UnsupportedError, match="8 or 4"):
-        ql.quantize(loaded["vit"], pictures, bits="W6A8", target=TARGET)
+        ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W6A8", target=TARGET)
     with pytest.raises(UnsupportedError, match="activations"):
-        ql.quantize(loaded["vit"], pictures, bits="W8A4", target=TARGET)
+        ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W8A4", target=TARGET)
     with pytest.raises(UnknownNameError):
         target_named("npu")
     with pytest.raises(QuantlensError, match="openvino-cpu"):
-        ql.quantize(loaded["vit"], pictures, target="npu")
+        ql.quantize(loaded["vit"], pictures, method="repq-vit", target="npu")
     assert all(t.summary for t in TARGETS.values())
 
 

@@ -17,6 +17,7 @@ from quantlens.quantizers import Bits, Uniform, float_model
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = sorted(registry.available())
 QUICK = {name: {"iterations": 4} for name in ("qdrop", "fima-q", "i-and-s-vit", "quantlens-best")}
+QUICK["quantlens-best"] |= {"distillation": 4}
 QUICK["aphq-vit"] = {"iterations": 4, "mlp_iterations": 10}
 """Fewer steps for methods that train: what is tested here does not need them."""
 SLOW = ("adalog", "aocq", "vt-ptq", *QUICK)
@@ -93,14 +94,14 @@ def test_all_matmul_operands_are_quantized(architecture, loaded, pictures):
 
 
 def test_head_and_patch_widths_are_options(loaded, pictures):
-    q = ql.quantize(loaded["vit"], pictures, bits="W4A4", head_bits=8, patch_bits=32).plan.quantizers
+    q = ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W4A4", head_bits=8, patch_bits=32).plan.quantizers
     assert q["head.weight"].bits == q["head.input"].bits == 8
     assert "patch_embed.proj.input" not in q
     assert q["blocks.0.mlp.fc1.weight"].bits == 4
 
 
 def test_weights_hold_no_more_levels_than_their_bits(loaded, pictures):
-    qmodel = ql.quantize(loaded["vit"], pictures, bits="W3A8")
+    qmodel = ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W3A8")
     for edge, quantizer in qmodel.weight_edges():
         weight = quantizer(qmodel.graph.tensor(str(edge.value.target)))
         for row in weight.flatten(1)[:4]:
@@ -115,12 +116,12 @@ def test_many_chunks_and_files_give_what_one_chunk_gives(memory, loaded, picture
     from quantlens.calibration import walk as module
 
     images = pictures.repeat(2, 1, 1, 1) * torch.linspace(0.5, 1.5, 16)[:, None, None, None]
-    whole = ql.quantize(loaded["swin"], images, bits="W4A4")
+    whole = ql.quantize(loaded["swin"], images, method="repq-vit", bits="W4A4")
     monkeypatch.setattr(chunks, "CHUNK", 5)
     monkeypatch.setattr(
         module.Walk.__init__, "__kwdefaults__", {**module.Walk.__init__.__kwdefaults__, "memory": memory}
     )
-    pieces = ql.quantize(loaded["swin"], images, bits="W4A4")
+    pieces = ql.quantize(loaded["swin"], images, method="repq-vit", bits="W4A4")
     torch.testing.assert_close(pieces(images), whole(images), rtol=1e-3, atol=1e-3)
 
 
@@ -163,7 +164,7 @@ def test_reparameterized_codes_are_the_channelwise_ones(bits):
 
 
 def test_rewriting_does_not_change_the_float_model(architecture, loaded, pictures):
-    qmodel = ql.quantize(loaded[architecture], pictures, bits="W4A4")
+    qmodel = ql.quantize(loaded[architecture], pictures, method="repq-vit", bits="W4A4")
     torch.testing.assert_close(qmodel.graph(pictures), loaded[architecture](pictures), rtol=1e-3, atol=1e-3)
     assert any("reparameterized" in line for line in qmodel.plan.rewrites)
 
@@ -183,7 +184,7 @@ def test_reparameterization_beats_layerwise_quantization(small_models, pictures)
             linear.weight.data /= factor
     model = ql.load_model(network, input_size=(3, 32, 32))
     sqnr = {
-        how: _sqnr(model, ql.quantize(model, pictures, bits="W8A4", layernorm=how), pictures)
+        how: _sqnr(model, ql.quantize(model, pictures, method="repq-vit", bits="W8A4", layernorm=how), pictures)
         for how in ("tensor", "reparameterized", "channel")
     }
     assert sqnr["reparameterized"] > sqnr["tensor"] + 2, sqnr
@@ -193,11 +194,13 @@ def test_reparameterization_beats_layerwise_quantization(small_models, pictures)
 def test_log_sqrt2_softmax_is_finer_than_log2(loaded, pictures):
     graph_probs = []
     for softmax in ("log-sqrt2", "log2"):
-        q = ql.quantize(loaded["vit"], pictures, bits="W8A8", softmax=softmax)
+        q = ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W8A8", softmax=softmax)
         graph_probs.append(q.plan.quantizers["blocks.0.attn.probs.output"])
     assert [p.steps for p in graph_probs] == [2, 1]
     assert isinstance(
-        ql.quantize(loaded["vit"], pictures, softmax="uniform").plan.quantizers["blocks.0.attn.probs.output"],
+        ql.quantize(loaded["vit"], pictures, method="repq-vit", softmax="uniform").plan.quantizers[
+            "blocks.0.attn.probs.output"
+        ],
         Uniform,
     )
 
@@ -228,9 +231,9 @@ def test_names_and_aliases():
 
 def test_wrong_options_are_named(loaded, pictures):
     with pytest.raises(QuantlensError, match=r"layernorm"):
-        ql.quantize(loaded["vit"], pictures, layernrom="tensor")
+        ql.quantize(loaded["vit"], pictures, method="repq-vit", layernrom="tensor")
     with pytest.raises(QuantlensError, match=r"reparameterized, tensor, channel"):
-        ql.quantize(loaded["vit"], pictures, layernorm="group")
+        ql.quantize(loaded["vit"], pictures, method="repq-vit", layernorm="group")
     with pytest.raises(QuantlensError, match=r"0\.5"):
         ql.quantize(loaded["vit"], pictures, method="percentile", p=0.3)
 
@@ -247,12 +250,14 @@ def test_wrong_options_are_named(loaded, pictures):
 )
 def test_wrong_calibration_images_are_named(images, message, loaded):
     with pytest.raises(QuantlensError, match=message):
-        ql.quantize(loaded["vit"], images)
+        ql.quantize(loaded["vit"], images, method="repq-vit")
 
 
 def test_calibration_takes_batches_and_labels(loaded, pictures):
-    whole = ql.quantize(loaded["vit"], pictures, bits="W4A4")
-    batches = ql.quantize(loaded["vit"], [(pictures[:3], torch.zeros(3)), (pictures[3:], torch.zeros(5))], bits="W4A4")
+    whole = ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W4A4")
+    batches = ql.quantize(
+        loaded["vit"], [(pictures[:3], torch.zeros(3)), (pictures[3:], torch.zeros(5))], method="repq-vit", bits="W4A4"
+    )
     assert torch.equal(whole(pictures), batches(pictures))
     assert whole.calibration["n"] == batches.calibration["n"] == 8
 
@@ -295,7 +300,7 @@ def test_features_and_classifier_make_the_logits(architecture, loaded, pictures)
 
 
 def test_gradients_reach_the_images(loaded, pictures):
-    qmodel = ql.quantize(loaded["vit"], pictures, bits="W6A6")
+    qmodel = ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W6A6")
     x = pictures.clone().requires_grad_(True)
     qmodel(x).square().sum().backward()
     y = pictures.clone().requires_grad_(True)

@@ -60,12 +60,23 @@ def test_rotations_undo_uneven_channels(digits):
 
 
 def test_best_goes_on_where_fast_ends(digits, tmp_path):
-    options = {"iterations": 12, "batch_size": 16}
+    options = {"iterations": 12, "batch_size": 16, "distillation": 4}
     q = ql.quantize(digits["model"], digits["calibration"], method="quantlens-best", bits="W3A3", **options)
     units = q.plan.info["reconstruction"]
     assert all(unit["after"] <= unit["before"] for unit in units)
     assert sum(unit["after"] < 0.97 * unit["before"] for unit in units) > len(units) / 2
     assert _divergence(digits, "quantlens-best", **options) < 0.95 * _divergence(digits)
+
+
+def test_what_quantizes_where_no_method_is_named(digits):
+    import inspect
+
+    from quantlens.cli.quantize import quantize
+    from quantlens.methods.registry import DEFAULT
+
+    q = ql.quantize(digits["model"], digits["calibration"][:4], bits="W4A4")
+    assert q.method == DEFAULT == "quantlens-fast"
+    assert inspect.signature(quantize).parameters["method"].default == DEFAULT
 
 
 def test_what_they_use_can_be_shipped(digits):

@@ -44,7 +44,7 @@ def test_repq_beats_its_ablations(digits):
     """RepQ-ViT's Table 3 in small: layer-wise LayerNorm outputs cost more than reparameterized ones. At 3 bits, where
     the losses are clear of the noise (NLL 0.63 to 0.69 against 0.88 to 0.92 over three seeds)."""
     nll = {
-        how: _figures(_quantize(digits, bits="W3A3", layernorm=how), digits)[1]
+        how: _figures(_quantize(digits, method="repq-vit", bits="W3A3", layernorm=how), digits)[1]
         for how in ("reparameterized", "tensor", "channel")
     }
     assert nll["reparameterized"] < nll["tensor"]
@@ -52,7 +52,7 @@ def test_repq_beats_its_ablations(digits):
 
 
 def test_saved_and_read_back_the_figures_are_equal(digits, tmp_path):
-    qmodel = _quantize(digits, bits="W4A4")
+    qmodel = _quantize(digits, method="repq-vit", bits="W4A4")
     again = ql.load(qmodel.save(tmp_path / "q.safetensors"))
     assert torch.equal(again(digits["images"]), qmodel(digits["images"]))
 

@@ -38,7 +38,7 @@ def _equal(a, b) -> bool:
 # -- units ---------------------------------------------------------------------------------------------------------
 def test_units_make_up_the_whole_network(small, architecture, pictures):
     model = small[architecture]
-    graph = ql.quantize(model, pictures, bits="W8A32").graph
+    graph = ql.quantize(model, pictures, method="repq-vit", bits="W8A32").graph
     units, env = find_units(graph), {graph.input: pictures}
     assert {b.name for b in graph.sites.blocks} <= {u.name for u in units}
     for unit in units:

@@ -43,7 +43,7 @@ def quantize(
     calibration: _options.CalibrationSource,
     weights: _options.Weights = None,
     n: _options.CalibrationCount = None,
-    method: _options.MethodName = "repq-vit",
+    method: _options.MethodName = "quantlens-fast",
     bits: Annotated[
         str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations; MP6 or a file of `quantlens allocate`.")
     ] = "W8A8",

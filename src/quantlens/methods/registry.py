@@ -9,6 +9,9 @@ import pkgutil
 from quantlens.errors import UnknownNameError
 from quantlens.methods.base import Method, MethodInfo
 
+DEFAULT = "quantlens-fast"
+"""What quantizes a model where no method is named."""
+
 _METHODS: dict[str, type[Method]] = {}
 _HELPERS = {"base", "calibration", "registry"}
 _scanned = False
