@@ -7,7 +7,7 @@ power-of-two format: x̂ = l·s·2^α_c), straight through the rounding,
 
 which for one scale is LSQ's eq. 3: round(x/s) − x/s, or the outermost level; inside is qmin − z ≤ x/s ≤ qmax − z. The
 gradient of s is multiplied by g = 1/√(N·qmax), N being the number of values that share the scale (section 2.2). Zero
-points and exponents stay.
+points and exponents stay; zero points per channel move with the scale, so that the middles of the ranges stay.
 """
 
 from __future__ import annotations
@@ -97,7 +97,11 @@ class LearnedScale(nn.Module):
             powers = torch.exp2(q.exponents.to(scale.dtype))
             inverse = q._spread((1.0 / scale.detach()) / powers, dims)
             spread = q._spread(scale * powers, dims)
-            return _Quantize.apply(x, spread, inverse, *q.bounds(dims), kept, factor)
+            low, high = q.bounds(dims)
+            if q.zero_point.dim():
+                zero = moved_zero(q, scale.detach()).to(scale.dtype)
+                low, high = q._spread(q.qmin - zero, dims), q._spread(q.qmax - zero, dims)
+            return _Quantize.apply(x, spread, inverse, low, high, kept, factor)
         inverse = q._spread(1.0 / scale.detach(), dims)
         low, high = q._bounds if q._bounds is not None else (q._spread(q._low, dims), q._spread(q._high, dims))
         return _Quantize.apply(x, q._spread(scale, dims), inverse, low, high, kept, factor)
@@ -113,13 +117,22 @@ def learnable(quantizer: Any) -> bool:
     return isinstance(quantizer, Uniform | PowerOfTwo)
 
 
+def moved_zero(quantizer: PowerOfTwo, scale: Tensor) -> Tensor:
+    """The zero point for another base scale: one per channel moves so that the middle of the channel's range stays; a
+    shared one stays itself. Learning one scale would otherwise push all channels off their centres."""
+    if not quantizer.zero_point.dim():
+        return quantizer.zero_point
+    middle = (quantizer.qmin + quantizer.qmax) / 2
+    return (middle + (quantizer.zero_point - middle) * (quantizer.scale / scale)).round()
+
+
 def with_scale(quantizer: Any, scale: Tensor) -> Quantizer:
     """The same quantizer with another base scale (same shape, positive)."""
     if isinstance(quantizer, PowerOfTwo):
         return PowerOfTwo(
             scale,
             quantizer.exponents,
-            quantizer.zero_point,
+            moved_zero(quantizer, scale),
             quantizer.bits,
             signed=quantizer.signed,
             axis=quantizer.axis,  # type: ignore[arg-type]
