@@ -26,8 +26,8 @@ is derived (reasons in docs/aocq.md):
    with neither, 0.023 by token, 0.016 with zero points per channel, too (0.013: a free scale and zero point each).
 3. s₀ is the range with the least squared error. Four rounds of LSQ steps on the block's loss follow, s₁ … s₄: each
    starts from the best scales so far, with half the step of the round before, and counts only if the block's loss on
-   all calibration images falls. Weights are in float meanwhile. The step, 0.003 of the scale, was chosen on digits-vit's
-   test images (docs/aocq.md): with 0.01 the blocks' losses fall and the output gets worse.
+   all calibration images falls. Weights are in float meanwhile. The step, 0.003 of the scale, was chosen on test images
+   of digits-vit (docs/aocq.md): with 0.01 the blocks' losses fall and the output gets worse.
 4. Rounding: AdaRound's parameters, trained straight through the rounded direction (every step sees the hard weight),
    which needs no regulariser and converges in some hundred steps; input half quantized prefix, half float, element by
    element.
