@@ -62,7 +62,9 @@ def evaluate(
     store: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the result of an exported file in the store of a study.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images per forward pass, at most: a CPU takes as many as its cache likes.")
+    ] = 64,
     bins: Annotated[int, typer.Option(min=1, help="Bins of the calibration error.")] = 15,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,

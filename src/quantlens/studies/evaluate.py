@@ -139,6 +139,7 @@ def evaluate(
         `.reference` is used when there is one; False leaves it out.
     scores: names of OOD scores, by default all (`metrics.available_scores`).
     groups: OOD set name -> "far" or "near"; far by default. The means of the groups are reported apart.
+    batch_size: images per forward pass, at most; on a CPU fewer (`QuantizedModel.images_together`).
     device: where to run; by default where the model is.
     progress: called with (what, images done, images in all).
     n_bins: bins of the calibration error. skip_bad: leave out images that cannot be read, and count them.
