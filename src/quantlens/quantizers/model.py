@@ -27,7 +27,7 @@ MB = 1_000_000
 
 CACHED = 4 << 20
 """Bytes of the largest activation that a CPU may work on at once: larger ones leave its cache between two operations
-(DeiT-Tiny, one core: 27 images a second in batches of 8, 20 in batches of 64)."""
+(DeiT-Tiny on two cores, images a second in batches of 6 and of 64: FP32 40 and 35, simulated W4A4 37 and 28)."""
 
 
 class Outputs(NamedTuple):
