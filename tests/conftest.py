@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -127,13 +128,29 @@ def small_models() -> dict[str, nn.Module]:
     return {kind: make_model(kind) for kind in ARCHITECTURES}
 
 
+@contextlib.contextmanager
+def left_as_it_was(models):
+    """A model that many tests share is the same after all of them: a test that changes its graph fails the run, and
+    not whichever test comes after it."""
+    from quantlens.graph.capture import graph_of
+
+    yield
+    for name, model in models.items():
+        expected = model.module.state_dict()
+        for key, value in graph_of(model).tensors().items():
+            if key in expected:
+                assert torch.equal(value, expected[key]), f"a test changed {key} of the shared model {name}"
+
+
 @pytest.fixture(scope="session")
 def loaded(small_models):
     """The small models as loaded models, by architecture. Capturing one takes seconds, and the graph stays with the
     model: whoever changes a network takes one of its own, not these."""
     import quantlens as ql
 
-    return {kind: ql.load_model(model, input_size=(3, 32, 32), name=kind) for kind, model in small_models.items()}
+    models = {kind: ql.load_model(model, input_size=(3, 32, 32), name=kind) for kind, model in small_models.items()}
+    with left_as_it_was(models):
+        yield models
 
 
 @pytest.fixture(scope="session")
@@ -166,13 +183,14 @@ def digits(tmp_path_factory):
     test = images(entry.sources.id)
     with torch.inference_mode():
         expected = model(test.tensor())
-    return {
-        "model": model,
-        "calibration": images(f"{entry.sources.calibration}?n=32&seed=0").tensor(),
-        "images": test.tensor(),
-        "labels": torch.tensor(test.labels),
-        "expected": expected.clone(),
-    }
+    with left_as_it_was({"digits-vit": model}):
+        yield {
+            "model": model,
+            "calibration": images(f"{entry.sources.calibration}?n=32&seed=0").tensor(),
+            "images": test.tensor(),
+            "labels": torch.tensor(test.labels),
+            "expected": expected.clone(),
+        }
 
 
 @pytest.fixture

@@ -19,8 +19,10 @@ METHODS = sorted(registry.available())
 QUICK = {name: {"iterations": 4} for name in ("qdrop", "fima-q", "i-and-s-vit", "quantlens-best")}
 QUICK["quantlens-best"] |= {"distillation": 4}
 QUICK["aphq-vit"] = {"iterations": 4, "mlp_iterations": 10}
-"""Fewer steps for methods that train: what is tested here does not need them."""
-SLOW = ("adalog", "aocq", "vt-ptq", *QUICK)
+QUICK["aocq"] = {"scale_iterations": 4}
+QUICK["vt-ptq"] = {"rounds": 2}
+"""Fewer steps for methods that train or search: what is tested here does not need them."""
+SLOW = ("adalog", *QUICK)
 """Methods that take seconds where others take tenths: tested on two architectures and the outermost widths."""
 ARCHITECTURES = ("vit", "deit-distilled", "deit3", "swin", "torchvision", "plain")
 WIDTHS = ("W2A2", "W2A10", "W10A2", "W3A5", "W10A10", "W4A32", "W32A4")

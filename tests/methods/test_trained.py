@@ -58,14 +58,14 @@ def test_saved_and_read_back_the_figures_are_equal(digits, tmp_path):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"])
-def test_real_weights_with_dead_channels(shared_data, name, tmp_path):
+def test_real_weights_with_dead_channels(shared_data, tmp_path):
     """The DeiT-Tiny weights have LayerNorm channels of weight 0, on which RepQ-ViT's own code divides by zero."""
+    name = "deit_tiny_patch16_224"
     model = ql.load_model(name, shared_data / "weights" / f"{name}.safetensors")
     images = load_images(
-        open_source(f"imagenet:{shared_data}/imagenet?n=80&seed=1"), model.preprocess, cache_dir=tmp_path
+        open_source(f"imagenet:{shared_data}/imagenet?n=40&seed=1"), model.preprocess, cache_dir=tmp_path
     )
-    calibration, test = images.tensor(0, 32), images.tensor(32, 80)
+    calibration, test = images.tensor(0, 16), images.tensor(16, 40)
     with torch.inference_mode():
         expected = model(test).softmax(-1)
         agree, distance = {}, {}
@@ -74,5 +74,5 @@ def test_real_weights_with_dead_channels(shared_data, name, tmp_path):
             assert bool(torch.isfinite(got).all())
             agree[method, bits] = float((got.argmax(-1) == expected.argmax(-1)).double().mean())
             distance[method, bits] = float((got - expected).abs().sum(-1).mean())
-    assert agree["repq-vit", "W8A8"] >= 0.8  # of 48 images, a fifth of which the float model gets wrong
+    assert agree["repq-vit", "W8A8"] >= 0.8  # of 24 images, a fifth of which the float model gets wrong
     assert distance["repq-vit", "W8A8"] < distance["repq-vit", "W4A4"] < distance["minmax", "W4A4"]

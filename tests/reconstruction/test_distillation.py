@@ -64,7 +64,7 @@ def test_it_trains_the_model_that_is_shipped(digits):
 
 def test_it_helps_on_images_not_seen_and_more_than_vectors_alone(digits):
     model, images = digits["model"], digits["images"]
-    graph = ql.quantize(model, digits["calibration"], bits="W32A32").graph
+    graph = ql.quantize(model, digits["calibration"], bits="W32A32").graph.clone()
     calibration, method = Calibration.of(digits["calibration"], model.preprocess), QuantlensFast()
     options = method.options({})
     with torch.no_grad():
