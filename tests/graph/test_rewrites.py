@@ -9,6 +9,8 @@ from quantlens.graph import (
     find_norm_groups,
     fold_layer_scale,
     fold_norm,
+    hidden_source,
+    permute_hidden,
     rescale_input,
     rescale_norm,
     split_linear,
@@ -116,18 +118,55 @@ def test_a_norm_behind_a_padding_is_no_group(pictures):
     assert find_norm_groups(graph) == []
 
 
-def test_a_split_linear_is_the_same_function(architecture, network, pictures):
-    """Two linears side by side equal the one, and the graph survives its JSON form."""
+@pytest.mark.parametrize(
+    "parts", [{"massive": [5, 0]}, {"wide": [9, 2, 4], "wider": [7]}, {"last": [-2, -1]}], ids=lambda p: "+".join(p)
+)
+def test_a_split_linear_is_the_same_function(architecture, network, pictures, parts):
+    """Linears side by side equal the one, and the graph survives its JSON form."""
     graph = capture(network, pictures)
     before = graph(pictures)
     clone = graph.clone()
     for site in [s for s in clone.sites.of_kind("linear") if s.block is not None]:
-        split_linear(clone, site, torch.tensor([5, 0]))
+        channels = clone.tensor(site.weight).shape[1]
+        made = split_linear(clone, site, {name: torch.tensor(p) % channels for name, p in parts.items()})
+        assert made == [f"{site.name}.{name}" for name in parts]
     clone.invalidate()
     torch.testing.assert_close(clone(pictures), before, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(graph(pictures), before)
     again = graph_from_dict(graph_to_dict(clone), clone.tensors())
     assert torch.equal(again(pictures), clone(pictures))
+
+
+def test_hidden_channels_in_another_order_are_the_same_function(graph, network, pictures):
+    before, changed = graph(pictures), 0
+    for site in graph.sites.of_kind("linear"):
+        source = hidden_source(graph, site)
+        if source is not None:
+            order = torch.randperm(graph.tensor(site.weight).shape[1], generator=torch.Generator().manual_seed(changed))
+            permute_hidden(graph, source, site, order)
+            changed += 1
+    assert changed == len(graph.sites.of_kind("gelu"))
+    graph.invalidate()
+    torch.testing.assert_close(graph(pictures), before, rtol=1e-4, atol=1e-4)
+
+
+def test_values_that_something_else_reads_keep_their_order(pictures):
+    """A second reader of the hidden values, and weights that two layers share."""
+
+    class Mlp(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.patch, self.one, self.two = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.shared = shared
+
+        def forward(self, x):
+            y = self.patch(x).flatten(2).transpose(1, 2)
+            hidden = nn.functional.gelu(self.one(y))
+            return self.two(hidden).mean(1) + (self.one(y).mean(1) if self.shared else hidden.mean(1))
+
+    for shared in (True, False):
+        graph = capture(Mlp(shared), pictures)
+        assert all(hidden_source(graph, site) is None for site in graph.sites.of_kind("linear"))
 
 
 def test_rescaled_inputs_keep_the_function(graph, network, pictures):

@@ -9,10 +9,12 @@
 * :func:`rescale_input`: what a linear or convolution reads becomes x/scale − shift per channel, by one multiplication
   (and one sum) in front of it, where no layer before it can take the factors up.
 * :func:`split_linear`: some input channels of a linear get a linear of their own, y = W₁x₁ + W₂x₂ + bias.
+* :func:`permute_hidden`: the channels between the two layers of an MLP in another order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,9 @@ from quantlens.graph.graph import Graph, op_name
 from quantlens.graph.sites import Site
 
 aten = torch.ops.aten
+
+ACTIVATIONS = {"aten.gelu.default", "aten.relu.default"}
+"""Operations on single elements between the two layers of an MLP."""
 
 
 @dataclass(frozen=True)
@@ -179,23 +184,22 @@ def fold_layer_scale(graph: Graph) -> list[str]:
     return changed
 
 
-def split_linear(graph: Graph, linear: Site, channels: Tensor) -> str:
-    """Give ``channels`` (int64 [m], 0 < m < in) of a linear's input a linear layer of their own and add its output, so
-    that both parts can have quantizers of their own.
+def split_linear(graph: Graph, linear: Site, parts: Mapping[str, Tensor]) -> list[str]:
+    """Give some input channels of a linear layers of their own and add their outputs, so that each part can have
+    quantizers of its own: y = W₁x₁ + W₂x₂ + … + bias.
 
-    Returns the name of the new site, ``<name>_massive``. The caller calls :meth:`Graph.invalidate` when all are split.
+    parts: by suffix of the new site's name, int64 [m] channels, disjoint; at least one channel stays with ``linear``.
+    Contiguous channels are sliced, others selected (:func:`permute_hidden` makes them contiguous).
+
+    Returns the names of the new sites, ``<name>.<suffix>`` (widths given for ``<name>`` are theirs too). The caller
+    calls :meth:`Graph.invalidate` when all is done.
     """
     node, weight = linear.node, graph.tensor(linear.weight)  # type: ignore[arg-type]
-    chosen = channels.sort().values.to(weight.device)
-    rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    rest[chosen] = False
-    kept = rest.nonzero().flatten()
     module, source = node.meta.get("module", ""), node.args[0]
-    stem = f"{linear.name}_massive"
-    graph.set_tensor(f"{linear.name}_channels", kept)
-    graph.set_tensor(f"{stem}_channels", chosen)
-    graph.set_tensor(f"{stem}.weight", weight[:, chosen])
-    graph.set_tensor(linear.weight, weight[:, kept])  # type: ignore[arg-type]
+    rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    chosen = {f"{linear.name}.{suffix}": c.sort().values.to(weight.device) for suffix, c in parts.items()}
+    for channels in chosen.values():
+        rest[channels] = False
 
     def made(call: fx.Node, width: int) -> fx.Node:
         call.meta = {"module": module, "shape": (*source.meta["shape"][:-1], width), "symbolic": False}  # type: ignore[union-attr]
@@ -206,17 +210,61 @@ def split_linear(graph: Graph, linear: Site, channels: Tensor) -> str:
         found.meta = {"module": module, "shape": tuple(graph.tensor(name).shape), "symbolic": False}
         return found
 
+    def read(name: str, channels: Tensor) -> fx.Node:
+        first, last = int(channels[0]), int(channels[-1])
+        if last - first + 1 == len(channels):
+            call = graph.fx.call_function(aten.slice.Tensor, (source, -1, first, last + 1))
+        else:
+            graph.set_tensor(f"{name}_channels", channels)
+            call = graph.fx.call_function(aten.index_select.default, (source, -1, constant(f"{name}_channels")))
+        return made(call, len(channels))
+
+    kept = rest.nonzero().flatten()
     with graph.fx.inserting_before(node):
-        parts = [
-            made(graph.fx.call_function(aten.index_select.default, (source, -1, constant(name))), width)
-            for name, width in ((f"{linear.name}_channels", len(kept)), (f"{stem}_channels", len(chosen)))
-        ]
-        few = made(graph.fx.call_function(aten.linear.default, (parts[1], constant(f"{stem}.weight"))), weight.shape[0])
-    node.args = (parts[0], *node.args[1:])
-    with graph.fx.inserting_after(node):
-        total = made(graph.fx.call_function(aten.add.Tensor, (node, few)), weight.shape[0])
-    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-    return stem
+        outputs = []
+        for stem, channels in chosen.items():
+            graph.set_tensor(f"{stem}.weight", weight[:, channels].contiguous())
+            part = graph.fx.call_function(aten.linear.default, (read(stem, channels), constant(f"{stem}.weight")))
+            outputs.append(made(part, weight.shape[0]))
+        node.args = (read(linear.name, kept), *node.args[1:])
+    graph.set_tensor(linear.weight, weight[:, kept].contiguous())  # type: ignore[arg-type]
+    readers, total = list(node.users), node
+    for part in outputs:
+        with graph.fx.inserting_after(total):
+            total = made(graph.fx.call_function(aten.add.Tensor, (total, part)), weight.shape[0])
+    for reader in readers:
+        reader.replace_input_with(node, total)
+    return list(chosen)
+
+
+def permute_hidden(graph: Graph, first: Site, second: Site, order: Tensor) -> None:
+    """Order the hidden channels between two linear layers anew, exactly: new channel i is old channel ``order[i]``.
+
+    order: int64 [C], a permutation. Between the layers there may be nothing but operations on single elements, and
+    nothing else may read the values: the caller has seen to it (:func:`hidden_source` finds such pairs).
+    """
+    for name in (first.weight, first.bias):
+        if name is not None:
+            graph.set_tensor(name, graph.tensor(name)[order.to(graph.tensor(name).device)].contiguous())
+    weight = graph.tensor(second.weight)  # type: ignore[arg-type]
+    graph.set_tensor(second.weight, weight[:, order.to(weight.device)].contiguous())  # type: ignore[arg-type]
+
+
+def hidden_source(graph: Graph, linear: Site) -> Site | None:
+    """The linear layer whose outputs ``linear`` reads through one activation function, where nothing else reads them
+    and no other layer has the same weights; None if there is none."""
+    node = linear.node.args[0]
+    by_node = {site.node: site for site in graph.sites.of_kind("linear")}
+    for _ in range(2):  # the activation function, then the layer before it
+        if not isinstance(node, fx.Node) or len(node.users) != 1:
+            return None
+        if op_name(node) not in ACTIVATIONS:
+            break
+        node = node.args[0]
+    source = by_node.get(node)  # type: ignore[arg-type]
+    held = [n.target for n in graph.fx.nodes if n.op == "get_attr" for _ in n.users]
+    names = [n for s in (source, linear) if s is not None for n in (s.weight, s.bias) if n is not None]
+    return source if all(held.count(n) == 1 for n in names) else None
 
 
 def rescale_input(graph: Graph, layer: Site, scale: Tensor, shift: Tensor | None = None) -> None:
