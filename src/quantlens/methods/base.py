@@ -26,7 +26,7 @@ from quantlens.quantizers.bits import FLOAT
 from quantlens.quantizers.model import describe
 from quantlens.quantizers.targets import TARGETS, target_named
 from quantlens.ranges import affine
-from quantlens.reconstruction.massive import split_groups, split_massive
+from quantlens.reconstruction.massive import split_massive
 from quantlens.reconstruction.pixels import pixel_quantizer, read_pixels
 
 Progress = Callable[[int, int], None]
@@ -75,9 +75,8 @@ SHARED_OPTIONS = {
     "massive_channels": Option(
         "keep",
         "input channels behind an activation function that are 16 times larger than the median one: keep (as in the "
-        "papers), split (a linear layer of their own, which is exact) or groups (all such channels in up to three "
-        "groups by range, each with a scale and a layer of its own: exact too)",
-        ("keep", "split", "groups"),
+        "papers) or split (a linear layer of their own, which is exact)",
+        ("keep", "split"),
     ),
     "image": Option(
         "range",
@@ -133,7 +132,7 @@ class Method(ABC):
         # a caller in inference mode would leave tensors that no gradient can pass
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            split = _split_channels(graph, images, settings["massive_channels"])
+            split = split_massive(graph, images) if settings["massive_channels"] == "split" else []
             pixels = self._pixels(graph, model, images, settings)
             seen = None if split or pixels or images.fingerprint is None else _seen(model, images.fingerprint)
             plan = self.build(graph, images, Widths(widths, settings), Run(settings, seed, progress, seen))
@@ -240,13 +239,6 @@ class Widths:
             return FLOAT if self.bits.of(edge.site).activations == FLOAT else int(self.options["patch_bits"])
         widths = self.bits.of(edge.site)
         return widths.weights if edge.is_weight else widths.activations
-
-
-def _split_channels(graph: Graph, images: Calibration, choice: str) -> list[str]:
-    """What the option ``massive_channels`` asks for, done to the graph; one sentence per layer."""
-    if choice == "keep":
-        return []
-    return split_massive(graph, images) if choice == "split" else split_groups(graph, images)
 
 
 def check_names(graph: Graph, bits: Bits) -> None:

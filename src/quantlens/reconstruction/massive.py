@@ -7,6 +7,10 @@ One scale for the tensor then has no codes left for the rest: in ViT-Tiny (AugRe
 No factor can be moved through a GELU, and a factor moved into the weights makes their column the outlier. Splitting the
 layer is exact: y = W₁x₁ + W₂x₂ + bias, the massive channels x₂ with a scale of their own (LLM.int8()'s decomposition,
 Dettmers et al., 2022, with integers on both sides).
+
+More groups, by range, do not pay: cut with the least rounding error on 32 images of DeiT-Tiny, three groups per layer
+raise what remains of 8-bit inputs of fc2 from 24.4 to 28.8 dB on those images and lower it from 25.3 to 18.8 on 50
+others, whose values leave the narrow groups' ranges (256 images: 22.6 to 26.8, and 23.1 to 23.9).
 """
 
 from __future__ import annotations
@@ -21,12 +25,6 @@ from quantlens.graph.sites import Site
 RATIO = 16.0
 """A channel is massive if its largest magnitude exceeds this many times the median channel's: four bits of an integer
 code would go to it alone."""
-
-GROUPS = 3
-"""Most groups of channels that :func:`split_groups` makes."""
-
-GAIN = 1.0
-"""Decibels of rounding error that a layer may keep for having fewer groups."""
 
 SHARE = 1 / 16
 """A layer with more massive channels than this share of all is left alone: its channels are uneven, not massive."""
@@ -58,52 +56,9 @@ def split_massive(graph: Graph, calibration: Calibration, ratio: float = RATIO) 
     return done
 
 
-def split_groups(graph: Graph, calibration: Calibration, groups: int = GROUPS, gain: float = GAIN) -> list[str]:
-    """Split the layers that :func:`find_massive` looks at into layers over groups of channels with like ranges.
-
-    A tensor's step is that of its widest channel; the rounding error of channel c reaches the output times its weights'
-    norm. The groups minimise Σ_groups range² · Σ_c ‖W_c‖², exactly, among all cuts of the channels ordered by range; a
-    layer takes the fewest of at most ``groups`` parts whose error is within ``gain`` (decibels) of the best, and is
-    left alone if that is one. Where nothing but the layer reads its input, the channels are put in that order before
-    (exactly), so that a part is a slice. Returns one sentence per layer.
-    """
-    done = []
-    for site, (low, high) in _ranges(graph, calibration).items():
-        spread = high.clamp(min=0) - low.clamp(max=0)
-        parts = channel_groups(spread, graph.tensor(site.weight).square().sum(0), groups, gain)  # type: ignore[arg-type]
-        if len(parts) > 1:
-            _split(graph, site, {f"group{n}": part for n, part in enumerate(parts[1:], 2)})
-            sizes = ", ".join(str(len(part)) for part in parts)
-            done.append(f"input channels of {site.name} in {len(parts)} groups by range ({sizes})")
-    graph.invalidate()
-    return done
-
-
-def channel_groups(spread: Tensor, energy: Tensor, groups: int, gain: float) -> list[Tensor]:
-    """Channels [C] with ranges ``spread`` [C], whose errors count ``energy`` [C], in up to ``groups`` groups by range:
-    int64 indices, the narrowest group first. Exact, O(groups · C²)."""
-    order = spread.argsort(stable=True)
-    wide = spread[order].double()
-    total = torch.cat([wide.new_zeros(1), energy[order].double().cumsum(0)])
-    # cost[i, j]: of one group of the channels i to j of the order
-    cost = wide.square() * (total[None, 1:] - total[:-1, None])
-    cost = cost.masked_fill(torch.ones_like(cost, dtype=torch.bool).tril(-1), torch.inf)
-    least, ends, errors = cost[0], [], [cost[0, -1]]
-    for _ in range(1, min(groups, len(order))):
-        least, before = (least[:-1, None] + cost[1:]).min(0)
-        ends.append(before)
-        errors.append(least[-1])
-    decibels = 10 * torch.stack(errors).clamp(min=1e-300).log10()
-    count = int((decibels - decibels.min() <= gain).nonzero()[0])
-    cuts, last = [], len(order) - 1
-    for before in reversed(ends[:count]):
-        last = int(before[last])
-        cuts.append(last + 1)
-    return list(order.tensor_split(sorted(cuts)))
-
-
 def _split(graph: Graph, site: Site, parts: dict[str, Tensor]) -> None:
-    """Split a layer, its channels put in order before where that is possible: the parts follow what stays."""
+    """Split a layer. Where nothing else reads its input, the channels are put in order before (exactly), so that a part
+    is a slice and not a gather: first what stays, then the parts."""
     source = hidden_source(graph, site)
     if source is not None:
         count = graph.tensor(site.weight).shape[1]  # type: ignore[arg-type]
