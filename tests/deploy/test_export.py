@@ -55,7 +55,7 @@ def test_codes_scales_and_zero_points_are_in_the_file(loaded, pictures, tmp_path
     """Every initializer named by an edge is the quantizer's own parameter, every stored weight its codes."""
     from onnx import numpy_helper
 
-    for bits in ("W8A8", "W4A8"):
+    for bits in ("W8A8", "W7A8", "W5A8", "W4A8"):
         qmodel = ql.quantize(loaded["swin"], pictures, method="minmax", bits=bits, target=TARGET)
         proto = onnx.load(export(qmodel, tmp_path / "m.onnx"))
         held = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
@@ -125,8 +125,8 @@ def test_targets_keep_methods_inside(loaded, pictures):
         assert type(quantizer) is Uniform
         assert quantizer.symmetric if edge == "weight" else quantizer.axis is None
         assert bool(((quantizer.zero_point >= quantizer.qmin) & (quantizer.zero_point <= quantizer.qmax)).all())
-    with pytest.raises(UnsupportedError, match="8 or 4"):
-        ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W6A8", target=TARGET)
+    with pytest.raises(UnsupportedError, match="8, 7, 6, 5 or 4"):
+        ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W3A8", target=TARGET)
     with pytest.raises(UnsupportedError, match="activations"):
         ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W8A4", target=TARGET)
     with pytest.raises(UnknownNameError):

@@ -6,7 +6,7 @@ import torch
 
 import quantlens as ql
 from quantlens.deploy import processor
-from quantlens.deploy.artefact import Artefact
+from quantlens.deploy.artefact import Artefact, may_saturate
 from quantlens.deploy.export import export
 
 
@@ -30,9 +30,10 @@ def test_which_processors_saturate(machine, flags, expected, monkeypatch):
     processor.saturates.cache_clear()
 
 
-@pytest.mark.parametrize("ending", [".onnx", ".xml"])
-def test_the_largest_codes_are_added_exactly(ending, tmp_path):
-    """A layer whose inputs and weights have the largest codes everywhere, where 16-bit sums of two would saturate."""
+@pytest.fixture(scope="module")
+def sums():
+    """A layer whose inputs and weights have the largest codes everywhere, where 16-bit sums of two would saturate; with
+    images."""
     for package in ("onnxruntime", "openvino"):
         pytest.importorskip(package, reason="the deploy extra is not installed")
 
@@ -47,7 +48,32 @@ def test_the_largest_codes_are_added_exactly(ending, tmp_path):
 
     images = torch.ones(2, 3, 4, 4)
     images[1] *= 0.75  # no tie between two codes
-    model = ql.load_model(Sums(), input_size=(3, 4, 4), name="sums")
-    qmodel = ql.quantize(model, images, method="minmax", bits="W8A8", target="openvino-cpu")
-    got = Artefact(export(qmodel, tmp_path / f"m{ending}"), threads=1).run(images.numpy())[0]
-    assert np.allclose(got, qmodel(images).numpy(), rtol=1e-4)
+    return ql.load_model(Sums(), input_size=(3, 4, 4), name="sums"), images
+
+
+def _file(sums, bits, path):
+    model, images = sums
+    qmodel = ql.quantize(model, images, method="minmax", bits=bits, target="openvino-cpu")
+    return export(qmodel, path), qmodel(images).numpy(), images.numpy()
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".xml"])
+@pytest.mark.parametrize("bits", ["W8A8", "W7A8"])
+def test_the_largest_codes_are_added_exactly(sums, ending, bits, tmp_path):
+    path, expected, images = _file(sums, bits, tmp_path / f"m{ending}")
+    assert np.allclose(Artefact(path, threads=1).run(images)[0], expected, rtol=1e-4)
+
+
+def test_seven_bits_need_no_setting(sums, tmp_path, monkeypatch):
+    """Sums of 7-bit weights fit 16 bits: a session that knows nothing of quantlens is right on every processor, and no
+    advice is given; the same holds of a file that says so, and of none that does not."""
+    import onnxruntime
+
+    path, expected, images = _file(sums, "W7A8", tmp_path / "m.onnx")
+    plain = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert np.allclose(plain.run(["logits"], {"images": images})[0], expected, rtol=1e-4)
+    monkeypatch.setattr("quantlens.deploy.artefact.saturates", lambda: True)
+    assert Artefact(path).advice() == []
+    wide = _file(sums, "W8A8", tmp_path / "w.onnx")[0]
+    assert "W7A8" in Artefact(wide).advice()[0]
+    assert may_saturate({})

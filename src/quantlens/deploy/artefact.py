@@ -158,13 +158,16 @@ class Artefact:
                 "OpenVINO computes float operations in bfloat16 on processors that have it; the file cannot say "
                 'otherwise, so compile it with {"INFERENCE_PRECISION_HINT": "f32"} (quantlens.Artefact does)'
             )
-        if saturates() and self.bits != "FP32":
+        if saturates() and may_saturate(self._runtime.metadata) and self.bits != "FP32":
             setting = (
                 'compile it with {"LP_TRANSFORMS_MODE": False}, which is right and no faster than FP32'
                 if self.path.suffix == ".xml"
                 else 'set the session entry "session.x64quantprecision" to "1"'
             )
-            said.append(f"this processor's 8-bit sums saturate (no VNNI): {setting} (quantlens.Artefact does)")
+            said.append(
+                f"this processor's 8-bit sums saturate (no VNNI): {setting} (quantlens.Artefact does); "
+                "or quantize with W7A8, whose sums fit on every processor"
+            )
         return said
 
     @property
@@ -204,6 +207,11 @@ class Artefact:
         }
 
 
+def may_saturate(metadata: dict[str, str]) -> bool:
+    """Whether a file has weights of more than 7 bits (or does not say), whose products two instructions add wrongly."""
+    return metadata.get("saturating") != "false"
+
+
 def files_of(path: Path) -> list[Path]:
     """The files of an exported model: an .xml has its weights in the .bin beside it."""
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
@@ -212,17 +220,23 @@ def files_of(path: Path) -> list[Path]:
 class _OnnxRuntime:
     def __init__(self, path: Path, threads: int | None):
         ort = _need("onnxruntime")
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if saturates():  # weights as unsigned codes, whose products ONNX Runtime adds without saturation
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise BadWeightsError(f"{path} cannot be run by ONNX Runtime: {error}") from error
+
+        def session(*, precise: bool) -> Any:
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            if precise:  # weights as unsigned codes, whose products ONNX Runtime adds without saturation
+                options.add_session_config_entry("session.x64quantprecision", "1")
+            if threads is not None:
+                options.intra_op_num_threads = threads
+            try:
+                return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            except Exception as error:
+                raise BadWeightsError(f"{path} cannot be run by ONNX Runtime: {error}") from error
+
+        self.session = session(precise=False)
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
+        if saturates() and may_saturate(self.metadata):  # known only once it is open
+            self.session = session(precise=True)
         self.version = f"onnxruntime {ort.__version__}"
         self.num_classes = int(self.session.get_outputs()[0].shape[-1])
 
@@ -237,7 +251,8 @@ class _OpenVINO:
         core = openvino.Core()
         # float32 where the model is float: some CPUs would take bfloat16 by default, which is not what was measured
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        if saturates():  # OpenVINO has no kernels that add without saturation: the same codes in float arithmetic
+        # without VNNI, OpenVINO saturates in its integer kernels, slower than float: the same codes in float operations
+        if saturates():
             settings["LP_TRANSFORMS_MODE"] = False
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads

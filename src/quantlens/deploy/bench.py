@@ -194,6 +194,7 @@ def _ort_static(model: Any, calibration: np.ndarray, folder: Path) -> Contender 
     quantize_static(source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
     made = onnx.load(target)
     record = {p.key: p.value for p in onnx.load(source).metadata_props}
+    record["saturating"] = "true"
     onnx.helper.set_model_props(made, record | {"plan": _peer_plan(record["plan"], "onnxruntime-static", calibration)})
     onnx.save(made, target)
     return contender(target, "ONNX Runtime static int8 (its defaults)")
@@ -212,6 +213,7 @@ def _nncf(model: Any, calibration: np.ndarray, folder: Path) -> Contender | None
     quantized = nncf.quantize(source, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration))
     plan = source.get_rt_info(["quantlens", "plan"]).value
     quantized.set_rt_info(_peer_plan(plan, "nncf-transformer", calibration), ["quantlens", "plan"])
+    quantized.set_rt_info("true", ["quantlens", "saturating"])
     target = folder / "nncf.xml"
     openvino.save_model(quantized, target, compress_to_fp16=False)
     return contender(target, "NNCF int8 (transformer)")

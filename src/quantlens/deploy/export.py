@@ -72,6 +72,7 @@ def metadata(qmodel: QuantizedModel, guard: str, keep: float, threshold: dict[st
         "preprocess": json.dumps(qmodel.preprocess.to_dict()),
         "guard": json.dumps({"score": guard, "keep": keep, "threshold": threshold}),
         "num_parameters": str(qmodel.num_parameters),
+        "saturating": json.dumps(any(quantizer.bits > 7 for _, quantizer in qmodel.weight_edges())),
     }
 
 

@@ -8,7 +8,7 @@ pairs into integer kernels. Formats without such operators can be written as flo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,9 @@ IR_VERSION = 10
 
 CODE_TYPES = {(8, True): "INT8", (8, False): "UINT8", (4, True): "INT4", (4, False): "UINT4"}
 """Widths that QuantizeLinear and DequantizeLinear have types for (16 bits are no use to kernels)."""
+
+WEIGHT_TYPES = CODE_TYPES | {(bits, True): "INT8" for bits in (5, 6, 7)}
+"""The same for weights: codes of 5 to 7 bits are codes of 8. An activation's would have to be clipped apart."""
 
 
 class Emitter:
@@ -155,7 +158,7 @@ class Emitter:
         return self.op("DequantizeLinear", codes, scale, zero, out=f"{key}.value", **axis)
 
     def _parameters(self, quantizer: Uniform, key: str) -> tuple[str, str]:
-        kind = CODE_TYPES[quantizer.bits, quantizer.signed]
+        kind = WEIGHT_TYPES[quantizer.bits, quantizer.signed]
         scale = self.constant(quantizer.scale, f"{key}.scale")
         zero = self.codes(quantizer.zero_point.cpu().numpy(), kind, f"{key}.zero_point")
         return scale, zero
@@ -193,14 +196,14 @@ class Emitter:
         if found is None:
             return self.constant(weight.T if transpose else weight, f"{name}.T" if transpose else name)
         key, quantizer = found
-        if not is_integer(quantizer):
+        if not is_integer(quantizer, WEIGHT_TYPES):
             if not self.simulate:
                 raise refused(key, quantizer)
             value = quantizer(weight)
             return self.constant(value.T if transpose else value, f"{key}.value")
         assert isinstance(quantizer, Uniform)
         codes = quantizer.encode(weight).cpu().numpy()
-        kind = CODE_TYPES[quantizer.bits, quantizer.signed]
+        kind = WEIGHT_TYPES[quantizer.bits, quantizer.signed]
         data = self.codes(codes.T if transpose else codes, kind, f"{key}.codes")
         scale, zero = self._parameters(quantizer, key)
         axis: dict[str, Any] = {} if quantizer.axis is None else {"axis": 1 if transpose else 0}
@@ -221,9 +224,9 @@ class Emitter:
         return "batch"
 
 
-def is_integer(quantizer: Quantizer) -> bool:
-    """Whether ONNX has an integer type for the format: uniform, 8 or 4 bits, zero points that are codes."""
-    if type(quantizer) is not Uniform or (quantizer.bits, quantizer.signed) not in CODE_TYPES:
+def is_integer(quantizer: Quantizer, types: Mapping[tuple[int, bool], str] = CODE_TYPES) -> bool:
+    """Whether ONNX has an integer type for the format: uniform, of a width in ``types``, zero points that are codes."""
+    if type(quantizer) is not Uniform or (quantizer.bits, quantizer.signed) not in types:
         return False
     zero = quantizer.zero_point
     return bool(((zero >= quantizer.qmin) & (zero <= quantizer.qmax)).all())
@@ -233,7 +236,8 @@ def refused(key: str, quantizer: Quantizer) -> UnsupportedError:
     """The error for a format that no runtime computes in."""
     what = f"{quantizer.kind}, {quantizer.bits} bits"
     return UnsupportedError(
-        f"{key} has the format {what}, which ONNX has no integers for: uniform formats of 8 or 4 bits are exported. "
+        f"{key} has the format {what}, which ONNX has no integers for: uniform formats of 8 or 4 bits are exported, "
+        "of weights also 5 to 7. "
         "Quantize for a runtime (`quantlens quantize --target openvino-cpu`), or export with --simulate, which keeps "
         "the format as float operations"
     )

@@ -2,7 +2,9 @@
 
 x86 processors without VNNI or AMX (AVX2, the first AVX-512) multiply unsigned by signed bytes in pairs and add the two
 products in 16 bits, which saturates at 32767: 255 · 127 · 2 is 64770. Runtimes use that instruction as it is fast, and
-their logits then differ from the measured ones by far more than rounding.
+their logits then differ from the measured ones by far more than rounding. With weights of 7 bits (±64) the pair stays
+within 32640: a W7A8 file is right on every processor, whatever its session options. A file says in its metadata
+(``saturating``) whether it has wider weights.
 """
 
 from __future__ import annotations

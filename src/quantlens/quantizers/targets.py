@@ -21,14 +21,15 @@ from quantlens.quantizers.uniform import Uniform, affine_parameters, symmetric_p
 class Target:
     """A runtime's integers.
 
-    edges: (site kind, edge) pairs that it computes in integers. weights, activations: widths it has kernels for.
-    symmetric_weights: whether weights must have zero point 0.
+    edges: (site kind, edge) pairs that it computes in integers. weights, activations: widths it has kernels for;
+    weights of 5 to 7 bits are stored and multiplied as 8 (with 7 or fewer, a sum of two products fits 16 bits:
+    :mod:`quantlens.deploy.processor`). symmetric_weights: whether weights must have zero point 0.
     """
 
     name: str
     summary: str
     edges: frozenset[tuple[str, str]]
-    weights: tuple[int, ...] = (8, 4)
+    weights: tuple[int, ...] = (8, 7, 6, 5, 4)
     activations: tuple[int, ...] = (8,)
     symmetric_weights: bool = True
 
@@ -41,8 +42,9 @@ class Target:
         allowed = self.weights if weight else self.activations
         if width not in (*allowed, 32):
             what = "weights" if weight else "activations"
+            choices = ", ".join(map(str, allowed[:-1])) + " or " * (len(allowed) > 1) + str(allowed[-1])
             raise UnsupportedError(
-                f"{self.name} has no kernels for {width}-bit {what}: choose {' or '.join(map(str, allowed))} "
+                f"{self.name} has no kernels for {width}-bit {what}: choose {choices} "
                 f"(for example W8A8{', W4A8' if 4 in self.weights else ''}), or leave the target out to simulate"
             )
 
