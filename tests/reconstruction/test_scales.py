@@ -9,7 +9,7 @@ import torch
 
 from quantlens.errors import UnsupportedError
 from quantlens.quantizers import Log, PowerOfTwo, Uniform
-from quantlens.reconstruction.scales import LearnedScale, fake_quantize
+from quantlens.reconstruction.scales import LearnedScale, fake_quantize, moved_zero
 
 
 def _values(seed: int = 0) -> torch.Tensor:
@@ -48,6 +48,26 @@ def test_frozen_it_is_what_was_learned_bit_for_bit(quantizer):
     frozen = learned.freeze()
     assert torch.equal(frozen(x), learned(x).detach())
     torch.testing.assert_close(frozen.scale, quantizer.scale * 1.37)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.37, 4.0])
+def test_the_middle_of_every_channel_stays_where_it_was(factor):
+    """Channels far from zero with one scale to learn: a wider scale opens their ranges around what they hold."""
+    zeros = torch.tensor([-20, 8, 7, 60, 7, 5])
+    quantizer = PowerOfTwo(torch.tensor(0.05), torch.tensor([0, 2, 3, 1, 5, 2]), zeros, 4, axis=-1)
+    learned = LearnedScale(quantizer)
+    with torch.no_grad():
+        learned.ratio.mul_(factor)
+    frozen = learned.freeze()
+
+    def middle(q):
+        return (7.5 - q.zero_point) * q.scales
+
+    x = _values(7)
+    assert torch.equal(frozen(x), learned(x).detach())
+    assert bool(((middle(frozen) - middle(quantizer)).abs() <= 0.51 * frozen.scales).all())
+    shared = QUANTIZERS["power-of-two"]
+    assert torch.equal(moved_zero(shared, shared.scale * factor), shared.zero_point), "one for all stays itself"
 
 
 def test_the_gradients_are_those_of_the_definition(quantizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -244,3 +245,7 @@ def _worker(
         if not is_full_disk(error):
             raise
         errors.send(full_disk(error))
+    # The store is closed. What destructors of libraries still say (nanobind under triton lists its leaks) helps nobody.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
