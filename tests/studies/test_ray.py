@@ -235,3 +235,27 @@ def test_how_a_cluster_is_divided() -> None:
     assert share(nodes({"CPU": 8}, {"CPU": 4}), 1, ResourcesSpec(), "auto", 19) == Share(1, 8, 0.0)
     with pytest.raises(QuantlensError, match="asks for 9 CPU"):
         share(nodes({"CPU": 8}, {"CPU": 8}), 1, ResourcesSpec(cpu=9), "auto", 19)
+
+
+def test_a_worker_keeps_to_the_seeds_it_has_calibrated_on(log: Path) -> None:
+    """Two workers in turn: each goes through the cells of its seed; one nobody has begun comes before a shared one."""
+    from types import SimpleNamespace
+
+    from quantlens.studies.cells import plan_study
+    from quantlens.studies.executors.ray import _Actor, _Driver, _Model
+
+    cells = [c for c in plan_study(config(seeds=[0, 13, 37]), FakeBackend(log)) if c.needs_fp32]
+    driver = object.__new__(_Driver)
+    driver.session = SimpleNamespace(claim=lambda cell, group: "mine")  # type: ignore[assignment]
+    model = _Model(0, SimpleNamespace(left=list(cells), fp32=None), known=True)  # type: ignore[arg-type]
+    driver.models, driver.actors = [model], [_Actor(None, 0), _Actor(None, 0)]
+    ran: list[list[int]] = [[], []]
+    for turn in range(len(cells)):
+        cell = driver.take(model, driver.actors[turn % 2])
+        assert cell is not None
+        ran[turn % 2].append(cell.seed)
+    per_seed = len(cells) // 3
+    assert ran[0][:per_seed] == [0] * per_seed
+    assert ran[1][:per_seed] == [13] * per_seed
+    assert set(ran[0][per_seed:] + ran[1][per_seed:]) == {37}
+    assert driver.take(model, driver.actors[0]) is None

@@ -41,10 +41,11 @@ def run_on_ray(session: Session, workers: int | None, address: str | None, resou
 
 @dataclass(eq=False)
 class _Actor:
-    """A worker, and the model it has loaded."""
+    """A worker, the model it has loaded, and the seeds of that model it has calibration images and statistics of."""
 
     handle: Any
     model: int | None = None
+    seeds: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class _Driver:
         if session.spent() or (session.limit is not None and session.ran + running >= session.limit):
             return None
         if actor.model is not None:
-            cell = self.take(self.models[actor.model])
+            cell = self.take(self.models[actor.model], actor)
             if cell is not None:
                 return _Job(actor, actor.model, cell)
         crowd = Counter(a.model for a in self.actors if a is not actor)
@@ -164,7 +165,7 @@ class _Driver:
         if not others:
             return None
         best = max(others, key=lambda m: (len(m.free) / (1 + crowd[m.index]), -m.index))
-        actor.model = best.index
+        actor.model, actor.seeds = best.index, set()
         return _Job(actor, best.index)
 
     def blocked(self, model: _Model) -> bool:
@@ -173,27 +174,35 @@ class _Driver:
         waiting = all(model.held.get(cell.slot, 0.0) > now for cell in model.free)
         return model.known and waiting
 
-    def take(self, model: _Model) -> PlannedCell | None:
-        """Claim a cell of a model whose keys are known; while FP32 is measured, one that does without it."""
+    def take(self, model: _Model, actor: _Actor) -> PlannedCell | None:
+        """Claim a cell of a model whose keys are known; while FP32 is measured, one that does without it. A seed that
+        the worker has calibrated on comes first, one that no other has next."""
         if not model.known:
             return None
         session, group, now = self.session, model.group, time.monotonic()
         wanted = model.free
         if model.waits_for_fp32():
             wanted = [cell for cell in wanted if not cell.needs_fp32]
-        for cell in wanted:
+        others = {seed for a in self.actors if a is not actor and a.model == model.index for seed in a.seeds}
+
+        def strangeness(cell: PlannedCell) -> int:
+            return 0 if cell.seed in actor.seeds else 1 + (cell.seed in others)
+
+        for cell in sorted(wanted, key=strangeness):
             if cell in model.running or model.held.get(cell.slot, 0.0) > now:
                 continue
             outcome = session.claim(cell, group)
             if outcome == "mine":
                 model.running.append(cell)
+                if cell.needs_fp32:
+                    actor.seeds.add(cell.seed)
                 return cell
             if outcome == "taken":
                 model.held[cell.slot] = now + POLL_SECONDS
             else:
                 group.left.remove(cell)
                 if cell.method is None:
-                    return self.take(model)
+                    return self.take(model, actor)
         return None
 
     def send(self, job: _Job) -> Any:
