@@ -335,6 +335,10 @@ def _select(e: Emitter, node: fx.Node) -> str:
 
 def _index_select(e: Emitter, node: fx.Node) -> str:
     index = e.graph.constant(node.args[2])
+    assert index is not None
+    first, last = int(index.min()), int(index.max())
+    if index.tolist() == list(range(first, last + 1)):
+        return _slice_of(e, e.value(node, 0), int(node.args[1]), first, last + 1)
     return e.op("Gather", e.value(node, 0), e.constant(index, dtype=np.int64), axis=int(node.args[1]))
 
 

@@ -189,7 +189,8 @@ def split_linear(graph: Graph, linear: Site, parts: Mapping[str, Tensor]) -> lis
     quantizers of its own: y = W₁x₁ + W₂x₂ + … + bias.
 
     parts: by suffix of the new site's name, int64 [m] channels, disjoint; at least one channel stays with ``linear``.
-    Contiguous channels are sliced, others selected (:func:`permute_hidden` makes them contiguous).
+    They are selected by index, also where they are contiguous: a slice would pass for the same tensor, which a fully
+    quantized method quantizes once. Export writes contiguous ones (:func:`permute_hidden` makes them so) as slices.
 
     Returns the names of the new sites, ``<name>.<suffix>`` (widths given for ``<name>`` are theirs too). The caller
     calls :meth:`Graph.invalidate` when all is done.
@@ -211,12 +212,8 @@ def split_linear(graph: Graph, linear: Site, parts: Mapping[str, Tensor]) -> lis
         return found
 
     def read(name: str, channels: Tensor) -> fx.Node:
-        first, last = int(channels[0]), int(channels[-1])
-        if last - first + 1 == len(channels):
-            call = graph.fx.call_function(aten.slice.Tensor, (source, -1, first, last + 1))
-        else:
-            graph.set_tensor(f"{name}_channels", channels)
-            call = graph.fx.call_function(aten.index_select.default, (source, -1, constant(f"{name}_channels")))
+        graph.set_tensor(f"{name}_channels", channels)
+        call = graph.fx.call_function(aten.index_select.default, (source, -1, constant(f"{name}_channels")))
         return made(call, len(channels))
 
     kept = rest.nonzero().flatten()

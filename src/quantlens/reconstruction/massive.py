@@ -58,7 +58,7 @@ def split_massive(graph: Graph, calibration: Calibration, ratio: float = RATIO) 
 
 def _split(graph: Graph, site: Site, parts: dict[str, Tensor]) -> None:
     """Split a layer. Where nothing else reads its input, the channels are put in order before (exactly), so that a part
-    is a slice and not a gather: first what stays, then the parts."""
+    is a slice, not a gather, where the model is exported: first what stays, then the parts."""
     source = hidden_source(graph, site)
     if source is not None:
         count = graph.tensor(site.weight).shape[1]  # type: ignore[arg-type]
