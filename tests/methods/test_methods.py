@@ -23,7 +23,7 @@ QUICK["aocq"] = {"scale_iterations": 4}
 QUICK["vt-ptq"] = {"rounds": 2}
 """Fewer steps for methods that train or search: what is tested here does not need them."""
 SLOW = ("adalog", *QUICK)
-"""Methods that take seconds where others take tenths: tested on two architectures and the outermost widths."""
+"""Methods that take seconds where others take tenths: tested on the hardest architecture and the outermost widths."""
 ARCHITECTURES = ("vit", "deit-distilled", "deit3", "swin", "torchvision", "plain")
 WIDTHS = ("W2A2", "W2A10", "W10A2", "W3A5", "W10A10", "W4A32", "W32A4")
 FLOOR = {"repq-vit": 10, "i-and-s-vit": 10, "gptq": 10, "erq": 10, "adalog": 12, "ptq4vit": 18, "fq-ptq": 8}
@@ -41,7 +41,7 @@ def _sqnr(model, qmodel, images) -> float:
 
 @pytest.mark.parametrize(
     ("method", "architecture"),
-    [(m, a) for m in METHODS for a in ARCHITECTURES if m not in SLOW or a in ("swin", "deit-distilled")],
+    [(m, a) for m in METHODS for a in ARCHITECTURES if m not in SLOW or a == "swin"],
 )
 def test_every_architecture_loses_more_with_fewer_bits(method, architecture, loaded, pictures):
     model = loaded[architecture]
@@ -56,7 +56,7 @@ def test_every_architecture_loses_more_with_fewer_bits(method, architecture, loa
 
 @pytest.mark.parametrize(
     ("method", "bits"),
-    [(m, b) for m in METHODS for b in WIDTHS if m not in SLOW or b in ("W2A2", "W10A10", "W4A32", "W32A4")],
+    [(m, b) for m in METHODS for b in WIDTHS if m not in SLOW or b in ("W2A2", "W10A10")],
 )
 def test_every_width_is_finite(method, bits, loaded, pictures):
     logits = ql.quantize(loaded["swin"], pictures, method=method, bits=bits, **QUICK.get(method, {}))(pictures)
