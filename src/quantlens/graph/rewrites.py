@@ -252,7 +252,7 @@ def hidden_source(graph: Graph, linear: Site) -> Site | None:
     and no other layer has the same weights; None if there is none."""
     node = linear.node.args[0]
     by_node = {site.node: site for site in graph.sites.of_kind("linear")}
-    for _ in range(2):  # the activation function, then the layer before it
+    while True:  # activation functions, then the layer before them
         if not isinstance(node, fx.Node) or len(node.users) != 1:
             return None
         if op_name(node) not in ACTIVATIONS:
