@@ -49,29 +49,23 @@ def split_massive(graph: Graph, calibration: Calibration, ratio: float = RATIO) 
     """Split every layer that :func:`find_massive` finds; returns one sentence per layer. The function is unchanged."""
     done = []
     for site, channels in find_massive(graph, calibration, ratio).items():
-        _split(graph, site, {"massive": channels})
+        _split(graph, site, channels)
         names = ", ".join(map(str, channels.tolist()))
         done.append(f"massive input channel{'s' if len(channels) > 1 else ''} {names} of {site.name} split off")
     graph.invalidate()
     return done
 
 
-def _split(graph: Graph, site: Site, parts: dict[str, Tensor]) -> None:
-    """Split a layer. Where nothing else reads its input, the channels are put in order before (exactly), so that a part
-    is a slice, not a gather, where the model is exported: first what stays, then the parts."""
+def _split(graph: Graph, site: Site, channels: Tensor) -> None:
+    """Split channels off a layer. Where nothing else reads its input, they are put behind the others before (exactly),
+    so that each part is a slice, not a gather, where the model is exported."""
     source = hidden_source(graph, site)
     if source is not None:
-        count = graph.tensor(site.weight).shape[1]  # type: ignore[arg-type]
-        rest = torch.ones(count, dtype=torch.bool)
-        for channels in parts.values():
-            rest[channels.cpu()] = False
-        permute_hidden(graph, source, site, torch.cat([rest.nonzero().flatten(), *(c.cpu() for c in parts.values())]))
-        start, moved = int(rest.sum()), {}
-        for suffix, channels in parts.items():
-            moved[suffix] = torch.arange(start, start + len(channels))
-            start += len(channels)
-        parts = moved
-    split_linear(graph, site, parts)
+        rest = torch.ones(graph.tensor(site.weight).shape[1], dtype=torch.bool, device=channels.device)  # type: ignore[arg-type]
+        rest[channels] = False
+        permute_hidden(graph, source, site, torch.cat([rest.nonzero().flatten(), channels]))
+        channels = torch.arange(len(rest) - len(channels), len(rest))
+    split_linear(graph, site, {"massive": channels})
 
 
 def _ranges(graph: Graph, calibration: Calibration) -> dict[Site, tuple[Tensor, Tensor]]:
