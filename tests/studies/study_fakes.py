@@ -110,11 +110,14 @@ def fill(disk: Path) -> None:
 
 
 class FakeBackend(Backend):
-    """`log`: a line for each cell run. `pause`: seconds a cell takes. `broken`: cells ("minmax W4A4 0") that raise;
-    with `error` "full" and "interrupt" what these say, with a path they do not raise, but fill the disk there."""
+    """`log`: a line for each cell run. `pause`: seconds a quantized cell takes. `patience`: seconds that FP32 waits for
+    a quantized cell to begin. `broken`: cells ("minmax W4A4 0", "fp32") that raise; with `error` "full" and "interrupt"
+    what these say, with a path they do not raise, but fill the disk there."""
 
-    def __init__(self, log: Path, pause: float = 0.0, broken: tuple[str, ...] = (), error: str = "") -> None:
-        self.log, self.pause, self.broken, self.error = Path(log), pause, broken, error
+    def __init__(
+        self, log: Path, pause: float = 0.0, broken: tuple[str, ...] = (), error: str = "", patience: float = 0.0
+    ) -> None:
+        self.log, self.pause, self.broken, self.error, self.patience = Path(log), pause, broken, error, patience
 
     def note(self, text: str) -> None:
         with self.log.open("a") as file:
@@ -165,6 +168,12 @@ class FakeBackend(Backend):
         return found.to_dict()
 
     def evaluate(self, model: FakeModel, id: Any, ood: Any, **settings: Any) -> Any:
+        if model.method == "fp32":
+            deadline = time.monotonic() + self.patience
+            while time.monotonic() < deadline and "start " not in self.log.read_text():
+                time.sleep(0.02)
+            if "fp32" in self.broken:
+                raise ValueError("fp32 is broken")
         result = super().evaluate(model, id, ood, **settings)
         self.note(f"end {model.name} {model.method} {model.bits} {model.seed}")
         return result

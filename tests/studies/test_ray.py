@@ -85,6 +85,25 @@ def test_the_same_cells_and_figures_wherever_they_ran(tmp_path: Path, log: Path)
     assert len(names) == CELLS
 
 
+def test_cells_begin_while_fp32_is_measured(tmp_path: Path, log: Path) -> None:
+    summary = run(tmp_path / "out", FakeBackend(log, patience=60.0))
+    assert (summary.done, summary.failed) == (CELLS, [])
+    lines = [line.rpartition(" pid ")[0] for line in log.read_text().splitlines()]
+    assert next(i for i, line in enumerate(lines) if line.startswith("start")) < lines.index("end fake fp32 FP32 0")
+    run(tmp_path / "local", FakeBackend(tmp_path / "log2"), executor="local", workers=1)
+    assert figures(tmp_path / "out") == figures(tmp_path / "local")
+
+
+def test_cells_that_wait_for_an_fp32_that_fails_say_so(tmp_path: Path, log: Path) -> None:
+    summary = run(tmp_path / "out", FakeBackend(log, broken=("fp32",), patience=60.0))
+    assert summary.done == 0
+    told = dict(summary.failed)
+    assert len(told) == CELLS
+    assert told.pop("fake FP32") == "ValueError: fp32 is broken"
+    assert all("could not be measured at FP32 (ValueError: fp32 is broken)" in text for text in told.values())
+    assert len(FakeBackend(log).ended()) <= 1  # only what had begun was measured
+
+
 def test_a_killed_worker_is_replaced_and_its_cell_retried(tmp_path: Path, log: Path) -> None:
     killed: list[int] = []
 

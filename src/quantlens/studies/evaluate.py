@@ -24,7 +24,6 @@ from quantlens.studies.images import (
     ImageProgress,
     check_labels,
     describe,
-    fingerprint,
     groups_of,
     image_set,
     refuse_overlap,
@@ -94,6 +93,19 @@ class Result:
                 if name not in known and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
             )
             raise QuantlensError(f"this is no result of quantlens: it lacks {', '.join(missing) or error}") from None
+
+    def compare(self, reference: Result) -> None:
+        """Set `fp32` and `delta` from the FP32 Result on the same images. Raises QuantlensError for one of other
+        images, or of a quantized model."""
+        _check_same_images(reference, self.id, self.ood)
+        self._compare(reference.to_dict())
+
+    def _compare(self, reference: Mapping[str, Any]) -> None:
+        from quantlens.metrics import delta
+
+        own = {"id": self.id, "ood": self.ood, "ood_mean": self.ood_mean}
+        self.fp32 = figures_only(reference)
+        self.delta = delta(self.fp32, figures_only(own))
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()` as JSON; the file is there whole or not at all."""
@@ -165,27 +177,21 @@ def evaluate(
     if reference is None and quantized:
         reference = getattr(model, "reference", None)
     if isinstance(reference, Result):
-        _check_same_images(reference, sets.id, sets.ood)
+        _check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
 
     run = _Run(batch_size, progress, n_bins, chosen)
     measured = run.measure(model, sets, keep)
     own_seconds = time.perf_counter() - started
 
-    baseline: dict[str, Any] | None = None
+    baseline: Mapping[str, Any] | None = None
     if isinstance(reference, Result):
-        baseline = figures_only(reference.to_dict())
+        baseline = reference.to_dict()
     elif reference is not None and reference is not False:
         reference = measurable(reference)
         if device is not None:
             reference.to(choose_device(device))
         _check_same_preprocess(reference, model)
-        baseline = figures_only(run.measure(reference, sets))
-
-    delta = None
-    if baseline is not None:
-        from quantlens.metrics import delta as difference
-
-        delta = difference(baseline, figures_only(measured))
+        baseline = run.measure(reference, sets)
 
     from quantlens.studies.environment import environment
 
@@ -194,7 +200,7 @@ def evaluate(
     calibrating = getattr(getattr(model, "plan", None), "info", {}).get("seconds")
     if isinstance(calibrating, int | float):
         seconds["calibration"] = float(calibrating)
-    return Result(
+    result = Result(
         model=str(model.name),
         checkpoint_sha256=model.checkpoint_sha256,
         method=str(model.method),
@@ -208,11 +214,12 @@ def evaluate(
         preprocess=None if model.preprocess is None else plain(model.preprocess.to_dict()),
         environment=environment(device_of(model)),
         fit=None if sets.fit is None else {"source": source_name(sets.fit), "n": len(sets.fit)},
-        fp32=baseline,
-        delta=delta,
         seconds=seconds,
         **measured,
     )
+    if baseline is not None:
+        result._compare(baseline)
+    return result
 
 
 @dataclass(frozen=True)
@@ -450,21 +457,21 @@ def measurable(model: Any) -> Any:
     )
 
 
-def _check_same_images(reference: Result, id_images: Any, ood_images: Mapping[str, Any]) -> None:
-    """A reference Result must have been measured on the very images of this evaluation."""
+def _check_same_images(reference: Result, id_part: Mapping[str, Any], ood_part: Mapping[str, Any]) -> None:
+    """A reference Result must have been measured on the very images of this evaluation, here as `describe` has them."""
     if reference.method != "fp32":
         raise QuantlensError(
             f"the reference is a result of {reference.method} at {reference.bits}; give the result of the FP32 model"
         )
-    if reference.id.get("fingerprint") != fingerprint(id_images):
+    if reference.id.get("fingerprint") != id_part.get("fingerprint"):
         raise QuantlensError(
             f"the reference was measured on other ID images ({reference.id.get('source')}) than "
-            f"{source_name(id_images)}; measure the FP32 model on the same images"
+            f"{id_part.get('source')}; measure the FP32 model on the same images"
         )
-    for name, images in ood_images.items():
-        if reference.ood.get(name, {}).get("fingerprint") != fingerprint(images):
+    for name, part in ood_part.items():
+        if reference.ood.get(name, {}).get("fingerprint") != part.get("fingerprint"):
             raise QuantlensError(
-                f"the reference was not measured on the images of OOD set {name} ({source_name(images)}); measure the "
+                f"the reference was not measured on the images of OOD set {name} ({part.get('source')}); measure the "
                 "FP32 model on the same images"
             )
 

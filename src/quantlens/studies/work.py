@@ -90,17 +90,19 @@ class ModelWork:
             self._calibration[seed] = images
         return self._calibration[seed]
 
-    def measure(self, cell: PlannedCell, reference: Callable[[], Any]) -> tuple[dict[str, Any], bytes | None]:
+    def measure(
+        self, cell: PlannedCell, reference: Callable[[], Any], *, late: bool = False
+    ) -> tuple[dict[str, Any], bytes | None]:
         """The result dict of a cell, and its per-image outputs packed. `reference()` gives the FP32 Result of the
-        model; the FP32 cell does not ask."""
+        model, or raises what kept it from being measured; the FP32 cell does not ask. late: ask at the end, as it is
+        still being measured elsewhere."""
         if cell.inspects:
             return self._inspect(cell), None
         config, step = self.config, self.shown.step
         started = time.perf_counter()
-        if cell.method is None:
-            measured, baseline = self.model, False
-        else:
-            baseline = reference()
+        baseline = None if late or not cell.needs_fp32 else reference()
+        measured = self.model
+        if cell.method is not None:
             measured = self.backend.quantize(
                 self.model,
                 self.calibration(cell.seed),
@@ -117,7 +119,7 @@ class ModelWork:
                 self.id,
                 self.ood,
                 fit=self.fit,
-                reference=baseline,
+                reference=False,
                 scores=config.scores,
                 groups=self.images.groups,
                 batch_size=config.batch_size,
@@ -125,6 +127,8 @@ class ModelWork:
                 keep=config.outputs,
             )
         outputs = None if result.outputs is None else pack(result.outputs)
+        if cell.needs_fp32:
+            result.compare(baseline or reference())
         data: dict[str, Any] = result.to_dict()
         if cell.method is not None:
             data["seconds"] = {**data["seconds"], "calibration": seconds}
@@ -141,11 +145,11 @@ class ModelWork:
         found = self.backend.inspect(self.model, images, cell.method, cell.bits, cell.seed, self.shown.step)
         return {"inspection": found}
 
-    def attempt(self, cell: PlannedCell, reference: Callable[[], Any]) -> Outcome:
+    def attempt(self, cell: PlannedCell, reference: Callable[[], Any], *, late: bool = False) -> Outcome:
         """Measure a cell; what it raises is its outcome, unless it would stop every other cell too (see `stops`)."""
         started = time.perf_counter()
         try:
-            result, outputs = self.measure(cell, reference)
+            result, outputs = self.measure(cell, reference, late=late)
             outcome = Outcome(result, None, time.perf_counter() - started, outputs)
         except Exception as problem:
             if stops(problem):

@@ -69,14 +69,15 @@ class _Model:
     held: dict[Slot, float] = field(default_factory=dict)
     """Slots of cells that another process holds -> when to ask again."""
     reference: Any = None
-    """The FP32 result in Ray's object store."""
+    """The FP32 result in Ray's object store; while a worker measures it, the reference of its answer in a list."""
 
     @property
     def free(self) -> list[PlannedCell]:
         return [cell for cell in self.group.left if cell not in self.running]
 
     def waits_for_fp32(self) -> bool:
-        return self.known and self.group.fp32 in self.group.left
+        """Whether FP32 is missing and no worker of this cluster measures it."""
+        return self.known and self.group.fp32 in self.free
 
 
 class _Driver:
@@ -148,7 +149,10 @@ class _Driver:
             if job is None:
                 continue
             self.idle.remove(actor)
-            self.jobs[self.send(job)] = job
+            answer = self.send(job)
+            self.jobs[answer] = job
+            if job.cell is not None and job.index is not None and job.cell.kind == "fp32":
+                self.models[job.index].reference = [answer]
 
     def choose(self, actor: _Actor) -> _Job | None:
         """A cell of the model the worker has loaded; else the model with the most cells for each of its workers."""
@@ -175,8 +179,9 @@ class _Driver:
         return model.known and waiting
 
     def take(self, model: _Model, actor: _Actor) -> PlannedCell | None:
-        """Claim a cell of a model whose keys are known; while FP32 is measured, one that does without it. A seed that
-        the worker has calibrated on comes first, one that no other has next."""
+        """Claim a cell of a model whose keys are known; while another process measures FP32, one that does without it
+        (a worker of this cluster hands it over). A seed that the worker has calibrated on comes first, one that no
+        other has next."""
         if not model.known:
             return None
         session, group, now = self.session, model.group, time.monotonic()
@@ -220,7 +225,7 @@ class _Driver:
         return job.actor.handle.run.remote(job.index, job.cell, model.checkpoint_sha256, baseline)
 
     def baseline(self, model: _Model) -> Any:
-        """The FP32 result in Ray's object store, put there once for a model."""
+        """The FP32 result of a model, or the promise of it; put into Ray's object store once."""
         if model.reference is None:
             model.reference = self.ray.put(self.session.reference(model.group).to_dict())
         return model.reference
@@ -241,6 +246,8 @@ class _Driver:
         model = self.models[job.index]
         if job.cell is not None:
             self.session.keep(job.cell, model.group, answer)
+            if job.cell.kind == "fp32":
+                model.reference = None
             model.running.remove(job.cell)
             model.group.left.remove(job.cell)
         elif isinstance(answer, Loaded):

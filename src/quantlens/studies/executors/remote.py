@@ -12,6 +12,7 @@ from quantlens.studies.backend import Backend
 from quantlens.studies.cells import PlannedCell, StudyImages
 from quantlens.studies.config import StudyConfig
 from quantlens.studies.progress import Quiet
+from quantlens.studies.specs import reason
 from quantlens.studies.work import ModelWork, Outcome, full_disk, is_full_disk, stops, told
 
 
@@ -68,14 +69,17 @@ class Worker:
         return Loaded(work.checkpoint_sha256, work.preprocess)
 
     def run(
-        self, index: int, cell: PlannedCell, checkpoint_sha256: str | None, reference: Mapping[str, Any] | None
+        self,
+        index: int,
+        cell: PlannedCell,
+        checkpoint_sha256: str | None,
+        reference: Mapping[str, Any] | list[Any] | None,
     ) -> Outcome | Stop:
-        """Measure a cell. reference: the FP32 result, without which only the FP32 cell can be measured."""
-        from quantlens.studies.evaluate import Result
+        """Measure a cell. reference: the FP32 result; in a list the reference of the answer of the worker that measures
+        it; without one only the FP32 cell and inspections can be measured."""
 
         def baseline() -> Any:
-            assert reference is not None
-            return Result.from_dict({**reference, "method": "fp32"})
+            return _fp32(reference, self.config.models[index].label)
 
         loaded = self.load(index)
         if not isinstance(loaded, Loaded):
@@ -88,7 +92,7 @@ class Worker:
             )
         assert self.work is not None
         try:
-            return self.work.attempt(cell, baseline)
+            return self.work.attempt(cell, baseline, late=isinstance(reference, list))
         except (QuantlensError, OSError) as error:
             return Stop(_said(error))
 
@@ -106,6 +110,23 @@ class Worker:
                 self.backend.free(more_to_come=False)
             self.work = ModelWork(self.config, self.backend, self.images, self.device, spec, Quiet())
         return self.work
+
+
+def _fp32(reference: Mapping[str, Any] | list[Any] | None, label: str) -> Any:
+    """The FP32 Result, waited for where it is not there yet."""
+    from quantlens.studies.evaluate import Result
+
+    assert reference is not None
+    if not isinstance(reference, list):
+        return Result.from_dict({**reference, "method": "fp32"})
+    import ray
+
+    answer = ray.get(reference[0])
+    if isinstance(answer, Stop):
+        raise QuantlensError(answer.message)
+    if answer.result is None:
+        raise QuantlensError(f"{label} could not be measured at FP32 ({reason(answer.error)})")
+    return Result.from_dict({**answer.result, "method": "fp32"})
 
 
 def _check_same(here: Mapping[str, str], there: Mapping[str, str]) -> None:
