@@ -355,6 +355,19 @@ def test_two_processes_share_a_store(out: Path, log: Path) -> None:
         assert store.counts() == {"done": CELLS, "failed": 0}
 
 
+def test_workers_count_only_their_own_cells(out: Path, log: Path) -> None:
+    other = start(out, log, 0.5)
+    wait_for(log, 1, other, "start ")  # FP32 is finished, and a cell is running
+    shown = Recorder()
+    summary = run_study(config(), out, workers=2, progress=shown, backend=FakeBackend(log))
+    said, errors = other.communicate(timeout=120)
+    assert other.returncode == 0, errors.decode()
+    theirs = int(said.decode().partition("(")[2].partition(" in this run")[0])
+    assert theirs >= 2
+    assert summary.ran == len(shown.seen) == CELLS - theirs
+    assert (summary.done, shown.behind) == (CELLS, CELLS)
+
+
 def test_two_studies_share_a_store(out: Path, log: Path) -> None:
     """Two that differ, in two processes: what they have in common runs once, and each counts its own cells."""
     both = {"methods": ["minmax"], "inspect": True}  # FP32, the inspection, and minmax at two widths and two seeds

@@ -40,6 +40,9 @@ class Quiet:
         """Cells turned out to be finished already, by an earlier run or another process."""
         self.behind = min(self.total, self.behind + count)
 
+    def storing(self, key: str) -> None:
+        """The cell of this key is about to be put into the store."""
+
     def finished(self, kind: str, what: str, seconds: float, error: str | None = None) -> None:
         """A cell is in the store. `kind` groups cells that take about equally long."""
         self._times.setdefault(kind, []).append(seconds)

@@ -233,6 +233,7 @@ class Session:
         result = None if outcome.result is None else relabelled(outcome.result, spec)
         if outcome.outputs is not None:
             write_whole(path_of(self.directory, key), outcome.outputs, what="the per-image outputs")
+        self.shown.storing(key)
         self.store.put(key, spec, outcome.status, result, outcome.error, outcome.seconds)
         self._tell(cell, outcome.seconds, outcome.error)
 
@@ -243,6 +244,7 @@ class Session:
             key = f"{INSPECTION if cell.inspects else ''}not-loaded-{mark}"
             self.store.bind({mark: key})
             spec = spec_of(cell, self.config, self.images, None, None)
+            self.shown.storing(key)
             self.store.put(key, spec, "failed", None, error, 0.0)
             group.left.remove(cell)
             self._tell(cell, 0.0, error)

@@ -417,10 +417,10 @@ class Store:
         """A mark: the number of the newest row (see `since`)."""
         return int(self.rows("SELECT coalesce(max(rowid), 0) FROM cells")[0][0])
 
-    def since(self, mark: int) -> list[tuple[int, dict[str, Any], float, str | None]]:
-        """(mark, spec, seconds, traceback or None) of the cells finished after a mark, oldest first."""
-        rows = self.rows("SELECT rowid, spec, seconds, error FROM cells WHERE rowid > ? ORDER BY rowid", (mark,))
-        return [(number, json.loads(spec), seconds, error) for number, spec, seconds, error in rows]
+    def since(self, mark: int) -> list[tuple[int, str, dict[str, Any], float, str | None]]:
+        """(mark, key, spec, seconds, traceback or None) of the cells finished after a mark, oldest first."""
+        rows = self.rows("SELECT rowid, key, spec, seconds, error FROM cells WHERE rowid > ? ORDER BY rowid", (mark,))
+        return [(number, key, json.loads(spec), seconds, error) for number, key, spec, seconds, error in rows]
 
     def failures(self, identities: Iterable[str] | None = None) -> list[tuple[dict[str, Any], str]]:
         """(spec, traceback) of the failed cells of the current study, or of those with these identities, in order."""

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,9 @@ def _run_cell(session: Session, cell: PlannedCell, group: Group, work: ModelWork
 def run_workers(session: Session, workers: int) -> None:
     """Start worker processes on this store, and show how it fills."""
     context = multiprocessing.get_context("spawn")
-    heard, errors = context.Pipe(duplex=False)
+    heard, report = context.Pipe(duplex=False)
     threads = max(1, cores() // workers)
-    arguments = (session.config, session.directory, session.backend, session.retry_before, threads, os.getpid(), errors)
+    arguments = (session.config, session.directory, session.backend, session.retry_before, threads, os.getpid(), report)
     processes = [
         context.Process(target=_worker, args=(*arguments, limit), name=f"quantlens-worker-{i}")
         for i, limit in enumerate(_shares(session.limit, workers))
@@ -137,8 +137,9 @@ def run_workers(session: Session, workers: int) -> None:
     with _no_interrupts(), environment(variables):
         for process in processes:
             process.start()
+    ears = _Ears(heard)
     try:
-        _watch(session, processes, mark)
+        _watch(session, processes, mark, ears)
     except KeyboardInterrupt:
         for process in processes:  # their claims are void once they are gone
             process.terminate()
@@ -149,8 +150,9 @@ def run_workers(session: Session, workers: int) -> None:
         raise
     for process in processes:
         process.join()
-    if heard.poll():
-        raise QuantlensError(heard.recv())
+    ears.listen()
+    if ears.errors:
+        raise QuantlensError(ears.errors[0])
     crashed = [p for p in processes if p.exitcode]
     if not crashed:
         return
@@ -163,17 +165,48 @@ def run_workers(session: Session, workers: int) -> None:
     session.shown.message(f"{ended}; the others took over its cells")
 
 
-def _watch(session: Session, processes: Sequence[Any], mark: int) -> None:
-    """Show the cells as the workers put them into the store, until no worker is alive. `mark`: see `Store.since`."""
+class _Mouth(Quiet):
+    """A worker's display: it tells the process that started it which cells it puts into the store, before it does."""
+
+    def __init__(self, report: Any) -> None:
+        super().__init__()
+        self.report = report
+
+    def storing(self, key: str) -> None:
+        with suppress(OSError):  # who started this worker is gone; the cell is kept all the same
+            self.report.send(("cell", key))
+
+
+class _Ears:
+    """What the workers of this process have said: the keys of the cells they put into the store, what stopped them."""
+
+    def __init__(self, heard: Any) -> None:
+        self.heard = heard
+        self.cells: set[str] = set()
+        self.errors: list[str] = []
+
+    def listen(self) -> None:
+        while self.heard.poll():
+            kind, text = self.heard.recv()
+            if kind == "cell":
+                self.cells.add(text)
+            else:
+                self.errors.append(text)
+
+
+def _watch(session: Session, processes: Sequence[Any], mark: int, ears: _Ears) -> None:
+    """Show the cells as the workers put them into the store, until no worker is alive; what others put there counts as
+    finished by them. `mark`: see `Store.since`."""
     known = failures = 0
-    own = {str(cell) for cell in session.cells}
     alive = True
     while alive:
         alive = any(p.is_alive() for p in processes)
         time.sleep(0.3 if alive else 0)
-        for number, spec, seconds, error in session.store.since(mark):
+        rows = session.store.since(mark)
+        ears.listen()  # after the store was read: a worker tells of a cell before it is there
+        for number, key, spec, seconds, error in rows:
             mark = number
-            if label(spec) not in own:  # of another study on this store
+            if key not in ears.cells:  # another run's, perhaps of another study
                 continue
             kind = "fp32" if spec["method_name"] == "fp32" else str(spec["method"])
             kind = "inspection" if spec.get("inspects") else kind
@@ -228,23 +261,23 @@ def _worker(
     retry_before: str | None,
     threads: int,
     parent: int,
-    errors: Any,
+    report: Any,
     limit: int | None,
 ) -> None:
-    """One worker process. Errors a person can mend go back to the parent as a sentence."""
+    """One worker process. The cells it stores, and errors a person can mend as a sentence, go back to the parent."""
     try:
         backend.set_threads(threads)
-        session = Session(config, directory, backend, Quiet(), retry_before, limit, parent=parent)
+        session = Session(config, directory, backend, _Mouth(report), retry_before, limit, parent=parent)
         try:
             run_here(session)
         finally:
             session.close()
     except QuantlensError as error:
-        errors.send(str(error))
+        report.send(("error", str(error)))
     except OSError as error:
         if not is_full_disk(error):
             raise
-        errors.send(full_disk(error))
+        report.send(("error", full_disk(error)))
     # The store is closed. What destructors of libraries still say (nanobind under triton lists its leaks) helps nobody.
     sys.stdout.flush()
     sys.stderr.flush()
