@@ -18,7 +18,7 @@ from quantlens.deploy.onnx_file import Initializer
 from quantlens.errors import UnsupportedError
 from quantlens.graph import Graph
 from quantlens.graph.graph import op_name
-from quantlens.quantizers import AdaLog, Log, Quantizer, Uniform
+from quantlens.quantizers import AdaLog, Log, Quantizer, SquaredRows, Uniform
 
 OPSET = 21
 """ONNX operator set written: the first with 4-bit weights in DequantizeLinear."""
@@ -171,12 +171,24 @@ class Emitter:
             levels = self.op("Round", self.op("Mul", source, inverse))
             levels = self.op("Min", self.op("Max", levels, low), high)
             return self.op("Mul", levels, self.constant(quantizer._spread(quantizer.scale, dims)))
+        if isinstance(quantizer, SquaredRows):
+            return self._rows(quantizer, source)
         if isinstance(quantizer, AdaLog) and bool(quantizer.shift != 0):
             shift = self.constant(quantizer.shift)
             return self.op("Sub", self._logarithmic(quantizer, self.op("Add", source, shift)), shift)
         if isinstance(quantizer, Log):
             return self._logarithmic(quantizer, source)
         raise UnsupportedError(f"the format {quantizer.kind!r} cannot be written as ONNX operations yet")
+
+    def _rows(self, quantizer: SquaredRows, source: str) -> str:
+        roots = self.op("Sqrt", self.op("Max", source, self.constant(np.float32(0))))
+        last = self.constant([-1], dtype=np.int64)
+        peak = self.op("Max", self.op("ReduceMax", roots, last), self.constant(np.finfo(np.float32).tiny))
+        factor = self.op("Div", self.constant(np.float32(quantizer.qmax)), peak)
+        k = self.op("Round", self.op("Mul", roots, factor))
+        squares = self.op("Mul", k, k)
+        total = self.op("Max", self.op("ReduceSum", squares, last), self.constant(np.float32(1)))
+        return self.op("Div", squares, total)
 
     def _logarithmic(self, quantizer: Log, source: str) -> str:
         """Values of a log format, before an AdaLog's shift."""

@@ -8,7 +8,10 @@ folded into the layers behind: no other norm is needed, and no centring matrix (
 
 * :func:`find_residuals` finds the streams of which the graph proves that this is exact, whatever the modules are
   called; :func:`rotate_residual` rotates one.
-* :func:`rotate_values` rotates the channels of v inside every head, and undoes it in the layer that reads the context.
+* :func:`rotate_input` rotates what a layer reads where no layer before it can take the rotation up (behind a GELU), by
+  a small product of its own in front of it, on blocks of channels; :func:`hadamard` is the matrix for it.
+
+Rotations inside the heads of an attention are in :mod:`quantlens.reconstruction.heads`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from torch import Tensor, fx
 
 from quantlens.graph.graph import Graph, op_name
 from quantlens.graph.rewrites import NormGroup, find_norm_groups, fold_norm, keeps_channels_last
-from quantlens.graph.sites import Site
+from quantlens.graph.sites import ROTATION, Site
+
+aten = torch.ops.aten
 
 ADDS = ("aten.add.Tensor", "aten.add_.Tensor")
 
@@ -189,4 +194,60 @@ def rotate_residual(graph: Graph, residual: Residual, rotation: Tensor) -> None:
     graph.invalidate()
 
 
-__all__ = ["Residual", "find_residuals", "mean_keeping", "orthogonal", "rotate_residual"]
+def hadamard(size: int, generator: torch.Generator) -> Tensor:
+    """A Hadamard matrix with random signs [size, size], float64, orthogonal: diag(±1)·H/√size; size is a power of two.
+
+    Without the signs the mean of all channels would pile up in the first one.
+    """
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    if len(matrix) != size:
+        raise ValueError(f"{size} is no power of two")
+    signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
+    return signs * matrix / size**0.5
+
+
+def rotate_input(graph: Graph, linear: Site, rotation: Tensor) -> None:
+    """Let a linear layer read x·diag(R, R, …) and undo it in its weight, exactly: W ← W·diag(R, R, …).
+
+    rotation: R [n, n], orthogonal; n divides the layer's input channels. The product is an operation of its own in
+    front of the layer, at n multiplications per channel and token; its constant is one for all layers that get an equal
+    matrix. It is no site: it stays in float. Raises ValueError where n does not fit. The caller calls
+    :meth:`Graph.invalidate` when all is done.
+    """
+    node, source, size = linear.node, linear.node.args[0], len(rotation)
+    name = str(linear.weight)
+    weight = graph.tensor(name)
+    if weight.shape[1] % size:
+        raise ValueError(f"{linear.name}: blocks of {size} do not fit {weight.shape[1]} input channels")
+    held = f"hidden_{size}{ROTATION}"
+    value = rotation.to(weight.device, weight.dtype)
+    if held in graph.tensors() and not torch.equal(graph.tensor(held), value):
+        held = f"{linear.name}{ROTATION}"
+    graph.set_tensor(held, value)
+    precise = rotation.to(weight.device, torch.float64)
+    blocks = weight.shape[1] // size
+    turned = weight.double().unflatten(1, (blocks, size)) @ precise
+    graph.set_tensor(name, turned.flatten(1).to(weight.dtype))
+    module, lead = node.meta.get("module", ""), source.meta["shape"][:-1]  # type: ignore[union-attr]
+    with graph.fx.inserting_before(node):
+        constant = graph.fx.get_attr(held)
+        split = graph.fx.call_function(aten.unflatten.int, (source, -1, [blocks, size]))
+        product = graph.fx.call_function(aten.matmul.default, (split, constant))
+        joined = graph.fx.call_function(aten.flatten.using_ints, (product, -2, -1))
+    shapes = (((size, size), constant), ((*lead, blocks, size), split), ((*lead, blocks, size), product))
+    for shape, made in (*shapes, ((*lead, weight.shape[1]), joined)):
+        made.meta = {"module": module, "shape": shape, "symbolic": False}
+    node.args = (joined, *node.args[1:])
+
+
+__all__ = [
+    "Residual",
+    "find_residuals",
+    "hadamard",
+    "mean_keeping",
+    "orthogonal",
+    "rotate_input",
+    "rotate_residual",
+]

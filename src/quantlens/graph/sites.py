@@ -14,6 +14,9 @@ add        sum of two activations        lhs, rhs, output         ``blocks.3.add
 matmul     any other product             lhs, rhs, output         ``<module>.matmul``
 ========== ============================= ======================== =========================================
 
+A product with a constant called ``…_rotation`` is no site: it stays in float
+(:func:`quantlens.graph.rotation.rotate_input`).
+
 An edge's key is ``<site>.<edge>``. An edge with a position is the value as that one operation reads it; ``output`` is
 the value as everybody reads it.
 """
@@ -34,6 +37,9 @@ aten = torch.ops.aten
 
 CONVS = {"aten.conv2d.default", "aten.conv2d.padding", "aten.convolution.default"}
 ADDS = {"aten.add.Tensor", "aten.add_.Tensor"}
+ROTATION = "_rotation"
+"""How the names of constants end that values are rotated by."""
+
 SCALINGS = {"aten.mul.Tensor", "aten.div.Tensor", "aten.mul.Scalar", "aten.div.Scalar"}
 
 
@@ -191,6 +197,8 @@ def _describe(
     if node in context_nodes:
         return "context", _join(module, "context"), {"probs": 0, "v": 1, "output": None}
     if op == "aten.matmul.default":
+        if graph.constant(node.args[1]) is not None and str(node.args[1].target).endswith(ROTATION):  # type: ignore[union-attr]
+            return None
         return "matmul", _join(module, "matmul"), {"lhs": 0, "rhs": 1, "output": None}
     if op == "aten.layer_norm.default":
         weight = node.args[2] if len(node.args) > 2 else None

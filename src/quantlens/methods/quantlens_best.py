@@ -47,7 +47,7 @@ class QuantlensBest(Method):
         summary="quantlens-fast, then every block and at last the whole network trained for a short time",
         departures="our own; each part can be switched off",
         aliases=("best",),
-        version=2,
+        version=3,
         options={
             **QuantlensFast.info.options,
             "fitted": Option(64, "images that ranges and the closed form are made on"),
@@ -79,7 +79,7 @@ class QuantlensBest(Method):
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         if not float(run["damping"]) > 0:
             raise QuantlensError(f"quantlens-best: damping={run['damping']}; give a number above 0, such as 0.1")
-        plan = Plan({}, rotate(graph, run["rotate"], run.seed))
+        plan = Plan({}, rotate(graph, run, bits))
         original, parts = graph.clone(), 3
         metrics, blocks = {}, steps("quantlens-best", run, calibration.count)
         distillation = Distillation(

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +34,10 @@ from torch import Tensor
 from quantlens.calibration import Calibration, Look, Transform, Walk
 from quantlens.errors import QuantlensError
 from quantlens.graph import Edge, Graph
-from quantlens.graph.rewrites import ensure_bias
-from quantlens.graph.rotation import find_residuals, mean_keeping, rotate_residual
-from quantlens.graph.sites import Site
+from quantlens.graph.graph import op_name
+from quantlens.graph.rewrites import ACTIVATIONS, ensure_bias
+from quantlens.graph.rotation import find_residuals, hadamard, mean_keeping, rotate_input, rotate_residual
+from quantlens.graph.sites import Site, dynamic_nodes
 from quantlens.methods._scale_search import patches
 from quantlens.methods.base import (
     MATMUL_OPERANDS,
@@ -47,7 +49,7 @@ from quantlens.methods.base import (
     Widths,
     matmul_operand_edges,
 )
-from quantlens.quantizers import Plan, Quantizer
+from quantlens.quantizers import Plan, Quantizer, SquaredRows
 from quantlens.quantizers.bits import FLOAT
 from quantlens.ranges import Observation, affine, clipping, log_by_quantile, mse
 from quantlens.ranges.rules import REPQ_QUANTILES
@@ -56,6 +58,12 @@ from quantlens.reconstruction.closed_form import Grid, Moments, output_shift, ri
 from quantlens.reconstruction.heads import find_score_pairs, find_value_pairs, rotate_scores, rotate_values
 
 TAIL = 1.0 - min(REPQ_QUANTILES)
+
+BLOCK = 64
+"""Channels that are rotated together at run time."""
+
+COARSE = 6
+"""Bits at which a rotation at run time is worth its product."""
 
 
 class QuantlensFast(Method):
@@ -67,7 +75,7 @@ class QuantlensFast(Method):
         year=2026,
         url="docs/methods.md",
         quantizes=MATMUL_OPERANDS,
-        version=2,
+        version=3,
         summary="exact rotations, clipped ranges, weights fitted and rounded in closed form on quantized inputs",
         departures="our own; each part can be switched off",
         aliases=("fast",),
@@ -77,6 +85,12 @@ class QuantlensFast(Method):
                 "rotations: all, residual (the residual stream), heads (inside heads), or none",
                 ("all", "residual", "heads", "none"),
             ),
+            "hidden": Option(
+                "auto",
+                f"inputs of layers behind an activation function, rotated at run time in blocks of {BLOCK} channels: "
+                f"auto (where they have {COARSE} bits or fewer), all or none",
+                ("auto", "all", "none"),
+            ),
             "fit": Option(True, "weights fitted to the float output on quantized inputs", (True, False)),
             "rounding": Option(
                 "columns",
@@ -85,9 +99,10 @@ class QuantlensFast(Method):
             ),
             "damping": Option(0.1, "λ of both, in units of the mean squared input"),
             "softmax": Option(
-                "auto",
-                "softmax outputs: auto (the smaller squared error), uniform or log-sqrt2",
-                ("auto", "uniform", "log-sqrt2"),
+                "rows",
+                "softmax outputs: rows (squares of the codes, every row by its own peak and sum), uniform, "
+                "log-sqrt2, or auto (of the last two the one with the smaller squared error)",
+                ("rows", "uniform", "log-sqrt2", "auto"),
             ),
             "massive_channels": replace(SHARED_OPTIONS["massive_channels"], default="split"),
         },
@@ -96,16 +111,16 @@ class QuantlensFast(Method):
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         if not float(run["damping"]) > 0:
             raise QuantlensError(f"quantlens-fast: damping={run['damping']}; give a number above 0, such as 0.1")
-        rewrites = rotate(graph, run["rotate"], run.seed)
-        plan = Plan({}, rewrites)
+        plan = Plan({}, rotate(graph, run, bits))
         calibrate(graph, calibration, bits, plan, run)
         return plan
 
 
-def rotate(graph: Graph, which: str, seed: int) -> list[str]:
-    """Rotate what the graph proves to be exact; returns one sentence per kind. which: see the option ``rotate``."""
-    generator = torch.Generator().manual_seed(seed)
-    done = []
+def rotate(graph: Graph, run: Run, bits: Widths) -> list[str]:
+    """Rotate what the graph proves to be exact, and the inputs of layers behind an activation function, as the options
+    ``rotate`` and ``hidden`` say; returns one sentence per kind."""
+    generator = torch.Generator().manual_seed(run.seed)
+    which, done = run["rotate"], []
     if which in ("all", "residual"):
         residuals = find_residuals(graph)
         for residual in residuals:
@@ -121,7 +136,33 @@ def rotate(graph: Graph, which: str, seed: int) -> list[str]:
         if values or scores:
             done.append(f"v rotated in the heads of {len(values)} attentions, q and k of {len(scores)}")
         graph.invalidate()
+    turned = [site for site in behind_activations(graph) if _coarse(graph, site, bits, run["hidden"])]
+    if turned:
+        rotation = hadamard(BLOCK, generator)
+        for site in turned:
+            rotate_input(graph, site, rotation)
+        graph.invalidate()
+        done.append(f"inputs of {len(turned)} layers behind an activation function rotated at run time")
     return done
+
+
+def behind_activations(graph: Graph) -> list[Site]:
+    """Linear layers that read an activation function, or a product of two activations (gated MLPs)."""
+    dynamic = dynamic_nodes(graph)
+
+    def behind(node: Any) -> bool:
+        gated = op_name(node) == "aten.mul.Tensor" and all(n in dynamic for n in node.args)
+        return gated or op_name(node) in ACTIVATIONS
+
+    return [site for site in graph.sites.of_kind("linear") if behind(site.node.args[0])]
+
+
+def _coarse(graph: Graph, site: Site, bits: Widths, hidden: str) -> bool:
+    """Whether the input of a layer is rotated under the option ``hidden``."""
+    if hidden == "none" or graph.tensor(str(site.weight)).shape[1] % BLOCK:
+        return False
+    width = bits.of(graph, site.edges["input"])
+    return width != FLOAT and (hidden == "all" or width <= COARSE)
 
 
 def calibrate(
@@ -172,6 +213,8 @@ def activation(edge: Edge, look: Look, width: int, softmax: str) -> Quantizer:
     """The quantizer of one activation."""
     if not edge.key.endswith(".probs.output") or softmax == "uniform":
         return affine(*clipping(look(), width), width)
+    if softmax == "rows":
+        return SquaredRows(width)
     seen = look(tail=TAIL)
     log = log_by_quantile(seen, width)
     if softmax == "log-sqrt2":

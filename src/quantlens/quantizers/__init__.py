@@ -8,6 +8,7 @@ from quantlens.quantizers.log import Log
 from quantlens.quantizers.model import Outputs, Plan, QuantizedModel, float_model, simulate
 from quantlens.quantizers.operators import Operator, restore_operator
 from quantlens.quantizers.power_of_two import PowerOfTwo
+from quantlens.quantizers.rows import SquaredRows
 from quantlens.quantizers.shifted_log import ShiftedLog
 from quantlens.quantizers.twin import Twin
 from quantlens.quantizers.uniform import Uniform, affine_parameters, symmetric_parameters
@@ -26,6 +27,7 @@ __all__ = [
     "QuantizedModel",
     "Quantizer",
     "ShiftedLog",
+    "SquaredRows",
     "Twin",
     "Uniform",
     "affine_parameters",
