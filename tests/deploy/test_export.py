@@ -107,9 +107,12 @@ def _tensor(source):
 
 
 # -- what has no integers ----------------------------------------------------------------------------------------------
-def test_other_formats_are_refused_or_simulated(loaded, pictures, tmp_path):
-    qmodel = ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W6A6")
-    with pytest.raises(UnsupportedError, match=r"6 bits.*--target"):
+@pytest.mark.parametrize(
+    ("method", "bits", "why"), [("repq-vit", "W6A6", "6 bits"), ("quantlens-fast", "W4A4", "squared-rows")]
+)
+def test_other_formats_are_refused_or_simulated(loaded, pictures, tmp_path, method, bits, why):
+    qmodel = ql.quantize(loaded["vit"], pictures, method=method, bits=bits)
+    with pytest.raises(UnsupportedError, match=rf"{why}.*--target"):
         export(qmodel, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir()), "nothing is left behind"
     artefact = Artefact(export(qmodel, tmp_path / "m.onnx", simulate=True), threads=1)

@@ -7,7 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from quantlens.graph import fold_layer_scale, graph_of
-from quantlens.graph.rotation import find_residuals, mean_keeping, orthogonal, rotate_residual
+from quantlens.graph.rotation import (
+    find_residuals,
+    hadamard,
+    mean_keeping,
+    orthogonal,
+    rotate_input,
+    rotate_residual,
+)
 
 ROTATABLE = ("vit", "deit-distilled", "deit3", "torchvision")
 
@@ -72,3 +79,32 @@ def test_massive_channels_of_a_stream_are_spread(loaded, pictures):
     rotate_residual(graph, residual, mean_keeping(residual.channels, _generator()))
     torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(graph.tensor(gamma), torch.ones(residual.channels)), "the scale went into the weights"
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 64])
+def test_hadamard_is_orthogonal_and_spreads_every_channel(size):
+    matrix = hadamard(size, _generator())
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
+    torch.testing.assert_close(matrix.abs(), torch.full((size, size), size**-0.5, dtype=torch.float64))
+    assert size < 64 or float((matrix.T @ torch.ones(size, dtype=torch.float64)).abs().max()) < 0.6 * size**0.5
+    with pytest.raises(ValueError, match="power of two"):
+        hadamard(size + 2 if size > 2 else 3, _generator())
+
+
+def test_what_a_layer_reads_is_rotated_exactly(loaded, architecture, pictures):
+    from quantlens.methods.quantlens_fast import behind_activations, together
+
+    graph = graph_of(loaded[architecture]).clone()
+    expected, layers, names = graph(pictures), behind_activations(graph), [site.name for site in graph.sites]
+    assert layers
+    before = {site.name: graph.tensor(site.weight).clone() for site in layers}
+    for site in layers:
+        rotate_input(graph, site, hadamard(together(graph, site), _generator()))
+    graph.invalidate()
+    torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-4)
+    assert [site.name for site in graph.sites] == names, "the products are no sites"
+    assert not any(torch.allclose(graph.tensor(site.weight), before[site.name]) for site in layers)
+    made = [name for name in graph.tensors() if name.endswith("_rotation")]
+    assert len(made) == len({together(graph, site) for site in layers}), "one constant per size"
+    with pytest.raises(ValueError, match="blocks of 7"):
+        rotate_input(graph, layers[0], torch.eye(7, dtype=torch.float64))

@@ -7,7 +7,7 @@ import torch
 
 import quantlens as ql
 from quantlens.errors import QuantlensError
-from quantlens.quantizers import Log, Uniform
+from quantlens.quantizers import Log, SquaredRows, Uniform
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,13 @@ def test_fast_beats_repq_and_its_ablations(digits):
         "no fit": _divergence(digits, fit=False),
         "nearest": _divergence(digits, rounding="nearest"),
         "neither": _divergence(digits, fit=False, rounding="nearest"),
+        "one scale for softmax": _divergence(digits, softmax="auto"),
+        "hidden as it is": _divergence(digits, hidden="none"),
     }
     assert found["whole"] < 0.6 * found["repq"], found
     assert found["whole"] < found["no fit"] < found["neither"], found
     assert found["whole"] < 0.3 * found["nearest"], found
+    assert found["whole"] < min(found["one scale for softmax"], found["hidden as it is"]), found
 
 
 def test_rotations_undo_uneven_channels(digits):
@@ -87,16 +90,30 @@ def test_what_quantizes_where_no_method_is_named(digits):
 
 
 def test_what_they_use_can_be_shipped(digits):
-    """One uniform scale per activation tensor and output channel; log√2 at the softmax at most, on request nowhere."""
-    for softmax, log in (("auto", True), ("uniform", False)):
+    """One uniform scale per activation tensor and output channel; at the softmax squares of integers of 8 bits, on
+    request uniform too."""
+    for softmax, other in (("rows", SquaredRows), ("auto", Log), ("uniform", ())):
         q = ql.quantize(digits["model"], digits["calibration"], method="fast", bits="W4A4", softmax=softmax)
         for key, quantizer in q.plan.quantizers.items():
-            if isinstance(quantizer, Log):
-                assert log
+            if isinstance(quantizer, other):
                 assert key.endswith(".probs.output")
+                assert quantizer.qmax**2 < 256
             else:
                 assert isinstance(quantizer, Uniform)
                 assert quantizer.granularity == ("channel" if key.endswith(".weight") else "tensor"), key
+
+
+def test_coarse_hidden_values_alone_are_rotated_at_run_time(digits):
+    def rotated(bits, **options):
+        q = ql.quantize(digits["model"], digits["calibration"][:8], method="fast", bits=bits, **options)
+        return sum("_rotation" in str(node.args) for node in q.graph.fx.nodes)
+
+    layers = rotated("W4A4", hidden="all")
+    assert layers > 0
+    assert (rotated("W4A8"), rotated("W4A4", hidden="none")) == (0, 0)
+    assert (rotated("W8A6"), rotated("W4A8", hidden="all")) == (layers, layers)
+    some = {"default": "W8A8", "blocks.0": "W4A4"}
+    assert 0 < rotated(some) < layers
 
 
 def test_seeds_rotate_differently_and_reproducibly(loaded, pictures):

@@ -2,7 +2,7 @@
 
 1. :mod:`quantlens.methods.quantlens_fast` rotates the network, finds ranges and fits the weights in closed form, here
    without rounding them for good. It reads the first ``fitted`` images: on DeiT-Tiny W4A4 32 and 256 of them
-   gave about the same divergence from the float model (0.35 and 0.33, on different held-out images).
+   gave about the same divergence from the float model (0.35 and 0.33 in version 2, on different held-out images).
 2. Block after block, the rounding of the fitted weights (AdaRound's parameters, straight through the rounded direction)
    and the scales of the activations are trained towards the output of the float block, on inputs that are half the
    quantized network's, half the float one's, element by element. The loss weighs the squared error by the average
