@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from quantlens.calibration import Calibration
 from quantlens.graph import fold_layer_scale, graph_of
 from quantlens.graph.rotation import (
     find_residuals,
@@ -15,6 +16,7 @@ from quantlens.graph.rotation import (
     rotate_input,
     rotate_residual,
 )
+from quantlens.reconstruction.centring import channel_means
 
 ROTATABLE = ("vit", "deit-distilled", "deit3", "torchvision")
 
@@ -98,9 +100,13 @@ def test_what_a_layer_reads_is_rotated_exactly(loaded, architecture, pictures):
     expected, layers, names = graph(pictures), behind_activations(graph), [site.name for site in graph.sites]
     assert layers
     before = {site.name: graph.tensor(site.weight).clone() for site in layers}
-    for site in layers:
-        rotate_input(graph, site, hadamard(together(graph, site), _generator()))
+    calibration = Calibration.of(pictures, loaded[architecture].preprocess)
+    keys = [f"{site.name}.input" for site in layers]
+    means = channel_means(graph, calibration, keys)
+    for site, key in zip(layers, keys, strict=True):
+        rotate_input(graph, site, hadamard(together(graph, site), _generator()), means[key])
     graph.invalidate()
+    assert all(float(mean.abs().max()) < 1e-5 for mean in channel_means(graph, calibration, keys).values())
     torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-4)
     assert [site.name for site in graph.sites] == names, "the products are no sites"
     assert not any(torch.allclose(graph.tensor(site.weight), before[site.name]) for site in layers)

@@ -36,6 +36,7 @@ def test_fast_beats_repq_and_its_ablations(digits):
         "neither": _divergence(digits, fit=False, rounding="nearest"),
         "one scale for softmax": _divergence(digits, softmax="auto"),
         "hidden as it is": _divergence(digits, hidden="none"),
+        "means left in": _divergence(digits, centre=False),
     }
     assert found["whole"] < 0.6 * found["repq"], found
     assert found["whole"] < found["no fit"] < found["neither"], found

@@ -279,18 +279,18 @@ def rescale_input(graph: Graph, layer: Site, scale: Tensor, shift: Tensor | None
         raise ValueError(f"{layer.name}: {len(scale)} factors for {weight.shape[1]} input channels")
     precise = scale.to(weight.device, torch.float64)
     new = weight.double() * precise.view(spread)
-    value = _with_constant(graph, node, aten.mul.Tensor, source, f"{layer.name}_input_factor", 1.0 / precise, spread)
+    value = with_constant(graph, node, aten.mul.Tensor, source, f"{layer.name}_input_factor", 1.0 / precise, spread)
     if shift is not None:
         moved = shift.to(weight.device, torch.float64)
         bias = ensure_bias(graph, layer)
         extra = (new * moved.view(spread)).flatten(1).sum(1)
         graph.set_tensor(bias, (graph.tensor(bias).double() + extra).to(weight.dtype))
-        value = _with_constant(graph, node, aten.add.Tensor, value, f"{layer.name}_input_shift", -moved, spread)
+        value = with_constant(graph, node, aten.add.Tensor, value, f"{layer.name}_input_shift", -moved, spread)
     graph.set_tensor(name, new.to(weight.dtype))
     node.args = (value, *node.args[1:])
 
 
-def _with_constant(
+def with_constant(
     graph: Graph, before: fx.Node, operation: Any, value: Any, name: str, constant: Tensor, spread: tuple[int, ...]
 ) -> fx.Node:
     """``operation(value, constant)`` in front of a node, in its module; constant [C], viewed as ``spread``."""

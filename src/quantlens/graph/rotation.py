@@ -22,7 +22,14 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.graph.graph import Graph, op_name
-from quantlens.graph.rewrites import NormGroup, find_norm_groups, fold_norm, keeps_channels_last
+from quantlens.graph.rewrites import (
+    NormGroup,
+    ensure_bias,
+    find_norm_groups,
+    fold_norm,
+    keeps_channels_last,
+    with_constant,
+)
 from quantlens.graph.sites import ROTATION, Site
 
 aten = torch.ops.aten
@@ -208,10 +215,12 @@ def hadamard(size: int, generator: torch.Generator) -> Tensor:
     return signs * matrix / size**0.5
 
 
-def rotate_input(graph: Graph, linear: Site, rotation: Tensor) -> None:
-    """Let a linear layer read x·diag(R, R, …) and undo it in its weight, exactly: W ← W·diag(R, R, …).
+def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | None = None) -> None:
+    """Let a linear layer read x·diag(R, R, …) − t and undo it in its weight and bias, exactly: W ← W·diag(R, R, …),
+    bias ← bias + W_new·t.
 
-    rotation: R [n, n], orthogonal; n divides the layer's input channels. The product is an operation of its own in
+    rotation: R [n, n], orthogonal; n divides the layer's input channels. mean: of x, [C]; t is what the rotation makes
+    of it (None: 0). The product is an operation of its own in
     front of the layer, at n multiplications per channel and token; its constant is one for all layers that get an equal
     matrix. It is no site: it stays in float. Raises ValueError where n does not fit. The caller calls
     :meth:`Graph.invalidate` when all is done.
@@ -239,6 +248,12 @@ def rotate_input(graph: Graph, linear: Site, rotation: Tensor) -> None:
     shapes = (((size, size), constant), ((*lead, blocks, size), split), ((*lead, blocks, size), product))
     for shape, made in (*shapes, ((*lead, weight.shape[1]), joined)):
         made.meta = {"module": module, "shape": shape, "symbolic": False}
+    if mean is not None:
+        shift = (mean.to(weight.device, torch.float64).unflatten(0, (blocks, size)) @ precise).flatten()
+        bias = ensure_bias(graph, linear)
+        extra = turned.flatten(1) @ shift
+        graph.set_tensor(bias, (graph.tensor(bias).double() + extra).to(weight.dtype))
+        joined = with_constant(graph, node, aten.add.Tensor, joined, f"{linear.name}_input_mean", -shift, (-1,))
     node.args = (joined, *node.args[1:])
 
 

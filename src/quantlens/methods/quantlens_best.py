@@ -28,7 +28,7 @@ from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, rotate
+from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, rewrite
 from quantlens.quantizers import Plan
 from quantlens.reconstruction import Distillation, Settings, distil, reconstruct
 from quantlens.reconstruction.losses import MetricLoss
@@ -79,7 +79,8 @@ class QuantlensBest(Method):
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         if not float(run["damping"]) > 0:
             raise QuantlensError(f"quantlens-best: damping={run['damping']}; give a number above 0, such as 0.1")
-        plan = Plan({}, rotate(graph, run, bits))
+        fitted = calibration.head(int(run["fitted"]))
+        plan = Plan({}, rewrite(graph, fitted, bits, run))
         original, parts = graph.clone(), 3
         metrics, blocks = {}, steps("quantlens-best", run, calibration.count)
         distillation = Distillation(
@@ -88,7 +89,6 @@ class QuantlensBest(Method):
             strange=float(run["strange"]),
             plain=float(run["plain"]),
         )
-        fitted = calibration.head(int(run["fitted"]))
         if blocks and run["loss"] == "aph":
             metrics = perturbation_metrics(graph, fitted, seed=run.seed)
         first = Run(run.options, run.seed, portion(run.progress, 0, parts))

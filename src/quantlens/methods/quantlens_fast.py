@@ -65,6 +65,7 @@ from quantlens.quantizers.bits import FLOAT
 from quantlens.ranges import Observation, affine, clipping, log_by_quantile, mse
 from quantlens.ranges.rules import REPQ_QUANTILES
 from quantlens.reconstruction.bias import corrected_layers
+from quantlens.reconstruction.centring import centre, channel_means
 from quantlens.reconstruction.closed_form import Grid, Moments, output_shift, ridge, round_columns
 from quantlens.reconstruction.heads import find_score_pairs, find_value_pairs, rotate_scores, rotate_values
 
@@ -96,6 +97,11 @@ class QuantlensFast(Method):
                 "rotations: all, residual (the residual stream), heads (inside heads), or none",
                 ("all", "residual", "heads", "none"),
             ),
+            "centre": Option(
+                True,
+                "means of channels taken out of LayerNorm outputs, keys, attention and hidden values",
+                (True, False),
+            ),
             "hidden": Option(
                 "auto",
                 f"inputs of layers behind an activation function, rotated at run time, {BLOCK} channels together: "
@@ -122,14 +128,14 @@ class QuantlensFast(Method):
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         if not float(run["damping"]) > 0:
             raise QuantlensError(f"quantlens-fast: damping={run['damping']}; give a number above 0, such as 0.1")
-        plan = Plan({}, rotate(graph, run, bits))
+        plan = Plan({}, rewrite(graph, calibration, bits, run))
         calibrate(graph, calibration, bits, plan, run)
         return plan
 
 
-def rotate(graph: Graph, run: Run, bits: Widths) -> list[str]:
-    """Rotate what the graph proves to be exact, and the inputs of layers behind an activation function, as the options
-    ``rotate`` and ``hidden`` say; returns one sentence per kind."""
+def rewrite(graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> list[str]:
+    """Rotate and centre what the graph proves to be exact, and the inputs of layers behind an activation function, as
+    the options ``rotate``, ``centre`` and ``hidden`` say; returns one sentence per kind."""
     generator = torch.Generator().manual_seed(run.seed)
     which, done = run["rotate"], []
     if which in ("all", "residual"):
@@ -148,12 +154,16 @@ def rotate(graph: Graph, run: Run, bits: Widths) -> list[str]:
             done.append(f"v rotated in the heads of {len(values)} attentions, q and k of {len(scores)}")
         graph.invalidate()
     turned = [site for site in behind_activations(graph) if _coarse(graph, site, bits, run["hidden"])]
+    means: dict[str, Tensor] = {}
+    if run["centre"]:
+        done += centre(graph, calibration)
+        means = channel_means(graph, calibration, (f"{site.name}.input" for site in turned))
     rotations: dict[int, Tensor] = {}
     for site in turned:
         size = together(graph, site)
         if size not in rotations:
             rotations[size] = hadamard(size, generator)
-        rotate_input(graph, site, rotations[size])
+        rotate_input(graph, site, rotations[size], means.get(f"{site.name}.input"))
     if turned:
         graph.invalidate()
         done.append(f"inputs of {len(turned)} layers behind an activation function rotated at run time")
