@@ -8,8 +8,8 @@
    good as one per channel. Where the graph does not prove a rotation exact (Swin's residual stream), it is left out.
    No weight can take up a rotation behind a GELU: there coarse activations (6 bits or fewer) are multiplied at run time
    by a Hadamard matrix of 64 channels with random signs, as QuaRot does before the down projection of language models.
-   It costs 64 multiplications a channel, 11 % of those of DeiT-Tiny's linear layers, in float. The means of channels are taken out of all
-   that a bias can give them back to (:mod:`quantlens.reconstruction.centring`).
+   It costs 64 multiplications a channel, 11 % of those of DeiT-Tiny's linear layers, in float. The means of channels
+   are taken out of all that a bias can give them back to (:mod:`quantlens.reconstruction.centring`).
 2. Ranges. Activations are clipped at ±t with the least squared error (:func:`quantlens.ranges.clipping`), on what the
    quantized layers before make of them. Softmax outputs have no range: every row is squares of integers by its own peak
    and sum (:mod:`quantlens.quantizers.rows`).
