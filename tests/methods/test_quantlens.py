@@ -35,13 +35,11 @@ def test_fast_beats_repq_and_its_ablations(digits):
         "nearest": _divergence(digits, rounding="nearest"),
         "neither": _divergence(digits, fit=False, rounding="nearest"),
         "one scale for softmax": _divergence(digits, softmax="auto"),
-        "hidden as it is": _divergence(digits, hidden="none"),
-        "means left in": _divergence(digits, centre=False),
     }
     assert found["whole"] < 0.6 * found["repq"], found
     assert found["whole"] < found["no fit"] < found["neither"], found
     assert found["whole"] < 0.3 * found["nearest"], found
-    assert found["whole"] < min(found["one scale for softmax"], found["hidden as it is"]), found
+    assert found["whole"] < 0.7 * found["one scale for softmax"], found
 
 
 def test_rotations_undo_uneven_channels(digits):

@@ -9,7 +9,7 @@ import quantlens as ql
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
 from quantlens.methods.base import Run, Widths
-from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, rotate
+from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, rewrite
 from quantlens.quantizers import Bits, Plan, QuantizedModel
 from quantlens.reconstruction import Distillation, distil, distillation
 from quantlens.reconstruction.distillation import near_code, trained_vectors
@@ -66,11 +66,12 @@ def test_it_helps_on_images_not_seen_and_more_than_vectors_alone(digits):
     model, images = digits["model"], digits["images"]
     graph = ql.quantize(model, digits["calibration"], bits="W32A32").graph.clone()
     calibration, method = Calibration.of(digits["calibration"], model.preprocess), QuantlensFast()
-    options = method.options({})
+    options = method.options({"softmax": "auto", "hidden": "none", "centre": False})  # a start that leaves much to do
+    widths, run = Widths(Bits.parse("W3A3"), options), Run(options, 0)
     with torch.no_grad():
-        plan = Plan({}, rotate(graph, "all", 0))
+        plan = Plan({}, rewrite(graph, calibration, widths, run))
         reference = graph.clone()
-        starts = calibrate(graph, calibration, Widths(Bits.parse("W3A3"), options), plan, Run(options, 0))
+        starts = calibrate(graph, calibration, widths, plan, run)
     expected = digits["expected"][: len(images)]
     before = _divergence(_logits(model, graph, plan, images), expected)
 
