@@ -114,6 +114,15 @@ def test_coarse_hidden_values_alone_are_rotated_at_run_time(digits):
     some = {"default": "W8A8", "blocks.0": "W4A4"}
     assert 0 < rotated(some) < layers
 
+    def centred(bits, **options):
+        q = ql.quantize(digits["model"], digits["calibration"][:8], method="fast", bits=bits, **options)
+        return any("means taken out" in told for told in q.plan.rewrites)
+
+    assert centred(some)
+    assert centred("W4A8", centre="all")
+    assert not centred("W4A8")
+    assert not centred("W4A4", centre="none")
+
 
 def test_seeds_rotate_differently_and_reproducibly(loaded, pictures):
     model = loaded["vit"]

@@ -66,7 +66,7 @@ def test_it_helps_on_images_not_seen_and_more_than_vectors_alone(digits):
     model, images = digits["model"], digits["images"]
     graph = ql.quantize(model, digits["calibration"], bits="W32A32").graph.clone()
     calibration, method = Calibration.of(digits["calibration"], model.preprocess), QuantlensFast()
-    options = method.options({"softmax": "auto", "hidden": "none", "centre": False})  # a start that leaves much to do
+    options = method.options({"softmax": "auto", "hidden": "none", "centre": "none"})  # a start that leaves much to do
     widths, run = Widths(Bits.parse("W3A3"), options), Run(options, 0)
     with torch.no_grad():
         plan = Plan({}, rewrite(graph, calibration, widths, run))

@@ -99,9 +99,10 @@ class QuantlensFast(Method):
                 ("all", "residual", "heads", "none"),
             ),
             "centre": Option(
-                True,
-                "means of channels taken out of LayerNorm outputs, keys, attention and hidden values",
-                (True, False),
+                "auto",
+                "means of channels taken out of LayerNorm outputs, keys, attention outputs and rotated hidden values: "
+                f"auto (where an activation has {COARSE} bits or fewer), all or none",
+                ("auto", "all", "none"),
             ),
             "hidden": Option(
                 "auto",
@@ -156,7 +157,7 @@ def rewrite(graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> l
         graph.invalidate()
     turned = [site for site in behind_activations(graph) if _coarse(graph, site, bits, run["hidden"])]
     means: dict[str, Tensor] = {}
-    if run["centre"]:
+    if run["centre"] == "all" or (run["centre"] == "auto" and _any_coarse(graph, bits)):
         done += centre(graph, calibration)
         means = channel_means(graph, calibration, (f"{site.name}.input" for site in turned))
     rotations: dict[int, Tensor] = {}
@@ -187,6 +188,11 @@ def behind_activations(graph: Graph) -> list[Site]:
         return gated or op_name(node) in ACTIVATIONS
 
     return [site for site in graph.sites.of_kind("linear") if behind(site.node.args[0])]
+
+
+def _any_coarse(graph: Graph, bits: Widths) -> bool:
+    """Whether some activation has :data:`COARSE` bits or fewer."""
+    return any(bits.of(graph, e) <= COARSE for e in matmul_operand_edges(graph) if not e.is_weight)
 
 
 def _coarse(graph: Graph, site: Site, bits: Widths, hidden: str) -> bool:
