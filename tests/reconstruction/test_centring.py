@@ -32,7 +32,9 @@ def test_the_function_stays_and_the_means_go(loaded, architecture, pictures):
     graph.invalidate()
     expected, edges = graph(pictures), _edges(graph)
     calibration = Calibration.of(pictures, model.preprocess)
-    told = centre(graph, calibration)
+    also = [f"{graph.sites.of_kind('linear')[0].name}.output"]
+    told, means = centre(graph, calibration, also)
+    assert list(means) == also
     torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-3)
     after = channel_means(graph, calibration, [key for keys in edges.values() for key in keys])
     centred = {what: [key for key in keys if float(after[key].abs().max()) < 1e-4] for what, keys in edges.items()}

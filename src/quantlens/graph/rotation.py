@@ -220,10 +220,9 @@ def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | No
     bias ← bias + W_new·t.
 
     rotation: R [n, n], orthogonal; n divides the layer's input channels. mean: of x, [C]; t is what the rotation makes
-    of it (None: 0). The product is an operation of its own in
-    front of the layer, at n multiplications per channel and token; its constant is one for all layers that get an equal
-    matrix. It is no site: it stays in float. Raises ValueError where n does not fit. The caller calls
-    :meth:`Graph.invalidate` when all is done.
+    of it (None: 0). The product is an operation of its own in front of the layer, at n multiplications per channel and
+    token; its constant is one for all layers that get an equal matrix. It is no site: it stays in float. Raises
+    ValueError where n does not fit. The caller calls :meth:`Graph.invalidate` when all is done.
     """
     node, source, size = linear.node, linear.node.args[0], len(rotation)
     name = str(linear.weight)

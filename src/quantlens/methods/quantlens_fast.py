@@ -66,7 +66,7 @@ from quantlens.quantizers.bits import FLOAT
 from quantlens.ranges import Observation, affine, clipping, log_by_quantile, mse
 from quantlens.ranges.rules import REPQ_QUANTILES
 from quantlens.reconstruction.bias import corrected_layers
-from quantlens.reconstruction.centring import centre, channel_means
+from quantlens.reconstruction.centring import centre
 from quantlens.reconstruction.closed_form import Grid, Moments, output_shift, ridge, round_columns
 from quantlens.reconstruction.heads import find_score_pairs, find_value_pairs, rotate_scores, rotate_values
 
@@ -158,8 +158,8 @@ def rewrite(graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> l
     turned = [site for site in behind_activations(graph) if _coarse(graph, site, bits, run["hidden"])]
     means: dict[str, Tensor] = {}
     if run["centre"] == "all" or (run["centre"] == "auto" and _any_coarse(graph, bits)):
-        done += centre(graph, calibration)
-        means = channel_means(graph, calibration, (f"{site.name}.input" for site in turned))
+        said, means = centre(graph, calibration, (f"{site.name}.input" for site in turned))
+        done += said
     rotations: dict[int, Tensor] = {}
     for site in turned:
         size = together(graph, site)

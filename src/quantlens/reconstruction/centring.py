@@ -47,13 +47,15 @@ def channel_means(graph: Graph, calibration: Calibration, keys: Iterable[str]) -
     return {key: total / counts[key] for key, total in sums.items()}
 
 
-def centre(graph: Graph, calibration: Calibration) -> list[str]:
-    """Take the means out wherever the graph proves it exact; returns one sentence, or nothing where there is nothing.
-    The caller calls :meth:`Graph.invalidate` when all is done."""
+def centre(graph: Graph, calibration: Calibration, also: Iterable[str] = ()) -> tuple[list[str], dict[str, Tensor]]:
+    """Take the means out wherever the graph proves it exact. Returns one sentence, or nothing where there is nothing;
+    and the means of the edges ``also``, found in the same pass (float64 [C] each)."""
     norms = {f"{group.norm.name}.output": group for group in find_norm_groups(graph)}
     keys = {f"{pair.k.name}.output": pair for pair in find_score_pairs(graph) if _rows_shift_freely(graph, pair.scores)}
     outputs = {f"{pair.proj.name}.input": pair for pair in find_value_pairs(graph)}
-    means = channel_means(graph, calibration, (*norms, *keys, *outputs))
+    others = list(also)
+    means = channel_means(graph, calibration, (*norms, *keys, *outputs, *others))
+    found = {key: means[key] for key in others}
     for key, group in norms.items():
         rescale_norm(graph, group, torch.ones_like(means[key]), means[key])
     for key, pair in keys.items():
@@ -68,8 +70,8 @@ def centre(graph: Graph, calibration: Calibration) -> list[str]:
     graph.invalidate()
     done = {"LayerNorms": len(norms), "keys": len(keys), "attention outputs": len(outputs)}
     if not any(done.values()):
-        return []
-    return ["means taken out of " + ", ".join(f"{count} {what}" for what, count in done.items() if count)]
+        return [], found
+    return ["means taken out of " + ", ".join(f"{count} {what}" for what, count in done.items() if count)], found
 
 
 def _add(graph: Graph, layer: Site, value: Tensor, rows: Tensor | None = None) -> None:
