@@ -100,9 +100,9 @@ def _grow(graph: Graph, start: fx.Node, groups: dict[fx.Node, NormGroup]) -> tup
         sources = _sources(graph, node, residual.channels)
         if sources is None:
             site = by_node.get(_conv_behind(node) or node)
-            if site is not None and site.kind == "linear" and _alone(graph, site):
+            if site is not None and site.kind == "linear" and alone(graph, site):
                 residual.linears.append(site)
-            elif site is not None and site.kind == "conv" and _alone(graph, site):
+            elif site is not None and site.kind == "conv" and alone(graph, site):
                 residual.convs.append(site)
             elif graph.constant(node) is not None and node.meta["shape"][-1:] == (residual.channels,):
                 residual.constants.append(str(node.target))
@@ -172,7 +172,7 @@ def _conv_behind(node: fx.Node) -> fx.Node | None:
     return node if "conv" in chain[-1] and moves in known else None
 
 
-def _alone(graph: Graph, site: Site) -> bool:
+def alone(graph: Graph, site: Site) -> bool:
     """Whether no other layer has this one's weight or bias."""
     names = [n for s in graph.sites.of_kind("linear", "conv") for n in (s.weight, s.bias) if n is not None]
     return all(names.count(n) == 1 for n in (site.weight, site.bias) if n is not None)
@@ -258,6 +258,7 @@ def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | No
 
 __all__ = [
     "Residual",
+    "alone",
     "find_residuals",
     "hadamard",
     "mean_keeping",

@@ -48,7 +48,7 @@ from quantlens.errors import QuantlensError
 from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import op_name
 from quantlens.graph.rewrites import ACTIVATIONS, ensure_bias
-from quantlens.graph.rotation import find_residuals, hadamard, mean_keeping, rotate_input, rotate_residual
+from quantlens.graph.rotation import alone, find_residuals, hadamard, mean_keeping, rotate_input, rotate_residual
 from quantlens.graph.sites import Site, dynamic_nodes
 from quantlens.methods._scale_search import patches
 from quantlens.methods.base import (
@@ -180,14 +180,15 @@ def together(graph: Graph, site: Site) -> int:
 
 
 def behind_activations(graph: Graph) -> list[Site]:
-    """Linear layers that read an activation function, or a product of two activations (gated MLPs)."""
+    """Linear layers with weights of their own that read an activation function, or a product of two activations (gated
+    MLPs)."""
     dynamic = dynamic_nodes(graph)
 
     def behind(node: Any) -> bool:
         gated = op_name(node) == "aten.mul.Tensor" and all(n in dynamic for n in node.args)
         return gated or op_name(node) in ACTIVATIONS
 
-    return [site for site in graph.sites.of_kind("linear") if behind(site.node.args[0])]
+    return [site for site in graph.sites.of_kind("linear") if behind(site.node.args[0]) and alone(graph, site)]
 
 
 def _any_coarse(graph: Graph, bits: Widths) -> bool:

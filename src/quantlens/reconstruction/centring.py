@@ -25,6 +25,7 @@ from quantlens.calibration import Calibration
 from quantlens.graph import Graph, find_norm_groups, rescale_norm
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.rewrites import ensure_bias
+from quantlens.graph.rotation import alone
 from quantlens.graph.sites import ADDS, SCALINGS, Site
 from quantlens.reconstruction.heads import find_score_pairs, find_value_pairs
 
@@ -50,9 +51,17 @@ def channel_means(graph: Graph, calibration: Calibration, keys: Iterable[str]) -
 def centre(graph: Graph, calibration: Calibration, also: Iterable[str] = ()) -> tuple[list[str], dict[str, Tensor]]:
     """Take the means out wherever the graph proves it exact. Returns one sentence, or nothing where there is nothing;
     and the means of the edges ``also``, found in the same pass (float64 [C] each)."""
-    norms = {f"{group.norm.name}.output": group for group in find_norm_groups(graph)}
-    keys = {f"{pair.k.name}.output": pair for pair in find_score_pairs(graph) if _rows_shift_freely(graph, pair.scores)}
-    outputs = {f"{pair.proj.name}.input": pair for pair in find_value_pairs(graph)}
+
+    def own(*layers: Site) -> bool:  # a bias that two layers share cannot take up what one of them needs
+        return all(alone(graph, layer) for layer in layers)
+
+    norms = {f"{group.norm.name}.output": group for group in find_norm_groups(graph) if own(*group.linears)}
+    keys = {
+        f"{pair.k.name}.output": pair
+        for pair in find_score_pairs(graph)
+        if own(pair.k) and _rows_shift_freely(graph, pair.scores)
+    }
+    outputs = {f"{pair.proj.name}.input": pair for pair in find_value_pairs(graph) if own(pair.values, pair.proj)}
     others = list(also)
     means = channel_means(graph, calibration, (*norms, *keys, *outputs, *others))
     found = {key: means[key] for key in others}
