@@ -7,7 +7,8 @@ the float graph, one through the quantized graph; at each unit the quantized one
 float one's output, then both advance. No unit is ever run twice from the start of the network.
 
 What can be trained (:attr:`Settings.optimise`): the rounding of the weights (:mod:`.rounding`), the scales of the
-activations (:mod:`.scales`), the float weights themselves (straight through their quantizer). The result is again a
+activations (:mod:`.scales`), the float weights themselves (straight through their quantizer), biases and LayerNorms.
+The result is again a
 graph and quantizers: rounded weights are written back as the values that their quantizer keeps.
 """
 
@@ -29,11 +30,11 @@ from quantlens.errors import UnknownNameError, UnsupportedError
 from quantlens.graph import Graph
 from quantlens.quantizers import Plan, Quantizer, Uniform
 from quantlens.reconstruction.checkpoints import Checkpoint
-from quantlens.reconstruction.latent import Latent
+from quantlens.reconstruction.latent import Latent, Vector, trained_vectors
 from quantlens.reconstruction.losses import Context, Loss
 from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
-from quantlens.reconstruction.settings import ROUNDING, SCALES, WEIGHTS, Report, Result, Settings, UnitReport
+from quantlens.reconstruction.settings import ROUNDING, SCALES, VECTORS, WEIGHTS, Report, Result, Settings, UnitReport
 from quantlens.reconstruction.streams import Cache, Hook, Room, Streams, frozen_hook, held_memory, random_mask
 from quantlens.reconstruction.units import Unit, find_units
 
@@ -153,6 +154,7 @@ class _Work:
         self.outputs: dict[fx.Node, Cache] | None = None
         self.scale_of: dict[fx.Node, float] = {}
         self.trained: dict[str, Any] = {}
+        self.vectors: dict[fx.Node, Vector] = {}
 
     # -- what is trained
     def _prepare(self) -> None:
@@ -188,6 +190,10 @@ class _Work:
                 if id(quantizer) not in shared:
                     shared[id(quantizer)] = LearnedScale(quantizer)
                 self.trained[edge.key] = shared[id(quantizer)]
+        if VECTORS in optimise:
+            own = set(self.unit.nodes)
+            found = [n for n in trained_vectors(self.graph) if own.issuperset(n.users)]
+            self.vectors = {node: Vector(self.graph.tensor(str(node.target))) for node in found}
 
     # -- hooks
     def frozen_hook(self, result: Result | None = None) -> Hook:
@@ -253,7 +259,7 @@ class _Work:
         self._prepare()
         start = self.streams.outputs(self.unit, self.frozen_hook())
         self.outputs = start
-        if not self.trained or not self.unit.results:
+        if not self._learners() or not self.unit.results:
             return Result(UnitReport(self.unit.name, 0.0, 0.0, (), False, 0, 0.0))
         self._scales()
         before = self._measure(start)
@@ -264,7 +270,8 @@ class _Work:
                 edges = [self.settings.iterations * i // rounds for i in (number, number + 1)]
                 self._train(before, edges[0], edges[1], 0.5**number, tell)
                 result = self._freeze()
-                outputs = self.streams.outputs(self.unit, self.frozen_hook(result))
+                vectors = {node: result.tensors[str(node.target)] for node in self.vectors}
+                outputs = self.streams.outputs(self.unit, self.frozen_hook(result), vectors)
                 after = self._measure(outputs)
                 history.append(after)
                 worse = outputs
@@ -288,7 +295,7 @@ class _Work:
 
     def _learners(self) -> list[Any]:
         """The learners, each once."""
-        return list({id(m): m for m in self.trained.values()}.values())
+        return list({id(m): m for m in (*self.trained.values(), *self.vectors.values())}.values())
 
     def _parameters(self) -> list[Tensor]:
         return [p for m in self._learners() for p in m.parameters()]
@@ -297,7 +304,7 @@ class _Work:
         """Set the learners back to the best state so far."""
         kept = getattr(self, "_kept", None)
         if kept is None:
-            self.trained = {}
+            self.trained, self.vectors = {}, {}
             self._prepare()
             return
         for parameter, value in zip(self._parameters(), kept, strict=True):
@@ -311,6 +318,7 @@ class _Work:
             AdaRound: settings.lr_rounding,
             LearnedScale: settings.lr_scales,
             Latent: settings.lr_weights,
+            Vector: settings.lr_vectors,
         }
         parameters: dict[type, list[Tensor]] = {}
         for learner in learners:
@@ -331,6 +339,7 @@ class _Work:
             images = next(batches)
             env = self.streams.inputs(self.unit, images, settings.inputs, settings.input_drop, self.generator)
             with torch.enable_grad(), _outside_inference():
+                env.update({node: vector() for node, vector in self.vectors.items()})
                 values = self.streams.run(self.unit, env, len(images), hook)
                 loss = torch.zeros((), device=self.device)
                 for node, got in zip(self.unit.results, values, strict=True):
@@ -364,6 +373,8 @@ class _Work:
                 result.quantizers[key] = frozen[id(learner)]
             else:
                 result.tensors[str(edges[key].value.target)] = learner.harden()
+        for node, vector in self.vectors.items():
+            result.tensors[str(node.target)] = vector().detach()
         return result
 
 

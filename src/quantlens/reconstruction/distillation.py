@@ -25,16 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from quantlens.calibration import CHUNK, MEMORY, Calibration
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.graph import Graph
-from quantlens.graph.graph import op_name
-from quantlens.graph.sites import classifier_terms, dynamic_nodes
+from quantlens.graph.sites import classifier_terms
 from quantlens.quantizers import Plan, Quantizer, Uniform
 from quantlens.reconstruction.checkpoints import Progressed, fingerprint
-from quantlens.reconstruction.latent import Latent
+from quantlens.reconstruction.latent import Latent, Vector, trained_vectors
 from quantlens.reconstruction.losses import divergence
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
 from quantlens.reconstruction.streams import Cache, Room, held_memory
@@ -45,9 +44,6 @@ Progress = Callable[[int, int], None]
 INSIDE = 0.45
 """How far from its code, in steps, a weight starts at most: it rounds to that code, and to another one soon if the
 gradient wants it."""
-
-AFFINE = ("aten.layer_norm.default", "aten.linear.default", "aten.conv2d.default")
-"""Operations whose vectors (biases, scale and shift) are trained."""
 
 WARM_UP = 0.05
 """Share of the steps in which the learning rates rise."""
@@ -61,16 +57,17 @@ class Distillation:
     """How the network is distilled.
 
     iterations: steps, of ``batch_size`` images each. lr_weights: learning rate (Adam) in units of each weight's
-    quantization step. lr_scales: of activations' scales, relative to the scale. lr_vectors: of biases and LayerNorms,
-    relative to the vector's root mean square. All rise for :data:`WARM_UP` of the steps and fall to zero along a
-    cosine. features: λ. plain, strange: shares of images as they are and of out-of-distribution views; the rest are
-    crops (:func:`.views.draw`).
+    quantization step. lr_scales: of activations' scales, relative to the scale. lr_steps: of weights' scales,
+    likewise; 0: they stay. lr_vectors: of biases and LayerNorms, relative to the vector's root mean square. All rise
+    for :data:`WARM_UP` of the steps and fall to zero along a cosine. features: λ. plain, strange: shares of images as
+    they are and of out-of-distribution views; the rest are crops (:func:`.views.draw`).
     """
 
     iterations: int = 300
     batch_size: int = 16
     lr_weights: float = 0.003
     lr_scales: float = 0.004
+    lr_steps: float = 0.0
     lr_vectors: float = 0.003
     features: float = 1.0
     plain: float = 0.4
@@ -212,7 +209,8 @@ class _Work:
             if uses[name] > 1 or not isinstance(quantizer, Uniform) or not bool(torch.isfinite(weight).all()):
                 self.fixed[key] = quantizer(weight)
             else:
-                self.weights[key] = Latent(quantizer, near_code(quantizer, weight, starts.get(name)))
+                start = near_code(quantizer, weight, starts.get(name))
+                self.weights[key] = Latent(quantizer, start, learn_scale=self.settings.lr_steps > 0)
 
     # -- one forward pass
     def run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -255,6 +253,7 @@ class _Work:
         rates = [
             (settings.lr_weights, [m.step for m in self.weights.values()]),
             (settings.lr_scales, list({id(m): m.ratio for m in self.scales.values()}.values())),
+            (settings.lr_steps, [m.levels.ratio for m in self.weights.values() if m.levels is not None]),
             (settings.lr_vectors, [v.step for v in self.vectors.values()]),
         ]
         groups: list[dict[str, Any]] = [{"params": p, "lr": rate, "start": rate} for rate, p in rates if p]
@@ -292,7 +291,8 @@ class _Work:
         for learner in self.scales.values():
             if id(learner) not in frozen:
                 frozen[id(learner)] = learner.freeze()
-        return tensors, {key: frozen[id(learner)] for key, learner in self.scales.items()}
+        quantizers = {key: frozen[id(learner)] for key, learner in self.scales.items()}
+        return tensors, quantizers | {key: learner.freeze() for key, learner in self.weights.items()}
 
 
 def _state(optimiser: torch.optim.Optimizer, done: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -316,41 +316,6 @@ def _resumed(optimiser: torch.optim.Optimizer, saved: Progressed | None) -> int:
         known = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
         optimiser.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in known.items()}
     return int(record["done"])
-
-
-class Vector(nn.Module):
-    """A trained vector: its start plus :attr:`step` times its root mean square (1 for a vector of zeros)."""
-
-    scale: Tensor
-    start: Tensor
-
-    def __init__(self, vector: Tensor):
-        super().__init__()
-        size = vector.square().mean().sqrt()
-        self.register_buffer("scale", torch.where(size > 0, size, torch.ones_like(size)))
-        self.register_buffer("start", vector.detach().clone())
-        self.step = nn.Parameter(torch.zeros_like(self.start))
-
-    def forward(self) -> Tensor:
-        return self.start + self.step * self.scale
-
-
-def trained_vectors(graph: Graph) -> list[fx.Node]:
-    """Float vectors (biases, LayerNorms' scale and shift) that one operation of :data:`AFFINE` alone reads."""
-    dynamic = dynamic_nodes(graph)
-    uses: dict[str, list[fx.Node]] = {}
-    for node in graph.fx.nodes:
-        if node.op == "get_attr":
-            uses.setdefault(str(node.target), []).append(node)
-    found = []
-    for name, nodes in uses.items():
-        tensor = graph.tensor(name)
-        readers = [u for n in nodes for u in n.users]
-        if tensor.dim() != 1 or not tensor.is_floating_point() or len(nodes) != 1 or len(readers) != 1:
-            continue
-        if readers[0] in dynamic and op_name(readers[0]) in AFFINE and bool(torch.isfinite(tensor).all()):
-            found.append(nodes[0])
-    return found
 
 
 def near_code(quantizer: Uniform, weight: Tensor, start: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.quantizers import Quantizer
 from quantlens.reconstruction.losses import LOSSES, Loss
 
-ROUNDING, SCALES, WEIGHTS = "rounding", "scales", "weights"
+ROUNDING, SCALES, WEIGHTS, VECTORS = "rounding", "scales", "weights", "vectors"
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Settings:
     """How units are reconstructed.
 
     optimise: any of "rounding" (AdaRound), "scales" (LSQ), "weights" (the float weights, straight through; not together
-        with "rounding"). Weights that are not quantized and formats that cannot learn stay as they are.
+        with "rounding"), "vectors" (biases, scale and shift of LayerNorms). Weights that are not quantized and formats
+        that cannot learn stay as they are.
     loss: a name of :data:`LOSSES` or a function (:data:`Loss`). It is divided by its value at the start, so that
         ``regularisation`` means the same everywhere.
     element_weights: unit name -> weights that broadcast to the unit's output, one for all images or [N, …].
@@ -31,8 +32,8 @@ class Settings:
     iterations: steps per unit, split evenly over ``rounds``. After each round the unit is frozen and measured on all
         images; the next round starts from the best result so far with half the learning rate.
     batch_size: images per step. lr_*: learning rates of Adam; scales are learned as multiples of their start, weights
-        in units of their scale (of their standard deviation without a quantizer). They fall to zero along a cosine,
-        but for soft rounding.
+        in units of their scale (of their standard deviation without a quantizer), vectors of their root mean square.
+        They fall to zero along a cosine, but for soft rounding.
     straight_through, regularisation, beta, warmup: see :class:`.rounding.AdaRound` and :func:`.rounding.annealed_beta`;
         the regulariser is the mean over a unit's weights times ``regularisation``.
     units: names of the units to train; None: all.
@@ -51,6 +52,7 @@ class Settings:
     lr_rounding: float = 0.02
     lr_scales: float = 1e-3
     lr_weights: float = 0.02
+    lr_vectors: float = 0.003
     straight_through: bool = False
     regularisation: float = 1.0
     beta: tuple[float, float] = (20.0, 2.0)
@@ -59,9 +61,9 @@ class Settings:
     float_weights: bool = False
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.optimise if name not in (ROUNDING, SCALES, WEIGHTS)]
+        unknown = [name for name in self.optimise if name not in (ROUNDING, SCALES, WEIGHTS, VECTORS)]
         if unknown:
-            raise UnknownNameError("part to optimise", unknown[0], (ROUNDING, SCALES, WEIGHTS))
+            raise UnknownNameError("part to optimise", unknown[0], (ROUNDING, SCALES, WEIGHTS, VECTORS))
         if ROUNDING in self.optimise and WEIGHTS in self.optimise:
             raise QuantlensError("either the rounding or the weights themselves can be optimised, not both")
         if self.float_weights and WEIGHTS not in self.optimise:

@@ -97,12 +97,20 @@ class Streams:
         """Values of the unit's results; ``env`` holds its sources."""
         return run_unit(self.graph, unit, env, images, hook)
 
-    def outputs(self, unit: Unit, hook: Hook | None) -> dict[fx.Node, Cache]:
-        """The quantized unit's results for all images."""
-        return self._outputs(self.quantized, unit, self.graph, unit, hook)
+    def outputs(
+        self, unit: Unit, hook: Hook | None, constants: Mapping[fx.Node, Tensor] | None = None
+    ) -> dict[fx.Node, Cache]:
+        """The quantized unit's results for all images. constants: what stands in for tensors of the graph."""
+        return self._outputs(self.quantized, unit, self.graph, unit, hook, constants or {})
 
     def _outputs(
-        self, inputs: dict[fx.Node, Cache], unit: Unit, graph: Graph, same: Unit, hook: Hook | None
+        self,
+        inputs: dict[fx.Node, Cache],
+        unit: Unit,
+        graph: Graph,
+        same: Unit,
+        hook: Hook | None,
+        constants: Mapping[fx.Node, Tensor],
     ) -> dict[fx.Node, Cache]:
         """Results of ``unit``, computed by its counterpart ``same`` in ``graph``."""
         caches = {node: Cache(self.room, self.count) for node in unit.results}
@@ -110,13 +118,14 @@ class Streams:
             last = min(first + CHUNK, self.count)
             pairs = zip(unit.sources, same.sources, strict=True)
             env: dict[fx.Node, Any] = {s: inputs[n].slice(first, last, self.device) for n, s in pairs}
+            env.update(constants)
             for node, value in zip(unit.results, run_unit(graph, same, env, last - first, hook), strict=True):
                 caches[node].put(first, last - first, value)
         return caches
 
     def advance_float(self, unit: Unit, graph: Graph, same: Unit) -> None:
         """Take the float stream through ``unit``, as its counterpart ``same`` in the float model ``graph`` has it."""
-        self.float.update(self._outputs(self.float, unit, graph, same, None))
+        self.float.update(self._outputs(self.float, unit, graph, same, None, {}))
 
     def advance_quantized(self, unit: Unit, outputs: dict[fx.Node, Cache]) -> None:
         self.quantized.update(outputs)
