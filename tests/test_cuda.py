@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens.data import load_images, open_source
 from quantlens.methods import registry
 
 DEVICE = os.environ.get("QUANTLENS_TEST_DEVICE", "cuda")
@@ -175,7 +174,8 @@ def test_commands_there(tmp_path):
         "--out", str(out), "--quiet")  # fmt: skip
     run("inspect", "digits-vit", "--n", "8", "--bits", "W4A4", "--json", str(found))
     assert json.loads(found.read_text())["sites"]
-    run("allocate", "digits-vit", "--target", "W6A6", "--calibration", "embedded:digits-calibration", "--n", "8", "--out", str(tmp_path / "a.json"))
+    run("allocate", "digits-vit", "--target", "W6A6", "--calibration", "embedded:digits-calibration", "--n", "8",
+        "--out", str(tmp_path / "a.json"))  # fmt: skip
 
 
 def test_sensitivities_and_attention_there(digits, there):

@@ -51,10 +51,12 @@ def test_units_make_up_the_whole_network(small, architecture, pictures):
 
 
 # -- it works ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("what", [("rounding",), ("scales",), ("rounding", "scales"), ("weights",)])
+@pytest.mark.parametrize("what", [("rounding",), ("scales",), ("rounding", "scales"), ("weights",), ("vectors",)])
 def test_every_architecture_comes_nearer_to_its_float_model(what, small, architecture, pictures):
     start = _start(small[architecture], pictures, "W3A6")
-    settings = Settings(what, iterations=8, batch_size=4, straight_through=True, lr_rounding=0.1, lr_weights=0.05)
+    settings = Settings(
+        what, iterations=8, batch_size=4, straight_through=True, lr_rounding=0.1, lr_weights=0.05, lr_vectors=0.02
+    )
     graph, plan, report = _run(start, settings)
     assert all(u.after <= u.before for u in report.units)
     assert sum(u.accepted for u in report.units) >= 2, report

@@ -12,7 +12,8 @@ from quantlens.methods.base import Run, Widths
 from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, rewrite
 from quantlens.quantizers import Bits, Plan, QuantizedModel
 from quantlens.reconstruction import Distillation, distil, distillation
-from quantlens.reconstruction.distillation import near_code, trained_vectors
+from quantlens.reconstruction.distillation import near_code
+from quantlens.reconstruction.latent import trained_vectors
 
 
 def _start(model, images, bits="W3A4", method="minmax"):
@@ -117,6 +118,23 @@ def test_a_weight_starts_at_its_code_and_near_its_float_value(digits):
     assert torch.equal(quantizer(near), quantizer(weight))
     assert bool(((near - start).abs() <= (quantizer(weight) - start).abs() + 1e-7).all())
     assert torch.equal(near_code(quantizer, weight, None), quantizer(weight))
+
+
+def test_gains_move_scales_and_leave_codes(digits):
+    start = _start(digits["model"], digits["calibration"], "W3A4")
+    settings = {"lr_weights": 0.0, "lr_scales": 0.0, "lr_vectors": 0.0, "plain": 1.0, "strange": 0.0}
+    graph, plan, report = _run(start, Distillation(20, 8, lr_gains=0.01, **settings))
+    assert report.accepted
+    assert report.after < 0.95 * report.before
+    moved = 0
+    for edge in (e for e in graph.sites.edges.values() if e.is_weight):
+        name, old, new = str(edge.value.target), start[1].quantizers[edge.key], plan.quantizers[edge.key]
+        assert torch.equal(old.encode(start[0].tensor(name)), new.encode(graph.tensor(name)))
+        assert torch.equal(new(graph.tensor(name)), graph.tensor(name))
+        moved += int(not torch.equal(old.scale, new.scale))
+    assert moved > 10
+    with pytest.raises(QuantlensError, match="gains"):
+        Distillation(lr_gains=0.01)
 
 
 def test_vectors_that_are_trained_are_biases_and_norms(digits):

@@ -33,7 +33,7 @@ from quantlens.graph import Graph
 from quantlens.graph.sites import classifier_terms
 from quantlens.quantizers import Plan, Quantizer, Uniform
 from quantlens.reconstruction.checkpoints import Progressed, fingerprint
-from quantlens.reconstruction.latent import Latent, Vector, trained_vectors
+from quantlens.reconstruction.latent import Latent, Rescaled, Vector, trained_vectors
 from quantlens.reconstruction.losses import divergence
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
 from quantlens.reconstruction.streams import Cache, Room, held_memory
@@ -57,17 +57,18 @@ class Distillation:
     """How the network is distilled.
 
     iterations: steps, of ``batch_size`` images each. lr_weights: learning rate (Adam) in units of each weight's
-    quantization step. lr_scales: of activations' scales, relative to the scale. lr_steps: of weights' scales,
-    likewise; 0: they stay. lr_vectors: of biases and LayerNorms, relative to the vector's root mean square. All rise
-    for :data:`WARM_UP` of the steps and fall to zero along a cosine. features: λ. plain, strange: shares of images as
-    they are and of out-of-distribution views; the rest are crops (:func:`.views.draw`).
+    quantization step; 0: their codes stay. lr_gains: of the scales of weights whose codes stay, relative to the scale;
+    0: these stay too. lr_scales: of activations' scales, likewise. lr_vectors: of biases and LayerNorms, relative to
+    the vector's root mean square. All rise for :data:`WARM_UP` of the steps and fall to zero along a cosine. features:
+    λ. plain, strange: shares of images as they are and of out-of-distribution views; the rest are crops
+    (:func:`.views.draw`).
     """
 
     iterations: int = 300
     batch_size: int = 16
     lr_weights: float = 0.003
+    lr_gains: float = 0.0
     lr_scales: float = 0.004
-    lr_steps: float = 0.0
     lr_vectors: float = 0.003
     features: float = 1.0
     plain: float = 0.4
@@ -76,6 +77,8 @@ class Distillation:
     def __post_init__(self) -> None:
         if self.iterations < 0 or self.batch_size < 1:
             raise QuantlensError("distillation needs iterations >= 0 and a batch size >= 1")
+        if self.lr_weights > 0 and self.lr_gains > 0:
+            raise QuantlensError("distillation: gains are of weights whose codes stay; set lr_weights or lr_gains to 0")
         if self.plain < 0 or self.strange < 0 or self.plain + self.strange > 1 or self.features < 0:
             raise QuantlensError(
                 "distillation: plain and strange are shares of 0 or more, together at most 1; features is 0 or more"
@@ -186,13 +189,13 @@ class _Work:
         self.teacher, self.student, self.device = teacher, _Network(graph), graph.device
         self.seed = seed
         self.fixed: dict[str, Tensor] = {}
-        self.weights: dict[str, Latent] = {}
+        self.weights: dict[str, Latent | Rescaled] = {}
         self.scales: dict[str, LearnedScale] = {}
         self._learners(starts)
         self.vectors = {node: Vector(graph.tensor(str(node.target))) for node in trained_vectors(graph)}
 
     def _learners(self, starts: Mapping[str, Tensor]) -> None:
-        """A learner for every weight that one layer alone reads, and for every scale that can learn."""
+        """A learner for every scale that can learn, and for every weight that is trained: one that one layer reads."""
         edges, uses = self.graph.sites.edges, dict[str, int]()
         for edge in edges.values():
             if edge.is_weight:
@@ -206,11 +209,13 @@ class _Work:
                 continue
             name = str(edge.value.target)
             weight = self.graph.tensor(name)
-            if uses[name] > 1 or not isinstance(quantizer, Uniform) or not bool(torch.isfinite(weight).all()):
-                self.fixed[key] = quantizer(weight)
+            able = isinstance(quantizer, Uniform) and uses[name] == 1 and bool(torch.isfinite(weight).all())
+            if able and self.settings.lr_weights > 0:
+                self.weights[key] = Latent(quantizer, near_code(quantizer, weight, starts.get(name)))
+            elif able and self.settings.lr_gains > 0:
+                self.weights[key] = Rescaled(quantizer, weight)
             else:
-                start = near_code(quantizer, weight, starts.get(name))
-                self.weights[key] = Latent(quantizer, start, learn_scale=self.settings.lr_steps > 0)
+                self.fixed[key] = quantizer(weight)
 
     # -- one forward pass
     def run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -251,9 +256,9 @@ class _Work:
         """All steps, or those behind the ones that are ``saved``."""
         settings = self.settings
         rates = [
-            (settings.lr_weights, [m.step for m in self.weights.values()]),
+            (settings.lr_weights, [m.step for m in self.weights.values() if isinstance(m, Latent)]),
+            (settings.lr_gains, [m.ratio for m in self.weights.values() if isinstance(m, Rescaled)]),
             (settings.lr_scales, list({id(m): m.ratio for m in self.scales.values()}.values())),
-            (settings.lr_steps, [m.levels.ratio for m in self.weights.values() if m.levels is not None]),
             (settings.lr_vectors, [v.step for v in self.vectors.values()]),
         ]
         groups: list[dict[str, Any]] = [{"params": p, "lr": rate, "start": rate} for rate, p in rates if p]
@@ -292,7 +297,8 @@ class _Work:
             if id(learner) not in frozen:
                 frozen[id(learner)] = learner.freeze()
         quantizers = {key: frozen[id(learner)] for key, learner in self.scales.items()}
-        return tensors, quantizers | {key: learner.freeze() for key, learner in self.weights.items()}
+        quantizers |= {key: m.freeze() for key, m in self.weights.items() if isinstance(m, Rescaled)}
+        return tensors, quantizers
 
 
 def _state(optimiser: torch.optim.Optimizer, done: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

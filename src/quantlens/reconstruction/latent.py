@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from quantlens.graph import Graph
 from quantlens.graph.graph import op_name
 from quantlens.graph.sites import dynamic_nodes
-from quantlens.quantizers import Uniform
-from quantlens.reconstruction.scales import LearnedScale, fake_quantize
+from quantlens.quantizers import Quantizer, Uniform
+from quantlens.reconstruction.scales import LARGEST, SMALLEST, fake_quantize, with_scale
 
 AFFINE = ("aten.layer_norm.default", "aten.linear.default", "aten.conv2d.default")
 """Operations whose vectors (biases, scale and shift) are trained."""
@@ -24,17 +24,14 @@ class Latent(nn.Module):
     quantizer: of the weight, or None for a weight that stays in float. weight: where it starts, float32. :attr:`step`
     is the parameter: the distance from the start in units of the quantizer's scale, or of the weight's standard
     deviation for a format without one scale or no quantizer, so that one learning rate suits weights of any size.
-    learn_scale: whether the scale itself is learned beside the weight (:attr:`levels`, LSQ); the unit of :attr:`step`
-    stays the scale it began with.
     """
 
     scale: Tensor
     start: Tensor
 
-    def __init__(self, quantizer: Any, weight: Tensor, *, learn_scale: bool = False):
+    def __init__(self, quantizer: Any, weight: Tensor):
         super().__init__()
         self.quantizer = quantizer
-        self.levels = LearnedScale(quantizer) if learn_scale else None
         scale = quantizer._spread(quantizer.scale, weight.dim()) if isinstance(quantizer, Uniform) else weight.std()
         self.register_buffer("scale", scale.detach().clone())
         self.register_buffer("start", weight.detach().clone())
@@ -46,19 +43,39 @@ class Latent(nn.Module):
 
     def forward(self) -> Tensor:
         """The weight as the layer uses it, with its gradient."""
-        if self.levels is not None:
-            return self.levels(self.latent())
         return self.latent() if self.quantizer is None else fake_quantize(self.quantizer, self.latent())
-
-    def freeze(self) -> Any:
-        """The quantizer, with its scale as learned; None without one."""
-        return self.quantizer if self.levels is None else self.levels.freeze()
 
     @torch.no_grad()
     def harden(self) -> Tensor:
         """The weight as the layer uses it: on the grid of its quantizer, or in float without one."""
-        quantizer = self.freeze()
-        return self.latent() if quantizer is None else quantizer(self.latent())
+        return self.latent() if self.quantizer is None else self.quantizer(self.latent())
+
+
+class Rescaled(nn.Module):
+    """A quantized weight whose codes stay and whose scales are learned: :attr:`ratio`, a multiple of each, is the
+    parameter. quantizer: uniform. weight: float32, as the quantizer reads it."""
+
+    value: Tensor
+
+    def __init__(self, quantizer: Uniform, weight: Tensor):
+        super().__init__()
+        self.quantizer = quantizer
+        self.register_buffer("value", quantizer(weight).detach())
+        self.ratio = nn.Parameter(torch.ones_like(quantizer.scale))
+
+    def forward(self) -> Tensor:
+        """The weight as the layer uses it, with its gradient."""
+        return self.value * self.quantizer._spread(self.ratio.clamp(SMALLEST, LARGEST), self.value.dim())
+
+    @torch.no_grad()
+    def freeze(self) -> Quantizer:
+        """The quantizer with the scales as learned."""
+        return with_scale(self.quantizer, self.quantizer.scale * self.ratio.clamp(SMALLEST, LARGEST))
+
+    @torch.no_grad()
+    def harden(self) -> Tensor:
+        """The weight as the layer uses it, on the grid of :meth:`freeze`'s quantizer."""
+        return self.freeze()(self())
 
 
 class Vector(nn.Module):
