@@ -66,7 +66,7 @@ def test_rotations_undo_uneven_channels(digits):
 
 
 def test_best_goes_on_where_fast_ends(digits, tmp_path):
-    options = {"iterations": 12, "batch_size": 16, "distillation": 4}
+    options = {"iterations": 40, "distillation": 4}
     fast, q = (
         ql.quantize(digits["model"], digits["calibration"], method=method, bits="W3A3", **given)
         for method, given in (("quantlens-fast", {}), ("quantlens-best", options))

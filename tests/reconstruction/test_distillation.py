@@ -55,7 +55,9 @@ def test_it_trains_the_model_that_is_shipped(digits):
     """The loss in training is that of the quantized model, not of something near to it."""
     model = digits["model"]
     graph, plan, calibration, reference = _start(model, digits["calibration"], "W4A4", "repq-vit")
-    _, _, report = _run((graph, plan, calibration, reference), Distillation(iterations=0, features=0.0))
+    _, _, report = _run(
+        (graph, plan, calibration, reference), Distillation(iterations=0, features=0.0, plain=1.0, strange=0.0)
+    )
     with torch.inference_mode():
         expected = model(digits["calibration"])
     assert report.before == pytest.approx(
@@ -77,11 +79,12 @@ def test_it_helps_on_images_not_seen_and_more_than_vectors_alone(digits):
     before = _divergence(_logits(model, graph, plan, images), expected)
 
     def after(**changes):
-        found = _run((graph, plan, calibration, reference), Distillation(60, 16, **changes), starts=starts)
+        settings = Distillation(60, 16, **{"lr_weights": 0.003, "plain": 0.4, **changes})
+        found = _run((graph, plan, calibration, reference), settings, starts=starts)
         return _divergence(_logits(model, *found[:2], images), expected), found[2]
 
     (whole, report), (vectors, partial) = after(), after(lr_weights=0.0, lr_scales=0.0)
-    assert report.after < 0.6 * partial.after < partial.before
+    assert report.after < 0.8 * min(partial.after, partial.before)
     assert whole < 0.5 * before, (whole, before)
     assert whole < 0.85 * vectors, (whole, vectors)
 
@@ -89,7 +92,7 @@ def test_it_helps_on_images_not_seen_and_more_than_vectors_alone(digits):
 def test_a_killed_run_goes_on_bit_equal(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(distillation, "SAVED", 2)
     start = _start(digits["model"], digits["calibration"][:16], "W3A4")
-    settings = Distillation(iterations=5, batch_size=8)
+    settings = Distillation(iterations=5, batch_size=8, lr_weights=0.003)
     whole = _run(start, settings, seed=3)
 
     def kill(done, total):
@@ -120,21 +123,27 @@ def test_a_weight_starts_at_its_code_and_near_its_float_value(digits):
     assert torch.equal(near_code(quantizer, weight, None), quantizer(weight))
 
 
-def test_gains_move_scales_and_leave_codes(digits):
+def test_weights_stay_without_a_learning_rate(digits):
     start = _start(digits["model"], digits["calibration"], "W3A4")
-    settings = {"lr_weights": 0.0, "lr_scales": 0.0, "lr_vectors": 0.0, "plain": 1.0, "strange": 0.0}
-    graph, plan, report = _run(start, Distillation(20, 8, lr_gains=0.01, **settings))
+    graph, plan, report = _run(start, Distillation(20, 8, lr_vectors=0.01))
     assert report.accepted
     assert report.after < 0.95 * report.before
-    moved = 0
-    for edge in (e for e in graph.sites.edges.values() if e.is_weight):
-        name, old, new = str(edge.value.target), start[1].quantizers[edge.key], plan.quantizers[edge.key]
-        assert torch.equal(old.encode(start[0].tensor(name)), new.encode(graph.tensor(name)))
-        assert torch.equal(new(graph.tensor(name)), graph.tensor(name))
-        moved += int(not torch.equal(old.scale, new.scale))
-    assert moved > 10
-    with pytest.raises(QuantlensError, match="gains"):
-        Distillation(lr_gains=0.01)
+    changed = {k for k, v in graph.tensors().items() if not torch.equal(v, start[0].tensor(k))}
+    assert changed
+    assert all(graph.tensor(name).dim() == 1 for name in changed)
+    assert all(plan.quantizers[e.key] is start[1].quantizers[e.key] for e in graph.sites.edges.values() if e.is_weight)
+
+
+def test_views_decide_and_not_images_learned_by_heart(digits):
+    """The loss that is reported, and decides, is that on views: it is not the one on the images as they are."""
+    start = _start(digits["model"], digits["calibration"], "W3A4")
+    crops, plain = (
+        _run(start, Distillation(0, plain=share, strange=0.0), seed=seed)[2].before
+        for share, seed in ((0.0, 1), (1.0, 1))
+    )
+    again, other = (_run(start, Distillation(0, plain=0.0, strange=0.0), seed=seed)[2].before for seed in (1, 2))
+    assert crops == again
+    assert len({crops, plain, other}) == 3
 
 
 def test_vectors_that_are_trained_are_biases_and_norms(digits):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantlens.reconstruction.views import STRANGE, cropped, draw, mixed, noise, shuffled
+from quantlens.calibration import CHUNK, Calibration
+from quantlens.reconstruction.views import STRANGE, cropped, draw, mixed, noise, shuffled, with_views
 
 
 @pytest.fixture
@@ -78,3 +79,18 @@ def test_the_shares_of_views_are_as_asked(images):
     assert abs(untouched - 0.4) < 0.07
     only_crops = share(0.4, 0.0)[1]
     assert abs(float((seen != only_crops).flatten(1).any(1).double().mean()) - 0.3) < 0.07
+
+
+@pytest.mark.parametrize("count", [1, 6, 40])
+def test_calibration_images_and_behind_them_views(count, images):
+    many = Calibration(images.repeat(6, 1, 1, 1), 36, source="a tensor", fingerprint=None, device=images.device)
+    wide = with_views(many, count, 0.5, seed=2)
+    assert len(wide) == 36 + count
+    together = torch.cat(list(wide))
+    assert len(together) == 36 + count
+    assert torch.equal(together[:36], torch.cat(list(many)))
+    assert torch.equal(together, torch.cat(list(with_views(many, count, 0.5, seed=2))))
+    assert not torch.equal(together[36:], torch.cat(list(with_views(many, count, 0.5, seed=3)))[36:])
+    assert all(float((view - image).abs().mean()) > 0.01 for view in together[36:] for image in images)
+    assert with_views(many, 0, 0.5, seed=2) is many
+    assert CHUNK < 36, "more than one chunk"

@@ -2,10 +2,10 @@
 
 Block reconstruction trains every block towards its own float output; what it cannot see is which errors the blocks
 behind make up for and which they make worse. Here the whole network is trained at once, straight through all
-quantizers, towards the float network's logits and features, without labels. It is no training from scratch: weights
-move by a fraction of their quantization step, so that some of them round to the neighbouring code; scales of
-activations, biases and what is left of LayerNorms move along. Some hundred steps do, because what it starts from is
-already good.
+quantizers, towards the float network's logits and features, without labels: scales of activations, biases, and what is
+left of LayerNorms. Some dozens of steps do, because what it starts from is already good. Weights can be trained, too
+(``lr_weights``): by a fraction of their quantization step, so that some of them round to the neighbouring code. With
+256 images that learns these by heart: :mod:`quantlens.methods.quantlens_best` has figures.
 
     L = mean over images of KL(softmax(f) ‖ softmax(f̂)) + λ·‖h − ĥ‖²/‖h‖²
 
@@ -33,7 +33,7 @@ from quantlens.graph import Graph
 from quantlens.graph.sites import classifier_terms
 from quantlens.quantizers import Plan, Quantizer, Uniform
 from quantlens.reconstruction.checkpoints import Progressed, fingerprint
-from quantlens.reconstruction.latent import Latent, Rescaled, Vector, trained_vectors
+from quantlens.reconstruction.latent import Latent, Vector, trained_vectors
 from quantlens.reconstruction.losses import divergence
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
 from quantlens.reconstruction.streams import Cache, Room, held_memory
@@ -52,33 +52,33 @@ SAVED = 25
 """Steps between two states on disk."""
 
 
+VIEWED = (1 << 24) - 1
+"""Number of the step, never reached, whose views the loss is measured on before and after."""
+
+
 @dataclass(frozen=True)
 class Distillation:
     """How the network is distilled.
 
     iterations: steps, of ``batch_size`` images each. lr_weights: learning rate (Adam) in units of each weight's
-    quantization step; 0: their codes stay. lr_gains: of the scales of weights whose codes stay, relative to the scale;
-    0: these stay too. lr_scales: of activations' scales, likewise. lr_vectors: of biases and LayerNorms, relative to
-    the vector's root mean square. All rise for :data:`WARM_UP` of the steps and fall to zero along a cosine. features:
-    λ. plain, strange: shares of images as they are and of out-of-distribution views; the rest are crops
-    (:func:`.views.draw`).
+    quantization step; 0: they stay. lr_scales: of activations' scales, relative to the scale. lr_vectors: of biases and
+    LayerNorms, relative to the vector's root mean square. All rise for :data:`WARM_UP` of the steps and fall to zero
+    along a cosine. features: λ. plain, strange: shares of images as they are and of out-of-distribution views; the rest
+    are crops (:func:`.views.draw`).
     """
 
-    iterations: int = 300
+    iterations: int = 60
     batch_size: int = 16
-    lr_weights: float = 0.003
-    lr_gains: float = 0.0
+    lr_weights: float = 0.0
     lr_scales: float = 0.004
     lr_vectors: float = 0.003
     features: float = 1.0
-    plain: float = 0.4
+    plain: float = 0.1
     strange: float = 0.25
 
     def __post_init__(self) -> None:
         if self.iterations < 0 or self.batch_size < 1:
             raise QuantlensError("distillation needs iterations >= 0 and a batch size >= 1")
-        if self.lr_weights > 0 and self.lr_gains > 0:
-            raise QuantlensError("distillation: gains are of weights whose codes stay; set lr_weights or lr_gains to 0")
         if self.plain < 0 or self.strange < 0 or self.plain + self.strange > 1 or self.features < 0:
             raise QuantlensError(
                 "distillation: plain and strange are shares of 0 or more, together at most 1; features is 0 or more"
@@ -87,7 +87,7 @@ class Distillation:
 
 @dataclass(frozen=True)
 class DistillationReport:
-    """before, after: the loss on the calibration images as they are. accepted: whether anything was changed."""
+    """before, after: the loss on a view of every calibration image. accepted: whether anything was changed."""
 
     before: float
     after: float
@@ -117,8 +117,8 @@ def distil(
     every :data:`SAVED` steps; a later call with equal graph, plan, images, settings and seed goes on there, bit-equal.
     memory: bytes of cached images kept in memory.
 
-    Random numbers come from CPU generators, seeded per step. A network whose loss on the calibration images did not
-    fall stays as it was. Raises UnsupportedError for a plan with integer operators.
+    Random numbers come from CPU generators, seeded per step. A network whose loss on views of the calibration images
+    did not fall stays as it was. Raises UnsupportedError for a plan with integer operators.
     """
     settings = settings or Distillation()
     if plan.operators:
@@ -189,7 +189,7 @@ class _Work:
         self.teacher, self.student, self.device = teacher, _Network(graph), graph.device
         self.seed = seed
         self.fixed: dict[str, Tensor] = {}
-        self.weights: dict[str, Latent | Rescaled] = {}
+        self.weights: dict[str, Latent] = {}
         self.scales: dict[str, LearnedScale] = {}
         self._learners(starts)
         self.vectors = {node: Vector(graph.tensor(str(node.target))) for node in trained_vectors(graph)}
@@ -212,8 +212,6 @@ class _Work:
             able = isinstance(quantizer, Uniform) and uses[name] == 1 and bool(torch.isfinite(weight).all())
             if able and self.settings.lr_weights > 0:
                 self.weights[key] = Latent(quantizer, near_code(quantizer, weight, starts.get(name)))
-            elif able and self.settings.lr_gains > 0:
-                self.weights[key] = Rescaled(quantizer, weight)
             else:
                 self.fixed[key] = quantizer(weight)
 
@@ -244,20 +242,25 @@ class _Work:
         return total
 
     def measure(self) -> float:
-        """L on all calibration images as they are."""
+        """L on one view of every calibration image, the same ones in every call and none that is trained on (but for
+        images as they are). On the images themselves a network that has learned them by heart would look best."""
         total, count = 0.0, self.images.count
+        generator = torch.Generator().manual_seed((self.seed << 24) + VIEWED)
         for first in range(0, count, CHUNK):
             last = min(first + CHUNK, count)
-            total += float(self.loss(self.images.slice(first, last, self.device))) * (last - first) / count
+            views = self._views(self.images.slice(first, last, self.device), generator)
+            total += float(self.loss(views)) * len(views) / count
         return total
+
+    def _views(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        return draw(images, self.settings.plain, self.settings.strange, generator)
 
     # -- training
     def train(self, progress: Progress | None, saved: Progressed | None) -> None:
         """All steps, or those behind the ones that are ``saved``."""
         settings = self.settings
         rates = [
-            (settings.lr_weights, [m.step for m in self.weights.values() if isinstance(m, Latent)]),
-            (settings.lr_gains, [m.ratio for m in self.weights.values() if isinstance(m, Rescaled)]),
+            (settings.lr_weights, [m.step for m in self.weights.values()]),
             (settings.lr_scales, list({id(m): m.ratio for m in self.scales.values()}.values())),
             (settings.lr_vectors, [v.step for v in self.vectors.values()]),
         ]
@@ -269,7 +272,7 @@ class _Work:
             for group in optimiser.param_groups:
                 group["lr"] = group["start"] * factor
             generator = torch.Generator().manual_seed((self.seed << 24) + step)
-            images = draw(self.images.pick(self._batch(step), self.device), settings.plain, settings.strange, generator)
+            images = self._views(self.images.pick(self._batch(step), self.device), generator)
             with torch.enable_grad(), torch.inference_mode(False):
                 loss = self.loss(images)
                 optimiser.zero_grad(set_to_none=True)
@@ -296,9 +299,7 @@ class _Work:
         for learner in self.scales.values():
             if id(learner) not in frozen:
                 frozen[id(learner)] = learner.freeze()
-        quantizers = {key: frozen[id(learner)] for key, learner in self.scales.items()}
-        quantizers |= {key: m.freeze() for key, m in self.weights.items() if isinstance(m, Rescaled)}
-        return tensors, quantizers
+        return tensors, {key: frozen[id(learner)] for key, learner in self.scales.items()}
 
 
 def _state(optimiser: torch.optim.Optimizer, done: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

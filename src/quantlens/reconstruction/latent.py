@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from quantlens.graph import Graph
 from quantlens.graph.graph import op_name
 from quantlens.graph.sites import dynamic_nodes
-from quantlens.quantizers import Quantizer, Uniform
-from quantlens.reconstruction.scales import LARGEST, SMALLEST, fake_quantize, with_scale
+from quantlens.quantizers import Uniform
+from quantlens.reconstruction.scales import fake_quantize
 
 AFFINE = ("aten.layer_norm.default", "aten.linear.default", "aten.conv2d.default")
 """Operations whose vectors (biases, scale and shift) are trained."""
@@ -49,33 +49,6 @@ class Latent(nn.Module):
     def harden(self) -> Tensor:
         """The weight as the layer uses it: on the grid of its quantizer, or in float without one."""
         return self.latent() if self.quantizer is None else self.quantizer(self.latent())
-
-
-class Rescaled(nn.Module):
-    """A quantized weight whose codes stay and whose scales are learned: :attr:`ratio`, a multiple of each, is the
-    parameter. quantizer: uniform. weight: float32, as the quantizer reads it."""
-
-    value: Tensor
-
-    def __init__(self, quantizer: Uniform, weight: Tensor):
-        super().__init__()
-        self.quantizer = quantizer
-        self.register_buffer("value", quantizer(weight).detach())
-        self.ratio = nn.Parameter(torch.ones_like(quantizer.scale))
-
-    def forward(self) -> Tensor:
-        """The weight as the layer uses it, with its gradient."""
-        return self.value * self.quantizer._spread(self.ratio.clamp(SMALLEST, LARGEST), self.value.dim())
-
-    @torch.no_grad()
-    def freeze(self) -> Quantizer:
-        """The quantizer with the scales as learned."""
-        return with_scale(self.quantizer, self.quantizer.scale * self.ratio.clamp(SMALLEST, LARGEST))
-
-    @torch.no_grad()
-    def harden(self) -> Tensor:
-        """The weight as the layer uses it, on the grid of :meth:`freeze`'s quantizer."""
-        return self.freeze()(self())
 
 
 class Vector(nn.Module):

@@ -7,11 +7,14 @@ noise with the image's spectrum) stand for out-of-distribution images, without a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from quantlens.calibration import Calibration
 
 SMALLEST = 0.35
 """Smallest area of a crop, as a share of the image (timm trains with 0.08; a crop that small shows another thing)."""
@@ -95,3 +98,20 @@ def draw(images: Tensor, plain: float, strange: float, generator: torch.Generato
         # of all images, chosen or not: the others are what an image is mixed with
         seen = put(kind == number, change(crops, generator), seen)
     return put(chosen < plain, images, seen)
+
+
+def with_views(calibration: Calibration, count: int, strange: float, seed: int) -> Calibration:
+    """The calibration images and, behind them, ``count`` views of theirs, no image more often than another: a share of
+    ``strange`` out-of-distribution ones, the rest crops (:func:`draw`). They are kept in memory."""
+    if count <= 0:
+        return calibration
+    generator, parts, left = torch.Generator().manual_seed(seed), list(calibration), count
+    for chunk in itertools.cycle(list(parts)):
+        parts.append(draw(chunk, 0.0, strange, generator)[:left])
+        left -= len(parts[-1])
+        if left == 0:
+            break
+    source = f"{calibration.source} and {count} views"
+    return Calibration(
+        torch.cat(parts), calibration.count + count, source=source, fingerprint=None, device=calibration.device
+    )
