@@ -14,12 +14,12 @@
 3. The whole network is distilled from the float one (:mod:`quantlens.reconstruction.distillation`): predictions and
    features, on views, by scales, biases and LayerNorms; weights stay.
 
-What decided this, one seed, 256 images, KL from the float model on 200 or 240 others. DeiT-Tiny W3A3: 80 steps per
-block 0.96; behind them version 3's distillation, 300 steps with weights, 0.82, or 60 steps of biases, LayerNorms and
-scales, 0.81. 160 steps per block 0.83; with biases and LayerNorms trained, and views, 0.755; the distillation behind
-that 0.665 (with weights' scales in it, too, 0.72). ViT-Tiny W3A3: 80 steps 1.71, 320 steps 1.52 with biases and
-LayerNorms or without. Version 3's distillation of weights halved the loss on its own images and raised the KL on others
-for ViT-Tiny (W4A4 0.33 to 0.38, W3A3 1.72 to 1.84); DeiT-Tiny lost 7 points of AUPR-out by it at W4A4 and 14 at W3A3.
+What decided this, one seed, 256 images, KL from the float model on 100 others. DeiT-Tiny W3A3: 80 steps per block 0.99;
+behind them version 3's distillation, 300 steps with weights, 0.84, or 60 steps of biases, LayerNorms and scales, 0.855.
+160 steps per block 0.85; with biases and LayerNorms trained, and views, 0.76; the distillation behind that 0.68 (with
+weights' scales in it, too, 0.76). ViT-Tiny W3A3: 80 steps 1.71, 320 steps 1.565, the default 1.51. Version 3's
+distillation of weights halved the loss on its own images and raised the KL on 400 others for ViT-Tiny (W4A4 0.30 to
+0.37, W3A3 1.75 to 1.84); DeiT-Tiny lost 7 points of AUPR-out by it at W4A4 and 14 at W3A3.
 
 ``train=weights`` trains the fitted and rounded weights of the blocks themselves instead. On 32 images that overfits:
 DeiT-Tiny W4A4, 400 images, KL from the float model 0.68 (0.35 before training), where training the rounding ends at
