@@ -1,4 +1,4 @@
-"""quantlens-best: quantlens-fast, then every block trained for some hundred steps, then the whole network at once.
+"""quantlens-best: quantlens-fast, then every block trained for some hundred steps.
 
 1. :mod:`quantlens.methods.quantlens_fast` rotates the network, finds ranges and fits the weights in closed form, here
    without rounding them for good. It reads the first ``fitted`` images: on DeiT-Tiny W4A4 32 and 256 of them
@@ -11,15 +11,18 @@
    inputs, it needs some hundred steps where it takes the papers twenty thousand. Beside every calibration image stands
    a view of it (:mod:`quantlens.reconstruction.views`): a crop, or an out-of-distribution image made of it (tiles
    shuffled, two images mixed, noise with an image's spectrum). Blocks that see images alone learn them by heart.
-3. The whole network is distilled from the float one (:mod:`quantlens.reconstruction.distillation`): predictions and
-   features, on views, by scales, biases and LayerNorms; weights stay.
 
-What decided this, one seed, 256 images, KL from the float model on 100 others. DeiT-Tiny W3A3: 80 steps per block 0.99;
-behind them version 3's distillation, 300 steps with weights, 0.84, or 60 steps of biases, LayerNorms and scales, 0.855.
-160 steps per block 0.85; with biases and LayerNorms trained, and views, 0.76; the distillation behind that 0.68 (with
-weights' scales in it, too, 0.76). ViT-Tiny W3A3: 80 steps 1.71, 320 steps 1.565, the default 1.51. Version 3's
-distillation of weights halved the loss on its own images and raised the KL on 400 others for ViT-Tiny (W4A4 0.30 to
-0.37, W3A3 1.75 to 1.84); DeiT-Tiny lost 7 points of AUPR-out by it at W4A4 and 14 at W3A3.
+``distillation=60`` distils the whole network from the float one behind that
+(:mod:`quantlens.reconstruction.distillation`): predictions and features, on views, by scales, biases and LayerNorms,
+and with ``distilled=weights`` by the weights, too. It is off, because it pays for DeiT-Tiny at W3A3 alone.
+
+What decided this, one seed, 256 images, KL from the float model on 100 others. DeiT-Tiny W3A3: 80 steps per block 0.99,
+160 steps 0.85, with biases and LayerNorms trained, and views, 0.76. ViT-Tiny W3A3: 80 steps 1.71, 320 steps 1.565, with
+biases and LayerNorms 1.53; 160 steps with views, too, 1.52. Distillation of 60 steps without weights behind that:
+DeiT-Tiny W3A3 0.68 (with weights' scales in it, too, 0.76), W4A4 refused; ViT-Tiny W3A3 1.51, W4A4 0.40 for 0.345, and
+5 more points of AUPR-out lost at both. Version 3's, 300 steps with weights behind 80 steps per block, halved the loss
+on its own images and raised the KL on 400 others for ViT-Tiny (W4A4 0.30 to 0.37, W3A3 1.75 to 1.84); DeiT-Tiny lost 7
+points of AUPR-out by it at W4A4 and 14 at W3A3.
 
 ``train=weights`` trains the fitted and rounded weights of the blocks themselves instead. On 32 images that overfits:
 DeiT-Tiny W4A4, 400 images, KL from the float model 0.68 (0.35 before training), where training the rounding ends at
@@ -53,12 +56,12 @@ class QuantlensBest(Method):
     info = MethodInfo(
         name="quantlens-best",
         title="quantlens-best",
-        paper="quantlens: quantlens-fast, short block reconstruction, distillation of the whole network",
+        paper="quantlens: quantlens-fast, then short block reconstruction on images and views of them",
         venue="quantlens",
         year=2026,
         url="docs/methods.md",
         quantizes=MATMUL_OPERANDS,
-        summary="quantlens-fast, then every block and at last the whole network trained for a short time",
+        summary="quantlens-fast, then every block trained for a short time, on the images and views of them",
         departures="our own; each part can be switched off",
         aliases=("best",),
         version=4,
@@ -84,7 +87,7 @@ class QuantlensBest(Method):
             ),
             "input_drop": Option(0.5, "probability that an element of a block's input is the float model's"),
             "drop": Option(0.0, "probability that an activation's element is left in float in training"),
-            "distillation": Option(60, "steps of 16 images with the whole network; 0: none"),
+            "distillation": Option(0, "steps of 16 images with the whole network, behind the blocks; 0: none"),
             "distilled": Option(
                 "vectors",
                 "what the distillation trains beside activations' scales: vectors (biases and LayerNorms) or weights "
@@ -103,7 +106,7 @@ class QuantlensBest(Method):
             raise QuantlensError(f"quantlens-best: damping={run['damping']}; give a number above 0, such as 0.1")
         fitted = calibration.head(int(run["fitted"]))
         plan = Plan({}, rewrite(graph, fitted, bits, run))
-        original, parts = graph.clone(), 3
+        original = graph.clone()
         metrics, blocks = {}, steps("quantlens-best", run, calibration.count)
         distillation = Distillation(
             iterations=steps("quantlens-best", run, calibration.count, "distillation"),
@@ -112,6 +115,7 @@ class QuantlensBest(Method):
             strange=float(run["strange"]),
             plain=float(run["plain"]),
         )
+        parts = 1 + bool(blocks) + bool(distillation.iterations)
         if blocks and run["loss"] == "aph":
             metrics = perturbation_metrics(graph, fitted, seed=run.seed)
         first = Run(run.options, run.seed, portion(run.progress, 0, parts))
@@ -143,16 +147,17 @@ class QuantlensBest(Method):
                 checkpoint=run["checkpoint"],
             )
             plan.info["reconstruction"] = report.info()
-        whole = distil(
-            graph,
-            plan,
-            calibration,
-            distillation,
-            reference=original,
-            starts=targets,
-            seed=run.seed,
-            progress=portion(run.progress, 2, parts),
-            checkpoint=run["checkpoint"],
-        )
-        plan.info["distillation"] = asdict(whole)
+        if distillation.iterations:
+            whole = distil(
+                graph,
+                plan,
+                calibration,
+                distillation,
+                reference=original,
+                starts=targets,
+                seed=run.seed,
+                progress=portion(run.progress, parts - 1, parts),
+                checkpoint=run["checkpoint"],
+            )
+            plan.info["distillation"] = asdict(whole)
         return plan
