@@ -77,6 +77,25 @@ def test_best_goes_on_where_fast_ends(digits, tmp_path):
     assert _distance(q, digits) < 0.95 * _distance(fast, digits)
 
 
+def test_best_trains_vectors_and_sees_views_where_asked(digits):
+    def vectors(method, **options):
+        q = ql.quantize(digits["model"], digits["calibration"][:8], method=method, bits="W4A4", **options)
+        return {name: t for name, t in q.graph.tensors().items() if t.dim() == 1}, q.plan.info
+
+    fast, _ = vectors("quantlens-fast")
+    without, info = vectors("quantlens-best", iterations=16, vectors=False)
+    trained, other = vectors("quantlens-best", iterations=16, views=0)
+    seen, more = vectors("quantlens-best", iterations=16, views=2)
+    assert all(torch.equal(without[name], value) for name, value in fast.items())
+    assert sum(not torch.equal(trained[name], value) for name, value in fast.items()) > 10
+    assert sum(not torch.equal(trained[name], value) for name, value in seen.items()) > 10
+    assert other["reconstruction"][0]["before"] != more["reconstruction"][0]["before"], "measured on views, too"
+    assert "distillation" not in info
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(QuantlensError, match="views"):
+            vectors("quantlens-best", views=wrong)
+
+
 def test_what_quantizes_where_no_method_is_named(digits):
     import inspect
 

@@ -31,6 +31,7 @@ DeiT-Tiny W4A4, 400 images, KL from the float model 0.68 (0.35 before training),
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 
 from quantlens.calibration import Calibration
@@ -104,6 +105,8 @@ class QuantlensBest(Method):
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         if not float(run["damping"]) > 0:
             raise QuantlensError(f"quantlens-best: damping={run['damping']}; give a number above 0, such as 0.1")
+        if not 0 <= float(run["views"]) < math.inf:
+            raise QuantlensError(f"quantlens-best: views={run['views']}; give 0 (none) or more per calibration image")
         fitted = calibration.head(int(run["fitted"]))
         plan = Plan({}, rewrite(graph, fitted, bits, run))
         original = graph.clone()

@@ -7,9 +7,9 @@ the float graph, one through the quantized graph; at each unit the quantized one
 float one's output, then both advance. No unit is ever run twice from the start of the network.
 
 What can be trained (:attr:`Settings.optimise`): the rounding of the weights (:mod:`.rounding`), the scales of the
-activations (:mod:`.scales`), the float weights themselves (straight through their quantizer), biases and LayerNorms.
-The result is again a
-graph and quantizers: rounded weights are written back as the values that their quantizer keeps.
+activations (:mod:`.scales`), the float weights themselves (straight through their quantizer), biases and LayerNorms
+(:mod:`.latent`). The result is again a graph and quantizers: rounded weights are written back as the values that their
+quantizer keeps.
 """
 
 from __future__ import annotations

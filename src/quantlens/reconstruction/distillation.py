@@ -51,7 +51,6 @@ WARM_UP = 0.05
 SAVED = 25
 """Steps between two states on disk."""
 
-
 VIEWED = (1 << 24) - 1
 """Number of the step, never reached, whose views the loss is measured on before and after."""
 
@@ -112,7 +111,7 @@ def distil(
     """Train ``graph`` under ``plan`` towards ``reference``; changes tensors of the graph and quantizers of the plan.
 
     calibration: images, on the graph's device. reference: the float graph, of the same structure (or its logits alone
-    are followed). starts: float weights by name from which the quantized ones were rounded; a weight then starts at
+    are followed). starts: float weights by name from which the quantized ones were rounded; a trained weight starts at
     its code, as far towards its float value as rounds to that code. checkpoint: a folder where the state is stored
     every :data:`SAVED` steps; a later call with equal graph, plan, images, settings and seed goes on there, bit-equal.
     memory: bytes of cached images kept in memory.
