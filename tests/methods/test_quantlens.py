@@ -96,6 +96,25 @@ def test_best_trains_vectors_and_sees_views_where_asked(digits):
             vectors("quantlens-best", views=wrong)
 
 
+def test_best_trains_narrow_networks_longer(loaded, pictures, monkeypatch):
+    from quantlens.methods import quantlens_best
+    from quantlens.reconstruction import Report
+
+    asked = []
+
+    def recorded(*arguments, **_):
+        asked.append(arguments[3].iterations)
+        return Report(())
+
+    monkeypatch.setattr(quantlens_best, "reconstruct", recorded)
+    monkeypatch.setattr(quantlens_best, "STEPS", 8)
+    monkeypatch.setattr(quantlens_best, "LONG", 16)
+    narrow = {"default": "W4A4", "blocks.0": "W3A4"}
+    for bits, options in (("W4A4", {}), ("W4A3", {}), (narrow, {}), ("W3A3", {"iterations": 7})):
+        ql.quantize(loaded["vit"], pictures, "best", bits, loss="mse", fitted=4, **options)
+    assert asked == [2, 4, 4, 2], "8 images are a quarter of 32"
+
+
 def test_what_quantizes_where_no_method_is_named(digits):
     import inspect
 

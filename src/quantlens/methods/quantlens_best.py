@@ -32,13 +32,13 @@ DeiT-Tiny W4A4, 400 images, KL from the float model 0.68 (0.35 before training),
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
+from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
 from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, rewrite
 from quantlens.quantizers import Plan
 from quantlens.reconstruction import Distillation, Settings, distil, reconstruct
@@ -48,6 +48,9 @@ from quantlens.reconstruction.views import with_views
 
 VIEWED = 0.5
 """Share of out-of-distribution views among those that blocks are trained on."""
+
+STEPS, LONG, NARROW = 160, 400, 3
+"""Steps per block, and where a width is of so few bits."""
 
 RATE = 0.003
 """Learning rate (Adam) of weights, in units of their scale, in the distillation."""
@@ -65,7 +68,7 @@ class QuantlensBest(Method):
         summary="quantlens-fast, then every block trained for a short time, on the images and views of them",
         departures="our own; each part can be switched off",
         aliases=("best",),
-        version=4,
+        version=5,
         options={
             **QuantlensFast.info.options,
             "fitted": Option(64, "images that ranges and the closed form are made on"),
@@ -77,7 +80,11 @@ class QuantlensBest(Method):
                 "what is trained of a block beside the scales: the rounding of the fitted weights, or the weights",
                 ("rounding", "weights"),
             ),
-            "iterations": Option(160, f"steps per block, with {FULL} or more calibration images; 0: none"),
+            "iterations": Option(
+                None,
+                f"steps per block, with {FULL} or more calibration images; 0: none (None: {STEPS}, or {LONG} where a "
+                f"weight or an activation has {NARROW} bits or fewer)",
+            ),
             "batch_size": Option(8, "images per step of a block"),
             "vectors": Option(True, "biases and LayerNorms are trained with every block", (True, False)),
             "views": Option(1.0, "views that blocks are trained on beside every calibration image"),
@@ -107,6 +114,9 @@ class QuantlensBest(Method):
             raise QuantlensError(f"quantlens-best: damping={run['damping']}; give a number above 0, such as 0.1")
         if not 0 <= float(run["views"]) < math.inf:
             raise QuantlensError(f"quantlens-best: views={run['views']}; give 0 (none) or more per calibration image")
+        if run["iterations"] is None:
+            narrow = any(bits.of(graph, edge) <= NARROW for edge in matmul_operand_edges(graph))
+            run = replace(run, options={**run.options, "iterations": LONG if narrow else STEPS})
         fitted = calibration.head(int(run["fitted"]))
         plan = Plan({}, rewrite(graph, fitted, bits, run))
         original = graph.clone()
