@@ -171,3 +171,15 @@ def test_bits_are_read(text, expected):
 def test_bits_that_are_none_are_refused(text):
     with pytest.raises(QuantlensError, match="W4A8"):
         Bits.parse(text)
+
+
+def test_bounds_in_place_are_a_clamp():
+    from quantlens.quantizers.base import bounded_
+
+    x = torch.randn(3, 4, 5) * 4
+    x[0, 0, 0], x[1, 1, 1] = float("nan"), float("inf")
+    low, high = torch.tensor([-3.0, -1.0, 0.0, -7.0])[:, None], torch.tensor([3.0, 1.0, 2.0, 0.0])[:, None]
+    for bounds in ((low, high), (-2.0, 1.0)):
+        value = x.clone()
+        assert bounded_(value, *bounds) is value
+        assert torch.equal(value.nan_to_num(9.0), torch.clamp(x, *bounds).nan_to_num(9.0))

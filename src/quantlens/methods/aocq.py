@@ -66,6 +66,7 @@ from quantlens.methods.base import (
     everything_edges,
 )
 from quantlens.quantizers import Plan, PowerOfTwo, Quantizer, Uniform
+from quantlens.quantizers.base import bounded_
 from quantlens.quantizers.bits import FLOAT
 from quantlens.quantizers.uniform import MAX_ZERO_POINT
 from quantlens.ranges import Observation, Observer, affine, clipping, log_by_quantile, mse
@@ -269,7 +270,7 @@ def add_alpha(
         for k in range(EXPONENTS + 1):
             step = scale * 2**k
             z = zeros(step)[:, None]
-            error = torch.clamp((values / step).round_(), -z, last - z).mul_(step).sub_(values)
+            error = bounded_((values / step).round_(), -z, last - z).mul_(step).sub_(values)
             errors.append(error.square_() @ mean)
         error, exponents = torch.stack(errors).min(0)
         if float(error.sum()) < least:

@@ -135,5 +135,15 @@ def round_ste(x: Tensor) -> Tensor:
     return RoundSTE.apply(x)
 
 
+def bounded_(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """``x`` clamped in place, without a gradient. Bounds: numbers, or tensors that broadcast to x.
+
+    As ``torch.clamp``, bit for bit, which with tensors takes seven times as long on a CPU as two passes do.
+    """
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        return torch.minimum(torch.maximum(x, low, out=x), high, out=x)
+    return x.clamp_(low, high)  # type: ignore[arg-type]
+
+
 def needs_grad(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantlens.quantizers.base import Quantizer, needs_grad
+from quantlens.quantizers.base import Quantizer, bounded_, needs_grad
 from quantlens.quantizers.log import Log
 from quantlens.quantizers.operators import Operator
 from quantlens.quantizers.power_of_two import PowerOfTwo
@@ -130,7 +130,7 @@ class IntegerLayerNorm(Operator):
         factor = (2.0**FRACTION * channels) / variance.sqrt()
         normalised = integers.mul_(factor).sub_(total * (factor / channels)).round_()
         levels = normalised.mul_(self._gain).add_(self._add).round_()  # type: ignore[arg-type]
-        return torch.clamp(levels, self._low, self._high, out=levels)  # type: ignore[call-overload, no-any-return]
+        return bounded_(levels, self._low, self._high)  # type: ignore[arg-type]
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "eps": self.eps}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.quantizers.base import Quantizer, needs_grad, round_ste
+from quantlens.quantizers.base import Quantizer, bounded_, needs_grad, round_ste
 
 MAX_EXPONENT = 15
 """Largest exponent: codes of 16 bits, shifted, still fit 32 bits."""
@@ -86,7 +86,7 @@ class PowerOfTwo(Quantizer):
     def _levels(self, x: Tensor) -> Tensor:
         """The integers code − z, as float32."""
         levels = (x * self._spread(self._inverse, x.dim())).round_()  # type: ignore[arg-type]
-        return torch.clamp(levels, *self.bounds(x.dim()), out=levels)
+        return bounded_(levels, *self.bounds(x.dim()))
 
     def _zero(self, dims: int) -> Tensor:
         return self._spread(self.zero_point, dims) if self.zero_point.dim() else self.zero_point

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.quantizers.base import Quantizer, needs_grad, round_ste
+from quantlens.quantizers.base import Quantizer, bounded_, needs_grad, round_ste
 
 MAX_ZERO_POINT = 1 << 20
 """Largest |z|. float32 holds integers exactly to 2²⁴; beyond 2²⁰ a range is as good as constant."""
@@ -75,7 +75,7 @@ class Uniform(Quantizer):
         levels = (x * self._spread(self._inverse, dims)).round_()
         if self._bounds is not None:
             return levels.clamp_(*self._bounds)
-        return torch.clamp(levels, self._spread(self._low, dims), self._spread(self._high, dims), out=levels)
+        return bounded_(levels, self._spread(self._low, dims), self._spread(self._high, dims))
 
     def forward(self, x: Tensor) -> Tensor:
         if needs_grad(x):

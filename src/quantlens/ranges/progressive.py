@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quantlens.quantizers import affine_parameters
 from quantlens.quantizers.adalog import RESOLUTION
+from quantlens.quantizers.base import bounded_
 from quantlens.quantizers.uniform import is_constant
 from quantlens.ranges.guided import TOGETHER, Side, by_group
 
@@ -148,7 +149,7 @@ class Grid:
 def asymmetric(x: Tensor, scale: Tensor, zero: Tensor, *, bits: int) -> Tensor:
     """Values on asymmetric uniform grids; parameters that broadcast against x (zero: integers)."""
     levels = (x / scale).round_()
-    return torch.clamp(levels, -zero, (2**bits - 1) - zero).mul_(scale)
+    return bounded_(levels, -zero, (2**bits - 1) - zero).mul_(scale)
 
 
 def asymmetric_grid(rows: Tensor, bits: int, *, zeros: int, candidates: int = 128) -> Grid:

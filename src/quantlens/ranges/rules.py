@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantlens.quantizers import Log, Uniform, affine_parameters, symmetric_parameters
+from quantlens.quantizers.base import bounded_
 from quantlens.ranges.observers import Observation
 
 REPQ_QUANTILES = (0.999, 0.9999, 0.99999)
@@ -75,7 +76,7 @@ def _squared_error(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Te
     piece = max(1, (1 << 18) // values.shape[0])
     for part in values.split(piece, dim=1):
         error = (part / scale).round_()
-        error = torch.clamp(error, low, high, out=error).mul_(scale).sub_(part)
+        error = bounded_(error, low, high).mul_(scale).sub_(part)
         total += error.square_().sum(dim=1)
     return total / values.shape[1]
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from quantlens.errors import UnsupportedError
 from quantlens.quantizers import Quantizer, Uniform
+from quantlens.quantizers.base import bounded_
 
 BLOCK = 128
 """Columns whose errors reach the columns behind them in one product."""
@@ -112,7 +113,7 @@ class Grid:
 
     def levels(self, weight: Tensor) -> Tensor:
         """Integers (float32) nearest to a weight [out, k]."""
-        return torch.clamp((weight * (1.0 / self.scale)).round_(), self.low, self.high)
+        return bounded_((weight * (1.0 / self.scale)).round_(), self.low, self.high)
 
     def round(self, weight: Tensor) -> Tensor:
         """The nearest values on the grid, [out, k]."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from quantlens.errors import UnsupportedError
 from quantlens.quantizers import PowerOfTwo, Quantizer, Uniform
+from quantlens.quantizers.base import bounded_
 
 SMALLEST, LARGEST = 0.05, 8.0
 """Bounds of the learned scale as multiples of the one it started from."""
@@ -40,7 +41,7 @@ class _Quantize(torch.autograd.Function):
         factor: float,
     ) -> Tensor:
         levels = x * inverse
-        clamped = levels.clamp(low, high)
+        clamped = bounded_(levels.clone(), low, high) if isinstance(low, Tensor) else levels.clamp(low, high)
         # 1 inside, 0 outside, as float: comparisons that give bool, and products with bool, are ten times as slow
         inside = levels.eq_(clamped)
         value = clamped.round_().mul_(scale)
