@@ -98,7 +98,7 @@ def studies(images: int = 100, every: int = 6) -> dict[str, Any]:
     }
 
 
-def ray_workers(images: int = 200, bits: tuple[str, ...] = BITS, seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
+def ray_workers(images: int = 400, bits: tuple[str, ...] = BITS, seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
     """The same study on a Ray cluster of this machine that is there already, by one worker of one thread and by two.
     The two go first, and so decode the images. It needs two cores that nothing else uses."""
     import ray
