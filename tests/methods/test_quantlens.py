@@ -111,7 +111,8 @@ def test_best_trains_narrow_networks_longer(loaded, pictures, monkeypatch):
     monkeypatch.setattr(quantlens_best, "LONG", 16)
     narrow = {"default": "W4A4", "blocks.0": "W3A4"}
     for bits, options in (("W4A4", {}), ("W4A3", {}), (narrow, {}), ("W3A3", {"iterations": 7})):
-        ql.quantize(loaded["vit"], pictures, "best", bits, loss="mse", fitted=4, **options)
+        q = ql.quantize(loaded["vit"], pictures, "best", bits, loss="mse", fitted=4, **options)
+        assert q.plan.info["iterations"] == asked[-1]
     assert asked == [2, 4, 4, 2], "8 images are a quarter of 32"
 
 

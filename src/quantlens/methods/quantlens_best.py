@@ -165,7 +165,7 @@ class QuantlensBest(Method):
                 progress=portion(run.progress, 1, parts),
                 checkpoint=run["checkpoint"],
             )
-            plan.info["reconstruction"] = report.info()
+            plan.info["reconstruction"], plan.info["iterations"] = report.info(), blocks
         if distillation.iterations:
             whole = distil(
                 graph,
