@@ -41,7 +41,7 @@ class _Quantize(torch.autograd.Function):
         factor: float,
     ) -> Tensor:
         levels = x * inverse
-        clamped = bounded_(levels.clone(), low, high) if isinstance(low, Tensor) else levels.clamp(low, high)
+        clamped = bounded_(levels.clone(), low, high)
         # 1 inside, 0 outside, as float: comparisons that give bool, and products with bool, are ten times as slow
         inside = levels.eq_(clamped)
         value = clamped.round_().mul_(scale)
