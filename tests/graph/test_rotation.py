@@ -112,8 +112,19 @@ def test_what_a_layer_reads_is_rotated_exactly(loaded, architecture, pictures):
     assert not any(torch.allclose(graph.tensor(site.weight), before[site.name]) for site in layers)
     made = [name for name in graph.tensors() if name.endswith("_rotation")]
     assert len(made) == len({together(graph, site) for site in layers}), "one constant per size"
-    with pytest.raises(ValueError, match="blocks of 7"):
-        rotate_input(graph, layers[0], torch.eye(7, dtype=torch.float64))
+
+
+def test_a_rotation_that_does_not_fit_gets_channels_of_zeros(loaded, pictures):
+    from quantlens.methods.quantlens_fast import behind_activations
+
+    graph = graph_of(loaded["vit"]).clone()
+    expected, layer = graph(pictures), behind_activations(graph)[0]
+    width = graph.tensor(layer.weight).shape[1]
+    assert width % 7
+    rotate_input(graph, layer, orthogonal(7, _generator()), torch.ones(width))
+    graph.invalidate()
+    assert graph.tensor(layer.weight).shape[1] == -(-width // 7) * 7
+    torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_one_scale_fits_rotated_hidden_values_better(shared_data):

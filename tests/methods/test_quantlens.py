@@ -7,7 +7,7 @@ import torch
 
 import quantlens as ql
 from quantlens.errors import QuantlensError
-from quantlens.quantizers import Log, SquaredRows, Uniform
+from quantlens.quantizers import BlockScaled, Log, SquaredRows, Uniform
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +30,11 @@ def _distance(q, digits) -> float:
 def test_fast_beats_repq_and_its_ablations(digits):
     found = {
         "repq": _divergence(digits, "repq-vit"),
-        "whole": _divergence(digits),
-        "no fit": _divergence(digits, fit=False),
-        "nearest": _divergence(digits, rounding="nearest"),
-        "neither": _divergence(digits, fit=False, rounding="nearest"),
-        "one scale for softmax": _divergence(digits, softmax="auto"),
+        "whole": _divergence(digits, activations="tensor"),
+        "no fit": _divergence(digits, fit=False, activations="tensor"),
+        "nearest": _divergence(digits, rounding="nearest", activations="tensor"),
+        "neither": _divergence(digits, fit=False, rounding="nearest", activations="tensor"),
+        "one scale for softmax": _divergence(digits, softmax="auto", activations="tensor"),
     }
     assert found["whole"] < 0.6 * found["repq"], found
     assert found["whole"] < found["no fit"] < found["neither"], found
@@ -139,6 +139,45 @@ def test_what_they_use_can_be_shipped(digits):
             else:
                 assert isinstance(quantizer, Uniform)
                 assert quantizer.granularity == ("channel" if key.endswith(".weight") else "tensor"), key
+
+
+def test_narrow_activations_find_their_scales_at_run_time(digits):
+    def blocks(bits, **options):
+        q = ql.quantize(digits["model"], digits["calibration"][:8], method="fast", bits=bits, **options)
+        found = {key: f for key, f in q.plan.quantizers.items() if isinstance(f, BlockScaled)}
+        inputs = {k for k, f in q.plan.quantizers.items() if not k.endswith((".weight", ".probs.output"))}
+        assert found.keys() <= inputs - {"patch_embed.proj.input"}, "not the image, weights or softmax outputs"
+        return found, inputs
+
+    narrow, inputs = blocks("W4A3")
+    assert narrow.keys() >= inputs - {"patch_embed.proj.input", "head.input"}, "a head reads one token"
+    assert all(f.axis == (-2 if key.endswith("scores.k") else -1) for key, f in narrow.items())
+    assert blocks("W3A4")[0] == blocks("W3A3", activations="tensor")[0] == {}
+    assert len(blocks("W4A4", activations="block")[0]) > 0.8 * len(narrow)
+    assert {f.block for f in blocks("W4A3", block=16)[0].values()} == {16}
+    for wrong in (4, 24, "all"):
+        with pytest.raises(QuantlensError, match="power of two"):
+            blocks("W4A3", block=wrong)
+
+
+def test_scales_found_at_run_time_are_worth_it(digits):
+    for bits in ("W32A3", "W3A3"):
+        assert _divergence(digits, bits=bits) < 0.85 * _divergence(digits, bits=bits, activations="tensor")
+
+
+def test_a_layer_without_its_massive_channel_is_rotated_too(small_models, pictures):
+    import copy
+
+    network = copy.deepcopy(small_models["vit"])
+    mlp = network.blocks[1].mlp
+    mlp.fc1.bias.data[9] = 600.0
+    mlp.fc2.weight.data[:, 9] *= 0.005
+    model = ql.load_model(network, input_size=(3, 32, 32))
+    q = ql.quantize(model, pictures, method="fast", bits={"default": "W32A32", "blocks.1.mlp": "W32A4"})
+    read = q.graph.sites["blocks.1.mlp.fc2"].weight
+    assert q.graph.tensor(read).shape[1] == 128, "127 channels and one of zeros"
+    assert q.graph.tensor("blocks.1.mlp.fc2.massive.weight").shape[1] == 1
+    torch.testing.assert_close(q.graph(pictures), model(pictures), rtol=1e-3, atol=1e-3)
 
 
 def test_coarse_hidden_values_alone_are_rotated_at_run_time(digits):

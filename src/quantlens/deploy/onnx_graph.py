@@ -18,7 +18,8 @@ from quantlens.deploy.onnx_file import Initializer
 from quantlens.errors import UnsupportedError
 from quantlens.graph import Graph
 from quantlens.graph.graph import op_name
-from quantlens.quantizers import AdaLog, Log, Quantizer, SquaredRows, Uniform
+from quantlens.quantizers import AdaLog, BlockScaled, Log, Quantizer, SquaredRows, Uniform
+from quantlens.quantizers.block_scaled import LEAST, MOST, PARTS
 
 OPSET = 21
 """ONNX operator set written: the first with 4-bit weights in DequantizeLinear."""
@@ -173,6 +174,8 @@ class Emitter:
             return self.op("Mul", levels, self.constant(quantizer._spread(quantizer.scale, dims)))
         if isinstance(quantizer, SquaredRows):
             return self._rows(quantizer, source)
+        if isinstance(quantizer, BlockScaled):
+            return self._blocks(quantizer, source, dims)
         if isinstance(quantizer, AdaLog) and bool(quantizer.shift != 0):
             shift = self.constant(quantizer.shift)
             return self.op("Sub", self._logarithmic(quantizer, self.op("Add", source, shift)), shift)
@@ -189,6 +192,24 @@ class Emitter:
         squares = self.op("Mul", k, k)
         total = self.op("Max", self.op("ReduceSum", squares, last), self.constant(np.float32(1)))
         return self.op("Div", squares, total)
+
+    def _blocks(self, quantizer: BlockScaled, source: str, dims: int) -> str:
+        keys = [*range(dims - 2), dims - 1, dims - 2]
+        turned = source if quantizer.axis == -1 else self.op("Transpose", source, perm=keys)
+        apart = self.constant([0] * (dims - 1) + [-1, quantizer.block], dtype=np.int64)
+        x = self.op("Reshape", turned, apart)
+        last = self.constant([-1], dtype=np.int64)
+        size = self.op("Sqrt", self.op("ReduceMean", self.op("Mul", x, x), last))
+        octaves = self.op("Log", self.op("Mul", size, self.constant(quantizer.scale)))
+        parts = self.op("Round", self.op("Mul", octaves, self.constant(np.float32(PARTS / np.log(2.0)))))
+        exponent = self.op("Clip", parts, self.constant(np.float32(LEAST)), self.constant(np.float32(MOST)))
+        index = self.op("Cast", self.op("Sub", exponent, self.constant(np.float32(LEAST))), to=7)
+        scale, half = self.op("Gather", self.constant(quantizer._powers), index), self.constant(np.float32(0.5))
+        levels = self.op("Round", self.op("Sub", self.op("Div", x, scale), half))
+        ends = (self.constant(np.float32(end)) for end in (quantizer.qmin, quantizer.qmax))
+        value = self.op("Mul", self.op("Add", self.op("Clip", levels, *ends), half), scale)
+        value = self.op("Reshape", value, self.constant([0] * (dims - 1) + [-1], dtype=np.int64))
+        return value if quantizer.axis == -1 else self.op("Transpose", value, perm=keys)
 
     def _logarithmic(self, quantizer: Log, source: str) -> str:
         """Values of a log format, before an AdaLog's shift."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from quantlens.graph.graph import Graph, op_name
@@ -219,16 +220,16 @@ def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | No
     """Let a linear layer read x·diag(R, R, …) − t and undo it in its weight and bias, exactly: W ← W·diag(R, R, …),
     bias ← bias + W_new·t.
 
-    rotation: R [n, n], orthogonal; n divides the layer's input channels. mean: of x, [C]; t is what the rotation makes
-    of it (None: 0). The product is an operation of its own in front of the layer, at n multiplications per channel and
-    token; its constant is one for all layers that get an equal matrix. It is no site: it stays in float. Raises
-    ValueError where n does not fit. The caller calls :meth:`Graph.invalidate` when all is done.
+    rotation: R [n, n], orthogonal. Where n does not divide the layer's input channels, channels of zeros are put behind
+    them. mean: of x, [C]; t is what the rotation makes of it (None: 0). The product is an operation of its own in front
+    of the layer, at n multiplications per channel and token; its constant is one for all layers that get an equal
+    matrix. It is no site: it stays in float. The caller calls :meth:`Graph.invalidate` when all is done.
     """
     node, source, size = linear.node, linear.node.args[0], len(rotation)
     name = str(linear.weight)
     weight = graph.tensor(name)
-    if weight.shape[1] % size:
-        raise ValueError(f"{linear.name}: blocks of {size} do not fit {weight.shape[1]} input channels")
+    missing = -weight.shape[1] % size
+    weight = F.pad(weight, (0, missing))
     held = f"hidden_{size}{ROTATION}"
     value = rotation.to(weight.device, weight.dtype)
     if held in graph.tensors() and not torch.equal(graph.tensor(held), value):
@@ -240,6 +241,9 @@ def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | No
     graph.set_tensor(name, turned.flatten(1).to(weight.dtype))
     module, lead = node.meta.get("module", ""), source.meta["shape"][:-1]  # type: ignore[union-attr]
     with graph.fx.inserting_before(node):
+        if missing:
+            source = graph.fx.call_function(aten.constant_pad_nd.default, (source, [0, missing]))
+            source.meta = {"module": module, "shape": (*lead, weight.shape[1]), "symbolic": False}
         constant = graph.fx.get_attr(held)
         split = graph.fx.call_function(aten.unflatten.int, (source, -1, [blocks, size]))
         product = graph.fx.call_function(aten.matmul.default, (split, constant))
@@ -248,7 +252,8 @@ def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | No
     for shape, made in (*shapes, ((*lead, weight.shape[1]), joined)):
         made.meta = {"module": module, "shape": shape, "symbolic": False}
     if mean is not None:
-        shift = (mean.to(weight.device, torch.float64).unflatten(0, (blocks, size)) @ precise).flatten()
+        mean = F.pad(mean.to(weight.device, torch.float64), (0, missing))
+        shift = (mean.unflatten(0, (blocks, size)) @ precise).flatten()
         bias = ensure_bias(graph, linear)
         extra = turned.flatten(1) @ shift
         graph.set_tensor(bias, (graph.tensor(bias).double() + extra).to(weight.dtype))

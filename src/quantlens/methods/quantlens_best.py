@@ -45,7 +45,7 @@ from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
-from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, rewrite
+from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, check, rewrite
 from quantlens.quantizers import Plan
 from quantlens.reconstruction import Distillation, Settings, distil, reconstruct
 from quantlens.reconstruction.losses import MetricLoss
@@ -116,8 +116,7 @@ class QuantlensBest(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        if not float(run["damping"]) > 0:
-            raise QuantlensError(f"quantlens-best: damping={run['damping']}; give a number above 0, such as 0.1")
+        check("quantlens-best", run)
         if not 0 <= float(run["views"]) < math.inf:
             raise QuantlensError(f"quantlens-best: views={run['views']}; give 0 (none) or more per calibration image")
         if run["iterations"] is None:

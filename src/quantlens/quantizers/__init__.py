@@ -3,6 +3,7 @@
 from quantlens.quantizers.adalog import AdaLog
 from quantlens.quantizers.base import Quantizer, formats, restore, round_ste
 from quantlens.quantizers.bits import Bits
+from quantlens.quantizers.block_scaled import BlockScaled
 from quantlens.quantizers.integer_ops import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax
 from quantlens.quantizers.log import Log
 from quantlens.quantizers.model import Outputs, Plan, QuantizedModel, float_model, simulate
@@ -16,6 +17,7 @@ from quantlens.quantizers.uniform import Uniform, affine_parameters, symmetric_p
 __all__ = [
     "AdaLog",
     "Bits",
+    "BlockScaled",
     "IntegerLayerNorm",
     "Log",
     "LogIntSoftmax",

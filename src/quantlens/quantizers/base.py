@@ -24,7 +24,8 @@ class Quantizer(nn.Module, ABC):
     bits: width of a code.
     signed: whether codes may be negative.
     granularity: "tensor", "channel", "head", "token" or "group": what shares one scale; "row": every row of the last
-        dimension has a scale that its codes decide, and that is no parameter.
+        dimension has a scale that its codes decide; "block": every block of channels one found when it is quantized.
+        Both are no parameters.
     axis: the dimension (negative, counted from the end, or 0 for the output channels of a weight) that has a scale per
         index; ``None`` for granularity "tensor".
     """

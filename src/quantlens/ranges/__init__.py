@@ -4,6 +4,7 @@ points."""
 from quantlens.ranges.observers import Observation, Observer, as_rows
 from quantlens.ranges.rules import (
     affine,
+    block_scaled,
     clipping,
     log_by_quantile,
     minmax,
@@ -18,6 +19,7 @@ __all__ = [
     "Observer",
     "affine",
     "as_rows",
+    "block_scaled",
     "clipping",
     "log_by_quantile",
     "minmax",

@@ -1,7 +1,7 @@
 """LSQ: the scale of an activation quantizer, learned (Esser et al., ICLR 2020, section 2).
 
 For a format whose values are proportional to one base scale s (uniform: x̂ = l·s with integers l = clamp(round(x/s)); a
-power-of-two format: x̂ = l·s·2^α_c), straight through the rounding,
+power-of-two format: x̂ = l·s·2^α_c; blocks: x̂ = (l + ½)·s·rms), straight through the rounding,
 
     ∂x̂/∂s = (x̂ − x)/s   inside the range,   x̂/s   outside,        ∂x̂/∂x = 1 inside, 0 outside
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlens.errors import UnsupportedError
-from quantlens.quantizers import PowerOfTwo, Quantizer, Uniform
+from quantlens.quantizers import BlockScaled, PowerOfTwo, Quantizer, Uniform
 from quantlens.quantizers.base import bounded_
 
 SMALLEST, LARGEST = 0.05, 8.0
@@ -27,7 +27,8 @@ SMALLEST, LARGEST = 0.05, 8.0
 
 
 class _Quantize(torch.autograd.Function):
-    """x, s (the values' scale, spread), low and high level, kept (bool like x: left in float; or None) -> x̂."""
+    """x, s (the values' scale, spread), low and high level, kept (bool like x: left in float; or None) -> x̂. offset:
+    what the values are above their levels, in units of s."""
 
     @staticmethod
     def forward(
@@ -39,12 +40,18 @@ class _Quantize(torch.autograd.Function):
         high: Tensor | float,
         kept: Tensor | None,
         factor: float,
+        offset: float = 0.0,
     ) -> Tensor:
         levels = x * inverse
+        if offset:
+            levels -= offset
         clamped = bounded_(levels.clone(), low, high)
         # 1 inside, 0 outside, as float: comparisons that give bool, and products with bool, are ten times as slow
         inside = levels.eq_(clamped)
-        value = clamped.round_().mul_(scale)
+        clamped.round_()
+        if offset:
+            clamped += offset
+        value = clamped.mul_(scale)
         if kept is not None:
             value = torch.where(kept, x, value)
             inside.masked_fill_(kept, 1.0)
@@ -64,13 +71,14 @@ class _Quantize(torch.autograd.Function):
             shared = [d for d in range(grad.dim()) if scale.dim() == 0 or scale.shape[d] == 1]
             wanted = (wanted.sum(shared, keepdim=True) if scale.dim() else wanted.sum()) / scale
             wanted = wanted * ctx.factor
-        return through, wanted, None, None, None, None, None
+        return through, wanted, None, None, None, None, None, None
 
 
 class LearnedScale(nn.Module):
     """An activation quantizer whose scale is learned; everything else of it stays.
 
-    quantizer: :class:`~quantlens.quantizers.Uniform` (any granularity) or :class:`~quantlens.quantizers.PowerOfTwo`.
+    quantizer: :class:`~quantlens.quantizers.Uniform` (any granularity), :class:`~quantlens.quantizers.PowerOfTwo` or
+    :class:`~quantlens.quantizers.BlockScaled` (the scale: its step in units of a block's root mean square).
     :attr:`ratio` is the parameter: the scale as a multiple of the quantizer's own ([] or [n]), so that one learning
     rate suits tensors of any size. ``forward(x, kept=None)`` quantizes x exactly as the frozen quantizer would; where
     ``kept`` (bool, shape of x) is set, x passes in float (QDrop). :meth:`freeze` gives the quantizer.
@@ -94,6 +102,8 @@ class LearnedScale(nn.Module):
         q, dims, scale = self.quantizer, x.dim(), self.scale
         count = x.numel() // max(scale.numel(), 1)
         factor = 1.0 / math.sqrt(max(count, 1) * max(q.qmax, 1))
+        if isinstance(q, BlockScaled):
+            return _in_blocks(q, x, kept, factor, scale)
         if isinstance(q, PowerOfTwo):
             powers = torch.exp2(q.exponents.to(scale.dtype))
             inverse = q._spread((1.0 / scale.detach()) / powers, dims)
@@ -115,7 +125,19 @@ class LearnedScale(nn.Module):
 
 def learnable(quantizer: Any) -> bool:
     """Whether :class:`LearnedScale` can hold this quantizer."""
-    return isinstance(quantizer, Uniform | PowerOfTwo)
+    return isinstance(quantizer, Uniform | PowerOfTwo | BlockScaled)
+
+
+def _in_blocks(q: BlockScaled, x: Tensor, kept: Tensor | None, factor: float, scale: Tensor) -> Tensor:
+    """A block's scale is as a constant times the learned one: the gradient does not see that it is rounded, nor that it
+    depends on x."""
+    blocks, now = q.blocks(x), scale.detach()
+    with torch.no_grad():
+        scales = q.scales(q.exponents(blocks, now))
+        inverse = scales.reciprocal()
+    kept = None if kept is None else q.blocks(kept)
+    spread = scales * (scale / now) if scale.requires_grad else scales
+    return q.whole(_Quantize.apply(blocks, spread, inverse, float(q.qmin), float(q.qmax), kept, factor, 0.5))
 
 
 def moved_zero(quantizer: PowerOfTwo, scale: Tensor) -> Tensor:
@@ -138,6 +160,8 @@ def with_scale(quantizer: Any, scale: Tensor) -> Quantizer:
             signed=quantizer.signed,
             axis=quantizer.axis,  # type: ignore[arg-type]
         )
+    if isinstance(quantizer, BlockScaled):
+        return BlockScaled(scale, quantizer.bits, quantizer.block, axis=quantizer.axis)  # type: ignore[arg-type]
     return Uniform(
         scale,
         quantizer.zero_point,
@@ -161,6 +185,8 @@ def fake_quantize(quantizer: Any, x: Tensor, kept: Tensor | None = None) -> Tens
         if bounds is None:
             bounds = spread(quantizer._low, dims), spread(quantizer._high, dims)
         return _Quantize.apply(x, spread(quantizer.scale, dims), spread(quantizer._inverse, dims), *bounds, kept, 0.0)
+    if isinstance(quantizer, BlockScaled):
+        return _in_blocks(quantizer, x, kept, 0.0, quantizer.scale)
     value = quantizer(x)
     return value if kept is None else torch.where(kept, x, value)
 
