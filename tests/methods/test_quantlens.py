@@ -147,6 +147,8 @@ def test_narrow_activations_find_their_scales_at_run_time(digits):
         found = {key: f for key, f in q.plan.quantizers.items() if isinstance(f, BlockScaled)}
         inputs = {k for k, f in q.plan.quantizers.items() if not k.endswith((".weight", ".probs.output"))}
         assert found.keys() <= inputs - {"patch_embed.proj.input"}, "not the image, weights or softmax outputs"
+        said = q.plan.info["activations"]
+        assert (said.get("block", 0), said["tensor"]) == (len(found), len(inputs) - len(found))
         return found, inputs
 
     narrow, inputs = blocks("W4A3")
@@ -163,6 +165,23 @@ def test_narrow_activations_find_their_scales_at_run_time(digits):
 def test_scales_found_at_run_time_are_worth_it(digits):
     for bits in ("W32A3", "W3A3"):
         assert _divergence(digits, bits=bits) < 0.85 * _divergence(digits, bits=bits, activations="tensor")
+
+
+def test_blocks_need_no_images_like_those_to_come(digits):
+    """Calibrated on letters, and on digits of one class: a scale per tensor suits these and no others."""
+    from quantlens import zoo
+    from quantlens.data import load_images, open_source
+
+    def images(spec):
+        return load_images(open_source(spec), zoo.available()["digits-vit"].preprocess, cache_dir=False)
+
+    everything = images("embedded:digits-calibration")
+    ones = everything.tensor()[torch.tensor(everything.labels) == 1][:32]
+    for narrow in (images("embedded:letters").tensor()[:32], ones):
+        given = {**digits, "calibration": narrow}
+        tensor, block = (_divergence(given, bits="W4A4", activations=which) for which in ("tensor", "block"))
+        assert block < 0.3 * tensor
+        assert block < 0.05
 
 
 def test_a_layer_without_its_massive_channel_is_rotated_too(small_models, pictures):
