@@ -96,8 +96,10 @@ def test_the_gpu_does_the_same_twice(digits, there):
     torch.testing.assert_close(first(images), second(images), rtol=1e-2, atol=1e-2)
 
 
-def test_saved_there_read_here(digits, there, tmp_path):
-    qmodel = ql.quantize(there, digits["calibration"], method="quantlens-fast", bits="W4A4")
+@pytest.mark.parametrize("activations", ["tensor", "block"])
+def test_saved_there_read_here(activations, digits, there, tmp_path):
+    options = {"method": "quantlens-fast", "bits": "W4A4", "activations": activations}
+    qmodel = ql.quantize(there, digits["calibration"], **options)
     again = ql.load(qmodel.save(tmp_path / "q.safetensors"))
     with torch.inference_mode():
         here, got = again(digits["images"]), qmodel(digits["images"].to(DEVICE)).cpu()
