@@ -70,7 +70,8 @@ def test_it_helps_on_images_not_seen(digits):
     model, images = digits["model"], digits["images"]
     graph = ql.quantize(model, digits["calibration"], bits="W32A32").graph.clone()
     calibration, method = Calibration.of(digits["calibration"], model.preprocess), QuantlensFast()
-    options = method.options({"softmax": "auto", "hidden": "none", "centre": "none"})  # a start that leaves much to do
+    # a start that leaves much to do
+    options = method.options({"softmax": "auto", "hidden": "none", "centre": "none", "activations": "tensor"})
     widths, run = Widths(Bits.parse("W3A3"), options), Run(options, 1)
     with torch.no_grad():
         plan = Plan({}, rewrite(graph, calibration, widths, run))
