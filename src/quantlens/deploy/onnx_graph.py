@@ -205,7 +205,8 @@ class Emitter:
         exponent = self.op("Clip", parts, self.constant(np.float32(LEAST)), self.constant(np.float32(MOST)))
         index = self.op("Cast", self.op("Sub", exponent, self.constant(np.float32(LEAST))), to=7)
         scale, half = self.op("Gather", self.constant(quantizer._powers), index), self.constant(np.float32(0.5))
-        levels = self.op("Round", self.op("Sub", self.op("Div", x, scale), half))
+        units = self.op("Mul", x, self.op("Reciprocal", scale))  # as the format does: a quotient has other last bits
+        levels = self.op("Round", self.op("Sub", units, half))
         ends = (self.constant(np.float32(end)) for end in (quantizer.qmin, quantizer.qmax))
         value = self.op("Mul", self.op("Add", self.op("Clip", levels, *ends), half), scale)
         value = self.op("Reshape", value, self.constant([0] * (dims - 1) + [-1], dtype=np.int64))
