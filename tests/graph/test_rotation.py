@@ -158,3 +158,31 @@ def test_one_scale_fits_rotated_hidden_values_better(shared_data):
         gains.append(10 * torch.log10(error(x, weight) / error(x @ rotation, weight @ rotation)))
     assert len(gains) == 12
     assert float(torch.stack(gains).mean()) > 2.5
+
+
+def test_a_norms_scale_in_front_of_the_rotation_helps(shared_data):
+    """ViT-Tiny's first MLP, whose LayerNorm turns down large channels that the layer behind does not need: a rotated
+    residual stream has them spread over all others before the scale is folded into the weights. In dB."""
+    import quantlens as ql
+    from quantlens.data import as_image_set
+    from quantlens.ranges import block_scaled
+
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    model = ql.load_model(name, weights=str(shared_data / "weights" / f"{name}.safetensors"))
+    images = as_image_set(f"imagenet:{shared_data}/imagenet[0:80:20]", model.preprocess).tensor(0, 4)
+    block, seen = model.module.blocks[0], []
+    handle = block.norm2.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    scale, weight = block.norm2.weight, block.mlp.fc1.weight
+    scaled = seen[0].flatten(0, -2) - block.norm2.bias
+    scaled = scaled - scaled.mean(0)
+
+    def error(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return ((block_scaled(x, 3, 64)(x) - x) @ weight.T).square().sum()
+
+    stream = mean_keeping(192, _generator()).float()
+    rotation = torch.block_diag(*[hadamard(64, _generator()).float()] * 3)
+    folded = error(scaled / scale @ stream, weight * scale @ stream)
+    assert float(10 * torch.log10(folded / error(scaled @ rotation, weight @ rotation))) > 3

@@ -65,6 +65,37 @@ def test_rotations_undo_uneven_channels(digits):
     assert max(heads, residual) < without
 
 
+@pytest.mark.parametrize("norms", ["residual", "blocks", "auto"])
+def test_what_is_rotated_behind_a_norm_leaves_the_function(loaded, architecture, pictures, norms):
+    """At run time, or with the residual stream, and never both."""
+    from quantlens.calibration import Calibration
+    from quantlens.graph import find_norm_groups, fold_layer_scale, graph_of
+    from quantlens.graph.rotation import alone, find_residuals
+    from quantlens.methods.base import Run, Widths
+    from quantlens.methods.quantlens_fast import QuantlensFast, rewrite, together
+    from quantlens.quantizers import Bits
+
+    model = loaded[architecture]
+    graph = graph_of(model).clone()
+    fold_layer_scale(graph)
+    graph.invalidate()
+    sites = [site for group in find_norm_groups(graph) for site in group.linears]
+    expected = graph(pictures)
+    layers = [site.name for site in sites if alone(graph, site) and together(graph, site) >= 8]
+    streams = bool(find_residuals(graph))
+    # the classifier stays in float, one layer is at 8 bits
+    at_eight = layers[-2] if len(layers) > 1 else None
+    settings = QuantlensFast().options({"norms": norms, "hidden": "none", "head_bits": 32})
+    bits = Bits.parse({"default": "W4A4", **({at_eight: "W8A8"} if at_eight else {})})
+    said = rewrite(graph, Calibration.of(pictures, model.preprocess), Widths(bits, settings), Run(settings, seed=0))
+    torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=2e-4)
+    turned = {name for name in layers if "matmul" in str(graph.sites[name].node.args[0].all_input_nodes[0].target)}
+    heads = {name for name in layers if Widths(bits, settings).of(graph, graph.sites[name].edges["input"]) == 32}
+    wanted = set() if norms == "residual" else set(layers) - heads
+    assert turned == (wanted - {at_eight} if norms == "auto" else wanted)
+    assert any("residual stream" in sentence for sentence in said) == (streams and not turned)
+
+
 def test_best_goes_on_where_fast_ends(digits, tmp_path):
     options = {"iterations": 40, "distillation": 4}
     fast, q = (

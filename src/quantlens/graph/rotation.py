@@ -8,8 +8,9 @@ folded into the layers behind: no other norm is needed, and no centring matrix (
 
 * :func:`find_residuals` finds the streams of which the graph proves that this is exact, whatever the modules are
   called; :func:`rotate_residual` rotates one.
-* :func:`rotate_input` rotates what a layer reads where no layer before it can take the rotation up (behind a GELU), by
-  a small product of its own in front of it, on blocks of channels; :func:`hadamard` is the matrix for it.
+* :func:`rotate_input` rotates what a layer reads where no layer before it can take the rotation up (behind a GELU, or
+  behind a LayerNorm whose scale is to act first), by a small product of its own in front of it, on blocks of channels;
+  :func:`hadamard` is the matrix for it.
 
 Rotations inside the heads of an attention are in :mod:`quantlens.reconstruction.heads`.
 """

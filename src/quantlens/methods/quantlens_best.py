@@ -79,7 +79,7 @@ class QuantlensBest(Method):
         summary="quantlens-fast, then every block trained for a short time, on the images and views of them",
         departures="our own; each part can be switched off",
         aliases=("best",),
-        version=6,
+        version=7,
         options={
             **QuantlensFast.info.options,
             "fitted": Option(64, "images that ranges and the closed form are made on"),
