@@ -230,17 +230,24 @@ def test_a_layer_without_its_massive_channel_is_rotated_too(small_models, pictur
     torch.testing.assert_close(q.graph(pictures), model(pictures), rtol=1e-3, atol=1e-3)
 
 
-def test_coarse_hidden_values_alone_are_rotated_at_run_time(digits):
+def test_coarse_values_alone_are_rotated_at_run_time(digits):
     def rotated(bits, **options):
         q = ql.quantize(digits["model"], digits["calibration"][:8], method="fast", bits=bits, **options)
         return sum("_rotation" in str(node.args) for node in q.graph.fx.nodes)
 
-    layers = rotated("W4A4", hidden="all")
-    assert layers > 0
-    assert (rotated("W4A8"), rotated("W4A4", hidden="none")) == (0, 0)
-    assert (rotated("W8A6"), rotated("W4A8", hidden="all")) == (layers, layers)
     some = {"default": "W8A8", "blocks.0": "W4A4"}
-    assert 0 < rotated(some) < layers
+    blocks = len(digits["model"].module.blocks)
+    # the second layer of every MLP; the first ones of attentions and MLPs, and the classifier
+    for other, option, on, layers in (
+        ({"norms": "residual"}, "hidden", "all", blocks),
+        ({"hidden": "none"}, "norms", "blocks", 2 * blocks + 1),
+    ):
+        off = {"hidden": "none", "norms": "residual"}
+        assert rotated("W4A4", **other) == rotated("W8A6", **other) == layers
+        assert rotated("W4A8", **other, **{option: on}) == layers
+        assert rotated("W4A8") == rotated("W4A4", **off) == 0
+        assert 0 < rotated(some, **other) < layers
+    assert rotated("W4A4", rotate="heads", hidden="none") == 0
 
     def centred(bits, **options):
         q = ql.quantize(digits["model"], digits["calibration"][:8], method="fast", bits=bits, **options)

@@ -35,6 +35,9 @@ seed, top-1 % and KL: DeiT-Tiny 58.5 / 0.74 with a scale per tensor, 63.8 / 0.50
 56.3 / 1.02 (without the fit in front, as it is now, 56.0 / 1.02; blocks of 16 channels 56.0 / 0.92; 160 steps 53.3 /
 1.12; 800 steps and two views per image 49.5 / 1.07). On other 256 images 61.8 and 50.3.
 
+Version 7 has quantlens-fast's rotation at run time behind LayerNorms: on these images 65.5 and 59.5, ViT-Tiny on three
+more draws 61.3, 58.3 and 61.3 (KL 0.78, 0.78, 0.87; with blocks of 32 on the second 59.8 and 0.80).
+
 ``train=weights`` trains the fitted and rounded weights of the blocks themselves instead. On 32 images that overfits:
 DeiT-Tiny W4A4, 400 images, KL from the float model 0.68 (0.35 before training), where training the rounding ends at
 0.31.
