@@ -141,7 +141,7 @@ class QuantlensFast(Method):
                 "auto",
                 "where inputs of layers behind a LayerNorm are rotated: residual (with the residual stream, at no "
                 f"cost), blocks (at run time, {BLOCK} channels together, behind the norm's scale), or auto (blocks "
-                f"where they have {COARSE} bits or fewer)",
+                f"where one of them has {COARSE} bits or fewer)",
                 ("auto", "residual", "blocks"),
             ),
             "hidden": Option(
@@ -235,12 +235,14 @@ def rewrite(graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> l
 
 
 def _lifted(graph: Graph, bits: Widths, run: Run) -> set[str]:
-    """Names of the layers behind a LayerNorm whose inputs are rotated at run time."""
+    """Names of the layers behind a LayerNorm whose inputs are rotated at run time: all or none, because the finer ones
+    lose the residual stream's rotation by it."""
     if run["rotate"] not in ("all", "residual") or run["norms"] == "residual":
         return set()
-    wanted = "all" if run["norms"] == "blocks" else "auto"
     sites = [site for group in find_norm_groups(graph) for site in group.linears if alone(graph, site)]
-    return {site.name for site in sites if _coarse(graph, site, bits, wanted)}
+    if run["norms"] == "auto" and not any(_coarse(graph, site, bits, "auto") for site in sites):
+        return set()
+    return {site.name for site in sites if _coarse(graph, site, bits, "all")}
 
 
 def together(graph: Graph, site: Site) -> int:
