@@ -50,7 +50,8 @@ ViT-Tiny W3A3 20.8 / 3.13 to 35.0 / 2.29, W4A4 65.8 / 0.59 to 69.3 / 0.55, in bl
 DeiT-Tiny W3A3 53.5 / 0.93 to 56.3 / 0.86, W4A4 71.5 / 0.257 to 72.8 / 0.240. Matrices there that balance what is
 quantized with what reads it (the geometric mean of the inverse covariance and the Gram matrix), W3A3, KL, in a
 prototype with signs of every layer's own (DeiT-Tiny's 0.86 above is its, too): of all channels 2.55 and 0.93, of 64
-2.76 and 0.87, diagonal ones in front of the Hadamard matrix 2.58 and 0.85, none 2.38 and 0.86: left out. Blocks of 64, 32 and 16 channels: ViT-Tiny 2.29, 2.23, 2.13.
+2.76 and 0.87, diagonal ones in front of the Hadamard matrix 2.58 and 0.85, none 2.38 and 0.86: left out.
+Blocks of 64, 32 and 16 channels: ViT-Tiny 2.29, 2.23, 2.13.
 
 Tried and left out, DeiT-Tiny W4A4, before these, KL on 200 images: fitting to the float network's inputs instead of
 the quantized one's (1.48 against 0.38: the fitted weights shrink with the noise of all layers before them); no
