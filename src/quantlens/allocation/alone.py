@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quantlens.allocation.sensitivity import Ahead, Hook, kl_divergence, part_between, visit_starts
+from quantlens.allocation.partial import Ahead, Hook, kl_divergence, part_between, visit_starts
 from quantlens.calibration import CHUNK, Calibration
 from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import op_name
