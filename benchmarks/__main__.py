@@ -209,7 +209,7 @@ def attention() -> dict[str, Any]:
     import quantlens as ql
     from quantlens.attention.lens import Lens
     from quantlens.attention.measure import measure
-    from quantlens.quantizers import float_model
+    from quantlens.qmodel import float_model
 
     model, images = _deit(), _images(32)
     quantized = {bits: ql.quantize(model, images, method="repq-vit", bits=bits) for bits in ("W8A8", "W6A6", "W4A4")}
@@ -250,9 +250,9 @@ def inspection(count: int = 32, every: int = 4) -> dict[str, Any]:
     import torch
 
     import quantlens as ql
-    from quantlens.allocation.alone import effects_alone
     from quantlens.calibration import Calibration
-    from quantlens.quantizers import Plan, QuantizedModel
+    from quantlens.qmodel import Plan, QuantizedModel
+    from quantlens.sensitivity.alone import effects_alone
 
     model = _deit()
     images = _photographs(model, count, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent / "studies"))  # study_fakes
 
 SHARED = Path(os.environ.get("QUANTLENS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 ARCHITECTURES = ("vit", "deit-distilled", "deit3", "swin", "torchvision", "plain")

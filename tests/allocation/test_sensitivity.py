@@ -11,8 +11,8 @@ from quantlens.allocation.spectra import nuclear_norm
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
 from quantlens.graph import graph_of
-from quantlens.quantizers import QuantizedModel
-from quantlens.quantizers.model import Plan
+from quantlens.qmodel import QuantizedModel
+from quantlens.qmodel.model import Plan
 
 WIDTHS = (3, 5, 8)
 

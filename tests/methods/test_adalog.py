@@ -5,7 +5,7 @@ import torch
 
 import quantlens as ql
 from quantlens.errors import QuantlensError, UnsupportedError
-from quantlens.quantizers import AdaLog, Log, Uniform
+from quantlens.formats import AdaLog, Log, Uniform
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,8 @@ def test_saved_and_read_back_the_logits_are_equal(quantized, pictures, tmp_path)
 @pytest.mark.parametrize("ending", [".onnx", ".pt2"])
 def test_it_is_exported_as_a_simulation_alone(ending, model, pictures, tmp_path):
     pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
-    from quantlens.deploy.artefact import Artefact
-    from quantlens.deploy.export import export
+    from quantlens.export.export import export
+    from quantlens.export.exported import Artefact
 
     quantized = ql.quantize(model, pictures, method="adalog", bits="W6A6", rounds=1, steps=2)
     with pytest.raises(UnsupportedError, match="--simulate"):

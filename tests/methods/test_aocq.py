@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import quantlens as ql
+from quantlens.calibration import Observation
 from quantlens.errors import QuantlensError
+from quantlens.formats import PowerOfTwo, Uniform
 from quantlens.methods import registry
 from quantlens.methods._shifts import shift_axis
 from quantlens.methods.aocq import add_alpha, residual_edges
 from quantlens.methods.base import everything_edges
-from quantlens.quantizers import PowerOfTwo, Uniform
-from quantlens.ranges import Observation
 
 SHORT = {"iterations": 16, "scale_iterations": 8, "batch_size": 16, "lr_rounding": 0.1}
 

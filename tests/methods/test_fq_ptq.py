@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 import quantlens as ql
+from quantlens.calibration import Observation
+from quantlens.calibration.ranges import affine
 from quantlens.errors import QuantlensError
+from quantlens.formats import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax, PowerOfTwo, Uniform
 from quantlens.methods import registry
 from quantlens.methods.base import EVERYTHING, everything_edges
 from quantlens.methods.fq_ptq import batch_range, softmax_input, symmetric_weight, with_zero
-from quantlens.quantizers import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax, PowerOfTwo, Uniform, float_model
-from quantlens.ranges import Observation, affine
+from quantlens.qmodel import float_model
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ import torch
 import quantlens as ql
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
+from quantlens.formats import Uniform
 from quantlens.graph import graph_of
 from quantlens.methods import registry
 from quantlens.methods._layer_fit import Fitted, fit_layers
 from quantlens.methods.base import Run
-from quantlens.quantizers import Plan, Uniform
+from quantlens.qmodel import Plan
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from torch import nn
 import quantlens as ql
 from quantlens.calibration import Calibration, Walk
 from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.formats import Uniform
 from quantlens.methods import registry
 from quantlens.methods.base import Widths
 from quantlens.methods.repq_vit import reparameterize
-from quantlens.quantizers import Bits, Uniform, float_model
+from quantlens.qmodel import Bits, float_model
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = sorted(registry.available())
@@ -266,10 +267,11 @@ def test_calibration_takes_batches_and_labels(loaded, pictures):
 
 def test_a_method_in_one_file(loaded, pictures):
     """What the README promises: a class with its paper and one verb is a method."""
+    from quantlens.calibration import Observation
+    from quantlens.calibration.ranges import minmax, symmetric
     from quantlens.graph import Graph
     from quantlens.methods import MATMUL_OPERANDS, Method, MethodInfo
-    from quantlens.quantizers import Plan
-    from quantlens.ranges import Observation, minmax, symmetric
+    from quantlens.qmodel import Plan
 
     class WeightsOnly(Method):
         info = MethodInfo("test-weights-only", "t", "p", "v", 2026, "https://example.org", MATMUL_OPERANDS, "s")

@@ -5,13 +5,13 @@ import torch
 
 import quantlens as ql
 from quantlens.calibration import Calibration
+from quantlens.calibration.ranges.guided import HEADS, Side, alternate, sample_rows, search, weighted_error
 from quantlens.errors import QuantlensError
 from quantlens.methods import _gradients as gradients
 from quantlens.methods._scale_search import find_products
 from quantlens.methods.ptq4vit import GELU_MINIMUM, fused_projections, gelu_steps
-from quantlens.quantizers import float_model
-from quantlens.ranges.guided import HEADS, Side, alternate, sample_rows, search, weighted_error
-from quantlens.reconstruction import sensitivity
+from quantlens.qmodel import float_model
+from quantlens.reconstruction import block_metrics as sensitivity
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_rounds_do_not_lose():
 
 
 def test_few_candidates_at_a_time_are_as_good_as_all(monkeypatch):
-    from quantlens.ranges import guided
+    from quantlens.calibration.ranges import guided
 
     a, b, gradient = _sides(None)
     together = search(a, b, gradient)

@@ -7,7 +7,7 @@ import torch
 
 import quantlens as ql
 from quantlens.errors import QuantlensError
-from quantlens.quantizers import BlockScaled, Log, SquaredRows, Uniform
+from quantlens.formats import BlockScaled, Log, SquaredRows, Uniform
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +69,12 @@ def test_rotations_undo_uneven_channels(digits):
 def test_what_is_rotated_behind_a_norm_leaves_the_function(loaded, architecture, pictures, norms):
     """At run time, or with the residual stream, and never both."""
     from quantlens.calibration import Calibration
-    from quantlens.graph import find_norm_groups, fold_layer_scale, graph_of
-    from quantlens.graph.rotation import alone, find_residuals
+    from quantlens.graph import graph_of
     from quantlens.methods.base import Run, Widths
     from quantlens.methods.quantlens_fast import QuantlensFast, rewrite, together
-    from quantlens.quantizers import Bits
+    from quantlens.qmodel import Bits
+    from quantlens.transforms import find_norm_groups, fold_layer_scale
+    from quantlens.transforms.rotation import alone, find_residuals
 
     model = loaded[architecture]
     graph = graph_of(model).clone()

@@ -8,10 +8,10 @@ import torch
 import quantlens as ql
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
+from quantlens.formats import ShiftedLog, Uniform
 from quantlens.graph import graph_of
 from quantlens.methods import registry
 from quantlens.methods._reconstruction import START_OPTIONS
-from quantlens.quantizers import ShiftedLog, Uniform
 
 DROPPING = ("qdrop", "fima-q", "aphq-vit")
 METHODS = (*DROPPING, "i-and-s-vit")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens.ranges.similarity import (
+from quantlens.calibration.ranges.similarity import (
     Objective,
     Operand,
     Ranking,

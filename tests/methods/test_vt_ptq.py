@@ -5,9 +5,9 @@ import torch
 
 import quantlens as ql
 from quantlens.errors import QuantlensError
+from quantlens.formats import Uniform
 from quantlens.graph import graph_of
 from quantlens.methods import registry
-from quantlens.quantizers import Uniform
 
 OFF = {"similarity": False, "ranking": False, "bias_correction": False}
 

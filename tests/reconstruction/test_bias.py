@@ -7,10 +7,10 @@ import quantlens as ql
 from quantlens import zoo
 from quantlens.calibration import Calibration, Walk
 from quantlens.data import load_images, open_source
+from quantlens.formats import Uniform
+from quantlens.formats.operators import Operator
 from quantlens.graph import graph_of
-from quantlens.graph.rewrites import ensure_bias
-from quantlens.quantizers import QuantizedModel, Uniform
-from quantlens.quantizers.operators import Operator
+from quantlens.qmodel import QuantizedModel
 from quantlens.reconstruction.bias import (
     correct_biases,
     corrected_layers,
@@ -19,6 +19,7 @@ from quantlens.reconstruction.bias import (
     output_means,
     subtract_from_biases,
 )
+from quantlens.transforms.rewrites import ensure_bias
 
 
 def _quantized_means(qmodel: QuantizedModel, calibration: Calibration) -> dict[str, torch.Tensor]:

@@ -8,7 +8,8 @@ import torch
 import quantlens as ql
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.quantizers import Plan, QuantizedModel, Uniform
+from quantlens.formats import Uniform
+from quantlens.qmodel import Plan, QuantizedModel
 from quantlens.reconstruction import Context, Settings, find_units, mse, optimise_scales, reconstruct, token_norm
 
 

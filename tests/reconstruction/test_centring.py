@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from quantlens.calibration import Calibration
-from quantlens.graph import fold_layer_scale, graph_of
+from quantlens.graph import graph_of
 from quantlens.reconstruction.centring import centre, channel_means
-from quantlens.reconstruction.heads import find_score_pairs, find_value_pairs
+from quantlens.transforms import fold_layer_scale
+from quantlens.transforms.heads import find_score_pairs, find_value_pairs
 
 
 def _edges(graph) -> dict[str, list[str]]:
@@ -63,8 +64,8 @@ def test_keys_stay_where_the_softmax_goes_over_queries(loaded, pictures, dim):
 
 def test_layers_that_share_their_weights_are_left_as_they_are(loaded, pictures):
     """Two MLPs with the same second layer: what one of them reads cannot change for both, and is not changed twice."""
-    from quantlens.graph.rotation import hadamard, rotate_input
     from quantlens.methods.quantlens_fast import behind_activations, together
+    from quantlens.transforms.rotation import hadamard, rotate_input
 
     graph = graph_of(loaded["vit"]).clone()
     first, second = (site.node for site in behind_activations(graph)[:2])

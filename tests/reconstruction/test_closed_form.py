@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantlens.calibration import Observation
+from quantlens.calibration.ranges import affine, minmax
 from quantlens.errors import UnsupportedError
-from quantlens.quantizers import Log, Uniform
-from quantlens.ranges import Observation, affine, minmax
+from quantlens.formats import Log, Uniform
 from quantlens.reconstruction.closed_form import (
     Grid,
     Moments,

@@ -10,7 +10,7 @@ from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
 from quantlens.methods.base import Run, Widths
 from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, rewrite
-from quantlens.quantizers import Bits, Plan, QuantizedModel
+from quantlens.qmodel import Bits, Plan, QuantizedModel
 from quantlens.reconstruction import Distillation, distil, distillation
 from quantlens.reconstruction.distillation import near_code
 from quantlens.reconstruction.latent import trained_vectors

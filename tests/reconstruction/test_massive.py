@@ -7,7 +7,7 @@ import torch
 
 import quantlens as ql
 from quantlens.calibration import Calibration
-from quantlens.quantizers import float_model
+from quantlens.qmodel import float_model
 from quantlens.reconstruction.massive import find_massive
 
 

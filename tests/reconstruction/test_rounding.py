@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quantlens.calibration import Observation
+from quantlens.calibration.ranges import affine, minmax, mse, symmetric
 from quantlens.errors import UnsupportedError
-from quantlens.quantizers import Log, Uniform
-from quantlens.ranges import Observation, affine, minmax, mse, symmetric
+from quantlens.formats import Log, Uniform
 from quantlens.reconstruction import AdaRound, annealed_beta
 
 

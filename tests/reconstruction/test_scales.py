@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantlens.errors import UnsupportedError
-from quantlens.quantizers import BlockScaled, Log, PowerOfTwo, Uniform
+from quantlens.formats import BlockScaled, Log, PowerOfTwo, Uniform
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, moved_zero
 
 

@@ -188,10 +188,10 @@ class FakeBackend(Backend):
 
 def inspection(model: str, method: str, bits: str, images: dict[str, Any]) -> Any:
     """A made-up Inspection of two layers, of which the second hurts."""
-    from quantlens.allocation import Inspection  # late, as most processes of these tests do without
-    from quantlens.allocation.alone import Effect
-    from quantlens.allocation.inspection import Part
-    from quantlens.allocation.statistics import EdgeStatistics
+    from quantlens.sensitivity import Inspection  # late, as most processes of these tests do without
+    from quantlens.sensitivity.alone import Effect
+    from quantlens.sensitivity.inspection import Part
+    from quantlens.sensitivity.statistics import EdgeStatistics
 
     still = EdgeStatistics("a.input", "input", False, 8, -1.0, 1.0, 3.0, 40.0, 4, 1.5, (2,), token_norm=2.0)
     loud = EdgeStatistics("b.input", "input", False, 8, -9.0, 90.0, 37762.0, 12.0, 4, 112.0, (), (3,), (90.0,), 9.0)

@@ -9,10 +9,10 @@ import pytest
 from study_fakes import FakeBackend, config
 
 import quantlens as ql
-from quantlens.allocation import Inspection
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.report import write_report
+from quantlens.sensitivity import Inspection
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import StudyImages, cell_key, plan_study
 from quantlens.studies.config import load_config, parse_config
@@ -184,7 +184,7 @@ def test_real_figures_and_the_report(digits, tmp_path: Path, monkeypatch: pytest
         raise AssertionError("the report inspects")
 
     monkeypatch.setattr(Backend, "inspect", refuse)
-    monkeypatch.setattr("quantlens.allocation.inspection.inspect", refuse)
+    monkeypatch.setattr("quantlens.sensitivity.inspection.inspect", refuse)
     page = write_report(tmp_path).read_text()
     section = page[page.index('<section id="layers">') :].partition("</section>")[0]
     worst = stored.ranked()[0]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from study_fakes import FakeBackend, config
 
+from quantlens.evaluation import outputs as kept
 from quantlens.report import write_report
-from quantlens.studies import outputs as kept
 from quantlens.studies import standing
 from quantlens.studies.compare import compare
 from quantlens.studies.runner import run_study

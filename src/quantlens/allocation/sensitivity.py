@@ -47,14 +47,14 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.allocation.groups import ATTENTION, COMPUTES, Group
-from quantlens.allocation.partial import Ahead, Hook, Visit, kl_divergence, part_between, visit_starts
 from quantlens.allocation.spectra import nuclear_norm
 from quantlens.calibration import CHUNK, Calibration, Look, Walk
+from quantlens.calibration.ranges import affine
 from quantlens.errors import QuantlensError
+from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.methods.base import Progress, matmul_operand_edges
-from quantlens.quantizers import Quantizer
-from quantlens.ranges import affine
+from quantlens.sensitivity.partial import Ahead, Hook, Visit, kl_divergence, part_between, visit_starts
 
 NORM_IMAGES = 8
 """Images of each chunk of 32 that nuclear norms are measured on."""
@@ -137,7 +137,7 @@ class Candidates:
 def visit_groups(
     candidates: Candidates, calibration: Calibration, visit: Visit, progress: Progress | None = None
 ) -> None:
-    """As :func:`~quantlens.allocation.partial.visit_starts`, for the groups of ``candidates``."""
+    """As :func:`~quantlens.sensitivity.partial.visit_starts`, for the groups of ``candidates``."""
     nodes = [candidates.nodes(group) for group in range(len(candidates.groups))]
     visit_starts(candidates.graph, nodes, calibration, visit, progress)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from quantlens.attention.lens import Lens
 from quantlens.attention.rollout import rollout
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.quantizers import QuantizedModel, float_model, simulate
+from quantlens.qmodel import QuantizedModel, float_model, simulate
 
 KINDS = ("grad-cam", "hires-cam")
 

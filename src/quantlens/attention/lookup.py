@@ -14,7 +14,7 @@ from quantlens.attention.gradients import class_activation, gradient_rollout
 from quantlens.attention.lens import Lens
 from quantlens.attention.measure import TOP, Drift, Seen, measure
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.quantizers import float_model
+from quantlens.qmodel import float_model
 
 MAPS = ("rollout", "grad-cam", "hires-cam", "gradient-rollout")
 BATCH = 64

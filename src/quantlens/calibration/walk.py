@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.calibration.images import Calibration
+from quantlens.calibration.observers import Observation, Observer
 from quantlens.errors import QuantlensError
 from quantlens.graph import Edge, Graph
-from quantlens.ranges import Observation, Observer
 
 MEMORY = 1 << 30
 """Bytes of activations kept in memory between the steps of a walk; what exceeds it goes to temporary files."""

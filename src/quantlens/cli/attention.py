@@ -99,7 +99,7 @@ def attention(
     """See HELP."""
     from quantlens.cli import _common
     from quantlens.errors import QuantlensError, UnknownNameError
-    from quantlens.studies.environment import choose_device
+    from quantlens.evaluation.environment import choose_device
 
     if choose not in ("first", "most-changed"):
         raise UnknownNameError("choice of images", choose, ("first", "most-changed"))
@@ -155,8 +155,8 @@ def _models(
     step: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """(FP32 model, label -> quantized model)."""
-    from quantlens import api
     from quantlens.allocation import Allocation
+    from quantlens.allocation import quantizing as api
     from quantlens.cli import _common, evaluate, quantize
     from quantlens.data import as_image_set, open_source
     from quantlens.errors import QuantlensError

@@ -43,8 +43,8 @@ def demo(
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    from quantlens import demo as room
     from quantlens.cli import _common
+    from quantlens.report import demo as room
 
     chosen = _common.names(methods)
     found = room.run_demo(

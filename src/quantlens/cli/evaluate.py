@@ -77,10 +77,10 @@ def evaluate(
 
     sets = _common.pairs(ood, "--ood", "NAME=SOURCE")
     groups = dict.fromkeys(_common.names(near) or (), "near")
-    from quantlens.studies.environment import choose_device
-    from quantlens.studies.evaluate import choose_scores
-    from quantlens.studies.evaluate import evaluate as measure
-    from quantlens.studies.images import groups_of
+    from quantlens.evaluation.environment import choose_device
+    from quantlens.evaluation.evaluate import choose_scores
+    from quantlens.evaluation.evaluate import evaluate as measure
+    from quantlens.evaluation.images import groups_of
 
     wanted = _common.names(scores)
     choose_scores(wanted)
@@ -107,7 +107,7 @@ def evaluate(
             keep=keep is not None,
         )
     if keep is not None:
-        from quantlens.studies import outputs
+        from quantlens.evaluation import outputs
 
         assert result.outputs is not None
         outputs.write(keep, result.outputs)
@@ -138,7 +138,7 @@ def models(name: str, weights: str | None, device: str) -> tuple[Any, Any]:
 
     path = Path(name)
     if path.suffix in (".onnx", ".xml"):
-        from quantlens.deploy.artefact import Artefact
+        from quantlens.export.exported import Artefact
 
         artefact = Artefact(path)
         if weights is None:
@@ -146,7 +146,7 @@ def models(name: str, weights: str | None, device: str) -> tuple[Any, Any]:
         return artefact, _reference(artefact, weights, device, path)
     if path.suffix != ".safetensors":
         return load_model(name, _common.weights_argument(weights), device=device), None
-    from quantlens.deploy.checkpoint import load
+    from quantlens.qmodel.checkpoint import load
 
     if not path.is_file():
         raise BadWeightsError(f"{path} does not exist; give a model's name, or a file that `quantlens quantize` wrote")

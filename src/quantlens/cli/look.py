@@ -14,7 +14,7 @@ from quantlens.attention import lookup, pictures
 from quantlens.attention.lens import Lens
 from quantlens.errors import UnsupportedError
 from quantlens.files import write_whole
-from quantlens.quantizers import float_model
+from quantlens.qmodel import float_model
 
 PART = 16
 FP32 = "FP32"
@@ -174,8 +174,8 @@ class Look:
         return rows
 
     def _figures(self, folder: Path, chosen: Mapping[str, list[int]], quantized: Any) -> list[Path]:
+        from quantlens.evaluation.evaluate import plain
         from quantlens.report.attention import drift_svg
-        from quantlens.studies.evaluate import plain
 
         first = float_model(self.reference)
         about = {

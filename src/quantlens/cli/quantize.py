@@ -61,17 +61,17 @@ def quantize(
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common
-    from quantlens.studies.environment import choose_device
+    from quantlens.evaluation.environment import choose_device
 
     settings = _common.settings(option)
     if runtime is not None:
         settings["target"] = runtime
-    from quantlens import api
     from quantlens.allocation import Allocation
+    from quantlens.allocation import quantizing as api
     from quantlens.data import as_image_set, open_source
     from quantlens.methods import registry
     from quantlens.models import load_model
-    from quantlens.quantizers import Bits
+    from quantlens.qmodel import Bits
 
     wanted = api.read_bits(bits)
     spelled = str(wanted.bits() if isinstance(wanted, Allocation) else wanted)

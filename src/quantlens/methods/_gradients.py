@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from quantlens.calibration import CHUNK, Calibration
+from quantlens.calibration.ranges.guided import sample_rows
 from quantlens.errors import QuantlensError
+from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.graph.graph import EdgeHook
 from quantlens.graph.sites import Site
 from quantlens.methods._scale_search import Product
-from quantlens.quantizers import Quantizer
-from quantlens.ranges.guided import sample_rows
-from quantlens.reconstruction.sensitivity import images_together
+from quantlens.reconstruction.block_metrics import images_together
 
 ROWS = 512
 """Rows (tokens) of a layer's input that are kept."""

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from quantlens.calibration import Calibration, Look, Transform, Walk
 from quantlens.errors import QuantlensError
+from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
 from quantlens.methods._scale_search import patches
 from quantlens.methods.base import Run, matmul_operand_edges
-from quantlens.quantizers import Plan, Quantizer
+from quantlens.qmodel import Plan
 from quantlens.reconstruction.bias import LAYERS, corrected_layers, subtract_from_biases
 from quantlens.reconstruction.closed_form import Moments
 

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, Look, Transform, Walk
+from quantlens.calibration import Calibration, Look, Observation, Transform, Walk
+from quantlens.calibration.ranges import affine, clipping, log_by_quantile, mse, quantile_mse
 from quantlens.errors import QuantlensError
-from quantlens.graph import Edge, Graph, NormGroup, find_norm_groups, rescale_norm
+from quantlens.formats import Quantizer, ShiftedLog, Uniform
+from quantlens.graph import Edge, Graph
 from quantlens.methods.base import Option, Progress, Run, Widths, matmul_operand_edges
 from quantlens.methods.repq_vit import TAIL, Reparameterization, reparameterize
-from quantlens.quantizers import Quantizer, ShiftedLog, Uniform
-from quantlens.quantizers.bits import FLOAT
-from quantlens.ranges import Observation, affine, clipping, log_by_quantile, mse, quantile_mse
+from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction import Settings
+from quantlens.transforms import NormGroup, find_norm_groups, rescale_norm
 
 FULL = 32
 """Calibration images from which on a block gets all the steps asked for; fewer images get fewer steps in proportion,

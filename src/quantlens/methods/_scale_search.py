@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.calibration import Calibration, Look, Walk
+from quantlens.calibration.ranges.similarity import Operand, alternate, candidate_factors, search
 from quantlens.errors import QuantlensError
+from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
 from quantlens.methods.base import (
@@ -20,9 +22,8 @@ from quantlens.methods.base import (
     Widths,
     matmul_operand_edges,
 )
-from quantlens.quantizers import Plan, Quantizer, Uniform
-from quantlens.quantizers.bits import FLOAT
-from quantlens.ranges.similarity import Operand, alternate, candidate_factors, search
+from quantlens.qmodel import Plan
+from quantlens.qmodel.bits import FLOAT
 
 ROWS = 512
 """Tokens of a layer's input that candidates are judged on."""

@@ -2,14 +2,14 @@
 2024).
 
 * Softmax outputs and GELU outputs have logarithmic codes whose base 2^(q/37) is searched
-  (:mod:`quantlens.quantizers.adalog`, section 3.2). GELU outputs are shifted by 0.17 first, so that none is negative;
+  (:mod:`quantlens.formats.adalog`, section 3.2). GELU outputs are shifted by 0.17 first, so that none is negative;
   behind the layer the shift is one number per output channel, which goes into the bias.
 * All other operands are asymmetric uniform: weights per output channel, q, k and v per head, other activations per
   tensor. LayerNorm outputs are made channel-wise first and rewritten to one scale, as in ``repq-vit``.
 * The two parameters of a format (scale and zero point, scale and base) are found together, by fast progressive
-  combining search (section 3.3, :mod:`quantlens.ranges.progressive`): a grid of 128 points, then ever finer steps
-  around the best. First the operand's own squared error is made least, then that of the layer's output, for one operand
-  and the other in turn (weight, input; q, k; softmax, v), three rounds.
+  combining search (section 3.3, :mod:`quantlens.calibration.ranges.progressive`): a grid of 128 points, then ever
+  finer steps around the best. First the operand's own squared error is made least, then that of the layer's
+  output, for one operand and the other in turn (weight, input; q, k; softmax, v), three rounds.
 
 All products are searched on the float network's tensors, none waits for another.
 
@@ -39,17 +39,8 @@ import torch
 from torch import Tensor
 
 from quantlens.calibration import Calibration
-from quantlens.errors import QuantlensError
-from quantlens.graph import Edge, Graph, rescale_norm
-from quantlens.methods._gradients import sample_pairs
-from quantlens.methods._scale_search import Product, patches, sample, visit_products
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
-from quantlens.methods.ptq4vit import GELU_MINIMUM, behind_gelu
-from quantlens.methods.repq_vit import Reparameterization, norm_groups, reparameterize
-from quantlens.quantizers import AdaLog as AdaLogFormat
-from quantlens.quantizers import Plan, Quantizer, Uniform
-from quantlens.ranges.guided import HEADS, Side
-from quantlens.ranges.progressive import (
+from quantlens.calibration.ranges.guided import HEADS, Side
+from quantlens.calibration.ranges.progressive import (
     Grid,
     OutputError,
     adaptive,
@@ -58,6 +49,17 @@ from quantlens.ranges.progressive import (
     progressive,
     ranked,
 )
+from quantlens.errors import QuantlensError
+from quantlens.formats import AdaLog as AdaLogFormat
+from quantlens.formats import Quantizer, Uniform
+from quantlens.graph import Edge, Graph
+from quantlens.methods._gradients import sample_pairs
+from quantlens.methods._scale_search import Product, patches, sample, visit_products
+from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
+from quantlens.methods.ptq4vit import GELU_MINIMUM, behind_gelu
+from quantlens.methods.repq_vit import Reparameterization, norm_groups, reparameterize
+from quantlens.qmodel import Plan
+from quantlens.transforms import rescale_norm
 
 ROWS = 2048
 """Rows of a layer's input that weights are judged on."""

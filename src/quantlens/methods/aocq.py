@@ -48,11 +48,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import Calibration, Look, Transform, Walk
+from quantlens.calibration import Calibration, Look, Observation, Observer, Transform, Walk
+from quantlens.calibration.ranges import affine, clipping, log_by_quantile, mse
+from quantlens.calibration.ranges.power_of_two import token_weights
+from quantlens.calibration.ranges.rules import REPQ_QUANTILES
 from quantlens.errors import QuantlensError
-from quantlens.graph import Edge, Graph, NormGroup, find_norm_groups
+from quantlens.formats import PowerOfTwo, Quantizer, Uniform
+from quantlens.formats.base import bounded_
+from quantlens.formats.uniform import MAX_ZERO_POINT
+from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import VIEWS, op_name
-from quantlens.graph.rewrites import keeps_channels_last
 from quantlens.methods._reconstruction import FULL, portion, weight_quantizers
 from quantlens.methods._shifts import shift_axis
 from quantlens.methods.base import (
@@ -65,15 +70,12 @@ from quantlens.methods.base import (
     Widths,
     everything_edges,
 )
-from quantlens.quantizers import Plan, PowerOfTwo, Quantizer, Uniform
-from quantlens.quantizers.base import bounded_
-from quantlens.quantizers.bits import FLOAT
-from quantlens.quantizers.uniform import MAX_ZERO_POINT
-from quantlens.ranges import Observation, Observer, affine, clipping, log_by_quantile, mse
-from quantlens.ranges.power_of_two import token_weights
-from quantlens.ranges.rules import REPQ_QUANTILES
+from quantlens.qmodel import Plan
+from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction import Report, Settings, reconstruct
-from quantlens.reconstruction.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
+from quantlens.transforms import NormGroup, find_norm_groups
+from quantlens.transforms.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
+from quantlens.transforms.rewrites import keeps_channels_last
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """m of LN_α's candidates: how far the channels' ranges are evened out."""

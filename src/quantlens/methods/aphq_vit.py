@@ -4,7 +4,7 @@ Block reconstruction as in QDrop (:mod:`quantlens.methods.qdrop`: AdaRound, LSQ,
 
 1. a loss that weights the squared error of every element of a block's output by its average perturbation Hessian
    (section 3.3): the difference of the gradients of the model's output divergence, the block's output perturbed one way
-   and the other, averaged over the images; see :func:`quantlens.reconstruction.sensitivity.perturbation_metrics`. At
+   and the other, averaged over the images; see :func:`quantlens.reconstruction.block_metrics.perturbation_metrics`. At
    the logits the loss is the divergence itself. Softmax temperature 20;
 2. MLP reconstruction (section 3.4), before anything is quantized: GELU becomes ReLU, and the two linear layers are
    refitted to put out what they did, with the hidden values as they are and clipped at a quantile of the positive ones;
@@ -36,10 +36,10 @@ from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods._reconstruction import START_OPTIONS, dropping, portion, start, step_options, steps
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.quantizers import Plan
+from quantlens.qmodel import Plan
 from quantlens.reconstruction import Metric, MetricLoss, find_units, perturbation_metrics, reconstruct
+from quantlens.reconstruction.block_metrics import STEP
 from quantlens.reconstruction.mlp import Fit, find_mlps, replace_gelu
-from quantlens.reconstruction.sensitivity import STEP
 
 QUANTILES = {2: 0.98, 3: 0.99, 4: 0.98}
 """Where hidden values are clipped, by width of the second layer's input."""

@@ -17,17 +17,19 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.calibration import Calibration, Seen
+from quantlens.calibration.ranges import affine
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.graph import Edge, Graph, fold_layer_scale, graph_of
+from quantlens.formats import Uniform
+from quantlens.graph import Edge, Graph, graph_of
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
-from quantlens.quantizers import Bits, Plan, QuantizedModel, Uniform, float_model
-from quantlens.quantizers.bits import FLOAT
-from quantlens.quantizers.model import describe
-from quantlens.quantizers.targets import TARGETS, target_named
-from quantlens.ranges import affine
+from quantlens.qmodel import Bits, Plan, QuantizedModel, float_model
+from quantlens.qmodel.bits import FLOAT
+from quantlens.qmodel.model import describe
+from quantlens.qmodel.targets import TARGETS, target_named
 from quantlens.reconstruction.massive import split_massive
 from quantlens.reconstruction.pixels import pixel_quantizer, read_pixels
+from quantlens.transforms import fold_layer_scale
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) steps."""

@@ -51,12 +51,13 @@ from torch import Tensor
 
 from quantlens.calibration import Calibration, Look, Transform, Walk
 from quantlens.errors import QuantlensError
+from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
 from quantlens.methods._scale_search import patches, sample_tensor
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
-from quantlens.quantizers import Plan, Quantizer, Uniform
-from quantlens.quantizers.bits import FLOAT
+from quantlens.qmodel import Plan
+from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction.bias import LAYERS, correct_biases, output_means
 
 ROWS = 8192

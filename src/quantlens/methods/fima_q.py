@@ -7,7 +7,7 @@ knows what an error at a block's output does to the model's output:
 1. The divergence of the model's output, KL(p ‖ p̂), has the Fisher matrix F as its Hessian at a block's output, and its
    gradient at the quantized block's output is g ≈ F·Δ, Δ the error there (section 3.2). Gradients and errors so tell F.
 2. DPLR-FIM (section 3.3): F is a diagonal plus a matrix of low rank, both from k pairs (g, Δ): see
-   :func:`quantlens.reconstruction.sensitivity.fisher_metrics`. Softmax temperature 20.
+   :func:`quantlens.reconstruction.block_metrics.fisher_metrics`. Softmax temperature 20.
 3. The loss of a block is the sum of both quadratic forms, each divided by its value at the start; at the logits the
    divergence itself.
 
@@ -37,9 +37,9 @@ from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods._reconstruction import START_OPTIONS, dropping, start, step_options
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.quantizers import Plan
+from quantlens.qmodel import Plan
 from quantlens.reconstruction import Metric, MetricLoss, fisher_metrics, reconstruct
-from quantlens.reconstruction.sensitivity import DAMPING
+from quantlens.reconstruction.block_metrics import DAMPING
 
 
 class FIMAQ(Method):

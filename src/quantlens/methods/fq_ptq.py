@@ -5,9 +5,9 @@ from pixels to logits:
 
 * LayerNorm inputs, whose channels differ in range by far, get power-of-two factors (section 3.2, eq. 8 and 9): one
   scale and zero point for the tensor, and per channel a shift with the least squared error. LayerNorm then runs on
-  integers (:class:`~quantlens.quantizers.IntegerLayerNorm`).
+  integers (:class:`~quantlens.formats.IntegerLayerNorm`).
 * softmax runs on integers too, with I-BERT's exponential, and puts out powers of two (section 3.3, Log-Int-Softmax;
-  :class:`~quantlens.quantizers.LogIntSoftmax`).
+  :class:`~quantlens.formats.LogIntSoftmax`).
 * everything else: activations per tensor, asymmetric uniform, ranges by one of four observers (min-max, moving
   average, percentile, OMSE); weights per output channel, symmetric, s = max|w|/(2ᵇ⁻¹ − ½).
 
@@ -62,29 +62,29 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import Calibration, Look, Walk
+from quantlens.calibration import Calibration, Look, Observation, Walk
+from quantlens.calibration.ranges import affine, mse
+from quantlens.calibration.ranges.moving import moving_average
+from quantlens.calibration.ranges.power_of_two import power_of_two_factors, token_weights
 from quantlens.errors import QuantlensError
-from quantlens.graph import Edge, Graph
-from quantlens.graph.graph import VIEWS, op_name
-from quantlens.graph.sites import SCALINGS, Site
-from quantlens.methods._shifts import shift_axis
-from quantlens.methods.base import EVERYTHING, Method, MethodInfo, Option, Run, Widths, everything_edges
-from quantlens.quantizers import (
+from quantlens.formats import (
     IntegerLayerNorm,
     Log,
     LogIntSoftmax,
     MaskedSoftmax,
     Operator,
-    Plan,
     PowerOfTwo,
     Quantizer,
     Uniform,
 )
-from quantlens.quantizers.bits import FLOAT
-from quantlens.quantizers.power_of_two import MAX_EXPONENT
-from quantlens.ranges import Observation, affine, mse
-from quantlens.ranges.moving import moving_average
-from quantlens.ranges.power_of_two import power_of_two_factors, token_weights
+from quantlens.formats.power_of_two import MAX_EXPONENT
+from quantlens.graph import Edge, Graph
+from quantlens.graph.graph import VIEWS, op_name
+from quantlens.graph.sites import SCALINGS, Site
+from quantlens.methods._shifts import shift_axis
+from quantlens.methods.base import EVERYTHING, Method, MethodInfo, Option, Run, Widths, everything_edges
+from quantlens.qmodel import Plan
+from quantlens.qmodel.bits import FLOAT
 
 BATCHES = 10
 """Batches that a moving average takes the calibration images in."""

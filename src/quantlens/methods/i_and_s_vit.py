@@ -1,7 +1,7 @@
 """i-and-s-vit: I&S-ViT, an inclusive and stable method for pushing the limit of post-training quantization of vision
 transformers (Zhong et al., arXiv 2311.10126, 2023).
 
-* Shift-uniform-log2 quantizer for softmax outputs (section 3.2): see :mod:`quantlens.quantizers.shifted_log`. η is
+* Shift-uniform-log2 quantizer for softmax outputs (section 3.2): see :mod:`quantlens.formats.shifted_log`. η is
   the one of eleven with the least squared error.
 * Smooth optimisation strategy (section 3.3), block by block, by squared error towards the float model's output:
 
@@ -33,7 +33,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from quantlens.calibration import Calibration
-from quantlens.graph import Graph, NormGroup
+from quantlens.formats import Quantizer
+from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
     CHECKPOINT,
     FULL,
@@ -46,8 +47,9 @@ from quantlens.methods._reconstruction import (
 )
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
 from quantlens.methods.repq_vit import Reparameterization
-from quantlens.quantizers import Plan, Quantizer
+from quantlens.qmodel import Plan
 from quantlens.reconstruction import Settings, reconstruct
+from quantlens.transforms import NormGroup
 
 
 class IAndSViT(Method):

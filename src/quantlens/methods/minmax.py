@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from quantlens.calibration import Calibration, Look, Walk
+from quantlens.calibration import Calibration, Look, Observation, Walk
+from quantlens.calibration.ranges import affine, minmax, symmetric
+from quantlens.formats import Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Run, Widths, matmul_operand_edges
-from quantlens.quantizers import Plan, Uniform
-from quantlens.quantizers.bits import FLOAT
-from quantlens.ranges import Observation, affine, minmax, symmetric
+from quantlens.qmodel import Plan
+from quantlens.qmodel.bits import FLOAT
 
 
 class MinMax(Method):

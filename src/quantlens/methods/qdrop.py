@@ -35,7 +35,7 @@ from quantlens.calibration import Calibration
 from quantlens.graph import Graph
 from quantlens.methods._reconstruction import START_OPTIONS, dropping, start, step_options
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Run, Widths
-from quantlens.quantizers import Plan
+from quantlens.qmodel import Plan
 from quantlens.reconstruction import reconstruct
 
 

@@ -54,10 +54,10 @@ from quantlens.graph import Graph
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
 from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, check, rewrite
-from quantlens.quantizers import Plan
+from quantlens.qmodel import Plan
 from quantlens.reconstruction import Distillation, Settings, distil, reconstruct
+from quantlens.reconstruction.block_metrics import perturbation_metrics
 from quantlens.reconstruction.losses import MetricLoss
-from quantlens.reconstruction.sensitivity import perturbation_metrics
 from quantlens.reconstruction.views import with_views
 
 VIEWED = 0.5

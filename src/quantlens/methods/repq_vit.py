@@ -21,7 +21,7 @@ Where the authors' code differs from this file, or is silent:
    activations behind a rewritten layer were calibrated against another weight than the one used. Here a layer is
    rewritten when it is reached.
 3. Their log√2 format has 2ᵇ + 1 levels; ours has 2ᵇ, with another boundary to zero: see
-   :mod:`quantlens.quantizers.log`.
+   :mod:`quantlens.formats.log`.
 4. Channels whose values are constant (LayerNorm weight 0) make their code divide by zero. Here such a channel is
    represented exactly; its scale, which is arbitrary, does not take part in the mean s̃, and its r is 1.
 5. Their Swin scales q before its quantizer; here the product's operand is quantized wherever the model scales it.
@@ -36,8 +36,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, Look, Transform, Walk
-from quantlens.graph import Edge, Graph, NormGroup, find_norm_groups, rescale_norm
+from quantlens.calibration import Calibration, Look, Observation, Transform, Walk
+from quantlens.calibration.ranges import affine, log_by_quantile, quantile_mse
+from quantlens.calibration.ranges.rules import REPQ_QUANTILES
+from quantlens.formats import Quantizer, Uniform, affine_parameters
+from quantlens.formats.uniform import is_constant
+from quantlens.graph import Edge, Graph
 from quantlens.methods.base import (
     MATMUL_OPERANDS,
     Method,
@@ -47,11 +51,9 @@ from quantlens.methods.base import (
     Widths,
     matmul_operand_edges,
 )
-from quantlens.quantizers import Plan, Quantizer, Uniform, affine_parameters
-from quantlens.quantizers.bits import FLOAT
-from quantlens.quantizers.uniform import is_constant
-from quantlens.ranges import Observation, affine, log_by_quantile, quantile_mse
-from quantlens.ranges.rules import REPQ_QUANTILES
+from quantlens.qmodel import Plan
+from quantlens.qmodel.bits import FLOAT
+from quantlens.transforms import NormGroup, find_norm_groups, rescale_norm
 
 TAIL = 1.0 - min(REPQ_QUANTILES)
 

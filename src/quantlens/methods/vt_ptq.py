@@ -41,7 +41,9 @@ import torch
 from torch import Tensor
 
 from quantlens.calibration import Calibration
+from quantlens.calibration.ranges.similarity import Objective, Operand, Ranking, alternate_pair, candidate_factors
 from quantlens.errors import QuantlensError
+from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.methods._scale_search import (
     ROWS,
@@ -55,8 +57,7 @@ from quantlens.methods._scale_search import (
     visit_products,
 )
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
-from quantlens.quantizers import Plan, Quantizer
-from quantlens.ranges.similarity import Objective, Operand, Ranking, alternate_pair, candidate_factors
+from quantlens.qmodel import Plan
 from quantlens.reconstruction.bias import LAYERS, corrected_layers, mean_output, subtract_from_biases
 
 RANKED_ROWS = 64

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.calibration import MEMORY, Calibration, Look, Transform, Walk
+from quantlens.formats import Quantizer
+from quantlens.formats.operators import Operator
 from quantlens.graph import Edge, Graph
-from quantlens.graph.rewrites import ensure_bias
 from quantlens.graph.sites import Site
-from quantlens.quantizers import Quantizer
-from quantlens.quantizers.operators import Operator
+from quantlens.transforms.rewrites import ensure_bias
 
 LAYERS = ("linear", "conv")
 

@@ -27,8 +27,9 @@ from torch import Tensor, fx
 
 from quantlens.calibration import CHUNK, MEMORY, Calibration
 from quantlens.errors import UnknownNameError, UnsupportedError
+from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Graph
-from quantlens.quantizers import Plan, Quantizer, Uniform
+from quantlens.qmodel import Plan
 from quantlens.reconstruction.checkpoints import Checkpoint
 from quantlens.reconstruction.latent import Latent, Vector, trained_vectors
 from quantlens.reconstruction.losses import Context, Loss

@@ -7,7 +7,7 @@ channel that is always large spends it on a number that is known beforehand.
   makes k takes it up).
 * What an attention reads out: v − μ. Rows of probabilities sum to one, so that the outputs change by −μ, which the
   biases on both sides take up. Quantized rows keep it exact where they sum to one too
-  (:class:`quantlens.quantizers.SquaredRows`), and lose nothing of the mean where they do not.
+  (:class:`quantlens.formats.SquaredRows`), and lose nothing of the mean where they do not.
 
 What the means are of all the energy, DeiT-Tiny and ViT-Tiny, 8 ImageNet images, mean of the blocks: LayerNorm outputs
 1.1 and 1.1 dB, keys 1.2 and 1.4, attention outputs 0.7 and 0.4; inputs of an MLP's second layer 0.6 and 0.5, in the
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.calibration import Calibration
-from quantlens.graph import Graph, find_norm_groups, rescale_norm
+from quantlens.graph import Graph
 from quantlens.graph.graph import VIEWS, op_name
-from quantlens.graph.rewrites import ensure_bias
-from quantlens.graph.rotation import alone
 from quantlens.graph.sites import ADDS, SCALINGS, Site
-from quantlens.reconstruction.heads import find_score_pairs, find_value_pairs
+from quantlens.transforms import find_norm_groups, rescale_norm
+from quantlens.transforms.heads import find_score_pairs, find_value_pairs
+from quantlens.transforms.rewrites import ensure_bias
+from quantlens.transforms.rotation import alone
 
 
 def channel_means(graph: Graph, calibration: Calibration, keys: Iterable[str]) -> dict[str, Tensor]:

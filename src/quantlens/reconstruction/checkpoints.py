@@ -18,8 +18,9 @@ from torch import Tensor
 from quantlens.calibration import Calibration
 from quantlens.errors import StorageError
 from quantlens.files import write_whole
+from quantlens.formats import Quantizer, restore
 from quantlens.graph import Graph
-from quantlens.quantizers import Plan, Quantizer, restore
+from quantlens.qmodel import Plan
 from quantlens.reconstruction.settings import Result, UnitReport
 from quantlens.reconstruction.units import Unit
 

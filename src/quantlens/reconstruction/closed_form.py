@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from quantlens.errors import UnsupportedError
-from quantlens.quantizers import Quantizer, Uniform
-from quantlens.quantizers.base import bounded_
+from quantlens.formats import Quantizer, Uniform
+from quantlens.formats.base import bounded_
 
 BLOCK = 128
 """Columns whose errors reach the columns behind them in one product."""

@@ -29,9 +29,10 @@ from torch import Tensor, fx
 
 from quantlens.calibration import CHUNK, MEMORY, Calibration
 from quantlens.errors import QuantlensError, UnsupportedError
+from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Graph
 from quantlens.graph.sites import classifier_terms
-from quantlens.quantizers import Plan, Quantizer, Uniform
+from quantlens.qmodel import Plan
 from quantlens.reconstruction.checkpoints import Progressed, fingerprint
 from quantlens.reconstruction.latent import Latent, Vector, trained_vectors
 from quantlens.reconstruction.losses import divergence

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from quantlens.formats import Uniform
 from quantlens.graph import Graph
 from quantlens.graph.graph import op_name
 from quantlens.graph.sites import dynamic_nodes
-from quantlens.quantizers import Uniform
 from quantlens.reconstruction.scales import fake_quantize
 
 AFFINE = ("aten.layer_norm.default", "aten.linear.default", "aten.conv2d.default")

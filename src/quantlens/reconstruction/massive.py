@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from quantlens.calibration import Calibration, Look, Walk
-from quantlens.graph import Edge, Graph, hidden_source, permute_hidden, split_linear
+from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
+from quantlens.transforms import hidden_source, permute_hidden, split_linear
 
 RATIO = 16.0
 """A channel is massive if its largest magnitude exceeds this many times the median channel's: four bits of an integer

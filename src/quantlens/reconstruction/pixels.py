@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from quantlens.calibration import Calibration
-from quantlens.graph import Graph, rescale_input
+from quantlens.formats import Uniform
+from quantlens.graph import Graph
 from quantlens.graph.graph import op_name
 from quantlens.graph.sites import Site
-from quantlens.quantizers import Uniform
+from quantlens.transforms import rescale_input
 
 NEAR = 1e-3
 """Images whose values lie this far (in units of 0 … 1) outside of a picture's, or off its 256 values, are none."""

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from quantlens.errors import UnsupportedError
-from quantlens.quantizers import Quantizer, Uniform
+from quantlens.formats import Quantizer, Uniform
 
 ZETA, GAMMA = 1.1, -0.1
 """Ends of the stretched sigmoid: it reaches 0 and 1 at finite α (Louizos et al., 2018)."""
 
 
 class AdaRound(nn.Module):
-    """A weight whose rounding is learned, on the grid of a frozen :class:`~quantlens.quantizers.Uniform`.
+    """A weight whose rounding is learned, on the grid of a frozen :class:`~quantlens.formats.Uniform`.
 
     quantizer: uniform, symmetric or asymmetric, per tensor or per channel. weight: the float weight, float32, any shape
     that the quantizer fits. ``forward()`` gives the soft weight (same shape); :attr:`alpha` is what is learned.

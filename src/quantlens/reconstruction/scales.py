@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from quantlens.errors import UnsupportedError
-from quantlens.quantizers import BlockScaled, PowerOfTwo, Quantizer, Uniform
-from quantlens.quantizers.base import bounded_
+from quantlens.formats import BlockScaled, PowerOfTwo, Quantizer, Uniform
+from quantlens.formats.base import bounded_
 
 SMALLEST, LARGEST = 0.05, 8.0
 """Bounds of the learned scale as multiples of the one it started from."""
@@ -77,8 +77,8 @@ class _Quantize(torch.autograd.Function):
 class LearnedScale(nn.Module):
     """An activation quantizer whose scale is learned; everything else of it stays.
 
-    quantizer: :class:`~quantlens.quantizers.Uniform` (any granularity), :class:`~quantlens.quantizers.PowerOfTwo` or
-    :class:`~quantlens.quantizers.BlockScaled` (the scale: its step in units of a block's root mean square).
+    quantizer: :class:`~quantlens.formats.Uniform` (any granularity), :class:`~quantlens.formats.PowerOfTwo` or
+    :class:`~quantlens.formats.BlockScaled` (the scale: its step in units of a block's root mean square).
     :attr:`ratio` is the parameter: the scale as a multiple of the quantizer's own ([] or [n]), so that one learning
     rate suits tensors of any size. ``forward(x, kept=None)`` quantizes x exactly as the frozen quantizer would; where
     ``kept`` (bool, shape of x) is set, x passes in float (QDrop). :meth:`freeze` gives the quantizer.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.quantizers import Quantizer
+from quantlens.formats import Quantizer
 from quantlens.reconstruction.losses import LOSSES, Loss
 
 ROUNDING, SCALES, WEIGHTS, VECTORS = "rounding", "scales", "weights", "vectors"

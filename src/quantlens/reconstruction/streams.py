@@ -14,8 +14,8 @@ from torch import Tensor, fx
 
 from quantlens.calibration import CHUNK, Calibration
 from quantlens.errors import StorageError, UnsupportedError
+from quantlens.formats import Quantizer
 from quantlens.graph import Graph
-from quantlens.quantizers import Quantizer
 from quantlens.reconstruction.units import Unit
 
 

@@ -171,7 +171,7 @@ def layers(board: Board) -> list[Layers]:
 
     Raises QuantlensError for an inspection of a newer quantlens.
     """
-    from quantlens.allocation import Inspection
+    from quantlens.sensitivity import Inspection
 
     shown = []
     for cell in board.inspections:
@@ -210,7 +210,7 @@ def verdict(found: Any) -> str:
 
 
 def inspection_page(found: Any, rank: str = "sqnr") -> str:
-    """One self-contained HTML page of a :class:`quantlens.allocation.Inspection`."""
+    """One self-contained HTML page of a :class:`quantlens.sensitivity.Inspection`."""
     body = [_chart(found)] if found.sites else []
     body += [_table(found, by, rank) for by in found.parts]
     return page(f"{found.model} {found.bits}: which layer hurts", "inspection", explanation(found), "\n".join(body))

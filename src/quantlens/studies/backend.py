@@ -57,7 +57,7 @@ class Backend:
         self, model: Any, calibration: Any, choice: MethodChoice, bits: str, seed: int, progress: Steps | None
     ) -> Any:
         """The quantized model."""
-        from quantlens.api import quantize
+        from quantlens.allocation.quantizing import quantize
 
         return quantize(
             model, calibration, method=choice.name, bits=bits, seed=seed, progress=progress, **choice.options
@@ -79,7 +79,7 @@ class Backend:
 
     def evaluate(self, model: Any, id: Any, ood: Mapping[str, Any], **settings: Any) -> Any:
         """The Result of a model; with mixed precision it says which widths were chosen, under "allocation"."""
-        from quantlens.studies.evaluate import evaluate
+        from quantlens.evaluation.evaluate import evaluate
 
         result = evaluate(model, id, ood, **settings)
         allocation = getattr(getattr(model, "plan", None), "info", {}).get("allocation")
@@ -106,20 +106,20 @@ class Backend:
     ) -> dict[str, Any]:
         """Which layer of a model hurts: `Inspection.to_dict`, by site and by block, in six digits (the last ones of a
         sum differ with the threads that added it up)."""
-        from quantlens.api import inspect
+        from quantlens.allocation.quantizing import inspect
 
         found = inspect(model, images, bits, method=choice.name, seed=seed, progress=progress, **choice.options)
         return dict(_six_digits(found.to_dict()))
 
     def environment(self, device: str) -> dict[str, Any]:
         """What the figures are measured with."""
-        from quantlens.studies.environment import environment
+        from quantlens.evaluation.environment import environment
 
         return environment(device)
 
     def device(self, name: str) -> str:
         """The device to run on."""
-        from quantlens.studies.environment import choose_device
+        from quantlens.evaluation.environment import choose_device
 
         return choose_device(name)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlens.errors import QuantlensError
+from quantlens.evaluation.images import fingerprint, groups_of, refuse_overlap
 from quantlens.studies.backend import Backend, MethodChoice
 from quantlens.studies.config import ModelSpec, StudyConfig
-from quantlens.studies.images import fingerprint, groups_of, refuse_overlap
 from quantlens.studies.store import INSPECTION, to_json
 
 CELL_FORMAT = 1

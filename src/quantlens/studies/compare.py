@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.studies.bootstrap import (
+from quantlens.evaluation.bootstrap import (
     ID_FIGURES,
     OOD_FIGURES,
     Array,

@@ -124,7 +124,7 @@ class AttentionSpec(_Strict):
 
 
 class InspectSpec(_Strict):
-    """Which layer hurts (:func:`quantlens.allocation.inspect`), found once per model: every site and block alone,
+    """Which layer hurts (:func:`quantlens.sensitivity.inspect`), found once per model: every site and block alone,
     quantized by `method` at `bits`, on `images` that `seed` draws from `source` (by default that of `calibration`)."""
 
     bits: str = "W8A8"
@@ -253,7 +253,7 @@ class StudyConfig(_Strict):
 def parse_bits(text: str) -> str:
     """A precision in its one spelling (`W4A8`, `FP32`, `MP6` for mixed precision); ValueError when it is none."""
     from quantlens.allocation import is_target, parse_target
-    from quantlens.quantizers.bits import Bits
+    from quantlens.qmodel.bits import Bits
 
     try:
         return f"MP{parse_target(text)}" if is_target(text) else str(Bits.parse(text))

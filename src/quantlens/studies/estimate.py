@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from quantlens.evaluation.environment import cores
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import PlannedCell, StudyImages, plan_study, weights_of
 from quantlens.studies.config import ModelSpec, StudyConfig
-from quantlens.studies.environment import cores
 from quantlens.studies.progress import duration
 from quantlens.studies.store import Cell, Store
 
@@ -157,7 +157,7 @@ def measured(
     import psutil
     import torch
 
-    from quantlens.studies.evaluate import device_of, measurable
+    from quantlens.evaluation.evaluate import device_of, measurable
 
     threads = torch.get_num_threads()
     backend.set_threads(max(1, cores() // workers))

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
-from quantlens.studies import outputs as kept
+from quantlens.evaluation import outputs as kept
+from quantlens.evaluation.outputs import Outputs
 from quantlens.studies.cells import FP32
-from quantlens.studies.outputs import Outputs
 
 TRAITS = ("model", "method", "bits", "seed")
 
@@ -161,7 +161,7 @@ def _of_outputs(path: Path) -> Entry:
 
 
 def _of_result(path: Path) -> Entry:
-    from quantlens.studies.evaluate import Result
+    from quantlens.evaluation.evaluate import Result
 
     try:
         result = Result.from_dict(json.loads(path.read_text(encoding="utf-8"))).to_dict()

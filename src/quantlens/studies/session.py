@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.errors import QuantlensError, StorageError
+from quantlens.evaluation.outputs import path_of
 from quantlens.files import write_whole
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import PlannedCell, Slot, StudyImages, cell_key, identity, plan_study, weights_of
 from quantlens.studies.config import ModelSpec, StudyConfig
-from quantlens.studies.outputs import path_of
 from quantlens.studies.progress import Quiet
 from quantlens.studies.specs import label, reason, relabelled, spec_of
 from quantlens.studies.store import INSPECTION, Owner, Store, to_json
@@ -101,7 +101,7 @@ class Session:
 
         self.cells = plan_study(config, backend)
         if config.scores is not None:
-            from quantlens.studies.evaluate import choose_scores
+            from quantlens.evaluation.evaluate import choose_scores
 
             choose_scores(config.scores)
         for model in config.models:
@@ -209,7 +209,7 @@ class Session:
     def reference(self, group: Group) -> Any:
         """The FP32 Result of a group's model, from the store."""
         if group.reference is None:
-            from quantlens.studies.evaluate import Result
+            from quantlens.evaluation.evaluate import Result
 
             stored = self.store.cell(group.keys[group.fp32.slot])
             if stored is None or stored.result is None:

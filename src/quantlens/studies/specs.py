@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantlens.evaluation.images import source_name
 from quantlens.studies.cells import CELL_FORMAT, INSPECTION_FORMAT, PlannedCell, StudyImages
 from quantlens.studies.config import StudyConfig
-from quantlens.studies.images import source_name
 
 
 def spec_of(

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantlens.errors import StorageError
+from quantlens.evaluation import outputs as kept
+from quantlens.evaluation.bootstrap import Array, Resamples, Wanted, differences, interval, replicate
+from quantlens.evaluation.outputs import Outputs
 from quantlens.files import write_whole
-from quantlens.studies import outputs as kept
-from quantlens.studies.bootstrap import Array, Resamples, Wanted, differences, interval, replicate
-from quantlens.studies.outputs import Outputs
 
 VERSION = 1
 RESAMPLES = 1000

@@ -16,11 +16,11 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from quantlens.errors import QuantlensError, StorageError
+from quantlens.evaluation.images import source_name
+from quantlens.evaluation.outputs import pack
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import PlannedCell, StudyImages, weights_of
 from quantlens.studies.config import ModelSpec, StudyConfig
-from quantlens.studies.images import source_name
-from quantlens.studies.outputs import pack
 from quantlens.studies.progress import Quiet
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.errors import QuantlensError
+from quantlens.evaluation.environment import cores
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import PlannedCell
 from quantlens.studies.config import StudyConfig
-from quantlens.studies.environment import cores
 from quantlens.studies.progress import Quiet
 from quantlens.studies.session import POLL_SECONDS, Group, Session
 from quantlens.studies.specs import label, reason

@@ -1,0 +1,129 @@
+"""Where modules and names of earlier releases live today. What is imported from an old place is found at the new one,
+with a DeprecationWarning that names both."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+DROPPED = "0.4"
+"""The release without the old names."""
+
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def _of(old: str, new: str, *names: str) -> dict[str, str]:
+    return {f"quantlens.{old}.{name}": f"quantlens.{new}.{name}" for name in names}
+
+
+MODULES: dict[str, str] = {
+    **_of("quantizers", "formats", "adalog", "base", "integer_ops", "log", "operators", "power_of_two"),
+    **_of("quantizers", "formats", "shifted_log", "twin", "uniform"),
+    "quantlens.quantizers.block_scaled": "quantlens.formats.group_scaled",
+    "quantlens.quantizers.rows": "quantlens.formats.sqrt_softmax",
+    **_of("quantizers", "qmodel", "bits", "model", "targets"),
+    **_of("ranges", "calibration", "observers"),
+    **_of("ranges", "calibration.ranges", "guided", "moving", "power_of_two", "progressive", "rules", "similarity"),
+    **_of("graph", "transforms", "rewrites", "rotation"),
+    **_of("reconstruction", "transforms", "equalisation", "heads"),
+    "quantlens.reconstruction.sensitivity": "quantlens.reconstruction.block_metrics",
+    **_of("allocation", "sensitivity", "alone", "inspection", "statistics"),
+    **_of("studies", "evaluation", "bootstrap", "environment", "evaluate", "images", "outputs"),
+    **_of("deploy", "qmodel", "checkpoint"),
+    **_of("deploy", "export", "bench", "export", "onnx_file", "onnx_graph", "parity", "processor", "pt2"),
+    "quantlens.deploy.artefact": "quantlens.export.exported",
+    "quantlens.deploy.guard": "quantlens.export.threshold",
+    "quantlens.demo": "quantlens.report.demo",
+    "quantlens.api": "quantlens.allocation.quantizing",
+}
+"""Old module -> new module."""
+
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "quantlens.quantizers": ("quantlens.formats", "quantlens.qmodel"),
+    "quantlens.ranges": ("quantlens.calibration", "quantlens.calibration.ranges"),
+    "quantlens.deploy": ("quantlens.qmodel.checkpoint",),
+    "quantlens.graph": ("quantlens.transforms",),
+    "quantlens.reconstruction": ("quantlens.transforms",),
+    "quantlens.allocation": ("quantlens.sensitivity",),
+    "quantlens.studies": ("quantlens.evaluation.evaluate",),
+}
+"""Old package -> where its names are looked for now; the last four still exist and ask here for what left them."""
+
+
+def _internal(file: str) -> bool:
+    return (file.startswith(_PACKAGE) and file.endswith(("_moved.py", "__init__.py"))) or "importlib" in file
+
+
+def tell(old: str, new: str) -> None:
+    """Warn whoever uses ``old``: the first line of code outside of this file and of the import system."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _internal(frame.f_code.co_filename):
+        frame = frame.f_back
+    message = f"quantlens: {old} is {new} now; quantlens {DROPPED} drops the old name"
+    where = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "")
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(message, DeprecationWarning, *where, registry=registry)
+
+
+def find(package: str, name: str) -> Any:
+    """``name`` of an old package, from where it is now. Raises AttributeError."""
+    for place in PACKAGES.get(package, ()):
+        module = import_module(place)
+        if not name.startswith("_") and hasattr(module, name):
+            tell(f"{package}.{name}", f"{place}.{name}")
+            return getattr(module, name)
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+
+class _Alias(ModuleType):
+    """An old module: every attribute is the new module's."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        if name in PACKAGES:
+            self.__path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if self.__name__ in PACKAGES:
+            return find(self.__name__, name)
+        return getattr(import_module(MODULES[self.__name__]), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__") or self.__name__ not in MODULES or f"{self.__name__}.{name}" in MODULES:
+            super().__setattr__(name, value)
+        else:
+            setattr(import_module(MODULES[self.__name__]), name, value)
+
+
+class _Finder:
+    """Finds old modules by their names; asked last, when nothing else was found."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in MODULES and name not in PACKAGES:
+            return None
+        return ModuleSpec(name, self, is_package=name in PACKAGES)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        if spec.name in MODULES:
+            tell(spec.name, MODULES[spec.name])
+        return _Alias(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing is to be run."""
+
+
+def install() -> None:
+    """Let old imports be found."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""One model on image sets → a result: metrics, per-image outputs, the comparison of two results."""

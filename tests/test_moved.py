@@ -1,0 +1,61 @@
+"""Old import paths lead to the new places, with a warning that names both and the release that drops them."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from quantlens import _moved
+
+
+@pytest.mark.parametrize("old", sorted(_moved.MODULES))
+def test_an_old_module_is_the_new_one_by_another_name(old):
+    for name in [n for n in sys.modules if n == old]:
+        del sys.modules[name]
+    with pytest.warns(DeprecationWarning, match=f"{old} is {_moved.MODULES[old]} now; quantlens {_moved.DROPPED}"):
+        module = importlib.import_module(old)
+    new = importlib.import_module(_moved.MODULES[old])
+    for name, value in vars(new).items():
+        if not name.startswith("__"):
+            assert getattr(module, name) is value
+
+
+OLD_NAMES = [
+    ("quantlens.quantizers", "Uniform", "quantlens.formats"),
+    ("quantlens.quantizers", "QuantizedModel", "quantlens.qmodel"),
+    ("quantlens.ranges", "Observation", "quantlens.calibration"),
+    ("quantlens.ranges", "affine", "quantlens.calibration.ranges"),
+    ("quantlens.deploy", "save", "quantlens.qmodel.checkpoint"),
+    ("quantlens.graph", "fold_norm", "quantlens.transforms"),
+    ("quantlens.reconstruction", "rotate_values", "quantlens.transforms"),
+    ("quantlens.allocation", "inspect", "quantlens.sensitivity"),
+    ("quantlens.studies", "Result", "quantlens.evaluation.evaluate"),
+]
+
+
+@pytest.mark.parametrize(("package", "name", "new"), OLD_NAMES)
+def test_an_old_name_of_a_package_is_found(package, name, new):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        module = importlib.import_module(package)
+    with pytest.warns(DeprecationWarning, match=f"{package}.{name} is {new}.{name} now"):
+        found = getattr(module, name)
+    assert found is getattr(importlib.import_module(new), name)
+
+
+def test_a_name_that_never_was_is_refused():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        importlib.import_module("quantlens.graph").nothing  # noqa: B018
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("quantlens.quantizers.nothing")
+
+
+def test_the_warning_names_the_line_that_imports(tmp_path):
+    script = tmp_path / "old.py"
+    script.write_text("import quantlens\nfrom quantlens.quantizers import Uniform\n", encoding="utf-8")
+    done = subprocess.run([sys.executable, "-W", "always", str(script)], capture_output=True, text=True, check=True)
+    assert f"{script}:2: DeprecationWarning: quantlens: quantlens.quantizers.Uniform" in done.stderr
