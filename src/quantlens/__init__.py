@@ -49,8 +49,8 @@ _HOMES = {
     "QuantlensError": "quantlens.errors",
 }
 
-_PACKAGES = frozenset({"attention", "export", "formats", "methods"})
-"""Packages that are part of the public face as they are; ``quantlens.export`` can be called, too."""
+_PACKAGES = frozenset({"attention", "calibration", "export", "formats", "graph", "methods", "qmodel", "transforms"})
+"""Packages that people use by their names; ``quantlens.export`` can be called, too."""
 
 __all__ = ["__version__", *sorted({*_HOMES, *_PACKAGES})]
 
@@ -61,7 +61,7 @@ def __getattr__(name: str) -> Any:
     """Load what is asked for when it is asked for: importing quantlens alone must not import torch."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if name in _PACKAGES:
+    if name in _PACKAGES or f"quantlens.{name}" in _moved.PACKAGES:
         return import_module(f"quantlens.{name}")
     raise AttributeError(f"module 'quantlens' has no attribute {name!r}")
 

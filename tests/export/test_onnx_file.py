@@ -68,9 +68,9 @@ def test_export_keeps_weights_in_memory_once(tmp_path):
                 x = layer(x)
             return x
 
-    model = ql.quantizers.float_model(ql.load_model(Wide(), input_size=(3, 4, 4), name="wide"))
+    model = ql.qmodel.float_model(ql.load_model(Wide(), input_size=(3, 4, 4), name="wide"))
     size = 4 * model.num_parameters
-    export(ql.quantizers.float_model(ql.load_model("digits-vit")), tmp_path / "warm.onnx")
+    export(ql.qmodel.float_model(ql.load_model("digits-vit")), tmp_path / "warm.onnx")
     process, peak, done = psutil.Process(), [0], threading.Event()
 
     def watch():

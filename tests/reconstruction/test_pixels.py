@@ -27,8 +27,8 @@ def test_the_codes_of_an_image_are_its_pixels_and_nothing_is_lost():
     assert graph.is_image(edge.value)
     assert edge.value is not graph.input
     torch.testing.assert_close(graph(images), expected, rtol=1e-4, atol=1e-4)
-    quantized = ql.quantizers.QuantizedModel(
-        graph, ql.quantizers.Plan({keys[0]: pixel_quantizer()}, []), preprocess=model.preprocess
+    quantized = ql.qmodel.QuantizedModel(
+        graph, ql.qmodel.Plan({keys[0]: pixel_quantizer()}, []), preprocess=model.preprocess
     )
     torch.testing.assert_close(quantized(images), expected, rtol=1e-4, atol=1e-4)
 

@@ -60,7 +60,7 @@ def test_it_beats_rounding_to_nearest_and_stays_on_the_grid(how, straight, bits)
     assert int(codes.min()) >= quantizer.qmin
     assert int(codes.max()) <= quantizer.qmax
     assert torch.equal(quantizer(hard), hard), "the frozen quantizer must keep the hardened values"
-    levels = weight / quantizer._spread(quantizer.scale, 2)
+    levels = weight / quantizer.spread(quantizer.scale, 2)
     inside = (levels > rounding.low) & (levels < rounding.high)
     moved = (hard / rounding.scale - levels).abs()[inside]
     assert float(moved.max()) < 1.001, "a weight goes to one of its two neighbours"

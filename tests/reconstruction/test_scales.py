@@ -79,7 +79,7 @@ def test_the_gradients_are_those_of_the_definition(quantizer):
     held = x.clone().requires_grad_(True)
     learned(held).backward(grad)
 
-    spread = quantizer._spread
+    spread = quantizer.spread
     if isinstance(quantizer, BlockScaled):
         blocks = quantizer.blocks(x)
         steps = quantizer.scales(quantizer.exponents(blocks)).expand(blocks.shape)

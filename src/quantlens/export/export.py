@@ -84,6 +84,7 @@ def onnx_model(
     from onnx import TensorProto, helper
 
     from quantlens.export.onnx_graph import IR_VERSION, OPSET, Emitter
+    from quantlens.export.onnx_operations import write_graph
 
     if qmodel.plan.operators:
         raise UnsupportedError(
@@ -91,7 +92,7 @@ def onnx_model(
             "own, which runtimes have no operators for; quantize for a runtime (--target) to export"
         )
     emitter = Emitter(qmodel.graph, qmodel.plan.quantizers, simulate=simulate)
-    logits = emitter.op("Identity", emitter.run(), out="logits")
+    logits = emitter.op("Identity", write_graph(emitter), out="logits")
     axis = emitter.constant([1], dtype=np.int64)
     if guard == "energy":
         emitter.op("ReduceLogSumExp", logits, axis, out="score", keepdims=0)

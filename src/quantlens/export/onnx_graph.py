@@ -1,14 +1,14 @@
-"""The graph as ONNX operators: one function per ATen operation, shapes from the captured graph, the batch dynamic.
+"""Writing one ONNX graph: nodes, constants, quantizers.
 
 Numbers cross an edge with a quantizer as QuantizeLinear → DequantizeLinear (codes, scales and zero points of the very
-quantizer that was measured), and a weight is stored as its integer codes behind a DequantizeLinear. Runtimes fuse these
+quantizer that was measured), and a weight is stored as its integer codes before a DequantizeLinear. Runtimes fuse these
 pairs into integer kernels. Formats without such operators can be written as float operations that reproduce them
 (``simulate``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from quantlens.export.onnx_file import Initializer
 from quantlens.formats import AdaLog, BlockScaled, Log, Quantizer, SquaredRows, Uniform
 from quantlens.formats.group_scaled import LEAST, MOST, PARTS
 from quantlens.graph import Graph
-from quantlens.graph.graph import op_name
 
 OPSET = 21
 """ONNX operator set written: the first with 4-bit weights in DequantizeLinear."""
@@ -86,34 +85,16 @@ class Emitter:
         self.constants[name] = made
         return name
 
-    # -- the graph ----------------------------------------------------------------------------------------------------
-    def run(self) -> str:
-        """Write every node; returns the name of the logits."""
-        for node in self.graph.fx.nodes:
-            if node.op == "placeholder":
-                self.names[node] = self._behind(node, "images")
-            elif node.op == "call_function" and not node.meta.get("symbolic"):
-                kind = op_name(node)
-                if kind.startswith("aten.sym_size"):
-                    continue
-                if kind not in OPERATIONS:
-                    raise UnsupportedError(
-                        f"export knows no ONNX operator for {kind} ({node.meta.get('module') or 'the model'}); "
-                        "please report it with the model's name"
-                    )
-                name = OPERATIONS[kind](self, node)
-                self.names[node] = self._behind(node, name)
-        return self.names[self.graph.output]
-
-    def _behind(self, node: fx.Node, name: str) -> str:
-        """The value of a node as its readers see it: behind the quantizer of its output edge, if there is one."""
+    # -- values ------------------------------------------------------------------------------------------------------
+    def output(self, node: fx.Node, name: str) -> str:
+        """The value of a node as its readers see it: after the quantizer of its output edge, if there is one."""
         for edge in self.edges.get(node, ()):
             if edge.position is None and edge.key in self.quantizers:
                 return self.quantize(self.quantizers[edge.key], name, edge.key, len(node.meta["shape"]))
         return name
 
     def value(self, node: fx.Node, position: int) -> str:
-        """Argument ``position`` of a node, behind the quantizer of its edge, or a constant."""
+        """Argument ``position`` of a node, after the quantizer of its edge, or a constant."""
         argument = node.args[position]
         for edge in self.edges.get(node, ()):
             if edge.position == position and not edge.is_weight and edge.key in self.quantizers:
@@ -167,11 +148,11 @@ class Emitter:
     def _simulated(self, quantizer: Quantizer, source: str, dims: int) -> str:
         """A quantizer as float operations that give its values."""
         if isinstance(quantizer, Uniform):
-            spread = [quantizer._spread(t, dims) for t in (quantizer._inverse, quantizer._low, quantizer._high)]
-            inverse, low, high = (self.constant(t) for t in spread)
+            inverse = self.constant(quantizer.spread(quantizer.inverse, dims))
+            low, high = (self.constant(bound, dtype=np.float32) for bound in quantizer.bounds(dims))
             levels = self.op("Round", self.op("Mul", source, inverse))
             levels = self.op("Min", self.op("Max", levels, low), high)
-            return self.op("Mul", levels, self.constant(quantizer._spread(quantizer.scale, dims)))
+            return self.op("Mul", levels, self.constant(quantizer.spread(quantizer.scale, dims)))
         if isinstance(quantizer, SquaredRows):
             return self._rows(quantizer, source)
         if isinstance(quantizer, BlockScaled):
@@ -204,7 +185,7 @@ class Emitter:
         parts = self.op("Round", self.op("Mul", octaves, self.constant(np.float32(PARTS / np.log(2.0)))))
         exponent = self.op("Clip", parts, self.constant(np.float32(LEAST)), self.constant(np.float32(MOST)))
         index = self.op("Cast", self.op("Sub", exponent, self.constant(np.float32(LEAST))), to=7)
-        scale, half = self.op("Gather", self.constant(quantizer._powers), index), self.constant(np.float32(0.5))
+        scale, half = self.op("Gather", self.constant(quantizer.powers), index), self.constant(np.float32(0.5))
         units = self.op("Mul", x, self.op("Reciprocal", scale))  # as the format does: a quotient has other last bits
         levels = self.op("Round", self.op("Sub", units, half))
         ends = (self.constant(np.float32(end)) for end in (quantizer.qmin, quantizer.qmax))
@@ -216,12 +197,12 @@ class Emitter:
         """Values of a log format, before an AdaLog's shift."""
         positive = self.op("Max", source, self.constant(np.float32(1e-38)))
         octaves = self.op("Mul", self.op("Log", positive), self.constant(np.float32(-quantizer.steps / np.log(2.0))))
-        k = self.op("Add", octaves, self.constant(np.float32(quantizer._offset)))
+        k = self.op("Add", octaves, self.constant(np.float32(quantizer.offset)))
         last = float(quantizer.qmax - 1)
         is_zero = self.op("Greater", k, self.constant(np.float32(last + quantizer.steps)))
         nearest = self.op("Clip", self.op("Round", k), self.constant(np.float32(0)), self.constant(np.float32(last)))
         code = self.op("Where", is_zero, self.constant(np.float32(last + 1)), nearest)
-        return self.op("Gather", self.constant(quantizer._table), self.op("Cast", code, to=7))
+        return self.op("Gather", self.constant(quantizer.levels), self.op("Cast", code, to=7))
 
     def dequantized_weight(self, node: fx.Node, weight: Tensor, *, transpose: bool) -> str:
         """The weight of a linear or conv node, quantized if it has a quantizer; transposed to [in, out] on request."""
@@ -284,233 +265,3 @@ def _identity(quantizer: Quantizer) -> int:
     for name, value in sorted(quantizer.tensors().items()):
         digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
     return int.from_bytes(digest.digest()[:8], "little")
-
-
-# -- operations -------------------------------------------------------------------------------------------------------
-def _linear(e: Emitter, node: fx.Node) -> str:
-    weight = e.graph.constant(node.args[1])
-    assert weight is not None
-    product = e.op("MatMul", e.value(node, 0), e.dequantized_weight(node, weight, transpose=True))
-    bias = node.args[2] if len(node.args) > 2 else None
-    if bias is None:
-        return product
-    return e.op("Add", product, e.read(bias))
-
-
-def _conv(e: Emitter, node: fx.Node) -> str:
-    weight = e.graph.constant(node.args[1])
-    assert weight is not None
-    given = dict(enumerate(node.args))
-    stride, padding, dilation = (given.get(i, d) for i, d in ((3, 1), (4, 0), (5, 1)))
-    groups = given.get(8 if op_name(node) == "aten.convolution.default" else 6, 1)
-    if op_name(node) == "aten.convolution.default" and given.get(6):
-        raise UnsupportedError("export does not know transposed convolutions")
-
-    def two(value: Any) -> list[int]:
-        return [value, value] if isinstance(value, int) else [value[0], value[-1]]
-
-    attributes: dict[str, Any] = {"strides": two(stride), "dilations": two(dilation), "group": groups}
-    if isinstance(padding, str):
-        attributes["auto_pad"] = "VALID" if padding == "valid" else "SAME_UPPER"
-    else:
-        attributes["pads"] = two(padding) * 2
-    inputs = [e.value(node, 0), e.dequantized_weight(node, weight, transpose=False)]
-    if given.get(2) is not None:
-        inputs.append(e.read(given[2]))
-    return e.op("Conv", *inputs, kernel_shape=list(weight.shape[2:]), **attributes)
-
-
-def _layer_norm(e: Emitter, node: fx.Node) -> str:
-    shape = node.args[1]
-    scale = node.args[2] if len(node.args) > 2 else None
-    shift = node.args[3] if len(node.args) > 3 else None
-    eps = node.args[4] if len(node.args) > 4 else 1e-5
-    ones = e.read(scale) if scale is not None else e.constant(np.ones(shape, np.float32))
-    inputs = [e.value(node, 0), ones] + ([e.read(shift)] if shift is not None else [])
-    return e.op("LayerNormalization", *inputs, axis=-len(shape), epsilon=float(eps))
-
-
-def _gelu(e: Emitter, node: fx.Node) -> str:
-    return e.op("Gelu", e.value(node, 0), approximate=str(node.kwargs.get("approximate", "none")))
-
-
-def _softmax(e: Emitter, node: fx.Node) -> str:
-    return e.op("Softmax", e.value(node, 0), axis=int(node.args[1]))
-
-
-def _binary(kind: str) -> Callable[[Emitter, fx.Node], str]:
-    def write(e: Emitter, node: fx.Node) -> str:
-        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
-            raise UnsupportedError(f"export does not know {op_name(node)} with {dict(node.kwargs)}")
-        return e.op(kind, e.value(node, 0), e.value(node, 1))
-
-    return write
-
-
-def _reshape(e: Emitter, node: fx.Node) -> str:
-    return e.op("Reshape", e.value(node, 0), e.shape(node.meta["shape"]))
-
-
-def _permute(e: Emitter, node: fx.Node) -> str:
-    rank = len(node.meta["shape"])
-    return e.op("Transpose", e.value(node, 0), perm=[d % rank for d in node.args[1]])
-
-
-def _transpose(e: Emitter, node: fx.Node) -> str:
-    order = list(range(len(node.meta["shape"])))
-    a, b = (d % len(order) for d in node.args[1:3])
-    order[a], order[b] = order[b], order[a]
-    return e.op("Transpose", e.value(node, 0), perm=order)
-
-
-def _select(e: Emitter, node: fx.Node) -> str:
-    return e.op("Gather", e.value(node, 0), e.constant(np.int64(node.args[2])), axis=int(node.args[1]))
-
-
-def _index_select(e: Emitter, node: fx.Node) -> str:
-    index = e.graph.constant(node.args[2])
-    assert index is not None
-    first, last = int(index.min()), int(index.max())
-    if index.tolist() == list(range(first, last + 1)):
-        return _slice_of(e, e.value(node, 0), int(node.args[1]), first, last + 1)
-    return e.op("Gather", e.value(node, 0), e.constant(index, dtype=np.int64), axis=int(node.args[1]))
-
-
-def _pieces(e: Emitter, node: fx.Node) -> str:
-    """unbind, split, chunk: written when a piece is read."""
-    return e.value(node, 0)
-
-
-def _getitem(e: Emitter, node: fx.Node) -> str:
-    parent, index = node.args
-    source, kind = e.names[parent], op_name(parent)
-    axis = parent.args[-1] if kind == "aten.unbind.int" and len(parent.args) > 1 else 0
-    if kind == "aten.unbind.int":
-        return e.op("Gather", source, e.constant(np.int64(index)), axis=int(axis))
-    axis = parent.args[2] if len(parent.args) > 2 else 0
-    whole = parent.args[0].meta["shape"][axis]
-    sizes = parent.args[1]
-    if isinstance(sizes, int):
-        step = sizes if kind == "aten.split.Tensor" else -(-whole // sizes)
-        sizes = [min(step, whole - start) for start in range(0, whole, step)]
-    start = sum(sizes[:index])
-    return _slice_of(e, source, int(axis), start, start + sizes[index])
-
-
-def _slice_of(e: Emitter, source: str, axis: int, start: int, stop: int, step: int = 1) -> str:
-    parts = (e.constant([v], dtype=np.int64) for v in (start, stop, axis, step))
-    return e.op("Slice", source, *parts)
-
-
-def _slice(e: Emitter, node: fx.Node) -> str:
-    given = dict(enumerate(node.args))
-    axis, start, stop, step = given.get(1, 0), given.get(2), given.get(3), given.get(4, 1)
-    start, stop = start or 0, min(stop, (1 << 31) - 1) if stop is not None else (1 << 31) - 1
-    return _slice_of(e, e.value(node, 0), int(axis), int(start), int(stop), int(step))
-
-
-def _roll(e: Emitter, node: fx.Node) -> str:
-    value = e.value(node, 0)
-    for shift, axis in zip(node.args[1], node.args[2], strict=True):
-        size = node.meta["shape"][axis]
-        cut = (-shift) % size
-        if cut:
-            back = _slice_of(e, value, axis, cut, size)
-            front = _slice_of(e, value, axis, 0, cut)
-            value = e.op("Concat", back, front, axis=axis)
-    return value
-
-
-def _cat(e: Emitter, node: fx.Node) -> str:
-    axis = node.args[1] if len(node.args) > 1 else 0
-    return e.op("Concat", *(e.read(a) for a in node.args[0]), axis=int(axis))
-
-
-def _expand(e: Emitter, node: fx.Node) -> str:
-    before, after = node.args[0].meta["shape"], node.meta["shape"]
-    if before == after:
-        return e.value(node, 0)
-    if None not in after:
-        shape = e.constant([int(d) for d in after], dtype=np.int64)
-    elif after[0] is None and None not in after[1:] and before[0] is not None:
-        shape = e.op("Concat", e.batch(), e.constant([int(d) for d in after[1:]], dtype=np.int64), axis=0)
-    else:
-        raise UnsupportedError(f"export cannot expand {before} to {after}")
-    return e.op("Expand", e.value(node, 0), shape)
-
-
-def _mean(e: Emitter, node: fx.Node) -> str:
-    keep = bool(node.args[2]) if len(node.args) > 2 else False
-    return e.op("ReduceMean", e.value(node, 0), e.constant(list(node.args[1]), dtype=np.int64), keepdims=int(keep))
-
-
-def _same(e: Emitter, node: fx.Node) -> str:
-    return e.value(node, 0)
-
-
-def _unary(kind: str) -> Callable[[Emitter, fx.Node], str]:
-    return lambda e, node: e.op(kind, e.value(node, 0))
-
-
-def _silu(e: Emitter, node: fx.Node) -> str:
-    value = e.value(node, 0)
-    return e.op("Mul", value, e.op("Sigmoid", value))
-
-
-def _pad(e: Emitter, node: fx.Node) -> str:
-    rank, pads = len(node.meta["shape"]), list(node.args[1])
-    before, after = [0] * rank, [0] * rank
-    for i in range(len(pads) // 2):
-        before[rank - 1 - i], after[rank - 1 - i] = pads[2 * i], pads[2 * i + 1]
-    fill = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0.0
-    return e.op("Pad", e.value(node, 0), e.constant(before + after, dtype=np.int64), e.constant(np.float32(fill)))
-
-
-OPERATIONS: dict[str, Callable[[Emitter, fx.Node], str]] = {
-    "aten.linear.default": _linear,
-    "aten.conv2d.default": _conv,
-    "aten.conv2d.padding": _conv,
-    "aten.convolution.default": _conv,
-    "aten.layer_norm.default": _layer_norm,
-    "aten.gelu.default": _gelu,
-    "aten.softmax.int": _softmax,
-    "aten.matmul.default": _binary("MatMul"),
-    "aten.add.Tensor": _binary("Add"),
-    "aten.sub.Tensor": _binary("Sub"),
-    "aten.mul.Tensor": _binary("Mul"),
-    "aten.mul.Scalar": _binary("Mul"),
-    "aten.div.Tensor": _binary("Div"),
-    "aten.div.Scalar": _binary("Div"),
-    "aten.reshape.default": _reshape,
-    "aten.view.default": _reshape,
-    "aten._unsafe_view.default": _reshape,
-    "aten.flatten.using_ints": _reshape,
-    "aten.unflatten.int": _reshape,
-    "aten.unsqueeze.default": _reshape,
-    "aten.squeeze.dim": _reshape,
-    "aten.permute.default": _permute,
-    "aten.transpose.int": _transpose,
-    "aten.select.int": _select,
-    "aten.index_select.default": _index_select,
-    "aten.unbind.int": _pieces,
-    "aten.split.Tensor": _pieces,
-    "aten.split_with_sizes.default": _pieces,
-    "aten.chunk.default": _pieces,
-    "<built-in function getitem>": _getitem,
-    "aten.slice.Tensor": _slice,
-    "aten.roll.default": _roll,
-    "aten.cat.default": _cat,
-    "aten.expand.default": _expand,
-    "aten.mean.dim": _mean,
-    "aten.clone.default": _same,
-    "aten.contiguous.default": _same,
-    "aten.dropout.default": _same,
-    "aten.relu.default": _unary("Relu"),
-    "aten.sigmoid.default": _unary("Sigmoid"),
-    "aten.tanh.default": _unary("Tanh"),
-    "aten.sqrt.default": _unary("Sqrt"),
-    "aten.neg.default": _unary("Neg"),
-    "aten.silu.default": _silu,
-    "aten.constant_pad_nd.default": _pad,
-}
-"""ATen operation -> how it is written."""

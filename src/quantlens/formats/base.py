@@ -97,7 +97,7 @@ class Quantizer(nn.Module, ABC):
     def extra_repr(self) -> str:
         return f"{'int' if self.signed else 'uint'}{self.bits}, per {self.granularity}"
 
-    def _spread(self, parameter: Tensor, dims: int) -> Tensor:
+    def spread(self, parameter: Tensor, dims: int) -> Tensor:
         """A [n] parameter shaped to broadcast along :attr:`axis` of a tensor with ``dims`` dimensions."""
         if self.axis is None:
             return parameter

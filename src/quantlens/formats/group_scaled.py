@@ -42,7 +42,7 @@ class BlockScaled(Quantizer):
 
     kind = "block-scaled"
     scale: Tensor
-    _powers: Tensor
+    powers: Tensor
 
     def __init__(self, scale: Tensor | float, bits: int, block: int, *, axis: int = -1):
         super().__init__(bits, signed=True, granularity="block", axis=axis)
@@ -55,7 +55,7 @@ class BlockScaled(Quantizer):
         self.register_buffer("scale", scale)
         # a table, because torch.exp2 differs in its last bit between positions in a tensor
         powers = torch.exp2(torch.arange(LEAST, MOST + 1, dtype=torch.float64) / PARTS)
-        self.register_buffer("_powers", powers.float().to(scale.device), persistent=False)
+        self.register_buffer("powers", powers.float().to(scale.device), persistent=False)
 
     def blocks(self, x: Tensor) -> Tensor:
         """x [..., C] (or [..., C, N]) as [..., C/block, block] (or [..., N, C/block, block]), a view where it can
@@ -76,7 +76,7 @@ class BlockScaled(Quantizer):
 
     def scales(self, exponents: Tensor) -> Tensor:
         """s = 2^(e/8)."""
-        return self._powers[(exponents - LEAST).long()]
+        return self.powers[(exponents - LEAST).long()]
 
     def _levels(self, blocks: Tensor, scales: Tensor) -> Tensor:
         return (blocks * scales.reciprocal()).sub_(0.5).round_().clamp_(self.qmin, self.qmax)

@@ -48,8 +48,8 @@ class Log(Quantizer):
         self.register_buffer("delta", delta)
         table = self.delta * levels.float().to(delta.device)
         table[-1] = 0.0
-        self.register_buffer("_table", table, persistent=False)
-        self._offset = steps * math.log2(float(delta))
+        self.register_buffer("levels", table, persistent=False)
+        self.offset = steps * math.log2(float(delta))
         self._top = float(delta)
 
     @property
@@ -59,7 +59,7 @@ class Log(Quantizer):
     def _index(self, x: Tensor) -> Tensor:
         """Codes as float32. x ≤ 0 gives the zero code, x ≥ δ gives 0."""
         last = float(self.qmax - 1)
-        k = torch.log2(x).mul_(-float(self.steps)).add_(self._offset).nan_to_num_(nan=math.inf, posinf=math.inf)
+        k = torch.log2(x).mul_(-float(self.steps)).add_(self.offset).nan_to_num_(nan=math.inf, posinf=math.inf)
         is_zero = k > last + self.steps
         return k.round_().clamp_(0.0, last).add_(is_zero)
 
@@ -77,7 +77,7 @@ class Log(Quantizer):
             return self._index(x).to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
-        return torch.index_select(self._table, 0, codes.to(torch.int32).reshape(-1)).view(codes.shape)
+        return torch.index_select(self.levels, 0, codes.to(torch.int32).reshape(-1)).view(codes.shape)
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "steps": self.steps}

@@ -65,7 +65,7 @@ class PowerOfTwo(Quantizer):
         self.register_buffer("_scales", self.scale * factors, persistent=False)
         if not bool(torch.isfinite(self._scales).all()):
             raise ValueError("scale·2^exponent must be finite")
-        self.register_buffer("_inverse", (1.0 / self.scale) / factors, persistent=False)
+        self.register_buffer("inverse", (1.0 / self.scale) / factors, persistent=False)
         self.register_buffer("_low", (self.qmin - self.zero_point).float(), persistent=False)
         self.register_buffer("_high", (self.qmax - self.zero_point).float(), persistent=False)
         one = self.zero_point.dim() == 0
@@ -81,20 +81,20 @@ class PowerOfTwo(Quantizer):
         broadcast along :attr:`axis` of a tensor with ``dims`` dimensions."""
         if self._bounds is not None:
             return self._bounds
-        return self._spread(self._low, dims), self._spread(self._high, dims)  # type: ignore[arg-type]
+        return self.spread(self._low, dims), self.spread(self._high, dims)  # type: ignore[arg-type]
 
     def _levels(self, x: Tensor) -> Tensor:
         """The integers code − z, as float32."""
-        levels = (x * self._spread(self._inverse, x.dim())).round_()  # type: ignore[arg-type]
+        levels = (x * self.spread(self.inverse, x.dim())).round_()  # type: ignore[arg-type]
         return bounded_(levels, *self.bounds(x.dim()))
 
     def _zero(self, dims: int) -> Tensor:
-        return self._spread(self.zero_point, dims) if self.zero_point.dim() else self.zero_point
+        return self.spread(self.zero_point, dims) if self.zero_point.dim() else self.zero_point
 
     def forward(self, x: Tensor) -> Tensor:
-        scales = self._spread(self.scales, x.dim())
+        scales = self.spread(self.scales, x.dim())
         if needs_grad(x):
-            levels = round_ste(x * self._spread(self._inverse, x.dim()))  # type: ignore[arg-type]
+            levels = round_ste(x * self.spread(self.inverse, x.dim()))  # type: ignore[arg-type]
             return levels.clamp(*self.bounds(x.dim())) * scales
         return self._levels(x).mul_(scales)
 
@@ -103,7 +103,7 @@ class PowerOfTwo(Quantizer):
             return (self._levels(x).to(torch.int32) + self._zero(x.dim())).to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
-        return (codes.to(torch.int32) - self._zero(codes.dim())).float() * self._spread(self.scales, codes.dim())
+        return (codes.to(torch.int32) - self._zero(codes.dim())).float() * self.spread(self.scales, codes.dim())
 
     @classmethod
     def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> PowerOfTwo:

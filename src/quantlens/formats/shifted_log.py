@@ -48,7 +48,7 @@ class ShiftedLog(Quantizer):
         exponents = (torch.arange(2**bits, dtype=torch.float64) * self._step + float(self.low)).round()
         table = torch.exp2(exponents) - float(self.eta)
         self.register_buffer("exponents", exponents.to(self.eta.device, torch.int32), persistent=False)
-        self.register_buffer("_table", table.to(self.eta.device, torch.float32), persistent=False)
+        self.register_buffer("levels", table.to(self.eta.device, torch.float32), persistent=False)
 
     @classmethod
     def covering(cls, eta: float, values: Tensor, bits: int) -> ShiftedLog:
@@ -76,7 +76,7 @@ class ShiftedLog(Quantizer):
             return self._index(x).to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
-        return torch.index_select(self._table, 0, codes.to(torch.int32).reshape(-1)).view(codes.shape)
+        return torch.index_select(self.levels, 0, codes.to(torch.int32).reshape(-1)).view(codes.shape)
 
     @classmethod
     def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> ShiftedLog:

@@ -59,7 +59,7 @@ class Uniform(Quantizer):
 
     def _derive(self) -> None:
         """What forward needs, computed once: 1/s and the code bounds less z."""
-        self.register_buffer("_inverse", 1.0 / self.scale, persistent=False)
+        self.register_buffer("inverse", 1.0 / self.scale, persistent=False)
         self.register_buffer("_low", (self.qmin - self.zero_point).float(), persistent=False)
         self.register_buffer("_high", (self.qmax - self.zero_point).float(), persistent=False)
         one = self.axis is None
@@ -72,28 +72,32 @@ class Uniform(Quantizer):
     def _levels(self, x: Tensor) -> Tensor:
         """round(x/s) clamped to the codes less z: the integer by which s is multiplied."""
         dims = x.dim()
-        levels = (x * self._spread(self._inverse, dims)).round_()
+        levels = (x * self.spread(self.inverse, dims)).round_()
+        return bounded_(levels, *self.bounds(dims))
+
+    def bounds(self, dims: int) -> tuple[Any, Any]:
+        """Smallest and largest level (code less zero point): numbers, or shaped to broadcast to ``dims`` dimensions."""
         if self._bounds is not None:
-            return levels.clamp_(*self._bounds)
-        return bounded_(levels, self._spread(self._low, dims), self._spread(self._high, dims))
+            return self._bounds
+        return self.spread(self._low, dims), self.spread(self._high, dims)
 
     def forward(self, x: Tensor) -> Tensor:
         if needs_grad(x):
             dims = x.dim()
-            levels = round_ste(x * self._spread(self._inverse, dims))
-            levels = levels.clamp(self._spread(self._low, dims), self._spread(self._high, dims))
-            return levels * self._spread(self.scale, dims)
-        return self._levels(x).mul_(self._spread(self.scale, x.dim()))
+            levels = round_ste(x * self.spread(self.inverse, dims))
+            levels = levels.clamp(self.spread(self._low, dims), self.spread(self._high, dims))
+            return levels * self.spread(self.scale, dims)
+        return self._levels(x).mul_(self.spread(self.scale, x.dim()))
 
     def encode(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             levels = self._levels(x).to(torch.int32)
-            return (levels + self._spread(self.zero_point, x.dim())).to(self.code_dtype)
+            return (levels + self.spread(self.zero_point, x.dim())).to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
         dims = codes.dim()
-        levels = codes.to(torch.int32) - self._spread(self.zero_point, dims)
-        return levels.float() * self._spread(self.scale, dims)
+        levels = codes.to(torch.int32) - self.spread(self.zero_point, dims)
+        return levels.float() * self.spread(self.scale, dims)
 
     @classmethod
     def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Uniform:

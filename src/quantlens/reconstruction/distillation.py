@@ -331,5 +331,5 @@ def near_code(quantizer: Uniform, weight: Tensor, start: Tensor | None) -> Tenso
     code = quantizer(weight)
     if start is None:
         return code
-    step = quantizer._spread(quantizer.scale, weight.dim())
+    step = quantizer.spread(quantizer.scale, weight.dim())
     return code + torch.clamp((start.reshape(weight.shape) - code) / step, -INSIDE, INSIDE) * step

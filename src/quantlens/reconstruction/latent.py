@@ -32,7 +32,7 @@ class Latent(nn.Module):
     def __init__(self, quantizer: Any, weight: Tensor):
         super().__init__()
         self.quantizer = quantizer
-        scale = quantizer._spread(quantizer.scale, weight.dim()) if isinstance(quantizer, Uniform) else weight.std()
+        scale = quantizer.spread(quantizer.scale, weight.dim()) if isinstance(quantizer, Uniform) else weight.std()
         self.register_buffer("scale", scale.detach().clone())
         self.register_buffer("start", weight.detach().clone())
         self.step = nn.Parameter(torch.zeros_like(weight))

@@ -48,7 +48,7 @@ class AdaRound(nn.Module):
         self.straight_through = straight_through
         weight = weight.detach().float()
         dims = weight.dim()
-        spread = quantizer._spread
+        spread = quantizer.spread
         inverse = 1.0 / quantizer.scale
         levels = weight * spread(inverse, dims)
         self.register_buffer("scale", spread(quantizer.scale, dims).clone())
