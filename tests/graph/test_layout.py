@@ -29,6 +29,8 @@ def _draw_move(draw, shape):
     if kind == "flatten" and rank > 2:
         start = draw(st.integers(0, rank - 2))
         return aten.flatten.using_ints, (start, draw(st.integers(start + 1, rank - 1)) if start else 1)
+    if kind == "unflatten" and shape[0] % 2 == 0 and draw(st.booleans()):
+        return aten.unflatten.int, (0, [shape[0] // 2, 2])
     if kind == "unflatten" and axis and shape[axis] in (4, 6, 12, 24):
         return aten.unflatten.int, (axis, [2, shape[axis] // 2])
     if kind == "unsqueeze":
@@ -54,7 +56,7 @@ def _runs_over(rows, size):
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_the_last_dimension_is_where_its_indices_are(data):
-    shape = [5, *data.draw(st.lists(st.sampled_from(SIZES), min_size=2, max_size=3))]
+    shape = [8, *data.draw(st.lists(st.sampled_from(SIZES), min_size=2, max_size=3))]
     graph = fx.Graph()
     source = node = graph.placeholder("x")
     value = torch.zeros(shape)

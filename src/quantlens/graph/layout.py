@@ -56,9 +56,13 @@ def _regroup(layout: Layout, node: fx.Node) -> Layout | None:
     for size in reversed(node.meta["shape"][1:]):
         dim: list[Piece] = []
         while size is not None and size > 1:
-            piece = pieces.pop() if pieces else None
-            if piece is None or piece.size is None:
+            if not pieces:
                 return None
+            piece = pieces.pop()
+            if piece.size is None:  # windows that were merged with the batch
+                pieces.append(Piece(piece.axis, None, whole=False))
+                piece = Piece(piece.axis, size, whole=False)
+            assert piece.size is not None
             common = math.gcd(size, piece.size)
             if common not in (size, piece.size):
                 return None
