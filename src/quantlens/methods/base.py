@@ -21,9 +21,9 @@ from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.graph import Edge, Graph, fold_layer_scale, graph_of
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
-from quantlens.quantizers import Bits, Plan, QuantizedModel, Uniform, float_model
+from quantlens.quantizers import Bits, Plan, QuantizedModel, Uniform
 from quantlens.quantizers.bits import FLOAT
-from quantlens.quantizers.model import describe
+from quantlens.quantizers.model import describe, float_copy
 from quantlens.quantizers.targets import TARGETS, target_named
 from quantlens.ranges import affine
 from quantlens.reconstruction.massive import split_massive
@@ -101,9 +101,10 @@ class Method(ABC):
 
     @abstractmethod
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        """Choose quantizers for ``graph`` (a copy that may be rewritten exactly) and return the plan.
+        """Choose quantizers for ``graph`` and return the plan.
 
-        bits: widths per edge. run: options, seed, progress.
+        graph: a copy with tensors of its own, to be rewritten exactly. bits: widths per edge. run: options, seed,
+        progress.
         """
 
     def apply(
@@ -124,14 +125,14 @@ class Method(ABC):
         widths, settings = Bits.parse(bits), self.options(options)
         images = Calibration.of(calibration, model.preprocess, device=model.device)
         if widths.is_float:
-            return float_model(model)
+            return float_copy(model)
         started = time.perf_counter()
-        graph = graph_of(model).clone()
-        check_names(graph, widths)
-        folded = fold_layer_scale(graph)
         # a caller in inference mode would leave tensors that no gradient can pass
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            graph = graph_of(model).clone()
+            check_names(graph, widths)
+            folded = fold_layer_scale(graph)
             split = split_massive(graph, images) if settings["massive_channels"] == "split" else []
             pixels = self._pixels(graph, model, images, settings)
             seen = None if split or pixels or images.fingerprint is None else _seen(model, images.fingerprint)
