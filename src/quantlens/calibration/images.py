@@ -58,10 +58,13 @@ class Calibration:
         return math.ceil(self.count / CHUNK)
 
     def chunk(self, index: int) -> Tensor:
-        """Chunk ``index`` on the device: float32 [≤ CHUNK, 3, H, W]."""
-        start, stop = index * CHUNK, min((index + 1) * CHUNK, self.count)
-        images = self._chunks[start:stop] if isinstance(self._chunks, Tensor) else self._chunks.tensor(start, stop)
-        return images.to(self.device, torch.float32)
+        """Chunk ``index`` on the device: float32 [≤ CHUNK, 3, H, W], a tensor of its own."""
+        return self._part(index * CHUNK, min((index + 1) * CHUNK, self.count))
+
+    def _part(self, start: int, stop: int) -> Tensor:
+        given = isinstance(self._chunks, Tensor)
+        images = self._chunks[start:stop] if given else self._chunks.tensor(start, stop)
+        return images.to(self.device, torch.float32, copy=given)  # a method may write into what it is shown
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self.chunk(i) for i in range(self.pieces))

@@ -42,6 +42,12 @@ class Observation:
         lower, upper = _tails(rows, _tail_count(tail, rows.shape[1]))
         return cls(lower[:, 0], upper[:, 0], rows.shape[1], rows, lower, upper)
 
+    def copy(self) -> Observation:
+        """The same statistics in tensors of their own."""
+        parts = (self.low, self.high, self.values, self.lower, self.upper)
+        low, high, values, lower, upper = (part.clone() for part in parts)
+        return Observation(low, high, self.count, values, lower, upper)
+
     def quantile(self, p: float) -> Tensor:
         """[G] quantile of order ``p`` in [0, 1], linear interpolation (as ``torch.quantile``), exact over all values
         seen.

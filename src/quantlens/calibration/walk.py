@@ -45,7 +45,7 @@ class Look:
         key = (self._edge.key, axis)
         if key not in self._seen or self._seen[key][0] < tail:
             self._seen[key] = (tail, self._observe(axis, tail, sample))
-        return self._seen[key][1]
+        return self._seen[key][1].copy()  # other methods see the original
 
     def _observe(self, axis: int | None, tail: float, sample: bool) -> Observation:
         edge, pieces = self._edge, self.tensors()

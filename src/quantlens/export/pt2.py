@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from quantlens.errors import UnsupportedError
 from quantlens.files import write_whole
 from quantlens.formats import Quantizer, Uniform
-from quantlens.graph.graph import put_tensor
+from quantlens.graph.graph import put_tensor, replace_argument
 from quantlens.qmodel import QuantizedModel
 
 
@@ -46,7 +46,7 @@ def export_pt2(qmodel: QuantizedModel, path: Path, *, simulate: bool) -> Path:
 
 def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
     """The graph as a module that gives logits, with the standard operators on its edges."""
-    graph = copy.deepcopy(qmodel).graph.clone()
+    graph = qmodel.graph.clone(share=True)
     if qmodel.plan.operators and not simulate:
         raise UnsupportedError("integer LayerNorm and softmax have no standard operators; export with --simulate")
     if qmodel.plan.operators:
@@ -64,11 +64,11 @@ def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
             )
         if edge.is_weight:
             value = _weight(graph.fx, root, edge, quantizer, graph.tensor(str(edge.value.target)), f"q{number}")
-            _replace(edge, value)
+            replace_argument(edge.node, edge.position, value)
         elif edge.position is not None:
             with graph.fx.inserting_before(edge.node):
                 value = _activation(graph.fx, root, quantizer, edge.value, f"q{number}")
-            _replace(edge, value)
+            replace_argument(edge.node, edge.position, value)
         else:
             users = list(edge.node.users)
             with graph.fx.inserting_after(edge.node):
@@ -150,9 +150,3 @@ def _parameters(graph: fx.Graph, root: nn.Module, quantizer: Uniform, name: str)
     put_tensor(root, f"{name}_scale", quantizer.scale)
     put_tensor(root, f"{name}_zero", quantizer.zero_point)
     return graph.get_attr(f"{name}_scale"), graph.get_attr(f"{name}_zero")
-
-
-def _replace(edge: Any, value: fx.Node) -> None:
-    arguments = list(edge.node.args)
-    arguments[edge.position] = value
-    edge.node.args = tuple(arguments)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.errors import CaptureError
-from quantlens.graph.graph import Graph, op_name, put_tensor
+from quantlens.graph.graph import Graph, op_name, put_tensor, replace_argument
 
 aten = torch.ops.aten
 
@@ -75,7 +75,8 @@ def capture(model: nn.Module, images: Tensor) -> Graph:
 
 
 def graph_of(model: Any) -> Graph:
-    """The graph of a :class:`quantlens.models.Model`, captured at its first use and kept on the model."""
+    """The graph of a :class:`quantlens.models.Model`, captured at its first use and kept on the model: to
+    be read; who wants to change it takes a :meth:`~quantlens.graph.graph.Graph.clone`."""
     if "graph" not in model.derived:
         size = model.preprocess.input_size
         model.derived["graph"] = capture(model.module, torch.zeros(2, *size, device=model.device))
@@ -287,7 +288,7 @@ def _matmul_by_constant_to_linear(graph: Graph) -> None:
             other = [a for a in users[0].args if a is not node]
             bias = graph.constant(other[0]) if other else None
             if bias is not None and tuple(bias.shape) == (weight.shape[1],):
-                node.args = (*node.args, other[0])
+                replace_argument(node, "bias", other[0])
                 node.prepend(other[0])  # the bias must be defined before the linear that uses it
                 users[0].replace_all_uses_with(node)
                 graph.fx.erase_node(users[0])

@@ -52,6 +52,49 @@ def op_name(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_function" else node.op
 
 
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument of a call by its name in the operation's schema, given by position or by keyword; what the schema
+    says where it is left out. ``default`` for an operation that has no such argument."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for position, described in enumerate(_schema(node)):
+        if described.name == name:
+            given = position < len(node.args) and not described.kwarg_only
+            return node.args[position] if given else described.default_value
+    return default
+
+
+def replace_argument(node: fx.Node, which: int | str, value: Any) -> None:
+    """Replace one argument of a call, by position or by its name in the operation's schema, and no other.
+
+    An argument given by keyword stays one. One that is left out is appended, behind the schema's defaults for those
+    before it. Raises ValueError where the operation has no such argument, or no default for one before it.
+    """
+    schema = _schema(node)
+    names = [a.name for a in schema]
+    if isinstance(which, str) and which not in names and which not in node.kwargs:
+        raise ValueError(f"{op_name(node)} has no argument {which!r}")
+    name = which if isinstance(which, str) else (names[which] if which < len(names) else None)
+    position = names.index(name) if name in names else which
+    if name in node.kwargs or (isinstance(position, int) and position < len(names) and schema[position].kwarg_only):
+        node.kwargs = {**node.kwargs, str(name): value}
+        return
+    if not isinstance(position, int) or position > max(len(node.args), len(names) - 1):
+        raise ValueError(f"{op_name(node)} has no argument {which!r}")
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for missing in schema[len(args) : position]:
+        if missing.name not in kwargs and not missing.has_default_value():
+            raise ValueError(f"{op_name(node)} is called without {missing.name!r}, which comes before {which!r}")
+        args.append(kwargs.pop(missing.name, missing.default_value))
+    node.args, node.kwargs = (*args[:position], value, *args[position + 1 :]), kwargs
+
+
+def _schema(node: fx.Node) -> list[Any]:
+    """The arguments that an ATen operation describes; nothing for another call."""
+    found = getattr(node.target, "_schema", None)
+    return list(found.arguments) if node.op == "call_function" and found is not None else []
+
+
 class Graph(nn.Module):
     """A captured model. ``graph(images)`` equals the model it was captured from (to float rounding of attention).
 
@@ -101,7 +144,9 @@ class Graph(nn.Module):
 
     # -- tensors --------------------------------------------------------------------------------------------------
     def tensor(self, name: str) -> Tensor:
-        """Parameter or constant by qualified name. Raises ``AttributeError`` if there is none."""
+        """Parameter or constant by qualified name: the tensor itself, so that a write into it changes this graph, and
+        those that share its tensors (``clone(share=True)``), but no model: the graph that a method is given owns all
+        of its tensors. Raises ``AttributeError`` if there is none."""
         value: Any = self.root
         for part in name.split("."):
             value = getattr(value, part)
@@ -130,15 +175,23 @@ class Graph(nn.Module):
     def device(self) -> torch.device:
         return next(iter(self.tensors().values())).device
 
-    # -- copies ---------------------------------------------------------------------------------------------------
-    def clone(self) -> Graph:
-        """A copy whose structure and tensors can be changed without touching this one.
+    def unused(self, stem: str, leaf: str) -> str:
+        """A name for a new tensor: ``<stem><leaf>``, with a number between them where the graph reads that already."""
+        names, number = {str(n.target) for n in self.fx.nodes if n.op == "get_attr"}, 1
+        while (name := f"{stem}{number if number > 1 else ''}{leaf}") in names:
+            number += 1
+        return name
 
-        Tensors are shared until replaced by :meth:`set_tensor`: change them by replacing, never in place.
+    # -- copies ---------------------------------------------------------------------------------------------------
+    def clone(self, *, share: bool = False) -> Graph:
+        """A copy whose structure and tensors can be changed in any way without touching this one.
+
+        share: hold the same tensors, at no memory, until they are replaced by :meth:`set_tensor`; for those who write
+        into none of them.
         """
         root = nn.Module()
         for name, value in self.tensors().items():
-            put_tensor(root, name, value)
+            put_tensor(root, name, value if share else value.detach().clone())
         graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         for node in self.fx.nodes:
@@ -154,7 +207,7 @@ class Graph(nn.Module):
         device = self.device
         for node in self.fx.nodes:
             if "device" in node.kwargs:
-                node.kwargs = {**node.kwargs, "device": device}
+                replace_argument(node, "device", device)
         self._module = None
         return self
 
@@ -268,7 +321,7 @@ def with_features(
             if len(sources) > 1:
                 with graph.inserting_before(output):
                     features = graph.call_function(torch.cat, (sources, 1))
-    output.args = ((logits, features, tuple(taps)) if taps else (logits, features),)
+    replace_argument(output, 0, (logits, features, tuple(taps)) if taps else (logits, features))
     return fx.GraphModule(root, graph)
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from quantlens.graph.graph import VIEWS, Graph, op_name
+from quantlens.graph.graph import VIEWS, Graph, argument, op_name
 
 aten = torch.ops.aten
 
@@ -81,10 +81,8 @@ class Site:
 
     @property
     def bias(self) -> str | None:
-        args = self.node.args
-        if self.kind in ("linear", "conv") and len(args) > 2 and isinstance(args[2], fx.Node):
-            return str(args[2].target)
-        return None
+        found = argument(self.node, "bias") if self.kind in ("linear", "conv") else None
+        return str(found.target) if isinstance(found, fx.Node) else None
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ def _describe(
     op, module = op_name(node), node.meta.get("module", "")
     if op == "aten.linear.default" and graph.constant(node.args[1]) is not None:
         return "linear", _by_weight(node.args[1], module), {"input": 0, "weight": 1, "output": None}
-    if op in CONVS and graph.constant(node.args[1]) is not None:
+    if op in CONVS and graph.constant(node.args[1]) is not None and not argument(node, "transposed", False):
         return "conv", _by_weight(node.args[1], module), {"input": 0, "weight": 1, "output": None}
     if node in score_nodes:
         return "scores", _join(module, "scores"), {"q": 0, "k": 1, "output": None}

@@ -76,7 +76,7 @@ class APHQViT(Method):
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         if not float(run["step"]) > 0:
             raise QuantlensError(f"aphq-vit: step={run['step']} perturbs nothing; give a number above 0, such as 0.01")
-        original, plan = graph.clone(), Plan()
+        original, plan = graph.clone(share=True), Plan()
         metrics: dict[str, Metric] = {}
         if run["loss"] == "aph":
             metrics = perturbation_metrics(graph, calibration, step=float(run["step"]), seed=run.seed)

@@ -23,9 +23,9 @@ from quantlens.formats import Uniform
 from quantlens.graph import Edge, Graph, graph_of
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
-from quantlens.qmodel import Bits, Plan, QuantizedModel, float_model
+from quantlens.qmodel import Bits, Plan, QuantizedModel
 from quantlens.qmodel.bits import FLOAT
-from quantlens.qmodel.model import describe
+from quantlens.qmodel.model import describe, float_copy
 from quantlens.qmodel.targets import TARGETS, target_named
 from quantlens.reconstruction.massive import split_massive
 from quantlens.reconstruction.pixels import pixel_quantizer, read_pixels
@@ -103,9 +103,10 @@ class Method(ABC):
 
     @abstractmethod
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        """Choose quantizers for ``graph`` (a copy that may be rewritten exactly) and return the plan.
+        """Choose quantizers for ``graph`` and return the plan.
 
-        bits: widths per edge. run: options, seed, progress.
+        graph: a copy with tensors of its own, to be rewritten exactly. bits: widths per edge. run: options, seed,
+        progress.
         """
 
     def apply(
@@ -126,14 +127,14 @@ class Method(ABC):
         widths, settings = Bits.parse(bits), self.options(options)
         images = Calibration.of(calibration, model.preprocess, device=model.device)
         if widths.is_float:
-            return float_model(model)
+            return float_copy(model)
         started = time.perf_counter()
-        graph = graph_of(model).clone()
-        check_names(graph, widths)
-        folded = fold_layer_scale(graph)
         # a caller in inference mode would leave tensors that no gradient can pass
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            graph = graph_of(model).clone()
+            check_names(graph, widths)
+            folded = fold_layer_scale(graph)
             split = split_massive(graph, images) if settings["massive_channels"] == "split" else []
             pixels = self._pixels(graph, model, images, settings)
             seen = None if split or pixels or images.fingerprint is None else _seen(model, images.fingerprint)

@@ -269,9 +269,7 @@ class _Batches(Calibration):
         return math.ceil(self.count / self.size)
 
     def chunk(self, index: int) -> Tensor:
-        start, stop = index * self.size, min((index + 1) * self.size, self.count)
-        images = self._chunks[start:stop] if isinstance(self._chunks, Tensor) else self._chunks.tensor(start, stop)
-        return images.to(self.device, torch.float32)
+        return self._part(index * self.size, min((index + 1) * self.size, self.count))
 
 
 def observed(look: Look, observer: str, bits: int) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ class IAndSViT(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        original, plan, reports = graph.clone(), Plan(), {}
+        original, plan, reports = graph.clone(share=True), Plan(), {}
         activations, norms = activation_quantizers(graph, calibration, bits, run)
         stages = ["smooth", "quantized"] if run["smooth"] else ["quantized"]
         for number, stage in enumerate(stages):

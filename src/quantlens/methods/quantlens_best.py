@@ -132,7 +132,7 @@ class QuantlensBest(Method):
             run = replace(run, options={**run.options, "iterations": LONG if narrow else STEPS})
         fitted = calibration.head(int(run["fitted"]))
         plan = Plan({}, rewrite(graph, fitted, bits, run))
-        original = graph.clone()
+        original = graph.clone(share=True)
         metrics, blocks = {}, steps("quantlens-best", run, calibration.count)
         distillation = Distillation(
             iterations=steps("quantlens-best", run, calibration.count, "distillation"),

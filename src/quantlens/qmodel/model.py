@@ -20,7 +20,7 @@ from quantlens.errors import UnknownNameError
 from quantlens.formats.base import Quantizer
 from quantlens.formats.operators import Operator
 from quantlens.graph.capture import graph_of
-from quantlens.graph.graph import Graph, put_tensor, with_features
+from quantlens.graph.graph import Graph, put_tensor, replace_argument, with_features
 from quantlens.graph.sites import Edge, classifier_terms
 
 MB = 1_000_000
@@ -212,23 +212,25 @@ class QuantizedModel(nn.Module):
 
 def float_model(model: Any) -> QuantizedModel:
     """A loaded FP32 model as a QuantizedModel with an empty plan (method "fp32"), so that it is run and measured the
-    same way.
+    same way. It shares the model's graph and is to be read; ``float_copy`` makes one to hand out.
 
     model: :class:`quantlens.models.Model` (captured once and kept on it) or a QuantizedModel, returned as it is.
     """
     if isinstance(model, QuantizedModel):
         return model
     if "float_model" not in model.derived:
-        info = {
-            **describe(model),
-            "method": "fp32",
-            "bits": "FP32",
-            "seed": 0,
-            "options": {},
-            "calibration": None,
-        }
-        model.derived["float_model"] = QuantizedModel(graph_of(model), Plan(info=info), preprocess=model.preprocess)
+        model.derived["float_model"] = _float(model, graph_of(model))
     return model.derived["float_model"]
+
+
+def float_copy(model: Any) -> QuantizedModel:
+    """As :func:`float_model`, with a graph and a plan of its own: whatever is done to it, ``model`` stays as it is."""
+    return _float(model, graph_of(model).clone())
+
+
+def _float(model: Any, graph: Graph) -> QuantizedModel:
+    info = {**describe(model), "method": "fp32", "bits": "FP32", "seed": 0, "options": {}, "calibration": None}
+    return QuantizedModel(graph, Plan(info=info), preprocess=model.preprocess)
 
 
 def describe(model: Any) -> dict[str, Any]:
@@ -253,7 +255,7 @@ def simulate(
     taps: keys of activation edges whose values are given out too, as (logits, features, (value, …)): as read behind
     their quantizer, if they have one.
     """
-    twin = graph.clone()
+    twin = graph.clone(share=True)
     sites, edges = twin.sites, twin.sites.edges
     terms = classifier_terms(twin)
     root = nn.Module()
@@ -273,7 +275,7 @@ def simulate(
             put_tensor(root, name, value)
             with twin.fx.inserting_before(edge.node):
                 weight = twin.fx.get_attr(name)
-            _replace_argument(edge.node, edge.position, weight)
+            replace_argument(edge.node, edge.position, weight)  # type: ignore[arg-type]
             continue
         if edge.position is None:
             outputs.append((edge, quantizer))
@@ -282,7 +284,7 @@ def simulate(
         with twin.fx.inserting_before(edge.node):
             call = twin.fx.call_module(f"quantizers.{len(modules) - 1}", (edge.value,))
         call.meta = dict(edge.value.meta)
-        _replace_argument(edge.node, edge.position, call)
+        replace_argument(edge.node, edge.position, call)
     for edge, quantizer in outputs:
         modules.append(quantizer)
         with twin.fx.inserting_after(edge.node):
@@ -310,12 +312,6 @@ def simulate(
     module = with_features(twin.fx, root, terms, tapped)
     module.eval()
     return module
-
-
-def _replace_argument(node: fx.Node, position: int | None, value: fx.Node) -> None:
-    args = list(node.args)
-    args[position] = value  # type: ignore[index, call-overload]
-    node.args = tuple(args)
 
 
 def classifier_of(graph: Graph, quantizers: dict[str, Quantizer]) -> tuple[Tensor, Tensor] | None:

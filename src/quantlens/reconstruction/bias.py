@@ -110,7 +110,7 @@ def correct_biases(
     """
     if means is None:
         means = output_means(graph, calibration, memory=memory)
-    twin = graph.clone()
+    twin = graph.clone(share=True)
     sites = twin.sites
     for name, operator in (operators or {}).items():
         sites[name].node.target = operator  # the walk calls it; the sites were read before

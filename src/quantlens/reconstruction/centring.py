@@ -27,8 +27,7 @@ from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import ADDS, SCALINGS, Site
 from quantlens.transforms import find_norm_groups, rescale_norm
 from quantlens.transforms.heads import find_score_pairs, find_value_pairs
-from quantlens.transforms.rewrites import ensure_bias
-from quantlens.transforms.rotation import alone
+from quantlens.transforms.rewrites import alone, ensure_bias, keeps_channels_last
 
 
 def channel_means(graph: Graph, calibration: Calibration, keys: Iterable[str]) -> dict[str, Tensor]:
@@ -62,7 +61,11 @@ def centre(graph: Graph, calibration: Calibration, also: Iterable[str] = ()) -> 
         for pair in find_score_pairs(graph)
         if own(pair.k) and _rows_shift_freely(graph, pair.scores)
     }
-    outputs = {f"{pair.proj.name}.input": pair for pair in find_value_pairs(graph) if own(pair.values, pair.proj)}
+    outputs = {
+        f"{pair.proj.name}.input": pair
+        for pair in find_value_pairs(graph)
+        if own(pair.values, pair.proj) and _rows_sum_to_one(pair.context)
+    }
     others = list(also)
     means = channel_means(graph, calibration, (*norms, *keys, *outputs, *others))
     found = {key: means[key] for key in others}
@@ -87,7 +90,7 @@ def centre(graph: Graph, calibration: Calibration, also: Iterable[str] = ()) -> 
 def _add(graph: Graph, layer: Site, value: Tensor, rows: Tensor | None = None) -> None:
     """Add ``value`` to a layer's bias, or to these rows of it."""
     name = ensure_bias(graph, layer)
-    bias = graph.tensor(name).double()
+    bias = graph.tensor(name).to(torch.float64, copy=True)
     if rows is None:
         bias = bias + value.to(bias.device)
     else:
@@ -118,6 +121,20 @@ def _rows_shift_freely(graph: Graph, scores: Site) -> bool:
         else:
             return False
     return True
+
+
+def _rows_sum_to_one(context: Site) -> bool:
+    """Whether what an attention multiplies v with are whole rows of a softmax over the keys."""
+    node = context.edges["probs"].value
+    while op_name(node) != "aten.softmax.int":
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or not (
+            op_name(node) == "aten.expand.default" or keeps_channels_last(node, source)
+        ):
+            return False
+        node = source
+    rank = len(node.meta["shape"])
+    return int(node.args[1]) % rank == rank - 1  # type: ignore[arg-type]
 
 
 def _same_for_all_keys(graph: Graph, factor: object) -> bool:

@@ -22,6 +22,7 @@ from quantlens.calibration import Calibration, Look, Walk
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
 from quantlens.transforms import hidden_source, permute_hidden, split_linear
+from quantlens.transforms.rewrites import alone
 
 RATIO = 16.0
 """A channel is massive if its largest magnitude exceeds this many times the median channel's: four bits of an integer
@@ -42,7 +43,7 @@ def find_massive(graph: Graph, calibration: Calibration, ratio: float = RATIO) -
     rescaled exactly, nor inside an attention) with massive input channels: site -> int64 [m]. One pass over the images.
     """
     seen = {site: torch.maximum(high.abs(), low.abs()) for site, (low, high) in _ranges(graph, calibration).items()}
-    found = {site: massive_channels(largest, ratio) for site, largest in seen.items()}
+    found = {site: massive_channels(largest, ratio) for site, largest in seen.items() if alone(graph, site)}
     return {site: channels for site, channels in found.items() if len(channels)}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,10 @@ from torch.nn import functional
 
 from quantlens.calibration import Calibration, Look, Walk
 from quantlens.graph import Edge, Graph
+from quantlens.graph.graph import argument
 from quantlens.graph.sites import Site
 from quantlens.reconstruction.closed_form import Moments, output_shift, ridge
+from quantlens.transforms.rewrites import alone
 
 CLIPPED = 2
 """Weight of the error with clipped hidden values, against that without (the authors' code)."""
@@ -52,14 +55,14 @@ class Fit:
 
 
 def find_mlps(graph: Graph) -> list[Mlp]:
-    """All MLPs of a graph whose hidden values nothing else reads."""
+    """All MLPs of a graph whose hidden values and parameters nothing else reads."""
     linears = {site.node: site for site in graph.sites.of_kind("linear")}
     found = []
     for gelu in graph.sites.of_kind("gelu"):
         source, readers = gelu.node.args[0], list(gelu.node.users)
         if source in linears and len(source.users) == 1 and len(readers) == 1 and readers[0] in linears:
             found.append(Mlp(linears[source], gelu, linears[readers[0]]))
-    return found
+    return [mlp for mlp in found if alone(graph, mlp.first) and alone(graph, mlp.second)]
 
 
 def replace_gelu(
@@ -125,7 +128,8 @@ class _Refit:
         self.fit, self.names = fit, (mlp.first.weight, mlp.first.bias, mlp.second.weight, mlp.second.bias)
         self.old = _Weights(*(None if n is None else graph.tensor(n) for n in self.names))  # type: ignore[arg-type]
         self.inputs = inputs.reshape(-1, inputs.shape[-1])
-        hidden = functional.gelu(self.old.hidden(self.inputs))
+        self.gelu = partial(functional.gelu, approximate=str(argument(mlp.gelu.node, "approximate")))
+        hidden = self.gelu(self.old.hidden(self.inputs))
         self.outputs = self.old.outputs(hidden)
         shape = (*inputs.shape[:-1], self.outputs.shape[-1])
         spread = torch.ones((), device=inputs.device) if spread is None else spread.to(inputs.device)
@@ -168,7 +172,7 @@ class _Refit:
         if self.old.end is None:
             return self.old
         before = self.old.hidden(self.inputs)
-        plain, wanted = before.relu(), functional.gelu(before)
+        plain, wanted = before.relu(), self.gelu(before)
         clipped = plain.clamp_max(self.bound)
         moments = Moments.of([(plain, wanted), *[(clipped, wanted)] * CLIPPED])
         second = ridge(self.old.second, moments, RIDGE)

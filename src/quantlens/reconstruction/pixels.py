@@ -16,9 +16,9 @@ import torch
 from quantlens.calibration import Calibration
 from quantlens.formats import Uniform
 from quantlens.graph import Graph
-from quantlens.graph.graph import op_name
 from quantlens.graph.sites import Site
 from quantlens.transforms import rescale_input
+from quantlens.transforms.rewrites import alone, pads
 
 NEAR = 1e-3
 """Images whose values lie this far (in units of 0 … 1) outside of a picture's, or off its 256 values, are none."""
@@ -48,12 +48,8 @@ def read_pixels(graph: Graph, preprocess: Any, calibration: Calibration) -> list
 
 
 def _plain(graph: Graph, site: Site, channels: int) -> bool:
-    """Whether a convolution sees all channels and pads nothing."""
-    given = site.node.args
-    padding = given[4] if len(given) > 4 else 0
-    spread = [padding] if isinstance(padding, int | str) else list(padding)  # type: ignore[arg-type]
-    alone = op_name(site.node) != "aten.convolution.default" or not given[6]
-    return alone and all(p in (0, "valid") for p in spread) and graph.tensor(str(site.weight)).shape[1] == channels
+    """Whether a convolution with a weight of its own sees all channels and pads nothing."""
+    return alone(graph, site) and not pads(site) and graph.tensor(str(site.weight)).shape[1] == channels
 
 
 def _are_pictures(preprocess: Any, calibration: Calibration) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from quantlens.graph import Graph, Site
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
+from quantlens.transforms.rewrites import alone
 from quantlens.transforms.rotation import orthogonal
 
 
@@ -80,6 +81,7 @@ def find_value_pairs(graph: Graph) -> list[ValuePair]:
             proj is None
             or of is None
             or len(of) != len(rows)
+            or not alone(graph, proj)
             or not torch.equal(of.sort().values, torch.arange(len(of)))
         ):
             continue
@@ -107,7 +109,7 @@ def _made(
     value = product.edges[operand].value
     source = _source(value, through)
     layer = by_node.get(source)
-    if layer is None or layer.kind != "linear":
+    if layer is None or layer.kind != "linear" or not alone(graph, layer):
         return None
     seen = _numbers(graph, source, through=through)
     if seen is None or graph.output in seen:
@@ -146,7 +148,7 @@ def rotate_values(graph: Graph, pair: ValuePair, generator: torch.Generator) -> 
     name = str(pair.proj.weight)
     weight = graph.tensor(name)
     place = pair.of.argsort().to(weight.device).view(pair.heads, -1)  # the columns of every head, in v's order
-    turned = weight.double()
+    turned = weight.to(torch.float64, copy=True)
     turned[:, place] = torch.einsum("ohd,hed->ohe", turned[:, place], rotation.to(weight.device))
     graph.set_tensor(name, turned.to(weight.dtype))
 
@@ -163,12 +165,12 @@ def _turn_rows(graph: Graph, layer: Site, rows: Tensor, rotation: Tensor) -> Non
     """Multiply the output channels ``rows`` [heads, d] of a linear layer by ``rotation`` [heads, d, d]."""
     weight = graph.tensor(str(layer.weight))
     rows, rotation = rows.to(weight.device), rotation.to(weight.device)
-    turned = weight.double()
+    turned = weight.to(torch.float64, copy=True)
     turned[rows] = torch.einsum("hed,hdi->hei", rotation, turned[rows])
     graph.set_tensor(str(layer.weight), turned.to(weight.dtype))
     if layer.bias is not None:
         bias = graph.tensor(layer.bias)
-        turned = bias.double()
+        turned = bias.to(torch.float64, copy=True)
         turned[rows] = torch.einsum("hed,hd->he", rotation, turned[rows])
         graph.set_tensor(layer.bias, turned.to(bias.dtype))
 

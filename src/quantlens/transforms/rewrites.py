@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quantlens.graph.graph import Graph, op_name
+from quantlens.graph.graph import Graph, argument, op_name, replace_argument
 from quantlens.graph.sites import Site
 
 aten = torch.ops.aten
@@ -39,7 +39,8 @@ class NormGroup:
 
 
 def find_norm_groups(graph: Graph) -> list[NormGroup]:
-    """LayerNorms (with scale and shift over the last dimension only) that feed linear layers and nothing else."""
+    """LayerNorms (with scale and shift over the last dimension only) that feed linear layers and nothing else, none of
+    them with parameters that something else reads."""
     by_node = {s.node: s for s in graph.sites}
     groups = []
     for norm in graph.sites.of_kind("layer_norm"):
@@ -51,7 +52,16 @@ def find_norm_groups(graph: Graph) -> list[NormGroup]:
         readers = _channel_readers(node)
         if readers and all(op_name(r) == "aten.linear.default" and r in by_node for r in readers):
             groups.append(NormGroup(norm, tuple(by_node[r] for r in readers)))
-    return groups
+    return [group for group in groups if all(alone(graph, site) for site in (group.norm, *group.linears))]
+
+
+def alone(graph: Graph, site: Site) -> bool:
+    """Whether nothing else reads the parameters of a layer or LayerNorm, so that they can be changed for it."""
+    own = [a for a in site.node.all_input_nodes if a.op == "get_attr"]
+    names = {a.target for a in own}
+    return all(len(a.users) == 1 for a in own) and len(names) == len(own) == sum(
+        node.op == "get_attr" and node.target in names and bool(node.users) for node in graph.fx.nodes
+    )
 
 
 def _channel_readers(node: fx.Node) -> list[fx.Node] | None:
@@ -141,14 +151,14 @@ def ensure_bias(graph: Graph, linear: Site) -> str:
     """The name of the linear's bias, which is made (zeros) if it has none."""
     if linear.bias is not None:
         return linear.bias
-    name = f"{linear.name}.bias"
+    name = graph.unused(linear.name, ".bias")
     weight = graph.tensor(linear.weight)  # type: ignore[arg-type]
     graph.set_tensor(name, torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
     node = linear.node
     with graph.fx.inserting_before(node):
         bias = graph.fx.get_attr(name)
     bias.meta = {"module": node.meta.get("module", ""), "shape": (weight.shape[0],), "symbolic": False}
-    node.args = (*node.args[:2], bias)
+    replace_argument(node, "bias", bias)
     graph._module = None
     return name
 
@@ -170,6 +180,8 @@ def fold_layer_scale(graph: Graph) -> list[str]:
             linear = by_node[value]
             if linear.kind != "linear" or len(value.users) != 1 or gamma.shape != (value.meta["shape"][-1],):
                 continue
+            if not alone(graph, linear):
+                continue
             weight = graph.tensor(linear.weight)  # type: ignore[arg-type]
             graph.set_tensor(linear.weight, weight * gamma[:, None])  # type: ignore[arg-type]
             if linear.bias is not None:
@@ -188,9 +200,9 @@ def split_linear(graph: Graph, linear: Site, parts: Mapping[str, Tensor]) -> lis
     """Give some input channels of a linear layers of their own and add their outputs, so that each part can have
     quantizers of its own: y = W₁x₁ + W₂x₂ + … + bias.
 
-    parts: by suffix of the new site's name, int64 [m] channels, disjoint; at least one channel stays with ``linear``.
-    They are selected by index, also where they are contiguous: a slice would pass for the same tensor, which a fully
-    quantized method quantizes once. Export writes contiguous ones (:func:`permute_hidden` makes them so) as slices.
+    parts: by suffix of the new site's name, int64 [m] channels, disjoint; raises ValueError unless at least one stays
+    with ``linear``. They are selected by index, also where they are contiguous: a slice would pass for the same tensor,
+    which a fully quantized method quantizes once. Export writes contiguous ones (see :func:`permute_hidden`) as slices.
 
     Returns the names of the new sites, ``<name>.<suffix>`` (widths given for ``<name>`` are theirs too). The caller
     calls :meth:`Graph.invalidate` when all is done.
@@ -198,9 +210,13 @@ def split_linear(graph: Graph, linear: Site, parts: Mapping[str, Tensor]) -> lis
     node, weight = linear.node, graph.tensor(linear.weight)  # type: ignore[arg-type]
     module, source = node.meta.get("module", ""), node.args[0]
     rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    chosen = {f"{linear.name}.{suffix}": c.sort().values.to(weight.device) for suffix, c in parts.items()}
-    for channels in chosen.values():
+    chosen = {}
+    for suffix, channels in parts.items():
+        stem = graph.unused(f"{linear.name}.{suffix}", ".weight").removesuffix(".weight")
+        chosen[stem] = channels.sort().values.to(weight.device)
         rest[channels] = False
+    if not bool(rest.any()):
+        raise ValueError(f"{linear.name}: no input channel is left of {len(rest)}")
 
     def made(call: fx.Node, width: int) -> fx.Node:
         call.meta = {"module": module, "shape": (*source.meta["shape"][:-1], width), "symbolic": False}  # type: ignore[union-attr]
@@ -212,8 +228,9 @@ def split_linear(graph: Graph, linear: Site, parts: Mapping[str, Tensor]) -> lis
         return found
 
     def read(name: str, channels: Tensor) -> fx.Node:
-        graph.set_tensor(f"{name}_channels", channels)
-        call = graph.fx.call_function(aten.index_select.default, (source, -1, constant(f"{name}_channels")))
+        held = graph.unused(name, "_channels")
+        graph.set_tensor(held, channels)
+        call = graph.fx.call_function(aten.index_select.default, (source, -1, constant(held)))
         return made(call, len(channels))
 
     kept = rest.nonzero().flatten()
@@ -223,7 +240,7 @@ def split_linear(graph: Graph, linear: Site, parts: Mapping[str, Tensor]) -> lis
             graph.set_tensor(f"{stem}.weight", weight[:, channels].contiguous())
             part = graph.fx.call_function(aten.linear.default, (read(stem, channels), constant(f"{stem}.weight")))
             outputs.append(made(part, weight.shape[0]))
-        node.args = (read(linear.name, kept), *node.args[1:])
+        replace_argument(node, 0, read(linear.name, kept))
     graph.set_tensor(linear.weight, weight[:, kept].contiguous())  # type: ignore[arg-type]
     readers, total = list(node.users), node
     for part in outputs:
@@ -259,43 +276,55 @@ def hidden_source(graph: Graph, linear: Site) -> Site | None:
             break
         node = node.args[0]
     source = by_node.get(node)  # type: ignore[arg-type]
-    held = [n.target for n in graph.fx.nodes if n.op == "get_attr" for _ in n.users]
-    names = [n for s in (source, linear) if s is not None for n in (s.weight, s.bias) if n is not None]
-    return source if all(held.count(n) == 1 for n in names) else None
+    return source if source is not None and alone(graph, source) and alone(graph, linear) else None
 
 
 def rescale_input(graph: Graph, layer: Site, scale: Tensor, shift: Tensor | None = None) -> None:
     """Let a linear or convolution read x/scale − shift, by operations of their own in front of it, and undo it in
     the weight and bias exactly: W ← W·diag(scale), bias ← bias + W_new·shift.
 
-    scale, shift: [in channels], scale > 0. Raises ValueError where they do not fit (a convolution with groups). A
-    convolution that pads is not exact with a shift, as padding is not shifted: the caller leaves it alone. The caller
-    calls :meth:`Graph.invalidate` when all is done.
+    scale, shift: [in channels], scale > 0. Raises ValueError where they do not fit: a convolution with groups, or one
+    that pads, with a shift (padding is not shifted). The caller calls :meth:`Graph.invalidate` when all is done.
     """
     node, source, name = layer.node, layer.node.args[0], str(layer.weight)
     weight = graph.tensor(name)
     spread = (-1, *[1] * (weight.dim() - 2))
-    if weight.shape[1] != len(scale):
+    if weight.shape[1] != len(scale) or argument(node, "groups", 1) != 1:
         raise ValueError(f"{layer.name}: {len(scale)} factors for {weight.shape[1]} input channels")
+    if shift is not None and pads(layer):
+        raise ValueError(f"{layer.name} pads its input, and padding is not shifted")
     precise = scale.to(weight.device, torch.float64)
     new = weight.double() * precise.view(spread)
-    value = with_constant(graph, node, aten.mul.Tensor, source, f"{layer.name}_input_factor", 1.0 / precise, spread)
+    value = with_constant(graph, node, aten.mul.Tensor, source, (layer.name, "_input_factor"), 1.0 / precise, spread)
     if shift is not None:
         moved = shift.to(weight.device, torch.float64)
         bias = ensure_bias(graph, layer)
         extra = (new * moved.view(spread)).flatten(1).sum(1)
         graph.set_tensor(bias, (graph.tensor(bias).double() + extra).to(weight.dtype))
-        value = with_constant(graph, node, aten.add.Tensor, value, f"{layer.name}_input_shift", -moved, spread)
+        value = with_constant(graph, node, aten.add.Tensor, value, (layer.name, "_input_shift"), -moved, spread)
     graph.set_tensor(name, new.to(weight.dtype))
-    node.args = (value, *node.args[1:])
+    replace_argument(node, 0, value)
+
+
+def pads(layer: Site) -> bool:
+    """Whether a layer is a convolution that pads its input."""
+    padding = argument(layer.node, "padding", 0)
+    return any(p not in (0, "valid") for p in ([padding] if isinstance(padding, int | str) else padding))
 
 
 def with_constant(
-    graph: Graph, before: fx.Node, operation: Any, value: Any, name: str, constant: Tensor, spread: tuple[int, ...]
+    graph: Graph,
+    before: fx.Node,
+    operation: Any,
+    value: Any,
+    called: tuple[str, str],
+    constant: Tensor,
+    spread: tuple[int, ...],
 ) -> fx.Node:
-    """``operation(value, constant)`` in front of a node, in its module; constant [C], viewed as ``spread``."""
-    module = before.meta.get("module", "")
-    graph.set_tensor(name, constant.float().view(spread))
+    """``operation(value, constant)`` in front of a layer, in its module; constant [C], viewed as ``spread``, in the
+    weight's type, under the name ``called`` (see :meth:`Graph.unused`)."""
+    module, name = before.meta.get("module", ""), graph.unused(*called)
+    graph.set_tensor(name, constant.to(graph.constant(before.args[1]).dtype).view(spread))  # type: ignore[union-attr]
     with graph.fx.inserting_before(before):
         held = graph.fx.get_attr(name)
         made = graph.fx.call_function(operation, (value, held))

@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from quantlens.graph.graph import Graph, op_name
+from quantlens.graph.graph import Graph, op_name, replace_argument
 from quantlens.graph.sites import ROTATION, Site
 from quantlens.transforms.rewrites import (
     NormGroup,
+    alone,
     ensure_bias,
     find_norm_groups,
     fold_norm,
@@ -37,6 +38,7 @@ from quantlens.transforms.rewrites import (
 aten = torch.ops.aten
 
 ADDS = ("aten.add.Tensor", "aten.add_.Tensor")
+FLATTEN = ("aten.flatten.using_ints", "aten.reshape.default")
 
 
 def orthogonal(size: int, generator: torch.Generator) -> Tensor:
@@ -101,12 +103,13 @@ def _grow(graph: Graph, start: fx.Node, groups: dict[fx.Node, NormGroup]) -> tup
         node = queue.pop()
         sources = _sources(graph, node, residual.channels)
         if sources is None:
-            site = by_node.get(_conv_behind(node) or node)
+            conv = _conv_behind(node)
+            site = by_node.get(node if conv is None else conv)
             if site is not None and site.kind == "linear" and alone(graph, site):
                 residual.linears.append(site)
-            elif site is not None and site.kind == "conv" and alone(graph, site):
+            elif site is not None and conv is not None and site.kind == "conv" and alone(graph, site):
                 residual.convs.append(site)
-            elif graph.constant(node) is not None and node.meta["shape"][-1:] == (residual.channels,):
+            elif _is_constant(graph, node) and node.meta["shape"][-1:] == (residual.channels,):
                 residual.constants.append(str(node.target))
             else:
                 return stream, None
@@ -150,34 +153,41 @@ def _wide(node: fx.Node, channels: int) -> bool:
     return bool(shape) and shape[-1] == channels
 
 
+def _is_constant(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node is a parameter that the graph holds nowhere else."""
+    held = [n for n in graph.fx.nodes if n.op == "get_attr" and n.target == node.target]
+    return graph.constant(node) is not None and held == [node]
+
+
 def _conv_behind(node: fx.Node) -> fx.Node | None:
     """The convolution whose output [B, C, h, w] this node holds as tokens [B, h·w, C] or [B, h, w, C]."""
-    chain = [op_name(node)]
-    while chain[-1] in (
-        "aten.transpose.int",
-        "aten.permute.default",
-        "aten.flatten.using_ints",
-        "aten.reshape.default",
-    ):
-        node = node.args[0]  # type: ignore[assignment]
-        if len(node.users) != 1:
+    chain = [node]
+    while op_name(chain[-1]) in (*FLATTEN, "aten.transpose.int", "aten.permute.default"):
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+        if len(chain[-1].users) != 1:
             return None
-        chain.append(op_name(node))
-    moves = chain[:-1]
-    known = (
-        ["aten.transpose.int", "aten.flatten.using_ints"],
-        ["aten.transpose.int", "aten.reshape.default"],
-        ["aten.permute.default"],
-        ["aten.permute.default", "aten.flatten.using_ints"],
-        ["aten.permute.default", "aten.reshape.default"],
-    )
-    return node if "conv" in chain[-1] and moves in known else None
+    conv, moves = chain[-1], chain[-2::-1]  # in the order in which they are done
+    if "conv" not in op_name(conv) or len(conv.meta["shape"]) != 4:
+        return None
+    _, channels, *grid = conv.meta["shape"]
+    if len(moves) == 1:
+        return conv if _order(moves[0]) == [0, 2, 3, 1] else None
+    if len(moves) != 2 or op_name(moves[0]) not in FLATTEN:
+        return None
+    flat = moves[0].meta["shape"][1:] == (channels, grid[0] * grid[1])
+    return conv if flat and _order(moves[1]) == [0, 2, 1] else None
 
 
-def alone(graph: Graph, site: Site) -> bool:
-    """Whether no other layer has this one's weight or bias."""
-    names = [n for s in graph.sites.of_kind("linear", "conv") for n in (s.weight, s.bias) if n is not None]
-    return all(names.count(n) == 1 for n in (site.weight, site.bias) if n is not None)
+def _order(node: fx.Node) -> list[int] | None:
+    """How a node orders dimensions, ``None`` if it does something else."""
+    rank = len(node.meta["shape"])
+    if op_name(node) == "aten.permute.default":
+        return [d % rank for d in node.args[1]]  # type: ignore[union-attr, operator]
+    if op_name(node) != "aten.transpose.int":
+        return None
+    order, (one, other) = list(range(rank)), node.args[1:3]
+    order[one], order[other] = order[other], order[one]  # type: ignore[index]
+    return order
 
 
 def rotate_residual(graph: Graph, residual: Residual, rotation: Tensor) -> None:
@@ -234,7 +244,7 @@ def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | No
     held = f"hidden_{size}{ROTATION}"
     value = rotation.to(weight.device, weight.dtype)
     if held in graph.tensors() and not torch.equal(graph.tensor(held), value):
-        held = f"{linear.name}{ROTATION}"
+        held = graph.unused(linear.name, ROTATION)
     graph.set_tensor(held, value)
     precise = rotation.to(weight.device, torch.float64)
     blocks = weight.shape[1] // size
@@ -258,8 +268,8 @@ def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | No
         bias = ensure_bias(graph, linear)
         extra = turned.flatten(1) @ shift
         graph.set_tensor(bias, (graph.tensor(bias).double() + extra).to(weight.dtype))
-        joined = with_constant(graph, node, aten.add.Tensor, joined, f"{linear.name}_input_mean", -shift, (-1,))
-    node.args = (joined, *node.args[1:])
+        joined = with_constant(graph, node, aten.add.Tensor, joined, (linear.name, "_input_mean"), -shift, (-1,))
+    replace_argument(node, 0, joined)
 
 
 __all__ = [
