@@ -33,6 +33,9 @@ MODULES: dict[str, str] = {
     **_of("ranges", "calibration.ranges", "guided", "moving", "power_of_two", "progressive", "rules", "similarity"),
     **_of("graph", "transforms", "rewrites", "rotation"),
     **_of("reconstruction", "transforms", "equalisation", "heads"),
+    "quantlens.reconstruction.massive": "quantlens.transforms.outlier_channels",
+    "quantlens.reconstruction.centring": "quantlens.transforms.mean_subtraction",
+    "quantlens.reconstruction.pixels": "quantlens.transforms.pixels",
     "quantlens.reconstruction.sensitivity": "quantlens.reconstruction.block_metrics",
     **_of("allocation", "sensitivity", "alone", "inspection", "statistics"),
     **_of("studies", "evaluation", "bootstrap", "environment", "evaluate", "images", "outputs"),
@@ -44,6 +47,19 @@ MODULES: dict[str, str] = {
     "quantlens.api": "quantlens.allocation.quantizing",
 }
 """Old module -> new module."""
+
+RENAMED: dict[str, str] = {
+    "quantlens.reconstruction.find_massive": "quantlens.calibration.transforming.find_outlier_channels",
+    "quantlens.reconstruction.split_massive": "quantlens.calibration.transforming.split_outlier_channels",
+    "quantlens.reconstruction.massive.find_massive": "quantlens.calibration.transforming.find_outlier_channels",
+    "quantlens.reconstruction.massive.split_massive": "quantlens.calibration.transforming.split_outlier_channels",
+    "quantlens.reconstruction.massive.massive_channels": "quantlens.transforms.outlier_channels.outlier_channels",
+    "quantlens.reconstruction.centring.centre": "quantlens.calibration.transforming.subtract_means",
+    "quantlens.reconstruction.centring.channel_means": "quantlens.calibration.transforming.channel_means",
+    "quantlens.reconstruction.pixels.read_pixels": "quantlens.calibration.transforming.read_as_pixels",
+    "quantlens.reconstruction.pixels.pixel_quantizer": "quantlens.formats.uniform.pixel_codes",
+}
+"""Old name -> new name, where that has changed, too."""
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.quantizers": ("quantlens.formats", "quantlens.qmodel"),
@@ -74,6 +90,11 @@ def tell(old: str, new: str) -> None:
 
 def find(package: str, name: str) -> Any:
     """``name`` of an old package, from where it is now. Raises AttributeError."""
+    if f"{package}.{name}" in RENAMED:
+        new = RENAMED[f"{package}.{name}"]
+        tell(f"{package}.{name}", new)
+        place, _, renamed = new.rpartition(".")
+        return getattr(import_module(place), renamed)
     for place in PACKAGES.get(package, ()):
         module = import_module(place)
         if not name.startswith("_") and hasattr(module, name):
@@ -93,7 +114,7 @@ class _Alias(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if self.__name__ in PACKAGES:
+        if self.__name__ in PACKAGES or f"{self.__name__}.{name}" in RENAMED:
             return find(self.__name__, name)
         return getattr(import_module(MODULES[self.__name__]), name)
 

@@ -111,6 +111,11 @@ class Uniform(Quantizer):
         )
 
 
+def pixel_codes(device: torch.device | str = "cpu") -> Uniform:
+    """The format of pixel/255 in 0 … 1, whose codes 0 … 255 are the pixels."""
+    return Uniform(torch.tensor(1 / 255, device=device), torch.tensor(0, device=device), 8, signed=False)
+
+
 def affine_parameters(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and integer zero point of unsigned codes that cover [low, high] (any shape, float).
 

@@ -18,8 +18,10 @@ from torch import Tensor, fx
 
 from quantlens.calibration import Calibration, Seen
 from quantlens.calibration.ranges import affine
+from quantlens.calibration.transforming import read_as_pixels, split_outlier_channels
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.formats import Uniform
+from quantlens.formats.uniform import pixel_codes
 from quantlens.graph import Edge, Graph, graph_of
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
@@ -27,8 +29,6 @@ from quantlens.qmodel import Bits, Plan, QuantizedModel
 from quantlens.qmodel.bits import FLOAT
 from quantlens.qmodel.model import describe, float_copy
 from quantlens.qmodel.targets import TARGETS, target_named
-from quantlens.reconstruction.massive import split_massive
-from quantlens.reconstruction.pixels import pixel_quantizer, read_pixels
 from quantlens.transforms import fold_layer_scale
 
 Progress = Callable[[int, int], None]
@@ -135,7 +135,7 @@ class Method(ABC):
             graph = graph_of(model).clone()
             check_names(graph, widths)
             folded = fold_layer_scale(graph)
-            split = split_massive(graph, images) if settings["massive_channels"] == "split" else []
+            split = split_outlier_channels(graph, images) if settings["massive_channels"] == "split" else []
             pixels = self._pixels(graph, model, images, settings)
             seen = None if split or pixels or images.fingerprint is None else _seen(model, images.fingerprint)
             plan = self.build(graph, images, Widths(widths, settings), Run(settings, seed, progress, seen))
@@ -147,7 +147,7 @@ class Method(ABC):
                 k: target.conform(k, q, graph.tensor(str(edges[k].value.target)) if edges[k].is_weight else None)
                 for k, q in plan.quantizers.items()
             }
-        plan.quantizers |= {key: pixel_quantizer(images.device) for key in pixels if key in plan.quantizers}
+        plan.quantizers |= {key: pixel_codes(images.device) for key in pixels if key in plan.quantizers}
         plan.rewrites[:0] = [*split, *(["the image is read as pixel/255, whose codes are exact"] if pixels else [])]
         if folded:
             plan.rewrites.insert(0, f"LayerScale folded into {len(folded)} linear layers")
@@ -166,10 +166,10 @@ class Method(ABC):
         return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model)
 
     def _pixels(self, graph: Graph, model: Any, images: Calibration, settings: dict[str, Any]) -> list[str]:
-        """Keys of the edges that read the image as pixels from now on; see :mod:`quantlens.reconstruction.pixels`."""
+        """Keys of the edges that read the image as pixels from now on; see :mod:`quantlens.transforms.pixels`."""
         if settings["image"] != "pixels" or int(settings["patch_bits"]) != 8 or self.info.quantizes == EVERYTHING:
             return []
-        return read_pixels(graph, model.preprocess, images)
+        return read_as_pixels(graph, model.preprocess, images)
 
     def options(self, given: dict[str, Any]) -> dict[str, Any]:
         """All options with their values: defaults (with a target also :data:`FOR_TARGETS`) overridden by ``given``.

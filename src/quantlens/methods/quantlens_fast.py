@@ -1,7 +1,7 @@
 """quantlens-fast: our own method of calibration and closed form alone; what works, put together.
 
 1. Exact rewrites. Massive channels behind an activation function get a linear layer of their own
-   (:mod:`quantlens.reconstruction.massive`). What a coarse activation (6 bits or fewer) holds that a layer reads behind
+   (``transforms.outlier_channels``). What a coarse activation (6 bits or fewer) holds that a layer reads behind
    a LayerNorm or a GELU is multiplied at run time by a Hadamard matrix of 64 channels with random signs, as QuaRot does
    before the down projection of language models; the layer's weight undoes it. It costs 64 multiplications a channel
    and layer, 17 % of those of DeiT-Tiny's linear layers, 4 % of DeiT-Base's, in float. With more bits the residual
@@ -10,7 +10,7 @@
    with the layer behind it, are rotated in every head (:mod:`quantlens.transforms.heads`). All that a linear layer
    and an attention product read then has channels of one size, near to Gaussian: one scale per tensor is as good as
    one per channel. The means of channels are taken out of all that a bias can give them back to
-   (:mod:`quantlens.reconstruction.centring`).
+   (:mod:`quantlens.transforms.mean_subtraction`).
 2. Ranges. Activations are clipped at ±t with the least squared error (``clipping``), on what the
    quantized layers before make of them. Softmax outputs have no range: every row is squares of integers by its own peak
    and sum (``formats.sqrt_softmax``). Nor have activations of 3 bits or fewer: every token's channels, 64 at a
@@ -75,6 +75,7 @@ from torch import Tensor
 from quantlens.calibration import Calibration, Look, Observation, Transform, Walk
 from quantlens.calibration.ranges import affine, block_scaled, clipping, log_by_quantile, mse
 from quantlens.calibration.ranges.rules import REPQ_QUANTILES
+from quantlens.calibration.transforming import subtract_means
 from quantlens.errors import QuantlensError
 from quantlens.formats import BlockScaled, Quantizer, SquaredRows, Uniform
 from quantlens.graph import Edge, Graph
@@ -94,7 +95,6 @@ from quantlens.methods.base import (
 from quantlens.qmodel import Plan
 from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction.bias import corrected_layers
-from quantlens.reconstruction.centring import centre
 from quantlens.reconstruction.closed_form import Grid, Moments, output_shift, ridge, round_columns
 from quantlens.transforms.heads import find_score_pairs, find_value_pairs, rotate_scores, rotate_values
 from quantlens.transforms.rewrites import ACTIVATIONS, ensure_bias, find_norm_groups
@@ -222,7 +222,7 @@ def rewrite(graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> l
     turned = [site for site in behind_activations(graph) if _coarse(graph, site, bits, run["hidden"])]
     means: dict[str, Tensor] = {}
     if run["centre"] == "all" or (run["centre"] == "auto" and _any_coarse(graph, bits)):
-        said, means = centre(graph, calibration, (f"{site.name}.input" for site in turned))
+        said, means = subtract_means(graph, calibration, (f"{site.name}.input" for site in turned))
         done += said
     rotations: dict[int, Tensor] = {}
     for site in [*turned, *(graph.sites[name] for name in sorted(lifted))]:

@@ -6,7 +6,6 @@ from quantlens.reconstruction.block_metrics import fisher_metrics, perturbation_
 from quantlens.reconstruction.blocks import optimise_scales, reconstruct
 from quantlens.reconstruction.distillation import Distillation, DistillationReport, distil
 from quantlens.reconstruction.losses import LOSSES, Context, Loss, Metric, MetricLoss, divergence, mse, token_norm
-from quantlens.reconstruction.massive import find_massive, split_massive
 from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale
 from quantlens.reconstruction.settings import Report, Settings, UnitReport
@@ -31,14 +30,12 @@ __all__ = [
     "distil",
     "divergence",
     "expected_error",
-    "find_massive",
     "find_units",
     "fisher_metrics",
     "mse",
     "optimise_scales",
     "perturbation_metrics",
     "reconstruct",
-    "split_massive",
     "token_norm",
 ]
 

@@ -13,7 +13,7 @@ from quantlens.calibration import Look
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Edge
-from quantlens.reconstruction.massive import massive_channels
+from quantlens.transforms.outlier_channels import outlier_channels
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EdgeStatistics:
     range_ratio: range (largest less smallest value) of the widest channel over that of the median one; None where the
     median channel is dead.
     dead: channels with one value only, whatever the image and token. massive: channels whose largest magnitude is more
-    than 16 times the median channel's (:mod:`quantlens.reconstruction.massive`), with that magnitude in ``peaks``;
+    than 16 times the median channel's (:mod:`quantlens.transforms.outlier_channels`), with that magnitude in ``peaks``;
     rest: the largest magnitude in the other channels, None where no channel is massive.
     token_norm, token_norm_median: largest and median Euclidean norm of a token; None for weights and pixels.
     """
@@ -166,7 +166,7 @@ class _Channels:
         if self.low is None or self.high is None:
             return {}
         ranges, largest = self.high - self.low, torch.maximum(self.high.abs(), self.low.abs())
-        massive, middle = massive_channels(largest), float(ranges.median())
+        massive, middle = outlier_channels(largest), float(ranges.median())
         others = largest.clone()
         others[massive] = 0
         norms = torch.cat(self.norms) if self.norms else None

@@ -4,8 +4,9 @@ import torch
 
 import quantlens as ql
 from quantlens.calibration import Calibration
+from quantlens.calibration.transforming import read_as_pixels
+from quantlens.formats.uniform import pixel_codes
 from quantlens.graph import graph_of
-from quantlens.reconstruction.pixels import pixel_quantizer, read_pixels
 
 
 def _model_and_pictures():
@@ -21,14 +22,14 @@ def test_the_codes_of_an_image_are_its_pixels_and_nothing_is_lost():
     model, images = _model_and_pictures()
     graph = graph_of(model).clone()
     expected = graph(images)
-    keys = read_pixels(graph, model.preprocess, Calibration.of(images, model.preprocess))
+    keys = read_as_pixels(graph, model.preprocess, Calibration.of(images, model.preprocess))
     assert len(keys) == 1
     edge = graph.sites.edges[keys[0]]
     assert graph.is_image(edge.value)
     assert edge.value is not graph.input
     torch.testing.assert_close(graph(images), expected, rtol=1e-4, atol=1e-4)
     quantized = ql.qmodel.QuantizedModel(
-        graph, ql.qmodel.Plan({keys[0]: pixel_quantizer()}, []), preprocess=model.preprocess
+        graph, ql.qmodel.Plan({keys[0]: pixel_codes()}, []), preprocess=model.preprocess
     )
     torch.testing.assert_close(quantized(images), expected, rtol=1e-4, atol=1e-4)
 
@@ -37,7 +38,7 @@ def test_what_is_no_picture_is_left_alone():
     model, images = _model_and_pictures()
     graph = graph_of(model).clone()
     for other in (images + 0.3 * torch.rand_like(images), 3 * torch.randn_like(images)):
-        assert read_pixels(graph, model.preprocess, Calibration.of(other, model.preprocess)) == []
+        assert read_as_pixels(graph, model.preprocess, Calibration.of(other, model.preprocess)) == []
     assert graph.sites.of_kind("conv")[0].edges["input"].value is graph.input
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from quantlens.calibration import Calibration
+from quantlens.calibration.transforming import channel_means, subtract_means
 from quantlens.graph import graph_of
-from quantlens.reconstruction.centring import centre, channel_means
 from quantlens.transforms import fold_layer_scale
 from quantlens.transforms.heads import find_score_pairs, find_value_pairs
 
@@ -34,7 +34,7 @@ def test_the_function_stays_and_the_means_go(loaded, architecture, pictures):
     expected, edges = graph(pictures), _edges(graph)
     calibration = Calibration.of(pictures, model.preprocess)
     also = [f"{graph.sites.of_kind('linear')[0].name}.output"]
-    told, means = centre(graph, calibration, also)
+    told, means = subtract_means(graph, calibration, also)
     assert list(means) == also
     torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-3)
     after = channel_means(graph, calibration, [key for keys in edges.values() for key in keys])
@@ -53,7 +53,7 @@ def test_the_function_stays_and_the_means_go(loaded, architecture, pictures):
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_keys_stay_where_the_softmax_goes_over_queries(loaded, pictures, dim):
     """A softmax over another dimension sees a number added to all logits of a query."""
-    from quantlens.reconstruction.centring import _rows_shift_freely
+    from quantlens.transforms.mean_subtraction import _rows_shift_freely
 
     graph = graph_of(loaded["vit"]).clone()
     scores = graph.sites.of_kind("scores")[0]
@@ -80,6 +80,6 @@ def test_layers_that_share_their_weights_are_left_as_they_are(loaded, pictures):
     for site in behind_activations(graph):
         rotate_input(graph, site, hadamard(together(graph, site), torch.Generator().manual_seed(0)))
     graph.invalidate()
-    centre(graph, Calibration.of(pictures, loaded["vit"].preprocess))
+    subtract_means(graph, Calibration.of(pictures, loaded["vit"].preprocess))
     torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-3)
     assert len(graph.sites.of_kind("linear")) == before

@@ -7,8 +7,8 @@ import torch
 
 import quantlens as ql
 from quantlens.calibration import Calibration
+from quantlens.calibration.transforming import find_outlier_channels
 from quantlens.qmodel import float_model
-from quantlens.reconstruction.massive import find_massive
 
 
 def _with_massive_channel(network, channel: int = 9):
@@ -26,13 +26,13 @@ def _kl(model, qmodel, images) -> float:
 
 def test_only_the_massive_channel_is_found(small_models, pictures):
     model = _with_massive_channel(small_models["vit"])
-    found = find_massive(float_model(model).graph, Calibration.of(pictures, model.preprocess))
-    assert {site.name: channels.tolist() for site, channels in found.items()} == {"blocks.1.mlp.fc2": [9]}
+    found = find_outlier_channels(float_model(model).graph, Calibration.of(pictures, model.preprocess))
+    assert {name: channels.tolist() for name, channels in found.items()} == {"blocks.1.mlp.fc2": [9]}
 
 
 def test_ordinary_models_are_left_alone(architecture, network, pictures):
     model = ql.load_model(network, input_size=(3, 32, 32))
-    assert find_massive(float_model(model).graph, Calibration.of(pictures, model.preprocess)) == {}
+    assert find_outlier_channels(float_model(model).graph, Calibration.of(pictures, model.preprocess)) == {}
 
 
 def test_splitting_restores_the_other_channels(small_models, pictures, tmp_path):
