@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from quantlens.export.exported import Artefact as Artefact
     from quantlens.models import Model as Model
     from quantlens.models import load_model as load_model
+    from quantlens.plugins import load_plugin as load_plugin
     from quantlens.qmodel import QuantizedModel as QuantizedModel
     from quantlens.qmodel.checkpoint import load as load
     from quantlens.qmodel.checkpoint import save as save
@@ -47,6 +48,7 @@ _HOMES = {
     "load": "quantlens.qmodel.checkpoint",
     "evaluate": "quantlens.evaluation.evaluate",
     "QuantlensError": "quantlens.errors",
+    "load_plugin": "quantlens.plugins",
 }
 
 _PACKAGES = frozenset({"attention", "calibration", "export", "formats", "graph", "methods", "qmodel", "transforms"})

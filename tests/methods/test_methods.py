@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import quantlens as ql
+from quantlens import plugins
 from quantlens.calibration import Calibration, Walk
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.formats import Uniform
@@ -291,7 +292,7 @@ def test_a_method_in_one_file(loaded, pictures):
         assert _sqnr(loaded["vit"], qmodel, pictures) > 25
         assert all(k.endswith(".weight") for k in qmodel.plan.quantizers)
     finally:
-        registry._METHODS.pop("test-weights-only")
+        plugins.forget()
 
 
 def test_features_and_classifier_make_the_logits(architecture, loaded, pictures):

@@ -149,7 +149,7 @@ def evaluate(
         this very model. Without it those scores are left out and named in `scores_unavailable`.
     reference: the FP32 model, or its Result on the same images; gives `fp32` and `delta`. A quantized model's own
         `.reference` is used when there is one; False leaves it out.
-    scores: names of OOD scores, by default all (`metrics.available_scores`).
+    scores: names of OOD scores, by default all of quantlens' own (`metrics.available_scores`).
     groups: OOD set name -> "far" or "near"; far by default. The means of the groups are reported apart.
     batch_size: images per forward pass, at most; on a CPU fewer (`QuantizedModel.images_together`).
     device: where to run; by default where the model is.
@@ -412,12 +412,12 @@ class _Run:
 
 
 def choose_scores(names: Sequence[str] | None) -> dict[str, Any]:
-    """name -> ScoreInfo of the scores asked for, in that order (None: all)."""
+    """name -> ScoreInfo of the scores asked for, in that order (None: all of quantlens' own)."""
     from quantlens.metrics import available_scores
 
-    known = available_scores()
     if names is None:
-        return dict(known)
+        return available_scores(own=True)
+    known = available_scores()
     for name in names:
         if name not in known:
             raise UnknownNameError("OOD score", str(name), known)

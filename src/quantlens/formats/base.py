@@ -8,9 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from quantlens.errors import UnknownNameError, UnsupportedError
+from quantlens.errors import UnsupportedError
+from quantlens.plugins import Registry
 
-_FORMATS: dict[str, type[Quantizer]] = {}
+_FORMATS: Registry[type[Quantizer]] = Registry(
+    "number format",
+    "quantlens.formats",
+    hint="it may be a plugin's, which --plugin MODULE_OR_FILE and ql.load_plugin load",
+)
 
 
 class Quantizer(nn.Module, ABC):
@@ -31,7 +36,7 @@ class Quantizer(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
-    """Name of the format, unique, written into checkpoints."""
+    """Name of the format, unique, written into checkpoints. A subclass that sets it is registered under it."""
 
     def __init__(self, bits: int, *, signed: bool, granularity: str = "tensor", axis: int | None = None):
         super().__init__()
@@ -44,7 +49,7 @@ class Quantizer(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "kind" in cls.__dict__:
-            _FORMATS[cls.kind] = cls
+            _FORMATS.add(cls, cls.kind)
 
     # -- the three verbs --------------------------------------------------------------------------------------------
     @abstractmethod
@@ -107,16 +112,14 @@ class Quantizer(nn.Module, ABC):
 
 
 def restore(config: dict[str, Any], tensors: dict[str, Tensor]) -> Quantizer:
-    """Make a quantizer from its plain data. Raises UnknownNameError for a format this version does not know."""
-    kind = str(config.get("kind"))
-    if kind not in _FORMATS:
-        raise UnknownNameError("number format", kind, _FORMATS)
-    return _FORMATS[kind].restore(config, tensors)
+    """Make a quantizer from its plain data. Raises UnknownNameError for a format that neither this version nor a plugin
+    has."""
+    return _FORMATS.get(str(config.get("kind")), suggest=False).restore(config, tensors)
 
 
 def formats() -> dict[str, type[Quantizer]]:
-    """Number formats by name."""
-    return dict(_FORMATS)
+    """Number formats by name, those of plugins included."""
+    return _FORMATS.all()
 
 
 class RoundSTE(torch.autograd.Function):

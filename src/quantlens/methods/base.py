@@ -139,6 +139,8 @@ class Method(ABC):
             pixels = self._pixels(graph, model, images, settings)
             seen = None if split or pixels or images.fingerprint is None else _seen(model, images.fingerprint)
             plan = self.build(graph, images, Widths(widths, settings), Run(settings, seed, progress, seen))
+        if not isinstance(plan, Plan):
+            raise QuantlensError(f"the method {self.info.name} gave {type(plan).__name__}; its `build` returns a Plan")
         graph.invalidate()
         target = target_named(settings["target"])
         if target is not None:

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.metrics._arrays import (
     Float,
     as_labels,
@@ -31,6 +32,7 @@ from quantlens.metrics._arrays import (
     log_sum_exp,
     row_blocks,
 )
+from quantlens.plugins import Registry
 
 # ----------------------------------------------------------------------------------------------------
 # scores of the logits alone
@@ -188,7 +190,11 @@ class LogitScorer:
     function: Callable[[ArrayLike], Float]
 
     def __call__(self, logits: ArrayLike | None, features: ArrayLike | None = None) -> Float:
-        return self.function(_given(logits, "logits", None))
+        given = _given(logits, "logits", None)
+        values = np.asarray(self.function(given), dtype=np.float64)
+        if values.shape != (len(given),):
+            raise QuantlensError(f"a score of {len(given)} images must be {len(given)} numbers, not {values.shape}")
+        return values
 
 
 def l2_normalise(features: np.ndarray) -> Float:
@@ -652,9 +658,34 @@ _FITTED_SCORES: dict[str, Callable[[FitData], Scorer]] = {
 }
 
 
-def available_scores() -> dict[str, ScoreInfo]:
-    """Every score by name, in the order in which they are listed to people."""
-    return {info.name: info for info in _INFOS}
+def register_score(info: ScoreInfo) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator that adds a score under ``info.name``: a function logits [N, K] -> [N], larger = more in-distribution;
+    or, where ``info.needs_fit``, one that takes `FitData` and returns a `Scorer`. Raises QuantlensError for a name that
+    is taken."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        _SCORES.add((info, function), info.name, maker=function)
+        return function
+
+    return add
+
+
+def _adopt(name: str, found: Any) -> None:
+    """Register a function that an entry point names, as a score of the logits."""
+    if name and not isinstance(found, ModuleType):
+        title = (found.__doc__ or name).strip().splitlines()[0].rstrip(".")
+        register_score(ScoreInfo(name, title, ""))(found)
+
+
+_SCORES: Registry[tuple[ScoreInfo, Callable[..., Any]]] = Registry("OOD score", "quantlens.scores", adopt=_adopt)
+_OWN: dict[str, Callable[..., Any]] = {**_LOGIT_SCORES, **_FITTED_SCORES}
+for _info in _INFOS:
+    register_score(_info)(_OWN[_info.name])
+
+
+def available_scores(*, own: bool = False) -> dict[str, ScoreInfo]:
+    """Every score by name, in the order in which they are listed to people. own: those of quantlens alone."""
+    return {name: info for name, (info, _) in _SCORES.all(own=own).items()}
 
 
 def make_scorer(name: str, fit: FitData | None = None) -> Scorer:
@@ -665,16 +696,14 @@ def make_scorer(name: str, fit: FitData | None = None) -> Scorer:
     QuantlensError where the score needs a fit and `fit` is None; UnsupportedError where the model behind
     `fit` has no features or no linear classifier and the score needs them.
     """
-    infos = available_scores()
-    if name not in infos:
-        raise UnknownNameError("OOD score", name, infos)
-    info = infos[name]
-    if name in _LOGIT_SCORES:
-        return LogitScorer(_LOGIT_SCORES[name])
+    info, function = _SCORES.get(name)
+    if not info.needs_fit:
+        return LogitScorer(function)
     if fit is None:
         raise QuantlensError(f"the score {name!r} is fitted on ID images, but none were given: name some for it")
     if info.needs_features and fit.features is None:
         raise UnsupportedError(f"the score {name!r} needs penultimate features, which this model lacks: leave it out")
     if info.needs_classifier and fit.weight is None:
         raise UnsupportedError(f"the score {name!r} needs a linear classifier, which this model lacks: leave it out")
-    return _FITTED_SCORES[name](fit)
+    scorer: Scorer = function(fit)
+    return scorer

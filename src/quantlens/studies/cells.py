@@ -9,6 +9,7 @@ from typing import Any
 
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.images import fingerprint, groups_of, refuse_overlap
+from quantlens.plugins import load_all
 from quantlens.studies.backend import Backend, MethodChoice
 from quantlens.studies.config import ModelSpec, StudyConfig
 from quantlens.studies.store import INSPECTION, to_json
@@ -69,6 +70,7 @@ def plan_study(config: StudyConfig, backend: Backend | None = None) -> list[Plan
     as every quantization delta is taken from it; the inspection of a model, where the study asks for it, comes next.
     Raises for methods and options that do not exist."""
     backend = backend or Backend()
+    load_all(config.plugins)
     methods = [(backend.method(spec.name, spec.options), spec.label) for spec in config.methods]
     quantized = [bits for bits in config.bits if bits != FP32]
     asked = config.inspect

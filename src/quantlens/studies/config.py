@@ -15,6 +15,7 @@
     attention: {images: 64, show: 4}       # or true: what the models look at (docs/attention.md)
     inspect: {bits: W8A8, images: 16}      # or true: which layer hurts, once per model (docs/inspect.md)
     outputs: true                          # per-image outputs for `quantlens compare`; scores: without logits; false
+    plugins: [my_method.py]                # methods and scores of your own: files or modules (docs/extending.md)
     resources: {cpu: 4, gpu: 0.25}         # of each worker on a Ray cluster (docs/scaling.md)
 
 A path is relative to the study file; `${NAME}` and `${NAME:-default}` in paths are taken from the environment.
@@ -182,6 +183,7 @@ class StudyConfig(_Strict):
     scores: tuple[str, ...] | None = None
     attention: AttentionSpec | None = None
     inspect: InspectSpec | None = None
+    plugins: tuple[str, ...] = ()
     resources: ResourcesSpec = ResourcesSpec()
     device: str = "auto"
     batch_size: int = Field(default=64, ge=1)
@@ -410,6 +412,7 @@ def _resolved(config: StudyConfig, base: Path, where: str) -> StudyConfig:
 
     update: dict[str, Any] = {
         "models": tuple(weights(m) for m in config.models),
+        "plugins": tuple(resolve_path(p, base, where) if "/" in p or p.endswith(".py") else p for p in config.plugins),
         "id": resolve_source(config.id, base, where),
         "ood": {
             name: spec.model_copy(update={"source": resolve_source(spec.source, base, where)})

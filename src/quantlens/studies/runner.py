@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.plugins import given
 from quantlens.studies.backend import Backend
 from quantlens.studies.config import ResourcesSpec, StudyConfig, parse_config
 from quantlens.studies.executors import EXECUTORS
@@ -62,6 +63,8 @@ def run_study(
     backend = backend or Backend()
     if not isinstance(config, StudyConfig):
         config = parse_config(dict(config))
+    # what was loaded in this process, workers must load too
+    config = config.model_copy(update={"plugins": tuple(dict.fromkeys([*config.plugins, *given()]))})
     for name, value in (("workers", workers), ("limit", limit)):
         if value is not None and value < 1:
             raise QuantlensError(f"{name} is {value}; give at least 1")

@@ -10,6 +10,7 @@ from quantlens.transforms.heads import (
     rotate_scores,
     rotate_values,
 )
+from quantlens.transforms.registry import Transform, available, get, register
 from quantlens.transforms.rewrites import (
     NormGroup,
     find_norm_groups,
@@ -26,7 +27,9 @@ __all__ = [
     "Factors",
     "NormGroup",
     "ScorePair",
+    "Transform",
     "ValuePair",
+    "available",
     "balance",
     "equalise_norms",
     "find_norm_groups",
@@ -34,8 +37,10 @@ __all__ = [
     "find_value_pairs",
     "fold_layer_scale",
     "fold_norm",
+    "get",
     "hidden_source",
     "permute_hidden",
+    "register",
     "rescale_input",
     "rescale_norm",
     "rescale_values",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlens.errors import QuantlensError
+from quantlens.plugins import load_all
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import PlannedCell, StudyImages
 from quantlens.studies.config import StudyConfig
@@ -47,6 +48,7 @@ class Worker:
     def start(self) -> Stop | None:
         """List the images on this node."""
         try:
+            load_all(self.config.plugins)
             self.backend.set_threads(self.threads)
             self.device = self.backend.device(self.config.device)
             images = StudyImages.open(self.config, self.backend)
