@@ -14,6 +14,11 @@ SIZE = 8
 """Pixels of an image's side."""
 
 
+SHARED = ("block", "norm", "mlp", "first", "bias")
+"""Parts of a transformer that may stand in two places of the graph: the whole block, its LayerNorm, its MLP, the MLP's
+first layer, or the bias of the MLP's second layer (which is the attention's too)."""
+
+
 @dataclass(frozen=True)
 class Conv:
     """One convolution with all its attributes. whole: called as ``torch.convolution``."""
@@ -43,7 +48,7 @@ class Net:
 
 @dataclass(frozen=True)
 class Vit:
-    """A transformer of one block, which may be applied twice, or share parts between the two halves of the block."""
+    """A transformer of one block. shared: see :data:`SHARED`."""
 
     dim: int
     class_token: bool
@@ -67,21 +72,29 @@ class Vit:
 
 
 @st.composite
-def convs(draw: st.DrawFn) -> Conv:
-    groups = draw(st.sampled_from((1, 1, 2, 4)))
+def convs(draw: st.DrawFn, size: int, first: bool) -> Conv:
+    """One that fits images of ``size`` pixels."""
+    groups = 1 if first else draw(st.sampled_from((1, 2, 4, 8)))
     padding = draw(st.sampled_from((0, 1, 2, "same", "valid")))
     stride = 1 if padding == "same" else draw(st.integers(1, 2))
     kernel, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    if dilation * (kernel - 1) + 1 > size:
+        kernel = 1
     whole = not isinstance(padding, str) and draw(st.booleans())
     return Conv(8, kernel, stride, padding, dilation, groups, draw(st.booleans()), draw(st.booleans()), whole)
 
 
 @st.composite
 def nets(draw: st.DrawFn) -> Net:
-    stem = Conv(**{**vars(draw(convs())), "groups": 1})
-    rest = draw(st.lists(convs(), max_size=2))
+    size, found = SIZE, []
+    for number in range(draw(st.integers(1, 3))):
+        conv = draw(convs(size, number == 0))
+        found.append(conv)
+        if conv.padding != "same":
+            margin = conv.padding if isinstance(conv.padding, int) else 0
+            size = (size + 2 * margin - conv.dilation * (conv.kernel - 1) - 1) // conv.stride + 1
     flags = [draw(st.booleans()) for _ in range(4)]
-    return Net((stem, *rest), *flags, act=draw(st.sampled_from(("gelu", "relu"))))
+    return Net(tuple(found), *flags, act=draw(st.sampled_from(("gelu", "relu"))))
 
 
 def vits() -> st.SearchStrategy[Vit]:
@@ -105,7 +118,7 @@ def vits() -> st.SearchStrategy[Vit]:
         qk_norm=st.sampled_from((False, False, True)),
         position_bias=flag,
         fused=flag,
-        shared=st.sampled_from(("nothing", "nothing", "nothing", "block", "norm", "mlp", "bias")),
+        shared=st.sampled_from(("nothing", "nothing", "nothing", *SHARED)),
         massive=flag,
     )
 
@@ -187,15 +200,18 @@ class Block(nn.Module):
         self.attn = Attention(vit)
         self.fc1, self.fc2 = nn.Linear(dim, 18, bias=vit.mlp_bias), nn.Linear(18, dim, bias=vit.mlp_bias)
         self.gammas = nn.ParameterList(torch.ones(dim) for _ in range(2 * vit.layer_scale))
+        self.other = nn.Linear(18, dim) if vit.shared == "first" else None
         if vit.shared == "norm":
             self.norm2 = self.norm1
-        if vit.shared == "bias" and vit.mlp_bias:
+        if vit.shared == "bias" and vit.mlp_bias and vit.proj_bias:
             self.attn.proj.bias = self.fc2.bias
 
     def forward(self, x: Tensor) -> Tensor:
         for branch, gamma in zip((self.attend, self.feed), self.gammas or (None, None), strict=True):
             y = branch(x)
             x = x + (y if gamma is None else y * gamma)
+        if self.other is not None:
+            x = x + self.other(activation(self.vit.act, self.fc1(x)))
         return x + self.mlp(x) if self.vit.shared == "mlp" else x
 
     def attend(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from exact_models import SIZE, Conv, Net, Vit, drawn, nets, vits
+from exact_models import SHARED, SIZE, Conv, Net, Vit, drawn, nets, vits
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
@@ -280,7 +280,7 @@ EVERYTHING = Vit(
     qkv="joint",
     qkv_bias=False,
     proj_bias=False,
-    mlp_bias=False,
+    mlp_bias=True,
     head_bias=True,
     affine=("full", "full", "full"),
     layer_scale=True,
@@ -296,7 +296,7 @@ EVERYTHING = Vit(
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_every_transform_finds_its_place(apart):
-    kind = replace(EVERYTHING, qkv="apart", layer_scale=False, mlp_bias=True) if apart else EVERYTHING
+    kind = replace(EVERYTHING, qkv="apart", layer_scale=False) if apart else EVERYTHING
     found = check(drawn(kind, 1), 1)
     # a stream that LayerScale writes to is rotated once that is folded; biases are made where they are missing
     assert {name for name, count in found.items() if not count} == {
@@ -304,13 +304,19 @@ def test_every_transform_finds_its_place(apart):
     }
 
 
-@settings(max_examples=14, **QUICK)
+@pytest.mark.parametrize("shared", SHARED)
+def test_what_two_places_share_keeps_its_function(shared):
+    kind = replace(EVERYTHING, shared=shared, layer_scale=shared == "block", proj_bias=True, qkv_bias=True)
+    check(drawn(kind, 2), 2)
+
+
+@settings(max_examples=10, **QUICK)
 @given(kind=vits(), seed=st.integers(0, 1 << 20))
 def test_transformers_keep_their_function(kind, seed):
     check(drawn(kind, seed), seed)
 
 
-@settings(max_examples=20, **QUICK)
+@settings(max_examples=14, **QUICK)
 @given(kind=nets(), seed=st.integers(0, 1 << 20))
 @example(kind=Net((Conv(8, 3, 2, 1, 1, 1, False, True, False),), True, False, True, False, "gelu"), seed=1)
 @example(kind=Net((Conv(8, 3, 1, "same", 2, 1, False, False, False),), True, False, True, False, "relu"), seed=2)
