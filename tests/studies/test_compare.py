@@ -11,9 +11,9 @@ import torch
 from study_fakes import FakeBackend, FakeModel, config, quantized
 
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
+from quantlens.evaluation import evaluate
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.bootstrap import ID_FIGURES, OOD_FIGURES, Wanted, point
-from quantlens.evaluation.evaluate import evaluate
 from quantlens.studies.compare import ALONE, FALLS, STANDS, compare
 from quantlens.studies.pairing import match, open_side
 from quantlens.studies.runner import run_study

@@ -161,7 +161,7 @@ def _of_outputs(path: Path) -> Entry:
 
 
 def _of_result(path: Path) -> Entry:
-    from quantlens.evaluation.evaluate import Result
+    from quantlens.evaluation import Result
 
     try:
         result = Result.from_dict(json.loads(path.read_text(encoding="utf-8"))).to_dict()
