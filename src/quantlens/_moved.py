@@ -35,7 +35,8 @@ MODULES: dict[str, str] = {
     **_of("reconstruction", "transforms", "equalisation", "heads"),
     "quantlens.reconstruction.sensitivity": "quantlens.reconstruction.block_metrics",
     **_of("allocation", "sensitivity", "alone", "inspection", "statistics"),
-    **_of("studies", "evaluation", "bootstrap", "environment", "images", "outputs"),
+    **_of("studies", "evaluation", "environment", "images", "outputs"),
+    "quantlens.studies.standing": "quantlens.studies.significance",
     **_of("deploy", "qmodel", "checkpoint"),
     **_of("deploy", "export", "bench", "export", "onnx_file", "onnx_graph", "parity", "processor", "pt2"),
     "quantlens.deploy.artefact": "quantlens.export.exported",
@@ -49,6 +50,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.quantizers": ("quantlens.formats", "quantlens.qmodel"),
     "quantlens.ranges": ("quantlens.calibration", "quantlens.calibration.ranges"),
     "quantlens.deploy": ("quantlens.qmodel.checkpoint",),
+    "quantlens.studies.bootstrap": ("quantlens.metrics.bootstrap", "quantlens.evaluation.bootstrap"),
     "quantlens.studies.evaluate": (
         "quantlens.evaluation.result",
         "quantlens.evaluation.scoring",

@@ -14,7 +14,8 @@ from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.evaluation import evaluate
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.bootstrap import ID_FIGURES, OOD_FIGURES, Wanted, point
-from quantlens.studies.compare import ALONE, FALLS, STANDS, compare
+from quantlens.evaluation.compare import ALONE, FALLS, STANDS
+from quantlens.studies.compare import compare
 from quantlens.studies.pairing import match, open_side
 from quantlens.studies.runner import run_study
 from quantlens.studies.store import Store

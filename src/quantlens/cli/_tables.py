@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantlens.evaluation import Result
+    from quantlens.evaluation.compare import Comparison, Difference
 
 
 def result_tables(result: Result) -> list[Any]:
@@ -92,6 +93,62 @@ def _guard_table(guard: Mapping[str, Any]) -> Any:
         flagged, right = entry["flagged"], entry["balanced_accuracy"]
         table.add_row(name, *(_number(v, True) for v in (1 - flagged, flagged, right)))
     return table
+
+
+def comparison_tables(comparison: Comparison) -> Iterator[Any]:
+    """A table for every group of cells, and what must be said of them."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from quantlens.evaluation.compare import ALONE, LEVEL, STANDS
+
+    yield Text(f"A: {comparison.a}\nB: {comparison.b}")
+    for group in comparison.groups:
+        seeds = f", {len(group.seeds)} seeds" if len(group.seeds) > 1 else ""
+        images = "" if group.n_id is None else f", {group.n_id} ID images"
+        title = f"{group.title['model']}, {group.title['method']}, {group.title['bits']}{seeds}{images}"
+        grid = Table(title=Text(title), title_justify="left")
+        grid.add_column("figure")
+        certain = not group.without_interval
+        heads = ["A", "B", "B − A", *([f"{LEVEL:.0%} interval", "p", "p (Holm)"] if certain else [])]
+        for head in heads:
+            grid.add_column(head, justify="right", no_wrap=True)
+        if certain:
+            grid.add_column("", no_wrap=True)
+        for figure in group.figures:
+            grid.add_row(*_row(figure, certain))
+        yield grid
+        if group.without_interval:
+            yield Text(group.without_interval)
+    if any(not group.without_interval for group in comparison.groups):
+        yield Text(
+            f"{comparison.resamples} resamples of the images (and seeds), seed {comparison.seed}. {STANDS}: p < 0.05 "
+            f"after Holm's correction for all figures shown; {ALONE}: its interval leaves 0 out, but not so after the "
+            "correction."
+        )
+    for note in comparison.notes:
+        yield Text(f"note: {note}")
+    if comparison.unpaired:
+        yield Text(f"not paired: {', '.join(comparison.unpaired)}")
+
+
+def _row(figure: Difference, certain: bool) -> list[Any]:
+    from rich.text import Text
+
+    from quantlens.evaluation.compare import NOT_PERCENT, title_of
+
+    name = figure.path.rpartition(".")[2]
+    scale, digits = (1, 3) if name in NOT_PERCENT else (100, 2)
+
+    def text(value: float | None, sign: str = "") -> str:
+        return "–" if value is None else f"{value * scale:{sign}.{digits}f}"
+
+    cells: list[Any] = [Text(title_of(figure.path)), text(figure.a), text(figure.b), text(figure.difference, "+")]
+    if certain:
+        low, high = text(figure.low, "+"), text(figure.high, "+")
+        p = ["–" if v is None else f"{v:.4f}" for v in (figure.p, figure.p_holm)]
+        cells += [f"{low} to {high}", *p, figure.verdict or ""]
+    return cells
 
 
 def _number(value: Any, percent: bool) -> str:

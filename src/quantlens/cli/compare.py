@@ -54,6 +54,7 @@ def compare(
     from pathlib import Path
 
     from quantlens.cli import _common
+    from quantlens.cli._tables import comparison_tables
     from quantlens.files import write_whole
     from quantlens.studies.compare import compare as measure
 
@@ -63,7 +64,9 @@ def compare(
     if json == "-":
         print(text)
         return
-    _common.stdout().print(found)
+    console = _common.stdout()
+    for part in comparison_tables(found):
+        console.print(part)
     if json is not None:
         write_whole(Path(json), text + "\n", what="the comparison")
         _common.say(f"written: {json}")

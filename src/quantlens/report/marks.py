@@ -15,7 +15,7 @@ def mark(board: Any, folder: Path | None, progress: Callable[[str, int, int], No
     """Fill the board's `unsure` (group, precision, path of a figure) and the sentence that explains the sign."""
     if folder is None or not board.quantized:
         return
-    from quantlens.studies.standing import Standing
+    from quantlens.studies.significance import Standing
 
     standing = Standing(folder)
     unsure: set[tuple[int, str, str]] = set()

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from quantlens.errors import StorageError
 from quantlens.evaluation import outputs as kept
-from quantlens.evaluation.bootstrap import Array, Resamples, Wanted, differences, interval, replicate
+from quantlens.evaluation.bootstrap import Wanted, replicate
 from quantlens.evaluation.outputs import Outputs
 from quantlens.files import write_whole
+from quantlens.metrics.bootstrap import Array, Resamples, differences, interval
 
 VERSION = 1
 RESAMPLES = 1000

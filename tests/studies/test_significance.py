@@ -12,10 +12,10 @@ from study_fakes import FakeBackend, config
 
 from quantlens.evaluation import outputs as kept
 from quantlens.report import write_report
-from quantlens.studies import standing
+from quantlens.studies import significance as standing
 from quantlens.studies.compare import compare
 from quantlens.studies.runner import run_study
-from quantlens.studies.standing import RESAMPLES, Standing
+from quantlens.studies.significance import RESAMPLES, Standing
 from quantlens.studies.store import Store
 
 
