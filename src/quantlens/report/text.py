@@ -9,24 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantlens.metrics import available_scores
+from quantlens.metrics import score_label as score_label
+
 MISSING = "–"
 MINUS = "−"
 BASELINE = "FP32"
-
-SCORE_LABELS = {
-    "msp": "MSP",
-    "maxlogit": "MaxLogit",
-    "energy": "Energy",
-    "entropy": "Entropy",
-    "gen": "GEN",
-    "knn": "KNN",
-    "vim": "ViM",
-    "mahalanobis": "Mahalanobis",
-    "rmahalanobis": "relative Mahalanobis",
-    "mahalanobis_l2": "Mahalanobis, L2-normalised",
-    "rmahalanobis_l2": "relative Mahalanobis, L2-normalised",
-    "react": "ReAct",
-}
 
 _BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
 
@@ -105,12 +93,8 @@ def precision_order(bits: str) -> tuple[int, int, int, int, str]:
 
 
 def score_order(score: str) -> tuple[int, str]:
-    known = list(SCORE_LABELS)
-    return (known.index(score), "") if score in SCORE_LABELS else (len(known), score)
-
-
-def score_label(score: str) -> str:
-    return SCORE_LABELS.get(score, score)
+    known = list(available_scores())
+    return (known.index(score), "") if score in known else (len(known), score)
 
 
 def join_words(words: Sequence[str], *, limit: int = 8) -> str:

@@ -7,14 +7,16 @@ quantized model, the quantized one).
 
 Each score is a pure function of arrays. Those that need statistics have a small fitted class on top, whose
 `fit` takes `FitData` and which is called as `scorer(logits, features)`. `make_scorer` builds any score by
-name.
-
-All departures from the papers are named here, in the docstring of the score, and as data in
-`available_scores()`.
+name; `register_score` adds one. Departures from the papers are data in `available_scores()`.
 """
 
+# Scores are listed to people in the order of these imports.
+# isort: off
 from quantlens.metrics.ood_scores.base import FitData, LogitScorer, Scorer, l2_normalise
+from quantlens.metrics.ood_scores.registry import ScoreInfo, available_scores, make_scorer, register_score, score_label
 from quantlens.metrics.ood_scores.logits import energy, entropy, gen, maxlogit, msp
+from quantlens.metrics.ood_scores.neighbours import KNNScorer, knn
+from quantlens.metrics.ood_scores.vim import ViMScorer, vim, vim_dimension
 from quantlens.metrics.ood_scores.mahalanobis import (
     WELL_DETERMINED,
     MahalanobisScorer,
@@ -25,10 +27,8 @@ from quantlens.metrics.ood_scores.mahalanobis import (
     tied_covariances,
     whitening,
 )
-from quantlens.metrics.ood_scores.neighbours import KNNScorer, knn
 from quantlens.metrics.ood_scores.react import ReActScorer, react
-from quantlens.metrics.ood_scores.registry import ScoreInfo, available_scores, make_scorer
-from quantlens.metrics.ood_scores.vim import ViMScorer, vim, vim_dimension
+# isort: on
 
 __all__ = [
     "WELL_DETERMINED",
@@ -53,7 +53,9 @@ __all__ = [
     "maxlogit",
     "msp",
     "react",
+    "register_score",
     "relative_mahalanobis",
+    "score_label",
     "tied_covariances",
     "vim",
     "vim_dimension",

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from quantlens.metrics._arrays import Float, as_matrix
 from quantlens.metrics.ood_scores.base import FitData, given, l2_normalise, per_row
+from quantlens.metrics.ood_scores.registry import ScoreInfo, register_score
 
 
 def knn(features: ArrayLike, bank: ArrayLike, k: int = 50) -> Float:
@@ -32,6 +33,18 @@ def knn(features: ArrayLike, bank: ArrayLike, k: int = 50) -> Float:
     return per_row(as_matrix(features, "features"), block, row_elements=len(known))
 
 
+@register_score(
+    ScoreInfo(
+        "knn",
+        "Nearest neighbours",
+        "Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, ICML 2022",
+        needs_fit=True,
+        needs_features=True,
+        formula="-distance of h/|h| to its 50th nearest fit image",
+        departure="the bank is the fit images; K is cut to their number",
+        label="KNN",
+    )
+)
 @dataclass(frozen=True, eq=False)
 class KNNScorer:
     """`knn` against the L2-normalised features of the fit images, `bank` [M, D]."""

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from quantlens.metrics._arrays import Float, as_matrix, log_sum_exp
 from quantlens.metrics.ood_scores.base import FitData, given, per_row
+from quantlens.metrics.ood_scores.registry import ScoreInfo, register_score
 
 
 def react(features: ArrayLike, weight: Float, bias: Float, threshold: float) -> Float:
@@ -27,6 +28,19 @@ def react(features: ArrayLike, weight: Float, bias: Float, threshold: float) -> 
     )
 
 
+@register_score(
+    ScoreInfo(
+        "react",
+        "Rectified activations",
+        "Sun et al., ReAct: Out-of-distribution Detection With Rectified Activations, NeurIPS 2021",
+        needs_fit=True,
+        needs_features=True,
+        needs_classifier=True,
+        formula="log sum_k exp(W min(h, c) + b)_k",
+        departure="features of both signs are clipped from above; logits from the dequantized classifier",
+        label="ReAct",
+    )
+)
 @dataclass(frozen=True, eq=False)
 class ReActScorer:
     """`react` with the `threshold` taken at a percentile of the fit features (linear interpolation)."""

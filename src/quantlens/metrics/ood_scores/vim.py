@@ -11,6 +11,7 @@ from quantlens.errors import QuantlensError
 from quantlens.metrics._arrays import Float, as_matrix
 from quantlens.metrics.ood_scores.base import RANK_TOLERANCE, FitData, given, per_row
 from quantlens.metrics.ood_scores.logits import energy
+from quantlens.metrics.ood_scores.registry import ScoreInfo, register_score
 
 
 def vim(logits: ArrayLike, features: ArrayLike, origin: Float, residual_basis: Float, alpha: float) -> Float:
@@ -35,6 +36,19 @@ def vim_dimension(n_features: int, n_images: int) -> int:
     return min(published, n_images // 2)
 
 
+@register_score(
+    ScoreInfo(
+        "vim",
+        "Virtual-logit matching",
+        "Wang et al., ViM: Out-Of-Distribution with Virtual-logit Matching, CVPR 2022",
+        needs_fit=True,
+        needs_features=True,
+        needs_classifier=True,
+        formula="log sum_k exp(f_k) - alpha |R^T (h - u)|",
+        departure="principal space of at most half as many dimensions as fit images; alpha never negative",
+        label="ViM",
+    )
+)
 @dataclass(frozen=True, eq=False)
 class ViMScorer:
     """`vim` with origin u [D], residual basis R [D, D - d] and alpha fitted on the fit images.
