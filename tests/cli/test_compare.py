@@ -38,7 +38,7 @@ def test_compare_a_study_with_fp32(run, study: Path, tmp_path: Path) -> None:
     assert code == 0
     assert "B − A" in out
     assert "p (Holm)" in out
-    assert "AUPR-out %, letters, msp" in out
+    assert "AUPR-out % ↑, letters, msp" in out
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["groups"][0]["title"]["bits"] == "FP32 → W4A4"
     top1 = next(f for f in found["groups"][0]["figures"] if f["path"] == "id.top1")

@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from quantlens.evaluation.bootstrap import Wanted, point, replicate
+from quantlens.evaluation.bootstrap import ID_METRICS, OOD_METRICS, Wanted, point, replicate
 from quantlens.evaluation.outputs import Outputs, of_images
-from quantlens.metrics import bootstrap, classification_figures, mean_over_sets, ood_figures
+from quantlens.metrics import classification_figures, mean_over_sets, ood_figures
 from quantlens.metrics.bootstrap import Resamples, differences, interval
 
 SETS = ("far-away", "near by")
@@ -66,7 +66,7 @@ def test_every_resample_has_the_figures_of_the_images_that_were_drawn(steps):
         means = mean_over_sets({s: {**e, "group": one.groups[s]} for s, e in ood.items()})
         for s in SETS:
             for score in WANTED.scores:
-                for figure in bootstrap.OOD_FIGURES:
+                for figure in OOD_METRICS:
                     path = f"{s}.{score}.{figure}"
                     assert found[f"ood.{path}"][r] == pytest.approx(ood[s][score][figure], abs=2e-6), path
                     group = one.groups[s]
@@ -99,14 +99,14 @@ def test_the_point_figures_are_those_of_a_result():
     found = point(one, WANTED)
     for s in SETS:
         for score in WANTED.scores:
-            for figure in bootstrap.OOD_FIGURES:
+            for figure in OOD_METRICS:
                 expected = ood_figures(one.id_scores[score], one.ood_scores[s][score])[figure]
                 assert found[f"ood.{s}.{score}.{figure}"] == pytest.approx(expected, abs=1e-12)
     labels = rng.integers(0, 6, 50)
     logits = rng.normal(size=(50, 6))
     one = Outputs(**of_images(logits, labels, "scores"), id_scores={}, ood_scores={}, about={"n_bins": 15, "ood": {}})
     found = point(one, Wanted((), ()))
-    for figure in bootstrap.ID_FIGURES:
+    for figure in ID_METRICS:
         assert found[f"id.{figure}"] == pytest.approx(classification_figures(logits, labels)[figure], abs=1e-12)
 
 

@@ -69,7 +69,7 @@ def results(store, model, method, bits):
 
 def test_table_1_has_the_stores_means_and_deviations(full_store):
     table = table_1(board_of(full_store))[0]
-    assert table.heads[0] == ("Top-1 %", ["FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4"])
+    assert table.heads[0] == ("Top-1 % ↑", ["FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4"])
     row = next(r for r in table.rows if (r.model, r.method) == (VIT, "repq-vit"))
     assert row.seeds == "3"
     for column, (bits, key) in enumerate((b, k) for k in ("top1", "nll") for b in table.heads[0][1]):

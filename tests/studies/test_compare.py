@@ -13,7 +13,7 @@ from study_fakes import FakeBackend, FakeModel, config, quantized
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.evaluation import evaluate
 from quantlens.evaluation import outputs as kept
-from quantlens.evaluation.bootstrap import ID_FIGURES, OOD_FIGURES, Wanted, point
+from quantlens.evaluation.bootstrap import ID_METRICS, OOD_METRICS, Wanted, point
 from quantlens.evaluation.compare import ALONE, FALLS, STANDS
 from quantlens.studies.compare import compare
 from quantlens.studies.pairing import match, open_side
@@ -44,11 +44,11 @@ def test_every_cell_keeps_its_outputs_and_they_give_its_figures(store: Path) -> 
         assert one.logits.dtype == np.float16
         assert one.logits.shape == (100, 8)
         found = point(one, Wanted(("letters", "other"), ("msp", "energy")))
-        for figure in ID_FIGURES:
+        for figure in ID_METRICS:
             assert found[f"id.{figure}"] == pytest.approx(cell.result["id"][figure], abs=1e-14)
         for name in ("letters", "other"):
             for score in ("msp", "energy"):
-                for figure in OOD_FIGURES:
+                for figure in OOD_METRICS:
                     expected = cell.result["ood"][name][score][figure]
                     assert found[f"ood.{name}.{score}.{figure}"] == pytest.approx(expected, abs=1e-14)
         mean = cell.result["ood_mean"]["near"]["msp"]["auroc"]

@@ -43,7 +43,7 @@ def test_the_marks_are_the_intervals_of_compare(store: Path) -> None:
         assert falls is not None
         (group,) = compare(f"{store}:bits=FP32", f"{store}:bits={bits}", scores=["all"], resamples=RESAMPLES).groups
         for figure in group.figures:
-            if figure.path.rpartition(".")[2] in standing.FIGURES:
+            if figure.path.rpartition(".")[2] in standing.ASKED:
                 assert (figure.path in falls) == (figure.low <= 0 <= figure.high), figure
     assert asked.falls(keys(store, "FP32")[0], keys(store, "FP32")) >= {"id.top1", "ood_mean.all.msp.aupr_out"}
 

@@ -32,31 +32,29 @@ def result_tables(result: Result) -> list[Any]:
 def _id_table(result: Result) -> Any:
     from rich.table import Table
 
+    from quantlens.metrics import METRICS, names_of
+
     compared = result.fp32 is not None
     table = Table(title="In distribution", title_justify="left")
-    table.add_column("figure")
+    table.add_column("metric")
     for name in ("value", "FP32", "delta") if compared else ("value",):
         table.add_column(name, justify="right")
-    for figure, title, percent in (
-        ("top1", "top-1 %", True),
-        ("top5", "top-5 %", True),
-        ("nll", "NLL", False),
-        ("ece", "ECE %", True),
-        ("ece_adaptive", "adaptive ECE %", True),
-        ("brier", "Brier", False),
-    ):
-        if figure in result.id:
-            values = [result.id[figure]]
+    for name in names_of("classification"):
+        if name in result.id:
+            values = [result.id[name]]
             if compared:
-                values += [(result.fp32 or {})["id"].get(figure), (result.delta or {}).get("id", {}).get(figure)]
-            table.add_row(title, *(_number(v, percent) for v in values))
+                values += [(result.fp32 or {})["id"].get(name), (result.delta or {}).get("id", {}).get(name)]
+            table.add_row(METRICS[name].heading, *map(METRICS[name].text, values))
     return table
 
 
 def _ood_tables(result: Result) -> list[Any]:
     from rich.table import Table
 
-    first = Table(title="Out of distribution, AUPR-out % by score", title_justify="left")
+    from quantlens.metrics import METRICS
+
+    aupr = METRICS["aupr_out"]
+    first = Table(title=f"Out of distribution, {aupr.heading} by score", title_justify="left")
     first.add_column("score")
     columns = [(name, result.ood[name]) for name in result.ood]
     columns += [(f"mean {g}", result.ood_mean[g]) for g in ("far", "near") if g in result.ood_mean]
@@ -64,9 +62,9 @@ def _ood_tables(result: Result) -> list[Any]:
         first.add_column(name, justify="right")
     scores = list(result.histograms) or [k for k, v in next(iter(result.ood.values())).items() if isinstance(v, dict)]
     for score in scores:
-        first.add_row(score, *(_number(entry.get(score, {}).get("aupr_out"), True) for _, entry in columns))
+        first.add_row(score, *(aupr.text(entry.get(score, {}).get("aupr_out")) for _, entry in columns))
     if scores:
-        chance = (_number(entry.get(scores[0], {}).get("chance_aupr_out"), True) for _, entry in columns)
+        chance = (aupr.text(entry.get(scores[0], {}).get("chance_aupr_out")) for _, entry in columns)
         first.add_row("chance", *chance)
     if result.fp32 is None or "msp" not in scores:
         return [first]
@@ -74,7 +72,7 @@ def _ood_tables(result: Result) -> list[Any]:
     deltas = (result.delta or {}).get("ood", {})
     for name in deltas:
         second.add_column(name, justify="right")
-    second.add_row(*(_number(deltas[name].get("msp", {}).get("aupr_out"), True) for name in deltas))
+    second.add_row(*(aupr.text(deltas[name].get("msp", {}).get("aupr_out")) for name in deltas))
     return [first, second]
 
 
@@ -82,16 +80,20 @@ def _guard_table(guard: Mapping[str, Any]) -> Any:
     """What the OOD threshold of a file keeps and flags, and how often it is right."""
     from rich.table import Table
 
-    title = f"Guard: {guard['score']} below {guard['threshold']['value']:.3f} looks unknown"
+    from quantlens.metrics import METRICS
+
+    metrics = [METRICS[name] for name in ("kept", "flagged", "balanced_accuracy")]
+    title = f"OOD threshold: {guard['score']} below {guard['threshold']['value']:.3f} looks unknown"
     table = Table(title=title, title_justify="left")
     table.add_column("images")
-    for name in ("looks known %", "looks unknown %", "balanced accuracy %"):
-        table.add_column(name, justify="right")
+    for metric in metrics:
+        table.add_column(metric.label, justify="right")
     kept = guard["id"]["kept"]
-    table.add_row("ID", _number(kept, True), _number(1 - kept, True), "–")
+    rows = {"ID": (kept, 1 - kept, None)}
     for name, entry in guard["ood"].items():
-        flagged, right = entry["flagged"], entry["balanced_accuracy"]
-        table.add_row(name, *(_number(v, True) for v in (1 - flagged, flagged, right)))
+        rows[name] = (1 - entry["flagged"], entry["flagged"], entry["balanced_accuracy"])
+    for name, values in rows.items():
+        table.add_row(name, *(metric.text(value) for metric, value in zip(metrics, values, strict=True)))
     return table
 
 
@@ -108,7 +110,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[Any]:
         images = "" if group.n_id is None else f", {group.n_id} ID images"
         title = f"{group.title['model']}, {group.title['method']}, {group.title['bits']}{seeds}{images}"
         grid = Table(title=Text(title), title_justify="left")
-        grid.add_column("figure")
+        grid.add_column("metric")
         certain = not group.without_interval
         heads = ["A", "B", "B − A", *([f"{LEVEL:.0%} interval", "p", "p (Holm)"] if certain else [])]
         for head in heads:
@@ -132,26 +134,16 @@ def comparison_tables(comparison: Comparison) -> Iterator[Any]:
         yield Text(f"not paired: {', '.join(comparison.unpaired)}")
 
 
-def _row(figure: Difference, certain: bool) -> list[Any]:
+def _row(one: Difference, certain: bool) -> list[Any]:
     from rich.text import Text
 
-    from quantlens.evaluation.compare import NOT_PERCENT, title_of
+    from quantlens.evaluation.result import title_of
+    from quantlens.metrics import metric_of
 
-    name = figure.path.rpartition(".")[2]
-    scale, digits = (1, 3) if name in NOT_PERCENT else (100, 2)
-
-    def text(value: float | None, sign: str = "") -> str:
-        return "–" if value is None else f"{value * scale:{sign}.{digits}f}"
-
-    cells: list[Any] = [Text(title_of(figure.path)), text(figure.a), text(figure.b), text(figure.difference, "+")]
+    metric = metric_of(one.path)
+    cells: list[Any] = [Text(title_of(one.path)), metric.text(one.a), metric.text(one.b)]
+    cells.append(metric.text(one.difference, "+"))
     if certain:
-        low, high = text(figure.low, "+"), text(figure.high, "+")
-        p = ["–" if v is None else f"{v:.4f}" for v in (figure.p, figure.p_holm)]
-        cells += [f"{low} to {high}", *p, figure.verdict or ""]
+        p = ["–" if v is None else f"{v:.4f}" for v in (one.p, one.p_holm)]
+        cells += [f"{metric.text(one.low, '+')} to {metric.text(one.high, '+')}", *p, one.verdict or ""]
     return cells
-
-
-def _number(value: Any, percent: bool) -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:.2f}" if percent else f"{value:.3f}"

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from quantlens.evaluation.outputs import Outputs
-from quantlens.metrics.bootstrap import ID, ID_FIGURES, OOD_FIGURES, Array, Classification, Ranking, Resamples
+from quantlens.metrics import names_of
+from quantlens.metrics.bootstrap import ID, Array, Classification, Ranking, Resamples
+
+ID_METRICS = names_of("classification", resampled=True)
+OOD_METRICS = names_of("ood", resampled=True)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which metrics are resampled: OOD sets and scores by name, and metrics among ID_FIGURES and OOD_FIGURES."""
+    """Which metrics are resampled: OOD sets and scores by name, and metrics among ID_METRICS and OOD_METRICS."""
 
     sets: Sequence[str]
     scores: Sequence[str]
-    figures: Collection[str] = (*ID_FIGURES, *OOD_FIGURES)
+    metrics: Collection[str] = (*ID_METRICS, *OOD_METRICS)
 
 
 def point(outputs: Outputs, wanted: Wanted) -> dict[str, float]:
@@ -52,10 +56,10 @@ class _Metrics:
             outputs.nll,
             outputs.brier,
             n_bins=int(outputs.about["n_bins"]),
-            wanted=wanted.figures,
+            wanted=wanted.metrics,
         )
         self.rankings = {}
-        if wanted.sets and any(figure in wanted.figures for figure in OOD_FIGURES):
+        if wanted.sets and any(metric in wanted.metrics for metric in OOD_METRICS):
             self.rankings = {
                 score: Ranking(outputs.id_scores[score], {s: outputs.ood_scores[s][score] for s in wanted.sets})
                 for score in wanted.scores
@@ -66,7 +70,7 @@ class _Metrics:
         """Path -> [resamples] for counts [images, resamples] of every set."""
         found = {f"id.{name}": values for name, values in self.classification.of(counts[ID]).items()}
         for score, ranking in self.rankings.items():
-            by_set = ranking.of(counts, self.wanted.figures)
+            by_set = ranking.of(counts, self.wanted.metrics)
             for name, metrics in by_set.items():
                 found |= {f"ood.{name}.{score}.{metric}": values for metric, values in metrics.items()}
             for group, members in self.groups.items():

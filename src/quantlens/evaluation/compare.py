@@ -16,34 +16,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.evaluation.bootstrap import Wanted, point, replicate
+from quantlens.evaluation.bootstrap import ID_METRICS, OOD_METRICS, Wanted, point, replicate
 from quantlens.evaluation.entries import Entry, Match
-from quantlens.metrics.bootstrap import (
-    ID_FIGURES,
-    OOD_FIGURES,
-    Array,
-    Resamples,
-    differences,
-    holm,
-    interval,
-)
+from quantlens.metrics.bootstrap import Array, Resamples, differences, holm, interval
 
 LEVEL = 0.95
 RESAMPLES = 10_000
 STANDS, ALONE, FALLS = "stands", "alone only", "does not stand"
-
-TITLES = {
-    "top1": "top-1 %",
-    "top5": "top-5 %",
-    "nll": "NLL",
-    "ece": "ECE %",
-    "brier": "Brier",
-    "aupr_out": "AUPR-out %",
-    "auroc": "AUROC %",
-    "fpr95_id": "FPR@95 % (ID kept)",
-    "fpr95_ood": "FPR@95 % (OOD caught)",
-}
-NOT_PERCENT = frozenset({"nll", "brier"})
 
 
 @dataclass(frozen=True)
@@ -242,7 +221,7 @@ def _values(entry: Entry, wanted: Wanted, means: Mapping[str, Sequence[str]]) ->
         found = {".".join(keys): _dig(entry.result, keys) for keys in _paths(wanted)}
         values = {path: value for path, value in found.items() if value is not None}
     for group, names in means.items():
-        for tail in (f"{score}.{figure}" for score in wanted.scores for figure in OOD_FIGURES):
+        for tail in (f"{score}.{figure}" for score in wanted.scores for figure in OOD_METRICS):
             parts = [values.get(f"ood.{name}.{tail}") for name in names]
             known = [part for part in parts if part is not None]
             if len(known) == len(parts):
@@ -257,9 +236,9 @@ def _dig(value: Any, keys: Sequence[str]) -> float | None:
 
 
 def _paths(wanted: Wanted) -> Iterator[tuple[str, ...]]:
-    yield from (("id", figure) for figure in ID_FIGURES)
+    yield from (("id", figure) for figure in ID_METRICS)
     for score in wanted.scores:
-        yield from (("ood", name, score, figure) for name in wanted.sets for figure in OOD_FIGURES)
+        yield from (("ood", name, score, figure) for name in wanted.sets for figure in OOD_METRICS)
 
 
 def _check_same_images(first: Entry, second: Entry, sets: Sequence[str]) -> int:
@@ -297,13 +276,3 @@ def _corrected(groups: Sequence[Compared], resamples: int) -> list[str]:
         f"{len(p)} figures are compared, and after correction for so many none can stand on {resamples} resamples: "
         f"give --resamples {2 * needed}, or compare fewer"
     ]
-
-
-def title_of(path: str) -> str:
-    """ "ood_mean.far.msp.auroc" -> "AUROC %, mean far, msp"."""
-    parts = path.split(".")
-    title = TITLES.get(parts[-1], parts[-1])
-    if parts[0] == "id":
-        return title
-    place = ".".join(parts[1:-2])
-    return f"{title}, {'mean ' if parts[0] == 'ood_mean' else ''}{place}, {parts[-2]}"

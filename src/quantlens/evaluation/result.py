@@ -15,12 +15,11 @@ import numpy as np
 
 from quantlens.errors import QuantlensError
 from quantlens.files import write_whole
+from quantlens.metrics import METRICS, metric_of, names_of
 
 if TYPE_CHECKING:
     from quantlens.evaluation.outputs import Outputs
 
-ID_FIGURES = ("top1", "top5", "nll", "ece", "ece_adaptive", "brier")
-OOD_FIGURES = ("aupr_out", "aupr_in", "auroc", "fpr95_id", "fpr95_ood")
 NOT_STORED = frozenset({"extra", "outputs"})
 """Fields of a Result that are no keys of its dictionary."""
 
@@ -88,8 +87,8 @@ class Result:
         from quantlens.metrics import delta
 
         own = {"id": self.id, "ood": self.ood, "ood_mean": self.ood_mean}
-        self.fp32 = figures_only(reference)
-        self.delta = delta(self.fp32, figures_only(own))
+        self.fp32 = metrics_only(reference)
+        self.delta = delta(self.fp32, metrics_only(own))
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()` as JSON; the file is there whole or not at all."""
@@ -97,11 +96,22 @@ class Result:
 
     def __str__(self) -> str:
         """What was measured and on what, in a few lines; the tables are `quantlens evaluate`'s."""
-        return "\n".join(summary(self))
+        lines = [*summary(self), ", ".join(_words(name, self.id) for name in names_of("classification"))]
+        score = next((key for entry in self.ood.values() for key, v in entry.items() if isinstance(v, Mapping)), None)
+        if score is not None:
+            sets = (f"{name} {_words('aupr_out', entry[score], '')}" for name, entry in self.ood.items())
+            lines.append(f"{METRICS['aupr_out'].title} by {score}: {', '.join(sets)}")
+        return "\n".join(lines)
+
+
+def _words(name: str, values: Mapping[str, Any], title: str | None = None) -> str:
+    """ "top-1 98.25 %"."""
+    metric = METRICS[name]
+    return f"{metric.title if title is None else title} {metric.text(values.get(name))} {metric.unit}".strip()
 
 
 def summary(result: Result) -> list[str]:
-    """A line for the model, one for the ID images, and one for each OOD set."""
+    """A line that says what the model is, and one that says what the ID images are."""
     quantized = result.method != "fp32"
     name = f"{result.model} {result.method} {result.bits}, seed {result.seed}" if quantized else f"{result.model} FP32"
     size = "" if result.size_mb is None else f", {result.size_mb:.2f} MB"
@@ -110,17 +120,25 @@ def summary(result: Result) -> list[str]:
     return [f"{name}{size}{ratio}", f"ID {result.id.get('source')}: {result.id.get('n')} images{skipped}"]
 
 
-def figures_only(result: Mapping[str, Any]) -> dict[str, Any]:
+def title_of(path: str) -> str:
+    """A metric by its path in a result: "ood_mean.far.msp.auroc" -> "AUROC % ↑, mean far, msp"."""
+    heading, parts = metric_of(path).heading, path.split(".")
+    if parts[0] not in ("ood", "ood_mean"):
+        return heading
+    return f"{heading}, {'mean ' if parts[0] == 'ood_mean' else ''}{'.'.join(parts[1:-2])}, {parts[-2]}"
+
+
+def metrics_only(result: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics that a quantization delta is taken of: {"id", "ood", "ood_mean"}, no counts, no tables."""
 
-    def chosen(entry: Mapping[str, Any]) -> dict[str, Any]:
-        return {figure: entry[figure] for figure in OOD_FIGURES if figure in entry}
+    def chosen(entry: Mapping[str, Any], family: str) -> dict[str, Any]:
+        return {name: entry[name] for name in names_of(family) if name in entry}
 
     def by_score(entry: Mapping[str, Any]) -> dict[str, Any]:
-        return {score: chosen(value) for score, value in entry.items() if isinstance(value, Mapping)}
+        return {score: chosen(value, "ood") for score, value in entry.items() if isinstance(value, Mapping)}
 
     return {
-        "id": {figure: result["id"][figure] for figure in ID_FIGURES if figure in result["id"]},
+        "id": chosen(result["id"], "classification"),
         "ood": {name: by_score(entry) for name, entry in result["ood"].items()},
         "ood_mean": {group: by_score(entry) for group, entry in result["ood_mean"].items()},
     }

@@ -24,8 +24,6 @@ from quantlens.metrics.classification import equal_width_bins
 
 Array = NDArray[Any]
 
-ID_FIGURES = ("top1", "top5", "nll", "ece", "brier")
-OOD_FIGURES = ("aupr_out", "auroc", "fpr95_id", "fpr95_ood")
 ID = ""
 """The name of the ID images among the sets."""
 

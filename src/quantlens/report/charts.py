@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
+from quantlens.metrics import METRICS
 from quantlens.report import svg
 from quantlens.report.collect import Board, Group, Path
 from quantlens.report.svg import Bar, Point, Series, Style
@@ -17,9 +18,12 @@ from quantlens.report.text import (
     fixed,
     join_words,
     mean_std,
+    metric_title,
     parse_bits,
     score_label,
 )
+
+AUPR = metric_title("aupr_out")
 
 MAX_LINES = 8
 """More lines than this in one panel are split into a panel per model."""
@@ -166,10 +170,16 @@ def aupr_panels(board: Board, looks: Looks, score: str, prefix: Path, what: str,
     for (name, _, series), chance in zip(drawn, levels, strict=True):
         if not series:
             continue
-        title = f"AUPR-out by precision, {what}, score {label}" + (f", {name}" if name else "")
+        title = f"{AUPR} by precision, {what}, score {label}" + (f", {name}" if name else "")
         words = describe(series, title) + ("" if chance is None else f" Chance level {fixed(chance, 1)} %.")
         drawing = svg.line_chart(
-            series, places, title=title, description=words, y_label="AUPR-out %", chance=chance, ticks=ticks
+            series,
+            places,
+            title=title,
+            description=words,
+            y_label=METRICS["aupr_out"].label,
+            chance=chance,
+            ticks=ticks,
         )
         notes = " · ".join(filter(None, [name, detail, label]))
         panels.append(Panel(Markup(drawing), what, notes, score, alternative=score != board.score))
@@ -254,12 +264,12 @@ def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: s
         places.append((last + 1.2, BASELINE))
         labels.append((last + 1.2, BASELINE))
     kinds: list[tuple[str, Path, str, float, int, str]] = [
-        ("Top-1", ("id", "top1"), "", 100, 1, " %"),
-        ("NLL", ("id", "nll"), "", 1, 3, ""),
+        (metric_title("top1"), ("id", "top1"), "", 100, 1, " %"),
+        (metric_title("nll"), ("id", "nll"), "", 1, 3, ""),
     ]
     for part in board.parts():
         kinds += [
-            (f"AUPR-out, {PART_NAMES[part]}", ("ood_mean", part, s, "aupr_out"), s, 100, 1, " %") for s in board.scores
+            (f"{AUPR}, {PART_NAMES[part]}", ("ood_mean", part, s, "aupr_out"), s, 100, 1, " %") for s in board.scores
         ]
     panels = []
     for what, path, score, factor, digits, unit in kinds:
@@ -274,7 +284,7 @@ def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: s
             if not series:
                 continue
             title = f"{what} against {x_label}" + (f", {name}" if name else "")
-            y_label = f"{'AUPR-out' if score else what}{unit}"
+            y_label = f"{AUPR if score else what}{unit}"
             drawing = svg.line_chart(
                 series,
                 labels,

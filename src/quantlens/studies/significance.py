@@ -20,7 +20,7 @@ from quantlens.metrics.bootstrap import Array, Resamples, differences, interval
 
 VERSION = 1
 RESAMPLES = 1000
-FIGURES = ("top1", "nll", "ece", "aupr_out")
+ASKED = ("top1", "nll", "ece", "aupr_out")
 
 
 class Standing:
@@ -60,7 +60,7 @@ class Standing:
             if first.labels.tolist() != second.labels.tolist():
                 raise StorageError(f"the per-image outputs {key} are not of the images of {baseline}")
             sets = tuple(s for s in first.ood_scores if s in second.ood_scores)
-            wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), FIGURES)
+            wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), ASKED)
             if (baseline, wanted) not in self._replicas:
                 self._replicas[baseline, wanted] = replicate(first, wanted, self.resamples)
             before = self._replicas[baseline, wanted]
