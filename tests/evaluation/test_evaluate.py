@@ -77,25 +77,27 @@ def test_groups_as_given() -> None:
         evaluate(FakeModel(), ID, OOD, groups={"letters": "middle"})
 
 
-def test_delta_from_own_reference_model_and_result_agree() -> None:
+def test_change_from_own_reference_model_and_result_agree() -> None:
     model = FakeModel()
     fp32 = evaluate(model, ID, OOD, scores=["msp", "energy"])
     assert fp32.fp32 is None
-    assert fp32.delta is None
+    assert fp32.change is None
     low = quantized(model, "W2A2")
     own = evaluate(low, ID, OOD, scores=["msp", "energy"])
     given = evaluate(low, ID, OOD, scores=["msp", "energy"], reference=fp32)
     low.reference = None
     alone = evaluate(low, ID, OOD, scores=["msp", "energy"])
-    assert own.delta == given.delta
-    assert alone.delta is None
-    assert own.delta is not None
-    assert own.delta["id"]["top1"] == pytest.approx(fp32.id["top1"] - own.id["top1"])
-    assert own.delta["id"]["top1"] > 0.01  # two bits cost accuracy
-    key = own.delta["ood_mean"]["far"]["energy"]["aupr_out"]
-    assert key == pytest.approx(fp32.ood_mean["far"]["energy"]["aupr_out"] - own.ood_mean["far"]["energy"]["aupr_out"])
+    assert own.change == given.change
+    assert alone.change is None
+    assert own.change is not None
+    assert own.change["id"]["top1"] == pytest.approx(own.id["top1"] - fp32.id["top1"])
+    assert own.change["id"]["top1"] < -0.01  # two bits cost accuracy
+    key = own.change["ood_mean"]["far"]["energy"]["aupr_out"]
+    assert key == pytest.approx(own.ood_mean["far"]["energy"]["aupr_out"] - fp32.ood_mean["far"]["energy"]["aupr_out"])
+    with pytest.warns(DeprecationWarning, match=r"Result\.change now, with the opposite sign"):
+        assert own.delta["id"]["top1"] == pytest.approx(-own.change["id"]["top1"])
     low.reference = model
-    assert evaluate(low, ID, OOD, reference=False).delta is None
+    assert evaluate(low, ID, OOD, reference=False).change is None
 
 
 def test_reference_of_other_images_is_refused() -> None:
@@ -181,6 +183,8 @@ def test_result_round_trip(tmp_path) -> None:
     assert data == result.to_dict()
     again = Result.from_dict({**data, "later": 1})
     assert again.to_dict() == {**data, "later": 1}
+    earlier = {**data, "delta": {"id": {"top1": 9.0}}, "change": {"id": {"top1": 9.0}}}
+    assert Result.from_dict(earlier).to_dict() == data, "differences are computed, never read"
     assert list(tmp_path.rglob("*")) == [path.parent, path]  # no temporary file stays behind
     with pytest.raises(QuantlensError, match="lacks"):
         Result.from_dict({"model": "x"})

@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from quantlens.evaluation import Result
     from quantlens.evaluation.compare import Comparison, Difference
 
+CHANGE = "quantized − FP32"
+
 
 def result_tables(result: Result) -> list[Any]:
-    """The tables of `quantlens evaluate`: percent, with the FP32 metric and the delta where they are known."""
+    """The tables of `quantlens evaluate`: percent, with the FP32 metric and the change where they are known."""
     from rich.text import Text
 
     from quantlens.evaluation.result import summary
@@ -37,14 +39,17 @@ def _id_table(result: Result) -> Any:
     compared = result.fp32 is not None
     table = Table(title="In distribution", title_justify="left")
     table.add_column("metric")
-    for name in ("value", "FP32", "delta") if compared else ("value",):
+    for name in ("value", "FP32", CHANGE) if compared else ("value",):
         table.add_column(name, justify="right")
     for name in names_of("classification"):
         if name in result.id:
             values = [result.id[name]]
             if compared:
-                values += [(result.fp32 or {})["id"].get(name), (result.delta or {}).get("id", {}).get(name)]
-            table.add_row(METRICS[name].heading, *map(METRICS[name].text, values))
+                values.append((result.fp32 or {})["id"].get(name))
+            row = [METRICS[name].text(value) for value in values]
+            if compared:
+                row.append(METRICS[name].text((result.change or {}).get("id", {}).get(name), "+"))
+            table.add_row(METRICS[name].heading, *row)
     return table
 
 
@@ -68,11 +73,12 @@ def _ood_tables(result: Result) -> list[Any]:
         first.add_row("chance", *chance)
     if result.fp32 is None or "msp" not in scores:
         return [first]
-    second = Table(title="Quantization delta of AUPR-out by MSP, points", title_justify="left")
-    deltas = (result.delta or {}).get("ood", {})
-    for name in deltas:
+    title = f"Change of {aupr.title} by MSP, {aupr.change_unit} ({CHANGE}) {aupr.arrow}"
+    second = Table(title=title, title_justify="left")
+    changes = (result.change or {}).get("ood", {})
+    for name in changes:
         second.add_column(name, justify="right")
-    second.add_row(*(aupr.text(deltas[name].get("msp", {}).get("aupr_out")) for name in deltas))
+    second.add_row(*(aupr.text(changes[name].get("msp", {}).get("aupr_out"), "+") for name in changes))
     return [first, second]
 
 

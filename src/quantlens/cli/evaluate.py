@@ -14,7 +14,7 @@ HELP = """Measure a model on labelled in-distribution images and on out-of-distr
 
 MODEL is a name as for `quantize`, a quantized checkpoint (.safetensors) that `quantize` wrote, or an exported file
 (.onnx, .xml), which is measured in its runtime. With the latter two, --weights names the FP32 checkpoint it was made
-from, which is then measured on the same images, and the quantization deltas are shown.
+from, which is then measured on the same images, and what quantization changed is shown.
 
 Scores that need statistics (KNN, ViM, Mahalanobis, ReAct …) are fitted on the images of --fit, which must not be among
 those evaluated.

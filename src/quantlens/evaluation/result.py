@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +16,23 @@ import numpy as np
 
 from quantlens.errors import QuantlensError
 from quantlens.files import write_whole
-from quantlens.metrics import METRICS, metric_of, names_of
+from quantlens.metrics import METRICS, change, metric_of, names_of
 
 if TYPE_CHECKING:
     from quantlens.evaluation.outputs import Outputs
 
 NOT_STORED = frozenset({"extra", "outputs"})
 """Fields of a Result that are no keys of its dictionary."""
+COMPUTED = frozenset({"change", "delta"})
+"""Keys that are computed and never read: `delta` had the opposite sign (FP32 - quantized) in earlier releases."""
 
 
 @dataclass
 class Result:
-    """Everything measured on one model; all rates are fractions. `to_dict()` is the stable form (see the README)."""
+    """Everything measured on one model; all rates are fractions. `to_dict()` is the stable form (see the README).
+
+    `fp32` holds the metrics of the FP32 model on the same images; `change` is computed from them.
+    """
 
     model: str
     checkpoint_sha256: str | None
@@ -47,7 +53,6 @@ class Result:
     histograms: dict[str, dict[str, Any]] = field(default_factory=dict)
     scores_unavailable: dict[str, str] = field(default_factory=dict)
     fp32: dict[str, Any] | None = None
-    delta: dict[str, Any] | None = None
     guard: dict[str, Any] | None = None
     """How often the OOD threshold of an exported file is right (`export.threshold.guard_figures`); None without one."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -56,18 +61,35 @@ class Result:
     outputs: Outputs | None = field(default=None, repr=False, compare=False)
     """What the model gave on every image, where it was asked for; no part of `to_dict()`."""
 
+    @property
+    def change(self) -> dict[str, Any] | None:
+        """Each metric less the same metric at FP32, {"id", "ood", "ood_mean"}; None without an FP32 model."""
+        return None if self.fp32 is None else change(metrics_only(vars(self)), self.fp32)
+
+    @property
+    def delta(self) -> dict[str, Any] | None:
+        """An earlier name of `change`, with the opposite sign (FP32 - quantized)."""
+        warnings.warn(
+            "Result.delta is Result.change now, with the opposite sign (quantized - FP32); quantlens 0.4 drops the old "
+            "name",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return None if self.fp32 is None else change(self.fp32, metrics_only(vars(self)))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that is valid JSON: numbers are Python's, and a metric that is not finite is null."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in NOT_STORED]
-        return plain({**self.extra, **{name: getattr(self, name) for name in names}})
+        return plain({**self.extra, **{name: getattr(self, name) for name in names}, "change": self.change})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Result:
         """The inverse of `to_dict`. Raises QuantlensError when a key that every result has is missing."""
         fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in NOT_STORED}
         known = {k: v for k, v in data.items() if k in fields}
+        extra = {k: v for k, v in data.items() if k not in fields and k not in COMPUTED}
         try:
-            return cls(**known, extra={k: v for k, v in data.items() if k not in fields})
+            return cls(**known, extra=extra)
         except TypeError as error:
             missing = sorted(
                 name
@@ -77,18 +99,14 @@ class Result:
             raise QuantlensError(f"this is no result of quantlens: it lacks {', '.join(missing) or error}") from None
 
     def compare(self, reference: Result) -> None:
-        """Set `fp32` and `delta` from the FP32 Result on the same images. Raises QuantlensError for one of other
+        """Set `fp32` from the FP32 Result on the same images. Raises QuantlensError for one of other
         images, or of a quantized model."""
         check_same_images(reference, self.id, self.ood)
         self.set_reference(reference.to_dict())
 
     def set_reference(self, reference: Mapping[str, Any]) -> None:
-        """Set `fp32` and `delta` from the parts "id", "ood" and "ood_mean" of the FP32 model's result."""
-        from quantlens.metrics import delta
-
-        own = {"id": self.id, "ood": self.ood, "ood_mean": self.ood_mean}
+        """Set `fp32` from the parts "id", "ood" and "ood_mean" of the FP32 model's result."""
         self.fp32 = metrics_only(reference)
-        self.delta = delta(self.fp32, metrics_only(own))
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()` as JSON; the file is there whole or not at all."""
@@ -129,7 +147,7 @@ def title_of(path: str) -> str:
 
 
 def metrics_only(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics that a quantization delta is taken of: {"id", "ood", "ood_mean"}, no counts, no tables."""
+    """The metrics of which the change by quantization is taken: {"id", "ood", "ood_mean"}, no counts, no tables."""
 
     def chosen(entry: Mapping[str, Any], family: str) -> dict[str, Any]:
         return {name: entry[name] for name in names_of(family) if name in entry}

@@ -4,7 +4,7 @@
 """
 
 from quantlens.metrics.classification import calibration_error, classification_figures, reliability
-from quantlens.metrics.ood import delta, mean_over_sets, ood_figures, score_histograms
+from quantlens.metrics.ood import change, delta, mean_over_sets, ood_figures, score_histograms
 from quantlens.metrics.ood_scores import (
     FitData,
     ScoreInfo,
@@ -26,6 +26,7 @@ __all__ = [
     "Spread",
     "available_scores",
     "calibration_error",
+    "change",
     "classification_figures",
     "delta",
     "make_scorer",

@@ -17,7 +17,7 @@ from quantlens.errors import QuantlensError
 from quantlens.metrics import METRICS
 from quantlens.report import svg
 from quantlens.report.charts import FAMILIES, Looks, Panel, PanelRow, describe, family_widths
-from quantlens.report.collect import Board, Group, Path, dig
+from quantlens.report.collect import Board, Group, Path, change_of, dig
 from quantlens.report.svg import Frame, Point, Series, coord, marker
 from quantlens.report.tables import Row, Table, Value, seeds_text
 from quantlens.report.text import (
@@ -102,7 +102,7 @@ CAUSES = (
     Measure("Outlier tokens, change of their number", "outlier tokens per image, change", _outlier_change, 1),
     OUTPUT,
 )
-"""What may go with the loss of AUPR-out; the last is not attention, and stands there to compare."""
+"""What may go with the change of AUPR-out; the last is not attention, and stands there to compare."""
 
 
 @dataclass(frozen=True)
@@ -283,10 +283,10 @@ def table_of(board: Board, measure: Measure) -> Table | None:
     return Table(measure.title, heads, rows, more=measure is not OUTLIERS)
 
 
-# -- drift and the loss of AUPR-out -----------------------------------------------------------------------------------
+# -- drift and the change of AUPR-out ---------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Pair:
-    """One quantized cell: its group, precision, drift and loss."""
+    """One quantized cell: its group, precision, drift and change of AUPR-out."""
 
     group: Group
     bits: str
@@ -296,27 +296,19 @@ class Pair:
 
 
 def pairs(board: Board, path: Path, where: str, measure: Measure) -> list[Pair]:
-    """(drift, loss of AUPR-out in points) of every quantized cell that has both."""
+    """(drift, change of AUPR-out in points) of every quantized cell that has both."""
     found = []
     for group in board.groups:
         for bits, results in group.cells.items():
             for result in results:
-                x, loss = figure(result, where, measure), _loss(group, result, path)
-                if x is not None and loss is not None:
-                    found.append(Pair(group, bits, str(result.get("seed")), x, 100 * loss))
+                x, change = figure(result, where, measure), change_of(group, result, path)
+                if x is not None and change is not None:
+                    found.append(Pair(group, bits, str(result.get("seed")), x, 100 * change))
     return found
 
 
-def _loss(group: Group, result: Mapping[str, Any], path: Path) -> float | None:
-    stored = number(dig(result, ("delta", *path)))
-    if stored is not None:
-        return stored
-    reference, value = number(dig(group.fp32, path)), number(dig(result, path))
-    return None if reference is None or value is None else reference - value
-
-
 def correlations(board: Board, looks: Looks) -> tuple[list[Panel], list[list[str]], str]:
-    """(scatter plots, rows of the table in LINK_COLUMNS, what the loss is)."""
+    """(scatter plots, rows of the table in LINK_COLUMNS, what it is that changes)."""
     parts, score = board.parts(), board.score
     if not parts or score is None:
         return [], [], ""
@@ -356,28 +348,27 @@ def _r(value: float | None) -> str:
 
 
 def scatter(points: Sequence[Pair], looks: Looks, measure: Measure, where: str, what: str, found: Association) -> Panel:
-    """Loss of AUPR-out against drift, a mark per cell."""
+    """Change of AUPR-out against drift, a mark per cell."""
     xs = svg.nice_ticks(min(0.0, *(p.x for p in points)), max(p.x for p in points), 5)
-    ys = svg.nice_ticks(min(0.0, *(p.y for p in points)), max(p.y for p in points), 8)
+    ys = svg.nice_ticks(min(p.y for p in points), max(0.0, *(p.y for p in points)), 8)
     frame = Frame((xs[0], xs[-1]), (ys[0], ys[-1]), top=26)
     frame.grid_y(ys)
     frame.axis_x((x, svg.tick_text(x, xs[1] - xs[0])) for x in xs)
-    frame.labels(measure.axis, "AUPR-out lost, points")
-    if ys[0] < 0:
+    frame.labels(measure.axis, "Δ AUPR-out, points")
+    if ys[-1] > 0:
         y = coord(frame.y(0.0))
         frame.body.append(f'<path class="a" d="M{frame.left} {y}H{frame.width - frame.right}"/>')
     by_key: dict[int, list[str]] = {}
     styles = {}
     for p in points:
         style = looks.style(p.group)
-        tip = (
-            f"{p.group.name}, {p.bits}, seed {p.seed}: drift {fixed(p.x, measure.digits)}, loss {fixed(p.y, 1)} points"
-        )
+        tip = f"{p.group.name}, {p.bits}, seed {p.seed}: drift {fixed(p.x, measure.digits)}, "
+        tip += f"Δ AUPR-out {fixed(p.y, 1, sign=True)} points"
         styles[looks.key(p.group)] = style
         by_key.setdefault(looks.key(p.group), []).append(marker(style.marker, frame.x(p.x), frame.y(p.y), tip))
     for key, marks in by_key.items():
         frame.body.append(f'<g class="s {styles[key].classes}" data-s="{key}">{"".join(marks)}</g>')
-    title = f"Loss of {what} against {measure.axis} on {WHERE[where]}"
+    title = f"Change of {what} against {measure.axis} on {WHERE[where]}"
     rho = "too few cells for a correlation" if found.spearman is None else f"Spearman {_r(found.spearman)}"
     interval = "" if found.low is None else f" (95 % {_r(found.low)} to {_r(found.high)})"
     words = f"{rho}{interval}, {count(found.n, 'cell')}"

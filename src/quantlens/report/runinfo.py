@@ -257,10 +257,10 @@ def conventions(board: Board) -> list[tuple[str, str]]:
             "depend on the seed.",
         ),
         (
-            "Quantization delta Δ",
-            "a figure at FP32 less the same figure quantized, both on the same images. Shares in points "
-            "(1 point = 1 %). A positive Δ of top-1 or AUPR-out is a loss, and so is a negative Δ of NLL or "
-            "ECE.",
+            "Δ",
+            "quantized − FP32: a metric of the quantized model less the same metric at FP32, both on the same "
+            "images. Shares in points (1 point = 1 %). A negative Δ of top-1 or AUPR-out (↑: higher is better) is "
+            "a loss, and so is a positive Δ of NLL or ECE (↓: lower is better).",
         ),
         (
             "AUPR",

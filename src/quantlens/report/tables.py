@@ -1,4 +1,4 @@
-"""The tables: figures by precision (the paper's Table 1), ranked deltas, one row per OOD set and score,
+"""The tables: figures by precision (the paper's Table 1), changes ranked, one row per OOD set and score,
 classes."""
 
 from __future__ import annotations
@@ -202,7 +202,8 @@ class DeltaTable:
 
 
 def delta_table(board: Board) -> DeltaTable:
-    """FP32 less quantized, mean ± standard deviation over seeds; top-1, ECE and AUPR-out in points."""
+    """Quantized less FP32, mean ± standard deviation over seeds; top-1, ECE and AUPR-out in points. The largest loss of
+    top-1 comes first."""
     parts = board.parts()
     columns = [delta_title(name) for name in ("top1", "nll", "ece")]
     columns += [f"{delta_title('aupr_out')}, {PARTS[p]}" for p in parts]
@@ -211,17 +212,17 @@ def delta_table(board: Board) -> DeltaTable:
         for bits in board.quantized:
             if not group.cells.get(bits):
                 continue
-            top1, nll, ece = (board.delta(group, bits, ("id", key)) for key in ("top1", "nll", "ece"))
-            rank = -top1.mean if top1 else float("inf")
+            top1, nll, ece = (board.change(group, bits, ("id", key)) for key in ("top1", "nll", "ece"))
+            rank = top1.mean if top1 else float("inf")
             seeds = str(len(group.cells[bits]))
             head = [
                 group.model,
                 group.method,
                 bits,
                 seeds,
-                signed(board, group, bits, ("id", "top1"), mean_std(top1, 1, factor=100)),
-                signed(board, group, bits, ("id", "nll"), mean_std(nll, 3)),
-                signed(board, group, bits, ("id", "ece"), mean_std(ece, 1, factor=100)),
+                signed(board, group, bits, ("id", "top1"), mean_std(top1, 1, factor=100, sign=True)),
+                signed(board, group, bits, ("id", "nll"), mean_std(nll, 3, sign=True)),
+                signed(board, group, bits, ("id", "ece"), mean_std(ece, 1, factor=100, sign=True)),
             ]
             oods = {
                 s: [delta_text(board, group, bits, ("ood_mean", p, s, "aupr_out")) for p in parts] for s in board.scores
@@ -241,8 +242,8 @@ def delta_title(name: str) -> str:
 
 
 def delta_text(board: Board, group: Group, bits: str, path: Path) -> str:
-    """A delta in points, marked where it does not stand."""
-    return signed(board, group, bits, path, mean_std(board.delta(group, bits, path), 1, factor=100))
+    """A change in points, marked where it is not significant."""
+    return signed(board, group, bits, path, mean_std(board.change(group, bits, path), 1, factor=100, sign=True))
 
 
 SET_SHARES = names_of("ood")
@@ -324,9 +325,9 @@ def class_tables(board: Board) -> list[ClassTable]:
             values = [figures[b][key][2] if key in figures[b] else None for b in precisions]
             delta = None
             if precisions[0] == BASELINE and last != BASELINE and values[0] is not None and values[-1] is not None:
-                delta = values[0] - values[-1]
-            order = (values[-1] if values[-1] is not None else 2.0, -(delta or 0.0), -(n or 0))
-            text = [key, label, fixed(n, 0), *map(percent, values), percent(delta)]
+                delta = values[-1] - values[0]
+            order = (values[-1] if values[-1] is not None else 2.0, delta or 0.0, -(n or 0))
+            text = [key, label, fixed(n, 0), *map(percent, values), percent(delta, sign=True)]
             rows.append((order, text))
         rows.sort(key=lambda row: row[0])
         sizes = sorted(n for _, n, _ in names.values() if n is not None)
