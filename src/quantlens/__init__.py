@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from quantlens.qmodel.checkpoint import load as load
     from quantlens.qmodel.checkpoint import save as save
     from quantlens.sensitivity import Inspection as Inspection
+    from quantlens.studies.compare import compare as compare
 
 _HOMES = {
     "load_model": "quantlens.models",
@@ -46,6 +47,7 @@ _HOMES = {
     "Artefact": "quantlens.export.exported",
     "load": "quantlens.qmodel.checkpoint",
     "evaluate": "quantlens.evaluation",
+    "compare": "quantlens.studies.compare",
     "QuantlensError": "quantlens.errors",
 }
 

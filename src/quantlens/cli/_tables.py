@@ -108,7 +108,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[Any]:
     from rich.table import Table
     from rich.text import Text
 
-    from quantlens.evaluation.compare import ALONE, LEVEL, STANDS
+    from quantlens.evaluation.compare import LEVEL, SIGNIFICANT, UNCORRECTED
 
     yield Text(f"A: {comparison.a}\nB: {comparison.b}")
     for group in comparison.groups:
@@ -130,9 +130,9 @@ def comparison_tables(comparison: Comparison) -> Iterator[Any]:
             yield Text(group.without_interval)
     if any(not group.without_interval for group in comparison.groups):
         yield Text(
-            f"{comparison.resamples} resamples of the images (and seeds), seed {comparison.seed}. {STANDS}: p < 0.05 "
-            f"after Holm's correction for all figures shown; {ALONE}: its interval leaves 0 out, but not so after the "
-            "correction."
+            f"{comparison.resamples} resamples of the images (and seeds), seed {comparison.seed}. {SIGNIFICANT}: "
+            f"p < 0.05 after Holm's correction for all metrics; {UNCORRECTED}: its interval leaves 0 out, but p is "
+            "not below 0.05 after the correction. ↑, ↓: whether higher or lower is better."
         )
     for note in comparison.notes:
         yield Text(f"note: {note}")

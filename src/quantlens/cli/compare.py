@@ -1,4 +1,4 @@
-"""`quantlens compare`: what changed between two models, methods or studies, and whether it stands."""
+"""`quantlens compare`: what changed between two models, methods or studies, and whether that is significant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from quantlens.cli import _options
 from quantlens.cli._common import command
 
-HELP = """Compare two studies, two parts of a study, or two models, figure by figure, with intervals.
+HELP = """Compare two studies, two parts of a study, or two models, metric by metric, with intervals.
 
 A and B are each DIR (the store of a study), DIR:key=value,… (cells of it; the keys are model, method, bits and seed,
 and a key given twice takes either), FILE.npz of `evaluate --keep`, or FILE.json of `evaluate --json` (which has no

@@ -1,12 +1,12 @@
-"""What changed between two models, methods or studies, figure by figure, and whether the difference stands.
+"""What changed between two models, methods or studies, metric by metric, and whether the difference is significant.
 
 A difference is B less A on the same images. Its interval is that of a paired bootstrap: the images (of the ID set and
 of every OOD set) are drawn again with replacement, the same for A and B, and with several seeds the seeds too. The
 interval holds the middle 95 % of the resampled differences.
 
-When many figures are compared, one in twenty leaves 0 out by chance alone. A difference therefore *stands* when it is
-significant at 5 % after Holm's correction for all figures of the comparison; one whose own interval leaves 0 out but
-which does not hold after the correction stands *alone only*; any other does not stand.
+When many metrics are compared, one interval in twenty leaves 0 out by chance alone. A difference is therefore
+*significant* when it is so at 5 % after Holm's correction for all metrics of the comparison, and *significant before
+correction* when only its own interval leaves 0 out.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from quantlens.metrics.bootstrap import Array, Resamples, differences, holm, int
 
 LEVEL = 0.95
 RESAMPLES = 10_000
-STANDS, ALONE, FALLS = "stands", "alone only", "does not stand"
+SIGNIFICANT, UNCORRECTED, NOT_SIGNIFICANT = "significant", "significant before correction", "not significant"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure: means over seeds of A and B, their difference (B less A), its 95 % interval, the two-sided p-value,
-    and the same corrected for the number of figures. The last four are None where no per-image outputs were kept."""
+    """One metric: means over seeds of A and B, their difference (B less A), its 95 % interval, the two-sided p-value,
+    and the same corrected for the number of metrics. The last four are None where no per-image outputs were kept."""
 
     path: str
     a: float
@@ -41,12 +41,12 @@ class Difference:
 
     @property
     def verdict(self) -> str | None:
-        """STANDS, ALONE or FALLS; None without an interval."""
+        """SIGNIFICANT, UNCORRECTED or NOT_SIGNIFICANT; None without an interval."""
         if self.low is None or self.high is None or self.p_holm is None:
             return None
         if self.p_holm < 1 - LEVEL:
-            return STANDS
-        return ALONE if self.low > 0 or self.high < 0 else FALLS
+            return SIGNIFICANT
+        return UNCORRECTED if self.low > 0 or self.high < 0 else NOT_SIGNIFICANT
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "verdict": self.verdict}
@@ -54,7 +54,7 @@ class Difference:
 
 @dataclass
 class Compared:
-    """The figures of cells that differ in nothing but what is compared, over all their seeds."""
+    """The metrics of cells that differ in nothing but what is compared, over all their seeds."""
 
     title: dict[str, str]
     seeds: list[list[int]]
@@ -81,7 +81,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that is valid JSON; figures are fractions, not percent."""
+        """Plain data that is valid JSON; metrics are fractions, not percent."""
         return {**asdict(self), "level": LEVEL, "groups": [group.to_dict() for group in self.groups]}
 
 
@@ -122,7 +122,7 @@ def _compared(one: Match, scores: Sequence[str] | None, resamples: Resamples) ->
     sets, notes = _common_sets(one)
     wanted = Wanted(sets, _common_scores(one, scores) if sets else ())
     means = _means(one, sets)
-    bare = [entry for pair in one.pairs for entry in pair if entry.file is None]
+    bare = [entry for pair in one.pairs for entry in pair if not entry.has_outputs]
     rows: dict[str, list[tuple[float, float]]] = {}
     drawn: dict[str, list[tuple[Array, Array]]] = {}
     n = None
@@ -172,7 +172,7 @@ def _common_sets(one: Match) -> tuple[list[str], list[str]]:
     if len({mark[""] for mark in marks}) > 1:
         first, second = one.pairs[0]
         raise QuantlensError(
-            f"{first} (A) and {second} (B) were measured on different ID images; only figures of the same images can "
+            f"{first} (A) and {second} (B) were measured on different ID images; only metrics of the same images can "
             "be compared: measure both on one set"
         )
     names = dict.fromkeys(name for mark in marks for name in mark if name)
@@ -212,7 +212,7 @@ def _means(one: Match, sets: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _values(entry: Entry, wanted: Wanted, means: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """The figures of an entry: those of its result, else those of its per-image outputs; then the means over sets."""
+    """The metrics of an entry: those of its result, else those of its per-image outputs; then the means over sets."""
     if entry.result is None:
         assert entry.outputs is not None
         measured = point(entry.outputs, wanted)
@@ -221,7 +221,7 @@ def _values(entry: Entry, wanted: Wanted, means: Mapping[str, Sequence[str]]) ->
         found = {".".join(keys): _dig(entry.result, keys) for keys in _paths(wanted)}
         values = {path: value for path, value in found.items() if value is not None}
     for group, names in means.items():
-        for tail in (f"{score}.{figure}" for score in wanted.scores for figure in OOD_METRICS):
+        for tail in (f"{score}.{metric}" for score in wanted.scores for metric in OOD_METRICS):
             parts = [values.get(f"ood.{name}.{tail}") for name in names]
             known = [part for part in parts if part is not None]
             if len(known) == len(parts):
@@ -236,9 +236,9 @@ def _dig(value: Any, keys: Sequence[str]) -> float | None:
 
 
 def _paths(wanted: Wanted) -> Iterator[tuple[str, ...]]:
-    yield from (("id", figure) for figure in ID_METRICS)
+    yield from (("id", metric) for metric in ID_METRICS)
     for score in wanted.scores:
-        yield from (("ood", name, score, figure) for name in wanted.sets for figure in OOD_METRICS)
+        yield from (("ood", name, score, metric) for name in wanted.sets for metric in OOD_METRICS)
 
 
 def _check_same_images(first: Entry, second: Entry, sets: Sequence[str]) -> int:
@@ -252,14 +252,14 @@ def _check_same_images(first: Entry, second: Entry, sets: Sequence[str]) -> int:
         same = same and sizes[0] == sizes[1] and len(sizes[0]) == 1
     if not same:
         raise QuantlensError(
-            f"the per-image outputs {first.file} and {second.file} are not of the same images; were some skipped as "
-            "bad in one of them? measure both anew on images that can all be read"
+            f"the per-image outputs of {first} and {second} ({first.file}, {second.file}) are not of the same images; "
+            "were some skipped as bad in one of them? measure both anew on images that can all be read"
         )
     return int(one.labels.size)
 
 
 def _corrected(groups: Sequence[Compared], resamples: int) -> list[str]:
-    """Put Holm's p-values into the figures; a note where there are too few resamples for so many figures."""
+    """Put Holm's p-values into the metrics; a note where there are too few resamples for so many metrics."""
     p = {
         f"{i} {figure.path}": figure.p
         for i, group in enumerate(groups)
@@ -273,6 +273,6 @@ def _corrected(groups: Sequence[Compared], resamples: int) -> list[str]:
     if needed <= resamples:
         return []
     return [
-        f"{len(p)} figures are compared, and after correction for so many none can stand on {resamples} resamples: "
-        f"give --resamples {2 * needed}, or compare fewer"
+        f"{len(p)} metrics are compared, and after correction for so many none can be significant on {resamples} "
+        f"resamples: give --resamples {2 * needed}, or compare fewer"
     ]

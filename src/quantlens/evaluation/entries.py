@@ -18,7 +18,7 @@ TRAITS = ("model", "method", "bits", "seed")
 @dataclass(frozen=True, eq=False)
 class Entry:
     """One measured model of a side. `result` is its result dictionary, None where only per-image outputs are at hand;
-    `file` is where those are kept, None where they are not."""
+    `file` is where those are kept, None where they are `held` in memory or were not kept."""
 
     model: str
     method: str
@@ -26,6 +26,7 @@ class Entry:
     seed: int
     result: Mapping[str, Any] | None
     file: Path | None
+    held: Outputs | None = None
 
     def __str__(self) -> str:
         return (
@@ -36,10 +37,15 @@ class Entry:
     def baseline(self) -> bool:
         return self.bits == BASELINE
 
+    @property
+    def has_outputs(self) -> bool:
+        """Whether there are per-image outputs."""
+        return self.file is not None or self.held is not None
+
     @cached_property
     def outputs(self) -> Outputs | None:
         """The per-image outputs; None where none were kept. Raises StorageError for a damaged file."""
-        return None if self.file is None else kept.read(self.file)
+        return self.held if self.file is None else kept.read(self.file)
 
     def forget(self) -> None:
         """Give the outputs' memory back; they are read again when they are asked for."""

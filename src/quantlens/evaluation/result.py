@@ -77,6 +77,12 @@ class Result:
         )
         return None if self.fp32 is None else change(self.fp32, metrics_only(vars(self)))
 
+    @property
+    def title(self) -> str:
+        """ "digits-vit minmax W4A4, seed 0"."""
+        what = f"{self.method} {self.bits}, seed {self.seed}" if self.method != "fp32" else self.bits
+        return f"{self.model} {what}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that is valid JSON: numbers are Python's, and a metric that is not finite is null."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in NOT_STORED]
@@ -131,7 +137,7 @@ def _words(name: str, values: Mapping[str, Any], title: str | None = None) -> st
 def summary(result: Result) -> list[str]:
     """A line that says what the model is, and one that says what the ID images are."""
     quantized = result.method != "fp32"
-    name = f"{result.model} {result.method} {result.bits}, seed {result.seed}" if quantized else f"{result.model} FP32"
+    name = result.title
     size = "" if result.size_mb is None else f", {result.size_mb:.2f} MB"
     ratio = f" ({result.size_ratio:.3f} of FP32)" if quantized and result.size_ratio is not None else ""
     skipped = f", {result.id['skipped']} skipped" if result.id.get("skipped") else ""

@@ -75,7 +75,7 @@ class Board:
     inspections: Sequence[Any] = ()
     """finished cells of the store that say which layer hurts (`Store.inspections`)"""
     unsure: frozenset[tuple[int, str, str]] = frozenset()
-    """deltas that may be chance: (group, precision, path of the figure); see `marks`"""
+    """changes that may be chance: (group, precision, path of the metric); see `marks`"""
     unsure_note: str = ""
 
     def __post_init__(self) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.entries import TRAITS, Entry, Match
+from quantlens.evaluation.outputs import Outputs
+from quantlens.evaluation.result import Result
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,16 @@ class Side:
 # ---- sides -----------------------------------------------------------------------------------------------------------
 
 
-def open_side(text: str | Path) -> Side:
+def open_side(given: str | Path | Result) -> Side:
     """`DIR`, `DIR:key=value,…` (keys model, method, bits, seed; a key given twice takes either), `RESULT.json` of
-    `quantlens evaluate --json`, or `OUTPUTS.npz` of `quantlens evaluate --keep`.
+    `quantlens evaluate --json`, `OUTPUTS.npz` of `quantlens evaluate --keep`, or a Result (with intervals where it was
+    measured with `keep`).
 
     Raises QuantlensError for what is none of these, holds no finished cell, or selects none.
     """
-    text = str(text)
+    if isinstance(given, Result):
+        return Side(given.title, (_entry(given.to_dict(), given.outputs),))
+    text = str(given)
     place, chosen = _split(text)
     path = Path(place)
     if path.suffix == ".npz":
@@ -101,8 +106,6 @@ def _of_outputs(path: Path) -> Entry:
 
 
 def _of_result(path: Path) -> Entry:
-    from quantlens.evaluation import Result
-
     try:
         result = Result.from_dict(json.loads(path.read_text(encoding="utf-8"))).to_dict()
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -110,7 +113,12 @@ def _of_result(path: Path) -> Entry:
             f"{path} is no result of quantlens ({error}); give the directory of a study, a file of `quantlens evaluate "
             "--json`, or one of --keep"
         ) from error
-    return Entry(str(result["model"]), str(result["method"]), str(result["bits"]), int(result["seed"]), result, None)
+    return _entry(result, None)
+
+
+def _entry(result: Mapping[str, Any], outputs: Outputs | None) -> Entry:
+    model, method, bits = (str(result[name]) for name in TRAITS[:3])
+    return Entry(model, method, bits, int(result["seed"]), result, None, outputs)
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
