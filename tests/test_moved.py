@@ -33,7 +33,12 @@ OLD_NAMES = [
     ("quantlens.graph", "fold_norm", "quantlens.transforms"),
     ("quantlens.reconstruction", "rotate_values", "quantlens.transforms"),
     ("quantlens.allocation", "inspect", "quantlens.sensitivity"),
-    ("quantlens.studies", "Result", "quantlens.evaluation.evaluate"),
+    ("quantlens.studies", "Result", "quantlens.evaluation"),
+    ("quantlens.studies.bootstrap", "holm", "quantlens.metrics.bootstrap"),
+    ("quantlens.studies.bootstrap", "replicate", "quantlens.evaluation.bootstrap"),
+    ("quantlens.studies.evaluate", "Result", "quantlens.evaluation.result"),
+    ("quantlens.studies.evaluate", "choose_scores", "quantlens.evaluation.scoring"),
+    ("quantlens.studies.evaluate", "measurable", "quantlens.evaluation.run"),
 ]
 
 

@@ -42,7 +42,7 @@ def test_the_python_in_the_readme_runs(tmp_path, pictures):
     assert "knn" in result["scores_unavailable"]
     known = ql.evaluate(qmodel, id=entry_images, ood={"letters": "embedded:letters"}, cache_dir=False).to_dict()
     assert known["id"] == result["id"], "a reloaded model measures the same"
-    assert known["delta"]["id"]["top1"] == known["fp32"]["id"]["top1"] - known["id"]["top1"]
+    assert known["change"]["id"]["top1"] == known["id"]["top1"] - known["fp32"]["id"]["top1"]
 
 
 def test_evaluate_takes_tensors_and_batches(pictures):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from quantlens.allocation.quantizing import inspect as inspect
     from quantlens.allocation.quantizing import quantize as quantize
     from quantlens.errors import QuantlensError as QuantlensError
-    from quantlens.evaluation.evaluate import evaluate as evaluate
+    from quantlens.evaluation import evaluate as evaluate
     from quantlens.export.exported import Artefact as Artefact
     from quantlens.models import Model as Model
     from quantlens.models import load_model as load_model
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from quantlens.qmodel.checkpoint import load as load
     from quantlens.qmodel.checkpoint import save as save
     from quantlens.sensitivity import Inspection as Inspection
+    from quantlens.studies.compare import compare as compare
 
 _HOMES = {
     "load_model": "quantlens.models",
@@ -46,7 +47,8 @@ _HOMES = {
     "save": "quantlens.qmodel.checkpoint",
     "Artefact": "quantlens.export.exported",
     "load": "quantlens.qmodel.checkpoint",
-    "evaluate": "quantlens.evaluation.evaluate",
+    "evaluate": "quantlens.evaluation",
+    "compare": "quantlens.studies.compare",
     "QuantlensError": "quantlens.errors",
     "load_plugin": "quantlens.plugins",
 }

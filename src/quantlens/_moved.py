@@ -38,7 +38,8 @@ MODULES: dict[str, str] = {
     "quantlens.reconstruction.pixels": "quantlens.transforms.pixels",
     "quantlens.reconstruction.sensitivity": "quantlens.reconstruction.block_metrics",
     **_of("allocation", "sensitivity", "alone", "inspection", "statistics"),
-    **_of("studies", "evaluation", "bootstrap", "environment", "evaluate", "images", "outputs"),
+    **_of("studies", "evaluation", "environment", "images", "outputs"),
+    "quantlens.studies.standing": "quantlens.studies.significance",
     **_of("deploy", "qmodel", "checkpoint"),
     **_of("deploy", "export", "bench", "export", "onnx_file", "onnx_graph", "parity", "processor", "pt2"),
     "quantlens.deploy.artefact": "quantlens.export.exported",
@@ -65,12 +66,19 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.quantizers": ("quantlens.formats", "quantlens.qmodel"),
     "quantlens.ranges": ("quantlens.calibration", "quantlens.calibration.ranges"),
     "quantlens.deploy": ("quantlens.qmodel.checkpoint",),
+    "quantlens.studies.bootstrap": ("quantlens.metrics.bootstrap", "quantlens.evaluation.bootstrap"),
+    "quantlens.studies.evaluate": (
+        "quantlens.evaluation.result",
+        "quantlens.evaluation.scoring",
+        "quantlens.evaluation.run",
+    ),
     "quantlens.graph": ("quantlens.transforms",),
     "quantlens.reconstruction": ("quantlens.transforms",),
     "quantlens.allocation": ("quantlens.sensitivity",),
-    "quantlens.studies": ("quantlens.evaluation.evaluate",),
+    "quantlens.studies": ("quantlens.evaluation",),
 }
-"""Old package -> where its names are looked for now; the last four still exist and ask here for what left them."""
+"""Old package, or module of which several were made -> where its names are looked for now; the last four still exist
+and ask here for what left them."""
 
 
 def _internal(file: str) -> bool:

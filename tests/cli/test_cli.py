@@ -241,11 +241,11 @@ def test_quantize_evaluate(run, tmp_path: Path) -> None:
     )  # fmt: skip
     assert code == 0, err
     assert "top-1 %" in out
-    assert "delta" in out
+    assert "quantized − FP32" in out
     data = json.loads(result.read_text())
     assert (data["method"], data["bits"], data["seed"]) == ("minmax", "W4A8", 0)
     assert data["ood"]["letters"]["group"] == "near"
-    assert data["delta"]["id"]["nll"] == pytest.approx(data["fp32"]["id"]["nll"] - data["id"]["nll"])
+    assert data["change"]["id"]["nll"] == pytest.approx(data["id"]["nll"] - data["fp32"]["id"]["nll"])
     assert data["id"]["top1"] > 0.5
 
     code, out, _ = run("evaluate", "digits-vit", "--id", "embedded:digits-test", "--json", "-")

@@ -7,10 +7,10 @@ import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from quantlens.evaluation import bootstrap
-from quantlens.evaluation.bootstrap import Resamples, Wanted, differences, holm, interval, point, replicate
+from quantlens.evaluation.bootstrap import ID_METRICS, OOD_METRICS, Wanted, point, replicate
 from quantlens.evaluation.outputs import Outputs, of_images
 from quantlens.metrics import classification_figures, mean_over_sets, ood_figures
+from quantlens.metrics.bootstrap import Resamples, differences, interval
 
 SETS = ("far-away", "near by")
 
@@ -66,7 +66,7 @@ def test_every_resample_has_the_figures_of_the_images_that_were_drawn(steps):
         means = mean_over_sets({s: {**e, "group": one.groups[s]} for s, e in ood.items()})
         for s in SETS:
             for score in WANTED.scores:
-                for figure in bootstrap.OOD_FIGURES:
+                for figure in OOD_METRICS:
                     path = f"{s}.{score}.{figure}"
                     assert found[f"ood.{path}"][r] == pytest.approx(ood[s][score][figure], abs=2e-6), path
                     group = one.groups[s]
@@ -99,14 +99,14 @@ def test_the_point_figures_are_those_of_a_result():
     found = point(one, WANTED)
     for s in SETS:
         for score in WANTED.scores:
-            for figure in bootstrap.OOD_FIGURES:
+            for figure in OOD_METRICS:
                 expected = ood_figures(one.id_scores[score], one.ood_scores[s][score])[figure]
                 assert found[f"ood.{s}.{score}.{figure}"] == pytest.approx(expected, abs=1e-12)
     labels = rng.integers(0, 6, 50)
     logits = rng.normal(size=(50, 6))
     one = Outputs(**of_images(logits, labels, "scores"), id_scores={}, ood_scores={}, about={"n_bins": 15, "ood": {}})
     found = point(one, Wanted((), ()))
-    for figure in bootstrap.ID_FIGURES:
+    for figure in ID_METRICS:
         assert found[f"id.{figure}"] == pytest.approx(classification_figures(logits, labels)[figure], abs=1e-12)
 
 
@@ -159,22 +159,3 @@ def test_under_no_difference_about_five_percent_stand():
     for path, count in stood.items():
         # 12.5 expected, standard deviation 3.4; percentile intervals are a little narrow at n = 60.
         assert 3 <= count <= 27, (path, count)
-
-
-def test_seeds_widen_the_interval():
-    """Seeds that differ by a known amount: the standard deviation is that of the mean over drawn seeds."""
-    resamples = Resamples(20000)
-    still = np.zeros(20000)
-    effects = np.array([0.0, 0.3, 0.6])
-    drawn = differences([(still, still + effect) for effect in effects], resamples)
-    assert drawn.mean() == pytest.approx(0.3, abs=0.01)
-    assert drawn.std() == pytest.approx(effects.std() / np.sqrt(3), rel=0.03)
-    one_way = interval(differences([(still, still + 0.3)] * 3, resamples))
-    assert (one_way.low, one_way.high) == pytest.approx((0.3, 0.3))
-    assert one_way.p == pytest.approx(2 / 20001)
-
-
-def test_holm_against_its_definition():
-    p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5}
-    assert holm(p) == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5})
-    assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}

@@ -11,7 +11,7 @@ from study_fakes import PREPROCESS, FakeModel, quantized
 
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
-from quantlens.evaluation.evaluate import Result, evaluate
+from quantlens.evaluation import Result, evaluate
 from quantlens.metrics import FitData, classification_figures, make_scorer, ood_figures
 
 ID, LETTERS, NEAR, FIT = (
@@ -77,25 +77,27 @@ def test_groups_as_given() -> None:
         evaluate(FakeModel(), ID, OOD, groups={"letters": "middle"})
 
 
-def test_delta_from_own_reference_model_and_result_agree() -> None:
+def test_change_from_own_reference_model_and_result_agree() -> None:
     model = FakeModel()
     fp32 = evaluate(model, ID, OOD, scores=["msp", "energy"])
     assert fp32.fp32 is None
-    assert fp32.delta is None
+    assert fp32.change is None
     low = quantized(model, "W2A2")
     own = evaluate(low, ID, OOD, scores=["msp", "energy"])
     given = evaluate(low, ID, OOD, scores=["msp", "energy"], reference=fp32)
     low.reference = None
     alone = evaluate(low, ID, OOD, scores=["msp", "energy"])
-    assert own.delta == given.delta
-    assert alone.delta is None
-    assert own.delta is not None
-    assert own.delta["id"]["top1"] == pytest.approx(fp32.id["top1"] - own.id["top1"])
-    assert own.delta["id"]["top1"] > 0.01  # two bits cost accuracy
-    key = own.delta["ood_mean"]["far"]["energy"]["aupr_out"]
-    assert key == pytest.approx(fp32.ood_mean["far"]["energy"]["aupr_out"] - own.ood_mean["far"]["energy"]["aupr_out"])
+    assert own.change == given.change
+    assert alone.change is None
+    assert own.change is not None
+    assert own.change["id"]["top1"] == pytest.approx(own.id["top1"] - fp32.id["top1"])
+    assert own.change["id"]["top1"] < -0.01  # two bits cost accuracy
+    key = own.change["ood_mean"]["far"]["energy"]["aupr_out"]
+    assert key == pytest.approx(own.ood_mean["far"]["energy"]["aupr_out"] - fp32.ood_mean["far"]["energy"]["aupr_out"])
+    with pytest.warns(DeprecationWarning, match=r"Result\.change now, with the opposite sign"):
+        assert own.delta["id"]["top1"] == pytest.approx(-own.change["id"]["top1"])
     low.reference = model
-    assert evaluate(low, ID, OOD, reference=False).delta is None
+    assert evaluate(low, ID, OOD, reference=False).change is None
 
 
 def test_reference_of_other_images_is_refused() -> None:
@@ -181,6 +183,8 @@ def test_result_round_trip(tmp_path) -> None:
     assert data == result.to_dict()
     again = Result.from_dict({**data, "later": 1})
     assert again.to_dict() == {**data, "later": 1}
+    earlier = {**data, "delta": {"id": {"top1": 9.0}}, "change": {"id": {"top1": 9.0}}}
+    assert Result.from_dict(earlier).to_dict() == data, "differences are computed, never read"
     assert list(tmp_path.rglob("*")) == [path.parent, path]  # no temporary file stays behind
     with pytest.raises(QuantlensError, match="lacks"):
         Result.from_dict({"model": "x"})
@@ -192,5 +196,5 @@ def test_result_round_trip(tmp_path) -> None:
 
 def test_result_in_words() -> None:
     text = str(evaluate(quantized(FakeModel(), "W3A3", 13), ID, OOD))
-    for part in ("fake minmax W3A3, seed 13", "top-1 %", "letters", "mean near", "chance", "left out: "):
-        assert part in text
+    assert text.splitlines()[0].startswith("fake minmax W3A3, seed 13, ")
+    assert f"ID {ID}: 400 images" in text

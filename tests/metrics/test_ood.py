@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from quantlens.errors import QuantlensError
-from quantlens.metrics import delta, mean_over_sets, ood_figures, score_histograms
+from quantlens.metrics import change, delta, mean_over_sets, ood_figures, score_histograms
 
 FIGURES = ("aupr_out", "aupr_in", "auroc", "fpr95_id", "fpr95_ood")
 
@@ -175,7 +175,7 @@ def test_bad_scores_are_named(ins: Any, outs: Any, message: str) -> None:
         ood_figures(ins, outs)
 
 
-def test_delta_is_fp32_less_quantized() -> None:
+def test_change_is_quantized_less_fp32() -> None:
     fp32 = {
         "id": {"n": 10, "top1": 0.8, "nll": 1.0, "reliability": {"edges": [0, 1]}, "per_class": [{"n": 1}]},
         "ood": {"textures": {"group": "far", "msp": {"auroc": 0.9, "n_id": 10}, "vim": {"auroc": 0.7}}},
@@ -191,21 +191,23 @@ def test_delta_is_fp32_less_quantized() -> None:
         "odd": 1.0,
         "flag": False,
     }
-    got = delta(fp32, quantized)
+    got = change(quantized, fp32)
     assert set(got) == {"id", "ood"}
-    assert got["id"] == pytest.approx({"top1": 0.3, "nll": -1.0})
+    assert got["id"] == pytest.approx({"top1": -0.3, "nll": 1.0})
     assert set(got["ood"]) == {"textures"}
     assert set(got["ood"]["textures"]) == {"msp"}
-    assert got["ood"]["textures"]["msp"] == pytest.approx({"auroc": -0.05})
-    assert delta(fp32, fp32)["id"] == {"top1": 0.0, "nll": 0.0}
+    assert got["ood"]["textures"]["msp"] == pytest.approx({"auroc": 0.05})
+    assert change(fp32, fp32)["id"] == {"top1": 0.0, "nll": 0.0}
+    with pytest.warns(DeprecationWarning, match="opposite sign"):
+        assert delta(fp32, quantized)["id"] == pytest.approx({"top1": 0.3, "nll": -1.0})
 
 
-def test_delta_of_real_figures() -> None:
+def test_change_of_real_metrics() -> None:
     ins, outs = tied_scores(16)
     before, after = ood_figures(ins, outs), ood_figures(ins - 0.2, outs)
-    got = delta(before, after)
+    got = change(after, before)
     assert set(got) == {*FIGURES, "chance_aupr_out", "chance_aupr_in"}
-    assert got["auroc"] == before["auroc"] - after["auroc"] > 0
+    assert got["auroc"] == after["auroc"] - before["auroc"] < 0
 
 
 def test_mean_over_sets_keeps_far_and_near_apart() -> None:

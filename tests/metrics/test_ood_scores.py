@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp, softmax
 
+from quantlens import plugins
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
-from quantlens.metrics import FitData, available_scores, make_scorer, ood_figures
+from quantlens.metrics import (
+    FitData,
+    ScoreInfo,
+    Scorer,
+    available_scores,
+    make_scorer,
+    ood_figures,
+    register_score,
+    score_label,
+)
 from quantlens.metrics import ood_scores as scores
 
 NAMES = [
@@ -581,3 +591,49 @@ def test_bad_images_are_named() -> None:
         make_scorer("msp")(None, world.id_features)
     with pytest.raises(QuantlensError, match="logits of image 0 hold NaN"):
         make_scorer("energy")(np.full((2, 2), np.nan))
+
+
+# ----------------------------------------------------------------------------------------------------
+# scores of other people
+
+
+@pytest.fixture
+def own_scores() -> Iterator[None]:
+    """What the test registers is forgotten after it."""
+    yield
+    plugins.forget()
+
+
+def test_a_score_of_someone_else_is_measured_like_ours(own_scores: None) -> None:
+    @register_score(ScoreInfo("margin", "Margin", "a test", label="margin f"))
+    def margin(logits: np.ndarray) -> np.ndarray:
+        top = np.sort(logits, axis=1)
+        return top[:, -1] - top[:, -2]
+
+    @register_score(ScoreInfo("norm", "Norm", "a test", needs_fit=True, needs_features=True))
+    class Norm:
+        @classmethod
+        def fit(cls, data: FitData) -> Scorer:
+            mean = np.linalg.norm(data.features64(), axis=1).mean()
+            return lambda logits, features=None: np.linalg.norm(features, axis=1) / mean
+
+    assert list(available_scores())[-2:] == ["margin", "norm"]
+    assert score_label("margin") == "margin f"
+    assert (score_label("norm"), score_label("of another program")) == ("norm", "of another program")
+    world = World(n=40)
+    assert make_scorer("margin")(world.id_logits).tolist() == margin(world.id_logits).tolist()
+    found = make_scorer("norm", world.fit())(world.id_logits, world.features)
+    assert found.mean() == pytest.approx(1)
+    with pytest.raises(QuantlensError, match="'norm' is fitted on ID images"):
+        make_scorer("norm")
+
+
+def test_a_name_is_taken_once(own_scores: None) -> None:
+    def other(logits: np.ndarray) -> np.ndarray:
+        return logits[:, 0]
+
+    with pytest.raises(QuantlensError, match="name 'msp' is taken by quantlens"):
+        register_score(ScoreInfo("msp", "Mine", "a test"))(other)
+    register_score(ScoreInfo("other", "Mine", "a test"))(other)
+    register_score(ScoreInfo("other", "Mine, again", "a test"))(other)
+    assert available_scores()["other"].title == "Mine, again"

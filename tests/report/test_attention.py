@@ -83,14 +83,14 @@ def test_correlation_has_one_point_per_quantized_cell(store):
     cells = 2 * 2 * 5 * 2
     first = dict(zip(lens.LINK_COLUMNS, section.links[0], strict=True))
     assert first["Cells"] == f"{cells} (20 conditions)"
-    assert float(first["Spearman"].replace("−", "-")) > 0.5, "the made-up losses grow with the made-up drift"
+    assert float(first["Spearman"].replace("−", "-")) < -0.5, "the made-up metric falls as the made-up drift grows"
     low, high = (float(t.replace("−", "-")) for t in first["95 % interval"].split(" to "))
-    assert low < float(first["Spearman"]) <= high
+    assert low <= float(first["Spearman"].replace("−", "-")) < high
     points = lens.pairs(board, ("ood_mean", "far", "msp", "aupr_out"), "id", lens.CAUSES[0])
     one = next(p for p in points if p.bits == "W4A4" and p.seed == "13")
     result = one.group.cells["W4A4"][1]
     assert one.x == pytest.approx(1 - result["attention"]["id"]["rollout_spearman"])
-    assert one.y == pytest.approx(100 * result["delta"]["ood_mean"]["far"]["msp"]["aupr_out"])
+    assert one.y == pytest.approx(100 * result["change"]["ood_mean"]["far"]["msp"]["aupr_out"])
     marks = re.findall(r'class="m"', section.scatter[0].svg)
     assert len(marks) == cells
 

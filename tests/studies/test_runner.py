@@ -139,8 +139,8 @@ def test_a_whole_study(out: Path, log: Path) -> None:
     quantized = [*["W8A8"] * 2, *["W3A3"] * 2]
     assert [c.spec["bits"] for c in cells] == ["FP32", *quantized, *quantized]
     fp32, low = cells[0].result, cells[3].result
-    assert fp32["delta"] is None
-    assert low["delta"]["id"]["top1"] == pytest.approx(fp32["id"]["top1"] - low["id"]["top1"])
+    assert fp32["change"] is None
+    assert low["change"]["id"]["top1"] == pytest.approx(low["id"]["top1"] - fp32["id"]["top1"])
     assert low["calibration"]["source"] == "embedded:digits-calibration?n=16&seed=0"
     assert low["calibration"]["n"] == 16
     drawn = {c.spec["calibration"]["fingerprint"] for c in cells[1:]}

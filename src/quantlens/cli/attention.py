@@ -34,22 +34,11 @@ MODEL is a name as for `quantize`, or a quantized checkpoint (.safetensors) whos
 """
 
 BITS = "W8A8,W6A6,W4A4"
-FIGURES = (
-    ("rollout_spearman", "map rank corr.", "{:.3f}"),
-    ("rollout_overlap", "top tenth shared", "{:.3f}"),
-    ("row_cosine", "row cosine", "{:.3f}"),
-    ("row_kl", "row KL", "{:.3f}"),
-    ("centre_movement", "centre moved", "{:.3f}"),
-    ("outliers", "outliers", "{:.2f}"),
-    ("outlier_overlap", "their overlap", "{:.3f}"),
-    ("prediction_changed", "changed", "{:.3f}"),
-    ("output_kl", "output KL", "{:.3f}"),
+MEASURED = (
+    *("rollout_spearman", "rollout_overlap", "row_cosine", "row_kl", "centre_movement", "outliers", "outlier_overlap"),
+    *("prediction_changed", "output_kl"),
 )
-MAP_FIGURES = (
-    ("map_spearman", "map rank corr.", "{:.3f}"),
-    ("map_overlap", "top tenth shared", "{:.3f}"),
-    ("map_movement", "centre moved", "{:.3f}"),
-)
+OF_MAPS = ("map_spearman", "map_overlap", "map_movement")
 """Of maps other than rollout, in place of these:"""
 OF_ROLLOUT = ("rollout_spearman", "rollout_overlap", "centre_movement")
 
@@ -205,16 +194,18 @@ def _table(name: str, look: Any) -> Any:
     """The drift of one set as a rich table."""
     from rich.table import Table
 
+    from quantlens.metrics import METRICS
+
     drifts = look.summaries[name]
     first = next(iter(drifts.values()))
     table = Table(title=f"Drift from FP32 on {name}, {first['n']} images", title_justify="left")
     table.add_column("bits")
-    other = [f for f in MAP_FIGURES if f[0] in first]
-    figures = [f for f in FIGURES if f[0] in first and not (other and f[0] in OF_ROLLOUT)] + other
-    for _, title, _ in figures:
-        table.add_column(title, justify="right")
+    other = [name for name in OF_MAPS if name in first]
+    shown = [name for name in MEASURED if name in first and not (other and name in OF_ROLLOUT)] + other
+    for name in shown:
+        table.add_column(METRICS[name].heading, justify="right")
     for bits, summary in drifts.items():
-        table.add_row(bits, *(form.format(summary[key]) for key, _, form in figures))
+        table.add_row(bits, *(METRICS[name].text(summary[name]) for name in shown))
     if "outliers_fp32" in first:
         table.caption = f"FP32: {first['outliers_fp32']:.2f} outlier tokens per image, all blocks together"
         table.caption_justify = "left"

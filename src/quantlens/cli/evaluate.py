@@ -14,7 +14,7 @@ HELP = """Measure a model on labelled in-distribution images and on out-of-distr
 
 MODEL is a name as for `quantize`, a quantized checkpoint (.safetensors) that `quantize` wrote, or an exported file
 (.onnx, .xml), which is measured in its runtime. With the latter two, --weights names the FP32 checkpoint it was made
-from, which is then measured on the same images, and the quantization deltas are shown.
+from, which is then measured on the same images, and what quantization changed is shown.
 
 Scores that need statistics (KNN, ViM, Mahalanobis, ReAct …) are fitted on the images of --fit, which must not be among
 those evaluated.
@@ -73,14 +73,15 @@ def evaluate(
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common
+    from quantlens.cli._tables import result_tables
     from quantlens.errors import QuantlensError
 
     sets = _common.pairs(ood, "--ood", "NAME=SOURCE")
     groups = dict.fromkeys(_common.names(near) or (), "near")
+    from quantlens.evaluation import evaluate as measure
     from quantlens.evaluation.environment import choose_device
-    from quantlens.evaluation.evaluate import choose_scores
-    from quantlens.evaluation.evaluate import evaluate as measure
     from quantlens.evaluation.images import groups_of
+    from quantlens.evaluation.scoring import choose_scores
 
     wanted = _common.names(scores)
     choose_scores(wanted)
@@ -122,7 +123,9 @@ def evaluate(
 
         print(standard.dumps(result.to_dict(), indent=1, allow_nan=False))
         return
-    _common.stdout().print(result)
+    console = _common.stdout()
+    for part in result_tables(result):
+        console.print(part)
     if json is not None:
         result.save_json(json)
         _common.say(f"written: {json}")

@@ -174,7 +174,7 @@ class Look:
         return rows
 
     def _figures(self, folder: Path, chosen: Mapping[str, list[int]], quantized: Any) -> list[Path]:
-        from quantlens.evaluation.evaluate import plain
+        from quantlens.evaluation.result import plain
         from quantlens.report.attention import drift_svg
 
         first = float_model(self.reference)

@@ -1,104 +1,41 @@
-"""Figures under resampling of the images, all resamples at once (Efron and Tibshirani, An Introduction to the
-Bootstrap, 1993, chapters 13 and 16).
-
-A resample draws as many images as a set has, with replacement. It is held as counts: a matrix [images, resamples] that
-says how often each image was drawn. Means over images are matrix products with it. Figures of a ranking (AUPR, AUROC,
-FPR@95) come from the images sorted by score once, and running sums of the counts in that order; equal scores are one
-threshold, as in `metrics.ood`.
-
-The counts depend on the name and the size of a set, on the seed, and on nothing else: two models that are measured on
-the same images are therefore resampled in the same way, which is what makes the comparison a paired one.
-"""
+"""The metrics of per-image outputs under resampling of the images, by their path in a result."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quantlens.evaluation.outputs import Outputs
-from quantlens.metrics.classification import equal_width_bins
+from quantlens.metrics import names_of
+from quantlens.metrics.bootstrap import ID, Array, Classification, Ranking, Resamples
 
-Array = NDArray[Any]
-
-ID_FIGURES = ("top1", "top5", "nll", "ece", "brier")
-OOD_FIGURES = ("aupr_out", "auroc", "fpr95_id", "fpr95_ood")
-ID = ""
-"""The name of the ID images among the sets."""
-
-BLOCK = 100
-"""Resamples that are drawn together; part of what the counts depend on."""
-
-CHUNK_ELEMENTS = 1 << 18
-"""Counts of one set that are worked on together (1 MB: they are walked over many times, so they stay in the cache)."""
-
-KEPT_BYTES = 1 << 28
-"""Counts that are kept for the next model; the others are drawn again."""
-
-
-class Resamples:
-    """`count` resamples of any number of image sets, the same for everyone who asks with the same seed."""
-
-    def __init__(self, count: int, seed: int = 0):
-        self.count, self.seed = count, seed
-        self._kept: dict[tuple[str, int, int], Array] = {}
-        self._bytes = 0
-
-    def chunks(self, sizes: Mapping[str, int]) -> Iterator[tuple[slice, dict[str, Array]]]:
-        """(which resamples, {set: float32 counts [images, resamples]}) for sets of these sizes, `ID` among them."""
-        step = BLOCK * max(1, CHUNK_ELEMENTS // (BLOCK * max(sizes.values())))
-        for start in range(0, self.count, step):
-            stop = min(start + step, self.count)
-            yield slice(start, stop), {name: self._counts(name, n, start, stop) for name, n in sizes.items()}
-
-    def _counts(self, name: str, n: int, start: int, stop: int) -> Array:
-        blocks = [self._block(name, n, at // BLOCK) for at in range(start, stop, BLOCK)]
-        return np.concatenate(blocks, axis=1)[:, : stop - start].astype(np.float32)
-
-    def _block(self, name: str, n: int, index: int) -> Array:
-        """uint16 [n, BLOCK]"""
-        key = (name, n, index)
-        if key not in self._kept:
-            rng = np.random.default_rng([self.seed, zlib.crc32(name.encode()), n, index])
-            drawn = rng.integers(0, n, size=(BLOCK, n)) + n * np.arange(BLOCK)[:, None]
-            block = np.bincount(drawn.ravel(), minlength=n * BLOCK).reshape(BLOCK, n).T.astype(np.uint16)
-            if self._bytes + block.nbytes > KEPT_BYTES:
-                return block
-            self._kept[key] = block
-            self._bytes += block.nbytes
-        return self._kept[key]
-
-    def of_seeds(self, n: int) -> Array:
-        """Shares [n, count] of `n` seeds drawn with replacement; every column sums to 1."""
-        rng = np.random.default_rng([self.seed, zlib.crc32(b"seeds"), n])
-        return rng.multinomial(n, np.full(n, 1 / n), size=self.count).T / n
+ID_METRICS = names_of("classification", resampled=True)
+OOD_METRICS = names_of("ood", resampled=True)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which figures are resampled: OOD sets and scores by name, and figures among ID_FIGURES and OOD_FIGURES."""
+    """Which metrics are resampled: OOD sets and scores by name, and metrics among ID_METRICS and OOD_METRICS."""
 
     sets: Sequence[str]
     scores: Sequence[str]
-    figures: Collection[str] = (*ID_FIGURES, *OOD_FIGURES)
+    metrics: Collection[str] = (*ID_METRICS, *OOD_METRICS)
 
 
 def point(outputs: Outputs, wanted: Wanted) -> dict[str, float]:
-    """The figures on the images themselves, by their path in a result ("id.top1", "ood.textures.msp.auroc", …)."""
+    """The metrics on the images themselves, by their path in a result ("id.top1", "ood.textures.msp.auroc", …)."""
     once = {name: np.ones((n, 1)) for name, n in sizes_of(outputs, wanted.sets).items()}
-    return {path: float(values[0]) for path, values in _Figures(outputs, wanted).of(once).items()}
+    return {path: float(values[0]) for path, values in _Metrics(outputs, wanted).of(once).items()}
 
 
 def replicate(outputs: Outputs, wanted: Wanted, resamples: Resamples) -> dict[str, Array]:
-    """The figures on every resample: path -> float64 [resamples]."""
-    figures = _Figures(outputs, wanted)
+    """The metrics on every resample: path -> float64 [resamples]."""
+    metrics = _Metrics(outputs, wanted)
     found: dict[str, Array] = {}
     for part, counts in resamples.chunks(sizes_of(outputs, wanted.sets)):
-        for path, values in figures.of(counts).items():
+        for path, values in metrics.of(counts).items():
             found.setdefault(path, np.empty(resamples.count))[part] = values
     return found
 
@@ -108,47 +45,38 @@ def sizes_of(outputs: Outputs, sets: Sequence[str]) -> dict[str, int]:
     return {ID: outputs.labels.size, **{s: next(iter(outputs.ood_scores[s].values())).size for s in sets}}
 
 
-class _Figures:
+class _Metrics:
     """One model's images, sorted once for all resamples."""
 
     def __init__(self, outputs: Outputs, wanted: Wanted):
         self.wanted = wanted
-        self.n = outputs.labels.size
-        columns = {
-            "top1": outputs.rank == 0,
-            "top5": outputs.rank < 5,
-            "nll": outputs.nll,
-            "brier": outputs.brier,
-        }
-        self.means = {name: values for name, values in columns.items() if name in wanted.figures}
-        bins = equal_width_bins(outputs.confidence, int(outputs.about["n_bins"]))
-        gap = (outputs.rank == 0) - outputs.confidence
-        self.gaps = np.where(bins == np.arange(int(outputs.about["n_bins"]))[:, None], gap, 0.0)
+        self.classification = Classification(
+            outputs.rank,
+            outputs.confidence,
+            outputs.nll,
+            outputs.brier,
+            n_bins=int(outputs.about["n_bins"]),
+            wanted=wanted.metrics,
+        )
         self.rankings = {}
-        if wanted.sets and any(figure in wanted.figures for figure in OOD_FIGURES):
+        if wanted.sets and any(metric in wanted.metrics for metric in OOD_METRICS):
             self.rankings = {
-                score: _Ranking(outputs.id_scores[score], {s: outputs.ood_scores[s][score] for s in wanted.sets})
+                score: Ranking(outputs.id_scores[score], {s: outputs.ood_scores[s][score] for s in wanted.sets})
                 for score in wanted.scores
             }
         self.groups = _members({s: outputs.groups[s] for s in wanted.sets})
 
     def of(self, counts: Mapping[str, Array]) -> dict[str, Array]:
         """Path -> [resamples] for counts [images, resamples] of every set."""
-        drawn = counts[ID]
-        found: dict[str, Array] = {}
-        if self.means:
-            table = np.array(list(self.means.values()), dtype=drawn.dtype)
-            found |= {f"id.{name}": row for name, row in zip(self.means, table @ drawn / self.n, strict=True)}
-        if "ece" in self.wanted.figures:
-            found["id.ece"] = np.abs(self.gaps.astype(drawn.dtype) @ drawn).sum(axis=0) / self.n
+        found = {f"id.{name}": values for name, values in self.classification.of(counts[ID]).items()}
         for score, ranking in self.rankings.items():
-            figures = ranking.of(counts, self.wanted.figures)
-            for name, values in figures.items():
-                found |= {f"ood.{name}.{score}.{figure}": v for figure, v in values.items()}
+            by_set = ranking.of(counts, self.wanted.metrics)
+            for name, metrics in by_set.items():
+                found |= {f"ood.{name}.{score}.{metric}": values for metric, values in metrics.items()}
             for group, members in self.groups.items():
-                for figure in figures[members[0]]:
-                    mean = sum(figures[name][figure] for name in members) / len(members)
-                    found[f"ood_mean.{group}.{score}.{figure}"] = np.asarray(mean)
+                for metric in by_set[members[0]]:
+                    mean = sum(by_set[name][metric] for name in members) / len(members)
+                    found[f"ood_mean.{group}.{score}.{metric}"] = np.asarray(mean)
         return found
 
 
@@ -156,149 +84,3 @@ def _members(groups: Mapping[str, str]) -> dict[str, list[str]]:
     """Group -> its sets, as `metrics.mean_over_sets` names them."""
     members = {group: [s for s, own in groups.items() if own == group] for group in ("far", "near")}
     return {group: sets for group, sets in (*members.items(), ("all", list(groups))) if sets}
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where the U distinct scores of an OOD set, and the G distinct ones of the ID images, stand among each other."""
-
-    order: Array
-    starts: Array
-    below: Array
-    """[U] ID images with a lower score"""
-    upto: Array
-    """[U] ID images with a lower or the same score"""
-    ood_below: Array
-    """[G] distinct OOD scores that are lower"""
-
-
-class _Ranking:
-    """One score: the ID images and those of every OOD set, in rising order."""
-
-    def __init__(self, ids: Array, oods: Mapping[str, Array]):
-        self.order, ids = _sorted(ids)
-        self.starts = _starts(ids)
-        self.places = {}
-        for name, values in oods.items():
-            order, ranked = _sorted(values)
-            starts = _starts(ranked)
-            distinct = ranked[starts]
-            below, upto = (np.searchsorted(ids, distinct, side) for side in ("left", "right"))
-            self.places[name] = _Places(order, starts, below, upto, np.searchsorted(distinct, ids[self.starts]))
-
-    def of(self, counts: Mapping[str, Array], wanted: Collection[str]) -> dict[str, dict[str, Array]]:
-        """{set: {figure: [resamples]}}"""
-        taken = _running(counts[ID][self.order])
-        n = counts[ID].shape[0]
-        threshold = _last(taken, self.starts, n / 20, inclusive=True) if "fpr95_id" in wanted else None
-        found = {}
-        for name, places in self.places.items():
-            drawn = counts[name][places.order]
-            m = drawn.shape[0]
-            if places.starts.size < m:
-                drawn = np.add.reduceat(drawn, places.starts, axis=0)
-            caught = _running(drawn)
-            figures: dict[str, Array] = {}
-            if "aupr_out" in wanted:
-                true = caught[1:]
-                precision = true / np.maximum(true + taken[places.upto], 1)
-                figures["aupr_out"] = np.einsum("ur,ur->r", drawn, precision) / m
-            if "auroc" in wanted:
-                above = n - (taken[places.below] + taken[places.upto]) / 2
-                figures["auroc"] = np.einsum("ur,ur->r", drawn, above) / (n * m)
-            columns = np.arange(drawn.shape[1])
-            if threshold is not None:
-                figures["fpr95_id"] = 1 - caught[places.ood_below[threshold], columns] / m
-            if "fpr95_ood" in wanted:
-                last = _last(caught, np.arange(len(caught) - 1), 19 * m / 20, inclusive=False)
-                figures["fpr95_ood"] = taken[places.upto[last], columns] / n
-            found[name] = figures
-        return found
-
-
-def _sorted(values: Array) -> tuple[Array, Array]:
-    order = np.argsort(values, kind="stable")
-    return order, values[order]
-
-
-def _starts(ranked: Array) -> Array:
-    """Where each distinct value of sorted values begins."""
-    return np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
-
-
-def _running(counts: Array, block: int = 32) -> Array:
-    """Running sums [n + 1, R] down the rows of counts [n, R], from a row of zeros.
-
-    Sums within blocks of rows are a product with a triangle of ones, which is five times as fast as numpy's cumsum down
-    columns. Counts are whole numbers below 2^24, so that float32 sums are exact in any order.
-    """
-    n, r = counts.shape
-    padded = -(-n // block) * block
-    rows = counts
-    if padded > n:
-        rows = np.zeros((padded, r), counts.dtype)
-        rows[:n] = counts
-    sums = np.empty((padded + 1, r), counts.dtype)
-    sums[0] = 0
-    body = sums[1:].reshape(-1, block, r)
-    np.matmul(np.tri(block, dtype=counts.dtype), rows.reshape(-1, block, r), out=body)
-    body[1:] += np.cumsum(body[:-1, -1], axis=0)[:, None]
-    return sums[: n + 1]
-
-
-def _last(sums: Array, rows: Array, limit: float, *, inclusive: bool) -> Array:
-    """For every column of rising sums [., R]: the last of `rows` at which the sum is still below `limit` (or equal to
-    it, if inclusive), by bisection. The first of `rows` counts always. int64 [R], positions in `rows`."""
-    columns = np.arange(sums.shape[1])
-    low = np.zeros(columns.size, np.int64)
-    high = np.full(columns.size, rows.size)
-    while (open_ := high - low > 1).any():
-        middle = (low + high) // 2
-        value = sums[rows[np.minimum(middle, rows.size - 1)], columns]
-        below = value <= limit if inclusive else value < limit
-        low, high = np.where(open_ & below, middle, low), np.where(open_ & ~below, middle, high)
-    return low
-
-
-# ---- differences -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A percentile interval and a two-sided p-value of "the difference is 0"."""
-
-    low: float
-    high: float
-    p: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
-
-def differences(pairs: Sequence[tuple[Array, Array]], resamples: Resamples) -> Array:
-    """The mean over seeds of second less first, on every resample [R].
-
-    `pairs` holds a figure's resamples ([R], [R]) for every seed. With several of them the seeds are drawn with
-    replacement too, beside the images and independently of them, as seeds and images are crossed (every seed sees the
-    same images: the pigeonhole bootstrap of Owen, Annals of Applied Statistics 1(2), 2007).
-    """
-    rows = np.stack([second - first for first, second in pairs])
-    if len(pairs) == 1:
-        return rows[0]
-    return np.einsum("pr,pr->r", rows, resamples.of_seeds(len(pairs)))
-
-
-def interval(drawn: Array, level: float = 0.95) -> Interval:
-    """The central share `level` of resampled differences [R], and p = 2 min(P(d <= 0), P(d >= 0)), at most 1, where
-    both shares count one more resample than was drawn, so that p is never 0."""
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    tail = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
-    return Interval(float(low), float(high), min(1.0, 2 * (tail + 1) / (drawn.size + 1)))
-
-
-def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """p-values corrected for their number: the step-down of Holm, Scandinavian Journal of Statistics 6, 1979."""
-    ordered = sorted(p, key=lambda name: p[name])
-    raised = np.maximum.accumulate([p[name] * (len(p) - i) for i, name in enumerate(ordered)])
-    return {name: min(1.0, float(value)) for name, value in zip(ordered, raised, strict=True)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,46 @@ def image_set(
         skip_bad=skip_bad,
         progress=None if progress is None else lambda done, total: progress(f"decoding {name}", done, total),
     )
+
+
+@dataclass(frozen=True)
+class EvaluationImages:
+    """The images of one evaluation, opened and checked: ID images with their labels [N], OOD sets with their groups
+    ("far" or "near"), and the images that scores are fitted on, or None."""
+
+    id: Any
+    labels: np.ndarray
+    ood: dict[str, Any]
+    fit: Any
+    groups: dict[str, str]
+
+    @classmethod
+    def open(
+        cls,
+        model: Any,
+        id: Any,
+        ood: Mapping[str, Any] | None,
+        fit: Any,
+        groups: Mapping[str, str] | None,
+        **reading: Any,
+    ) -> EvaluationImages:
+        """Raises QuantlensError for an empty set, labels that do not match, or a fit set among those evaluated."""
+
+        def opened(value: Any, name: str) -> Any:
+            images = image_set(value, model.preprocess, name, **reading)
+            if len(images) == 0:
+                raise QuantlensError(f"there are no images in {name} ({source_name(images)})")
+            return images
+
+        id_images = opened(id, "the ID set")
+        labels = check_labels(id_images, int(model.num_classes), str(model.name))
+        ood_images = {str(name): opened(value, f"OOD set {name}") for name, value in (ood or {}).items()}
+        fit_images = None if fit is None else opened(fit, "the fit set")
+        if fit_images is not None:
+            refuse_overlap(fit_images, "the fit set", id_images, "the ID set")
+            for name, images in ood_images.items():
+                refuse_overlap(fit_images, "the fit set", images, f"OOD set {name}")
+        return cls(id_images, labels, ood_images, fit_images, groups_of(ood_images, groups))
 
 
 def is_source(value: Any) -> bool:

@@ -8,6 +8,7 @@ percent.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -18,7 +19,7 @@ from quantlens.errors import QuantlensError
 from quantlens.metrics._arrays import Int, as_vector
 
 COUNTS = frozenset({"n", "n_id", "n_ood", "n_sets", "skipped", "num_classes"})
-"""Keys that hold a number of things: they have no quantization delta and no mean over sets."""
+"""Keys that hold a number of things: they have no change by quantization and no mean over sets."""
 
 
 def _counts_per_score(id_scores: ArrayLike, ood_scores: ArrayLike) -> tuple[Int, Int]:
@@ -86,22 +87,33 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
-def delta(fp32: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[str, Any]:
-    """The quantization delta: each figure at FP32 less the same figure quantized, in the same nesting.
+def change(value: Mapping[str, Any], fp32: Mapping[str, Any]) -> dict[str, Any]:
+    """What quantization changed: each metric of a quantized model less the same metric at FP32, in the same nesting.
 
     Kept are the numbers that both sides have. Left out are counts (see COUNTS), names, None, lists (per-class
     tables, reliability data) and branches in which nothing is left.
     """
     out: dict[str, Any] = {}
     for key, before in fp32.items():
-        after = quantized.get(key)
+        after = value.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            branch = delta(before, after)
+            branch = change(after, before)
             if branch:
                 out[key] = branch
         elif key not in COUNTS and _is_number(before) and _is_number(after):
-            out[key] = float(before) - float(after)
+            out[key] = float(after) - float(before)
     return out
+
+
+def delta(fp32: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[str, Any]:
+    """An earlier name of `change`, with its arguments and its sign the other way round (FP32 - quantized)."""
+    warnings.warn(
+        "quantlens.metrics.delta is quantlens.metrics.change now, with the opposite sign (quantized - FP32); quantlens "
+        "0.4 drops the old name",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return change(fp32, quantized)
 
 
 def mean_over_sets(

@@ -14,12 +14,24 @@ from markupsafe import Markup
 from quantlens.attention import pictures
 from quantlens.attention.association import FEWEST, Association, associate
 from quantlens.errors import QuantlensError
+from quantlens.metrics import METRICS
 from quantlens.report import svg
 from quantlens.report.charts import FAMILIES, Looks, Panel, PanelRow, describe, family_widths
-from quantlens.report.collect import Board, Group, Path, dig
+from quantlens.report.collect import Board, Group, Path, change_of, dig
 from quantlens.report.svg import Frame, Point, Series, coord, marker
 from quantlens.report.tables import Row, Table, Value, seeds_text
-from quantlens.report.text import BASELINE, MISSING, Stat, count, fixed, join_words, mean_std, number, score_label
+from quantlens.report.text import (
+    BASELINE,
+    MISSING,
+    Stat,
+    count,
+    fixed,
+    join_words,
+    mean_std,
+    metric_heading,
+    number,
+    score_label,
+)
 
 PICTURE_BYTES = 9_000_000
 """All pictures together, so that the file stays under 15 MB; further images are left out and counted."""
@@ -42,16 +54,21 @@ class Measure:
     factor: float = 1.0
 
 
-def _plain(name: str) -> Pick:
-    return lambda summary: number(summary.get(name))
+def _of(
+    name: str, digits: int = 3, floor: float | None = 0.0, ceiling: float | None = None, factor: float = 0
+) -> Measure:
+    """A metric of a drift summary as it is stored."""
+    metric = METRICS[name]
 
-
-def _less_one(name: str) -> Pick:
     def pick(summary: Mapping[str, Any]) -> float | None:
-        value = number(summary.get(name))
-        return None if value is None else 1 - value
+        return number(summary.get(name))
 
-    return pick
+    return Measure(metric_heading(name), metric.label, pick, digits, floor, ceiling, metric.factor)
+
+
+def _less_one(summary: Mapping[str, Any]) -> float | None:
+    value = number(summary.get("rollout_spearman"))
+    return None if value is None else 1 - value
 
 
 def _outlier_change(summary: Mapping[str, Any]) -> float | None:
@@ -59,30 +76,33 @@ def _outlier_change(summary: Mapping[str, Any]) -> float | None:
     return None if here is None or there is None else abs(here - there)
 
 
-RANK = Measure("Rollout maps: rank correlation with FP32", "Spearman", _plain("rollout_spearman"), 3, None, 1.0)
-KL = Measure("Attention rows: KL divergence from FP32", "nats", _plain("row_kl"))
-OUTLIERS = Measure("Outlier tokens per image, all blocks", "tokens", _plain("outliers"), 1)
+RANK = _of("rollout_spearman", 3, None, 1.0)
+KL = _of("row_kl")
+OUTLIERS = _of("outliers", 1)
+OVERLAP = _of("rollout_overlap", 1)
+CHANGED = _of("prediction_changed", 1)
+OUTPUT = _of("output_kl")
 CURVES = (RANK, KL, OUTLIERS)
 TABLED = (
     RANK,
-    Measure("Rollout maps: overlap of the top tenth %", "%", _plain("rollout_overlap"), 1, factor=100),
-    Measure("Centre of mass moved, % of the diagonal", "%", _plain("centre_movement"), 1, factor=100),
+    OVERLAP,
+    _of("centre_movement", 1),
     KL,
-    Measure("Attention rows: cosine similarity", "", _plain("row_cosine")),
-    Measure("Entropy of attention rows, change in nats", "nats", _plain("entropy_change"), 3, None),
-    Measure("Outlier positions in common %", "%", _plain("outlier_overlap"), 1, factor=100),
-    Measure("Predictions changed %", "%", _plain("prediction_changed"), 1, factor=100),
-    Measure("Confidence, change in points", "points", _plain("confidence_change"), 1, None, factor=100),
-    Measure("Class probabilities: KL divergence", "nats", _plain("output_kl")),
+    _of("row_cosine"),
+    _of("entropy_change", 3, None),
+    _of("outlier_overlap", 1),
+    CHANGED,
+    _of("confidence_change", 1, None),
+    OUTPUT,
 )
 CAUSES = (
-    Measure("Rollout maps: 1 − rank correlation", "1 − Spearman", _less_one("rollout_spearman")),
-    Measure("Attention rows: KL divergence", "nats", _plain("row_kl")),
-    Measure("Centre of mass moved", "share of the diagonal", _plain("centre_movement")),
-    Measure("Outlier tokens, change of their number", "tokens per image", _outlier_change, 1),
-    Measure("Class probabilities: KL divergence", "nats", _plain("output_kl")),
+    Measure("1 − rollout rank correlation", "1 − rollout rank correlation", _less_one),
+    KL,
+    Measure("Centre of mass moved", "share of the diagonal", lambda s: number(s.get("centre_movement"))),
+    Measure("Outlier tokens, change of their number", "outlier tokens per image, change", _outlier_change, 1),
+    OUTPUT,
 )
-"""What may go with the loss of AUPR-out; the last is not attention, and stands there to compare."""
+"""What may go with the change of AUPR-out; the last is not attention, and stands there to compare."""
 
 
 @dataclass(frozen=True)
@@ -263,10 +283,10 @@ def table_of(board: Board, measure: Measure) -> Table | None:
     return Table(measure.title, heads, rows, more=measure is not OUTLIERS)
 
 
-# -- drift and the loss of AUPR-out -----------------------------------------------------------------------------------
+# -- drift and the change of AUPR-out ---------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Pair:
-    """One quantized cell: its group, precision, drift and loss."""
+    """One quantized cell: its group, precision, drift and change of AUPR-out."""
 
     group: Group
     bits: str
@@ -276,27 +296,19 @@ class Pair:
 
 
 def pairs(board: Board, path: Path, where: str, measure: Measure) -> list[Pair]:
-    """(drift, loss of AUPR-out in points) of every quantized cell that has both."""
+    """(drift, change of AUPR-out in points) of every quantized cell that has both."""
     found = []
     for group in board.groups:
         for bits, results in group.cells.items():
             for result in results:
-                x, loss = figure(result, where, measure), _loss(group, result, path)
-                if x is not None and loss is not None:
-                    found.append(Pair(group, bits, str(result.get("seed")), x, 100 * loss))
+                x, change = figure(result, where, measure), change_of(group, result, path)
+                if x is not None and change is not None:
+                    found.append(Pair(group, bits, str(result.get("seed")), x, 100 * change))
     return found
 
 
-def _loss(group: Group, result: Mapping[str, Any], path: Path) -> float | None:
-    stored = number(dig(result, ("delta", *path)))
-    if stored is not None:
-        return stored
-    reference, value = number(dig(group.fp32, path)), number(dig(result, path))
-    return None if reference is None or value is None else reference - value
-
-
 def correlations(board: Board, looks: Looks) -> tuple[list[Panel], list[list[str]], str]:
-    """(scatter plots, rows of the table in LINK_COLUMNS, what the loss is)."""
+    """(scatter plots, rows of the table in LINK_COLUMNS, what it is that changes)."""
     parts, score = board.parts(), board.score
     if not parts or score is None:
         return [], [], ""
@@ -336,28 +348,27 @@ def _r(value: float | None) -> str:
 
 
 def scatter(points: Sequence[Pair], looks: Looks, measure: Measure, where: str, what: str, found: Association) -> Panel:
-    """Loss of AUPR-out against drift, a mark per cell."""
+    """Change of AUPR-out against drift, a mark per cell."""
     xs = svg.nice_ticks(min(0.0, *(p.x for p in points)), max(p.x for p in points), 5)
-    ys = svg.nice_ticks(min(0.0, *(p.y for p in points)), max(p.y for p in points), 8)
+    ys = svg.nice_ticks(min(p.y for p in points), max(0.0, *(p.y for p in points)), 8)
     frame = Frame((xs[0], xs[-1]), (ys[0], ys[-1]), top=26)
     frame.grid_y(ys)
     frame.axis_x((x, svg.tick_text(x, xs[1] - xs[0])) for x in xs)
-    frame.labels(f"{measure.title} ({measure.axis})", "AUPR-out lost, points")
-    if ys[0] < 0:
+    frame.labels(measure.axis, "Δ AUPR-out, points")
+    if ys[-1] > 0:
         y = coord(frame.y(0.0))
         frame.body.append(f'<path class="a" d="M{frame.left} {y}H{frame.width - frame.right}"/>')
     by_key: dict[int, list[str]] = {}
     styles = {}
     for p in points:
         style = looks.style(p.group)
-        tip = (
-            f"{p.group.name}, {p.bits}, seed {p.seed}: drift {fixed(p.x, measure.digits)}, loss {fixed(p.y, 1)} points"
-        )
+        tip = f"{p.group.name}, {p.bits}, seed {p.seed}: drift {fixed(p.x, measure.digits)}, "
+        tip += f"Δ AUPR-out {fixed(p.y, 1, sign=True)} points"
         styles[looks.key(p.group)] = style
         by_key.setdefault(looks.key(p.group), []).append(marker(style.marker, frame.x(p.x), frame.y(p.y), tip))
     for key, marks in by_key.items():
         frame.body.append(f'<g class="s {styles[key].classes}" data-s="{key}">{"".join(marks)}</g>')
-    title = f"Loss of {what} against {measure.title.lower()} on {WHERE[where]}"
+    title = f"Change of {what} against {measure.axis} on {WHERE[where]}"
     rho = "too few cells for a correlation" if found.spearman is None else f"Spearman {_r(found.spearman)}"
     interval = "" if found.low is None else f" (95 % {_r(found.low)} to {_r(found.high)})"
     words = f"{rho}{interval}, {count(found.n, 'cell')}"
@@ -499,7 +510,7 @@ def drift_svg(title: str, drifts: Mapping[str, Mapping[str, Mapping[str, Any]]])
     precisions = list(drifts)
     sets = list(dict.fromkeys(s for by_set in drifts.values() for s in by_set))
     places = [(float(i), b) for i, b in enumerate(precisions)]
-    shown = [RANK, KL, OUTLIERS, *(m for m in TABLED if m.title.startswith(("Rollout maps: overlap", "Pred", "Class")))]
+    shown = [RANK, KL, OUTLIERS, OVERLAP, CHANGED, OUTPUT]
     body = [f'<rect width="1240" height="660" fill="#fff"/><text class="h1" x="16" y="24">{html.escape(title)}</text>']
     x = 16.0
     for i, name in enumerate(sets):

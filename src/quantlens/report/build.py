@@ -32,7 +32,7 @@ def write_report(
     store_or_dir: a directory that holds store.sqlite, or an object with `.cells()` and `.study()`.
     out: the HTML file; by default report.html in the study's directory. An existing file is replaced at once
     or not at all.
-    progress: called with (what, done, in all) while deltas are resampled, once per store.
+    progress: called with (what, done, in all) while changes are resampled, once per store.
     Raises QuantlensError for an empty store, StorageError where the file cannot be written.
     """
     from quantlens.report.collect import collect
@@ -132,7 +132,7 @@ def page_context(board: Any) -> dict[str, Any]:
         "layers": inspection.layers(board),
         "attention": lens.attention(board, looks),
         "link_columns": lens.LINK_COLUMNS,
-        "delta_panels": charts.delta_bars(board, looks),
+        "delta_panels": charts.change_bars(board, looks),
         "deltas": tables.delta_table(board),
         "set_columns": tables.SET_COLUMNS,
         "set_text_columns": tables.SET_TEXT_COLUMNS,

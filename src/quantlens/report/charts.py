@@ -1,4 +1,4 @@
-"""The line and bar charts: the paper's Figure 1, the sensitivity curves, the ranked deltas."""
+"""The line and bar charts: the paper's Figure 1, the sensitivity curves, the ranked changes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
+from quantlens.metrics import METRICS, Metric
 from quantlens.report import svg
 from quantlens.report.collect import Board, Group, Path
 from quantlens.report.svg import Bar, Point, Series, Style
@@ -17,9 +18,12 @@ from quantlens.report.text import (
     fixed,
     join_words,
     mean_std,
+    metric_title,
     parse_bits,
     score_label,
 )
+
+AUPR = metric_title("aupr_out")
 
 MAX_LINES = 8
 """More lines than this in one panel are split into a panel per model."""
@@ -166,10 +170,16 @@ def aupr_panels(board: Board, looks: Looks, score: str, prefix: Path, what: str,
     for (name, _, series), chance in zip(drawn, levels, strict=True):
         if not series:
             continue
-        title = f"AUPR-out by precision, {what}, score {label}" + (f", {name}" if name else "")
+        title = f"{AUPR} by precision, {what}, score {label}" + (f", {name}" if name else "")
         words = describe(series, title) + ("" if chance is None else f" Chance level {fixed(chance, 1)} %.")
         drawing = svg.line_chart(
-            series, places, title=title, description=words, y_label="AUPR-out %", chance=chance, ticks=ticks
+            series,
+            places,
+            title=title,
+            description=words,
+            y_label=METRICS["aupr_out"].label,
+            chance=chance,
+            ticks=ticks,
         )
         notes = " · ".join(filter(None, [name, detail, label]))
         panels.append(Panel(Markup(drawing), what, notes, score, alternative=score != board.score))
@@ -254,12 +264,12 @@ def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: s
         places.append((last + 1.2, BASELINE))
         labels.append((last + 1.2, BASELINE))
     kinds: list[tuple[str, Path, str, float, int, str]] = [
-        ("Top-1", ("id", "top1"), "", 100, 1, " %"),
-        ("NLL", ("id", "nll"), "", 1, 3, ""),
+        (metric_title("top1"), ("id", "top1"), "", 100, 1, " %"),
+        (metric_title("nll"), ("id", "nll"), "", 1, 3, ""),
     ]
     for part in board.parts():
         kinds += [
-            (f"AUPR-out, {PART_NAMES[part]}", ("ood_mean", part, s, "aupr_out"), s, 100, 1, " %") for s in board.scores
+            (f"{AUPR}, {PART_NAMES[part]}", ("ood_mean", part, s, "aupr_out"), s, 100, 1, " %") for s in board.scores
         ]
     panels = []
     for what, path, score, factor, digits, unit in kinds:
@@ -274,7 +284,7 @@ def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: s
             if not series:
                 continue
             title = f"{what} against {x_label}" + (f", {name}" if name else "")
-            y_label = f"{'AUPR-out' if score else what}{unit}"
+            y_label = f"{AUPR if score else what}{unit}"
             drawing = svg.line_chart(
                 series,
                 labels,
@@ -290,83 +300,75 @@ def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: s
     return panels
 
 
-# -------------------------------------------------------------------------------- ranked deltas
+# -------------------------------------------------------------------------------- ranked changes
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A delta turned so that more is worse: its title, path in the result, sign, factor, decimals and
-    unit."""
+class Change:
+    """What quantization changed, to be ranked: the metric's path in the result, the words after its name, decimals, and
+    the OOD score it belongs to."""
 
-    title: str
     path: Path
-    sign: int
-    factor: float
-    digits: int
-    unit: str
+    note: str = ""
+    digits: int = 1
     score: str = ""
 
+    @property
+    def metric(self) -> Metric:
+        return METRICS[self.path[-1]]
 
-def losses(board: Board, scores: Sequence[str]) -> list[Loss]:
-    found = [
-        Loss("Top-1 lost", ("id", "top1"), 1, 100, 1, "points"),
-        Loss("NLL gained", ("id", "nll"), -1, 1, 3, "nats"),
-    ]
+    @property
+    def title(self) -> str:
+        return f"Δ {self.metric.title} {self.metric.arrow}{self.note}"
+
+
+def changes(board: Board, scores: Sequence[str]) -> list[Change]:
+    found = [Change(("id", "top1")), Change(("id", "nll"), digits=3)]
     for part in board.parts():
-        found += [
-            Loss(
-                f"AUPR-out lost, {PART_NAMES[part]}",
-                ("ood_mean", part, s, "aupr_out"),
-                1,
-                100,
-                1,
-                "points",
-                s,
-            )
-            for s in scores
-        ]
+        found += [Change(("ood_mean", part, s, "aupr_out"), f", {PART_NAMES[part]}", score=s) for s in scores]
     return found
 
 
-def delta_bars(board: Board, looks: Looks) -> list[Panel]:
-    """A bar chart per loss and precision, the largest loss first."""
+def change_bars(board: Board, looks: Looks) -> list[Panel]:
+    """A bar chart per metric and precision, the largest loss first."""
     panels = []
     for bits in reversed(board.quantized):
-        for loss in losses(board, board.scores):
+        for change in changes(board, board.scores):
             ranked = []
             for group in board.groups:
-                stat = board.delta(group, bits, loss.path)
+                stat = board.change(group, bits, change.path)
                 if stat is not None:
-                    ranked.append((stat.scaled(loss.sign * loss.factor), group))
+                    ranked.append((stat.scaled(change.metric.factor), group))
             if not ranked:
                 continue
-            ranked.sort(key=lambda item: -item[0].mean)
+            ranked.sort(key=lambda item: item[0].mean, reverse=change.metric.direction == "lower")
             bars = [
                 Bar(
                     group.name if len(board.models) > 1 else group.method,
                     s.mean,
                     s.std,
-                    mean_std(s, loss.digits),
+                    mean_std(s, change.digits, sign=True),
                     looks.style(group),
                     count(s.n, "seed"),
                 )
                 for s, group in ranked[:MAX_BARS]
             ]
-            title = f"{loss.title} at {bits}"
-            words = f"{title}, the largest first: {bars[0].label} {bars[0].text} {loss.unit}"
+            title = f"{change.title} at {bits}"
+            unit = change.metric.change_unit
+            words = f"{title}, the largest loss first: {bars[0].label} {bars[0].text} {unit}"
             if len(bars) > 1:
-                words += f" to {bars[-1].label} {bars[-1].text} {loss.unit}"
+                words += f" to {bars[-1].label} {bars[-1].text} {unit}"
             drawing = svg.bar_chart(bars, title=title, description=words)
             cut = f"the {MAX_BARS} largest of {len(ranked)}" if len(ranked) > MAX_BARS else ""
-            notes = " · ".join(filter(None, [loss.unit, loss.score and score_label(loss.score), cut]))
+            notes = " · ".join(filter(None, [unit, change.score and score_label(change.score), cut]))
             panels.append(
                 Panel(
                     Markup(drawing),
                     title,
                     notes,
-                    loss.score,
+                    change.score,
                     bits,
-                    alternative=bits != board.lowest or (bool(loss.score) and loss.score != board.score),
+                    alternative=bits != board.lowest or (bool(change.score) and change.score != board.score),
                 )
             )
     return panels

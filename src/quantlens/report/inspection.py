@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from quantlens.errors import QuantlensError
 from quantlens.files import write_whole
+from quantlens.metrics import METRICS
 from quantlens.report import svg
 from quantlens.report.collect import Board
 from quantlens.report.frontier import legend_of
@@ -41,9 +42,9 @@ def _short(value: float | None) -> str:
 
 EFFECT: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("bits", lambda p: p.bits),
-    ("SQNR dB", lambda p: fixed(p.effect.sqnr_db, 1)),
-    ("KL", lambda p: f"{p.effect.kl:.2g}"),
-    ("changed %", lambda p: percent(p.effect.changed)),
+    (METRICS["sqnr_db"].heading, lambda p: fixed(p.effect.sqnr_db, 1)),
+    (METRICS["kl"].heading, lambda p: f"{p.effect.kl:.2g}"),
+    (METRICS["changed"].heading, lambda p: percent(p.effect.changed)),
 )
 STATISTICS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("ratio A", lambda p: _short(_largest(p, "range_ratio", False))),

@@ -340,13 +340,14 @@ def bar_chart(bars: Sequence[Bar], *, title: str, description: str, width: int =
         right=room,
     )
     zero = frame.x(0.0)
+    side, anchor = (-1, ' text-anchor="end"') if -low > high else (1, "")
     for i, bar in enumerate(bars):
         y = top + row * i
         x = frame.x(bar.value)
         left, span = min(zero, x), max(abs(x - zero), 0.8)
         frame.body.append(
             f'<g class="b {bar.style.classes}"><title>{esc(bar.tip or bar.label)}</title>'
-            f'<text class="t" x="{coord(zero + 1)}" y="{y + 14}">{esc(bar.label)}</text>'
+            f'<text class="t" x="{coord(zero + side)}" y="{y + 14}"{anchor}>{esc(bar.label)}</text>'
             f'<rect x="{coord(left)}" y="{y + 19}" width="{coord(span)}" height="10" rx="1.5"/>'
         )
         end = max(x, zero)

@@ -157,7 +157,7 @@ def measured(
     import psutil
     import torch
 
-    from quantlens.evaluation.evaluate import device_of, measurable
+    from quantlens.evaluation.run import device_of, measurable
 
     threads = torch.get_num_threads()
     backend.set_threads(max(1, cores() // workers))

@@ -101,7 +101,7 @@ class Session:
 
         self.cells = plan_study(config, backend)
         if config.scores is not None:
-            from quantlens.evaluation.evaluate import choose_scores
+            from quantlens.evaluation.scoring import choose_scores
 
             choose_scores(config.scores)
         for model in config.models:
@@ -209,7 +209,7 @@ class Session:
     def reference(self, group: Group) -> Any:
         """The FP32 Result of a group's model, from the store."""
         if group.reference is None:
-            from quantlens.evaluation.evaluate import Result
+            from quantlens.evaluation import Result
 
             stored = self.store.cell(group.keys[group.fp32.slot])
             if stored is None or stored.result is None:

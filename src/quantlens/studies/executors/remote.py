@@ -116,7 +116,7 @@ class Worker:
 
 def _fp32(reference: Mapping[str, Any] | list[Any] | None, label: str) -> Any:
     """The FP32 Result, waited for where it is not there yet."""
-    from quantlens.evaluation.evaluate import Result
+    from quantlens.evaluation import Result
 
     assert reference is not None
     if not isinstance(reference, list):

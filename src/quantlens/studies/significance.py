@@ -1,7 +1,7 @@
-"""Which quantization deltas of a store do not stand: those whose 95 % interval holds 0 (see `compare`).
+"""Which changes by quantization are not significant: those whose 95 % interval holds 0 (see `evaluation.compare`).
 
-The report asks for every cell at once, so the answers are kept in `DIR/outputs/standing.json`. They depend on the cells
-alone, whose keys name them; the file can be deleted at any time.
+The report asks for every cell at once, so the answers are kept in `DIR/outputs/significance.json`. They depend on the
+cells alone, whose keys name them; the file can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -13,29 +13,30 @@ from pathlib import Path
 
 from quantlens.errors import StorageError
 from quantlens.evaluation import outputs as kept
-from quantlens.evaluation.bootstrap import Array, Resamples, Wanted, differences, interval, replicate
+from quantlens.evaluation.bootstrap import Wanted, replicate
 from quantlens.evaluation.outputs import Outputs
 from quantlens.files import write_whole
+from quantlens.metrics.bootstrap import Array, Resamples, differences, interval
 
 VERSION = 1
 RESAMPLES = 1000
-FIGURES = ("top1", "nll", "ece", "aupr_out")
+ASKED = ("top1", "nll", "ece", "aupr_out")
 
 
-class Standing:
+class Significance:
     """Answers for the store in `directory`; call `save` when all has been asked."""
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.file = directory / kept.FOLDER / "standing.json"
+        self.file = directory / kept.FOLDER / "significance.json"
         self.resamples = Resamples(RESAMPLES)
         self.known = self._read()
         self.asked: dict[str, list[str]] = {}
         self._baseline: tuple[str, Outputs] | None = None
         self._replicas: dict[tuple[str, Wanted], dict[str, Array]] = {}
 
-    def falls(self, baseline: str, keys: Sequence[str]) -> frozenset[str] | None:
-        """Paths of the figures ("id.top1", "ood_mean.far.msp.aupr_out", …) in which the cells `keys` (the seeds of one
+    def not_significant(self, baseline: str, keys: Sequence[str]) -> frozenset[str] | None:
+        """Paths of the metrics ("id.top1", "ood_mean.far.msp.aupr_out", …) in which the cells `keys` (the seeds of one
         precision) do not differ from the FP32 cell `baseline`; None where not all outputs are kept and whole."""
         if not all(kept.path_of(self.directory, key).is_file() for key in (baseline, *keys)):
             return None
@@ -59,7 +60,7 @@ class Standing:
             if first.labels.tolist() != second.labels.tolist():
                 raise StorageError(f"the per-image outputs {key} are not of the images of {baseline}")
             sets = tuple(s for s in first.ood_scores if s in second.ood_scores)
-            wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), FIGURES)
+            wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), ASKED)
             if (baseline, wanted) not in self._replicas:
                 self._replicas[baseline, wanted] = replicate(first, wanted, self.resamples)
             before = self._replicas[baseline, wanted]
