@@ -632,7 +632,7 @@ def test_a_name_is_taken_once(own_scores: None) -> None:
     def other(logits: np.ndarray) -> np.ndarray:
         return logits[:, 0]
 
-    with pytest.raises(QuantlensError, match="name 'msp' is taken by quantlens"):
+    with pytest.raises(QuantlensError, match=r"name 'msp' is taken by msp \(quantlens"):
         register_score(ScoreInfo("msp", "Mine", "a test"))(other)
     register_score(ScoreInfo("other", "Mine", "a test"))(other)
     register_score(ScoreInfo("other", "Mine, again", "a test"))(other)
