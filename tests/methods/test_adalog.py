@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens.errors import QuantlensError, UnsupportedError
+from quantlens.errors import UnsupportedError
 from quantlens.quantizers import AdaLog, Log, Uniform
 
 
@@ -107,9 +107,3 @@ def test_it_is_exported_as_a_simulation_alone(ending, model, pictures, tmp_path)
     else:
         got = torch.as_tensor(Artefact(path, threads=1)(pictures))
     assert float((got - expected).square().sum()) < 1e-6 * float(expected.square().sum())
-
-
-@pytest.mark.parametrize("options", [{"rounds": 0}, {"steps": 0}, {"candidates": 3}])
-def test_wrong_options_are_named(options, model, pictures):
-    with pytest.raises(QuantlensError, match="rounds"):
-        ql.quantize(model, pictures, method="adalog", bits="W4A8", **options)

@@ -259,15 +259,6 @@ def test_names_and_aliases():
         registry.get("repq-vitt")
 
 
-def test_wrong_options_are_named(loaded, pictures):
-    with pytest.raises(QuantlensError, match=r"layernorm"):
-        ql.quantize(loaded["vit"], pictures, method="repq-vit", layernrom="tensor")
-    with pytest.raises(QuantlensError, match=r"reparameterized, tensor, channel"):
-        ql.quantize(loaded["vit"], pictures, method="repq-vit", layernorm="group")
-    with pytest.raises(QuantlensError, match=r"0\.5"):
-        ql.quantize(loaded["vit"], pictures, method="percentile", p=0.3)
-
-
 @pytest.mark.parametrize(
     ("images", "message"),
     [

@@ -297,9 +297,3 @@ def test_seeds_rotate_differently_and_reproducibly(loaded, pictures):
     first = logits(0)
     assert torch.equal(first, logits(0))
     assert not torch.equal(first, logits(1))
-
-
-def test_a_damping_that_is_none_is_refused(digits):
-    for method in ("quantlens-fast", "quantlens-best"):
-        with pytest.raises(QuantlensError, match="damping"):
-            ql.quantize(digits["model"], digits["calibration"], method=method, bits="W4A4", damping=0)
