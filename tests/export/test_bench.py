@@ -1,26 +1,41 @@
 from __future__ import annotations
 
-import time
-
 import pytest
 
 import quantlens as ql
 from quantlens.errors import QuantlensError
+from quantlens.export import bench as module
 from quantlens.export.bench import Contender, bench, contender, eager
 
 
-def _sleeper(label: str, seconds: float) -> Contender:
-    return Contender(label, lambda threads: lambda images: time.sleep(seconds * len(images)))
+class Clock:
+    """Time that passes only where it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
+
+    def sleeper(self, label: str, seconds: float) -> Contender:
+        """Takes so long for an image."""
+
+        def make(threads: int):
+            def run(images):
+                self.now += seconds * len(images)
+
+            return run
+
+        return Contender(label, make)
 
 
-def test_ratios_and_throughput():
-    slow, fast = _sleeper("slow", 0.004), _sleeper("fast", 0.002)
+def test_ratios_and_throughput(monkeypatch):
+    clock = Clock(monkeypatch)
+    slow, fast = clock.sleeper("slow", 0.004), clock.sleeper("fast", 0.002)
     found = bench([slow, fast], input_size=(3, 2, 2), batches=(1, 2), rounds=8)
     assert [(t.label, t.batch) for t in found] == [("slow", 1), ("fast", 1), ("slow", 2), ("fast", 2)]
-    assert found[0].speedup == 1
-    assert 1.5 < found[1].speedup < 2.5
-    assert found[3].images_per_second == pytest.approx(2 / (found[3].median_ms / 1e3))
-    assert all(t.p10_ms <= t.median_ms <= t.p90_ms for t in found)
+    assert [t.median_ms for t in found] == pytest.approx([4, 2, 8, 4])
+    assert [t.speedup for t in found] == pytest.approx([1, 2, 1, 2])
+    assert found[3].images_per_second == pytest.approx(500)
+    assert all(t.p10_ms == pytest.approx(t.p90_ms) for t in found)
     assert found[0].size_mb is None
 
 

@@ -119,18 +119,18 @@ def test_the_gradients_are_those_of_the_definition(quantizer):
     assert not bool(inside.all()), "the example must have clipped values"
 
 
-def test_learning_lowers_the_error_of_a_bad_range(quantizer):
+def test_a_step_along_the_gradient_lowers_the_error_of_a_bad_range(quantizer):
+    """A range 0.4 times as wide as the values': its gradient says wider."""
     x = _values(4).repeat(8, 1, 1)
     learned = LearnedScale(quantizer)
     with torch.no_grad():
         learned.ratio.mul_(0.4)
-    before = float((learned(x) - x).square().mean())
-    optimiser = torch.optim.Adam(learned.parameters(), lr=0.01)
-    for _ in range(200):
-        optimiser.zero_grad()
-        (learned(x) - x).square().mean().backward()
-        optimiser.step()
-    assert float((learned.freeze()(x) - x).square().mean()) < 0.7 * before
+    before = (learned(x) - x).square().mean()
+    before.backward()
+    assert float(learned.ratio.grad.sum()) < 0
+    with torch.no_grad():
+        learned.ratio.sub_(0.05 * learned.ratio.grad.sign())
+        assert float((learned(x) - x).square().mean()) < float(before)
 
 
 def test_kept_elements_pass_in_float_and_do_not_pull_the_scale():

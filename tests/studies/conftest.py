@@ -1,4 +1,4 @@
-"""Keeps torch to one thread, and lends a disk."""
+"""Lends a disk."""
 
 import os
 import shutil
@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-
-torch.set_num_threads(1)
 
 
 class SmallDisk:

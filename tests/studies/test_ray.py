@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 CELLS = 9
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """One cluster of two processors for all tests, whose workers find `study_fakes`; its address."""
     from quantlens.studies.executors.local import environment
@@ -45,6 +45,13 @@ def cluster() -> Iterator[str]:
         del os.environ["PYTHONPATH"]
     else:
         os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(autouse=True)
+def _cluster_where_needed(request: pytest.FixtureRequest) -> None:
+    """Starting one takes seconds."""
+    if request.node.get_closest_marker("process"):
+        request.getfixturevalue("cluster")
 
 
 @pytest.fixture
@@ -65,6 +72,7 @@ def figures(out: Path) -> dict[str, tuple]:
     return {c.key: (c.spec, {k: v for k, v in c.result.items() if k not in ignored}) for c in cells}
 
 
+@pytest.mark.process
 def test_the_same_cells_and_figures_wherever_they_ran(tmp_path: Path, log: Path) -> None:
     broken, study = ("percentile W3A3 13",), config(inspect=True)
     summary = run(tmp_path / "ray", FakeBackend(log, broken=broken), study)
@@ -85,6 +93,7 @@ def test_the_same_cells_and_figures_wherever_they_ran(tmp_path: Path, log: Path)
     assert len(names) == CELLS
 
 
+@pytest.mark.process
 def test_cells_begin_while_fp32_is_measured(tmp_path: Path, log: Path) -> None:
     summary = run(tmp_path / "out", FakeBackend(log, patience=60.0))
     assert (summary.done, summary.failed) == (CELLS, [])
@@ -94,6 +103,7 @@ def test_cells_begin_while_fp32_is_measured(tmp_path: Path, log: Path) -> None:
     assert figures(tmp_path / "out") == figures(tmp_path / "local")
 
 
+@pytest.mark.process
 def test_cells_that_wait_for_an_fp32_that_fails_say_so(tmp_path: Path, log: Path) -> None:
     summary = run(tmp_path / "out", FakeBackend(log, broken=("fp32",), patience=60.0))
     assert summary.done == 0
@@ -104,6 +114,7 @@ def test_cells_that_wait_for_an_fp32_that_fails_say_so(tmp_path: Path, log: Path
     assert len(FakeBackend(log).ended()) <= 1  # only what had begun was measured
 
 
+@pytest.mark.process
 def test_a_killed_worker_is_replaced_and_its_cell_retried(tmp_path: Path, log: Path) -> None:
     killed: list[int] = []
 
@@ -129,6 +140,7 @@ def test_a_killed_worker_is_replaced_and_its_cell_retried(tmp_path: Path, log: P
     assert set(Counter(FakeBackend(log).ended()).values()) == {1}
 
 
+@pytest.mark.process
 def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path, log: Path, cluster: str) -> None:
     out = tmp_path / "out"
     ray_settings = {"executor": "ray", "workers": 2, "address": cluster}
@@ -158,6 +170,7 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path, log: Path, cluster
     connection.close()
 
 
+@pytest.mark.process
 def test_what_stops_a_worker_stops_the_study(tmp_path: Path, log: Path) -> None:
     """A model that cannot be loaded fails its own cells; a disk that is full stops everything."""
     backend = FakeBackend(log, broken=("minmax W8A8 0",), error="full")
@@ -168,6 +181,7 @@ def test_what_stops_a_worker_stops_the_study(tmp_path: Path, log: Path) -> None:
         assert store.failures()[0][1].strip().endswith("RuntimeError: no such weights")
 
 
+@pytest.mark.process
 def test_the_store_on_a_disk_that_fills(small_disk, tmp_path: Path, log: Path) -> None:
     """While two workers run: what found room is kept, and the same command goes on once there is some."""
     out, study = small_disk.path / "out", config(inspect=True)
@@ -188,6 +202,7 @@ def test_the_store_on_a_disk_that_fills(small_disk, tmp_path: Path, log: Path) -
     connection.close()
 
 
+@pytest.mark.process
 def test_a_worker_whose_disk_is_full(small_disk, tmp_path: Path, log: Path) -> None:
     """The cache of decoded images where workers run: the study stops, and no cell counts as failed."""
     (tmp_path / "photos").mkdir()
@@ -202,6 +217,7 @@ def test_a_worker_whose_disk_is_full(small_disk, tmp_path: Path, log: Path) -> N
     assert run(tmp_path / "out", FakeBackend(log), study, limit=2).done == 2
 
 
+@pytest.mark.process
 def test_a_driver_and_another_process_share_a_store(tmp_path: Path, log: Path) -> None:
     out = tmp_path / "out"
     other = subprocess.Popen(
@@ -215,6 +231,7 @@ def test_a_driver_and_another_process_share_a_store(tmp_path: Path, log: Path) -
     assert (len(counts), set(counts.values())) == (CELLS, {1})  # nothing twice
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

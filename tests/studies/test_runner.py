@@ -318,6 +318,7 @@ def wait_for(log: Path, lines: int, process: subprocess.Popen, word: str = "end 
         time.sleep(0.02)
 
 
+@pytest.mark.process
 def test_kill_at_any_time_loses_nothing_and_repeats_nothing(out: Path, log: Path) -> None:
     """SIGKILL in the middle of a cell: that cell alone runs again, every finished one is there."""
     process = start(out, log, 0.4)
@@ -341,6 +342,7 @@ def test_kill_at_any_time_loses_nothing_and_repeats_nothing(out: Path, log: Path
     connection.close()
 
 
+@pytest.mark.process
 def test_two_processes_share_a_store(out: Path, log: Path) -> None:
     first, second = start(out, log, 0.25), start(out, log, 0.25)
     for process in (first, second):
@@ -355,6 +357,7 @@ def test_two_processes_share_a_store(out: Path, log: Path) -> None:
         assert store.counts() == {"done": CELLS, "failed": 0}
 
 
+@pytest.mark.process
 def test_workers_count_only_their_own_cells(out: Path, log: Path) -> None:
     other = start(out, log, 0.5)
     wait_for(log, 1, other, "start ")  # FP32 is finished, and a cell is running
@@ -368,6 +371,7 @@ def test_workers_count_only_their_own_cells(out: Path, log: Path) -> None:
     assert (summary.done, shown.behind) == (CELLS, CELLS)
 
 
+@pytest.mark.process
 def test_two_studies_share_a_store(out: Path, log: Path) -> None:
     """Two that differ, in two processes: what they have in common runs once, and each counts its own cells."""
     both = {"methods": ["minmax"], "inspect": True}  # FP32, the inspection, and minmax at two widths and two seeds
@@ -387,6 +391,7 @@ def test_two_studies_share_a_store(out: Path, log: Path) -> None:
         assert len(store.cells()) == 5  # the report shows the study that began last
 
 
+@pytest.mark.process
 def test_workers_end_with_a_driver_that_is_killed(out: Path, log: Path) -> None:
     """SIGKILL of the process that started two workers, and of nothing else; the same command again goes on."""
     driver = start(out, log, 0.4, {"workers": 2})
@@ -405,6 +410,7 @@ def test_workers_end_with_a_driver_that_is_killed(out: Path, log: Path) -> None:
     assert (len(counts), set(counts.values())) == (CELLS, {1})  # a worker ends after its cell, which it keeps
 
 
+@pytest.mark.process
 def test_a_dead_process_is_waited_for_and_replaced(out: Path, log: Path) -> None:
     """A study that meets a cell of a process which then dies takes the cell over."""
     first = start(out, log, 3.0)
@@ -421,6 +427,7 @@ def test_a_dead_process_is_waited_for_and_replaced(out: Path, log: Path) -> None
     assert set(counts.values()) == {1}
 
 
+@pytest.mark.process
 def test_workers(out: Path, log: Path) -> None:
     study, cells = config(inspect=True), CELLS + 1
     run(out, log, study, limit=1)
@@ -436,6 +443,7 @@ def test_workers(out: Path, log: Path) -> None:
     assert (summary.done, summary.ran, summary.failed) == (cells, 1, [])
 
 
+@pytest.mark.process
 def test_a_killed_worker_is_replaced_by_the_others(out: Path, log: Path) -> None:
     """SIGKILL of one of two workers in the middle of a cell: the other takes the cell over, and says so."""
     killed: list[int] = []
