@@ -106,3 +106,32 @@ def test_the_header_describes_the_file(loaded, pictures, tmp_path):
     assert info["checkpoint_sha256"] == loaded["vit"].checkpoint_sha256
     assert info["calibration"]["n"] == len(pictures)
     assert header["quantizers"]["blocks.0.attn.qkv.weight"]["bits"] == 4
+
+
+def test_a_file_that_was_changed_is_refused(loaded, pictures, tmp_path):
+    """One bit anywhere after the first bytes: in the header, the codes, a scale."""
+    path = ql.quantize(loaded["vit"], pictures, method="minmax", bits="W4A8").save(tmp_path / "q.safetensors")
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for place in [*rng.integers(8, len(whole), 20), len(whole) - 1]:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << int(rng.integers(0, 8))
+        path.write_bytes(changed)
+        with pytest.raises(BadWeightsError, match=r"q\.safetensors"):
+            ql.load(path)
+    path.write_bytes(whole)
+    assert torch.isfinite(ql.load(path)(pictures)).all()
+
+
+def test_a_file_without_a_digest_loads_with_one_line_said(loaded, pictures, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    qmodel = ql.quantize(loaded["vit"], pictures, method="minmax", bits="W4A8")
+    path = qmodel.save(tmp_path / "q.safetensors")
+    with safe_open(path, "pt") as stream:
+        metadata = stream.metadata()
+    del metadata["sha256"]
+    save_file(load_file(path), tmp_path / "old.safetensors", metadata)
+    with pytest.warns(UserWarning, match="saved without a digest"):
+        again = ql.load(tmp_path / "old.safetensors")
+    assert torch.equal(again(pictures), qmodel(pictures))

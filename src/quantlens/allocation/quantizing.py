@@ -49,7 +49,7 @@ def quantize(
         wanted = allocation.bits()
     quantized = registry.get(method).apply(model, calibration, wanted, seed=seed, progress=progress, **options)
     if allocation is not None:
-        quantized.plan.info["allocation"] = allocation.summary()
+        quantized.plan.notes["allocation"] = allocation.summary()
     return quantized
 
 

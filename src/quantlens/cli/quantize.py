@@ -105,7 +105,7 @@ def quantize(
             **settings,
         )
         quantized.save(target)
-    seconds = quantized.plan.info.get("seconds")
+    seconds = quantized.provenance.seconds
     took = "" if seconds is None else f", calibrated in {seconds:.1f} s on {len(images)} images"
     ratio = f"{quantized.size_mb:.2f} MB, {quantized.size_ratio:.3f} of FP32"
     _common.say(f"{target}: {quantized.name} {quantized.method} {quantized.bits}, {ratio}{took}")

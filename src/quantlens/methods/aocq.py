@@ -142,7 +142,7 @@ class AOCQ(Method):
             )
         plan.quantizers = {**weights, **plan.quantizers}
         plan.rewrites = rewrites
-        plan.info["reconstruction"] = {stage: report.info() for stage, report in reports.items()}
+        plan.notes["reconstruction"] = {stage: report.info() for stage, report in reports.items()}
         return plan
 
 

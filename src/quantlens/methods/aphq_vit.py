@@ -83,7 +83,7 @@ class APHQViT(Method):
         if run["mlp"] == "relu" and find_mlps(graph):
             errors = self._refit(graph, calibration, bits, run, metrics)
             plan.rewrites.append(f"GELU replaced by ReLU and the layers refitted in {len(errors)} MLPs (not exact)")
-            plan.info["mlp"] = {name: [round(e, 6) for e in pair] for name, pair in errors.items()}
+            plan.notes["mlp"] = {name: [round(e, 6) for e in pair] for name, pair in errors.items()}
         plan.quantizers, rewrites = start(graph, calibration, bits, run)
         plan.rewrites += rewrites
         report = reconstruct(
@@ -96,7 +96,7 @@ class APHQViT(Method):
             progress=portion(run.progress, 1, 2),
             checkpoint=run["checkpoint"],
         )
-        plan.info["reconstruction"] = report.info()
+        plan.notes["reconstruction"] = report.info()
         return plan
 
     def _refit(

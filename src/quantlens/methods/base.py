@@ -27,7 +27,8 @@ from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
 from quantlens.qmodel import Bits, Plan, QuantizedModel
 from quantlens.qmodel.bits import FLOAT
-from quantlens.qmodel.model import describe, float_copy
+from quantlens.qmodel.model import float_copy
+from quantlens.qmodel.plan import Provenance
 from quantlens.qmodel.targets import TARGETS, target_named
 from quantlens.transforms import fold_layer_scale
 
@@ -153,18 +154,17 @@ class Method(ABC):
         plan.rewrites[:0] = [*split, *(["the image is read as pixel/255, whose codes are exact"] if pixels else [])]
         if folded:
             plan.rewrites.insert(0, f"LayerScale folded into {len(folded)} linear layers")
-        plan.info = {
-            **describe(model),
-            "method": self.info.name,
-            "method_version": self.info.version,
-            "bits": str(widths),
-            **({"widths": widths.to_mapping()} if widths.is_mixed else {}),
-            "seed": seed,
-            "options": settings,
-            "calibration": images.info(),
-            "seconds": round(time.perf_counter() - started, 3),
-            **plan.info,
-        }
+        plan.provenance = Provenance.of(
+            model,
+            method=self.info.name,
+            method_version=self.info.version,
+            bits=str(widths),
+            widths=widths.to_mapping() if widths.is_mixed else None,
+            seed=seed,
+            options=settings,
+            calibration=images.info(),
+            seconds=round(time.perf_counter() - started, 3),
+        )
         return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model)
 
     def _pixels(self, graph: Graph, model: Any, images: Calibration, settings: dict[str, Any]) -> list[str]:

@@ -89,7 +89,7 @@ class FIMAQ(Method):
             progress=run.progress,
             checkpoint=run["checkpoint"],
         )
-        plan.info["reconstruction"] = report.info()
+        plan.notes["reconstruction"] = report.info()
         return plan
 
 

@@ -102,7 +102,7 @@ class IAndSViT(Method):
                 progress=portion(run.progress, number, len(stages)),
                 checkpoint=f"{run['checkpoint']}/{stage}" if run["checkpoint"] else None,
             )
-        plan.info["reconstruction"] = {name: report.info() for name, report in reports.items()}
+        plan.notes["reconstruction"] = {name: report.info() for name, report in reports.items()}
         return plan
 
 

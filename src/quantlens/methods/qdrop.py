@@ -67,5 +67,5 @@ class QDrop(Method):
             progress=run.progress,
             checkpoint=run["checkpoint"],
         )
-        plan.info["reconstruction"] = report.info()
+        plan.notes["reconstruction"] = report.info()
         return plan

@@ -172,7 +172,7 @@ class QuantlensBest(Method):
                 progress=portion(run.progress, 1, parts),
                 checkpoint=run["checkpoint"],
             )
-            plan.info["reconstruction"], plan.info["iterations"] = report.info(), blocks
+            plan.notes["reconstruction"], plan.notes["iterations"] = report.info(), blocks
         if distillation.iterations:
             whole = distil(
                 graph,
@@ -185,5 +185,5 @@ class QuantlensBest(Method):
                 progress=portion(run.progress, parts - 1, parts),
                 checkpoint=run["checkpoint"],
             )
-            plan.info["distillation"] = asdict(whole)
+            plan.notes["distillation"] = asdict(whole)
         return plan

@@ -328,7 +328,7 @@ def calibrate(
         graph.set_tensor(name, value)
     graph.invalidate()
     kinds = [plan.quantizers[e.key].granularity for e in edges if not e.is_weight]
-    plan.info["activations"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    plan.notes["activations"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     return targets
 
 

@@ -3,12 +3,15 @@ itself.
 
 The file is safetensors. Its metadata holds one JSON header: format version, the graph, the sites' quantizers, the
 rewrites done, the plan's info (method, options, seed, calibration images, checkpoint SHA-256) and the preprocessing.
-Loading needs neither timm nor the model's class, executes nothing from the file, and gives bit-equal logits.
+Loading needs neither timm nor the model's class, executes nothing from the file, and gives bit-equal logits. A digest
+of header and tensors stands beside the header: a file that does not match it is rejected.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ from quantlens.errors import BadWeightsError, StorageError
 from quantlens.files import write_whole
 from quantlens.formats import restore, restore_operator
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
-from quantlens.qmodel.model import Plan, QuantizedModel
+from quantlens.qmodel.model import QuantizedModel
+from quantlens.qmodel.plan import Plan
 
 FORMAT = "quantlens"
 VERSION = 2
@@ -63,9 +67,20 @@ def save(qmodel: QuantizedModel, path: str | Path) -> Path:
     if path.suffix != ".safetensors":
         raise StorageError(f"{path}: quantized checkpoints end in .safetensors")
     tensors, header = _content(qmodel)
-    content = to_bytes(tensors, {"format": FORMAT, "header": json.dumps(header)})
+    text = json.dumps(header)
+    content = to_bytes(tensors, {"format": FORMAT, "header": text, "sha256": digest_of(text, tensors)})
     write_whole(path, content)
     return path
+
+
+def digest_of(header: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256, in hexadecimal, of a header and of every tensor with its name, type and shape."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
 
 
 def _content(qmodel: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -97,7 +112,7 @@ def _content(qmodel: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]
         "operators": {name: o.config() for name, o in qmodel.plan.operators.items()},
         "weights": weights,
         "rewrites": qmodel.plan.rewrites,
-        "info": qmodel.plan.info,
+        "info": dict(qmodel.plan.info),
         "preprocess": qmodel.preprocess.to_dict(),
     }
     return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, header
@@ -105,17 +120,12 @@ def _content(qmodel: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """The header of a quantized checkpoint, without its tensors. Raises BadWeightsError if the file is none."""
-    from safetensors import safe_open
-
     path = Path(path)
-    if not path.is_file():
-        raise BadWeightsError(f"no quantized checkpoint at {path}")
+    metadata = _metadata(path)
     try:
-        with safe_open(path, "pt") as stream:
-            metadata = stream.metadata() or {}
         header = json.loads(metadata["header"]) if metadata.get("format") == FORMAT else None
-    except Exception as error:
-        raise BadWeightsError(f"{path} is damaged or no safetensors file: {error}") from error
+    except (KeyError, ValueError) as error:
+        raise BadWeightsError(f"{path} is damaged: its header cannot be read ({error})") from error
     if not isinstance(header, dict):
         raise BadWeightsError(
             f"{path} is a safetensors file but no quantized checkpoint of quantlens; make one with `quantlens quantize`"
@@ -125,6 +135,32 @@ def read_header(path: str | Path) -> dict[str, Any]:
             f"{path} has checkpoint version {header.get('version')}; this quantlens reads versions 1 to {VERSION}"
         )
     return header
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise BadWeightsError(f"no quantized checkpoint at {path}")
+    try:
+        with path.open("rb"):
+            pass
+        with safe_open(path, "pt") as stream:
+            return stream.metadata() or {}
+    except PermissionError as error:
+        raise BadWeightsError(f"{path} cannot be read: you have no permission to") from error
+    except Exception as error:
+        raise BadWeightsError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _check_digest(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises BadWeightsError where header and tensors are not those that were saved; warns where the file is of a
+    release that kept no digest."""
+    metadata = _metadata(path)
+    if "sha256" not in metadata:
+        warnings.warn(f"{path} was saved without a digest (quantlens 0.2 or earlier): not checked", stacklevel=3)
+    elif metadata["sha256"] != digest_of(metadata["header"], tensors):
+        raise BadWeightsError(f"{path} is damaged: its content does not match its digest; copy or make it again")
 
 
 def is_quantized_checkpoint(path: str | Path) -> bool:
@@ -143,9 +179,14 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
     """
     from safetensors.torch import load_file
 
+    path = Path(path)
     header = read_header(path)
     try:
         tensors = load_file(path)
+    except Exception as error:
+        raise BadWeightsError(f"{path} is damaged: {type(error).__name__} {error}") from error
+    _check_digest(path, tensors)
+    try:
         own = _by_owner(tensors)
         quantizers = {k: restore(config, own.get(f"quantizer/{k}", {})) for k, config in header["quantizers"].items()}
         operators = {
@@ -158,7 +199,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
             codes = unpack(tensors[f"codes/{key}"], q.bits, tuple(weight["shape"]), signed=q.signed)
             values[weight["tensor"]] = q.decode(codes)
         graph = graph_from_dict(header["graph"], values)
-        plan = Plan(quantizers, list(header["rewrites"]), dict(header["info"]), operators)
+        plan = Plan.restore(quantizers, list(header["rewrites"]), header["info"], operators)
         model = QuantizedModel(graph, plan, preprocess=Preprocess.from_dict(header["preprocess"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BadWeightsError(f"{path} is damaged: {type(error).__name__} {error}") from error

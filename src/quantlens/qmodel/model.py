@@ -1,16 +1,11 @@
-"""The plan, and the model that follows it.
-
-A :class:`Plan` is plain data: for every edge of every site its quantizer, the exact rewrites that were done, and who
-made it (method, options, seed, calibration images, checkpoint). A :class:`QuantizedModel` is a graph and a plan;
-simulation, checkpoint, export, study and report read the same two.
-"""
+"""A quantized model: a graph and the plan that it follows. Simulation, checkpoint, export, study and report read the
+same two."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +13,16 @@ from torch import Tensor, fx, nn
 
 from quantlens.errors import UnknownNameError
 from quantlens.formats.base import Quantizer
-from quantlens.formats.operators import Operator
 from quantlens.graph.capture import graph_of
-from quantlens.graph.graph import Graph, put_tensor, replace_argument, with_features
-from quantlens.graph.sites import Edge, classifier_terms
+from quantlens.graph.graph import Graph
+from quantlens.graph.sites import Edge
+from quantlens.qmodel.plan import FP32, Plan, Provenance
+from quantlens.qmodel.simulation import classifier_of, simulate
 
 MB = 1_000_000
 
 CACHED = 4 << 20
-"""Bytes of the largest activation that a CPU may work on at once: larger ones leave its cache between two operations
-(DeiT-Tiny on two cores, images a second in batches of 6 and of 64: FP32 40 and 35, simulated W4A4 37 and 28)."""
+"""Bytes of the largest activation that a CPU may work on at once: larger ones leave its cache between operations."""
 
 
 class Outputs(NamedTuple):
@@ -35,22 +30,6 @@ class Outputs(NamedTuple):
 
     logits: Tensor
     features: Tensor | None
-
-
-@dataclass
-class Plan:
-    """Everything that makes the quantized model out of the FP32 graph.
-
-    quantizers: edge key -> quantizer (``blocks.3.attn.qkv.weight``, ``blocks.3.attn.probs.output`` …).
-    rewrites: exact rewrites done to the graph, as sentences a person can read.
-    info: method, bits, seed, options, calibration, checkpoint … (JSON-able).
-    operators: site name -> integer operator that computes in the site's place (integer LayerNorm, softmax).
-    """
-
-    quantizers: dict[str, Quantizer] = field(default_factory=dict)
-    rewrites: list[str] = field(default_factory=list)
-    info: dict[str, Any] = field(default_factory=dict)
-    operators: dict[str, Operator] = field(default_factory=dict)
 
 
 class QuantizedModel(nn.Module):
@@ -106,36 +85,41 @@ class QuantizedModel(nn.Module):
         return self._reference[0]
 
     @property
+    def provenance(self) -> Provenance:
+        """Who made it, out of what, on which images."""
+        return self.plan.provenance
+
+    @property
     def name(self) -> str:
-        return self.plan.info.get("model", "model")
+        return self.provenance.model
 
     @property
     def method(self) -> str:
-        return self.plan.info.get("method", "custom")
+        return self.provenance.method
 
     @property
     def bits(self) -> str:
-        return self.plan.info.get("bits", "")
+        return self.provenance.bits
 
     @property
     def seed(self) -> int:
-        return self.plan.info.get("seed", 0)
+        return self.provenance.seed
 
     @property
     def options(self) -> dict[str, Any]:
-        return self.plan.info.get("options", {})
+        return dict(self.provenance.options)
 
     @property
-    def calibration(self) -> dict[str, Any] | None:
-        return self.plan.info.get("calibration")
+    def calibration(self) -> Mapping[str, Any] | None:
+        return self.provenance.calibration
 
     @property
     def checkpoint_sha256(self) -> str | None:
-        return self.plan.info.get("checkpoint_sha256")
+        return self.provenance.checkpoint_sha256
 
     @property
     def class_names(self) -> list[str] | None:
-        return self.plan.info.get("class_names")
+        return self.provenance.class_names
 
     @property
     def num_classes(self) -> int:
@@ -201,8 +185,9 @@ class QuantizedModel(nn.Module):
         plan = Plan(
             {k: copy.deepcopy(q, memo) for k, q in self.plan.quantizers.items()},
             list(self.plan.rewrites),
-            copy.deepcopy(self.plan.info),
+            copy.deepcopy(self.plan.notes),
             {k: copy.deepcopy(o, memo) for k, o in self.plan.operators.items()},
+            self.plan.provenance,
         )
         return QuantizedModel(self.graph.clone(), plan, preprocess=self.preprocess, reference=self.reference)
 
@@ -229,109 +214,5 @@ def float_copy(model: Any) -> QuantizedModel:
 
 
 def _float(model: Any, graph: Graph) -> QuantizedModel:
-    info = {**describe(model), "method": "fp32", "bits": "FP32", "seed": 0, "options": {}, "calibration": None}
-    return QuantizedModel(graph, Plan(info=info), preprocess=model.preprocess)
-
-
-def describe(model: Any) -> dict[str, Any]:
-    """What a plan says of the model it was made from."""
-    return {
-        "model": model.name,
-        "checkpoint": model.checkpoint,
-        "checkpoint_sha256": model.checkpoint_sha256,
-        "class_names": model.class_names,
-    }
-
-
-def simulate(
-    graph: Graph,
-    quantizers: dict[str, Quantizer],
-    operators: dict[str, Operator] | None = None,
-    taps: Sequence[str] = (),
-) -> fx.GraphModule:
-    """A module images -> (logits, features) that applies ``quantizers`` on the edges named by their keys and
-    ``operators`` in place of the sites named.
-
-    taps: keys of activation edges whose values are given out too, as (logits, features, (value, …)): as read behind
-    their quantizer, if they have one.
-    """
-    twin = graph.clone(share=True)
-    sites, edges = twin.sites, twin.sites.edges
-    terms = classifier_terms(twin)
-    root = nn.Module()
-    for name, value in twin.tensors().items():
-        put_tensor(root, name, value)
-    modules = nn.ModuleList()
-    root.add_module("quantizers", modules)
-    outputs: list[tuple[Edge, Quantizer]] = []
-    placed: dict[tuple[fx.Node, int], fx.Node] = {}
-    behind: dict[fx.Node, fx.Node] = {}
-    for key, quantizer in quantizers.items():
-        edge = edges[key]
-        if edge.is_weight:
-            with torch.no_grad():
-                value = quantizer(twin.tensor(str(edge.value.target)))
-            name = f"quantized_weights.w{len(placed)}_{len(outputs)}_{key.replace('.', '_')}"
-            put_tensor(root, name, value)
-            with twin.fx.inserting_before(edge.node):
-                weight = twin.fx.get_attr(name)
-            replace_argument(edge.node, edge.position, weight)  # type: ignore[arg-type]
-            continue
-        if edge.position is None:
-            outputs.append((edge, quantizer))
-            continue
-        modules.append(quantizer)
-        with twin.fx.inserting_before(edge.node):
-            call = twin.fx.call_module(f"quantizers.{len(modules) - 1}", (edge.value,))
-        call.meta = dict(edge.value.meta)
-        replace_argument(edge.node, edge.position, call)
-    for edge, quantizer in outputs:
-        modules.append(quantizer)
-        with twin.fx.inserting_after(edge.node):
-            call = twin.fx.call_module(f"quantizers.{len(modules) - 1}", (edge.node,))
-        call.meta = dict(edge.node.meta)
-        behind[edge.node] = call
-        edge.node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
-    if operators:
-        root.add_module("operators", nn.ModuleList(operators.values()))
-    for index, name in enumerate(operators or {}):
-        node = sites[name].node
-        with twin.fx.inserting_after(node):
-            call = twin.fx.call_module(f"operators.{index}", node.args, node.kwargs)
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        behind.setdefault(node, call)
-        twin.fx.erase_node(node)
-    for node in reversed(list(twin.fx.nodes)):
-        if not node.users and node.op == "get_attr":
-            twin.fx.erase_node(node)
-    tapped = []
-    for key in taps:
-        edge = edges[key]
-        tapped.append(behind.get(edge.node, edge.node) if edge.position is None else edge.value)
-    module = with_features(twin.fx, root, terms, tapped)
-    module.eval()
-    return module
-
-
-def classifier_of(graph: Graph, quantizers: dict[str, Quantizer]) -> tuple[Tensor, Tensor] | None:
-    """Weight [K, D] and bias [K] of the classifier under ``quantizers``, for features as ``with_features`` gives
-    them."""
-    terms = classifier_terms(graph)
-    if not terms:
-        return None
-    by_node = {s.node: s for s in graph.sites}
-    weights: dict[fx.Node, Tensor] = {}
-    bias: Tensor | float = 0.0
-    with torch.no_grad():
-        for node, factor in terms:
-            site = by_node[node]
-            weight = graph.tensor(site.weight)  # type: ignore[arg-type]
-            quantizer = quantizers.get(f"{site.name}.weight")
-            weight = factor * (quantizer(weight) if quantizer is not None else weight)
-            source = node.args[0]
-            weights[source] = weights[source] + weight if source in weights else weight  # type: ignore[index]
-            if site.bias is not None:
-                bias = bias + factor * graph.tensor(site.bias)
-        weight = torch.cat(list(weights.values()), dim=1)
-        return weight, bias + torch.zeros(weight.shape[0], device=weight.device)
+    plan = Plan(provenance=Provenance.of(model, method="fp32", bits=FP32))
+    return QuantizedModel(graph, plan, preprocess=model.preprocess)

@@ -187,7 +187,7 @@ def inspect(
         seed,
         {kind: tuple(found) for kind, found in parts.items()},
         calibration.info(),
-        plan.info["options"],
+        dict(plan.provenance.options),
         tuple(plan.rewrites),
         {"statistics": round(looked - started, 3), "alone": round(time.perf_counter() - looked, 3)},
     )
