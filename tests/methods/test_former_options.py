@@ -82,3 +82,10 @@ def test_the_call_takes_both_names(loaded, pictures):
         q = ql.quantize(loaded["vit"], pictures, "best", "W8A8", iterations=0, views=0)
     assert q.plan.info["options"]["views_per_image"] == 0
     assert "views" not in q.plan.info["options"]
+
+
+def test_departures_are_data():
+    for name, info in registry.available().items():
+        assert isinstance(info.departures, tuple), name
+        assert info.departures, name
+        assert all(sentence and sentence == sentence.strip() for sentence in info.departures), name

@@ -8,7 +8,7 @@ tokens differ too much in size for one scale, is corrected at three levels:
   two optimises the direction in which weights are rounded, with the imbalance moved into the weights;
 * loss level: the block-wise reconstruction loss has a token norm that suppresses extreme tokens.
 
-Only the paper's abstract, figures and tables are public: the formulas are derived here (docs/aocq.md).
+Of the paper, the abstract, figures and tables alone are public: the formulas are derived here (docs/aocq.md).
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ DEPARTURES = (
     "LN_α: LN(x) becomes LN(x)/α − t, the linear layers after it take up both exactly. t centres every channel; α is "
     "a power of the half-range, or SmoothQuant's factor: of these candidates the one with the least squared error of "
     "the layers' outputs, both sides quantized",
-    "Add_α: what a residual sum or a LayerNorm reads, and what the sum puts out, has one scale, a shift (0 … 7) and "
-    "an integer zero point per channel; so have GELU inputs and the patch embedding's output. For every candidate "
-    "scale each channel takes the shift with its least error, at sums and LayerNorm inputs by token, relative to its "
+    "Add_α: what a residual sum or a LayerNorm reads, and the sum itself, has one scale, a shift (0 … 7) and an "
+    "integer zero point per channel; so have GELU inputs and the patch embedding's output. For every candidate scale "
+    "each channel takes the shift with its least error, at sums and LayerNorm inputs by token, relative to its "
     "variance",
     "s₀ has the least squared error; each of four rounds of LSQ starts from the best scales so far with half the step "
     "of the round before, and counts only if the block's loss on all calibration images falls; weights are in float",

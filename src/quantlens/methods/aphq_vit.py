@@ -7,7 +7,7 @@ Block reconstruction as in QDrop (:mod:`quantlens.methods.qdrop`: AdaRound, LSQ,
    and the other, averaged over the images; see :func:`quantlens.reconstruction.block_metrics.perturbation_metrics`. At
    the logits the loss is the divergence itself. Softmax temperature 20;
 2. MLP reconstruction (section 3.4), before anything is quantized: GELU becomes ReLU, and the two linear layers are
-   refitted to put out what they did, with the hidden values as they are and clipped at a quantile of the positive ones;
+   refitted to their former output, with the hidden values as they are and clipped at a quantile of the positive ones;
    see :mod:`quantlens.reconstruction.mlp`.
 """
 

@@ -59,7 +59,7 @@ class FIMAQ(Method):
                 "Fisher matrix of the loss: diagonal plus low rank (dplr, the paper), one of both, or none (mse)",
                 ("dplr", "diagonal", "low-rank", "mse"),
             ),
-            "rank": Option(5, "rank of the low-rank part, and groups of images behind it"),
+            "rank": Option(5, "rank of the low-rank part, and groups of images that it is made of"),
             "damping": Option(DAMPING, "added to the inverted matrix, as a share of its mean diagonal"),
             **step_options("the paper: 20000, with 1024 images"),
         },

@@ -120,5 +120,5 @@ def stage_settings(stage: str, images: int, run: Run) -> Settings:
 
 
 def channelwise(norms: Mapping[str, tuple[NormGroup, Reparameterization]]) -> dict[str, Quantizer]:
-    """Quantizers per channel for the inputs of the linear layers behind LayerNorms."""
+    """Quantizers per channel for the inputs of the linear layers after LayerNorms."""
     return {f"{linear.name}.input": found.channel for group, found in norms.values() for linear in group.linears}

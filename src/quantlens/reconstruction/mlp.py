@@ -1,8 +1,8 @@
 """MLPs with GELU made into MLPs with ReLU, and refitted (APHQ-ViT, Wu et al., CVPR 2025, section 3.4).
 
-What comes out of a ReLU has one sign and no crowd of small negative values, so that few bits go further. The two linear
-layers are refitted to put out what they did with GELU, on the inputs that they have in the float model, also where the
-hidden values are clipped.
+The output of a ReLU has one sign and no small negative values, so that few bits go further. The two linear layers are
+refitted to reproduce the output that they had with GELU, on their inputs in the float model, also where the hidden
+values are clipped.
 """
 
 from __future__ import annotations
