@@ -31,7 +31,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("equivalence_worker.py")
-SHORT = {"iterations": 20, "mlp_iterations": 20, "scale_iterations": 16, "distillation": 2}
+SHORT = {"iterations": 20, "mlp_iterations": 20, "scale_iterations": 16}
 """Options that keep training short, or make it happen, for every method that has them on both sides."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 SIDES = ("base", "here")

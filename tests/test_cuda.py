@@ -16,7 +16,6 @@ DEVICE = os.environ.get("QUANTLENS_TEST_DEVICE", "cuda")
 
 METHODS = sorted(registry.available())
 QUICK = {name: {"iterations": 20} for name in ("qdrop", "fima-q", "i-and-s-vit", "quantlens-best")}
-QUICK["quantlens-best"] |= {"distillation": 20}
 QUICK["aphq-vit"] = {"iterations": 20, "mlp_iterations": 40}
 QUICK["aocq"] = {"scale_iterations": 10}
 QUICK["vt-ptq"] = {"rounds": 3}

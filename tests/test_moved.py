@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 import warnings
@@ -69,6 +70,19 @@ def test_a_name_that_never_was_is_refused():
         importlib.import_module("quantlens.graph").nothing  # noqa: B018
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("quantlens.quantizers.nothing")
+
+
+@pytest.mark.parametrize("name", sorted(_moved.REMOVED))
+def test_what_is_gone_says_so(name):
+    package, _, last = name.rpartition(".")
+    with pytest.raises(ImportError, match=r"removed in quantlens 0\.3"):
+        exec(f"from {package} import {last}")
+    assert importlib.util.find_spec(package) is not None
+
+
+def test_a_module_that_is_gone_says_so():
+    with pytest.raises(ModuleNotFoundError, match=r"research/2026-11-29-distillation\.md tells"):
+        importlib.import_module("quantlens.reconstruction.distillation")
 
 
 def test_the_warning_names_the_line_that_imports(tmp_path):

@@ -26,7 +26,7 @@ from quantlens.methods import registry
 
 QUICK: dict[str, dict[str, Any]] = {
     **{name: {"iterations": 4} for name in ("qdrop", "fima-q", "i-and-s-vit")},
-    "quantlens-best": {"iterations": 4, "distillation": 4},
+    "quantlens-best": {"iterations": 4},
     "aphq-vit": {"iterations": 4, "mlp_iterations": 10},
     "aocq": {"scale_iterations": 4},
     "vt-ptq": {"rounds": 2},

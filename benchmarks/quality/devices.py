@@ -19,7 +19,7 @@ FRAGILE = {"fq-ptq": "W6A6"}
 
 STEPS: dict[str, dict[str, Any]] = {
     **{name: {"iterations": 20} for name in ("qdrop", "fima-q", "i-and-s-vit")},
-    "quantlens-best": {"iterations": 20, "distillation": 20},
+    "quantlens-best": {"iterations": 20},
     "aphq-vit": {"iterations": 20, "mlp_iterations": 40},
     "aocq": {"scale_iterations": 10},
     "vt-ptq": {"rounds": 3},

@@ -1,4 +1,4 @@
-"""Training of blocks and of the whole network; biases; MLPs with another activation function."""
+"""Training of blocks; biases; MLPs with another activation function."""
 
 from __future__ import annotations
 
@@ -13,18 +13,8 @@ from benchmarks.quality.case import Case, Quantity
 from benchmarks.quality.subjects import calibration, digits, held_out, kl, pictures, small
 from quantlens.calibration import Calibration
 from quantlens.graph import graph_of
-from quantlens.methods.base import Run, Widths
-from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, rewrite
-from quantlens.qmodel import Bits, Plan, QuantizedModel
-from quantlens.reconstruction import (
-    Distillation,
-    Settings,
-    distil,
-    find_units,
-    mse,
-    optimise_scales,
-    reconstruct,
-)
+from quantlens.qmodel import Plan, QuantizedModel
+from quantlens.reconstruction import Settings, find_units, mse, reconstruct
 from quantlens.reconstruction.bias import correct_biases
 from quantlens.reconstruction.mlp import Fit, replace_gelu
 
@@ -162,12 +152,11 @@ def _scales_alone(seed: int) -> float:
     """Squared error of the logits with scales learned block by block to without, small ViT, W32A4."""
     model, images = small("vit", seed), pictures(seed)
     q = ql.quantize(model, images, method="minmax", bits="W32A4", seed=seed)
-    learned = optimise_scales(
-        q.graph, q.plan.quantizers, _of(model, images), iterations=24, rounds=3, batch_size=8, lr=0.03, seed=seed
-    )
+    learned = Plan(dict(q.plan.quantizers))
+    settings = Settings(("scales",), inputs="quantized", iterations=24, rounds=3, batch_size=8, lr_scales=0.03)
+    reconstruct(q.graph, learned, _of(model, images), settings, seed=seed)
     expected = model(images)
-    errors = [float((_logits(model, q.graph, Plan(dict(k)), images) - expected).square().mean())
-              for k in (learned, q.plan.quantizers)]  # fmt: skip
+    errors = [float((_logits(model, q.graph, plan, images) - expected).square().mean()) for plan in (learned, q.plan)]
     return errors[0] / errors[1]
 
 
@@ -187,56 +176,6 @@ def _training_error(seed: int, **settings: Any) -> float:
 
 
 HALF: dict[str, Any] = {"inputs": "mixed", "input_drop": 0.5}
-
-
-# -- the whole network ---------------
-def _distilled_small(kind: str) -> Quantity:
-    """Loss on the calibration images, distilled to not, W3A4."""
-
-    def quantity(seed: int) -> float:
-        model, images = small(kind, seed), pictures(seed)
-        q = ql.quantize(model, images, method="minmax", bits="W3A4", seed=seed)
-        settings = Distillation(40, 8, lr_weights=0.01, lr_scales=0.005, plain=1.0, strange=0.0)
-        reference = ql.quantize(model, images, bits="W32A32").graph
-        report = distil(q.graph, q.plan, _of(model, images), settings, reference=reference, seed=seed)
-        return report.after / report.before
-
-    return quantity
-
-
-def _vectors(seed: int) -> float:
-    """Loss on the calibration images with biases and LayerNorms distilled to without, W3A4."""
-    q = ql.quantize(digits(), calibration(seed), method="minmax", bits="W3A4", seed=seed)
-    reference = ql.quantize(digits(), calibration(seed), bits="W32A32").graph
-    report = distil(
-        q.graph, q.plan, _of(digits(), calibration(seed)), Distillation(20, 8, lr_vectors=0.01), reference=reference,
-        seed=seed,
-    )  # fmt: skip
-    return report.after / report.before
-
-
-def _distilled(rate: float, *, held: bool) -> Quantity:
-    """From a quantlens-fast W3A3 that leaves much to do: loss on the calibration images, or KL on held-out ones,
-    distilled to not."""
-
-    def quantity(seed: int) -> float:
-        images, _, expected = held_out()
-        graph = ql.quantize(digits(), calibration(seed), bits="W32A32").graph.clone()
-        given, method = _of(digits(), calibration(seed)), QuantlensFast()
-        options = method.options({"softmax": "auto", "hidden": "none", "centre": "none", "activations": "tensor"})
-        widths, run = Widths(Bits.parse("W3A3"), options), Run(options, 1 + seed)
-        with torch.no_grad():
-            plan = Plan({}, rewrite(graph, given, widths, run))
-            reference = graph.clone()
-            starts = calibrate(graph, given, widths, plan, run)
-        before = kl(expected, _logits(digits(), graph, plan, images))
-        settings = Distillation(40, 16, lr_weights=rate, plain=0.4)
-        report = distil(graph, plan, given, settings, reference=reference, starts=starts, seed=seed)
-        if not held:
-            return report.after / report.before
-        return kl(expected, _logits(digits(), graph, plan, images)) / before
-
-    return quantity
 
 
 CASES = (
@@ -284,18 +223,5 @@ CASES = (
         "error in training with half the activations dropped to none, float inputs",
         lambda seed: _training_error(seed, inputs="float", drop=0.5) / _training_error(seed, inputs="float"),
         below=1,
-    ),
-    *(
-        Case(f"distil/{kind}", "loss distilled to not, W3A4", _distilled_small(kind), below=1)
-        for kind in ("vit", "swin")
-    ),
-    Case("distil/vectors", "loss with vectors distilled to not, W3A4", _vectors, below=1),
-    *(
-        Case(f"distil/loss-{name}", "loss distilled to not, W3A3", _distilled(rate, held=False), below=1)
-        for name, rate in (("weights", 0.005), ("scales", 0.0))
-    ),
-    *(
-        Case(f"distil/held-out-{name}", "held-out KL distilled to not, W3A3", _distilled(rate, held=True), below=1)
-        for name, rate in (("weights", 0.005), ("scales", 0.0))
     ),
 )

@@ -42,7 +42,7 @@ def _strangers_cost(images: Any) -> Any:
 
 
 def _best(seed: int) -> float:
-    options = {"iterations": 40, "distillation": 4}
+    options = {"iterations": 40}
     found = [
         distance(ql.quantize(digits(), calibration(seed), method=method, bits="W3A3", seed=seed, **given))
         for method, given in (("quantlens-best", options), ("quantlens-fast", {}))

@@ -81,6 +81,18 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 and ask here for what left them."""
 
 
+_DISTILLATION = "distillation of whole networks was removed in quantlens 0.3; research/2026-11-29-distillation.md"
+REMOVED: dict[str, str] = {
+    **dict.fromkeys(
+        _of("reconstruction", "", "distillation", "distil", "Distillation", "DistillationReport"),
+        f"{_DISTILLATION} tells what it gave",
+    ),
+    "quantlens.reconstruction.optimise_scales": "removed in quantlens 0.3; reconstruct with "
+    'Settings(("scales",), inputs="quantized") does the same',
+}
+"""Modules and names that are gone -> what to tell."""
+
+
 def _internal(file: str) -> bool:
     return (file.startswith(_PACKAGE) and file.endswith(("_moved.py", "__init__.py"))) or "importlib" in file
 
@@ -97,7 +109,9 @@ def tell(old: str, new: str) -> None:
 
 
 def find(package: str, name: str) -> Any:
-    """``name`` of an old package, from where it is now. Raises AttributeError."""
+    """``name`` of an old package, from where it is now. Raises ImportError for a removed name, else AttributeError."""
+    if f"{package}.{name}" in REMOVED:
+        raise ImportError(f"quantlens: {package}.{name}: {REMOVED[f'{package}.{name}']}")
     if f"{package}.{name}" in RENAMED:
         new = RENAMED[f"{package}.{name}"]
         tell(f"{package}.{name}", new)
@@ -139,6 +153,8 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if name in REMOVED:
+            raise ModuleNotFoundError(f"quantlens: {name}: {REMOVED[name]}", name=name)
         if name not in MODULES and name not in PACKAGES:
             return None
         return ModuleSpec(name, self, is_package=name in PACKAGES)  # type: ignore[arg-type]

@@ -18,7 +18,6 @@ from quantlens.qmodel import Bits, float_model
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = sorted(registry.available())
 QUICK = {name: {"iterations": 4} for name in ("qdrop", "fima-q", "i-and-s-vit", "quantlens-best")}
-QUICK["quantlens-best"] |= {"distillation": 4}
 QUICK["aphq-vit"] = {"iterations": 4, "mlp_iterations": 10}
 QUICK["aocq"] = {"scale_iterations": 4}
 QUICK["vt-ptq"] = {"rounds": 2}

@@ -25,7 +25,7 @@ NONSENSE = {
     "percentile": [({"p": 0.3}, "0.5")],
     "ptq4vit": [({name: 0}, "alpha") for name in ("alpha", "candidates", "rounds")] + [({"alpha": 2.0}, "alpha")],
     "qdrop": [({"iterations": -1}, "iterations"), ({"batch_size": 0}, "batch_size"), ({"drop": 1.5}, "drop")],
-    "quantlens-best": [({"damping": 0}, "damping")],
+    "quantlens-best": [({"views_per_image": -1}, "views_per_image"), ({"ood_view_share": 1.5}, "ood_view_share")],
     "quantlens-fast": [({"damping": 0}, "damping")],
     "vt-ptq": [
         ({"ranking_weight": -1.0}, "ranking_weight"),

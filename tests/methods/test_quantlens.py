@@ -129,8 +129,8 @@ def test_best_goes_on_where_fast_ends(digits):
         ql.quantize(digits["model"], digits["calibration"][:16], method=method, bits="W3A3", **given)
         for method, given in (
             ("quantlens-fast", {}),
-            ("quantlens-best", {"iterations": 0, "distillation": 0}),
-            ("quantlens-best", {"iterations": 10, "distillation": 0}),
+            ("quantlens-best", {"iterations": 0}),
+            ("quantlens-best", {"iterations": 10}),
         )
     )
     assert torch.equal(none(digits["images"]), fast(digits["images"]))
@@ -141,23 +141,26 @@ def test_best_goes_on_where_fast_ends(digits):
     assert not torch.equal(q(digits["images"]), fast(digits["images"]))
 
 
-def test_best_trains_vectors_and_sees_views_where_asked(digits):
+def test_best_trains_norms_and_biases_and_sees_views_where_asked(digits):
     def vectors(method, **options):
         q = ql.quantize(digits["model"], digits["calibration"][:8], method=method, bits="W4A4", **options)
         return {name: t for name, t in q.graph.tensors().items() if t.dim() == 1}, q.plan.info
 
     fast, _ = vectors("quantlens-fast")
-    without, info = vectors("quantlens-best", iterations=16, vectors=False)
-    trained, other = vectors("quantlens-best", iterations=16, views=0)
-    seen, more = vectors("quantlens-best", iterations=16, views=2)
+    without, info = vectors("quantlens-best", iterations=16, train_norms_and_biases=False)
+    trained, other = vectors("quantlens-best", iterations=16, views_per_image=0)
+    seen, more = vectors("quantlens-best", iterations=16, views_per_image=2)
+    _, less = vectors("quantlens-best", iterations=16, views_per_image=2, ood_view_share=0.0)
     assert all(torch.equal(without[name], value) for name, value in fast.items())
     assert sum(not torch.equal(trained[name], value) for name, value in fast.items()) > 10
     assert sum(not torch.equal(trained[name], value) for name, value in seen.items()) > 10
-    assert other["reconstruction"][0]["before"] != more["reconstruction"][0]["before"], "measured on views, too"
-    assert "distillation" not in info
+    assert len({told["reconstruction"][0]["before"] for told in (other, more, less)}) == 3, "measured on views, too"
+    assert info["iterations"] == 4, "8 images are a quarter of 32"
     for wrong in (-1, float("nan"), float("inf")):
-        with pytest.raises(QuantlensError, match="views"):
-            vectors("quantlens-best", views=wrong)
+        with pytest.raises(QuantlensError, match="views_per_image"):
+            vectors("quantlens-best", views_per_image=wrong)
+        with pytest.raises(QuantlensError, match="ood_view_share"):
+            vectors("quantlens-best", ood_view_share=wrong)
 
 
 def test_best_trains_narrow_networks_longer(loaded, pictures, monkeypatch):
@@ -175,7 +178,7 @@ def test_best_trains_narrow_networks_longer(loaded, pictures, monkeypatch):
     monkeypatch.setattr(quantlens_best, "LONG", 16)
     narrow = {"default": "W4A4", "blocks.0": "W3A4"}
     for bits, options in (("W4A4", {}), ("W4A3", {}), (narrow, {}), ("W3A3", {"iterations": 7})):
-        q = ql.quantize(loaded["vit"], pictures, "best", bits, loss="mse", fitted=4, **options)
+        q = ql.quantize(loaded["vit"], pictures, "best", bits, **options)
         assert q.plan.info["iterations"] == asked[-1]
     assert asked == [2, 4, 4, 2], "8 images are a quarter of 32"
 

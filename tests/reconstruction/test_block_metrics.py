@@ -28,7 +28,7 @@ from quantlens.reconstruction.streams import frozen_hook, run_unit
 
 
 def _context(unit="u", logits=False):
-    return Context(unit, logits, torch.arange(2), None, 1.0)
+    return Context(unit, logits, torch.arange(2), 1.0)
 
 
 # -- the forms -----------------------------------------------------------------------------------------------------

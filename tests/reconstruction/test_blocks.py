@@ -10,7 +10,7 @@ from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.formats import Uniform
 from quantlens.qmodel import Plan, QuantizedModel
-from quantlens.reconstruction import Context, Settings, find_units, mse, optimise_scales, reconstruct, token_norm
+from quantlens.reconstruction import Context, Settings, find_units, mse, reconstruct, token_norm
 
 
 def _start(model, images, bits="W3A8", method="minmax"):
@@ -61,7 +61,6 @@ def test_every_architecture_comes_nearer_to_its_float_model(what, small, archite
     graph, plan, report = _run(start, settings)
     assert all(u.after <= u.before for u in report.units)
     assert sum(u.accepted for u in report.units) >= 2, report
-    assert report.gain() < 1
     assert bool(torch.isfinite(QuantizedModel(graph, plan, preprocess=small[architecture].preprocess)(pictures)).all())
     for edge, quantizer in ((e, plan.quantizers[e.key]) for e in graph.sites.edges.values() if e.is_weight):
         weight = graph.tensor(str(edge.value.target))
@@ -109,7 +108,8 @@ def test_scales_alone(small, pictures):
     """Activation quantizers change and nothing that was given does; a unit's loss falls or stays."""
     start = _start(small["vit"], pictures, "W32A4")
     before = {key: q.scale.clone() for key, q in start[1].quantizers.items()}
-    found = optimise_scales(start[0], start[1].quantizers, start[2], iterations=8, batch_size=8, lr=0.03)
+    settings = Settings(("scales",), inputs="quantized", iterations=8, rounds=4, batch_size=8, lr_scales=0.03)
+    found = _run(start, settings)[1].quantizers
     assert all(torch.equal(start[1].quantizers[key].scale, scale) for key, scale in before.items())
     assert any(not torch.equal(found[key].scale, scale) for key, scale in before.items())
     losses = [
@@ -239,7 +239,7 @@ def test_token_norm_counts_tokens_by_their_relative_error():
     expected = torch.ones(2, 4, 8)
     expected[0, 0] *= 100.0  # an extreme token
     scale = float(expected.square().sum(-1).mean())
-    context = Context("u", False, torch.arange(2), None, scale)
+    context = Context("u", False, torch.arange(2), scale)
     epsilon = 0.01 * scale
     norms = expected.square().sum(-1)
     relative = token_norm(expected * 1.1, expected, context)
@@ -254,35 +254,8 @@ def test_token_norm_counts_tokens_by_their_relative_error():
     assert float(mse(off, expected, context)) == pytest.approx(float(mse(plain, expected, context)))
 
 
-def test_element_weights():
-    """Elements of weight 0 do not count; weights may differ by image."""
-    got, expected = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
-    expected[1] = 5.0
-    weights = torch.zeros(2, 3, 4)
-    weights[0, 1] = 2.0
-    context = Context("u", False, torch.arange(2), weights, 1.0)
-    assert float(mse(got, expected, context)) == pytest.approx(2.0 * 4 / 24)
-    assert float(token_norm(got, expected, context)) == pytest.approx(8 / 4.01 / 6)
-
-
-def test_element_weights_follow_the_images(small, pictures):
-    seen = []
-
-    def loss(got, expected, context):
-        if context.weights is not None:
-            assert context.unit == "blocks.0"
-            assert torch.equal(context.weights[:, 0, 0].long(), context.images)
-            seen.append(len(context.images))
-        return mse(got, expected, context)
-
-    weights = {"blocks.0": torch.arange(8.0)[:, None, None].expand(8, 17, 1)}
-    settings = Settings(("rounding",), loss, weights, iterations=2, batch_size=3, straight_through=True)
-    _run(_start(small["vit"], pictures), settings)
-    assert sorted(seen) == [3, 3, 8, 8]
-
-
 # -- what is asked for wrongly -----------------------------------------------------------------------------------------
-def test_wrong_settings_are_named(small, pictures):
+def test_wrong_settings_are_named():
     with pytest.raises(UnknownNameError, match="rounding"):
         Settings(("roundin",))
     with pytest.raises(UnknownNameError, match="token-norm"):
@@ -291,14 +264,3 @@ def test_wrong_settings_are_named(small, pictures):
         Settings(("rounding", "weights"))
     with pytest.raises(QuantlensError, match="drop"):
         Settings(drop=1.5)
-    with pytest.raises(UnknownNameError, match=r"blocks\.0"):
-        _run(_start(small["vit"], pictures), Settings(units=("blocks.9",)))
-
-
-def test_only_the_units_asked_for(small, pictures):
-    start = _start(small["vit"], pictures)
-    graph, _, report = _run(start, Settings(("rounding",), iterations=4, straight_through=True, units=("blocks.0",)))
-    assert [u.unit for u in report.units if u.trained] == ["blocks.0"]
-    changed = [k for k, v in graph.tensors().items() if not torch.equal(v, start[0].tensors()[k])]
-    assert changed
-    assert all(name.startswith("blocks.0.") for name in changed)

@@ -70,8 +70,8 @@ def _one(method: Any, place: str) -> None:
         _common.say(f"plugin: {place}")
     _common.say(f"quantizes: {info.quantizes}")
     _common.say(info.summary)
-    if info.departures:
-        _common.say(f"departs from it: {info.departures}")
+    for departure in info.departures:
+        _common.say(f"departs from it: {departure}")
     table = Table(title="Options (--option KEY=VALUE)", title_justify="left")
     for column in ("option", "default", "meaning", "choices"):
         table.add_column(column, overflow="fold")

@@ -57,6 +57,15 @@ START_OPTIONS = {
 }
 """Granularities on which authors' code differs, most often without a word in the paper; with equal defaults."""
 
+DROPPING_DEPARTURES = (
+    f"80 steps per block, on what images are given (fewer in proportion below {FULL}), AdaRound's gradient straight "
+    "through the hard direction, which needs no regulariser, instead of 20 000 steps with 1024 images; rounding=soft "
+    "iterations=20000 batch_size=32 lr_rounding=0.001 is that schedule",
+    "learning rates of scales are relative to the scale; their gradient has LSQ's factor",
+    "a block whose loss on all calibration images did not fall keeps its start",
+)
+"""Where all methods with random dropping depart from their papers."""
+
 CHECKPOINT = Option(None, "folder where finished blocks are stored, so that a killed run goes on")
 
 
@@ -72,7 +81,7 @@ def step_options(paper: str) -> dict[str, Option]:
         "rounding": Option(
             "straight-through",
             "AdaRound with the hard direction in the forward pass (straight-through), or soft with a regulariser that "
-            "decides by and by (soft, the paper; wants thousands of steps)",
+            "anneals to a hard rounding (soft, the paper; wants thousands of steps)",
             ("straight-through", "soft"),
         ),
         "checkpoint": CHECKPOINT,

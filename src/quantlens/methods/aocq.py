@@ -1,42 +1,14 @@
 """aocq: adaptive outlier correction quantization (Li et al., FITEE 26(10):1879–1895, 2025).
 
-A fully quantized vision transformer (LayerNorm inputs, residual sums, softmax and GELU inputs too) whose channels and
-tokens differ too much in size for one scale. The paper corrects this at three levels:
+A fully quantized vision transformer (LayerNorm inputs, residual sums, softmax and GELU inputs too), whose channels and
+tokens differ too much in size for one scale, is corrected at three levels:
 
 * operator level: Add_α and LN_α balance the channels by an equivalent transformation;
 * framework level: block by block, stage one refines the activations' scales in successive steps, s₀ → s₄, then stage
   two optimises the direction in which weights are rounded, with the imbalance moved into the weights;
 * loss level: the block-wise reconstruction loss has a token norm that suppresses extreme tokens.
 
-Only its abstract, figures and tables are public: idea and results, not the formulas. What stands behind each level here
-is derived (reasons in docs/aocq.md):
-
-1. LN_α: LN(x) becomes LN(x)/α − t, the linear layers behind it W·diag(α), bias + W·diag(α)·t, exactly. t centres every
-   channel. α_c = (half-range_c)^m over its geometric mean, or SmoothQuant's half-range_c^m/max|W_:,c|^(1−m); of these
-   candidates (m in 0 … 1), the one with the least squared error of the layers' outputs, both sides quantized.
-2. Add_α: what a residual sum or a LayerNorm reads, and what the sum puts out, is stored as x/α_c − t_c with α_c =
-   2^k_c: one scale s for the tensor, a shift (k_c = 0 … 7) and an integer zero point per channel, which centres it as
-   LN_α's t does. GELU inputs and the patch embedding's output are stored so, too: every value is read by itself there,
-   so that the shift is as free. For every candidate s each channel takes the k_c with its least error, and s the least
-   sum. The error of sums and LayerNorm inputs is a token norm, too (level three): every token's squared error over its
-   variance, by which the LayerNorm that reads it divides. In ViT-Tiny 2 % of the tokens reach 570 in one channel, and
-   by the plain squared error they alone choose its shift, at the cost of all other tokens. The summands come from
-   linear layers, whose outputs are requantized per output channel anyway, so dividing their rows costs nothing; LN_α
-   shifts back what it reads. ViT-Tiny at W8A8, sums alone quantized, KL on 96 of the images this was chosen on: 0.062
-   with neither, 0.023 by token, 0.016 with zero points per channel, too (0.013: a free scale and zero point each).
-3. s₀ is the range with the least squared error. Four rounds of LSQ steps on the block's loss follow, s₁ … s₄: each
-   starts from the best scales so far, with half the step of the round before, and counts only if the block's loss on
-   all calibration images falls. Weights are in float meanwhile. The step, 0.003 of the scale, was chosen on test images
-   of digits-vit (docs/aocq.md): with 0.01 the blocks' losses fall and the output gets worse.
-4. Rounding: AdaRound's parameters, trained straight through the rounded direction (every step sees the hard weight),
-   which needs no regulariser and converges in some hundred steps; input half quantized prefix, half float, element by
-   element.
-5. Token norm: mean over tokens of ‖y_t − ŷ_t‖²/(‖y_t‖² + ε), ε = 1 % of the mean ‖y_t‖².
-6. The arithmetic inside LayerNorm, softmax and GELU is float, between quantized inputs and outputs. Softmax inputs:
-   values so far below their row's largest that they come out as 0 (Swin's mask) do not count for the range. Softmax
-   outputs: uniform or log√2, whichever has the smaller squared error. All else: activations asymmetric uniform per
-   tensor, clipped at ±t (shrinking both ends together loses a GELU's negative values); weights per output channel.
-   Ranges of least squared error.
+Of the paper, the abstract, figures and tables alone are public: the formulas are derived here (docs/aocq.md).
 """
 
 from __future__ import annotations
@@ -86,6 +58,24 @@ EXPONENTS = 7
 ROUNDS = 4
 """s₀ → s₄."""
 
+DEPARTURES = (
+    "only the idea is public: the formulas of all three levels are derived (docs/aocq.md)",
+    "LN_α: LN(x) becomes LN(x)/α − t, the linear layers after it take up both exactly. t centres every channel; α is "
+    "a power of the half-range, or SmoothQuant's factor: of these candidates the one with the least squared error of "
+    "the layers' outputs, both sides quantized",
+    "Add_α: what a residual sum or a LayerNorm reads, and the sum itself, has one scale, a shift (0 … 7) and an "
+    "integer zero point per channel; so have GELU inputs and the patch embedding's output. For every candidate scale "
+    "each channel takes the shift with its least error, at sums and LayerNorm inputs by token, relative to its "
+    "variance",
+    "s₀ has the least squared error; each of four rounds of LSQ starts from the best scales so far with half the step "
+    "of the round before, and counts only if the block's loss on all calibration images falls; weights are in float",
+    "rounding: AdaRound straight through the rounded direction, on inputs half quantized and half float",
+    "token norm: mean over tokens of ‖y − ŷ‖²/(‖y‖² + ε), ε = 1 % of the mean ‖y‖²",
+    "the arithmetic inside LayerNorm, softmax and GELU is float, between quantized inputs and outputs; softmax inputs "
+    "that come out as 0 (Swin's mask) do not count for the range; softmax outputs are uniform or log√2, whichever has "
+    "the smaller squared error; weights have one asymmetric scale per output channel",
+)
+
 
 class AOCQ(Method):
     info = MethodInfo(
@@ -98,7 +88,7 @@ class AOCQ(Method):
         quantizes=EVERYTHING,
         summary="channels balanced at LayerNorm and residual adds; learned activation scales, then learned rounding; "
         "block loss per token",
-        departures="only the idea is public: the formulas of all three levels are derived here (docs/aocq.md)",
+        departures=DEPARTURES,
         aliases=("adaptive-outlier-correction",),
         version=2,
         options={

@@ -25,6 +25,7 @@ from quantlens.formats.uniform import pixel_codes
 from quantlens.graph import Edge, Graph, graph_of
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
+from quantlens.methods._former_options import current_options
 from quantlens.qmodel import Bits, Plan, QuantizedModel
 from quantlens.qmodel.bits import FLOAT
 from quantlens.qmodel.model import float_copy
@@ -54,7 +55,7 @@ class MethodInfo:
     """A method's identity: where it comes from and what it does.
 
     quantizes: :data:`MATMUL_OPERANDS` (LayerNorm, softmax, GELU and sums stay float) or :data:`EVERYTHING`.
-    departures: where the paper is silent or the authors' code differs, and what was chosen.
+    departures: where the paper is silent or the authors' code differs, and what was chosen: one sentence for each.
     version: part of every result's identity; raise it when the method's numbers change.
     """
 
@@ -66,10 +67,14 @@ class MethodInfo:
     url: str
     quantizes: str
     summary: str
-    departures: str = ""
+    departures: tuple[str, ...] | str = ()
     aliases: tuple[str, ...] = ()
     options: dict[str, Option] = field(default_factory=dict)
     version: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.departures, str):
+            object.__setattr__(self, "departures", tuple(filter(None, self.departures.split("; "))))
 
 
 SHARED_OPTIONS = {
@@ -175,7 +180,8 @@ class Method(ABC):
 
     def options(self, given: dict[str, Any]) -> dict[str, Any]:
         """All options with their values: defaults (with a target also :data:`FOR_TARGETS`) overridden by ``given``.
-        Raises on unknown names and values not allowed."""
+        Raises on unknown or removed names and values not allowed; old names get a DeprecationWarning."""
+        given = current_options(self.info.name, given)
         known = {**SHARED_OPTIONS, **self.info.options}
         for name, value in given.items():
             if name not in known:

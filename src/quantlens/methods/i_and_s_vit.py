@@ -10,21 +10,6 @@ transformers (Zhong et al., arXiv 2311.10126, 2023).
   2. LayerNorm outputs from channel- to layer-wise, by RepQ-ViT's exact rewriting;
   3. weights quantized per channel, trained again, now straight through their own quantizer, on the output of the
      quantized blocks before. Rounding is to the nearest; it is not learned.
-
-Where the authors' code differs from this file, or is silent:
-
-1. Steps. Theirs are 1000 per block and stage (200 at 6 bits), in batches of 64, with 1024 images. Here 80, in batches
-   of 8, on what images are given, with a learning rate in units of the weight's scale (stage 3) or standard deviation
-   (stage 1), where theirs is 4e-5.
-2. The target of both stages is the model as it was given. Stage 1 changes the float weights, so that it is no longer
-   the float model of the quantized one.
-3. Their forward pass has 2ᵇ + 1 softmax codes, one more than b bits hold, their search 2ᵇ: here 2ᵇ. η does not change
-   once chosen; they store it as a parameter to be trained.
-4. Activation ranges are those of least squared error, for LayerNorm outputs RepQ-ViT's quantile ranges; so are those of
-   the weights in stage 3 (theirs: nine percentiles).
-5. Biases and LayerNorm parameters are not trained. A unit whose loss on all calibration images did not fall keeps its
-   start.
-6. The zero point after the rewriting is an integer, as in our RepQ-ViT; the reduction layers of Swin are rewritten too.
 """
 
 from __future__ import annotations
@@ -51,6 +36,22 @@ from quantlens.qmodel import Plan
 from quantlens.reconstruction import Settings, reconstruct
 from quantlens.transforms import NormGroup
 
+DEPARTURES = (
+    "80 steps per block and stage, in batches of 8, on what images are given, instead of 1000 (200 at 6 bits) in "
+    "batches of 64 with 1024 images; the learning rate is in units of the weight's scale (stage 3) or standard "
+    "deviation (stage 1), theirs is 4e-5",
+    "the target of both stages is the model as it was given: stage 1 changes the float weights, so that it is no "
+    "longer the float model of the quantized one",
+    "2^b softmax codes. Their forward pass has 2^b + 1, one more than b bits hold, their search 2^b",
+    "η does not change once chosen; they store it as a parameter to be trained",
+    "activation ranges have the least squared error, LayerNorm outputs RepQ-ViT's quantile ranges; so have the "
+    "weights in stage 3 (theirs: nine percentiles)",
+    "biases and LayerNorm parameters are not trained",
+    "a unit whose loss on all calibration images did not fall keeps its start",
+    "the zero point after the rewriting is an integer, as in our repq-vit; the reduction layers of Swin are rewritten "
+    "too",
+)
+
 
 class IAndSViT(Method):
     info = MethodInfo(
@@ -63,8 +64,7 @@ class IAndSViT(Method):
         quantizes=MATMUL_OPERANDS,
         summary="shift-uniform-log2 softmax; float weights trained first for channel-wise, then for layer-wise "
         "quantized activations and quantized weights",
-        departures="80 steps per block and stage instead of 1000; both stages aim at the original model; "
-        "2^b softmax codes",
+        departures=DEPARTURES,
         aliases=("i&s-vit", "ias-vit"),
         options={
             **START_OPTIONS,
@@ -120,5 +120,5 @@ def stage_settings(stage: str, images: int, run: Run) -> Settings:
 
 
 def channelwise(norms: Mapping[str, tuple[NormGroup, Reparameterization]]) -> dict[str, Quantizer]:
-    """Quantizers per channel for the inputs of the linear layers behind LayerNorms."""
+    """Quantizers per channel for the inputs of the linear layers after LayerNorms."""
     return {f"{linear.name}.input": found.channel for group, found in norms.values() for linear in group.linears}

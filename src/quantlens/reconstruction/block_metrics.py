@@ -107,8 +107,8 @@ def perturbation_metrics(
     With δ = ``step`` standard deviations of the output times random signs v, the diagonal is the mean over all images
     of |g(y + δv) − g(y − δv)|/2δ, that is of |F·v|, divided by its own mean.
 
-    The signs are random because the same number added to all channels of a token changes nothing: every LayerNorm
-    behind takes the mean away, and F·(1, …, 1) = 0.
+    The signs are random because the same number added to all channels of a token changes nothing: every later
+    LayerNorm takes the mean away, and F·(1, …, 1) = 0.
     """
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}

@@ -80,12 +80,6 @@ class AdaRound(nn.Module):
         quantizer makes of it is itself, bit for bit."""
         return (self.floor + (self.h() >= 0.5)).clamp(self.low, self.high) * self.scale
 
-    @torch.no_grad()
-    def undecided(self) -> float:
-        """Share of the weights whose h is not within 0.05 of 0 or 1."""
-        h = self.h()
-        return float(((h > 0.05) & (h < 0.95)).double().mean())
-
 
 def annealed_beta(progress: float, *, start: float = 20.0, end: float = 2.0, warmup: float = 0.2) -> float | None:
     """β of the regulariser at ``progress`` (0 … 1 of the iterations): ``None`` during the warm-up, when the
