@@ -117,6 +117,7 @@ def test_the_transform_is_exact_and_in_the_plan(folder, loaded, pictures):
     assert said in qmodel.plan.rewrites
 
 
+@pytest.mark.process
 def test_the_entry_points_work_on_the_command_line(folder):
     """A distribution as an installer leaves it: its modules, and a .dist-info with the page's entry points."""
     (toml,) = (text for kind, text in BLOCKS if kind == "toml")

@@ -242,6 +242,7 @@ def test_a_score_of_the_wrong_shape(write):
 # ---- studies ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_the_workers_of_a_study_load_its_plugins(write, tmp_path):
     from study_fakes import FakeBackend, config
 

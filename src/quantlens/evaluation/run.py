@@ -43,7 +43,7 @@ def evaluate(
         tensor [N, 3, H, W] already normalised, a pair (images, labels), or batches of either). fit: ID images, not
         among those evaluated, for scores that need statistics; without it these are named in `scores_unavailable`.
     reference: the FP32 model, or its Result on the same images; by default a quantized model's own `.reference`, False
-        leaves it out. scores: names of OOD scores (None: all). groups: OOD set -> "far" (default) or "near".
+        leaves it out. scores: names of OOD scores (None: quantlens' own). groups: OOD set -> "far" (default) or "near".
     batch_size: images per forward pass, at most. device: by default where the model is. n_bins: of the calibration
         error. progress: called with (what, images done, images in all). skip_bad: leave out images that cannot be
         read. cache_dir: of decoded images; None is the user's, False none. keep: True keeps what the model gave on

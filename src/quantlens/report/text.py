@@ -62,7 +62,7 @@ def precision_order(bits: str) -> tuple[int, int, int, int, str]:
 
 
 def score_order(score: str) -> tuple[int, str]:
-    known = list(available_scores())
+    known = list(available_scores(own=True))
     return (known.index(score), "") if score in known else (len(known), score)
 
 
