@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import torch
 
 import quantlens as ql
@@ -8,6 +10,7 @@ from quantlens.graph import graph_of
 from quantlens.reconstruction.pixels import pixel_quantizer, read_pixels
 
 
+@functools.cache
 def _model_and_pictures():
     model = ql.load_model("digits-vit")
     preprocess = model.preprocess
