@@ -23,7 +23,18 @@ def test_packing_is_lossless(bits, count, signed, seed):
     assert torch.equal(unpack(packed, bits, tuple(codes.shape), signed=signed), codes)
 
 
-@pytest.mark.parametrize("bits", ["W2A4", "W3A8", "W4A4", "W8A8", "W10A10", "W32A8"])
+BITS = ("W2A4", "W3A8", "W4A4", "W8A8", "W10A10", "W32A8")
+ARCHITECTURES = ("vit", "deit-distilled", "deit3", "swin", "torchvision", "plain")
+
+
+@pytest.mark.parametrize(
+    ("bits", "architecture"),
+    [
+        pytest.param(b, a, marks=() if a == "swin" or b == "W4A4" else pytest.mark.slow)
+        for b in BITS
+        for a in ARCHITECTURES
+    ],
+)
 def test_logits_survive_bit_for_bit(bits, architecture, loaded, pictures, tmp_path):
     qmodel = ql.quantize(loaded[architecture], pictures, method="repq-vit", bits=bits)
     path = qmodel.save(tmp_path / "q.safetensors")

@@ -25,8 +25,8 @@ def test_only_the_massive_channel_is_found(small_models, pictures):
     assert {name: channels.tolist() for name, channels in found.items()} == {"blocks.1.mlp.fc2": [9]}
 
 
-def test_ordinary_models_are_left_alone(architecture, network, pictures):
-    model = ql.load_model(network, input_size=(3, 32, 32))
+def test_ordinary_models_are_left_alone(architecture, loaded, pictures):
+    model = loaded[architecture]
     assert find_outlier_channels(float_model(model).graph, Calibration.of(pictures, model.preprocess)) == {}
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import torch
 
 import quantlens as ql
@@ -9,6 +11,7 @@ from quantlens.formats.uniform import pixel_codes
 from quantlens.graph import graph_of
 
 
+@functools.cache
 def _model_and_pictures():
     model = ql.load_model("digits-vit")
     preprocess = model.preprocess

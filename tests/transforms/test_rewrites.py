@@ -11,6 +11,7 @@ from quantlens.transforms import (
     find_norm_groups,
     fold_layer_scale,
     fold_norm,
+    graph_of,
     hidden_source,
     permute_hidden,
     rescale_input,
@@ -20,8 +21,9 @@ from quantlens.transforms import (
 
 
 @pytest.fixture
-def graph(network, pictures):
-    return capture(network, pictures[:2])
+def graph(architecture, loaded):
+    """A copy of the captured graph: capturing takes seconds, and every test changes its own."""
+    return graph_of(loaded[architecture]).clone()
 
 
 def test_norm_groups(architecture, graph):
@@ -121,9 +123,8 @@ def test_a_norm_behind_a_padding_is_no_group(pictures):
 @pytest.mark.parametrize(
     "parts", [{"massive": [5, 0]}, {"wide": [9, 2, 4], "wider": [7]}, {"last": [-2, -1]}], ids=lambda p: "+".join(p)
 )
-def test_a_split_linear_is_the_same_function(architecture, network, pictures, parts):
+def test_a_split_linear_is_the_same_function(graph, pictures, parts):
     """Linears side by side equal the one, and the graph survives its JSON form."""
-    graph = capture(network, pictures)
     before = graph(pictures)
     clone = graph.clone()
     for site in [s for s in clone.sites.of_kind("linear") if s.block is not None]:
