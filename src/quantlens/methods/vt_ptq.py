@@ -37,23 +37,23 @@ Where the paper is silent, or this file differs from it:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from quantlens.calibration import Calibration
+from quantlens.calibration.products import Product
 from quantlens.calibration.ranges.similarity import Objective, Operand, Ranking, alternate_pair, candidate_factors
+from quantlens.calibration.sampling import ProductSampler
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.methods._scale_search import (
-    ROWS,
     SEARCH_OPTIONS,
-    Product,
     SearchSettings,
-    by_sample,
     operand,
     quantizer_of,
-    sample,
     visit_products,
 )
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
@@ -117,16 +117,17 @@ class VTPTQ(Method):
             )
         factors = candidate_factors(settings.alpha, settings.beta, settings.candidates)
         generator = torch.Generator().manual_seed(run.seed)
+        sampler = ProductSampler(generator)
         corrected = {site.name for site in corrected_layers(graph)} if run["bias_correction"] else set()
         quantizers: dict[str, Quantizer] = {}
         shifts: dict[str, Tensor] = {}
 
-        def settle(product: Product, tensors: list[list[Tensor]], wanted: set[str]) -> None:
+        def settle(product: Product, tensors: list[Sequence[Tensor]], wanted: set[str]) -> None:
             layer = product.site.kind in LAYERS
-            values = by_sample(product, tensors, calibration.count, generator)
+            values = sampler.by_sample(product, tensors, calibration.count)
             together = values is not None
             if values is None:
-                flat = [sample([p.reshape(-1, p.shape[-1]) for p in parts], ROWS, generator) for parts in tensors]
+                flat = sampler.each_alone(tensors)
             else:
                 flat = list(reversed(values)) if layer else list(values)
             sides = [
@@ -193,7 +194,7 @@ def _objective(
     return Objective(expected, similarity=run["similarity"], ranking=ranking)
 
 
-def _layer_error(product: Product, tensors: list[list[Tensor]], *, weight: Operand, inputs: Operand) -> Tensor:
+def _layer_error(product: Product, tensors: list[Sequence[Tensor]], *, weight: Operand, inputs: Operand) -> Tensor:
     """[out] float64 E[ŴX̂ − WX] of a layer over all calibration images (eq. 15)."""
     (float_weight,), pieces = tensors
     quantized = Operand(float_weight, weight.start, weight.scale, weight.low, weight.high).quantized()

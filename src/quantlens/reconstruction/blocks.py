@@ -15,7 +15,6 @@ quantizer keeps.
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import CHUNK, MEMORY, Calibration
+from quantlens.calibration import CHUNK, MEMORY, ActivationStore, Calibration
+from quantlens.calibration.process_memory import held_memory
 from quantlens.errors import UnknownNameError, UnsupportedError
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Graph
@@ -36,7 +36,7 @@ from quantlens.reconstruction.losses import Context, Loss
 from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
 from quantlens.reconstruction.settings import ROUNDING, SCALES, VECTORS, WEIGHTS, Report, Result, Settings, UnitReport
-from quantlens.reconstruction.streams import Cache, Hook, Room, Streams, frozen_hook, held_memory, random_mask
+from quantlens.reconstruction.streams import Hook, ImageCache, Streams, frozen_hook, random_mask
 from quantlens.reconstruction.units import Unit, find_units
 
 Progress = Callable[[int, int], None]
@@ -77,15 +77,15 @@ def reconstruct(
         for name in settings.units:
             if name not in known:
                 raise UnknownNameError("unit", name, known)
-    store = None
+    saved = None
     if checkpoint is not None:
-        store = Checkpoint(checkpoint, graph, plan, calibration, settings, seed, reference)
+        saved = Checkpoint(checkpoint, graph, plan, calibration, settings, seed, reference)
     total, resumed, reports = len(units) * max(settings.iterations, 1), 0, []
-    with torch.no_grad(), held_memory(), tempfile.TemporaryDirectory(prefix="quantlens-") as folder:
-        streams = Streams(graph, units, calibration, Room(memory, Path(folder)))
+    with torch.no_grad(), held_memory(), ActivationStore(memory) as store:
+        streams = Streams(graph, units, calibration, store)
         for index, (unit, original) in enumerate(zip(units, originals, strict=True)):
             streams.advance_float(unit, reference or graph, original)
-            found = store.read(index, unit) if store is not None else None
+            found = saved.read(index, unit) if saved is not None else None
             work = _Work(graph, plan.quantizers, unit, streams, settings, seed, index)
             if found is None:
 
@@ -94,8 +94,8 @@ def reconstruct(
                         progress(start + done, total)
 
                 result = work.run(tell)
-                if store is not None:
-                    store.write(index, unit, result)
+                if saved is not None:
+                    saved.write(index, unit, result)
             else:
                 result, resumed = found, resumed + 1
             for name, value in result.tensors.items():
@@ -152,7 +152,7 @@ class _Work:
         self.graph, self.all, self.unit, self.streams, self.settings = graph, quantizers, unit, streams, settings
         self.loss, self.device = settings.function(), graph.device
         self.generator = torch.Generator().manual_seed((seed << 20) + index)
-        self.outputs: dict[fx.Node, Cache] | None = None
+        self.outputs: dict[fx.Node, ImageCache] | None = None
         self.scale_of: dict[fx.Node, float] = {}
         self.trained: dict[str, Any] = {}
         self.vectors: dict[fx.Node, Vector] = {}
@@ -234,7 +234,7 @@ class _Work:
                 weights = weights.index_select(0, images.to(self.device))
         return Context(self.unit.name, node is self.graph.output, images, weights, self.scale_of[node])
 
-    def _measure(self, outputs: dict[fx.Node, Cache]) -> float:
+    def _measure(self, outputs: dict[fx.Node, ImageCache]) -> float:
         """The loss over all images."""
         total, count = 0.0, self.streams.count
         for first in range(0, count, CHUNK):
@@ -249,9 +249,10 @@ class _Work:
     def _scales(self) -> None:
         """Mean of ‖y_t‖² of every result of the float unit."""
         for node in self.unit.results:
-            tensor: Tensor = self.streams.float[node].tensor  # type: ignore[assignment]
-            parts = [float(p.square().sum(dtype=torch.float64)) for p in tensor.split(CHUNK)]
-            self.scale_of[node] = sum(parts) / max(tensor.numel() // tensor.shape[-1], 1)
+            values = self.streams.float[node].values
+            ends = [(i, min(i + CHUNK, len(values))) for i in range(0, len(values), CHUNK)]
+            parts = [float(values.rows(*pair).square().sum(dtype=torch.float64)) for pair in ends]
+            self.scale_of[node] = sum(parts) / max(values.shape.numel() // values.shape[-1], 1)
 
     # -- the run
     def run(self, tell: Callable[[int], None]) -> Result:

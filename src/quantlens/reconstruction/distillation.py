@@ -17,7 +17,6 @@ scores of out-of-distribution detection live on.
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import CHUNK, MEMORY, Calibration
+from quantlens.calibration import CHUNK, MEMORY, ActivationStore, Calibration
+from quantlens.calibration.process_memory import held_memory
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Graph
@@ -37,7 +37,7 @@ from quantlens.reconstruction.checkpoints import Progressed, fingerprint
 from quantlens.reconstruction.latent import Latent, Vector, trained_vectors
 from quantlens.reconstruction.losses import divergence
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
-from quantlens.reconstruction.streams import Cache, Room, held_memory
+from quantlens.reconstruction.streams import ImageCache
 from quantlens.reconstruction.views import draw
 
 Progress = Callable[[int, int], None]
@@ -124,8 +124,8 @@ def distil(
     if plan.operators:
         raise UnsupportedError("distillation works on quantizers; put integer operators in after it")
     started = time.perf_counter()
-    with torch.no_grad(), held_memory(), tempfile.TemporaryDirectory(prefix="quantlens-") as folder:
-        images = Cache(Room(memory, Path(folder)), calibration.count)
+    with torch.no_grad(), held_memory(), ActivationStore(memory) as store:
+        images = ImageCache(store, calibration.count)
         for index, chunk in enumerate(calibration):
             images.put(index * CHUNK, len(chunk), chunk)
         work = _Work(graph, plan, _Network(reference), images, settings, starts or {}, seed)
@@ -180,7 +180,7 @@ class _Work:
         graph: Graph,
         plan: Plan,
         teacher: _Network,
-        images: Cache,
+        images: ImageCache,
         settings: Distillation,
         starts: Mapping[str, Tensor],
         seed: int,
