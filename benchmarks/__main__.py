@@ -143,8 +143,7 @@ def memory() -> dict[str, Any]:
     """Peak memory of calibrating DeiT-Tiny on 32 and on 192 images, with 64 MiB for waiting activations."""
     code = (
         "import psutil, resource, sys; import benchmarks.__main__ as b; import quantlens as ql\n"
-        "from quantlens.calibration import walk as c\n"
-        "c.Walk.__init__.__kwdefaults__['memory'] = 64 << 20\n"
+        "from quantlens.calibration import cache; cache.MEMORY = 64 << 20\n"
         "model = b._deit(); images = b._images(int(sys.argv[1]))\n"
         "before = psutil.Process().memory_info().rss / 1024\n"
         "ql.quantize(model, images, method='repq-vit', bits='W4A4')\n"

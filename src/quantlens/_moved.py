@@ -44,12 +44,19 @@ MODULES: dict[str, str] = {
     **_of("deploy", "export", "bench", "export", "onnx_file", "onnx_graph", "parity", "processor", "pt2"),
     "quantlens.deploy.artefact": "quantlens.export.exported",
     "quantlens.deploy.guard": "quantlens.export.threshold",
+    "quantlens.calibration.walk": "quantlens.calibration.passes",
     "quantlens.demo": "quantlens.report.demo",
     "quantlens.api": "quantlens.allocation.quantizing",
 }
 """Old module -> new module."""
 
 RENAMED: dict[str, str] = {
+    "quantlens.calibration.Walk": "quantlens.calibration.CalibrationPass",
+    "quantlens.calibration.Look": "quantlens.calibration.EdgeView",
+    "quantlens.calibration.Seen": "quantlens.calibration.ObservationCache",
+    "quantlens.calibration.walk.Walk": "quantlens.calibration.passes.CalibrationPass",
+    "quantlens.calibration.walk.Look": "quantlens.calibration.passes.EdgeView",
+    "quantlens.calibration.walk.Seen": "quantlens.calibration.passes.ObservationCache",
     "quantlens.reconstruction.find_massive": "quantlens.calibration.transforming.find_outlier_channels",
     "quantlens.reconstruction.split_massive": "quantlens.calibration.transforming.split_outlier_channels",
     "quantlens.reconstruction.massive.find_massive": "quantlens.calibration.transforming.find_outlier_channels",

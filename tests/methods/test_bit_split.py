@@ -140,7 +140,7 @@ def test_the_plan_holds_the_stitched_codes(inputs, model, pictures, monkeypatch)
 
 def test_layers_are_closer_than_rounded_ones(model, pictures, monkeypatch):
     """The output error of the blocks' layers, on their own quantized inputs, against rounding to nearest."""
-    from quantlens.calibration import Calibration, Walk
+    from quantlens.calibration import Calibration, CalibrationPass
 
     graph, errors = graph_of(model), {}
     monkeypatch.setattr(method, "ENOUGH", 4)
@@ -150,12 +150,12 @@ def test_layers_are_closer_than_rounded_ones(model, pictures, monkeypatch):
         qmodel = ql.quantize(model, images, method="bit-split", bits="W3A6", weights=how, damping=0.0)
         quantizers, found = qmodel.plan.quantizers, {}
 
-        def note(edge, look, qmodel=qmodel, quantizers=quantizers, found=found):
-            inputs = torch.cat(list(look.tensors())).flatten(0, -2)
+        def note(edge, view, qmodel=qmodel, quantizers=quantizers, found=found):
+            inputs = torch.cat(list(view.tensors())).flatten(0, -2)
             weight, got = (g.tensor(graph.sites[edge.site].weight) for g in (graph, qmodel.graph))
             found[edge.site] = float((quantizers[edge.key](inputs) @ got.T - inputs @ weight.T).square().mean())
 
-        Walk(graph, Calibration.of(images, model.preprocess), sequential=False).run(
+        CalibrationPass(graph, Calibration.of(images, model.preprocess), sequential=False).run(
             [s.edges["input"] for s in sites], note
         )
         errors[how] = found

@@ -7,7 +7,7 @@ import torch
 
 import quantlens as ql
 from quantlens import plugins
-from quantlens.calibration import Calibration, Walk
+from quantlens.calibration import Calibration, CalibrationPass
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.formats import Uniform
 from quantlens.methods import registry
@@ -130,36 +130,36 @@ def test_weights_hold_no_more_levels_than_their_bits(loaded, pictures):
             assert len(row.unique()) <= 8
 
 
-# -- the walk ------------------------------------------------------------------------------------------------------
+# -- the pass ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("memory", [1 << 30, 0])
 def test_many_chunks_and_files_give_what_one_chunk_gives(memory, loaded, pictures, monkeypatch):
     """Calibration in pieces, with every waiting activation in a file, equals calibration in one piece."""
+    from quantlens.calibration import cache
     from quantlens.calibration import images as chunks
-    from quantlens.calibration import walk as module
 
     images = pictures.repeat(2, 1, 1, 1) * torch.linspace(0.5, 1.5, 16)[:, None, None, None]
     whole = ql.quantize(loaded["swin"], images, method="repq-vit", bits="W4A4")
     monkeypatch.setattr(chunks, "CHUNK", 5)
-    monkeypatch.setattr(
-        module.Walk.__init__, "__kwdefaults__", {**module.Walk.__init__.__kwdefaults__, "memory": memory}
-    )
+    monkeypatch.setattr(cache, "MEMORY", memory)
     pieces = ql.quantize(loaded["swin"], images, method="repq-vit", bits="W4A4")
     torch.testing.assert_close(pieces(images), whole(images), rtol=1e-3, atol=1e-3)
 
 
 def test_sequential_shows_quantized_activations(loaded, pictures):
-    """With 2-bit inputs forced on the first linear, a sequential walk sees another second block than a float walk."""
+    """With 2-bit inputs forced on the first linear, a sequential pass sees another second block than a float pass."""
     graph = float_model(loaded["vit"]).graph
     edges = [graph.sites.edges[k] for k in ("blocks.0.attn.qkv.input", "blocks.1.attn.qkv.input")]
     lows = {}
     for sequential in (False, True):
         seen = []
 
-        def decide(edge, look, seen=seen):
-            seen.append(look())
+        def on_edge(edge, view, seen=seen):
+            seen.append(view())
             return torch.zeros_like
 
-        Walk(graph, Calibration.of(pictures, loaded["vit"].preprocess), sequential=sequential).run(edges, decide)
+        CalibrationPass(graph, Calibration.of(pictures, loaded["vit"].preprocess), sequential=sequential).run(
+            edges, on_edge
+        )
         lows[sequential] = [o.low for o in seen]
     assert torch.equal(lows[True][0], lows[False][0])
     assert not torch.equal(lows[True][1], lows[False][1])

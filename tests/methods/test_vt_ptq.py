@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -73,12 +75,12 @@ def test_each_part_changes_what_it_should(model, pictures):
 
 def test_the_correction_is_the_mean_error_of_the_layer(model, pictures):
     """E[ŴX̂ − WX] of the first block's qkv on the float model's activations (eq. 15), measured by running it."""
-    from quantlens.calibration import Calibration, Walk
+    from quantlens.calibration import Calibration, CalibrationPass
 
     qmodel, graph, name = _plan(model, pictures), graph_of(model), "blocks.0.attn.qkv"
     seen = []
-    Walk(graph, Calibration.of(pictures, model.preprocess), sequential=False).run(
-        [graph.sites[name].edges["input"]], lambda edge, look: seen.extend(look.tensors())
+    CalibrationPass(graph, Calibration.of(pictures, model.preprocess), sequential=False).run(
+        [graph.sites[name].edges["input"]], lambda edge, view: seen.extend(view.tensors())
     )
     inputs, weight = seen[0], graph.tensor(graph.sites[name].weight)
     quantizers = qmodel.plan.quantizers
@@ -103,10 +105,11 @@ def test_drawn_pairs_depend_on_the_seed_alone(model, pictures):
 def test_more_images_than_samples(model, pictures, monkeypatch):
     """Chunks of images, and only some of the images sampled: ranges still come from all of them."""
     from quantlens.calibration import images as chunks
-    from quantlens.methods import _scale_search
+    from quantlens.calibration.sampling import ProductSampler
+    from quantlens.methods import vt_ptq
 
     monkeypatch.setattr(chunks, "CHUNK", 3)
-    monkeypatch.setattr(_scale_search, "SAMPLES", 2)
+    monkeypatch.setattr(vt_ptq, "ProductSampler", partial(ProductSampler, samples=2))
     qmodel = _plan(model, pictures * torch.linspace(0.5, 2, 8)[:, None, None, None], **OFF)
     assert float(qmodel.plan.quantizers["patch_embed.proj.input"].scale) == pytest.approx(
         float((pictures * torch.linspace(0.5, 2, 8)[:, None, None, None]).abs().max()) / 127, rel=1e-6

@@ -1,6 +1,6 @@
 """How much the model suffers when one group is quantized at one width: four ways to say it.
 
-All share the quantizers (min-max ranges of one walk over the float model: weights per output channel, activations per
+All share the quantizers (min-max ranges of one pass over the float model: weights per output channel, activations per
 tensor; every width from the same ranges) and the pass: each chunk of images goes through the float model once, and
 where a group begins, the values that wait there are the cached input from which that group is run again at every
 width. No candidate costs a forward of the whole model.
@@ -48,7 +48,7 @@ from torch import Tensor, fx
 
 from quantlens.allocation.groups import ATTENTION, COMPUTES, Group
 from quantlens.allocation.spectra import nuclear_norm
-from quantlens.calibration import CHUNK, Calibration, Look, Walk
+from quantlens.calibration import CHUNK, Calibration, CalibrationPass, EdgeView
 from quantlens.calibration.ranges import affine
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
@@ -60,12 +60,12 @@ NORM_IMAGES = 8
 """Images of each chunk of 32 that nuclear norms are measured on."""
 
 
-def _extremes(look: Look, edge: Edge) -> tuple[Tensor, Tensor]:
+def _extremes(view: EdgeView, edge: Edge) -> tuple[Tensor, Tensor]:
     """Smallest and largest value: of each output channel for a weight [G], of the whole tensor else [1].
 
     Raises QuantlensError naming the edge where values are not finite.
     """
-    pieces = [p.flatten(1) if edge.is_weight else p.reshape(1, -1) for p in look.tensors()]
+    pieces = [p.flatten(1) if edge.is_weight else p.reshape(1, -1) for p in view.tensors()]
     low = torch.stack([p.amin(1) for p in pieces]).amin(0)
     high = torch.stack([p.amax(1) for p in pieces]).amax(0)
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
@@ -76,7 +76,7 @@ def _extremes(look: Look, edge: Edge) -> tuple[Tensor, Tensor]:
 class Candidates:
     """The quantizers of every group at every width.
 
-    ``values`` of one walk over ``calibration`` set the ranges; :meth:`hook` applies a group's quantizers at a width.
+    ``values`` of one pass over ``calibration`` set the ranges; :meth:`hook` applies a group's quantizers at a width.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class Candidates:
         self._ranges: dict[str, tuple[Tensor, Tensor]] = {}
         self._weights: dict[tuple[str, int], Tensor] = {}
 
-        def note(edge: Edge, look: Look) -> None:
-            self._ranges[edge.key] = _extremes(look, edge)
+        def note(edge: Edge, view: EdgeView) -> None:
+            self._ranges[edge.key] = _extremes(view, edge)
 
-        walk = Walk(graph, calibration, sequential=False, seed=seed)
-        walk.run([edge for part in self.edges for edge in part], note, progress)
+        calibration_pass = CalibrationPass(graph, calibration, sequential=False, seed=seed)
+        calibration_pass.run([edge for part in self.edges for edge in part], note, progress)
 
     def quantizer(self, edge: Edge, bits: int) -> Quantizer:
         """The quantizer of an edge at a width."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantlens.calibration.images import Calibration
-from quantlens.calibration.walk import Look, Walk
+from quantlens.calibration.passes import CalibrationPass, EdgeView
 from quantlens.graph import Edge, Graph
 from quantlens.transforms.mean_subtraction import MeanSubtraction
 from quantlens.transforms.outlier_channels import RATIO, outlier_candidates, outlier_channels, split_outliers
@@ -24,13 +24,13 @@ def find_outlier_channels(graph: Graph, calibration: Calibration, ratio: float =
     sites = {site.edges["input"].key: site for site in outlier_candidates(graph)}
     found: dict[str, Tensor] = {}
 
-    def decide(edge: Edge, look: Look) -> None:
-        seen = look(axis=-1)
+    def on_edge(edge: Edge, view: EdgeView) -> None:
+        seen = view(axis=-1)
         channels = outlier_channels(torch.maximum(seen.high.abs(), seen.low.abs()), ratio)
         if len(channels):
             found[sites[edge.key].name] = channels
 
-    Walk(graph, calibration, sequential=False).run([s.edges["input"] for s in sites.values()], decide)
+    CalibrationPass(graph, calibration, sequential=False).run([s.edges["input"] for s in sites.values()], on_edge)
     return found
 
 

@@ -32,6 +32,7 @@ Where the authors' code differs from this file, or is silent:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -39,6 +40,7 @@ import torch
 from torch import Tensor
 
 from quantlens.calibration import Calibration
+from quantlens.calibration.products import Product, patches
 from quantlens.calibration.ranges.guided import HEADS, Side
 from quantlens.calibration.ranges.progressive import (
     Grid,
@@ -49,12 +51,12 @@ from quantlens.calibration.ranges.progressive import (
     progressive,
     ranked,
 )
+from quantlens.calibration.sampling import ProductSampler
 from quantlens.errors import QuantlensError
 from quantlens.formats import AdaLog as AdaLogFormat
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Edge, Graph
-from quantlens.methods._gradients import sample_pairs
-from quantlens.methods._scale_search import Product, patches, sample, visit_products
+from quantlens.methods._scale_search import visit_products
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
 from quantlens.methods.ptq4vit import GELU_MINIMUM, behind_gelu
 from quantlens.methods.repq_vit import Reparameterization, norm_groups, reparameterize
@@ -183,12 +185,12 @@ class _Search:
 
     def __init__(self, graph: Graph, bits: Widths, run: Run):
         self.graph, self.bits, self.run = graph, bits, run
-        self.generator = torch.Generator().manual_seed(run.seed)
+        self.sampler = ProductSampler(torch.Generator().manual_seed(run.seed), rows=ROWS)
         self.groups = norm_groups(graph) if run["layernorm"] == "reparameterized" else {}
         self.found: dict[str, Reparameterization] = {}
         self.quantizers: dict[str, Quantizer] = {}
 
-    def settle(self, product: Product, tensors: list[list[Tensor]], wanted: set[str]) -> None:
+    def settle(self, product: Product, tensors: list[Sequence[Tensor]], wanted: set[str]) -> None:
         """Find the quantizers of a product's operands; see :func:`visit_products`."""
         values, joined = self._operands(product, tensors)
         values = self._reparameterized(product, values, wanted)
@@ -214,7 +216,7 @@ class _Search:
             if one is not None:
                 self.quantizers[edge.key] = one.quantizer()
 
-    def _operands(self, product: Product, tensors: list[list[Tensor]]) -> tuple[list[Tensor], bool]:
+    def _operands(self, product: Product, tensors: list[Sequence[Tensor]]) -> tuple[list[Tensor], bool]:
         """The operands as [..., rows, k] with a common k; or (False) as rows, each by itself."""
         site = product.site
         if site.kind in ("linear", "conv"):
@@ -222,14 +224,14 @@ class _Search:
             rows = [r for x in inputs if (r := patches(site, weight, x)) is not None]
             joined = len(rows) == len(inputs)
             rows = rows if joined else [x.flatten(0, -2) for x in inputs]
-            return [weight.flatten(1).float(), sample(rows, ROWS, self.generator)], joined
+            return [weight.flatten(1).float(), self.sampler.some_rows(rows)], joined
         if len(tensors) == 2 and min(x[0].dim() for x in tensors) >= 2:
             each = zip(*tensors, strict=True)
-            pairs = [sample_pairs(a, b, None, len(tensors[0]), self.generator)[:2] for a, b in each]
+            pairs = [self.sampler.weighted_pairs(a, b, None, len(tensors[0]))[:2] for a, b in each]
             operands = [torch.cat(x).float() for x in zip(*pairs, strict=True)]
             most = max(1, ELEMENTS // max(x[0].numel() for x in operands))
             return [thinned(x, most) for x in operands], True
-        return [sample([p.reshape(-1, p.shape[-1]) for p in x], ROWS, self.generator) for x in tensors], False
+        return self.sampler.each_alone(tensors), False
 
     def _reparameterized(self, product: Product, values: list[Tensor], wanted: set[str]) -> list[Tensor]:
         """The operands of a layer behind a LayerNorm as the rewrite makes them: W·diag(r), x/r − t."""

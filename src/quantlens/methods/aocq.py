@@ -14,13 +14,14 @@ Of the paper, the abstract, figures and tables alone are public: the formulas ar
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import Calibration, Look, Observation, Observer, Transform, Walk
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Observer, Transform
 from quantlens.calibration.ranges import affine, clipping, log_by_quantile, mse
 from quantlens.calibration.ranges.power_of_two import token_weights
 from quantlens.calibration.ranges.rules import REPQ_QUANTILES
@@ -160,12 +161,12 @@ def balance_norms(graph: Graph, calibration: Calibration, bits: Widths, seed: in
     factors: dict[str, Factors] = {}
     generator = torch.Generator().manual_seed(seed)
 
-    def decide(edge: Edge, look: Look) -> None:
-        rows = _sample(look.tensors(), generator)
-        factors[groups[edge.key].norm.name] = ln_alpha(graph, groups[edge.key], look(axis=-1), rows, bits)
+    def on_edge(edge: Edge, view: EdgeView) -> None:
+        rows = _sample(view.tensors(), generator)
+        factors[groups[edge.key].norm.name] = ln_alpha(graph, groups[edge.key], view(axis=-1), rows, bits)
 
     edges = [e for e in edges if bits.of(graph, e) != FLOAT]
-    Walk(graph, calibration, sequential=False, seed=seed).run(edges, decide)
+    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(edges, on_edge)
     return equalise_norms(graph, list(groups.values()), factors)
 
 
@@ -198,7 +199,7 @@ def ln_alpha(graph: Graph, group: NormGroup, seen: Observation, rows: Tensor, bi
     return best
 
 
-def _sample(tensors: list[Tensor], generator: torch.Generator) -> Tensor:
+def _sample(tensors: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """About :data:`ROWS` tokens [n, C], as many from each piece."""
     share = -(-ROWS // len(tensors))
     rows = []
@@ -283,40 +284,40 @@ def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, 
         by_token |= {s.edges["input"].key for s in graph.sites.of_kind("layer_norm")}
     quantizers: dict[str, Quantizer] = {}
 
-    def decide(edge: Edge, look: Look) -> Transform | None:
+    def on_edge(edge: Edge, view: EdgeView) -> Transform | None:
         width, group = bits.of(graph, edge), groups[edge.key]
         axis = -1 if all(e.key in residual for e in group) else shift_axis(graph, group) if run["operator"] else None
         if axis is not None:
-            seen = look(axis=axis)
+            seen = view(axis=axis)
             weights = token_weights(seen) if by_token & {e.key for e in group} else None
             made: Quantizer = add_alpha(seen, width, axis=axis, weights=weights)
         elif edge.key.endswith(".probs.input"):
-            made = scores_quantizer(look, width)
+            made = scores_quantizer(view, width)
         elif edge.key.endswith(".probs.output"):
-            made = probs_quantizer(look, width, run["softmax"])
+            made = probs_quantizer(view, width, run["softmax"])
         else:
-            made = affine(*clipping(look(), width), width)
+            made = affine(*clipping(view(), width), width)
         quantizers.update({e.key: made for e in group})
         return None
 
-    Walk(graph, calibration, sequential=False, seed=run.seed).run([g[0] for g in groups.values()], decide)
+    CalibrationPass(graph, calibration, sequential=False, seed=run.seed).run([g[0] for g in groups.values()], on_edge)
     return quantizers
 
 
-def scores_quantizer(look: Look, bits: int) -> Uniform:
+def scores_quantizer(view: EdgeView, bits: int) -> Uniform:
     """Softmax inputs. A value more than ln 2·(b + 4) below its row's largest comes out as 0 and counts as lying
     there."""
     depth = math.log(2) * (bits + 4)
-    pieces = look.tensors()
+    pieces = view.tensors()
     observer = Observer(pieces=len(pieces))
     for piece in pieces:
         observer.update(torch.maximum(piece, piece.amax(-1, keepdim=True) - depth))
     return affine(*mse(observer.result(), bits), bits)
 
 
-def probs_quantizer(look: Look, bits: int, how: str) -> Quantizer:
+def probs_quantizer(view: EdgeView, bits: int, how: str) -> Quantizer:
     """Softmax outputs: uniform or log√2."""
-    seen = look(tail=1.0 - min(REPQ_QUANTILES))
+    seen = view(tail=1.0 - min(REPQ_QUANTILES))
     uniform = affine(*mse(seen, bits), bits)
     if how == "uniform":
         return uniform

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import Calibration, Seen
+from quantlens.calibration import Calibration, ObservationCache
 from quantlens.calibration.ranges import affine
 from quantlens.calibration.transforming import read_as_pixels, split_outlier_channels
 from quantlens.errors import QuantlensError, UnknownNameError
@@ -195,21 +195,21 @@ class Method(ABC):
         return {**usual, **(FOR_TARGETS if given.get("target") is not None else {}), **given}
 
 
-def _seen(model: Any, fingerprint: str) -> Seen:
+def _seen(model: Any, fingerprint: str) -> ObservationCache:
     """What was seen of a model on the images with that fingerprint; it lives as long as the model is loaded."""
-    found: Seen = model.derived.setdefault(f"seen, images {fingerprint}", {})
+    found: ObservationCache = model.derived.setdefault(f"seen, images {fingerprint}", {})
     return found
 
 
 @dataclass(frozen=True)
 class Run:
     """What a method is told of the run: its options (all of them, defaults filled in), the seed, a progress
-    callback, and what was seen of the float model on the same images before (for a walk over the graph as it is)."""
+    callback, and what was seen of the float model on the same images before (for a pass over the graph as it is)."""
 
     options: dict[str, Any]
     seed: int
     progress: Progress | None = None
-    seen: Seen | None = None
+    seen: ObservationCache | None = None
 
     def __getitem__(self, option: str) -> Any:
         return self.options[option]

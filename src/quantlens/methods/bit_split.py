@@ -13,17 +13,19 @@ tensors without negative values unsigned 0 … 2ᵇ − 1; the scale of least sq
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, Look, Transform, Walk
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Transform
+from quantlens.calibration.products import patches
+from quantlens.calibration.sampling import ProductSampler
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
-from quantlens.methods._scale_search import patches, sample_tensor
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
 from quantlens.qmodel import Plan
 from quantlens.qmodel.bits import FLOAT
@@ -106,7 +108,7 @@ class BitSplit(Method):
         stitched: dict[str, tuple[Uniform, Tensor]] = {}
         generator = torch.Generator().manual_seed(run.seed)
 
-        def decide(edge: Edge, look: Look) -> Transform | None:
+        def on_edge(edge: Edge, view: EdgeView) -> Transform | None:
             width = bits.of(graph, edge)
             if width == FLOAT:
                 return None
@@ -115,7 +117,7 @@ class BitSplit(Method):
                     f"{edge.key}: {width} bit; bit-split's codes have a sign and at least one more bit"
                 )
             if not edge.is_weight:
-                quantizers[edge.key] = quantizer = activation_quantizer(look.tensors(), width, generator, edge.key)
+                quantizers[edge.key] = quantizer = activation_quantizer(view.tensors(), width, generator, edge.key)
                 return quantizer
             name = str(edge.value.target)
             if name not in stitched:
@@ -123,7 +125,7 @@ class BitSplit(Method):
                 own = quantizers.get(f"{site.name}.input") if run["inputs"] != "float" else None
                 rows = None
                 if site.name in targets:
-                    rows = _rows(site, look.tensors(site.edges["input"]), graph, run.seed)
+                    rows = _rows(site, view.tensors(site.edges["input"]), graph, run.seed)
                 stitched[name] = _stitch(graph.tensor(name), width, rows, targets.pop(site.name, None), own, run)
             quantizers[edge.key], value = stitched[name]
             return lambda _: value
@@ -131,7 +133,9 @@ class BitSplit(Method):
         # an input that stays in float is visited too, because its weight is fitted on it
         shown = {e.key for e in edges} | {f"{name}.input" for name in fitted}
         order = [e for e in matmul_operand_edges(graph) if e.key in shown]
-        Walk(graph, calibration, sequential=run["inputs"] == "network", seed=run.seed).run(order, decide, run.progress)
+        CalibrationPass(graph, calibration, sequential=run["inputs"] == "network", seed=run.seed).run(
+            order, on_edge, run.progress
+        )
         for name, (_, value) in stitched.items():
             graph.set_tensor(name, value)
         rewrites = [f"weights of {len(stitched)} layers replaced by their stitched values"] if stitched else []
@@ -158,22 +162,22 @@ def _targets(graph: Graph, calibration: Calibration, names: set[str], seed: int)
     """Float outputs of the layers named, at the rows that :func:`_rows` picks."""
     found: dict[str, Target] = {}
 
-    def note(edge: Edge, look: Look) -> None:
+    def note(edge: Edge, view: EdgeView) -> None:
         site = graph.sites[edge.site]
-        rows = _rows(site, look.tensors(), graph, seed)
+        rows = _rows(site, view.tensors(), graph, seed)
         if rows is None or len(rows) < ENOUGH * rows.shape[1]:
             return
         weight = graph.tensor(str(site.weight)).flatten(1)
         keep = rows.shape[1] <= weight.shape[0]
         found[site.name] = Target(rows if keep else rows @ weight.T, keep)
 
-    Walk(graph, calibration, sequential=False, seed=seed).run(
+    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(
         [site.edges["input"] for site in graph.sites.of_kind(*LAYERS) if site.name in names], note
     )
     return found
 
 
-def _rows(site: Site, pieces: list[Tensor], graph: Graph, seed: int) -> Tensor | None:
+def _rows(site: Site, pieces: Sequence[Tensor], graph: Graph, seed: int) -> Tensor | None:
     """Up to :data:`ROWS` input rows [m, in] of a layer; the same tokens whenever it is asked. ``None`` for a
     convolution that is no product."""
     generator = torch.Generator().manual_seed(seed)
@@ -214,7 +218,7 @@ def _stitch(
 
 
 # -- scales of least squared error ------------------------------------------------------------------------------------
-def activation_quantizer(pieces: list[Tensor], bits: int, generator: torch.Generator, name: str = "") -> Uniform:
+def activation_quantizer(pieces: Sequence[Tensor], bits: int, generator: torch.Generator, name: str = "") -> Uniform:
     """One symmetric scale with the least squared error over pieces of any shape; unsigned codes where no value is
     negative."""
     low = torch.stack([p.min() for p in pieces]).min()
@@ -225,7 +229,8 @@ def activation_quantizer(pieces: list[Tensor], bits: int, generator: torch.Gener
     top = 2**bits - 1 if unsigned else max(2 ** (bits - 1) - 1, 1)
     bottom = 0 if unsigned else -top
     share = -(-VALUES // len(pieces))
-    values = torch.cat([sample_tensor(p, share, generator) for p in pieces])[None]
+    sampler = ProductSampler(generator)
+    values = torch.cat([sampler.some_values(p, share) for p in pieces])[None]
     if not bool(high > torch.finfo(torch.float32).tiny * 1e6):
         return Uniform(torch.ones(()), torch.zeros(()), bits, signed=not unsigned)
     scales = high / top * torch.arange(1, STARTS + 1, device=high.device) / STARTS

@@ -49,12 +49,13 @@ Where the authors' code differs from this file, or the paper is silent:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import Calibration, Look, Observation, Walk
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
 from quantlens.calibration.ranges import affine, mse
 from quantlens.calibration.ranges.moving import moving_average
 from quantlens.calibration.ranges.power_of_two import power_of_two_factors, token_weights
@@ -134,7 +135,9 @@ class FQViT(Method):
         tensors = [Shared.of(graph, group, bits, softmax_bits) for group in everything_edges(graph)]
         chosen = _Choice(graph, bits, run, [tensor for tensor in tensors if tensor.width != FLOAT])
         images = _Batches(calibration) if run["observer"] in ("ema", "percentile") else calibration
-        Walk(graph, images, sequential=False, seed=run.seed).run(chosen.edges(), chosen.decide, run.progress)
+        CalibrationPass(graph, images, sequential=False, seed=run.seed).run(
+            chosen.edges(), chosen.on_edge, run.progress
+        )
         quantizers, operators = chosen.quantizers, integer_operators(graph, chosen, run)
         for name in operators:
             del quantizers[f"{name}.output"]  # the operator puts out values on that grid
@@ -161,25 +164,25 @@ class _Choice:
             *(edge for edge in weights if self.bits.of(self.graph, edge) != FLOAT),
         ]
 
-    def decide(self, edge: Edge, look: Look) -> None:
+    def on_edge(self, edge: Edge, view: EdgeView) -> None:
         """Choose the quantizer of one edge; edges that carry one tensor share one."""
         if edge.is_weight:
-            self.quantizers[edge.key] = symmetric_weight(look(axis=0), self.bits.of(self.graph, edge))
+            self.quantizers[edge.key] = symmetric_weight(view(axis=0), self.bits.of(self.graph, edge))
             return
         tensor = self.tensors[edge.key]
         if edge is not tensor.edges[0]:
             self.quantizers[edge.key] = self.quantizers[tensor.edges[0].key]
         elif self.graph.sites[edge.site].kind == "probs" and edge.position is not None:
-            quantizer, has_mask = softmax_input(look.tensors(), self.run["observer"], tensor.width)
+            quantizer, has_mask = softmax_input(view.tensors(), self.run["observer"], tensor.width)
             self.quantizers[edge.key] = quantizer
             if has_mask:
                 self.masked.add(edge.site)
         elif self.graph.sites[edge.site].kind == "probs" and self.run["lis"]:
             self.quantizers[edge.key] = Log(torch.tensor(1.0, device=self.graph.device), tensor.width, steps=1)
         else:
-            self.quantizers[edge.key] = self._activation(tensor, look)
+            self.quantizers[edge.key] = self._activation(tensor, view)
 
-    def _activation(self, tensor: Shared, look: Look) -> Quantizer:
+    def _activation(self, tensor: Shared, view: EdgeView) -> Quantizer:
         """Power-of-two factors per channel where they cost nothing, else one scale for the tensor."""
         run, axis = self.run, None
         if run["ptf"] != "none":
@@ -187,8 +190,8 @@ class _Choice:
         if axis is None and run["ptf"] == "all":
             axis = shift_axis(self.graph, tensor.edges)
         if axis is None:
-            return affine(*with_zero(*observed(look, run["observer"], tensor.width)), tensor.width)
-        seen = look(axis=axis)
+            return affine(*with_zero(*observed(view, run["observer"], tensor.width)), tensor.width)
+        seen = view(axis=axis)
         by_token = run["exponents"] == "token" and any(site.kind == "layer_norm" for site, _ in tensor.readers)
         weights = token_weights(seen) if by_token else None
         return power_of_two_factors(seen, tensor.width, largest=self.largest, axis=axis, weights=weights)
@@ -272,11 +275,11 @@ class _Batches(Calibration):
         return self._part(index * self.size, min((index + 1) * self.size, self.count))
 
 
-def observed(look: Look, observer: str, bits: int) -> tuple[Tensor, Tensor]:
+def observed(view: EdgeView, observer: str, bits: int) -> tuple[Tensor, Tensor]:
     """[1], [1]: the range of a tensor by one of the paper's observers."""
     if observer in ("ema", "percentile"):
-        return batch_range(look.tensors(), observer)
-    seen = look()
+        return batch_range(view.tensors(), observer)
+    seen = view()
     if observer == "minmax":
         return seen.low, seen.high
     low, high = with_zero(seen.low, seen.high)
@@ -284,7 +287,7 @@ def observed(look: Look, observer: str, bits: int) -> tuple[Tensor, Tensor]:
     return mse(replace(seen, low=low, high=high, values=seen.values[:, ::step]), bits)
 
 
-def batch_range(batches: list[Tensor], observer: str) -> tuple[Tensor, Tensor]:
+def batch_range(batches: Sequence[Tensor], observer: str) -> tuple[Tensor, Tensor]:
     """Moving average of the batches' extremes (ema) or extreme quantiles (percentile): [1], [1]."""
     lows, highs = [], []
     for batch in batches:
@@ -300,7 +303,7 @@ def with_zero(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return low.clamp_max(0.0), high.clamp_min(0.0)
 
 
-def softmax_input(pieces: list[Tensor], observer: str, bits: int) -> tuple[Uniform, bool]:
+def softmax_input(pieces: Sequence[Tensor], observer: str, bits: int) -> tuple[Uniform, bool]:
     """The quantizer in front of a softmax, and whether attention is masked there.
 
     pieces: [..., k] values behind bias and mask, softmax over the last dimension. If some entries are masked, code 0 is

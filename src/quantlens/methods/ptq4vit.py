@@ -46,16 +46,18 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.calibration import Calibration
+from quantlens.calibration.gradients import sample_products
+from quantlens.calibration.products import Product, find_products
 from quantlens.calibration.ranges import minmax
 from quantlens.calibration.ranges.guided import HEADS, Side, alternate
 from quantlens.calibration.ranges.similarity import candidate_factors
+from quantlens.calibration.sampling import ProductSampler
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, Twin, Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
-from quantlens.methods._gradients import collect, divergence, fisher, own_label
-from quantlens.methods._scale_search import Product, find_products
+from quantlens.methods._gradients import divergence, fisher, own_label
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
 from quantlens.methods.minmax import uniform_everywhere
 from quantlens.qmodel import Plan
@@ -127,14 +129,14 @@ class PTQ4ViT(Method):
         factors = torch.tensor(candidate_factors(alpha, beta, count), dtype=torch.float64)
         wanted = {e.key for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT}
         products = [p for p in find_products(graph) if any(e.key in wanted for e in p.quantized)]
-        samples = collect(
+        samples = sample_products(
             graph,
             calibration,
             products,
+            ProductSampler(torch.Generator().manual_seed(run.seed)),
             LOSSES.get(run["gradient"]),
             coarse=self._coarse(graph, calibration, bits, run),
             floor=float(run["floor"]),
-            seed=run.seed,
         )
         fused = fused_projections(graph)
         quantizers: dict[str, Quantizer] = {}

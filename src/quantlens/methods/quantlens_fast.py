@@ -72,7 +72,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, Look, Observation, Transform, Walk
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Transform
+from quantlens.calibration.products import patches
 from quantlens.calibration.ranges import affine, block_scaled, clipping, log_by_quantile, mse
 from quantlens.calibration.ranges.rules import REPQ_QUANTILES
 from quantlens.calibration.transforming import subtract_means
@@ -81,7 +82,6 @@ from quantlens.formats import BlockScaled, Quantizer, SquaredRows, Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import op_name
 from quantlens.graph.sites import Site, dynamic_nodes
-from quantlens.methods._scale_search import patches
 from quantlens.methods.base import (
     MATMUL_OPERANDS,
     SHARED_OPTIONS,
@@ -297,7 +297,7 @@ def calibrate(
     fitted: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
 
-    def decide(edge: Edge, look: Look) -> Transform:
+    def decide(edge: Edge, look: EdgeView) -> Transform:
         width, site = bits.of(graph, edge), graph.sites[edge.site]
         if not edge.is_weight:
             plan.quantizers[edge.key] = made = activation(site, edge, look, width, run)
@@ -323,7 +323,7 @@ def calibrate(
         return lambda _: value
 
     edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
-    Walk(graph, calibration, sequential=True, seed=run.seed).run(edges, decide, run.progress)
+    CalibrationPass(graph, calibration, sequential=True, seed=run.seed).run(edges, decide, run.progress)
     for name, value in fitted.items():
         graph.set_tensor(name, value)
     graph.invalidate()
@@ -332,7 +332,7 @@ def calibrate(
     return targets
 
 
-def activation(site: Site, edge: Edge, look: Look, width: int, run: Run) -> Quantizer:
+def activation(site: Site, edge: Edge, look: EdgeView, width: int, run: Run) -> Quantizer:
     """The quantizer of one activation."""
     softmax = run["softmax"]
     if not edge.key.endswith(".probs.output"):
@@ -351,7 +351,7 @@ def activation(site: Site, edge: Edge, look: Look, width: int, run: Run) -> Quan
     return min((uniform, log), key=lambda q: float((q(seen.values) - seen.values).square().sum()))
 
 
-def _in_blocks(edge: Edge, look: Look, uniform: Uniform, block: int) -> Quantizer:
+def _in_blocks(edge: Edge, look: EdgeView, uniform: Uniform, block: int) -> Quantizer:
     """Blocks of channels with scales of their own, where their squared error is smaller than that of ``uniform``, which
     has one for the tensor."""
     # a product sums over the first dimension of its second operand: keys are [..., channels, tokens]
@@ -365,7 +365,7 @@ def _in_blocks(edge: Edge, look: Look, uniform: Uniform, block: int) -> Quantize
     return min((uniform, blocks), key=lambda q: float((q(values) - values).square_().sum()))
 
 
-def _moments(site: Site, weight: Tensor, look: Look, own: Quantizer | None) -> Moments | None:
+def _moments(site: Site, weight: Tensor, look: EdgeView, own: Quantizer | None) -> Moments | None:
     """Moments of a layer's inputs behind its own quantizer, and in front of it; None for a convolution that is no
     product."""
     pieces = look.tensors(site.edges["input"])

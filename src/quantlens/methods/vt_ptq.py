@@ -14,23 +14,23 @@ in through the bits: see :mod:`quantlens.allocation`. Each part of Table 3 can b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from quantlens.calibration import Calibration
+from quantlens.calibration.products import Product
 from quantlens.calibration.ranges.similarity import Objective, Operand, Ranking, alternate_pair, candidate_factors
+from quantlens.calibration.sampling import ProductSampler
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.methods._scale_search import (
-    ROWS,
     SEARCH_OPTIONS,
-    Product,
     SearchSettings,
-    by_sample,
     operand,
     quantizer_of,
-    sample,
     visit_products,
 )
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
@@ -127,15 +127,16 @@ class _Search:
         self.settings = _settings(run)
         self.factors = candidate_factors(self.settings.alpha, self.settings.beta, self.settings.candidates)
         self.generator = torch.Generator().manual_seed(run.seed)
+        self.sampler = ProductSampler(self.generator)
         self.corrected = {site.name for site in corrected_layers(graph)} if run["bias_correction"] else set()
         self.quantizers: dict[str, Quantizer] = {}
         self.shifts: dict[str, Tensor] = {}
 
-    def settle(self, product: Product, tensors: list[list[Tensor]], wanted: set[str]) -> None:
+    def settle(self, product: Product, tensors: list[Sequence[Tensor]], wanted: set[str]) -> None:
         """Choose the scales of one product. tensors: its operands, in pieces. wanted: edges that are quantized."""
-        pair = by_sample(product, tensors, self.images, self.generator)
+        pair = self.sampler.by_sample(product, tensors, self.images)
         if pair is None:
-            values = [sample([p.reshape(-1, p.shape[-1]) for p in parts], ROWS, self.generator) for parts in tensors]
+            values = self.sampler.each_alone(tensors)
         else:
             values = list(reversed(pair)) if product.site.kind in LAYERS else list(pair)
         sides = [
@@ -154,7 +155,7 @@ class _Search:
         if product.site.name in self.corrected:
             self.shifts[product.site.name] = _layer_error(product, tensors, weight=sides[0], inputs=sides[1])
 
-    def _matched(self, product: Product, tensors: list[list[Tensor]], sides: list[Operand]) -> list[Operand]:
+    def _matched(self, product: Product, tensors: list[Sequence[Tensor]], sides: list[Operand]) -> list[Operand]:
         """Both operands with the scales that their product asks for; as given where nothing asks for a search."""
         layer = product.site.kind in LAYERS
         left, right = reversed(sides) if layer else sides
@@ -204,7 +205,7 @@ def _objective(
     return Objective(expected, similarity=run["similarity"], ranking=ranking)
 
 
-def _layer_error(product: Product, tensors: list[list[Tensor]], *, weight: Operand, inputs: Operand) -> Tensor:
+def _layer_error(product: Product, tensors: list[Sequence[Tensor]], *, weight: Operand, inputs: Operand) -> Tensor:
     """[out] float64 E[ŴX̂ − WX] of a layer over all calibration images (eq. 15)."""
     (float_weight,), pieces = tensors
     quantized = Operand(float_weight, weight.start, weight.scale, weight.low, weight.high).quantized()

@@ -21,17 +21,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.calibration import CHUNK, Calibration
+from quantlens.calibration.images import images_together
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
-from quantlens.graph.graph import VIEWS, op_name
 from quantlens.reconstruction.closed_form import damped
 from quantlens.reconstruction.losses import Metric
 from quantlens.reconstruction.streams import frozen_hook, run_unit
 from quantlens.reconstruction.units import Unit, find_units
-
-MEMORY = 1 << 30
-"""Bytes of activations that one backward pass may keep; they decide how many images go through together."""
 
 TEMPERATURE = 20.0
 """Of both softmaxes, as in the code of FIMA-Q and APHQ-ViT."""
@@ -44,13 +41,6 @@ STEP = 0.01
 """Size of the perturbation in standard deviations of the output."""
 
 Progress = Callable[[int, int], None]
-
-
-def images_together(graph: Graph, passes: int) -> int:
-    """Images whose activations fit into :data:`MEMORY` ``passes`` times, at least 1."""
-    shapes = (n.meta.get("shape") or () for n in graph.fx.nodes if n.op == "call_function" and op_name(n) not in VIEWS)
-    values = sum(math.prod(d for d in shape if d is not None) for shape in shapes if shape)
-    return max(1, MEMORY // (4 * passes * max(values, 1)))
 
 
 def fisher_metrics(

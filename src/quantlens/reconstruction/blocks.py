@@ -11,7 +11,6 @@ graph and quantizers: rounded weights are written back as the values that their 
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import CHUNK, MEMORY, Calibration
+from quantlens.calibration import CHUNK, MEMORY, ActivationStore, Calibration
+from quantlens.calibration.process_memory import held_memory
 from quantlens.errors import UnsupportedError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
@@ -31,7 +31,7 @@ from quantlens.reconstruction.losses import Context
 from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale
 from quantlens.reconstruction.settings import Report, Result, Settings, UnitReport
-from quantlens.reconstruction.streams import Cache, Room, Streams, frozen_hook, held_memory, random_mask
+from quantlens.reconstruction.streams import ImageCache, Streams, frozen_hook, random_mask
 from quantlens.reconstruction.trainer import Group, Trainer
 from quantlens.reconstruction.units import Unit, find_units
 
@@ -62,9 +62,9 @@ def reconstruct(
     """
     settings = settings or Settings()
     units, originals = _units(graph, plan, reference or graph)
-    store = None
+    saved = None
     if checkpoint is not None:
-        store = Checkpoint(checkpoint, graph, plan, calibration, settings, seed, reference)
+        saved = Checkpoint(checkpoint, graph, plan, calibration, settings, seed, reference)
     each, resumed = max(settings.iterations, 1), 0
     reports: list[UnitReport] = []
 
@@ -72,15 +72,15 @@ def reconstruct(
         if progress is not None:
             progress(len(reports) * each + done, len(units) * each)
 
-    with torch.no_grad(), held_memory(), tempfile.TemporaryDirectory(prefix="quantlens-") as folder:
-        streams = Streams(graph, units, calibration, Room(memory, Path(folder)))
+    with torch.no_grad(), held_memory(), ActivationStore(memory) as store:
+        streams = Streams(graph, units, calibration, store)
         for index, (unit, original) in enumerate(zip(units, originals, strict=True)):
             streams.advance_float(unit, reference or graph, original)
-            outputs, result = None, None if store is None else store.read(index, unit)
+            outputs, result = None, None if saved is None else saved.read(index, unit)
             if result is None:
                 outputs, result = _UnitTraining(graph, plan.quantizers, unit, streams, settings, seed, index).run(tell)
-                if store is not None:
-                    store.write(index, unit, result)
+                if saved is not None:
+                    saved.write(index, unit, result)
             else:
                 resumed += 1
             for name, value in result.tensors.items():
@@ -104,7 +104,7 @@ def _units(graph: Graph, plan: Plan, reference: Graph) -> tuple[list[Unit], list
     return units, originals
 
 
-Outputs = dict[fx.Node, Cache]
+Outputs = dict[fx.Node, ImageCache]
 """A unit's results for all images."""
 
 
@@ -178,9 +178,10 @@ class _UnitTraining:
 
     def _size(self, node: fx.Node) -> float:
         """Mean of ‖y_t‖² of a result of the float unit."""
-        tensor: Tensor = self.streams.float[node].tensor  # type: ignore[assignment]
-        parts = [float(p.square().sum(dtype=torch.float64)) for p in tensor.split(CHUNK)]
-        return sum(parts) / max(tensor.numel() // tensor.shape[-1], 1)
+        values = self.streams.float[node].values
+        ends = [(i, min(i + CHUNK, len(values))) for i in range(0, len(values), CHUNK)]
+        parts = [float(values.rows(*pair).square().sum(dtype=torch.float64)) for pair in ends]
+        return sum(parts) / max(values.shape.numel() // values.shape[-1], 1)
 
     # -- the steps
     def _train(self, start: float, first: int, last: int, factor: float, tell: Callable[[int], None]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantlens.calibration import Calibration, Look, Walk
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView
 from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import argument
 from quantlens.graph.sites import Site
@@ -87,15 +87,17 @@ def replace_gelu(
     errors: dict[str, tuple[float, float]] = {}
     fitted: dict[str, Tensor] = {}
 
-    def decide(edge: Edge, look: Look) -> None:
+    def on_edge(edge: Edge, view: EdgeView) -> None:
         mlp = by_input[edge.key]
-        work = _Refit(graph, mlp, torch.cat(list(look.tensors())), weights.get(mlp.second.name), fit)
+        work = _Refit(graph, mlp, torch.cat(list(view.tensors())), weights.get(mlp.second.name), fit)
         tensors, errors[mlp.second.name] = work.run(generator)
         fitted.update(tensors)
         if progress is not None:
             progress(len(errors), len(mlps))
 
-    Walk(graph, calibration, sequential=False, seed=seed).run([m.first.edges["input"] for m in mlps], decide)
+    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(
+        [m.first.edges["input"] for m in mlps], on_edge
+    )
     for name, tensor in fitted.items():
         graph.set_tensor(name, tensor)
     for mlp in mlps:

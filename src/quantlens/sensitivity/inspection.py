@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quantlens.calibration import Calibration, Look, Walk
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.files import write_whole
 from quantlens.graph import Edge, Graph
@@ -263,12 +263,12 @@ def _statistics(
     quantizers, sites = quantized.plan.quantizers, graph.sites
     found: dict[str, EdgeStatistics] = {}
 
-    def look_at(edge: Edge, look: Look) -> None:
-        found[edge.key] = edge_statistics(edge, sites[edge.site].kind, look, quantizers[edge.key])
+    def look_at(edge: Edge, view: EdgeView) -> None:
+        found[edge.key] = edge_statistics(edge, sites[edge.site].kind, view, quantizers[edge.key])
 
     wanted = [edge for key, edge in sites.edges.items() if key in quantizers]
     with torch.no_grad():
-        Walk(graph, calibration, sequential=False, seed=seed).run(
+        CalibrationPass(graph, calibration, sequential=False, seed=seed).run(
             wanted, look_at, lambda done, total: step("statistics", done, total)
         )
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Look
+from quantlens.calibration import EdgeView
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Edge
@@ -51,14 +51,14 @@ class EdgeStatistics:
     token_norm_median: float | None = None
 
 
-def edge_statistics(edge: Edge, kind: str, look: Look, quantizer: Quantizer) -> EdgeStatistics:
-    """Statistics of what a walk shows of ``edge``, an edge of a site of the kind ``kind``.
+def edge_statistics(edge: Edge, kind: str, view: EdgeView, quantizer: Quantizer) -> EdgeStatistics:
+    """Statistics of what a pass shows of ``edge``, an edge of a site of the kind ``kind``.
 
     Raises QuantlensError naming the edge where values are not finite.
     """
     moments, noise = _Moments(), _Noise(quantizer)
     channels = _Channels(tokens=not edge.is_weight and kind != "conv")
-    for value in look.tensors():
+    for value in view.tensors():
         moments.add(value)
         noise.add(value)
         seen = by_channel(edge, kind, value)

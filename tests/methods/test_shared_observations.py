@@ -6,20 +6,20 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens.calibration import walk as module
+from quantlens.graph import Graph
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many operations every advance of a walk ran."""
+    """How many operations every advance of a pass ran."""
     counted: list[int] = []
-    advance = module.Walk._advance
+    run = Graph.run
 
     def counting(self, nodes, *arguments, **named):
         counted.append(len(nodes))
-        return advance(self, nodes, *arguments, **named)
+        return run(self, nodes, *arguments, **named)
 
-    monkeypatch.setattr(module.Walk, "_advance", counting)
+    monkeypatch.setattr(Graph, "run", counting)
     return counted
 
 
@@ -37,7 +37,7 @@ def assert_same(first, second) -> None:
         assert torch.equal(one["zero_point"], other["zero_point"]), key
 
 
-def test_one_walk_serves_every_width(fresh, pictures, steps) -> None:
+def test_one_pass_serves_every_width(fresh, pictures, steps) -> None:
     model = fresh("vit")
     ql.quantize(model, pictures, method="minmax", bits="W8A8")
     assert steps
@@ -66,7 +66,7 @@ def test_what_was_seen_is_not_taken_for_something_else(fresh, pictures, steps) -
     assert steps == []  # the deeper tails hold the shallower ones
 
 
-def test_a_sequential_walk_sees_the_quantized_part(fresh, pictures) -> None:
+def test_a_sequential_pass_sees_the_quantized_part(fresh, pictures) -> None:
     model = fresh("vit")
     for bits in ("W8A8", "W3A3"):
         shared = ql.quantize(model, pictures, method="repq-vit", bits=bits)
