@@ -39,6 +39,8 @@ OLD_NAMES = [
     ("quantlens.studies.evaluate", "Result", "quantlens.evaluation.result"),
     ("quantlens.studies.evaluate", "choose_scores", "quantlens.evaluation.scoring"),
     ("quantlens.studies.evaluate", "measurable", "quantlens.evaluation.run"),
+    ("quantlens.report.svg", "line_chart", "quantlens.plots.svg"),
+    ("quantlens.report.svg", "histogram", "quantlens.plots.histograms"),
 ]
 
 

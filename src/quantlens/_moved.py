@@ -76,9 +76,10 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.reconstruction": ("quantlens.transforms",),
     "quantlens.allocation": ("quantlens.sensitivity",),
     "quantlens.studies": ("quantlens.evaluation",),
+    "quantlens.report.svg": ("quantlens.plots.svg", "quantlens.plots.histograms"),
 }
-"""Old package, or module of which several were made -> where its names are looked for now; the last four still exist
-and ask here for what left them."""
+"""Old package, or module of which several were made -> where its names are looked for now; those that still exist ask
+here for what left them."""
 
 
 def _internal(file: str) -> bool:

@@ -15,10 +15,10 @@ from quantlens.attention import pictures
 from quantlens.attention.association import FEWEST, Association, associate
 from quantlens.errors import QuantlensError
 from quantlens.metrics import METRICS
-from quantlens.report import svg
+from quantlens.plots import svg
+from quantlens.plots.svg import Frame, Point, Series, coord, marker
 from quantlens.report.charts import FAMILIES, Looks, Panel, PanelRow, describe, family_widths
 from quantlens.report.collect import Board, Group, Path, change_of, dig
-from quantlens.report.svg import Frame, Point, Series, coord, marker
 from quantlens.report.tables import Row, Table, Value, seeds_text
 from quantlens.report.text import (
     BASELINE,

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from quantlens.metrics import METRICS, Metric
-from quantlens.report import svg
+from quantlens.plots import svg
+from quantlens.plots.svg import Bar, Point, Series, Style
 from quantlens.report.collect import Board, Group, Path
-from quantlens.report.svg import Bar, Point, Series, Style
 from quantlens.report.text import (
     BASELINE,
     Stat,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantlens._version import __version__
-from quantlens.report.svg import esc
+from quantlens.plots.svg import esc
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
