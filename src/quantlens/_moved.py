@@ -66,6 +66,7 @@ RENAMED: dict[str, str] = {
     "quantlens.reconstruction.centring.channel_means": "quantlens.calibration.transforming.channel_means",
     "quantlens.reconstruction.pixels.read_pixels": "quantlens.calibration.transforming.read_as_pixels",
     "quantlens.reconstruction.pixels.pixel_quantizer": "quantlens.formats.uniform.pixel_codes",
+    "quantlens.report.charts.Looks": "quantlens.report.charts.GroupStyles",
 }
 """Old name -> new name, where that has changed, too."""
 
@@ -83,9 +84,22 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.reconstruction": ("quantlens.transforms",),
     "quantlens.allocation": ("quantlens.sensitivity",),
     "quantlens.studies": ("quantlens.evaluation",),
+    "quantlens.report.attention": (
+        "quantlens.plots.drift",
+        "quantlens.attention.association",
+        "quantlens.report.attention_drift",
+        "quantlens.report.attention_gallery",
+    ),
+    "quantlens.attention.lookup": (
+        "quantlens.attention.selection",
+        "quantlens.attention.maps",
+        "quantlens.attention.sets",
+        "quantlens.attention.survey",
+    ),
+    "quantlens.report.svg": ("quantlens.plots.svg", "quantlens.plots.histograms"),
 }
-"""Old package, or module of which several were made -> where its names are looked for now; the last four still exist
-and ask here for what left them."""
+"""Old package, or module of which several were made -> where its names are looked for now; those that still exist ask
+here for what left them."""
 
 
 _DISTILLATION = "distillation of whole networks was removed in quantlens 0.3; research/2026-11-29-distillation.md"

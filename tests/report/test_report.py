@@ -15,7 +15,7 @@ import pytest
 from quantlens.errors import QuantlensError, StorageError
 from quantlens.report import write_report
 from quantlens.report.build import content_policy, render, safe_json
-from quantlens.report.charts import Looks, figure_1, sensitivity
+from quantlens.report.charts import GroupStyles, figure_1, sensitivity
 from quantlens.report.collect import collect
 from quantlens.report.distributions import histograms
 from quantlens.report.summary import sentences
@@ -158,7 +158,7 @@ def test_summary_states_the_largest_and_least_loss(full_store):
 
 def test_chance_and_figures_stand_in_figure_1(full_store):
     board = board_of(full_store)
-    rows = figure_1(board, Looks(board))
+    rows = figure_1(board, GroupStyles(board))
     assert [r.heading for r in rows] == ["Far and near sets", "Every OOD set"]
     assert len(rows[0].panels) == 2 * 10
     shown = [p for p in rows[1].panels if not p.alternative]
@@ -174,7 +174,7 @@ def test_chance_and_figures_stand_in_figure_1(full_store):
 
 def test_sensitivity_says_what_is_missing(full_store):
     board = board_of(full_store)
-    together, weights, activations = sensitivity(board, Looks(board))
+    together, weights, activations = sensitivity(board, GroupStyles(board))
     assert together.note == "Measured at 4, 6 and 8 bits; 2, 3, 5 and 7 bits are not in the store."
     assert weights.note == "Measured at 4 and 8 bits; 2, 3, 5, 6 and 7 bits are not in the store."
     assert [p.caption for p in activations.panels if not p.alternative] == [
@@ -185,7 +185,7 @@ def test_sensitivity_says_what_is_missing(full_store):
 def test_sensitivity_of_one_width_is_words_only(make):
     make_cells, _, fake_store = make
     board = board_of(fake_store(make_cells(models=(DEIT,), methods=("minmax",), bits=("FP32", "W4A4"))))
-    rows = sensitivity(board, Looks(board))
+    rows = sensitivity(board, GroupStyles(board))
     assert rows[0].note.startswith("No curve: only W4A4 is in the store")
     assert not any(r.panels for r in rows)
 

@@ -39,7 +39,7 @@ class Lens:
     """Looks into a model, float or quantized: a :class:`quantlens.models.Model` or a
     :class:`~quantlens.qmodel.QuantizedModel`.
 
-    Attention is read behind its quantizer, as the product with the values sees it. Raises UnsupportedError for models
+    Attention is read after its quantizer, as the product with the values sees it. Raises UnsupportedError for models
     without attention over all tokens: windowed attention (Swin) has no map from class token to patches.
     """
 

@@ -102,6 +102,7 @@ _ALL = (
     Metric("row_kl", "attention rows KL", "nats", "lower", "attention"),
     Metric("entropy_change", "attention rows entropy change", "nats", None, "attention"),
     Metric("outliers", "outlier tokens per image", "", None, "attention", digits=2),
+    Metric("large_tokens", "large tokens per image", "", None, "attention", digits=2),
     _percent("outlier_overlap", "outlier positions overlap", "higher", "attention"),
     _percent("prediction_changed", "predictions changed", "lower", "attention"),
     _percent("confidence_change", "confidence change", None, "attention"),

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
+from quantlens import _moved
 from quantlens.metrics import METRICS, Metric
-from quantlens.report import svg
+from quantlens.plots import svg
+from quantlens.plots.svg import Bar, Point, Series, Style
 from quantlens.report.collect import Board, Group, Path
-from quantlens.report.svg import Bar, Point, Series, Style
 from quantlens.report.text import (
     BASELINE,
     Stat,
@@ -67,7 +68,7 @@ class LegendEntry:
     swatch: Markup
 
 
-class Looks:
+class GroupStyles:
     """Which colour, dash and marker each group has, and whether models stand in panels of their own."""
 
     def __init__(self, board: Board):
@@ -111,7 +112,7 @@ class Looks:
 
 def series_of(
     board: Board,
-    looks: Looks,
+    styles: GroupStyles,
     groups: Sequence[Group],
     places: Sequence[tuple[float, str]],
     path: Path,
@@ -131,10 +132,10 @@ def series_of(
                 points.append(None)
                 continue
             scaled = stat.scaled(factor)
-            words = f"{looks.label(group)}, {bits}: {mean_std(stat, digits, factor=factor)}{unit}"
+            words = f"{styles.label(group)}, {bits}: {mean_std(stat, digits, factor=factor)}{unit}"
             points.append(Point(x, scaled.mean, scaled.std, words))
         if any(points):
-            found.append(Series(looks.label(group), looks.style(group), looks.key(group), points))
+            found.append(Series(styles.label(group), styles.style(group), styles.key(group), points))
     return found
 
 
@@ -154,14 +155,16 @@ def chance_level(board: Board, groups: Sequence[Group], path: Path) -> float | N
     return None if level is None else 100 * level.mean
 
 
-def aupr_panels(board: Board, looks: Looks, score: str, prefix: Path, what: str, detail: str = "") -> list[Panel]:
+def aupr_panels(
+    board: Board, styles: GroupStyles, score: str, prefix: Path, what: str, detail: str = ""
+) -> list[Panel]:
     """AUPR-out by precision of one OOD set or mean of sets, one panel or one per model with a common y
     range."""
     places = [(float(i), b) for i, b in enumerate(board.precisions)]
     path, label = (*prefix, score, "aupr_out"), score_label(score)
     drawn = [
-        (name, groups, series_of(board, looks, groups, places, path, factor=100, digits=1, unit=" %"))
-        for name, groups in looks.facets()
+        (name, groups, series_of(board, styles, groups, places, path, factor=100, digits=1, unit=" %"))
+        for name, groups in styles.facets()
     ]
     levels = [chance_level(board, groups, (*prefix, score, "chance_aupr_out")) for _, groups, _ in drawn]
     everything = [s for _, _, series in drawn for s in series]
@@ -186,19 +189,19 @@ def aupr_panels(board: Board, looks: Looks, score: str, prefix: Path, what: str,
     return panels
 
 
-def figure_1(board: Board, looks: Looks) -> list[PanelRow]:
+def figure_1(board: Board, styles: GroupStyles) -> list[PanelRow]:
     """The paper's Figure 1: AUPR-out by precision, the means of far and near sets, then every OOD set."""
     rows = []
-    means = PanelRow("Far and near sets", large=not looks.split)
+    means = PanelRow("Far and near sets", large=not styles.split)
     for part in board.parts():
         for score in board.scores:
-            means.panels += aupr_panels(board, looks, score, ("ood_mean", part), PART_TITLES[part])
+            means.panels += aupr_panels(board, styles, score, ("ood_mean", part), PART_TITLES[part])
     if means.panels:
         rows.append(means)
     each = PanelRow("Every OOD set")
     for name, kind in board.sets.items():
         for score in board.scores:
-            each.panels += aupr_panels(board, looks, score, ("ood", name), name, kind)
+            each.panels += aupr_panels(board, styles, score, ("ood", name), name, kind)
     if each.panels:
         rows.append(each)
     return rows
@@ -229,7 +232,7 @@ def family_widths(board: Board, width_of: Callable[[int, int], int | None]) -> d
     return dict(sorted(found.items()))
 
 
-def sensitivity(board: Board, looks: Looks) -> list[PanelRow]:
+def sensitivity(board: Board, styles: GroupStyles) -> list[PanelRow]:
     """Top-1, NLL and AUPR-out against bit width, for the three families of precisions; says which widths are
     missing."""
     rows = []
@@ -250,13 +253,13 @@ def sensitivity(board: Board, looks: Looks) -> list[PanelRow]:
                     f"Measured at {join_words([str(w) for w in widths])} bits; "
                     f"{join_words(missing)} bits {'is' if len(missing) == 1 else 'are'} not in the store."
                 )
-            row.panels = family_panels(board, looks, widths, x_label)
-            row.large = not looks.split and sum(not p.alternative for p in row.panels) != 3
+            row.panels = family_panels(board, styles, widths, x_label)
+            row.large = not styles.split and sum(not p.alternative for p in row.panels) != 3
         rows.append(row)
     return rows
 
 
-def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: str) -> list[Panel]:
+def family_panels(board: Board, styles: GroupStyles, widths: dict[int, str], x_label: str) -> list[Panel]:
     places = [(float(w), b) for w, b in widths.items()]
     last = float(max(*FULL_RANGE, *widths))
     labels = [(float(n), str(n)) for n in range(2, int(last) + 1)]
@@ -275,8 +278,8 @@ def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: s
     for what, path, score, factor, digits, unit in kinds:
         ceiling = 100.0 if unit else None
         drawn = [
-            (name, series_of(board, looks, groups, places, path, factor=factor, digits=digits, unit=unit))
-            for name, groups in looks.facets()
+            (name, series_of(board, styles, groups, places, path, factor=factor, digits=digits, unit=unit))
+            for name, groups in styles.facets()
         ]
         chance = chance_level(board, board.groups, (*path[:-1], "chance_aupr_out")) if score else None
         ticks = svg.value_range([s for _, series in drawn for s in series], svg.below(chance), floor=0, ceiling=ceiling)
@@ -329,7 +332,7 @@ def changes(board: Board, scores: Sequence[str]) -> list[Change]:
     return found
 
 
-def change_bars(board: Board, looks: Looks) -> list[Panel]:
+def change_bars(board: Board, styles: GroupStyles) -> list[Panel]:
     """A bar chart per metric and precision, the largest loss first."""
     panels = []
     for bits in reversed(board.quantized):
@@ -348,7 +351,7 @@ def change_bars(board: Board, looks: Looks) -> list[Panel]:
                     s.mean,
                     s.std,
                     mean_std(s, change.digits, sign=True),
-                    looks.style(group),
+                    styles.style(group),
                     count(s.n, "seed"),
                 )
                 for s, group in ranked[:MAX_BARS]
@@ -372,3 +375,8 @@ def change_bars(board: Board, looks: Looks) -> list[Panel]:
                 )
             )
     return panels
+
+
+def __getattr__(name: str) -> object:
+    """Names that have changed are found by their old ones, with a warning."""
+    return _moved.find(__name__, name)

@@ -11,12 +11,12 @@ from typing import Any
 from markupsafe import Markup
 
 from quantlens.metrics import METRICS
-from quantlens.report import svg
+from quantlens.plots import svg
+from quantlens.plots.svg import Frame, Point, Series, Style, coord
 from quantlens.report.charts import Panel
 from quantlens.report.collect import Board, dig
 from quantlens.report.frontier import legend_of
 from quantlens.report.runinfo import Listing
-from quantlens.report.svg import Frame, Point, Series, Style, coord
 from quantlens.report.text import BASELINE, MISSING, fixed, join_words, metric_heading, number, percent, score_label
 from quantlens.studies.benchmarks import Timed
 

@@ -13,11 +13,11 @@ from markupsafe import Markup
 from quantlens.errors import QuantlensError
 from quantlens.files import write_whole
 from quantlens.metrics import METRICS
-from quantlens.report import svg
+from quantlens.plots import svg
+from quantlens.plots.svg import Frame, Style, esc
 from quantlens.report.collect import Board
 from quantlens.report.frontier import legend_of
 from quantlens.report.page import page
-from quantlens.report.svg import Frame, Style, esc
 from quantlens.report.text import MISSING, count, fixed, percent
 
 KINDS = {"linear and convolution layers": ("linear", "conv"), "attention products": ("scores", "probs", "context")}

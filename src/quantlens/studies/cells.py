@@ -17,7 +17,7 @@ from quantlens.studies.store import INSPECTION, to_json
 CELL_FORMAT = 1
 """Part of every key: raised when the figures of unchanged inputs change (another definition of a metric, say)."""
 
-LENS_FORMAT = 1
+LENS_FORMAT = 2
 """Part of the keys of cells with attention: raised when its figures change on unchanged inputs."""
 
 INSPECTION_FORMAT = 1

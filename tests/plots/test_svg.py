@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from quantlens.report import svg
-from quantlens.report.svg import Bar, Outline, Point, Reliability, Series, Style
+from quantlens.plots import svg
+from quantlens.plots.histograms import Outline, Reliability, histogram, reliability_diagram
+from quantlens.plots.svg import Bar, Point, Series, Style
 
 NS = "{http://www.w3.org/2000/svg}"
 
@@ -89,7 +90,7 @@ def test_bars_of_nothing_lost():
 
 def test_histogram_outline_follows_the_heights():
     outline = Outline([0.0, 1.0, 2.0, 3.0], [10.0, 10.0, 0.0], "id qu", "ID")
-    root = parsed(svg.histogram([outline], title="t", description="d", x_label="x", y_label="%"))
+    root = parsed(histogram([outline], title="t", description="d", x_label="x", y_label="%"))
     path = next(p.get("d") for p in root.iter(f"{NS}path") if p.get("class") == "h id qu")
     assert path.count("H") == 2, "equal neighbours are one step"
     up, down = (float(path.split("v")[i].split("H")[0]) for i in (1, 2))
@@ -98,14 +99,12 @@ def test_histogram_outline_follows_the_heights():
 
 
 def test_constant_scores_have_a_histogram():
-    parsed(
-        svg.histogram([Outline([1.0, 1.0], [0.0], "id", "ID")], title="t", description="d", x_label="x", y_label="y")
-    )
+    parsed(histogram([Outline([1.0, 1.0], [0.0], "id", "ID")], title="t", description="d", x_label="x", y_label="y"))
 
 
 def test_reliability_marks_lie_at_confidence_and_accuracy():
     curve = Reliability([(0.5, 0.5, 0.25), (1.0, 0.0, 0.75)], "c0", "W4A4")
-    root = parsed(svg.reliability_diagram([curve], title="t", description="d"))
+    root = parsed(reliability_diagram([curve], title="t", description="d"))
     first, second = [(float(c.get("cx")), float(c.get("cy")), float(c.get("r"))) for c in root.iter(f"{NS}circle")]
     assert second[0] > first[0]
     assert second[1] > first[1]
