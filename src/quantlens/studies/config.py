@@ -151,7 +151,7 @@ class InspectSpec(_Strict):
 
 class ResourcesSpec(_Strict):
     """What each worker asks a Ray cluster for: processors (its threads) and GPUs, a part of one (0.25: four workers
-    share it) or whole ones. None: see docs/scaling.md. No figure depends on it."""
+    share it) or whole ones. None: see docs/scaling.md. No metric depends on it."""
 
     cpu: int | None = Field(default=None, ge=1)
     gpu: float | None = Field(default=None, ge=0)
