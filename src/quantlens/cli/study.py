@@ -81,7 +81,7 @@ def study(
         if plan:
             from quantlens.studies.estimate import estimate
 
-            for line in estimate(config, directory, workers=workers or 1).lines():
+            for line in estimate(config, directory, workers=workers or 1, progress=not quiet).lines():
                 _common.say(line)
         return
     summary = run_study(

@@ -1,14 +1,20 @@
-"""What a study asks of the rest of the house, in one object, so that a test can put a small one in its place."""
+"""What a study asks of the other packages, in one object, so that a test can put a small one in its place."""
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantlens.errors import BadWeightsError, UnknownNameError
+
+COLLECT_SECONDS = 10.0
+"""Least time between two collections of cyclic garbage: they take a quarter of a second each."""
+
+_collected = 0.0
 
 Steps = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -24,7 +30,7 @@ class MethodChoice:
 
 
 class Backend:
-    """The real thing. Every import is made when it is needed."""
+    """The backend of every real study. Imports are made when they are needed."""
 
     def method(self, name: str, options: Mapping[str, Any]) -> MethodChoice:
         """Look a method up by name or alias; unknown names and options raise."""
@@ -104,7 +110,7 @@ class Backend:
     def inspect(
         self, model: Any, images: Any, choice: MethodChoice, bits: str, seed: int, progress: Any
     ) -> dict[str, Any]:
-        """Which layer of a model hurts: `Inspection.to_dict`, by site and by block, in six digits (the last ones of a
+        """The sensitivity of every layer: `Inspection.to_dict`, by site and by block, in six digits (the last ones of a
         sum differ with the threads that added it up)."""
         from quantlens.allocation.quantizing import inspect
 
@@ -112,7 +118,7 @@ class Backend:
         return dict(_six_digits(found.to_dict()))
 
     def environment(self, device: str) -> dict[str, Any]:
-        """What the figures are measured with."""
+        """What the metrics are measured with."""
         from quantlens.evaluation.environment import environment
 
         return environment(device)
@@ -129,19 +135,15 @@ class Backend:
 
         torch.set_num_threads(max(1, count))
 
-    def free(self, more_to_come: bool = True) -> None:
-        """Give back the memory of a cell that is over (graphs are cycles, which counting references does not free).
-
-        What lives on is set aside from later collections, which would otherwise walk all of torch after every cell;
-        `more_to_come=False` takes it back.
-        """
-        if not more_to_come:
-            gc.unfreeze()
-        gc.collect()
-        if more_to_come:
-            gc.freeze()
+    def free(self, *, at_once: bool = False) -> None:
+        """Give back the memory of a cell that is over: graphs are cycles, which counting references does not free. A
+        collection walks all of torch, so after short cells on a CPU there is none unless `at_once`."""
+        global _collected
         import torch
 
+        if torch.cuda.is_available() or at_once or time.monotonic() - _collected > COLLECT_SECONDS:
+            gc.collect()
+            _collected = time.monotonic()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""What runs in a Ray worker: it measures cells and hands them back; it never sees the store."""
+"""What a worker does, wherever it runs: load models, measure cells and hand them back. It never sees the store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from quantlens.studies.backend import Backend
 from quantlens.studies.cells import PlannedCell, StudyImages
 from quantlens.studies.config import StudyConfig
 from quantlens.studies.progress import Quiet
-from quantlens.studies.specs import reason
 from quantlens.studies.work import ModelWork, Outcome, full_disk, is_full_disk, stops, told
 
 
@@ -33,15 +32,24 @@ class Stop:
 
 
 class Worker:
-    """A worker process of the cluster, which keeps the model it worked on last.
+    """A worker, which keeps the model it worked on last.
 
-    Images and weights are read from the paths of the study, so those must exist on every node. marks: the
-    fingerprints of the images where the driver runs; other images here are refused.
+    Images and weights are read from the paths of the study, so those must exist on every node. threads: of torch; None
+    leaves them. images: the study's, where they have been listed in this process; otherwise they are listed here, and
+    must have the fingerprints `marks` of those of the driver.
     """
 
-    def __init__(self, config: StudyConfig, backend: Backend, threads: int, marks: Mapping[str, str]) -> None:
-        self.config, self.backend, self.threads, self.marks = config, backend, threads, dict(marks)
-        self.images: StudyImages | None = None
+    def __init__(
+        self,
+        config: StudyConfig,
+        backend: Backend,
+        threads: int | None = None,
+        marks: Mapping[str, str] | None = None,
+        images: StudyImages | None = None,
+        shown: Quiet | None = None,
+    ) -> None:
+        self.config, self.backend, self.threads, self.marks = config, backend, threads, dict(marks or {})
+        self.images, self.shown = images, shown or Quiet()
         self.work: ModelWork | None = None
         self.device = "cpu"
 
@@ -49,40 +57,27 @@ class Worker:
         """List the images on this node."""
         try:
             load_all(self.config.plugins)
-            self.backend.set_threads(self.threads)
+            if self.threads is not None:
+                self.backend.set_threads(self.threads)
             self.device = self.backend.device(self.config.device)
-            images = StudyImages.open(self.config, self.backend)
-            _check_same(images.marks(), self.marks)
+            if self.images is None:
+                images = StudyImages.open(self.config, self.backend)
+                _check_same(images.marks(), self.marks)
+                self.images = images
         except (QuantlensError, OSError) as error:
             return Stop(_said(error))
-        self.images = images
         return None
 
     def load(self, index: int) -> Loaded | Outcome | Stop:
-        """Load a model of the study and read the images; an Outcome is the error of a model that cannot be loaded."""
+        """Load the model with that number in the study; an Outcome is the error of one that cannot be loaded."""
         try:
             work = self._work(index)
         except Exception as error:
             return Stop(_said(error)) if stops(error) else Outcome(None, told(error), 0.0)
-        try:
-            work.decode()
-        except (QuantlensError, OSError) as error:
-            return Stop(_said(error))
         return Loaded(work.checkpoint_sha256, work.preprocess)
 
-    def run(
-        self,
-        index: int,
-        cell: PlannedCell,
-        checkpoint_sha256: str | None,
-        reference: Mapping[str, Any] | list[Any] | None,
-    ) -> Outcome | Stop:
-        """Measure a cell. reference: the FP32 result; in a list the reference of the answer of the worker that measures
-        it; without one only the FP32 cell and inspections can be measured."""
-
-        def baseline() -> Any:
-            return _fp32(reference, self.config.models[index].label)
-
+    def run(self, index: int, cell: PlannedCell, checkpoint_sha256: str | None) -> Outcome | Stop:
+        """Measure a cell of a model; the driver compares it with FP32. checkpoint_sha256: as the driver knows it."""
         loaded = self.load(index)
         if not isinstance(loaded, Loaded):
             return loaded
@@ -93,42 +88,24 @@ class Worker:
                 "every node"
             )
         assert self.work is not None
+        self.shown.working(str(cell))
         try:
-            return self.work.attempt(cell, baseline, late=isinstance(reference, list))
+            self.work.decode()
+            return self.work.attempt(cell)
         except (QuantlensError, OSError) as error:
             return Stop(_said(error))
 
     def _work(self, index: int) -> ModelWork:
         """The model with that number in the study; the one before it is given up."""
-        if self.images is None:  # Ray has started this worker again after a crash
-            stopped = self.start()
-            if stopped is not None:
-                raise QuantlensError(stopped.message)
         assert self.images is not None
         spec = self.config.models[index]
         if self.work is None or self.work.label != spec.label:
             if self.work is not None:
                 self.work = None
-                self.backend.free(more_to_come=False)
-            self.work = ModelWork(self.config, self.backend, self.images, self.device, spec, Quiet())
+                self.backend.free(at_once=True)
+            self.shown.working(f"loading {spec.label}")
+            self.work = ModelWork(self.config, self.backend, self.images, self.device, spec, self.shown)
         return self.work
-
-
-def _fp32(reference: Mapping[str, Any] | list[Any] | None, label: str) -> Any:
-    """The FP32 Result, waited for where it is not there yet."""
-    from quantlens.evaluation import Result
-
-    assert reference is not None
-    if not isinstance(reference, list):
-        return Result.from_dict({**reference, "method": "fp32"})
-    import ray
-
-    answer = ray.get(reference[0])
-    if isinstance(answer, Stop):
-        raise QuantlensError(answer.message)
-    if answer.result is None:
-        raise QuantlensError(f"{label} could not be measured at FP32 ({reason(answer.error)})")
-    return Result.from_dict({**answer.result, "method": "fp32"})
 
 
 def _check_same(here: Mapping[str, str], there: Mapping[str, str]) -> None:
