@@ -125,6 +125,10 @@ class Result:
         if score is not None:
             sets = (f"{name} {_words('aupr_out', entry[score], '')}" for name, entry in self.ood.items())
             lines.append(f"{METRICS['aupr_out'].title} by {score}: {', '.join(sets)}")
+        if self.guard is not None:
+            shares = {"ID": 1 - self.guard["id"]["kept"]} | {n: e["flagged"] for n, e in self.guard["ood"].items()}
+            flagged = METRICS["flagged"]
+            lines.append(f"{flagged.title}: {', '.join(f'{n} {flagged.text(v)} %' for n, v in shares.items())}")
         return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from quantlens.graph import Graph
 from quantlens.graph.graph import EdgeHook
 from quantlens.graph.sites import Site
 from quantlens.methods._scale_search import Product
+from quantlens.metrics.divergence import kl_of_logits
 from quantlens.reconstruction.block_metrics import images_together
 
 ROWS = 512
@@ -43,7 +44,7 @@ def fisher(logits: Tensor, reference: Tensor, generator: torch.Generator) -> Ten
 
 def divergence(logits: Tensor, reference: Tensor, generator: torch.Generator) -> Tensor:
     """KL(softmax(reference) ‖ softmax(logits))."""
-    return nn.functional.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), reduction="sum", log_target=True)
+    return kl_of_logits(reference, logits, "sum")
 
 
 def own_label(logits: Tensor, reference: Tensor, generator: torch.Generator) -> Tensor:
