@@ -198,3 +198,14 @@ def test_result_in_words() -> None:
     text = str(evaluate(quantized(FakeModel(), "W3A3", 13), ID, OOD))
     assert text.splitlines()[0].startswith("fake minmax W3A3, seed 13, ")
     assert f"ID {ID}: 400 images" in text
+
+
+def test_a_result_as_a_data_frame() -> None:
+    pytest.importorskip("pandas")
+    result = evaluate(quantized(FakeModel(), "W3A3", 13), ID, OOD, scores=["msp"])
+    table = result.to_pandas()
+    assert table.shape[0] == 1
+    row = table.iloc[0]
+    assert (row["model"], row["method"], row["bits"], row["seed"]) == ("fake", "minmax", "W3A3", 13)
+    assert row["ood.letters.msp.aupr_out"] == result.ood["letters"]["msp"]["aupr_out"]
+    assert row["change.id.top1"] == result.id["top1"] - result.fp32["id"]["top1"]
