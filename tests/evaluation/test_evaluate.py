@@ -12,7 +12,7 @@ from study_fakes import PREPROCESS, FakeModel, quantized
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.evaluation import Result, evaluate
-from quantlens.metrics import FitData, classification_figures, make_scorer, ood_figures
+from quantlens.metrics import FitData, classification_metrics, make_scorer, ood_metrics
 
 ID, LETTERS, NEAR, FIT = (
     "embedded:digits-test",
@@ -33,7 +33,7 @@ def test_figures_are_those_of_the_metrics() -> None:
     model = quantized(FakeModel(), "W4A4")
     result = evaluate(model, ID, OOD, fit=FIT, batch_size=33).to_dict()
     logits, features, labels = direct(model, ID)
-    for figure, value in classification_figures(logits, labels).items():
+    for figure, value in classification_metrics(logits, labels).items():
         if isinstance(value, float):
             assert result["id"][figure] == pytest.approx(value, abs=1e-6)
     assert result["id"]["n"] == len(labels) == 400
@@ -46,7 +46,7 @@ def test_figures_are_those_of_the_metrics() -> None:
         scorer = make_scorer(score, data)
         for name, source in OOD.items():
             other_logits, other_features, _ = direct(model, source)
-            expected = ood_figures(scorer(logits, features), scorer(other_logits, other_features))
+            expected = ood_metrics(scorer(logits, features), scorer(other_logits, other_features))
             for figure, value in expected.items():
                 assert result["ood"][name][score][figure] == pytest.approx(value, abs=1e-5)
     assert result["ood"]["letters"]["group"] == "far"
