@@ -163,7 +163,7 @@ def allocation() -> dict[str, Any]:
     import torch
 
     import quantlens as ql
-    from quantlens.allocation.sensitivity import kl_divergence
+    from quantlens.metrics.divergence import kl_of_logits
 
     model = _deit()
     images, others = _photographs(model, 32, 1), _photographs(model, 128, 0)
@@ -173,7 +173,8 @@ def allocation() -> dict[str, Any]:
     def loss(bits: Any) -> float:
         qmodel = ql.quantize(model, images, method="minmax", bits=bits)
         with torch.inference_mode():
-            return float(kl_divergence(expected, torch.cat([qmodel(part) for part in others.split(32)])).mean())
+            logits = torch.cat([qmodel(part) for part in others.split(32)])
+        return float(kl_of_logits(expected.double(), logits.double()).mean())
 
     out: dict[str, Any] = {"uniform W6A6 kl": round(loss("W6A6"), 4)}
     seconds = {}

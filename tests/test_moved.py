@@ -37,6 +37,8 @@ OLD_NAMES = [
     ("quantlens.studies", "Result", "quantlens.evaluation"),
     ("quantlens.studies.bootstrap", "holm", "quantlens.metrics.bootstrap"),
     ("quantlens.studies.bootstrap", "replicate", "quantlens.evaluation.bootstrap"),
+    ("quantlens.studies.flat", "numbers", "quantlens.evaluation.flat"),
+    ("quantlens.studies.flat", "write_csv", "quantlens.studies.results"),
     ("quantlens.studies.evaluate", "Result", "quantlens.evaluation.result"),
     ("quantlens.studies.evaluate", "choose_scores", "quantlens.evaluation.scoring"),
     ("quantlens.studies.evaluate", "measurable", "quantlens.evaluation.run"),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from quantlens.qmodel.checkpoint import save as save
     from quantlens.sensitivity import Inspection as Inspection
     from quantlens.studies.compare import compare as compare
+    from quantlens.studies.results import results as results
 
 _HOMES = {
     "load_model": "quantlens.models",
@@ -49,6 +50,7 @@ _HOMES = {
     "load": "quantlens.qmodel.checkpoint",
     "evaluate": "quantlens.evaluation",
     "compare": "quantlens.studies.compare",
+    "results": "quantlens.studies.results",
     "QuantlensError": "quantlens.errors",
     "load_plugin": "quantlens.plugins",
 }

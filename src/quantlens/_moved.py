@@ -40,6 +40,7 @@ MODULES: dict[str, str] = {
     **_of("allocation", "sensitivity", "alone", "inspection", "statistics"),
     **_of("studies", "evaluation", "environment", "images", "outputs"),
     "quantlens.studies.standing": "quantlens.studies.significance",
+    "quantlens.studies.aggregate": "quantlens.studies.results",
     **_of("deploy", "qmodel", "checkpoint"),
     **_of("deploy", "export", "bench", "export", "onnx_file", "onnx_graph", "parity", "processor", "pt2"),
     "quantlens.deploy.artefact": "quantlens.export.exported",
@@ -75,6 +76,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.ranges": ("quantlens.calibration", "quantlens.calibration.ranges"),
     "quantlens.deploy": ("quantlens.qmodel.checkpoint",),
     "quantlens.studies.bootstrap": ("quantlens.metrics.bootstrap", "quantlens.evaluation.bootstrap"),
+    "quantlens.studies.flat": ("quantlens.evaluation.flat", "quantlens.studies.results"),
     "quantlens.studies.evaluate": (
         "quantlens.evaluation.result",
         "quantlens.evaluation.scoring",

@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from quantlens.evaluation.bootstrap import ID_METRICS, OOD_METRICS, Wanted, point, replicate
 from quantlens.evaluation.outputs import Outputs, of_images
-from quantlens.metrics import classification_figures, mean_over_sets, ood_figures
+from quantlens.metrics import classification_metrics, mean_over_sets, ood_metrics
 from quantlens.metrics.bootstrap import Resamples, differences, interval
 
 SETS = ("far-away", "near by")
@@ -62,7 +62,7 @@ def test_every_resample_has_the_figures_of_the_images_that_were_drawn(steps):
     assert all((c.sum(axis=0) == len(c)).all() and c.shape[1] == 130 for c in counts.values())
     for r in range(0, 130, 9):
         drawn = repeated(one, {name: c[:, r] for name, c in counts.items()})
-        ood = {s: {k: ood_figures(drawn.id_scores[k], v) for k, v in drawn.ood_scores[s].items()} for s in SETS}
+        ood = {s: {k: ood_metrics(drawn.id_scores[k], v) for k, v in drawn.ood_scores[s].items()} for s in SETS}
         means = mean_over_sets({s: {**e, "group": one.groups[s]} for s, e in ood.items()})
         for s in SETS:
             for score in WANTED.scores:
@@ -100,14 +100,14 @@ def test_the_point_figures_are_those_of_a_result():
     for s in SETS:
         for score in WANTED.scores:
             for figure in OOD_METRICS:
-                expected = ood_figures(one.id_scores[score], one.ood_scores[s][score])[figure]
+                expected = ood_metrics(one.id_scores[score], one.ood_scores[s][score])[figure]
                 assert found[f"ood.{s}.{score}.{figure}"] == pytest.approx(expected, abs=1e-12)
     labels = rng.integers(0, 6, 50)
     logits = rng.normal(size=(50, 6))
     one = Outputs(**of_images(logits, labels, "scores"), id_scores={}, ood_scores={}, about={"n_bins": 15, "ood": {}})
     found = point(one, Wanted((), ()))
     for figure in ID_METRICS:
-        assert found[f"id.{figure}"] == pytest.approx(classification_figures(logits, labels)[figure], abs=1e-12)
+        assert found[f"id.{figure}"] == pytest.approx(classification_metrics(logits, labels)[figure], abs=1e-12)
 
 
 def test_intervals_are_those_of_scipys_paired_bootstrap():

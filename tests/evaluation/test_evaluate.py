@@ -12,7 +12,7 @@ from study_fakes import PREPROCESS, FakeModel, quantized
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.evaluation import Result, evaluate
-from quantlens.metrics import FitData, classification_figures, make_scorer, ood_figures
+from quantlens.metrics import FitData, classification_metrics, make_scorer, ood_metrics
 
 ID, LETTERS, NEAR, FIT = (
     "embedded:digits-test",
@@ -33,7 +33,7 @@ def test_figures_are_those_of_the_metrics() -> None:
     model = quantized(FakeModel(), "W4A4")
     result = evaluate(model, ID, OOD, fit=FIT, batch_size=33).to_dict()
     logits, features, labels = direct(model, ID)
-    for figure, value in classification_figures(logits, labels).items():
+    for figure, value in classification_metrics(logits, labels).items():
         if isinstance(value, float):
             assert result["id"][figure] == pytest.approx(value, abs=1e-6)
     assert result["id"]["n"] == len(labels) == 400
@@ -46,7 +46,7 @@ def test_figures_are_those_of_the_metrics() -> None:
         scorer = make_scorer(score, data)
         for name, source in OOD.items():
             other_logits, other_features, _ = direct(model, source)
-            expected = ood_figures(scorer(logits, features), scorer(other_logits, other_features))
+            expected = ood_metrics(scorer(logits, features), scorer(other_logits, other_features))
             for figure, value in expected.items():
                 assert result["ood"][name][score][figure] == pytest.approx(value, abs=1e-5)
     assert result["ood"]["letters"]["group"] == "far"
@@ -198,3 +198,14 @@ def test_result_in_words() -> None:
     text = str(evaluate(quantized(FakeModel(), "W3A3", 13), ID, OOD))
     assert text.splitlines()[0].startswith("fake minmax W3A3, seed 13, ")
     assert f"ID {ID}: 400 images" in text
+
+
+def test_a_result_as_a_data_frame() -> None:
+    pytest.importorskip("pandas")
+    result = evaluate(quantized(FakeModel(), "W3A3", 13), ID, OOD, scores=["msp"])
+    table = result.to_pandas()
+    assert table.shape[0] == 1
+    row = table.iloc[0]
+    assert (row["model"], row["method"], row["bits"], row["seed"]) == ("fake", "minmax", "W3A3", 13)
+    assert row["ood.letters.msp.aupr_out"] == result.ood["letters"]["msp"]["aupr_out"]
+    assert row["change.id.top1"] == result.id["top1"] - result.fp32["id"]["top1"]

@@ -18,7 +18,7 @@ from quantlens.metrics import (
     Scorer,
     available_scores,
     make_scorer,
-    ood_figures,
+    ood_metrics,
     register_score,
     score_label,
 )
@@ -154,7 +154,7 @@ def test_agrees_with_pytorch_ood(name: str, step: float | None, double: None) ->
     np.testing.assert_allclose(ids, theirs[0], rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(oods, theirs[1], rtol=tolerance, atol=tolerance)
     assert np.std(ids) > 1e-3
-    ours_figures, their_figures = ood_figures(ids, oods), ood_figures(*theirs)
+    ours_figures, their_figures = ood_metrics(ids, oods), ood_metrics(*theirs)
     for figure, value in ours_figures.items():
         assert value == pytest.approx(their_figures[figure], abs=2e-3), figure
     assert ours_figures["auroc"] > 0.6  # larger is more in-distribution
@@ -214,7 +214,7 @@ def test_tells_ood_from_id_and_depends_on_each_image_alone(name: str) -> None:
     ids, oods = world.both(name)
     assert ids.shape == (150,)
     assert ids.dtype == np.float64
-    assert ood_figures(ids, oods)["auroc"] > 0.6
+    assert ood_metrics(ids, oods)["auroc"] > 0.6
     scorer = make_scorer(name, world.fit())
     order = np.random.default_rng(0).permutation(150)[:33]
     np.testing.assert_allclose(
@@ -365,7 +365,7 @@ def test_vim_with_fewer_images_than_features() -> None:
     scorer = scores.ViMScorer.fit(few)
     assert scorer.residual_basis.shape == (40, 32)
     assert 0 < scorer.alpha < 100
-    assert ood_figures(*world.both("vim", few))["auroc"] > 0.6
+    assert ood_metrics(*world.both("vim", few))["auroc"] > 0.6
 
 
 @pytest.mark.parametrize(("directions", "kept"), [(10, 5), (20, 10), (30, 20)])
@@ -546,7 +546,7 @@ def test_scores_still_detect_on_degenerate_fit_sets(name: str, kind: str) -> Non
     if kind == "repeated channels":
         world.id_features[:, 6:] = world.id_features[:, :6]
         world.ood_features[:, 6:] = world.ood_features[:, :6]
-    assert ood_figures(*world.both(name, fit))["auroc"] > 0.6
+    assert ood_metrics(*world.both(name, fit))["auroc"] > 0.6
 
 
 @pytest.mark.parametrize("n", [10, 40])
@@ -557,7 +557,7 @@ def test_one_image_per_class_still_detects(n: int) -> None:
     h, ids = rng.normal(size=(n, 20)) @ spread, rng.normal(size=(200, 20)) @ spread
     oods = rng.normal(size=(200, 20)) @ spread[::-1, ::-1]  # large where ID features hardly vary
     scorer = make_scorer("mahalanobis", FitData(np.zeros((n, n)), h, np.arange(n)))
-    assert ood_figures(scorer(None, ids), scorer(None, oods))["auroc"] > 0.7
+    assert ood_metrics(scorer(None, ids), scorer(None, oods))["auroc"] > 0.7
 
 
 # ----------------------------------------------------------------------------------------------------

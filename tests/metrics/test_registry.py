@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quantlens.metrics import METRICS, Spread, classification_figures, metric_of, names_of, ood_figures
+from quantlens.metrics import METRICS, Spread, classification_metrics, metric_of, names_of, ood_metrics
 from quantlens.metrics.ood import COUNTS
 
 
 def test_every_metric_of_arrays_is_in_the_registry() -> None:
     rng = np.random.default_rng(0)
     found = {
-        **classification_figures(rng.normal(size=(20, 3)), rng.integers(0, 3, 20)),
-        **ood_figures(rng.normal(size=20), rng.normal(size=9)),
+        **classification_metrics(rng.normal(size=(20, 3)), rng.integers(0, 3, 20)),
+        **ood_metrics(rng.normal(size=20), rng.normal(size=9)),
     }
     numbers = {key for key, value in found.items() if isinstance(value, float)}
     assert numbers - COUNTS <= set(METRICS)

@@ -11,12 +11,12 @@ from study_fakes import FakeBackend, config
 import quantlens as ql
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.evaluation.flat import numbers
 from quantlens.report import write_report
 from quantlens.sensitivity import Inspection
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import StudyImages, cell_key, plan_study
 from quantlens.studies.config import load_config, parse_config
-from quantlens.studies.flat import numbers
 from quantlens.studies.runner import run_study
 from quantlens.studies.store import INSPECTION, Store
 

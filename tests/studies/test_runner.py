@@ -10,7 +10,6 @@ import pytest
 from study_fakes import FakeBackend, Recorder, config
 
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
-from quantlens.studies.aggregate import FAR, NEAR, TOP1, Spread, aggregate, table
 from quantlens.studies.cells import StudyImages, cell_key, plan_study
 from quantlens.studies.progress import duration
 from quantlens.studies.runner import StudyInterrupted, run_study
@@ -291,29 +290,6 @@ def test_refusals_come_before_any_work(out: Path, log: Path, changes: dict, said
 
 
 # ---- figures and display ---------------------------------------------------------------------------------------------
-
-
-def test_aggregate(out: Path, log: Path) -> None:
-    import statistics
-
-    run(out, log)
-    with Store(out) as store:
-        cells = store.cells()
-    rows = aggregate(cells, [TOP1, FAR, NEAR])
-    assert [(r.method, r.bits, r.seeds) for r in rows][:3] == [
-        ("fp32", "FP32", [0]),
-        ("minmax", "W8A8", [0, 13]),
-        ("minmax", "W3A3", [0, 13]),
-    ]
-    values = [c.result["ood_mean"]["far"]["msp"]["aupr_out"] for c in cells[3:5]]
-    spread = rows[2].figures[FAR.path]
-    assert spread.mean == pytest.approx(statistics.mean(values))
-    assert spread.std == pytest.approx(statistics.stdev(values))
-    assert rows[0].figures[FAR.path].std is None
-    assert table(rows, [TOP1, FAR, NEAR]).row_count == len(rows)
-    assert Spread.of([]) is None
-    assert Spread(0.5, 0.012, 3).text(True) == "50.00 ± 1.20"
-    assert Spread(1.5, None, 1).text(False) == "1.500"
 
 
 def test_progress(out: Path, log: Path) -> None:

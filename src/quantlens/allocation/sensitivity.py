@@ -54,7 +54,8 @@ from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.methods.base import Progress, matmul_operand_edges
-from quantlens.sensitivity.partial import Ahead, Hook, Visit, kl_divergence, part_between, visit_starts
+from quantlens.metrics.divergence import kl_of_logits
+from quantlens.sensitivity.partial import Ahead, Hook, Visit, part_between, visit_starts
 
 NORM_IMAGES = 8
 """Images of each chunk of 32 that nuclear norms are measured on."""
@@ -221,7 +222,7 @@ def kl_sensitivity(
             reference["logits"] = graph.run(part, dict(env), keep=[graph.output])[graph.output]
         for column, bits in enumerate(widths):
             logits = graph.run(part, dict(env), hook=candidates.hook(group, bits), keep=[graph.output])[graph.output]
-            found[group, column] += kl_divergence(reference["logits"], logits).sum().cpu()
+            found[group, column] += kl_of_logits(reference["logits"].double(), logits.double()).sum().cpu()
 
     visit_groups(candidates, calibration, visit, progress)
     return found / len(calibration), {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from quantlens.attention import drift, tokens
 from quantlens.attention.lens import Lens, View
 from quantlens.errors import QuantlensError
+from quantlens.metrics.divergence import kl_divergence
 
 TOP = 0.1
 """Share of patches whose overlap is measured (the 20 largest of 196)."""
@@ -199,5 +200,5 @@ def _compare(a: _Reference, b: Seen) -> dict[str, Tensor]:
         "predicted_reference": a.predicted,
         "confidence": b.confidence,
         "confidence_reference": a.confidence,
-        "output_kl": (p.exp() * (p - q)).sum(1).clamp_min(0),
+        "output_kl": kl_divergence(p, q),
     }

@@ -1,4 +1,4 @@
-"""`quantlens evaluate`: the figures of one model, FP32 or quantized."""
+"""`quantlens evaluate`: the metrics of one model, FP32 or quantized."""
 
 from __future__ import annotations
 
@@ -34,6 +34,22 @@ those evaluated.
 """
 
 
+Sets = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An out-of-distribution set; may be repeated.")
+]
+Near = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Which of these sets are near; may be repeated.")]
+Fit = Annotated[str | None, typer.Option(metavar="SOURCE", help="ID images, not evaluated, that scores are fitted on.")]
+Scores = Annotated[list[str] | None, typer.Option(metavar="NAMES", help="OOD scores (default: all).")]
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")]
+Keep = Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Keep per-image outputs, for `quantlens compare`.")]
+InStore = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Keep the result of an exported file in the store of a study.")
+]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Images per forward pass, at most: a CPU takes as many as its cache likes.")
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     command(app, "evaluate", HELP, evaluate)
@@ -43,28 +59,14 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or a quantized checkpoint.")],
     id: Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")],
     weights: _options.Weights = None,
-    ood: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An out-of-distribution set; may be repeated.")
-    ] = None,
-    near: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Which of these sets are near; may be repeated.")
-    ] = None,
-    fit: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="ID images, not evaluated, that scores are fitted on.")
-    ] = None,
-    scores: Annotated[list[str] | None, typer.Option(metavar="NAMES", help="OOD scores (default: all).")] = None,
-    json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")
-    ] = None,
-    keep: Annotated[
-        Path | None, typer.Option(metavar="FILE.npz", help="Keep per-image outputs, for `quantlens compare`.")
-    ] = None,
-    store: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the result of an exported file in the store of a study.")
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images per forward pass, at most: a CPU takes as many as its cache likes.")
-    ] = 64,
+    ood: Sets = None,
+    near: Near = None,
+    fit: Fit = None,
+    scores: Scores = None,
+    json: Json = None,
+    keep: Keep = None,
+    store: InStore = None,
+    batch_size: BatchSize = 64,
     bins: Annotated[int, typer.Option(min=1, help="Bins of the calibration error.")] = 15,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
@@ -73,7 +75,6 @@ def evaluate(
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common
-    from quantlens.cli._tables import result_tables
     from quantlens.errors import QuantlensError
 
     sets = _common.pairs(ood, "--ood", "NAME=SOURCE")
@@ -90,23 +91,11 @@ def evaluate(
     measured, reference = models(model, weights, chosen)
     if store is not None and not hasattr(measured, "facts"):
         raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
+    settings: dict[str, Any] = {"fit": fit, "reference": reference, "scores": wanted, "groups": groups}
+    settings |= {"batch_size": batch_size, "device": chosen, "n_bins": bins, "skip_bad": skip_bad}
+    settings |= {"cache_dir": _common.cache_argument(no_cache), "keep": keep is not None}
     with _common.stages(quiet) as step:
-        result = measure(
-            measured,
-            id,
-            sets,
-            fit=fit,
-            reference=reference,
-            scores=wanted,
-            groups=groups,
-            batch_size=batch_size,
-            device=chosen,
-            progress=step,
-            n_bins=bins,
-            skip_bad=skip_bad,
-            cache_dir=_common.cache_argument(no_cache),
-            keep=keep is not None,
-        )
+        result = measure(measured, id, sets, progress=step, **settings)
     if keep is not None:
         from quantlens.evaluation import outputs
 
@@ -118,6 +107,14 @@ def evaluate(
 
         with Store(store) as kept:
             put_artefact(kept, measured.facts(), result.to_dict())
+    show(result, json, keep)
+
+
+def show(result: Any, json: str | None, keep: Path | None) -> None:
+    """Print the result as tables and write it as JSON where that is asked for; `-`: print JSON alone."""
+    from quantlens.cli import _common
+    from quantlens.cli._tables import result_tables
+
     if json == "-":
         import json as standard
 

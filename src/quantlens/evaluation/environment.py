@@ -1,4 +1,4 @@
-"""What a figure was measured with: versions, processor, threads."""
+"""What a metric was measured with: versions, processor, threads."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def cores() -> int:
 
 
 def device_name(device: Any) -> str:
-    """`cpu`, or the accelerator's name behind its torch name: `cuda:0 (NVIDIA …)`."""
+    """`cpu`, or the accelerator's name after its torch name: `cuda:0 (NVIDIA …)`."""
     import torch
 
     device = torch.device(device)

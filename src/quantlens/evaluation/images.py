@@ -12,7 +12,7 @@ import numpy as np
 from quantlens.errors import QuantlensError
 
 ImageProgress = Callable[[str, int, int], None]
-"""Called with what is done ("decoding textures"), the number of images behind, and the number in all."""
+"""Called with what is done ("decoding textures"), the number of images done, and the number in all."""
 
 
 def image_set(
@@ -146,7 +146,7 @@ def refuse_overlap(first: Any, first_what: str, second: Any, second_what: str) -
     if count:
         raise QuantlensError(
             f"{first_what} ({source_name(first)}) and {second_what} ({source_name(second)}) share {count} images; "
-            "figures measured so would flatter: take other images, for example with a slice SOURCE[a:b]"
+            "metrics measured so would flatter: take other images, for example with a slice SOURCE[a:b]"
         )
 
 

@@ -1,6 +1,6 @@
 """What a model gave on every single image, kept in one compressed file per cell: `DIR/outputs/<key>.npz`.
 
-The figures of a study are means; whether two of them differ by more than chance can only be seen on the images they
+The metrics of a study are means; whether two of them differ by more than chance can only be seen on the images they
 are means of. A file holds, for N ID images and the M images of each OOD set,
 
     labels, predicted, rank      int32 [N]    true class, largest logit, classes that stand before the true one
@@ -9,7 +9,7 @@ are means of. A file holds, for N ID images and the M images of each OOD set,
     narrow, wide                 float32, float64 [scores, N + sum of M]: the OOD scores, ID images first
     about                        JSON: what was measured on which images, and the names of the scores and sets
 
-The figures need no logits, and are computed from the vectors, so that they equal the store's to the last digit; half
+The metrics need no logits, and are computed from the vectors, so that they equal the store's to the last digit; half
 precision is for whoever asks something new of the logits. A score is kept in float32 where that keeps every two of its
 values apart, otherwise in float64: the order of the images, which AUPR, AUROC and FPR@95 depend on, is exact.
 """

@@ -114,6 +114,14 @@ class Result:
         """Set `fp32` from the parts "id", "ood" and "ood_mean" of the FP32 model's result."""
         self.fp32 = metrics_only(reference)
 
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of one row: what the model is, then every number under its path ("id.top1", …). Raises
+        UnsupportedError where pandas is not installed."""
+        from quantlens.evaluation.flat import frame, row
+
+        data = self.to_dict()
+        return frame([row(data, data)])
+
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()` as JSON; the file is there whole or not at all."""
         write_whole(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
@@ -125,6 +133,10 @@ class Result:
         if score is not None:
             sets = (f"{name} {_words('aupr_out', entry[score], '')}" for name, entry in self.ood.items())
             lines.append(f"{METRICS['aupr_out'].title} by {score}: {', '.join(sets)}")
+        if self.guard is not None:
+            shares = {"ID": 1 - self.guard["id"]["kept"]} | {n: e["flagged"] for n, e in self.guard["ood"].items()}
+            flagged = METRICS["flagged"]
+            lines.append(f"{flagged.title}: {', '.join(f'{n} {flagged.text(v)} %' for n, v in shares.items())}")
         return "\n".join(lines)
 
 
@@ -158,13 +170,16 @@ def metrics_only(result: Mapping[str, Any]) -> dict[str, Any]:
     def chosen(entry: Mapping[str, Any], family: str) -> dict[str, Any]:
         return {name: entry[name] for name in names_of(family) if name in entry}
 
-    def by_score(entry: Mapping[str, Any]) -> dict[str, Any]:
-        return {score: chosen(value, "ood") for score, value in entry.items() if isinstance(value, Mapping)}
+    def by_score(part: str) -> dict[str, Any]:
+        return {
+            name: {score: chosen(value, "ood") for score, value in entry.items() if isinstance(value, Mapping)}
+            for name, entry in (result.get(part) or {}).items()
+        }
 
     return {
-        "id": chosen(result["id"], "classification"),
-        "ood": {name: by_score(entry) for name, entry in result["ood"].items()},
-        "ood_mean": {group: by_score(entry) for group, entry in result["ood_mean"].items()},
+        "id": chosen(result.get("id") or {}, "classification"),
+        "ood": by_score("ood"),
+        "ood_mean": by_score("ood_mean"),
     }
 
 

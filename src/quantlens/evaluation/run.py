@@ -149,7 +149,7 @@ class _Run:
         }
 
     def _id_part(self, model: Any, sets: EvaluationImages, logits: np.ndarray) -> dict[str, Any]:
-        from quantlens.metrics import classification_figures
+        from quantlens.metrics import classification_metrics
 
         if logits.shape[1] != int(model.num_classes):
             raise QuantlensError(
@@ -157,8 +157,8 @@ class _Run:
                 "load it with the right number of classes"
             )
         names = class_names(sets.id, model)
-        figures = classification_figures(logits, sets.labels, n_bins=self.n_bins, class_names=names)
-        return {**describe(sets.id), "num_classes": int(model.num_classes), **figures}
+        metrics = classification_metrics(logits, sets.labels, n_bins=self.n_bins, class_names=names)
+        return {**describe(sets.id), "num_classes": int(model.num_classes), **metrics}
 
     def fit(self, model: Any, features: np.ndarray | None, fit_images: Any) -> tuple[SetScores, dict[str, str]]:
         """Fit every score that can be had on this model, on its own outputs; the others with the reason why not."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.metrics import FitData, ScoreInfo, Scorer, available_scores, make_scorer, ood_figures
+from quantlens.metrics import FitData, ScoreInfo, Scorer, available_scores, make_scorer, ood_metrics
 
 
 def choose_scores(names: Sequence[str] | None) -> dict[str, ScoreInfo]:
@@ -69,12 +69,12 @@ class SetScores:
         self.ood = {name: {} for name in self.scorers}
 
     def add(self, set_name: str, logits: np.ndarray, features: np.ndarray | None) -> dict[str, dict[str, Any]]:
-        """Score an OOD set; the metrics of every score, as `metrics.ood_figures` gives them."""
-        figures = {}
+        """Score an OOD set; the metrics of every score, as `metrics.ood_metrics` gives them."""
+        metrics = {}
         for name, scorer in self.scorers.items():
             self.ood[name][set_name] = values = _scored(scorer, name, logits, features)
-            figures[name] = ood_figures(self.id[name], values)
-        return figures
+            metrics[name] = ood_metrics(self.id[name], values)
+        return metrics
 
 
 def _scored(scorer: Scorer, name: str, logits: np.ndarray, features: np.ndarray | None) -> np.ndarray:

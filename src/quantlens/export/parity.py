@@ -11,6 +11,7 @@ import torch
 
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
+from quantlens.metrics.divergence import sqnr_db
 from quantlens.qmodel import float_model
 
 
@@ -48,10 +49,11 @@ def parity(model: Any, artefact: Any, images: Any, *, progress: Callable[[int, i
     a, b = np.concatenate(expected).astype(np.float64), np.concatenate(got).astype(np.float64)
     difference = np.abs(a - b)
     noise = float((difference**2).sum())
+    sqnr = sqnr_db(float((a**2).sum()), noise)
     return Parity(
         len(a),
         float(difference.max()),
         float(difference.mean()),
-        float("inf") if noise == 0 else float(10 * np.log10((a**2).sum() / noise)),
+        sqnr if sqnr is not None else float("inf"),
         float((a.argmax(1) == b.argmax(1)).mean()),
     )

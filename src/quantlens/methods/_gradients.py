@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from quantlens.metrics.divergence import kl_of_logits
+
 
 def fisher(logits: Tensor, reference: Tensor, generator: torch.Generator) -> Tensor:
     """A linear function of the logits whose gradient v at them is random with E[v·vᵀ] = diag(p) − p·pᵀ, the Hessian of
@@ -17,7 +19,7 @@ def fisher(logits: Tensor, reference: Tensor, generator: torch.Generator) -> Ten
 
 def divergence(logits: Tensor, reference: Tensor, generator: torch.Generator) -> Tensor:
     """KL(softmax(reference) ‖ softmax(logits))."""
-    return nn.functional.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), reduction="sum", log_target=True)
+    return kl_of_logits(reference, logits, "sum")
 
 
 def own_label(logits: Tensor, reference: Tensor, generator: torch.Generator) -> Tensor:

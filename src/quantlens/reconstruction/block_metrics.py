@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from quantlens.calibration import CHUNK, Calibration
 from quantlens.calibration.images import images_together
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
+from quantlens.metrics.divergence import kl_divergence
 from quantlens.reconstruction.closed_form import damped
 from quantlens.reconstruction.losses import Metric
 from quantlens.reconstruction.streams import frozen_hook, run_unit
@@ -171,5 +172,5 @@ class _Probe:
                 env = {node: values[node] for node in later.sources}
                 values.update(zip(later.results, run_unit(self.graph, later, env, batch.count, None), strict=True))
             got = (values[self.graph.output] / self.temperature).log_softmax(-1)
-            loss = nn.functional.kl_div(got, batch.expected, reduction="sum", log_target=True)
+            loss = kl_divergence(batch.expected, got, "sum")
             return torch.autograd.grad(loss, leaf)[0]

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from quantlens.metrics.divergence import kl_of_logits
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def token_norm(got: Tensor, expected: Tensor, context: Context) -> Tensor:
 
 def divergence(got: Tensor, expected: Tensor, context: Context) -> Tensor:
     """KL(softmax(y) ‖ softmax(ŷ)) of logits [B, K], mean over the images."""
-    return nn.functional.kl_div(got.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True)
+    return kl_of_logits(expected, got, "mean")
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from typing import Any
 
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.environment import cores
-from quantlens.studies.aggregate import aggregate, table
 from quantlens.studies.backend import Backend
 from quantlens.studies.config import StudyConfig, parse_config
 from quantlens.studies.progress import Quiet
+from quantlens.studies.results import Mean, results
 from quantlens.studies.runner import Summary, run_study
-from quantlens.studies.store import Store
 
 MODEL = "digits-vit"
 METHODS = ("minmax", "percentile", "repq-vit")
@@ -26,11 +25,12 @@ CALIBRATION_IMAGES = 32
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo left behind: the study's summary, the report's path, and a table to print."""
+    """What the demo left behind: the study's summary, the report's path, and means over seeds with a title for them."""
 
     summary: Summary
     report: Path
-    table: Any
+    means: list[Mean]
+    title: str
 
 
 def demo_config(
@@ -92,8 +92,7 @@ def run_demo(
     summary = run_study(config, out_dir, workers=workers, progress=progress, backend=backend)
     if not summary.done:
         raise QuantlensError(f"every cell of the demo failed; the first one: {summary.failed[0][1]}")
-    with Store(out_dir) as store:
-        rows = aggregate(store.cells())
+    means = results(Path(out_dir)).means()
     report = Path(write_report(Path(out_dir)))
-    title = f"{MODEL}: {len(rows)} rows, mean ± standard deviation over {len(set(seeds))} seeds"
-    return Demo(summary, report, table(rows, title=title))
+    title = f"{MODEL}: {len(means)} rows, mean ± standard deviation over {len(set(seeds))} seeds"
+    return Demo(summary, report, means, title)

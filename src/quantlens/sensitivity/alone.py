@@ -21,7 +21,8 @@ from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import op_name
 from quantlens.graph.sites import dynamic_nodes
 from quantlens.methods.base import Progress
-from quantlens.sensitivity.partial import Ahead, Hook, kl_divergence, part_between, visit_starts
+from quantlens.metrics.divergence import kl_of_logits, sqnr_db
+from quantlens.sensitivity.partial import Ahead, Hook, part_between, visit_starts
 
 ROWS = {"cpu": 8}
 MANY_ROWS = 256
@@ -167,10 +168,10 @@ class _Tally:
 
     def add(self, part: int, expected: Tensor, logits: Tensor) -> None:
         self.noise[part] += (logits.double() - expected.double()).square().sum()
-        self.kl[part] += kl_divergence(expected, logits).sum()
+        self.kl[part] += kl_of_logits(expected.double(), logits.double()).sum()
         self.changed[part] += (logits.argmax(-1) != expected.argmax(-1)).sum()
 
     def effects(self, images: int) -> list[Effect]:
-        ratios = (10 * torch.log10(self.signal / self.noise)).tolist()
+        signal = float(self.signal)
         noise, kl, changed = self.noise.tolist(), (self.kl / images).tolist(), (self.changed / images).tolist()
-        return [Effect(r if n > 0 else None, k, c) for r, n, k, c in zip(ratios, noise, kl, changed, strict=True)]
+        return [Effect(sqnr_db(signal, n), k, c) for n, k, c in zip(noise, kl, changed, strict=True)]

@@ -89,9 +89,3 @@ def part_between(graph: Graph, env: dict[fx.Node, Any], targets: Iterable[fx.Nod
             needed.add(node)
             queue.extend(node.all_input_nodes)
     return [node for node in graph.fx.nodes if node in needed]
-
-
-def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
-    """KL(softmax(logits) ‖ softmax(other)) of each row, nats, float64 [B], at least 0."""
-    p, q = logits.double().log_softmax(-1), other.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0)

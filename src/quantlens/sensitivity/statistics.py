@@ -13,6 +13,7 @@ from quantlens.calibration import EdgeView
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Edge
+from quantlens.metrics.divergence import sqnr_db
 from quantlens.transforms.outlier_channels import outlier_channels
 
 
@@ -141,7 +142,7 @@ class _Noise:
         self._error += float((self._quantizer(value) - value).square_().sum(dtype=torch.float64))
 
     def sqnr_db(self) -> float | None:
-        return 10 * math.log10(self._signal / self._error) if self._signal > 0 and self._error > 0 else None
+        return sqnr_db(self._signal, self._error)
 
 
 @dataclass
