@@ -99,9 +99,9 @@ def test_the_gpu_does_the_same_twice(digits, there):
     torch.testing.assert_close(first(images), second(images), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("activations", ["tensor", "block"])
+@pytest.mark.parametrize("activations", ["tensor", "group"])
 def test_saved_there_read_here(activations, digits, there, tmp_path):
-    options = {"method": "quantlens-fast", "bits": "W4A4", "activations": activations}
+    options = {"method": "quantlens-fast", "bits": "W4A4", "activation_granularity": activations}
     qmodel = ql.quantize(there, digits["calibration"], **options)
     again = ql.load(qmodel.save(tmp_path / "q.safetensors"))
     with torch.inference_mode():

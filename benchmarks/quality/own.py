@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import quantlens as ql
 from benchmarks.quality.case import Case
 from benchmarks.quality.subjects import calibration, cost, digits, distance, letters, one_class, ratio, uneven
+from quantlens.methods._pipeline import RotateHeads, RotateInputs, RotateResidual, SubtractMeans, WeightFit
+from quantlens.methods.quantlens_fast import QuantlensFast
 
-FAST: dict[str, Any] = {"method": "quantlens-fast", "bits": "W3A3", "activations": "tensor"}
-PLAIN: dict[str, Any] = {"method": "quantlens-fast", "bits": "W32A4", "fit": False, "rounding": "nearest"}
+FAST: dict[str, Any] = {"method": "quantlens-fast", "bits": "W3A3", "activation_granularity": "tensor"}
+KINDS = {"none": (), "heads": (RotateHeads,), "residual": (RotateResidual, RotateInputs), "all": None}
 
 
-def _fast(**options: Any) -> dict[str, Any]:
-    return {**FAST, **options}
+@dataclass(frozen=True)
+class Ablated(QuantlensFast):
+    """quantlens-fast with another fit of weights, or with some of its transforms."""
+
+    fit: WeightFit | None = None
+    kinds: tuple[type, ...] | None = None
+
+    def weight_fit(self, run: Any) -> WeightFit:
+        return self.fit or super().weight_fit(run)
+
+    def transforms(self, run: Any) -> list[Any]:
+        made = super().transforms(run)
+        return made if self.kinds is None else [t for t in made if isinstance(t, (SubtractMeans, *self.kinds))]
+
+
+def _fitted(**settings: Any) -> dict[str, Any]:
+    return {**FAST, "method": Ablated(WeightFit(**settings))}
 
 
 def _rotated(which: str, seed: int) -> float:
-    return cost(seed, model=uneven(2, heads=True), rotate=which, **PLAIN)
+    plain = Ablated(WeightFit(fit=False, columns=False), KINDS[which])
+    return cost(seed, model=uneven(2, heads=True), method=plain, bits="W32A4")
 
 
 def _strangers(images: Any) -> Any:
@@ -26,9 +45,16 @@ def _strangers(images: Any) -> Any:
     def quantity(seed: int) -> float:
         found = [
             distance(
-                ql.quantize(digits(), images(seed), method="quantlens-fast", bits="W4A4", activations=which, seed=seed)
+                ql.quantize(
+                    digits(),
+                    images(seed),
+                    method="quantlens-fast",
+                    bits="W4A4",
+                    activation_granularity=which,
+                    seed=seed,
+                )
             )
-            for which in ("block", "tensor")
+            for which in ("group", "tensor")
         ]
         return found[0] / found[1]
 
@@ -37,7 +63,9 @@ def _strangers(images: Any) -> Any:
 
 def _strangers_cost(images: Any) -> Any:
     return lambda seed: distance(
-        ql.quantize(digits(), images(seed), method="quantlens-fast", bits="W4A4", activations="block", seed=seed)
+        ql.quantize(
+            digits(), images(seed), method="quantlens-fast", bits="W4A4", activation_granularity="group", seed=seed
+        )
     )
 
 
@@ -52,20 +80,25 @@ def _best(seed: int) -> float:
 
 CASES = (
     Case("fast/repq", "KL to repq-vit's, W3A3", ratio(FAST, {"method": "repq-vit", "bits": "W3A3"}), below=0.7),
-    Case("fast/fit", "KL with the fit of weights to without", ratio(FAST, _fast(fit=False)), below=0.75),
+    Case("fast/fit", "KL with the fit of weights to without", ratio(FAST, _fitted(fit=False)), below=0.75),
     Case(
         "fast/columns",
         "KL with compensated rounding to nearest, fitted",
-        ratio(FAST, _fast(rounding="nearest")),
+        ratio(FAST, _fitted(columns=False)),
         below=0.6,
     ),
     Case(
         "fast/columns-alone",
         "KL with compensated rounding to nearest, not fitted",
-        ratio(_fast(fit=False), _fast(fit=False, rounding="nearest")),
+        ratio(_fitted(fit=False), _fitted(fit=False, columns=False)),
         below=0.75,
     ),
-    Case("fast/rows", "KL with a scale per softmax row to one scale", ratio(FAST, _fast(softmax="auto")), below=0.7),
+    Case(
+        "fast/softmax",
+        "KL with a dynamic scale per softmax row to one static scale",
+        ratio(FAST, {**FAST, "softmax": "uniform"}),
+        below=0.7,
+    ),
     Case(
         "fast/rotations",
         "KL with all rotations to none, uneven channels",
@@ -88,7 +121,7 @@ CASES = (
         Case(
             f"fast/blocks-{bits}",
             f"KL of scales found at run time to one per tensor, {bits}",
-            ratio({}, {"activations": "tensor"}, method="quantlens-fast", bits=bits),
+            ratio({}, {"activation_granularity": "tensor"}, method="quantlens-fast", bits=bits),
             below=bound,
         )
         for bits, bound in (("W32A3", 0.3), ("W3A3", 0.6))

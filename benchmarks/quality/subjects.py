@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import quantlens as ql
+from quantlens.methods import Method
 
 HELD_OUT = 256
 
@@ -75,12 +76,15 @@ def distance(qmodel: Any) -> float:
 
 @functools.cache
 def _cost(seed: int, model: Any, images: int, options: tuple[tuple[str, Any], ...]) -> float:
-    return distance(ql.quantize(model, calibration(seed, images), seed=seed, **dict(options)))
+    given = dict(options)
+    if isinstance(given["method"], Method):
+        return distance(given.pop("method").apply(model, calibration(seed, images), seed=seed, **given))
+    return distance(ql.quantize(model, calibration(seed, images), seed=seed, **given))
 
 
 def cost(seed: int, *, model: Any = None, images: int = 32, **options: Any) -> float:
     """KL of the shipped model (or one of the same function) quantized with ``options``; measured once for each."""
-    return _cost(seed, model or digits(), images, tuple(sorted(options.items())))
+    return _cost(seed, model or digits(), images, tuple(sorted(options.items(), key=lambda item: item[0])))
 
 
 def ratio(one: dict[str, Any], other: dict[str, Any], **common: Any) -> Callable[[int], float]:
@@ -162,4 +166,4 @@ def noise(model: Any, images: Tensor, **options: Any) -> float:
 
 def small_sqnr(kind: str, seed: int, **options: Any) -> float:
     """:func:`noise` of a small model; measured once for each."""
-    return _small_sqnr(kind, seed, tuple(sorted(options.items())))
+    return _small_sqnr(kind, seed, tuple(sorted(options.items(), key=lambda item: item[0])))

@@ -31,7 +31,8 @@ def test_a_removed_option_names_the_page_with_its_record(method, name):
 @pytest.mark.parametrize(("method", "old", "new"), RENAMED)
 def test_a_renamed_option_is_the_new_one(method, old, new):
     options = registry.get(method).options
-    value = not options({})[new] if isinstance(options({})[new], bool) else 0.25
+    described = registry.get(method).info.options[new]
+    value = next(c for c in described.choices if c != described.default) if described.choices else 0.25
     with pytest.warns(DeprecationWarning, match=f"option {old} of {method} is {new} now; quantlens 0.4 drops"):
         found = options({old: value})
     assert found == options({new: value})

@@ -7,8 +7,10 @@ import torch
 
 import quantlens as ql
 from quantlens.errors import QuantlensError
-from quantlens.formats import BlockScaled, Log, SquaredRows, Uniform
+from quantlens.formats import BlockScaled, SquaredRows, Uniform
 from quantlens.graph import graph_of
+from quantlens.methods._pipeline import RotateHeads, RotateInputs, RotateResidual, WeightFit
+from quantlens.methods.quantlens_fast import QuantlensFast
 
 
 @pytest.fixture(scope="module")
@@ -16,24 +18,40 @@ def digits(digits):
     return {**digits, "images": digits["images"][:256], "expected": digits["expected"][:256].double()}
 
 
-OFF = {"rotate": "none", "centre": "none", "hidden": "none", "norms": "residual", "activations": "tensor"}
-"""No rewrite."""
+OFF = {"rotate": "none", "subtract_mean": "none", "activation_granularity": "tensor"}
+"""No transform."""
 
 
-def _fast(digits, bits="W3A3", model=None, **options):
-    return ql.quantize(
-        model or digits["model"], digits["calibration"][:8], method="quantlens-fast", bits=bits, **options
-    )
+class Ablated(QuantlensFast):
+    """quantlens-fast with another fit of weights, or with some of its transforms."""
+
+    def __init__(self, fit: WeightFit | None = None, kinds: tuple[type, ...] | None = None):
+        self.fit, self.kinds = fit, kinds
+
+    def weight_fit(self, run):
+        return self.fit or super().weight_fit(run)
+
+    def transforms(self, run):
+        made = super().transforms(run)
+        return made if self.kinds is None else [t for t in made if isinstance(t, self.kinds)]
+
+
+def _fast(digits, bits="W3A3", model=None, method=None, **options):
+    return (method or QuantlensFast()).apply(model or digits["model"], digits["calibration"][:8], bits, **options)
 
 
 def test_each_step_on_weights_can_be_left_out(digits):
     """Neither: weights rounded to nearest. Rounding alone: other codes of the same scale. The fit: other scales too."""
     graph = graph_of(digits["model"])
-    neither = _fast(digits, fit=False, rounding="nearest", **OFF)
+
+    def fitted_by(**settings):
+        return _fast(digits, method=Ablated(WeightFit(**settings)), **OFF)
+
+    neither = fitted_by(fit=False, columns=False)
     for edge, quantizer in neither.weight_edges():
         name = str(edge.value.target)
         assert torch.equal(neither.graph.tensor(name), quantizer(graph.tensor(name)))
-    rounded, fitted = _fast(digits, fit=False, **OFF), _fast(digits, fit=True, rounding="nearest", **OFF)
+    rounded, fitted = fitted_by(fit=False), fitted_by(fit=True, columns=False)
     for q in (rounded, fitted):
         for edge, quantizer in q.weight_edges():
             weight = q.graph.tensor(str(edge.value.target))
@@ -72,8 +90,10 @@ def test_rotations_even_out_uneven_channels(digits):
             block.attn.qkv.bias[rows] *= factor
     torch.testing.assert_close(model(digits["images"]).double(), digits["expected"], rtol=1e-3, atol=1e-3)
     images = digits["calibration"][:8]
-    for rotate in ("none", "heads", "residual", "all"):
-        q = _fast(digits, "W32A4", model, fit=False, rounding="nearest", rotate=rotate)
+    plain = WeightFit(fit=False, columns=False)
+    kinds = {"none": (), "heads": (RotateHeads,), "residual": (RotateResidual, RotateInputs), "all": None}
+    for rotate, transforms in kinds.items():
+        q = _fast(digits, "W32A4", model, Ablated(plain, transforms))
         seen = {}
         nodes = [node for node in q.graph.fx.nodes if node.op == "call_function"]
         q.graph.run(
@@ -91,16 +111,15 @@ def test_rotations_even_out_uneven_channels(digits):
         ), rotate
 
 
-@pytest.mark.parametrize("norms", ["residual", "blocks", "auto"])
+@pytest.mark.parametrize("norms", ["none", "all", "auto"])
 def test_what_is_rotated_behind_a_norm_leaves_the_function(loaded, architecture, pictures, norms):
     """At run time, or with the residual stream, and never both."""
     from quantlens.calibration import Calibration
     from quantlens.graph import graph_of
     from quantlens.methods.base import Run, Widths
-    from quantlens.methods.quantlens_fast import QuantlensFast, rewrite, together
     from quantlens.qmodel import Bits
     from quantlens.transforms import find_norm_groups, fold_layer_scale
-    from quantlens.transforms.rotation import alone, find_residuals
+    from quantlens.transforms.rotation import alone, find_residuals, rotation_size
 
     model = loaded[architecture]
     graph = graph_of(model).clone()
@@ -108,17 +127,18 @@ def test_what_is_rotated_behind_a_norm_leaves_the_function(loaded, architecture,
     graph.invalidate()
     sites = [site for group in find_norm_groups(graph) for site in group.linears]
     expected = graph(pictures)
-    layers = [site.name for site in sites if alone(graph, site) and together(graph, site) >= 8]
+    layers = [site.name for site in sites if alone(graph, site) and rotation_size(graph, site) >= 8]
     streams = bool(find_residuals(graph))
     # the classifier stays in float, one layer is at 8 bits
     at_eight = layers[-2] if len(layers) > 1 else None
-    settings = QuantlensFast().options({"norms": norms, "hidden": "none", "head_bits": 32})
+    settings = QuantlensFast().options({"rotate_norm_outputs": norms, "rotate_mlp_hidden": "none", "head_bits": 32})
     bits = Bits.parse({"default": "W4A4", **({at_eight: "W8A8"} if at_eight else {})})
-    said = rewrite(graph, Calibration.of(pictures, model.preprocess), Widths(bits, settings), Run(settings, seed=0))
+    images, run = Calibration.of(pictures, model.preprocess), Run(settings, seed=0)
+    said = QuantlensFast().rewrite(graph, images, Widths(bits, settings), run)
     torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=2e-4)
     turned = {name for name in layers if "matmul" in str(graph.sites[name].node.args[0].all_input_nodes[0].target)}
     heads = {name for name in layers if Widths(bits, settings).of(graph, graph.sites[name].edges["input"]) == 32}
-    wanted = set() if norms == "residual" else set(layers) - heads
+    wanted = set() if norms == "none" else set(layers) - heads
     assert turned == wanted, "the one at 8 bits, too: nothing else would rotate it"
     assert any("residual stream" in sentence for sentence in said) == (streams and not turned)
 
@@ -197,7 +217,7 @@ def test_what_quantizes_where_no_method_is_named(digits):
 def test_what_they_use_can_be_shipped(digits):
     """One uniform scale per activation tensor and output channel; at the softmax squares of integers of 8 bits, on
     request uniform too."""
-    for softmax, other in (("rows", SquaredRows), ("auto", Log), ("uniform", ())):
+    for softmax, other in (("sqrt", SquaredRows), ("uniform", ())):
         q = ql.quantize(digits["model"], digits["calibration"][:4], method="fast", bits="W4A4", softmax=softmax)
         for key, quantizer in q.plan.quantizers.items():
             if isinstance(quantizer, other):
@@ -221,19 +241,21 @@ def test_narrow_activations_find_their_scales_at_run_time(digits):
     narrow, inputs = blocks("W4A3")
     assert narrow.keys() >= inputs - {"patch_embed.proj.input", "head.input"}, "a head reads one token"
     assert all(f.axis == (-2 if key.endswith("scores.k") else -1) for key, f in narrow.items())
-    assert blocks("W3A4")[0] == blocks("W3A3", activations="tensor")[0] == {}
-    assert len(blocks("W4A4", activations="block")[0]) > 0.8 * len(narrow)
-    assert {f.block for f in blocks("W4A3", block=16)[0].values()} == {16}
+    assert blocks("W3A4")[0] == blocks("W3A3", activation_granularity="tensor")[0] == {}
+    assert len(blocks("W4A4", activation_granularity="group")[0]) > 0.8 * len(narrow)
+    assert {f.block for f in blocks("W4A3", group_size=16)[0].values()} == {16}
     for wrong in (4, 24, "all"):
         with pytest.raises(QuantlensError, match="power of two"):
-            blocks("W4A3", block=wrong)
+            blocks("W4A3", group_size=wrong)
 
 
 def test_scales_found_at_run_time_depend_on_the_token_alone(digits):
     """A token 32 times as large as anything in calibration: in blocks 32 times the value, other tokens untouched; under
     a scale per tensor it is clipped."""
     generator = torch.Generator().manual_seed(0)
-    block, tensor = (_fast(digits, "W4A4", activations=which).plan.quantizers for which in ("block", "tensor"))
+    block, tensor = (
+        _fast(digits, "W4A4", activation_granularity=which).plan.quantizers for which in ("group", "tensor")
+    )
     found = {key: q for key, q in block.items() if isinstance(q, BlockScaled) and q.axis == -1}
     assert len(found) > 8
     for key, quantizer in found.items():
@@ -272,24 +294,24 @@ def test_coarse_values_alone_are_rotated_at_run_time(digits):
     blocks = len(digits["model"].module.blocks)
     # the second layer of every MLP; the first ones of attentions and MLPs, and the classifier
     for other, option, on, layers in (
-        ({"norms": "residual"}, "hidden", "all", blocks),
-        ({"hidden": "none"}, "norms", "blocks", 2 * blocks + 1),
+        ({"rotate_norm_outputs": "none"}, "rotate_mlp_hidden", "all", blocks),
+        ({"rotate_mlp_hidden": "none"}, "rotate_norm_outputs", "all", 2 * blocks + 1),
     ):
-        off = {"hidden": "none", "norms": "residual"}
+        off = {"rotate_mlp_hidden": "none", "rotate_norm_outputs": "none"}
         assert rotated("W4A4", **other) == rotated("W8A6", **other) == layers
         assert rotated("W4A8", **other, **{option: on}) == layers
         assert rotated("W4A8") == rotated("W4A4", **off) == 0
-        assert rotated(some, **other) == (1 if option == "hidden" else layers)
-    assert rotated("W4A4", rotate="heads", hidden="none") == 0
+        assert rotated(some, **other) == (1 if option == "rotate_mlp_hidden" else layers)
+    assert rotated("W4A4", rotate="none") == 0
 
     def centred(bits, **options):
         q = ql.quantize(digits["model"], digits["calibration"][:2], method="fast", bits=bits, **options)
         return any("means taken out" in told for told in q.plan.rewrites)
 
     assert centred(some)
-    assert centred("W4A8", centre="all")
+    assert centred("W4A8", subtract_mean="all")
     assert not centred("W4A8")
-    assert not centred("W4A4", centre="none")
+    assert not centred("W4A4", subtract_mean="none")
 
 
 def test_seeds_rotate_differently_and_reproducibly(loaded, pictures):

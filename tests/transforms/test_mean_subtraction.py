@@ -64,11 +64,10 @@ def test_keys_stay_where_the_softmax_goes_over_queries(loaded, pictures, dim):
 
 def test_layers_that_share_their_weights_are_left_as_they_are(loaded, pictures):
     """Two MLPs with the same second layer: what one of them reads cannot change for both, and is not changed twice."""
-    from quantlens.methods.quantlens_fast import behind_activations, together
-    from quantlens.transforms.rotation import hadamard, rotate_input
+    from quantlens.transforms.rotation import hadamard, layers_after_activations, rotate_input, rotation_size
 
     graph = graph_of(loaded["vit"]).clone()
-    first, second = (site.node for site in behind_activations(graph)[:2])
+    first, second = (site.node for site in layers_after_activations(graph)[:2])
     second.args = (second.args[0], *first.args[1:])
     shared = graph.sites.of_kind("linear")[0].node, graph.sites.of_kind("linear")[4].node
     assert shared[0].args[2] is not shared[1].args[2]
@@ -76,9 +75,9 @@ def test_layers_that_share_their_weights_are_left_as_they_are(loaded, pictures):
     graph.fx.lint()
     graph.invalidate()
     expected, before = graph(pictures), len(graph.sites.of_kind("linear"))
-    assert not {first, second} & {site.node for site in behind_activations(graph)}
-    for site in behind_activations(graph):
-        rotate_input(graph, site, hadamard(together(graph, site), torch.Generator().manual_seed(0)))
+    assert not {first, second} & {site.node for site in layers_after_activations(graph)}
+    for site in layers_after_activations(graph):
+        rotate_input(graph, site, hadamard(rotation_size(graph, site), torch.Generator().manual_seed(0)))
     graph.invalidate()
     subtract_means(graph, Calibration.of(pictures, loaded["vit"].preprocess))
     torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-3)

@@ -95,31 +95,31 @@ def test_hadamard_is_orthogonal_and_spreads_every_channel(size):
 
 
 def test_what_a_layer_reads_is_rotated_exactly(loaded, architecture, pictures):
-    from quantlens.methods.quantlens_fast import behind_activations, together
+    from quantlens.transforms.rotation import layers_after_activations, rotation_size
 
     graph = graph_of(loaded[architecture]).clone()
-    expected, layers, names = graph(pictures), behind_activations(graph), [site.name for site in graph.sites]
+    expected, layers, names = graph(pictures), layers_after_activations(graph), [site.name for site in graph.sites]
     assert layers
     before = {site.name: graph.tensor(site.weight).clone() for site in layers}
     calibration = Calibration.of(pictures, loaded[architecture].preprocess)
     keys = [f"{site.name}.input" for site in layers]
     means = channel_means(graph, calibration, keys)
     for site, key in zip(layers, keys, strict=True):
-        rotate_input(graph, site, hadamard(together(graph, site), _generator()), means[key])
+        rotate_input(graph, site, hadamard(rotation_size(graph, site), _generator()), means[key])
     graph.invalidate()
     assert all(float(mean.abs().max()) < 1e-5 for mean in channel_means(graph, calibration, keys).values())
     torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-4)
     assert [site.name for site in graph.sites] == names, "the products are no sites"
     assert not any(torch.allclose(graph.tensor(site.weight), before[site.name]) for site in layers)
     made = [name for name in graph.tensors() if name.endswith("_rotation")]
-    assert len(made) == len({together(graph, site) for site in layers}), "one constant per size"
+    assert len(made) == len({rotation_size(graph, site) for site in layers}), "one constant per size"
 
 
 def test_a_rotation_that_does_not_fit_gets_channels_of_zeros(loaded, pictures):
-    from quantlens.methods.quantlens_fast import behind_activations
+    from quantlens.transforms.rotation import layers_after_activations
 
     graph = graph_of(loaded["vit"]).clone()
-    expected, layer = graph(pictures), behind_activations(graph)[0]
+    expected, layer = graph(pictures), layers_after_activations(graph)[0]
     width = graph.tensor(layer.weight).shape[1]
     assert width % 7
     rotate_input(graph, layer, orthogonal(7, _generator()), torch.ones(width))

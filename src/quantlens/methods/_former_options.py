@@ -12,14 +12,37 @@ from quantlens._moved import DROPPED
 from quantlens.errors import QuantlensError
 
 RENAMED_OPTIONS: dict[str, dict[str, str]] = {
-    "quantlens-best": {"vectors": "train_norms_and_biases", "views": "views_per_image"},
+    "quantlens-best": {
+        "vectors": "train_norms_and_biases",
+        "views": "views_per_image",
+        "activations": "activation_granularity",
+    },
+    "quantlens-fast": {
+        "norms": "rotate_norm_outputs",
+        "hidden": "rotate_mlp_hidden",
+        "centre": "subtract_mean",
+        "activations": "activation_granularity",
+        "block": "group_size",
+    },
 }
 """Method -> old option -> new option."""
+
+_GRANULARITY = {"activation_granularity": {"block": "group"}}
+RENAMED_VALUES: dict[str, dict[str, dict[Any, Any]]] = {
+    "quantlens-best": {**_GRANULARITY, "softmax": {"rows": "sqrt"}},
+    "quantlens-fast": {
+        **_GRANULARITY,
+        "softmax": {"rows": "sqrt"},
+        "rotate_norm_outputs": {"residual": "none", "blocks": "all"},
+    },
+}
+"""Method -> option of today -> old value -> new value."""
 
 _DISTILLATION = "research/2026-11-29-distillation.md"
 _WEIGHTS = "research/2026-11-29-rounding-or-weights.md"
 _BLOCKS = "research/2026-11-29-quantlens-best-training.md"
 _FAST = "research/2026-11-29-quantlens-best-start.md"
+_PARTS = "research/2026-11-29-quantlens-fast-parts.md"
 
 REMOVED_OPTIONS: dict[str, dict[str, str]] = {
     "quantlens-best": {
@@ -29,6 +52,7 @@ REMOVED_OPTIONS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("fitted", "rotate", "centre", "norms", "hidden"), _FAST),
         **dict.fromkeys(("fit", "rounding", "damping", "block"), _FAST),
     },
+    "quantlens-fast": dict.fromkeys(("fit", "rounding"), _PARTS),
 }
 """Method -> option -> the page that tells what it gave."""
 
@@ -52,6 +76,14 @@ def current_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
                 raise QuantlensError(f"{method}: {old} is the old name of {new}; give one of them")
             _warn(f"quantlens: option {old} of {method} is {new} now; quantlens {DROPPED} drops the old name")
             found[new] = found.pop(old)
+    for option, values in RENAMED_VALUES.get(method, {}).items():
+        old_value = found.get(option)
+        if isinstance(old_value, str) and old_value in values:
+            _warn(
+                f"quantlens: {option}={old_value} of {method} is {option}={values[old_value]} now; quantlens {DROPPED} "
+                "drops the old value"
+            )
+            found[option] = values[old_value]
     return found
 
 

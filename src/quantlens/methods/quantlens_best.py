@@ -21,7 +21,7 @@ from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
-from quantlens.methods.quantlens_fast import QuantlensFast, calibrate, rewrite
+from quantlens.methods.quantlens_fast import QuantlensFast
 from quantlens.qmodel import Plan
 from quantlens.reconstruction import MetricLoss, Settings, perturbation_metrics, reconstruct
 from quantlens.reconstruction.views import with_views
@@ -50,7 +50,7 @@ class QuantlensBest(Method):
         aliases=("best",),
         version=7,
         options={
-            "activations": FAST["activations"],
+            "activation_granularity": FAST["activation_granularity"],
             "softmax": FAST["softmax"],
             "iterations": Option(
                 None,
@@ -79,10 +79,11 @@ class QuantlensBest(Method):
             run.seed,
             portion(run.progress, 0, 2 if blocks else 1),
         )
-        plan = Plan({}, rewrite(graph, fitted, bits, start))
+        fast = QuantlensFast()
+        plan = Plan({}, fast.rewrite(graph, fitted, bits, start))
         original = graph.clone(share=True)
         metrics = perturbation_metrics(graph, fitted, seed=run.seed) if blocks else {}
-        calibrate(graph, fitted, bits, plan, start, rounded=blocks == 0)
+        fast.calibrate(graph, fitted, bits, plan, start, rounded=blocks == 0)
         if blocks:
             views = round(float(run["views_per_image"]) * calibration.count)
             report = reconstruct(

@@ -18,14 +18,16 @@ Rotations inside the heads of an attention are in :mod:`quantlens.transforms.hea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from quantlens.graph.graph import Graph, op_name, replace_argument
-from quantlens.graph.sites import ROTATION, Site
+from quantlens.graph.sites import ROTATION, Site, dynamic_nodes
 from quantlens.transforms.rewrites import (
+    ACTIVATIONS,
     NormGroup,
     alone,
     ensure_bias,
@@ -36,6 +38,9 @@ from quantlens.transforms.rewrites import (
 )
 
 aten = torch.ops.aten
+
+LARGEST, SMALLEST = 64, 8
+"""Input channels of a layer that are rotated together at run time, at most and at least."""
 
 ADDS = ("aten.add.Tensor", "aten.add_.Tensor")
 FLATTEN = ("aten.flatten.using_ints", "aten.reshape.default")
@@ -227,6 +232,29 @@ def hadamard(size: int, generator: torch.Generator) -> Tensor:
     return signs * matrix / size**0.5
 
 
+def rotation_size(graph: Graph, site: Site) -> int:
+    """How many input channels of a layer are rotated together: the largest power of two that divides their number, at
+    most :data:`LARGEST`. :data:`LARGEST`, with zeros after them, where that is next to none (a layer of 767 channels,
+    an outlier split off)."""
+    channels = graph.tensor(str(site.weight)).shape[1]
+    size = min(LARGEST, channels & -channels)
+    return LARGEST if size < SMALLEST and channels > LARGEST else size
+
+
+def layers_after_activations(graph: Graph) -> list[Site]:
+    """Linear layers with weights of their own that read an activation function, or a product of two activations (gated
+    MLPs), or some channels of these."""
+    dynamic = dynamic_nodes(graph)
+
+    def after(node: Any) -> bool:
+        if op_name(node) == "aten.index_select.default":
+            node = node.args[0]
+        gated = op_name(node) == "aten.mul.Tensor" and all(n in dynamic for n in node.args)
+        return gated or op_name(node) in ACTIVATIONS
+
+    return [site for site in graph.sites.of_kind("linear") if after(site.node.args[0]) and alone(graph, site)]
+
+
 def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | None = None) -> None:
     """Let a linear layer read x·diag(R, R, …) − t and undo it in its weight and bias, exactly: W ← W·diag(R, R, …),
     bias ← bias + W_new·t.
@@ -277,8 +305,10 @@ __all__ = [
     "alone",
     "find_residuals",
     "hadamard",
+    "layers_after_activations",
     "mean_keeping",
     "orthogonal",
     "rotate_input",
     "rotate_residual",
+    "rotation_size",
 ]
