@@ -22,7 +22,8 @@ def expected() -> dict:
 
 @pytest.fixture(scope="module")
 def qmodel():
-    return ql.load(KEPT)
+    with pytest.warns(UserWarning, match="without a digest"):
+        return ql.load(KEPT)
 
 
 def test_what_it_is(qmodel) -> None:
