@@ -29,7 +29,9 @@ def first_format(directory: Path) -> Path:
         store.put("a", {"bits": "FP32"}, "done", {"id": {"top1": 0.5}})
     path = directory / "store.sqlite"
     with sqlite3.connect(path) as connection:
-        connection.executescript("DROP TABLE artefacts; DROP TABLE timings; PRAGMA user_version = 1;")
+        connection.executescript(
+            "DROP TABLE artefacts; DROP TABLE timings; ALTER TABLE plan DROP COLUMN spec; PRAGMA user_version = 1;"
+        )
     return path
 
 
