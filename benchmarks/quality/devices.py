@@ -82,7 +82,7 @@ CASES = (
             f"export/{ending[1:]}-dB",
             "dB of a W8A8 file's logits against the simulation",
             _export_sqnr(ending),
-            above=0,
+            above=45,
         )
         for ending in (".onnx", ".xml")
     ),
@@ -91,7 +91,7 @@ CASES = (
             f"export/{ending[1:]}-top1",
             "equal predictions of a W8A8 file and the simulation",
             _export_agreement(ending),
-            above=0,
+            above=0.98,
         )
         for ending in (".onnx", ".xml")
     ),

@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from quantlens.graph import capture
+from quantlens.graph import capture, graph_of
 from quantlens.graph.graph import op_name
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
 from quantlens.transforms import (
     find_norm_groups,
     fold_layer_scale,
     fold_norm,
-    graph_of,
     hidden_source,
     permute_hidden,
     rescale_input,
