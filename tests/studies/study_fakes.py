@@ -258,15 +258,25 @@ def config(**changes: Any) -> StudyConfig:
     return parse_config({k: v for k, v in data.items() if v is not ...})
 
 
-if __name__ == "__main__":  # python study_fakes.py OUT LOG PAUSE [SETTINGS [CHANGES]]: a study in its own process
+if __name__ == "__main__":  # python study_fakes.py OUT LOG PAUSE [SETTINGS [CHANGES]]
+    # a study in its own process: by `run_study`, or by `quantlens study` with the list SETTINGS of options
     import json
     import sys
 
     import study_fakes  # workers import the classes from the module, not from this script
 
-    from quantlens.studies.runner import run_study
+    from quantlens.studies import runner
 
     torch.set_num_threads(1)
+    out, log, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
     settings, changes = (json.loads(sys.argv[i]) if len(sys.argv) > i else {} for i in (4, 5))
-    backend = study_fakes.FakeBackend(Path(sys.argv[2]), float(sys.argv[3]))
-    print(run_study(config(**changes), sys.argv[1], backend=backend, **settings))
+    backend = study_fakes.FakeBackend(log, pause)
+    if isinstance(settings, dict):
+        print(runner.run_study(config(**changes), out, backend=backend, **settings))
+    else:
+        from quantlens.cli.main import main
+
+        runner.Backend = lambda: backend  # type: ignore[assignment, misc]
+        file = log.with_suffix(".yaml")
+        file.write_text(json.dumps(config(**changes).to_dict()))
+        main(["study", str(file), "--out", str(out), *settings])

@@ -45,6 +45,7 @@ def test_a_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.name == "my-study"
     assert [m.label for m in config.models] == ["deit_tiny_patch16_224", "ViT-T"]
     assert config.models[1].weights == str(tmp_path / "w/vit.safetensors")
+    assert load_config(write(tmp_path, GOOD.replace("w/vit.safetensors", "random"))).models[1].weights == "random"
     assert config.methods[1].options == {"percentile": 99.9}
     assert config.bits == ("FP32", "W8A8", "W4A4")
     assert config.calibration is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -305,6 +306,24 @@ def test_ctrl_c_ends_everything_in_order(out: Path, log: Path, start, workers: i
     assert gone(processes)
     assert "StudyInterrupted: stopped; " in errors.decode()
     assert errors.decode().count("Traceback") <= 2  # the driver's; no worker says anything
+    finish(out, log)
+
+
+@pytest.mark.parametrize("options", [[], ["--workers", "2"], ["--executor", "ray", "--workers", "2"]], ids=" ".join)
+def test_sigterm_is_ctrl_c_by_another_name(out: Path, log: Path, start, options: list[str]) -> None:
+    """As a container or a batch system sends it to `quantlens study`: to the driver alone."""
+    if "ray" in options:
+        pytest.importorskip("ray")
+    driver = start(1.0, ["--quiet", *options])
+    wait_for(log, 3, driver, "start ")
+    processes = children(driver)
+    driver.terminate()
+    _, errors = driver.communicate(timeout=120)
+    assert gone(processes)
+    assert driver.returncode == 128 + signal.SIGTERM
+    *more, last = errors.decode().splitlines()
+    assert re.fullmatch(r"stopped; \d of 9 cells are finished and kept in .* again to carry on", last)
+    assert not more or "ray" in options  # Ray has messages of its own
     finish(out, log)
 
 

@@ -59,18 +59,20 @@ def command(app: Any, name: str, help: str, function: Callable[..., None], *, pl
 
 
 def stdout() -> Any:
-    """The console of results."""
+    """The console of results; texts are shown as they are, none is markup."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPED_WIDTH)
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    return console
 
 
 def stderr() -> Any:
     """The console of progress and messages."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def say(text: str) -> None:

@@ -1,12 +1,14 @@
 """`quantlens`: the entry point, and how every command ends when something goes wrong.
 
-Exit codes: 0 done; 1 some cells of a study failed; 2 a mistake a person can mend, told in one line; 130 Ctrl-C.
+Exit codes: 0 done; 1 some cells of a study failed; 2 a mistake a person can mend, told in one line; 130 Ctrl-C;
+143 SIGTERM.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -90,7 +92,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # Threads of torch that wait for work otherwise spin, which makes it many times slower on a machine that does other
     # things too. Must stand in the environment before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    ended: list[int] = []
+
+    def end(number: int, frame: Any) -> None:
+        ended.append(number)
+        raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
+
+    signal.signal(signal.SIGTERM, end)  # of a container or a batch system: all is left as after Ctrl-C
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(128 + ended[0] if ended else code)
 
 
 def run(arguments: list[str]) -> int:

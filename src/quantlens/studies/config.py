@@ -57,8 +57,8 @@ def _not_sampled(source: str, count: str) -> str:
 
 
 class ModelSpec(_Strict):
-    """One model: a name that `load_model` takes, its weights ("pretrained", a file, or nothing for the default of the
-    name), a label for tables, and further keyword arguments of `load_model`."""
+    """One model: a name that `load_model` takes, its weights ("pretrained", "random", a file, or nothing for the
+    default of the name), a label for tables, and further keyword arguments of `load_model`."""
 
     name: str = Field(min_length=1)
     weights: str | None = None
@@ -280,7 +280,7 @@ def parse_config(data: Any, *, base: Path | None = None, where: str = "the study
 
 def _resolved(config: StudyConfig, base: Path, where: str) -> StudyConfig:
     def weights(model: ModelSpec) -> ModelSpec:
-        if model.weights in (None, "pretrained", "hub"):
+        if model.weights in (None, "pretrained", "random"):
             return model
         assert model.weights is not None
         return model.model_copy(update={"weights": resolve_path(model.weights, base, where)})

@@ -53,8 +53,8 @@ class Database:
         """Whether the file is there."""
         return self.path.is_file()
 
-    def lay_out(self, connection: sqlite3.Connection, version: int) -> None:
-        """Inside a transaction: bring a file of an older layout (0: a new file) to `FORMAT`."""
+    def lay_out(self, connection: sqlite3.Connection) -> None:
+        """Inside a transaction: bring a new file, or one of an older layout, to `FORMAT`."""
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -109,7 +109,7 @@ class Database:
             connection.execute("PRAGMA synchronous = FULL")
             if self._version(connection) < self.FORMAT:
                 with _transaction(connection):
-                    self.lay_out(connection, self._version(connection))
+                    self.lay_out(connection)
                     connection.execute(f"PRAGMA user_version = {self.FORMAT}")
         except BaseException:
             connection.close()

@@ -23,7 +23,7 @@ class Quiet:
         self.total = self.behind = self.at_start = 0
         self.started = time.monotonic()
         self.parallel = 1
-        """Processes at work."""
+        """Workers."""
         self._times: dict[str, list[float]] = {}
 
     def start(self, total: int, behind: int) -> None:
@@ -37,11 +37,8 @@ class Quiet:
         """Progress inside a cell."""
 
     def skipped(self, count: int) -> None:
-        """Cells turned out to be finished already, by an earlier run or another process."""
+        """Cells turned out to be finished already, by an earlier run."""
         self.behind = min(self.total, self.behind + count)
-
-    def storing(self, key: str) -> None:
-        """The cell of this key is about to be put into the store."""
 
     def finished(self, kind: str, what: str, seconds: float, error: str | None = None) -> None:
         """A cell is in the store. `kind` groups cells that take about equally long."""
@@ -71,7 +68,7 @@ class Lines(Quiet):
         self.console = console
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def start(self, total: int, behind: int) -> None:
         super().start(total, behind)
@@ -136,7 +133,7 @@ class Live(Quiet):
         self.progress.update(self.study, completed=self.behind, left=text)
 
     def message(self, text: str) -> None:
-        self.progress.console.print(text, markup=False, highlight=False)
+        self.progress.console.print(text, highlight=False)
 
     def stop(self) -> None:
         self.progress.update(self.cell, visible=False)
@@ -151,5 +148,5 @@ def display(progress: bool | Quiet) -> Quiet:
         return Quiet()
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     return Live(console) if console.is_terminal else Lines(console)

@@ -28,6 +28,10 @@ from typing import Any
 from quantlens.errors import StorageError
 from quantlens.studies.database import Database
 
+FORMAT = 3
+"""1 had no artefacts and timings, 2 no labels in its plan, and claims of several processes. Both are read as they are;
+the first write brings them to 3."""
+
 INSPECTION = "inspection-"
 """How the keys of inspections begin; those of cells with figures are hashes alone."""
 
@@ -85,14 +89,13 @@ def now() -> str:
 class Store(Database):
     """The store in directory `directory` (see :class:`Database`)."""
 
-    FORMAT = 3
-    """1 had no artefacts and timings, 2 no labels in its plan, and claims of several processes. Both are read as they
-    are; the first write brings them to 3."""
+    FORMAT = FORMAT
 
-    def lay_out(self, connection: sqlite3.Connection, version: int) -> None:
-        if version in (1, 2):
+    def lay_out(self, connection: sqlite3.Connection) -> None:
+        columns = [name for _, name, *_ in connection.execute("PRAGMA table_info(plan)")]
+        if columns and "spec" not in columns:
             connection.execute("ALTER TABLE plan ADD COLUMN spec TEXT")
-            connection.execute("DROP TABLE IF EXISTS claims")
+        connection.execute("DROP TABLE IF EXISTS claims")
         for statement in _SCHEMA.split(";"):
             connection.execute(statement)
 

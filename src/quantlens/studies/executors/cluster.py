@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +56,7 @@ def connected(ray: Any, address: str | None, workers: int | None, resources: Res
     if address == LOCAL:
         wanted = (workers or 1) * (resources.cpu or 1)
         settings |= {"num_cpus": max(cores(), wanted), "object_store_memory": STORE_BYTES}
+    handler = signal.getsignal(signal.SIGTERM)
     with environment({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}):
         try:
             ray.init(**settings)
@@ -63,6 +66,9 @@ def connected(ray: Any, address: str | None, workers: int | None, resources: Res
                 f"no Ray cluster {place} ({str(error).splitlines()[0]}); start one with `ray start --head`, or leave "
                 "--address out"
             ) from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own there, which exits at once
         try:
             yield
         finally:
