@@ -34,6 +34,7 @@ OLD_NAMES = [
     ("quantlens.graph", "fold_norm", "quantlens.transforms"),
     ("quantlens.reconstruction", "rotate_values", "quantlens.transforms"),
     ("quantlens.allocation", "inspect", "quantlens.sensitivity"),
+    ("quantlens.allocation.allocation", "allocate", "quantlens.allocation.choosing"),
     ("quantlens.studies", "Result", "quantlens.evaluation"),
     ("quantlens.studies.bootstrap", "holm", "quantlens.metrics.bootstrap"),
     ("quantlens.studies.bootstrap", "replicate", "quantlens.evaluation.bootstrap"),

@@ -85,6 +85,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.graph": ("quantlens.transforms",),
     "quantlens.reconstruction": ("quantlens.transforms",),
     "quantlens.allocation": ("quantlens.sensitivity",),
+    "quantlens.allocation.allocation": ("quantlens.allocation.choosing",),
     "quantlens.studies": ("quantlens.evaluation",),
     "quantlens.report.attention": (
         "quantlens.plots.drift",

@@ -2,16 +2,14 @@
 
 from quantlens import _moved
 from quantlens.allocation.allocation import (
-    SENSITIVITIES,
     Allocation,
     FrontPoint,
     GroupChoice,
-    allocate,
     default_candidates,
     is_target,
     parse_target,
-    sensitivity_options,
 )
+from quantlens.allocation.choosing import SENSITIVITIES, allocate, sensitivity_options
 from quantlens.allocation.groups import Group, find_groups
 
 __all__ = [

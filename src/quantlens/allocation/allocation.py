@@ -1,36 +1,19 @@
-"""The choice of widths: made by :func:`allocate`, kept as an :class:`Allocation`, which is a JSON file."""
+"""A choice of widths as a value: an :class:`Allocation`, which is a JSON file, and the targets that one is made for."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from quantlens.allocation.costs import BOPS, COSTS, SIZE, cost_table
-from quantlens.allocation.groups import find_groups
-from quantlens.allocation.hessian import hessian_sensitivity
-from quantlens.allocation.sensitivity import (
-    Candidates,
-    kl_sensitivity,
-    nuclear_norm_sensitivity,
-    random_sensitivity,
-)
-from quantlens.allocation.solver import Front, pareto_front
-from quantlens.calibration import Calibration
-from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens import _moved
+from quantlens.errors import QuantlensError
 from quantlens.files import write_whole
-from quantlens.graph import graph_of
-from quantlens.methods.base import Progress
 from quantlens.qmodel import Bits
-from quantlens.transforms import fold_layer_scale
 
 FORMAT = 1
 VERSION = 1
@@ -41,14 +24,6 @@ POINTS = 500
 """Most points of a front that a file holds: all of them for transformers of equal blocks, else a regular choice."""
 DRAWN = 80
 """Most points of a front that a quantized model remembers, for drawing."""
-
-SENSITIVITIES: dict[str, Callable[..., Any] | None] = {
-    "nuclear-norm": nuclear_norm_sensitivity,
-    "hessian": hessian_sensitivity,
-    "kl": kl_sensitivity,
-    "random": None,
-}
-"""Names of the sensitivities; ``random`` needs no images."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +109,7 @@ class Allocation:
         front = [[p.cost, p.sensitivity] for p in self.front]
         return {
             **{key: getattr(self, key) for key in ("name", "model", "sensitivity", "cost")},
-            "points": [front[i] for i in _spread(len(front), most)],
+            "points": [front[i] for i in evenly_spaced(len(front), most)],
             "uniform": [[b, self.cost_of(self.cost, b), self.loss_of(b)] for b in self.candidates],
             "chosen": [self.total, self.loss],
         }
@@ -237,145 +212,11 @@ def default_candidates(target: int) -> tuple[int, ...]:
     return tuple(range(max(NARROWEST, target - 2), min(WIDEST, target + 2) + 1))
 
 
-# -- the choice -------------------------------------------------------------------------------------------------------
-def allocate(
-    model: Any,
-    calibration: Any,
-    target: str | int = "MP6",
-    *,
-    sensitivity: str = "nuclear-norm",
-    cost: str = SIZE,
-    budget: float | None = None,
-    candidates: Sequence[int] | None = None,
-    front: bool = False,
-    seed: int = 0,
-    progress: Progress | None = None,
-    **options: Any,
-) -> Allocation:
-    """Choose a width for the attention and the MLP of every block: least total sensitivity within a budget, exactly.
-
-    model: :class:`quantlens.models.Model`. calibration: as for :func:`quantlens.quantize`. target: ``MP6``, ``W6A6``
-    or 6: the uniform model whose size (or bit operations) is the budget, and the width of what is in no group (patch
-    embedding, patch merging, classifier). sensitivity: "nuclear-norm", "hessian", "kl" or "random". cost: "size" or
-    "bops". budget: bytes or bit operations of the whole model, in place of the uniform model's. candidates: widths,
-    by default target − 2 … target + 2. front: keep the whole Pareto front. options: the sensitivity's own.
-
-    Raises QuantlensError: a budget that no choice meets, a sensitivity that is not finite, an unknown name or option.
-    """
-    width = parse_target(target)
-    widths = default_candidates(width) if candidates is None else tuple(sorted({int(b) for b in candidates}))
-    if not widths or not all(NARROWEST <= b <= WIDEST for b in widths):
-        raise QuantlensError(
-            f"candidates {list(widths)}: give widths of {NARROWEST} to {WIDEST} bits, such as 4,5,6,7,8"
-        )
-    if cost not in COSTS:
-        raise UnknownNameError("cost", cost, COSTS)
-    if sensitivity not in SENSITIVITIES:
-        raise UnknownNameError("sensitivity", sensitivity, SENSITIVITIES)
-    settings = sensitivity_options(sensitivity, options)
-    images = Calibration.of(calibration, model.preprocess, device=model.device)
-    graph = graph_of(model).clone()
-    fold_layer_scale(graph)
-    graph.invalidate()
-    groups = find_groups(graph)
-    table = cost_table(graph, groups, widths, width)
-    uniform = table if width in widths else cost_table(graph, groups, [width], width)
-    limit = uniform.total(cost, [uniform.widths.index(width)] * len(groups)) if budget is None else int(budget)
-    started = time.perf_counter()
-    with torch.no_grad():
-        function = SENSITIVITIES[sensitivity]
-        if function is None:
-            values, info = random_sensitivity(groups, widths, seed=seed)
-        else:
-            prepared = Candidates(graph, images, groups, widths, seed=seed)
-            values, info = function(prepared, images, seed=seed, progress=progress, **settings)
-    if not bool(torch.isfinite(values).all()):
-        worst = groups[int((~torch.isfinite(values)).any(1).nonzero()[0])].name
-        raise QuantlensError(f"{worst}: its sensitivity is not finite; check the weights and the calibration images")
-    seconds = round(time.perf_counter() - started, 3)
-    found = pareto_front(table.groups[cost], values.tolist())
-    fixed = table.fixed[cost]
-    if limit - fixed < found.costs[0]:
-        unit, name = (1e6, "MB") if cost == SIZE else (1e9, "G bit operations")
-        raise QuantlensError(
-            f"no choice of {widths[0]} to {widths[-1]} bits fits the budget of {limit / unit:.3f} {name}: the least "
-            f"possible is {(found.costs[0] + fixed) / unit:.3f} {name}; raise the budget or allow narrower candidates"
-        )
-    best = found.within(limit - fixed)
-    choice = found.choices[best].tolist()
-    rows = values.tolist()
-    return Allocation(
-        name=_name(width, sensitivity, cost, None if budget is None else limit),
-        model=model.name,
-        checkpoint_sha256=model.checkpoint_sha256,
-        target=width,
-        candidates=widths,
-        sensitivity=sensitivity,
-        cost=cost,
-        budget=limit,
-        total=table.total(cost, choice),
-        groups=tuple(
-            GroupChoice(
-                group.name,
-                group.kind,
-                group.block,
-                group.modules,
-                widths[choice[i]],
-                dict(zip(widths, rows[i], strict=True)),
-                dict(zip(widths, table.groups[SIZE][i], strict=True)),
-                dict(zip(widths, table.groups[BOPS][i], strict=True)),
-            )
-            for i, group in enumerate(groups)
-        ),
-        fixed=table.fixed,
-        seed=seed,
-        seconds=seconds,
-        calibration=images.info(),
-        options=settings,
-        info=info,
-        front=_points(found, widths, fixed) if front else (),
-    )
-
-
-def sensitivity_options(sensitivity: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a sensitivity with their values. Raises UnknownNameError for one that it does not have."""
-    function = SENSITIVITIES[sensitivity]
-    known = (
-        {}
-        if function is None
-        else {
-            name: p.default
-            for name, p in signature(function).parameters.items()
-            if p.kind is p.KEYWORD_ONLY and name not in ("seed", "progress")
-        }
-    )
-    for name in given:
-        if name not in known:
-            raise UnknownNameError(f"option of {sensitivity}", name, known)
-    return {**known, **given}
-
-
-def _name(width: int, sensitivity: str, cost: str, budget: int | None) -> str:
-    """``MP6``; with the cost, the budget and the sensitivity where they are not the paper's."""
-    parts = [f"MP{width}"]
-    if budget is not None:
-        parts.append(f"{budget / 1e6:.2f}MB" if cost == SIZE else f"{budget / 1e9:.1f}GBOPs")
-    elif cost != SIZE:
-        parts.append(cost)
-    if sensitivity != "nuclear-norm":
-        parts.append(sensitivity)
-    return "-".join(parts)
-
-
-def _points(front: Front, widths: Sequence[int], fixed: int) -> tuple[FrontPoint, ...]:
-    return tuple(
-        FrontPoint(
-            int(front.costs[i]) + fixed, float(front.values[i]), tuple(widths[c] for c in front.choices[i].tolist())
-        )
-        for i in _spread(len(front), POINTS)
-    )
-
-
-def _spread(count: int, most: int) -> Sequence[int]:
+def evenly_spaced(count: int, most: int) -> Sequence[int]:
     """``most`` of ``count`` positions at most, evenly spread, both ends among them."""
     return range(count) if count <= most else sorted({math.floor(i * (count - 1) / (most - 1)) for i in range(most)})
+
+
+def __getattr__(name: str) -> object:
+    """Names that have moved are found where they are now, with a warning."""
+    return _moved.find(__name__, name)

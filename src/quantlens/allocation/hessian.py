@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,62 +61,100 @@ def hessian_sensitivity(
             f"hessian: estimator={estimator!r}, probes={probes}, piece={piece}; choose {HUTCHINSON} or {GRADIENT}, and "
             "at least one probe and image"
         )
-    graph, widths = candidates.graph, candidates.widths
-    weights = [e for part in candidates.edges for e in part if e.is_weight]
-    inputs = [e for part in candidates.edges for e in part if not e.is_weight]
-    generator = torch.Generator(device=graph.device).manual_seed(seed)
-    traces = {e.key: [] for e in [*weights, *inputs]}  # type: dict[str, list[Tensor]]
-    errors = {e.key: torch.zeros(len(widths), dtype=torch.float64) for e in inputs}
-    sizes = {e.key: graph.tensor(str(e.value.target)).numel() for e in weights}
-    quantizers = {e.key: [candidates.quantizer(e, bits) for bits in widths] for e in inputs}
-    pieces = [part for chunk in calibration for part in chunk.split(piece)]
-    total, done = len(pieces) * probes * (2 if estimator == HUTCHINSON else 1), 0
+    traces = Traces(candidates, piece, probes, estimator)
+    traces.collect(calibration, seed, progress)
+    return traces.sensitivities(len(calibration))
 
-    def seen(key: str, value: Tensor) -> None:
-        sizes[key] = value[0].numel() * value.shape[0] // count
-        with torch.no_grad():
-            plain = value.detach()
-            errors[key] += torch.tensor([float((q(plain) - plain).square().sum()) for q in quantizers[key]])
 
-    with torch.inference_mode(False), torch.enable_grad():
-        for images in pieces:
-            count = len(images)
-            logits, leaves = with_leaves(graph, images.clone(), weights, inputs, seen)
-            by_products = {e.key: leaves[e.key] for e in weights} if estimator == HUTCHINSON else {}
-            by_gradients = {key: leaf for key, leaf in leaves.items() if key not in by_products}
-            for asked, sample in ((by_products, hessian_samples), (by_gradients, gradient_samples)):
-                if not asked:
-                    continue
-                for values in sample(logits, list(asked.values()), probes, generator):
-                    for key, value in zip(asked, values, strict=True):
-                        traces[key].append(value.detach().cpu() / count)
+class Traces:
+    """Samples of the Hessian traces of every weight and input of the groups, and the squared errors of the inputs.
+
+    samples: by edge key, one [] float tensor per probe and piece of images. errors: by edge key, ‖Q(x) − x‖² summed
+    over all images, float64 [W]. sizes: by edge key, its numbers (of one image for an input).
+    """
+
+    def __init__(self, candidates: Candidates, piece: int, probes: int, estimator: str):
+        self.candidates, self.piece, self.probes = candidates, piece, probes
+        self.by_products = estimator == HUTCHINSON
+        graph, widths = candidates.graph, candidates.widths
+        self.weights = [e for part in candidates.edges for e in part if e.is_weight]
+        self.inputs = [e for part in candidates.edges for e in part if not e.is_weight]
+        self.samples: dict[str, list[Tensor]] = {e.key: [] for e in [*self.weights, *self.inputs]}
+        self.errors = {e.key: torch.zeros(len(widths), dtype=torch.float64) for e in self.inputs}
+        self.sizes = {e.key: graph.tensor(str(e.value.target)).numel() for e in self.weights}
+        self._quantizers = {e.key: [candidates.quantizer(e, bits) for bits in widths] for e in self.inputs}
+        self._shares = torch.zeros(0, dtype=torch.float64)
+
+    def collect(self, calibration: Calibration, seed: int, progress: Progress | None) -> None:
+        """Fill ``samples``, ``errors`` and ``sizes`` from all calibration images."""
+        graph = self.candidates.graph
+        generator = torch.Generator(device=graph.device).manual_seed(seed)
+        pieces = [part for chunk in calibration for part in chunk.split(self.piece)]
+        total, done = len(pieces) * self.probes * (2 if self.by_products else 1), 0
+        with torch.inference_mode(False), torch.enable_grad():
+            for images in pieces:
+                note = partial(self._note, len(images))
+                logits, leaves = with_leaves(graph, images.clone(), self.weights, self.inputs, note)
+                for keys, values in self._sampled(logits, leaves, generator):
+                    for key, value in zip(keys, values, strict=True):
+                        self.samples[key].append(value.detach().cpu() / len(images))
                     done += 1
                     if progress is not None:
                         progress(done, total)
-            del logits, leaves, by_products, by_gradients
-    shares = torch.tensor([len(p) for p in pieces], dtype=torch.float64).repeat_interleave(probes)
-    shares /= shares.sum()
-    result = torch.zeros(len(candidates.groups), len(widths), dtype=torch.float64)
-    info: dict[str, Any] = {"traces": [], "standard_errors": []}
-    for g, part in enumerate(candidates.edges):
-        samples = torch.zeros(len(shares), len(widths), dtype=torch.float64)
-        weight_traces = torch.zeros(len(shares), dtype=torch.float64)
-        for edge in part:
-            values = torch.stack(traces[edge.key]).double()
-            if edge.is_weight:
-                error = torch.stack([_squared_error(candidates, edge, bits) for bits in widths])
-                weight_traces += values
-            else:
-                error = errors[edge.key] / len(calibration)
-            mean = (shares * values).sum()
-            result[g] += mean.clamp_min(0) / sizes[edge.key] * error
-            samples += (values / sizes[edge.key])[:, None] * error
+                del logits, leaves
+        shares = torch.tensor([len(p) for p in pieces], dtype=torch.float64).repeat_interleave(self.probes)
+        self._shares = shares / shares.sum()
+
+    def _note(self, images: int, key: str, value: Tensor) -> None:
+        """Add the squared errors of one input's values, [B, …] or [B·windows, …], at every width."""
+        self.sizes[key] = value.numel() // images
+        with torch.no_grad():
+            plain = value.detach()
+            self.errors[key] += torch.tensor([float((q(plain) - plain).square().sum()) for q in self._quantizers[key]])
+
+    def _sampled(
+        self, logits: Tensor, leaves: dict[str, Tensor], generator: torch.Generator
+    ) -> Iterator[tuple[list[str], list[Tensor]]]:
+        """(keys, one sample of each key's trace): of the weights by Hessian products where they are asked for, of all
+        else by gradients."""
+        products = [e.key for e in self.weights] if self.by_products else []
+        gradients = [key for key in leaves if key not in products]
+        for keys, sample in ((products, hessian_samples), (gradients, gradient_samples)):
+            if keys:
+                for values in sample(logits, [leaves[key] for key in keys], self.probes, generator):
+                    yield keys, values
+
+    def sensitivities(self, images: int) -> tuple[Tensor, dict[str, Any]]:
+        """Ω, float64 [G, W], and by group the trace for its weights and the relative standard error of Ω at the middle
+        width."""
+        shares, widths = self._shares, self.candidates.widths
+        result = torch.zeros(len(self.candidates.groups), len(widths), dtype=torch.float64)
+        info: dict[str, Any] = {"traces": [], "standard_errors": []}
         middle = len(widths) // 2
-        info["traces"].append(float((shares * weight_traces).sum()))
-        spread = samples[:, middle].std() / len(shares) ** 0.5 if len(shares) > 1 else torch.tensor(float("nan"))
-        relative = float(spread / result[g, middle])
-        info["standard_errors"].append(relative if math.isfinite(relative) else None)
-    return result, info
+        for g, part in enumerate(self.candidates.edges):
+            samples = torch.zeros(len(shares), len(widths), dtype=torch.float64)
+            weight_traces = torch.zeros(len(shares), dtype=torch.float64)
+            for edge in part:
+                values = torch.stack(self.samples[edge.key]).double()
+                if edge.is_weight:
+                    error = torch.stack([_squared_error(self.candidates, edge, bits) for bits in widths])
+                    weight_traces += values
+                else:
+                    error = self.errors[edge.key] / images
+                mean = (shares * values).sum()
+                result[g] += mean.clamp_min(0) / self.sizes[edge.key] * error
+                samples += (values / self.sizes[edge.key])[:, None] * error
+            info["traces"].append(float((shares * weight_traces).sum()))
+            info["standard_errors"].append(_relative_error(samples[:, middle], result[g, middle]))
+        return result, info
+
+
+def _relative_error(samples: Tensor, value: Tensor) -> float | None:
+    """Standard error of the mean of ``samples`` [S], as a share of ``value``; None where there is none."""
+    if len(samples) < 2:
+        return None
+    relative = float(samples.std() / len(samples) ** 0.5 / value)
+    return relative if math.isfinite(relative) else None
 
 
 def with_leaves(

@@ -32,6 +32,30 @@ of the file: only what is not finished runs. One such command at a time works on
     quantlens study my-study.yaml --out results --executor ray --address auto
 """
 
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file (see examples/).")]
+Out = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Directory of the store (default: the file's name, here).")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes that share the work (default: 1; on a cluster, all that find room)."),
+]
+Executor = Annotated[str, typer.Option(metavar="NAME", help="local, or ray for a Ray cluster.")]
+Address = Annotated[
+    str | None, typer.Option(help="The Ray cluster; auto is this machine's (default: one of its own on this machine).")
+]
+GpusPerWorker = Annotated[
+    float | None, typer.Option(metavar="X", help="What part of a GPU each worker of a cluster gets, such as 0.25.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Maximum number of cells to run now.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the cells and run nothing.")]
+Plan = Annotated[
+    bool,
+    typer.Option("--plan", help="List the cells and estimate time, memory and disk from a small cell per method."),
+]
+Report = Annotated[bool, typer.Option("--report", help="Write the report at the end.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -39,31 +63,17 @@ def register(app: typer.Typer) -> None:
 
 
 def study(
-    file: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file (see examples/).")],
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Directory of the store (default: the file's name, here).")
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes that share the work (default: 1; on a cluster, all that find room)."),
-    ] = None,
-    executor: Annotated[str, typer.Option(metavar="NAME", help="local, or ray for a Ray cluster.")] = "local",
-    address: Annotated[
-        str | None,
-        typer.Option(help="The Ray cluster; auto is this machine's (default: one of its own on this machine)."),
-    ] = None,
-    gpus_per_worker: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="What part of a GPU each worker of a cluster gets, such as 0.25."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of cells to run now.")] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and run nothing.")] = False,
-    plan: Annotated[
-        bool,
-        typer.Option("--plan", help="List the cells and estimate time, memory and disk from a small cell per method."),
-    ] = False,
-    report: Annotated[bool, typer.Option("--report", help="Write the report at the end.")] = False,
+    file: StudyFile,
+    out: Out = None,
+    workers: Workers = None,
+    executor: Executor = "local",
+    address: Address = None,
+    gpus_per_worker: GpusPerWorker = None,
+    limit: Limit = None,
+    retry_failed: RetryFailed = False,
+    dry_run: DryRun = False,
+    plan: Plan = False,
+    report: Report = False,
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
