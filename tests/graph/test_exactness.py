@@ -336,6 +336,34 @@ def test_convolutions_keep_their_function(kind, seed):
     check(drawn(kind, seed), seed)
 
 
+@pytest.mark.parametrize(
+    ("move", "found"),
+    [
+        (lambda x: x, 0),
+        (lambda x: x.transpose(2, 3), 0),
+        (lambda x: x.permute(0, 2, 3, 1), 1),
+        (lambda x: x[:, :, 0].flatten(1).unflatten(1, (8, 8)), 0),
+        (lambda x: x.flatten(2).transpose(1, 2)[:, :8], 1),
+        (lambda x: x.flatten(1).unflatten(1, (64, 8)), 0),
+        (lambda x: x.flatten(2).transpose(1, 2)[:, :8].mean(1), 1),
+        (lambda x: x.flatten(2).transpose(1, 2)[:, :8].mean(-1), 0),
+    ],
+)
+def test_channels_are_told_from_columns(move, found):
+    """Eight channels, eight rows, eight columns: a stream is rotated only where its last dimension is the channels."""
+
+    class Square(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 8, 1), nn.LayerNorm(8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(move(self.conv(x)))).flatten(1)
+
+    torch.manual_seed(0)
+    assert check(Square().double().eval(), 1)["residuals_rotated"] == found
+
+
 # -- one argument of one call ---------------------------------------------------------------------------------------
 X, W, B = "x", "w", "b"
 CALLS = [
