@@ -411,6 +411,7 @@ def test_one_argument_is_replaced_and_no_other(target, args, kwargs, by):
         value = {"padding": [5], "groups": 2, "eps": 0.5}.get(name, nodes[B])
         replace_argument(node, names.index(name) if by == "position" else name, value)
         assert everything(node) == {**before, name: value}
+        assert not set(names[: len(node.args)]) & set(node.kwargs), "given twice"
         assert node in nodes[B].users or value is not nodes[B]
 
 
