@@ -14,9 +14,10 @@ SIZE = 8
 """Pixels of an image's side."""
 
 
-SHARED = ("block", "norm", "mlp", "first", "bias")
+SHARED = ("block", "norm", "mlp", "first", "bias", "kv", "proj")
 """Parts of a transformer that may stand in two places of the graph: the whole block, its LayerNorm, its MLP, the MLP's
-first layer, or the bias of the MLP's second layer (which is the attention's too)."""
+first layer, the bias of the MLP's second layer (which is the attention's too), the layer that makes v (and k), or the
+one that reads the context."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ class Attention(nn.Module):
         parts = ("qkv",) if vit.qkv == "joint" else ("q", "k", "v")
         for part in parts:
             setattr(self, part, nn.Linear(vit.dim, vit.dim * 3 // len(parts), bias=vit.qkv_bias))
+        if vit.shared == "kv" and vit.qkv == "apart":
+            self.k = self.v
         self.proj = nn.Linear(vit.dim, vit.dim, bias=vit.proj_bias)
         self.q_norm, self.k_norm = (nn.LayerNorm(self.size), nn.LayerNorm(self.size)) if vit.qk_norm else (None, None)
         tokens = 4 + vit.class_token
@@ -210,6 +213,8 @@ class Block(nn.Module):
         for branch, gamma in zip((self.attend, self.feed), self.gammas or (None, None), strict=True):
             y = branch(x)
             x = x + (y if gamma is None else y * gamma)
+        if self.vit.shared == "proj":
+            x = x + self.attn.proj(x)
         if self.other is not None:
             x = x + self.other(activation(self.vit.act, self.fc1(x)))
         return x + self.mlp(x) if self.vit.shared == "mlp" else x

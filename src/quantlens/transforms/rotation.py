@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from quantlens.graph.graph import Graph, op_name, replace_argument
+from quantlens.graph.graph import Graph, argument, op_name, replace_argument
 from quantlens.graph.sites import ROTATION, Site, dynamic_nodes
 from quantlens.transforms.rewrites import (
     ACTIVATIONS,
@@ -112,7 +112,7 @@ def _grow(graph: Graph, start: fx.Node, groups: dict[fx.Node, NormGroup]) -> tup
             site = by_node.get(node if conv is None else conv)
             if site is not None and site.kind == "linear" and alone(graph, site):
                 residual.linears.append(site)
-            elif site is not None and conv is not None and site.kind == "conv" and alone(graph, site):
+            elif site is not None and conv is not None and argument(conv, "groups", 1) == 1 and alone(graph, site):
                 residual.convs.append(site)
             elif _is_constant(graph, node) and node.meta["shape"][-1:] == (residual.channels,):
                 residual.constants.append(str(node.target))
