@@ -1,5 +1,4 @@
-"""What was run: images, checkpoints, calibration, environment, time, failures and the conventions of the
-figures."""
+"""What was run: images, checkpoints, calibration, environment, time, failures and the conventions of the metrics."""
 
 from __future__ import annotations
 
@@ -23,6 +22,52 @@ from quantlens.report.text import (
     plain,
     score_label,
 )
+
+CONVENTIONS = (
+    (
+        "±",
+        "sample standard deviation over seeds (n − 1); none where there is one seed. FP32 does not depend on the seed.",
+    ),
+    (
+        "Δ",
+        "quantized − FP32: a metric of the quantized model less the same metric at FP32, both on the same "
+        "images. Shares in points (1 point = 1 %). A negative Δ of top-1 or AUPR-out (↑: higher is better) is "
+        "a loss, and so is a positive Δ of NLL or ECE (↓: lower is better).",
+    ),
+    (
+        "AUPR",
+        "average precision: the step sum over the precision-recall curve, with tied scores taken as one "
+        "threshold. AUPR-out: OOD images are the positive class. AUPR-in: ID images are.",
+    ),
+    (
+        "Chance",
+        "the AUPR of a score that knows nothing: the share of positive images. It depends on the counts, "
+        "so AUPR is comparable only where the counts are the same.",
+    ),
+    (
+        "FPR@95 (ID kept 95 %)",
+        "the share of OOD images accepted by the threshold that keeps 95 % of the ID images.",
+    ),
+    (
+        "FPR@95 (OOD caught 95 %)",
+        "the share of ID images flagged by the threshold that catches 95 % of the OOD images.",
+    ),
+    ("ECE", "expected calibration error of the top-1 confidence, {bins}."),
+    (
+        "OOD scores",
+        "larger means more like the ID images. Statistics (KNN, ViM, Mahalanobis, ReAct): {fitted}.",
+    ),
+    (
+        "Far, near",
+        "as the study names its sets; the means over far and near sets are taken apart, each set with equal weight.",
+    ),
+    ("WnAm", "weights at n bits, activations at m; {baseline} is the model before quantization."),
+    (
+        "Size",
+        "MB of the packed checkpoint: integer codes at their bit width, with scales and what stays in floating point.",
+    ),
+)
+"""(term, what it means here), with places for what a study says of its bins and fitted statistics."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +136,13 @@ def images(board: Board) -> Listing:
 
 
 def checkpoints(board: Board) -> Listing:
-    """Each checkpoint with the FP32 figures measured on the very images of this study."""
+    """Each checkpoint with the FP32 metrics measured on the very images of this study."""
     rows: dict[str, list[str]] = {}
     for group in board.groups:
         sample = group.fp32 if group.fp32_own else next((r for rs in group.cells.values() for r in rs), group.fp32)
         ids = dig(group.fp32, ("id",)) or {}
-        figures = [percent(number(ids.get(k))) for k in ("top1", "top5")]
-        figures += [
+        metrics = [percent(number(ids.get(k))) for k in ("top1", "top5")]
+        metrics += [
             fixed(number(ids.get("nll")), 3),
             percent(number(ids.get("ece"))),
             fixed(number(ids.get("brier")), 3),
@@ -108,10 +153,10 @@ def checkpoints(board: Board) -> Listing:
             plain(dig(sample, ("checkpoint_sha256",))),
             MISSING if parameters is None else f"{parameters / 1e6:.2f}",
             fixed(number(dig(group.fp32, ("size_mb",))), 1),
-            *figures,
+            *metrics,
         ]
     return Listing(
-        "Checkpoints and their FP32 figures on these images",
+        "Checkpoints and their FP32 metrics on these images",
         [
             "Model",
             "SHA-256 of the checkpoint",
@@ -232,71 +277,25 @@ def failures(board: Board) -> list[Failure]:
 def conventions(board: Board) -> list[tuple[str, str]]:
     """(term, what it means here)."""
     edges = next((e for r in board.results if isinstance(e := dig(r, ("id", "reliability", "edges")), list)), None)
-    bins = f"{len(edges) - 1} bins of equal width" if edges else "bins of equal width"
-    fits = list(
-        dict.fromkeys(
-            f"{plain(f.get('source'))} ({count(int(n), 'image')})"
-            for r in board.results
-            if isinstance(f := r.get("fit"), Mapping)
-            if (n := number(f.get("n"))) is not None
-        )
+    said = {"bins": f"{len(edges) - 1} bins of equal width" if edges else "bins of equal width"}
+    said |= {"fitted": _fitted(board), "baseline": BASELINE}
+    return [(term, meaning.format(**said)) for term, meaning in CONVENTIONS]
+
+
+def _fitted(board: Board) -> str:
+    """What the statistics of scores were fitted on."""
+    fits = dict.fromkeys(
+        f"{plain(f.get('source'))} ({count(int(n), 'image')})"
+        for r in board.results
+        if isinstance(f := r.get("fit"), Mapping)
+        if (n := number(f.get("n"))) is not None
     )
-    fitted = (
-        (
-            f"fitted on each model's own features (a quantized model's on the quantized ones) of "
-            f"{'; '.join(fits)}"
-            ", never on the images evaluated"
-        )
-        if fits
-        else "no set of images for fitting is named in the store"
+    if not fits:
+        return "no set of images for fitting is named in the store"
+    return (
+        f"fitted on each model's own features (a quantized model's on the quantized ones) of {'; '.join(fits)}, never "
+        "on the images evaluated"
     )
-    return [
-        (
-            "±",
-            "sample standard deviation over seeds (n − 1); none where there is one seed. FP32 does not "
-            "depend on the seed.",
-        ),
-        (
-            "Δ",
-            "quantized − FP32: a metric of the quantized model less the same metric at FP32, both on the same "
-            "images. Shares in points (1 point = 1 %). A negative Δ of top-1 or AUPR-out (↑: higher is better) is "
-            "a loss, and so is a positive Δ of NLL or ECE (↓: lower is better).",
-        ),
-        (
-            "AUPR",
-            "average precision: the step sum over the precision-recall curve, with tied scores taken as one "
-            "threshold. AUPR-out: OOD images are the positive class. AUPR-in: ID images are.",
-        ),
-        (
-            "Chance",
-            "the AUPR of a score that knows nothing: the share of positive images. It depends on the counts, "
-            "so AUPR is comparable only where the counts are the same.",
-        ),
-        (
-            "FPR@95 (ID kept 95 %)",
-            "the share of OOD images accepted by the threshold that keeps 95 % of the ID images.",
-        ),
-        (
-            "FPR@95 (OOD caught 95 %)",
-            "the share of ID images flagged by the threshold that catches 95 % of the OOD images.",
-        ),
-        ("ECE", f"expected calibration error of the top-1 confidence, {bins}."),
-        (
-            "OOD scores",
-            f"larger means more like the ID images. Statistics (KNN, ViM, Mahalanobis, ReAct): {fitted}.",
-        ),
-        (
-            "Far, near",
-            "as the study names its sets; the means over far and near sets are taken apart, each set "
-            "with equal weight.",
-        ),
-        ("WnAm", f"weights at n bits, activations at m; {BASELINE} is the model before quantization."),
-        (
-            "Size",
-            "MB of the packed checkpoint: integer codes at their bit width, with scales and what stays in "
-            "floating point.",
-        ),
-    ]
 
 
 def study_facts(board: Board) -> list[tuple[str, str]]:
