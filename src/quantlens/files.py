@@ -1,7 +1,8 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and knowing beforehand whether it can be written."""
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -35,4 +36,27 @@ def write_whole(path: Path, content: bytes | str | Iterator[bytes], *, what: str
         named = f"{what} {path}" if what else str(path)
         raise StorageError(
             f"cannot write {named}: {error.strerror or error}; free some room or choose another place"
+        ) from error
+
+
+def check_writable(path: Path | str | None, *, what: str = "") -> None:
+    """Find out, before anything is computed, whether :func:`write_whole` could write ``path`` (None: nothing to find).
+
+    what: what it is, for the error. Nothing is left behind, folders neither. Raises StorageError.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    folder = path.parent
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        named = f"{what} {path}" if what else str(path)
+        raise StorageError(
+            f"cannot write {named}: {error.strerror or error} ({folder}); choose another place"
         ) from error
