@@ -104,6 +104,11 @@ def read_bits(bits: str | Path | Bits | Allocation | Mapping[str, Any]) -> Bits 
     return Bits.parse(bits)
 
 
+def spelled(bits: Bits | Allocation | str) -> str:
+    """How a person writes what :func:`read_bits` gave: ``W4A8``, ``MP6``."""
+    return str(bits.bits() if isinstance(bits, Allocation) else bits)
+
+
 def allocation_of(
     model: Model, calibration: Any, bits: Allocation | str, seed: int, *, progress: Progress | None = None
 ) -> Allocation:

@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from quantlens.cli import _options
@@ -59,18 +60,20 @@ def command(app: Any, name: str, help: str, function: Callable[..., None], *, pl
 
 
 def stdout() -> Any:
-    """The console of results."""
+    """The console of results; texts are shown as they are, none is markup."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPED_WIDTH)
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    return console
 
 
 def stderr() -> Any:
     """The console of progress and messages."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def say(text: str) -> None:
@@ -134,14 +137,36 @@ def settings(values: Sequence[str] | None) -> dict[str, Any]:
     return {name.replace("-", "_"): read(text) for name, text in pairs(values, "--option", "KEY=VALUE").items()}
 
 
-def weights_argument(weights: str | None) -> str | None:
-    """The `weights` of `load_model`: trained ones unless a person asks for `random`."""
-    return None if weights == "random" else weights or "pretrained"
-
-
 def cache_argument(no_cache: bool) -> bool | None:
     """The `cache_dir` of `load_images`."""
     return False if no_cache else None
+
+
+def open_run(
+    model: str,
+    weights: str | None,
+    source: str,
+    device: str,
+    step: Callable[[str, int, int], None],
+    *,
+    skip_bad: bool,
+    no_cache: bool,
+    what: str = "calibration images",
+) -> tuple[Any, Any]:
+    """(float model, images as it reads them) of a command line: what `quantize`, `allocate` and `inspect` begin with.
+
+    source: a SOURCE, opened first, as a mistake in it is told at once. step: of :func:`stages`. what: the images.
+    """
+    from quantlens.data import as_image_set, open_source
+    from quantlens.evaluation.environment import choose_device
+    from quantlens.evaluation.opening import weights_named
+    from quantlens.models import load_model
+
+    opened, place = open_source(source), choose_device(device)
+    loaded = load_model(model, weights_named(weights), device=place)
+    told = partial(step, f"decoding {what}")
+    cache = cache_argument(no_cache)
+    return loaded, as_image_set(opened, loaded.preprocess, cache_dir=cache, skip_bad=skip_bad, progress=told)
 
 
 def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None:

@@ -1,28 +1,41 @@
-"""Arguments and options that several commands have, under one wording."""
+"""Arguments and options of the commands, those that several have under one wording."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+# -- the model
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
+ModelOrCheckpoint = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or a quantized checkpoint.")]
 Weights = Annotated[
     str | None,
     typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] (the default) or random."),
 ]
+ExportedFiles = Annotated[list[Path], typer.Argument(metavar="FILE…", help="Exported models: .onnx or .xml.")]
+
+# -- images
 CalibrationSource = Annotated[str, typer.Option(metavar="SOURCE", help="Calibration images (`quantlens sources`).")]
 CalibrationCount = Annotated[
     int | None, typer.Option("--n", min=1, help="How many calibration images the seed draws (default: 32).")
 ]
+OodSets = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An out-of-distribution set; may be repeated.")
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and say how many.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Do not keep decoded images on disk.")]
+
+# -- the quantization
 MethodName = Annotated[str, typer.Option(help="The method (`quantlens methods`).")]
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the method.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Draws the calibration images, and all else that is random.")]
+
+# -- the run
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and say how many.")]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Do not keep decoded images on disk.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Plugins = Annotated[
     list[str] | None,
@@ -32,3 +45,6 @@ Plugins = Annotated[
         help="Load methods, formats, scores and transforms of your own (docs/extending.md); may be repeated.",
     ),
 ]
+
+# -- what is written
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page.")]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantlens.cli import _options
 from quantlens.cli._common import command
+
+if TYPE_CHECKING:
+    from quantlens.allocation import Allocation
 
 HELP = """Choose bit widths for mixed precision: how sensitive every attention and every MLP is, and the widths of least
 total sensitivity within a budget, exactly.
@@ -28,6 +32,36 @@ own. The file goes into `quantlens quantize --bits alloc.json`, with any method.
       --calibration embedded:digits-calibration
 """
 
+Sensitivity = Annotated[
+    str,
+    typer.Option(
+        help="[bold]nuclear-norm[/bold] (balanced; `-o formula=paper` is the published formula), hessian, kl or random."
+    ),
+]
+Target = Annotated[
+    str, typer.Option(help="The uniform model whose cost is the budget; also the width outside the blocks.")
+]
+BopsTarget = Annotated[
+    bool, typer.Option("--bops-of-target", help="The budget is the target's bit operations, not its size.")
+]
+SizeBudget = Annotated[
+    float | None, typer.Option(min=0, metavar="MB", help="A budget of your own: megabytes (10⁶ bytes).")
+]
+BopsBudget = Annotated[
+    float | None, typer.Option(min=0, metavar="N", help="A budget of your own: bit operations of one image (7e9).")
+]
+Candidates = Annotated[
+    str | None, typer.Option(metavar="N,N,…", help="Widths to choose from (default: target − 2 … target + 2).")
+]
+Front = Annotated[
+    bool, typer.Option("--front", help="Keep the whole Pareto front, and plot it in front.html beside the file.")
+]
+Out = Annotated[Path, typer.Option(help="The file to write.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the sensitivity (probes=32)."),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -39,93 +73,61 @@ def allocate(
     calibration: _options.CalibrationSource,
     weights: _options.Weights = None,
     n: _options.CalibrationCount = None,
-    sensitivity: Annotated[
-        str, typer.Option(help="[bold]nuclear-norm[/bold], hessian, kl or random.")
-    ] = "nuclear-norm",
-    target: Annotated[
-        str, typer.Option(help="The uniform model whose cost is the budget; also the width outside the blocks.")
-    ] = "W6A6",
-    bops_target: Annotated[
-        bool, typer.Option("--bops-of-target", help="The budget is the target's bit operations, not its size.")
-    ] = False,
-    size_mb: Annotated[
-        float | None, typer.Option(min=0, metavar="MB", help="A budget of your own: megabytes (10⁶ bytes).")
-    ] = None,
-    bops: Annotated[
-        float | None, typer.Option(min=0, metavar="N", help="A budget of your own: bit operations of one image (7e9).")
-    ] = None,
-    candidates: Annotated[
-        str | None, typer.Option(metavar="N,N,…", help="Widths to choose from (default: target − 2 … target + 2).")
-    ] = None,
-    front: Annotated[
-        bool, typer.Option("--front", help="Keep the whole Pareto front, and plot it in front.html beside the file.")
-    ] = False,
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("alloc.json"),
+    sensitivity: Sensitivity = "nuclear-norm",
+    target: Target = "W6A6",
+    bops_target: BopsTarget = False,
+    size_mb: SizeBudget = None,
+    bops: BopsBudget = None,
+    candidates: Candidates = None,
+    front: Front = False,
+    out: Out = Path("alloc.json"),
     seed: _options.Seed = 0,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the sensitivity (probes=32)."),
-    ] = None,
+    option: Options = None,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
     no_cache: _options.NoCache = False,
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    from quantlens.cli import _common
-    from quantlens.cli.quantize import drawn
-    from quantlens.errors import QuantlensError, UnknownNameError
-    from quantlens.evaluation.environment import choose_device
-
-    settings = _common.settings(option)
-    widths = _common.whole_numbers([candidates] if candidates else None, "--candidates")
-    if size_mb is not None and bops is not None:
-        raise QuantlensError("--size-mb and --bops are two budgets; give one of them")
-    if size_mb is not None and bops_target:
-        raise QuantlensError("--size-mb and --bops-of-target are two budgets; give one of them")
-    from quantlens.allocation import SENSITIVITIES, parse_target, sensitivity_options
+    from quantlens.allocation import parse_target, sensitivity_options
     from quantlens.allocation.quantizing import allocate as choose_widths
-    from quantlens.data import as_image_set, open_source
-    from quantlens.models import load_model
+    from quantlens.cli import _common
+    from quantlens.data.sources import calibration_source
+    from quantlens.files import check_writable
 
-    if sensitivity not in SENSITIVITIES:
-        raise UnknownNameError("sensitivity", sensitivity, SENSITIVITIES)
-    sensitivity_options(sensitivity, settings)
+    check_writable(out, what="the allocation")
+    settings: dict[str, Any] = {"sensitivity": sensitivity, "front": front, "seed": seed}
+    settings |= sensitivity_options(sensitivity, _common.settings(option))
+    settings |= _budget(bops_target, size_mb, bops)
+    settings["candidates"] = _common.whole_numbers([candidates] if candidates else None, "--candidates")
     parse_target(target)
-    source = open_source(drawn(calibration, n, seed))
+    source = calibration_source(calibration, n, seed)
     with _common.stages(quiet) as step:
-        loaded = load_model(model, _common.weights_argument(weights), device=choose_device(device))
-        images = as_image_set(
-            source,
-            loaded.preprocess,
-            cache_dir=_common.cache_argument(no_cache),
-            skip_bad=skip_bad,
-            progress=lambda done, total: step("decoding calibration images", done, total),
-        )
-        found = choose_widths(
-            loaded,
-            images,
-            target,
-            sensitivity=sensitivity,
-            cost="bops" if bops is not None or bops_target else "size",
-            budget=bops if size_mb is None else size_mb * 1e6,
-            candidates=widths,
-            front=front,
-            seed=seed,
-            progress=lambda done, total: step(f"sensitivity by {sensitivity}", done, total),
-            **settings,
-        )
+        loaded, images = _common.open_run(model, weights, source, device, step, skip_bad=skip_bad, no_cache=no_cache)
+        told = partial(step, f"sensitivity by {sensitivity}")
+        found = choose_widths(loaded, images, target, progress=told, **settings)
     found.save(out)
-    _common.stdout().print(table(found))
+    _common.stdout().print(_table(found))
     if front:
         from quantlens.report.frontier import write_front
 
         page = write_front(found, out.with_name("front.html"))
         _common.say(f"{page}: the front, {len(found.front)} points")
-    _common.say(f"{out}: {found.model} {found.name}, {figures(found)}")
+    _common.say(f"{out}: {found.model} {found.name}, {_summary(found)}")
 
 
-def table(allocation: Any) -> Any:
+def _budget(bops_target: bool, size_mb: float | None, bops: float | None) -> dict[str, Any]:
+    """The cost and the budget that three options name. Raises QuantlensError where they name two budgets."""
+    from quantlens.errors import QuantlensError
+
+    for other, given in (("--bops", bops is not None), ("--bops-of-target", bops_target)):
+        if size_mb is not None and given:
+            raise QuantlensError(f"--size-mb and {other} are two budgets; give one of them")
+    cost = "bops" if bops is not None or bops_target else "size"
+    return {"cost": cost, "budget": bops if size_mb is None else size_mb * 1e6}
+
+
+def _table(allocation: Allocation) -> Any:
     """A row per block: the widths of its attention and its MLP, and their sensitivities at the chosen width."""
     from rich.table import Table
 
@@ -145,8 +147,8 @@ def table(allocation: Any) -> Any:
     return grid
 
 
-def figures(allocation: Any) -> str:
-    """Size, bit operations and sensitivity, against the uniform model."""
+def _summary(allocation: Allocation) -> str:
+    """Size, bit operations and sensitivity, against the uniform model; how the sensitivity was measured."""
     size, work = allocation.cost_of("size") / 1e6, allocation.cost_of("bops") / 1e9
     text = f"{size:.2f} MB, {work:.2f} G bit operations"
     if allocation.target in allocation.candidates:
@@ -155,4 +157,6 @@ def figures(allocation: Any) -> str:
         text += f" (W{width}A{width}: {uniform_size / 1e6:.2f} MB, {uniform_work / 1e9:.2f} G)"
         if loss > 0:
             text += f", {allocation.loss / loss:.3f} of its sensitivity"
-    return f"{text}; {allocation.sensitivity} in {allocation.seconds:.1f} s"
+    options = ", ".join(f"{key}={value}" for key, value in allocation.options.items())
+    how = f"{allocation.sensitivity} ({options})" if options else allocation.sensitivity
+    return f"{text}; {how} in {allocation.seconds:.1f} s"

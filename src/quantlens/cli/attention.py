@@ -93,10 +93,13 @@ def attention(
     """See HELP."""
     from quantlens.attention.comparison import check_choice, check_names, compare
     from quantlens.attention.maps import MapSettings
-    from quantlens.cli import _common, evaluate
+    from quantlens.cli import _common
     from quantlens.data import as_image_set
     from quantlens.evaluation.environment import choose_device
+    from quantlens.evaluation.opening import open_models
+    from quantlens.files import check_writable
 
+    check_writable(out / "drift.json")
     sets, options = _common.pairs(ood, "--ood", "NAME=SOURCE"), _common.settings(option)
     settings = MapSettings(map, target, discard, fusion, compat)
     check_choice(choose)
@@ -107,7 +110,7 @@ def attention(
             quantized, reference = _checkpoint(model, weights, choose_device(device), {bits, calibration})
         else:
             widths, source = _widths(bits, method, options), _calibration(calibration, n, seed)
-            reference, _ = evaluate.models(model, weights, choose_device(device))
+            reference, _ = open_models(model, weights, choose_device(device))
             told = partial(step, "decoding calibration images")
             learnt = as_image_set(source, reference.preprocess, progress=told, **reading)
             quantized = _quantized(reference, learnt, widths, method, seed, options, step)
@@ -122,38 +125,37 @@ def attention(
 
 def _checkpoint(name: str, weights: str | None, device: str, given: set[str | None]) -> tuple[Any, Any]:
     """(quantized model, FP32 model it was made from). given: options that are for models by name only."""
-    from quantlens.cli import evaluate
     from quantlens.errors import QuantlensError
+    from quantlens.evaluation.opening import open_models
 
     if given != {None}:
         raise QuantlensError(f"{name} is quantized already; leave --bits and --calibration out")
     if weights is None:
         raise QuantlensError(f"drift is measured from FP32: name the checkpoint that {name} was made from, --weights W")
-    quantized, reference = evaluate.models(name, weights, device)
+    quantized, reference = open_models(name, weights, device)
     return quantized.to(device), reference
 
 
 def _widths(bits: str | None, method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Label -> precision. Raises QuantlensError for bits, a method or options that do not exist."""
-    from quantlens.allocation import Allocation
-    from quantlens.allocation.quantizing import read_bits
+    from quantlens.allocation.quantizing import read_bits, spelled
     from quantlens.cli import _common
     from quantlens.methods import registry
 
     read = [read_bits(text) for text in _common.names([bits or BITS]) or ()]
     registry.get(method).options(options)
-    return {str(w.bits() if isinstance(w, Allocation) else w): w for w in read}
+    return {spelled(w): w for w in read}
 
 
 def _calibration(source: str | None, n: int | None, seed: int) -> Any:
     """The calibration images, not decoded yet."""
-    from quantlens.cli.quantize import drawn
     from quantlens.data import open_source
+    from quantlens.data.sources import calibration_source
     from quantlens.errors import QuantlensError
 
     if source is None:
         raise QuantlensError("quantizing takes calibration images: give --calibration SOURCE (`quantlens sources`)")
-    return open_source(drawn(source, n, seed))
+    return open_source(calibration_source(source, n, seed))
 
 
 def _quantized(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json as standard
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantlens.cli import _options
 from quantlens.cli._common import command
+
+if TYPE_CHECKING:
+    from quantlens.export.bench import Race, Timing
 
 HELP = """Time exported models against each other, in one process with interleaved runs.
 
@@ -32,6 +37,21 @@ keeps there, and `quantlens report` shows accuracy, OOD detection, latency and s
     quantlens report results
 """
 
+Batch = Annotated[list[str] | None, typer.Option(metavar="N,N", help="Batch sizes.")]
+Threads = Annotated[list[str] | None, typer.Option(metavar="N,N", help="CPU threads (default: 1).")]
+Rounds = Annotated[int, typer.Option(min=3, help="Counted runs of each.")]
+FloatModel = Annotated[str | None, typer.Option(metavar="MODEL", help="Name of the float model to compare with.")]
+Weights = Annotated[str | None, typer.Option(metavar="W", help="Its weights: a file, pretrained or random.")]
+Peers = Annotated[bool, typer.Option("--peers", help="Also ONNX Runtime's and NNCF's own int8 (needs --fp32).")]
+PeerImages = Annotated[
+    str | None, typer.Option(metavar="SOURCE", help="Images that the peers quantize with (default: noise).")
+]
+Files = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Keep the float and the peers' files here, to evaluate them too.")
+]
+InStore = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the timings in the store of a study.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the timings as JSON.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -39,85 +59,60 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    artefacts: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Exported models: .onnx or .xml.")],
-    batch: Annotated[list[str] | None, typer.Option(metavar="N,N", help="Batch sizes.")] = None,
-    threads: Annotated[list[str] | None, typer.Option(metavar="N,N", help="CPU threads (default: 1).")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="Counted runs of each.")] = 30,
-    fp32: Annotated[str | None, typer.Option(metavar="MODEL", help="Name of the float model to compare with.")] = None,
-    weights: Annotated[str | None, typer.Option(metavar="W", help="Its weights: a file, pretrained or random.")] = None,
-    peers: Annotated[
-        bool, typer.Option("--peers", help="Also ONNX Runtime's and NNCF's own int8 (needs --fp32).")
-    ] = False,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Images that the peers quantize with (default: noise).")
-    ] = None,
-    files: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the float and the peers' files here, to evaluate them too.")
-    ] = None,
-    store: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the timings in the store of a study.")] = None,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the timings as JSON.")] = None,
+    artefacts: _options.ExportedFiles,
+    batch: Batch = None,
+    threads: Threads = None,
+    rounds: Rounds = 30,
+    fp32: FloatModel = None,
+    weights: Weights = None,
+    peers: Peers = False,
+    calibration: PeerImages = None,
+    files: Files = None,
+    store: InStore = None,
+    json: Json = None,
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    import tempfile
-
     from quantlens.cli import _common
     from quantlens.errors import QuantlensError
-    from quantlens.export import bench as timing
-    from quantlens.export.exported import Artefact
+    from quantlens.evaluation.opening import weights_named
+    from quantlens.export.bench import check_files, race
+    from quantlens.files import check_writable, write_whole
 
-    sizes = {tuple(Artefact(path).preprocess.input_size) for path in artefacts}
-    if len(sizes) > 1:
-        raise QuantlensError("the files take images of different sizes; time those of one model together")
-    (size,) = sizes
+    check_writable(json)
+    check_writable(store and store / "store.sqlite")
+    check_files(artefacts)
+    settings: dict[str, Any] = {"batches": _common.whole_numbers(batch, "--batch") or [1], "rounds": rounds}
+    settings["threads"] = _common.whole_numbers(threads, "--threads") or [1]
     if peers and fp32 is None:
         raise QuantlensError("--peers needs --fp32 MODEL: the float model that the other tools quantize")
-    with tempfile.TemporaryDirectory() as scratch, _common.stages(quiet) as step:
-        folder = scratch if files is None else files
-        contenders = [timing.contender(path) for path in artefacts]
-        if fp32 is not None:
-            from quantlens.models import load_model
+    if fp32 is not None:
+        from quantlens.models import load_model
 
-            model = load_model(fp32, _common.weights_argument(weights))
-            floats = [timing.eager(model), *timing.float_files(model, Path(folder))]
-            others = timing.peers(model, _images(calibration, model, size), Path(folder)) if peers else []
-            contenders = floats + others + contenders
-        found = timing.bench(
-            contenders,
-            input_size=size,  # type: ignore[arg-type]
-            batches=_common.whole_numbers(batch, "--batch") or [1],
-            threads=_common.whole_numbers(threads, "--threads") or [1],
-            rounds=rounds,
-            progress=lambda done, total: step("timing", done, total),
-        )
-    _common.stdout().print(_table(found))
+        settings["fp32"] = load_model(fp32, weights_named(weights))
+    settings |= {"with_peers": peers, "peer_images": calibration, "folder": files}
+    with _common.stages(quiet) as step:
+        found = race(artefacts, progress=partial(step, "timing"), **settings)
+    _common.stdout().print(_table(found.timings))
     if store is not None:
-        from quantlens.evaluation.environment import environment
-        from quantlens.studies.benchmarks import put_timings
-        from quantlens.studies.store import Store
-
-        with Store(store) as kept:
-            put_timings(kept, [t.to_dict() for t in found], [c.facts for c in contenders], environment())
+        _keep(found, store)
         _common.say(f"kept in {store}; `quantlens report {store}` shows them")
     if json is not None:
-        import json as standard
-
-        json.write_text(standard.dumps([t.to_dict() for t in found], indent=1), encoding="utf-8")
+        write_whole(json, standard.dumps(found.to_list(), indent=1), what="the timings")
         _common.say(f"written: {json}")
 
 
-def _images(calibration: str | None, model: Any, size: tuple[int, ...]) -> Any:
-    """What the peers quantize with: float32 [n, 3, H, W]; noise gives their speed, not their accuracy."""
-    import numpy as np
+def _keep(found: Race, directory: Path) -> None:
+    """Record the run in a study's store."""
+    from quantlens.evaluation.environment import environment
+    from quantlens.studies.benchmarks import put_timings
+    from quantlens.studies.store import Store
 
-    if calibration is None:
-        return np.random.default_rng(0).standard_normal((16, *size), dtype=np.float32)
-    from quantlens.data import as_image_set, open_source
-
-    return as_image_set(open_source(calibration), model.preprocess).tensor().numpy()
+    with Store(directory) as store:
+        put_timings(store, found.to_list(), found.facts, environment())
 
 
-def _table(found: list[Any]) -> Any:
+def _table(found: list[Timing]) -> Any:
     from rich.table import Table
 
     table = Table(caption=f"ratios to {found[0].label}; runs interleaved", caption_justify="left")

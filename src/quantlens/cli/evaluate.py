@@ -34,9 +34,7 @@ those evaluated.
 """
 
 
-Sets = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An out-of-distribution set; may be repeated.")
-]
+Id = Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")]
 Near = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Which of these sets are near; may be repeated.")]
 Fit = Annotated[str | None, typer.Option(metavar="SOURCE", help="ID images, not evaluated, that scores are fitted on.")]
 Scores = Annotated[list[str] | None, typer.Option(metavar="NAMES", help="OOD scores (default: all).")]
@@ -45,6 +43,7 @@ Keep = Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Keep per-im
 InStore = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Keep the result of an exported file in the store of a study.")
 ]
+Bins = Annotated[int, typer.Option(min=1, help="Bins of the calibration error.")]
 BatchSize = Annotated[
     int, typer.Option(min=1, help="Images per forward pass, at most: a CPU takes as many as its cache likes.")
 ]
@@ -56,10 +55,10 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or a quantized checkpoint.")],
-    id: Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")],
+    model: _options.ModelOrCheckpoint,
+    id: Id,
     weights: _options.Weights = None,
-    ood: Sets = None,
+    ood: _options.OodSets = None,
     near: Near = None,
     fit: Fit = None,
     scores: Scores = None,
@@ -67,7 +66,7 @@ def evaluate(
     keep: Keep = None,
     store: InStore = None,
     batch_size: BatchSize = 64,
-    bins: Annotated[int, typer.Option(min=1, help="Bins of the calibration error.")] = 15,
+    bins: Bins = 15,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
     no_cache: _options.NoCache = False,
@@ -76,19 +75,22 @@ def evaluate(
     """See HELP."""
     from quantlens.cli import _common
     from quantlens.errors import QuantlensError
-
-    sets = _common.pairs(ood, "--ood", "NAME=SOURCE")
-    groups = dict.fromkeys(_common.names(near) or (), "near")
     from quantlens.evaluation import evaluate as measure
+    from quantlens.evaluation import open_models
     from quantlens.evaluation.environment import choose_device
     from quantlens.evaluation.images import groups_of
     from quantlens.evaluation.scoring import choose_scores
+    from quantlens.files import check_writable
 
+    for path in (None if json == "-" else json, keep, store and store / "store.sqlite"):
+        check_writable(path)
+    sets = _common.pairs(ood, "--ood", "NAME=SOURCE")
+    groups = dict.fromkeys(_common.names(near) or (), "near")
     wanted = _common.names(scores)
     choose_scores(wanted)
     groups_of(sets, groups)
     chosen = choose_device(device)
-    measured, reference = models(model, weights, chosen)
+    measured, reference = open_models(model, weights, chosen)
     if store is not None and not hasattr(measured, "facts"):
         raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
     settings: dict[str, Any] = {"fit": fit, "reference": reference, "scores": wanted, "groups": groups}
@@ -107,10 +109,10 @@ def evaluate(
 
         with Store(store) as kept:
             put_artefact(kept, measured.facts(), result.to_dict())
-    show(result, json, keep)
+    _show(result, json, keep)
 
 
-def show(result: Any, json: str | None, keep: Path | None) -> None:
+def _show(result: Any, json: str | None, keep: Path | None) -> None:
     """Print the result as tables and write it as JSON where that is asked for; `-`: print JSON alone."""
     from quantlens.cli import _common
     from quantlens.cli._tables import result_tables
@@ -128,44 +130,3 @@ def show(result: Any, json: str | None, keep: Path | None) -> None:
         _common.say(f"written: {json}")
     if keep is not None:
         _common.say(f"written: {keep}")
-
-
-def models(name: str, weights: str | None, device: str) -> tuple[Any, Any]:
-    """(model to measure, FP32 reference or None) for the MODEL and --weights of a command line."""
-    from quantlens.cli import _common
-    from quantlens.errors import BadWeightsError
-    from quantlens.models import load_model
-
-    path = Path(name)
-    if path.suffix in (".onnx", ".xml"):
-        from quantlens.export.exported import Artefact
-
-        artefact = Artefact(path)
-        if weights is None:
-            return artefact, None
-        return artefact, _reference(artefact, weights, device, path)
-    if path.suffix != ".safetensors":
-        return load_model(name, _common.weights_argument(weights), device=device), None
-    from quantlens.qmodel.checkpoint import load
-
-    if not path.is_file():
-        raise BadWeightsError(f"{path} does not exist; give a model's name, or a file that `quantlens quantize` wrote")
-    quantized = load(path)
-    if weights is None:
-        return quantized, None
-    return quantized, _reference(quantized, weights, device, path)
-
-
-def _reference(quantized: Any, weights: str, device: str, path: Path) -> Any:
-    """The FP32 model that a quantized one was made from."""
-    from quantlens.cli import _common
-    from quantlens.errors import BadWeightsError
-    from quantlens.models import load_model
-
-    reference = load_model(quantized.name, _common.weights_argument(weights), device=device)
-    if quantized.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
-        raise BadWeightsError(
-            f"--weights {weights} is not the checkpoint that {path} was made from (SHA-256 "
-            f"{reference.checkpoint_sha256[:12]}…, not {str(quantized.checkpoint_sha256)[:12]}…); give that one"
-        )
-    return reference

@@ -1,8 +1,7 @@
-"""`quantlens inspect`: which layer hurts."""
+"""`quantlens inspect`: the sensitivity of every layer."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +10,11 @@ import typer
 from quantlens.cli import _options
 from quantlens.cli._common import command
 
-HELP = """Find the layer that hurts: quantize every site and every block alone, rank them by what that does to the
-output, and show the statistics of their weights and activations.
+HELP = """Measure the sensitivity of every layer: quantize every site and every block alone, rank them by what that does
+to the output, and show the statistics of their weights and activations.
 
 Ranked by the noise of the logits (SQNR, low hurts) or, with [bold]--rank kl[/bold], by the KL divergence of the
-classes. Range ratio, kurtosis, token norms, dead channels and massive channels say why.
+classes. Range ratio, kurtosis, token norms, dead channels and outlier channels say why.
 
 [bold]Examples[/bold]
 
@@ -27,6 +26,21 @@ classes. Range ratio, kurtosis, token norms, dead channels and massive channels 
     quantlens inspect digits-vit --bits W4A4 --method repq-vit --by edge --all
 """
 
+Images = Annotated[
+    str | None,
+    typer.Option(metavar="SOURCE", help="Images to measure on (default: a shipped model's calibration images)."),
+]
+Count = Annotated[int | None, typer.Option("--n", min=1, help="How many images the seed draws (default: 32).")]
+Widths = Annotated[str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations.")]
+Method = Annotated[str, typer.Option(help="Whose quantizers; a method that sets ranges only.")]
+By = Annotated[str, typer.Option(metavar="NAMES", help="What is quantized alone: site, block, edge.")]
+Rank = Annotated[str, typer.Option(help="Rank by [bold]sqnr[/bold] or kl.")]
+Top = Annotated[int, typer.Option(min=1, metavar="N", help="Rows of each table.")]
+Everything = Annotated[bool, typer.Option("--all", help="All rows.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every metric as JSON.")]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page.")]
+Seed = Annotated[int, typer.Option(min=0, help="Draws the images, and all else that is random.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -35,23 +49,18 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     model: _options.ModelName,
-    images: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="Images to measure on (default: a shipped model's calibration images)."),
-    ] = None,
+    images: Images = None,
     weights: _options.Weights = None,
-    n: Annotated[int | None, typer.Option("--n", min=1, help="How many images the seed draws (default: 32).")] = None,
-    bits: Annotated[str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations.")] = "W8A8",
-    method: Annotated[str, typer.Option(help="Whose quantizers; a method that sets ranges only.")] = "minmax",
-    by: Annotated[
-        str, typer.Option(metavar="NAMES", help="What is quantized alone: site, block, edge.")
-    ] = "site,block",
-    rank: Annotated[str, typer.Option(help="Rank by [bold]sqnr[/bold] or kl.")] = "sqnr",
-    top: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of each table.")] = 10,
-    everything: Annotated[bool, typer.Option("--all", help="All rows.")] = False,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure as JSON.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the images, and all else that is random.")] = 0,
+    n: Count = None,
+    bits: Widths = "W8A8",
+    method: Method = "minmax",
+    by: By = "site,block",
+    rank: Rank = "sqnr",
+    top: Top = 10,
+    everything: Everything = False,
+    json: Json = None,
+    html: Html = None,
+    seed: Seed = 0,
     option: _options.MethodOptions = None,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
@@ -59,38 +68,25 @@ def inspect(
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    from quantlens.cli import _common
-    from quantlens.cli.quantize import drawn
-    from quantlens.errors import UnknownNameError
-    from quantlens.evaluation.environment import choose_device
-
-    settings, parts = _common.settings(option), _common.names([by]) or []
-    place = choose_device(device)
     from quantlens.allocation import quantizing as api
-    from quantlens.data import as_image_set, open_source
+    from quantlens.cli import _common
+    from quantlens.data.sources import calibration_source
+    from quantlens.files import check_writable
     from quantlens.methods import registry
-    from quantlens.models import load_model
-    from quantlens.sensitivity.inspection import GRANULARITIES, RANKS
+    from quantlens.sensitivity.inspection import check_names
 
-    for name in parts:
-        if name not in GRANULARITIES:
-            raise UnknownNameError("granularity", name, GRANULARITIES)
-    if rank not in RANKS:
-        raise UnknownNameError("rank", rank, RANKS)
+    check_writable(json)
+    check_writable(html)
+    settings, parts = _common.settings(option), _common.names([by]) or []
+    check_names(parts, rank)
     registry.get(method).options(settings)
     widths = api.read_bits(bits)
-    source = open_source(drawn(images or shipped_images(model), n, seed))
+    source = calibration_source(images or _shipped_images(model), n, seed)
+    opening: dict[str, Any] = {"skip_bad": skip_bad, "no_cache": no_cache, "what": "images"}
     with _common.stages(quiet) as step:
-        loaded = load_model(model, _common.weights_argument(weights), device=place)
-        opened = as_image_set(
-            source,
-            loaded.preprocess,
-            cache_dir=_common.cache_argument(no_cache),
-            skip_bad=skip_bad,
-            progress=partial(step, "decoding images"),
-        )
+        loaded, opened = _common.open_run(model, weights, source, device, step, **opening)
         found = api.inspect(loaded, opened, widths, method=method, seed=seed, by=parts, progress=step, **settings)
-    show(found, rank, None if everything else top)
+    _show(found, rank, None if everything else top)
     if json is not None:
         _common.say(f"written: {found.save(json)}")
     if html is not None:
@@ -99,7 +95,7 @@ def inspect(
         _common.say(f"written: {write_inspection(found, html, rank)}")
 
 
-def shipped_images(model: str) -> str:
+def _shipped_images(model: str) -> str:
     """The calibration images that ship with a model of the zoo. Raises QuantlensError for another model."""
     from quantlens import zoo
     from quantlens.errors import QuantlensError
@@ -112,7 +108,7 @@ def shipped_images(model: str) -> str:
     return entry.sources.calibration
 
 
-def show(found: Any, rank: str, top: int | None) -> None:
+def _show(found: Any, rank: str, top: int | None) -> None:
     """The ranked tables on the terminal, ``top`` rows of each, or all."""
     from rich.table import Table
 

@@ -49,7 +49,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-ROOMS = (
+COMMANDS = (
     demo,
     quantize,
     allocate,
@@ -66,8 +66,8 @@ ROOMS = (
     models,
     sources,
 )
-for room in ROOMS:
-    room.register(app)
+for _command in COMMANDS:
+    _command.register(app)
 
 
 def _version(wanted: bool) -> None:
@@ -90,7 +90,18 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # Threads of torch that wait for work otherwise spin, which makes it many times slower on a machine that does other
     # things too. Must stand in the environment before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _mend_streams()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _mend_streams() -> None:
+    """Output that is closed (`>&-`) goes nowhere; what an encoding other than UTF-8 cannot say is replaced."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def run(arguments: list[str]) -> int:
@@ -113,15 +124,24 @@ def run(arguments: list[str]) -> int:
         _debug()
         _complain(str(error))
         return 2
-    except (ReaderGone, BrokenPipeError):  # `quantlens models | head`: nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except (ReaderGone, BrokenPipeError):
+        return _reader_gone()
+    except SystemExit as error:  # rich and typer make one of a BrokenPipeError
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return _reader_gone()
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         full = f"the disk is full{where}; free some space and run the same command again"
         return _unexpected(error, full if error.errno in (errno.ENOSPC, errno.EDQUOT) else None)
     except Exception as error:
         return _unexpected(error)
+
+
+def _reader_gone() -> int:
+    """The exit code of `quantlens models | head`: nothing is left to say, which is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _unexpected(error: Exception, sentence: str | None = None) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantlens.cli import _options
 from quantlens.cli._common import command
+
+if TYPE_CHECKING:
+    from quantlens.qmodel import QuantizedModel
 
 HELP = """Quantize a model after training and save it packed: integer codes at their bit width, scales, and a header.
 
@@ -30,7 +34,14 @@ MODEL is a timm name (`quantlens models` lists them) or a model that ships with 
       --calibration embedded:digits-calibration
 """
 
-DEFAULT_IMAGES = 32
+Widths = Annotated[
+    str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations; MP6 or a file of `quantlens allocate`.")
+]
+Runtime = Annotated[
+    str | None,
+    typer.Option("--target", help="Stay inside a runtime's integers: openvino-cpu, onnxruntime-cpu or tensorrt."),
+]
+Out = Annotated[Path | None, typer.Option(help="The file to write (default: MODEL-BITS.safetensors).")]
 
 
 def register(app: typer.Typer) -> None:
@@ -44,15 +55,10 @@ def quantize(
     weights: _options.Weights = None,
     n: _options.CalibrationCount = None,
     method: _options.MethodName = "quantlens-fast",
-    bits: Annotated[
-        str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations; MP6 or a file of `quantlens allocate`.")
-    ] = "W8A8",
-    runtime: Annotated[
-        str | None,
-        typer.Option("--target", help="Stay inside a runtime's integers: openvino-cpu, onnxruntime-cpu or tensorrt."),
-    ] = None,
+    bits: Widths = "W8A8",
+    runtime: Runtime = None,
     seed: _options.Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="The file to write (default: MODEL-BITS.safetensors).")] = None,
+    out: Out = None,
     option: _options.MethodOptions = None,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
@@ -60,65 +66,34 @@ def quantize(
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
+    from quantlens.allocation import quantizing as api
     from quantlens.cli import _common
-    from quantlens.evaluation.environment import choose_device
+    from quantlens.data.sources import calibration_source
+    from quantlens.files import check_writable
+    from quantlens.methods import registry
+    from quantlens.qmodel import Bits
 
     settings = _common.settings(option)
     if runtime is not None:
         settings["target"] = runtime
-    from quantlens.allocation import Allocation
-    from quantlens.allocation import quantizing as api
-    from quantlens.data import as_image_set, open_source
-    from quantlens.methods import registry
-    from quantlens.models import load_model
-    from quantlens.qmodel import Bits
-
     wanted = api.read_bits(bits)
-    spelled = str(wanted.bits() if isinstance(wanted, Allocation) else wanted)
+    target = out or Path(f"{model.split('/')[-1]}-{api.spelled(wanted).lower()}.safetensors")
+    check_writable(target)
     registry.get(method).options(settings)
-    source = open_source(drawn(calibration, n, seed))
-    target = out or Path(f"{model.split('/')[-1]}-{spelled.lower()}.safetensors")
+    source = calibration_source(calibration, n, seed)
     with _common.stages(quiet) as step:
-        loaded = load_model(model, _common.weights_argument(weights), device=choose_device(device))
-        images = as_image_set(
-            source,
-            loaded.preprocess,
-            cache_dir=_common.cache_argument(no_cache),
-            skip_bad=skip_bad,
-            progress=lambda done, total: step("decoding calibration images", done, total),
-        )
+        loaded, images = _common.open_run(model, weights, source, device, step, skip_bad=skip_bad, no_cache=no_cache)
         if not isinstance(wanted, Bits):
-            wanted = api.allocation_of(
-                loaded,
-                images,
-                wanted,
-                seed,
-                progress=lambda done, total: step("choosing widths", done, total),
-            )
-        quantized = api.quantize(
-            loaded,
-            images,
-            method=method,
-            bits=wanted,
-            seed=seed,
-            progress=lambda done, total: step(f"calibrating by {method}", done, total),
-            **settings,
-        )
+            wanted = api.allocation_of(loaded, images, wanted, seed, progress=partial(step, "choosing widths"))
+        told = partial(step, f"calibrating by {method}")
+        quantized = api.quantize(loaded, images, method=method, bits=wanted, seed=seed, progress=told, **settings)
         quantized.save(target)
+    _common.say(f"{target}: {_summary(quantized, len(images))}")
+
+
+def _summary(quantized: QuantizedModel, images: int) -> str:
+    """Model, method, bits, size, and the time that calibration took."""
     seconds = quantized.provenance.seconds
-    took = "" if seconds is None else f", calibrated in {seconds:.1f} s on {len(images)} images"
-    ratio = f"{quantized.size_mb:.2f} MB, {quantized.size_ratio:.3f} of FP32"
-    _common.say(f"{target}: {quantized.name} {quantized.method} {quantized.bits}, {ratio}{took}")
-
-
-def drawn(source: str, n: int | None, seed: int) -> str:
-    """The SOURCE of the calibration images: `n` drawn by the seed, unless the source itself says how many."""
-    from quantlens.data.sources import parse_spec, with_sample
-    from quantlens.errors import QuantlensError
-
-    spec = parse_spec(source)
-    if spec.sample is None:
-        return with_sample(source, n or DEFAULT_IMAGES, seed)
-    if n is not None and n != spec.sample:
-        raise QuantlensError(f"--n {n} and {source!r} ask for different numbers of images; leave one of them out")
-    return source
+    took = "" if seconds is None else f", calibrated in {seconds:.1f} s on {images} images"
+    size = f"{quantized.size_mb:.2f} MB, {quantized.size_ratio:.3f} of FP32"
+    return f"{quantized.name} {quantized.method} {quantized.bits}, {size}{took}"

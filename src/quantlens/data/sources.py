@@ -26,6 +26,8 @@ from PIL import Image
 from quantlens.errors import QuantlensError, UnknownNameError
 
 FINGERPRINT_DIGITS = 16
+CALIBRATION_IMAGES = 32
+"""The usual number of calibration images."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,17 @@ def parse_spec(text: str) -> SourceSpec:
 def with_sample(text: str, n: int, seed: int) -> str:
     """The SOURCE of `n` images that `seed` draws from the SOURCE `text`, which must not draw a sample itself."""
     return f"{text}{'&' if parse_spec(text).options else '?'}n={n}&seed={seed}"
+
+
+def calibration_source(text: str, n: int | None = None, seed: int = 0) -> str:
+    """The SOURCE of calibration images: `n` (by default 32) that `seed` draws from the SOURCE `text`, unless that draws
+    a sample itself. Raises QuantlensError where both say how many and differ."""
+    sample = parse_spec(text).sample
+    if sample is None:
+        return with_sample(text, n or CALIBRATION_IMAGES, seed)
+    if n is not None and n != sample:
+        raise QuantlensError(f"--n {n} and {text!r} ask for different numbers of images; leave one of them out")
+    return text
 
 
 def _query(text: str, query: str | None, options: Iterable[str]) -> tuple[int | None, int, dict[str, str]]:

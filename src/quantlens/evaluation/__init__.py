@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quantlens.evaluation.opening import open_models
     from quantlens.evaluation.result import Result
     from quantlens.evaluation.run import evaluate
 
-_HOMES = {"Result": "result", "evaluate": "run"}
+_HOMES = {"Result": "result", "evaluate": "run", "open_models": "opening"}
 
-__all__ = ["Result", "evaluate"]
+__all__ = ["Result", "evaluate", "open_models"]
 
 
 def __getattr__(name: str) -> Any:

@@ -155,6 +155,67 @@ def bench(
     return found
 
 
+@dataclass(frozen=True)
+class Race:
+    """Timings of several models in one run, and what each of them is (`Artefact.facts`)."""
+
+    timings: list[Timing]
+    facts: list[dict[str, Any]]
+
+    def to_list(self) -> list[dict[str, Any]]:
+        return [timing.to_dict() for timing in self.timings]
+
+
+def race(
+    paths: Sequence[str | Path],
+    *,
+    fp32: Any = None,
+    with_peers: bool = False,
+    peer_images: Any = None,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> Race:
+    """Time exported files of one model, against its float model and what the runtimes' own tools make of that.
+
+    fp32: the float model (`load_model`), which becomes the baseline, followed by its files in the runtimes that are
+    installed. with_peers: also the runtimes' own int8, quantized with ``peer_images`` (a SOURCE, an image set or a
+    float tensor; None: noise, which gives their speed, not their accuracy). folder: where the files of these are kept.
+    settings: of :func:`bench`. Raises QuantlensError for files that take images of different sizes.
+    """
+    size = check_files(paths)
+    if with_peers and fp32 is None:
+        raise QuantlensError("the runtimes' own tools quantize the float model; give it, too")
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch if folder is None else folder)
+        contenders = [contender(path) for path in paths]
+        if fp32 is not None:
+            floats = [eager(fp32), *float_files(fp32, place)]
+            made = peers(fp32, _pixels(peer_images, fp32), place) if with_peers else []
+            contenders = [*floats, *made, *contenders]
+        found = bench(contenders, input_size=size, **settings)
+    return Race(found, [c.facts for c in contenders])
+
+
+def check_files(paths: Sequence[str | Path]) -> tuple[int, int, int]:
+    """Size of the images that all of some exported files take. Raises QuantlensError where there is no such size."""
+    sizes = {tuple(Artefact(path).preprocess.input_size) for path in paths}
+    if not sizes:
+        raise QuantlensError("nothing to time: give at least one exported model")
+    if len(sizes) > 1:
+        raise QuantlensError("the files take images of different sizes; time those of one model together")
+    return sizes.pop()  # type: ignore[return-value]
+
+
+def _pixels(images: Any, model: Any) -> np.ndarray:
+    """Images as the model reads them, float32 [N, 3, H, W]; 16 of noise for None."""
+    if images is None:
+        shape = (16, *model.preprocess.input_size)
+        return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    from quantlens.data import as_image_set
+
+    return as_image_set(images, model.preprocess).tensor().numpy()
+
+
 def float_files(model: Any, folder: Path) -> list[Contender]:
     """The float model in ONNX Runtime and in OpenVINO, exported into ``folder``; what is not installed is left out."""
     from quantlens.export.export import export

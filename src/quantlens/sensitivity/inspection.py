@@ -212,6 +212,12 @@ def _quantized(
     return quantized
 
 
+def check_names(by: Sequence[str], rank: str) -> None:
+    """Raises UnknownNameError for a granularity or a rank that does not exist."""
+    _granularities(by)
+    _known("rank", rank, RANKS)
+
+
 def _granularities(by: Sequence[str]) -> tuple[str, ...]:
     wanted = (by,) if isinstance(by, str) else tuple(dict.fromkeys(by))
     for name in wanted:
