@@ -45,6 +45,3 @@ Plugins = Annotated[
         help="Load methods, formats, scores and transforms of your own (docs/extending.md); may be repeated.",
     ),
 ]
-
-# -- what is written
-Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page.")]
