@@ -187,7 +187,12 @@ def test_sources(run) -> None:
 
     code, out, _ = run("sources")
     assert code == 0
-    for name in (*(f"{kind}:" for kind in available_sources()), *available_embedded(), "KIND:PATH[a:b]"):
+    for name in (
+        *(f"{kind}:" for kind in available_sources()),
+        *available_embedded(),
+        "KIND:PATH[a:b]",
+        "KIND:PATH[a:b:s]",
+    ):
         assert name in out
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from quantlens.data import available_sources, open_source
 from quantlens.data.folders import imagenet_class_names, imagenet_wnids
-from quantlens.data.sources import with_sample
+from quantlens.data.sources import calibration_source, with_sample
 from quantlens.errors import QuantlensError, UnknownNameError
 
 
@@ -343,3 +343,12 @@ def test_a_step_makes_halves_that_share_no_image(tmp_path):
 def test_a_sample_is_added_to_what_a_source_says():
     assert with_sample("images:a[::2]", 32, 5) == "images:a[::2]?n=32&seed=5"
     assert with_sample("cifar10:a?split=train", 32, 5) == "cifar10:a?split=train&n=32&seed=5"
+
+
+def test_calibration_images_are_a_sample_of_32_unless_said_otherwise():
+    assert calibration_source("images:a") == "images:a?n=32&seed=0"
+    assert calibration_source("images:a[:100]", 8, 3) == "images:a[:100]?n=8&seed=3"
+    for n in (None, 5):
+        assert calibration_source("images:a?n=5&seed=1", n, 3) == "images:a?n=5&seed=1"
+    with pytest.raises(QuantlensError, match="leave one of them out"):
+        calibration_source("images:a?n=5", 6)

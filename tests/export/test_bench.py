@@ -5,7 +5,7 @@ import pytest
 import quantlens as ql
 from quantlens.errors import QuantlensError
 from quantlens.export import bench as module
-from quantlens.export.bench import Contender, bench, contender, eager
+from quantlens.export.bench import Contender, bench, contender, eager, race
 
 
 class Clock:
@@ -68,3 +68,34 @@ def test_files_and_the_float_model(tmp_path):
 def test_nothing_to_time():
     with pytest.raises(QuantlensError, match="at least one"):
         bench([], input_size=(3, 2, 2))
+
+
+class Exported:
+    """A file that takes images of the size of its name."""
+
+    def __init__(self, path, threads=1):
+        side = int(str(path).partition(".")[0])
+        self.preprocess = type("", (), {"input_size": (3, side, side)})
+
+    def run(self, images):
+        return images
+
+    def facts(self):
+        return {"fingerprint": "f", "runtime": "r"}
+
+
+def test_a_race_of_files(monkeypatch):
+    """In one call: timings in the order of the files, with what each of them is."""
+    monkeypatch.setattr(module, "Artefact", Exported)
+    monkeypatch.setattr(module, "files_of", lambda path: [])
+    found = race(["4.onnx", "4.xml"], rounds=3, memory=False)
+    assert [t.label for t in found.timings] == ["4.onnx", "4.xml"]
+    assert found.facts == [{"fingerprint": "f", "runtime": "r"}] * 2
+    assert [t["label"] for t in found.to_list()] == ["4.onnx", "4.xml"]
+    for files, options, words in (
+        (["4.onnx", "8.onnx"], {}, "different sizes"),
+        ([], {}, "at least one"),
+        (["4.onnx"], {"with_peers": True}, "give it, too"),
+    ):
+        with pytest.raises(QuantlensError, match=words):
+            race(files, **options)

@@ -1,27 +1,13 @@
-"""hessian: HAWQ-V2 (Dong et al., NeurIPS 2020; arXiv 1911.03852), the comparator of the nuclear norm.
+"""hessian: the sensitivity of HAWQ-V2 (Dong et al., NeurIPS 2020; arXiv 1911.03852).
 
-The sensitivity of a group at b bits is the sum, over its layers, of the mean Hessian eigenvalue times the squared
-error of quantization:
+For a group at b bits it is the sum, over its layers l and their inputs a, of the mean Hessian eigenvalue times the
+squared error of quantization:
 
     Ω = Σ_l  tr(H_l)/n_l · ‖Q_b(W_l) − W_l‖²   +   Σ_a  tr(H_a)/n_a · E‖Q_b(x_a) − x_a‖²
 
-Traces of the weights by Hutchinson's estimate, E[vᵀHv] with v = ±1 (Rademacher), Hv by differentiating the gradient.
-
-Where the paper differs from this file, or is silent:
-
-1. The loss is the cross-entropy against the model's own softmax (soft labels), for calibration images have no labels.
-   Its gradient is zero at the float model, as the second-order expansion assumes, and its Hessian is the
-   Gauss-Newton matrix, which has no negative eigenvalues: it is the quadratic form of the KL divergence.
-2. One Hessian-vector product serves all weights: v has entries for all of them, and the part of vᵀHv that belongs to
-   a layer has that layer's trace as its mean; what mixes in from other layers is noise with mean zero.
-3. The activations (second sum; the paper treats them in the same way, per image) are far more numbers, and that noise
-   would drown their traces. With soft labels H = Jᵀ(diag(p) − p·pᵀ)J, so that E‖Jᵀu‖² = tr(H) for u with the covariance
-   in the middle: one ordinary backward pass of a random u gives a sample for every tensor at once, with nothing mixed
-   in. ``estimator=gradient`` does the same for the weights and is several times faster; ``hutchinson``, the default, is
-   the published method.
-4. ``probes`` (16) samples on every ``piece`` (8) of images, each with a fresh v and u: with 32 images, 64 in all (ours;
-   the paper was not at hand). The relative standard error of each group's Ω is recorded. An estimate below zero, which
-   only noise can make, counts as zero.
+Traces of weights are Hutchinson's estimates E[vᵀHv], v = ±1, one product for all weights at once; those of inputs are
+E‖Jᵀu‖², u with covariance diag(p) − p·pᵀ. The loss is the cross-entropy against the model's own softmax, as calibration
+images have no labels. :data:`DEPARTURES` lists the differences from the paper.
 """
 
 from __future__ import annotations
@@ -40,6 +26,17 @@ from quantlens.errors import QuantlensError
 from quantlens.graph import Edge, Graph
 from quantlens.methods.base import Progress
 
+DEPARTURES = (
+    "the loss is the cross-entropy against the model's own softmax, as calibration images have no labels: its gradient "
+    "is zero at the float model and its Hessian is the Gauss-Newton matrix, the quadratic form of the KL divergence",
+    "one Hessian-vector product serves all weights: what mixes in from other layers has mean zero",
+    "traces of inputs are E‖Jᵀu‖² by ordinary backward passes, in which nothing mixes; estimator=gradient takes those "
+    "of weights in the same way",
+    "probes=16 on every piece=8 of the images, 64 samples from 32 images (ours; the paper was not at hand)",
+    "an estimate below zero, which only noise can make, counts as zero",
+)
+"""Where this file differs from HAWQ-V2, or the paper is silent."""
+
 HUTCHINSON, GRADIENT = "hutchinson", "gradient"
 
 
@@ -55,6 +52,9 @@ def hessian_sensitivity(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Ω of every group and width, float64 [G, W]; and by group the trace for all its weights and the standard error of
     Ω at the middle width, as a share of it.
+
+    probes: samples of every trace on every ``piece`` of images; an estimate below zero counts as zero. estimator:
+    "hutchinson", or "gradient", which takes weights as inputs are taken and is faster. Raises QuantlensError.
     """
     if estimator not in (HUTCHINSON, GRADIENT) or probes < 1 or piece < 1:
         raise QuantlensError(

@@ -1,41 +1,10 @@
-"""How much the model suffers when one group is quantized at one width: four ways to say it.
+"""How much the output suffers when one group is quantized at one width: ``nuclear-norm``, ``kl`` and ``random``
+(``hessian`` is :mod:`quantlens.allocation.hessian`).
 
 All share the quantizers (min-max ranges of one pass over the float model: weights per output channel, activations per
-tensor; every width from the same ranges) and the pass: each chunk of images goes through the float model once, and
-where a group begins, the values that wait there are the cached input from which that group is run again at every
-width. No candidate costs a forward of the whole model.
-
-``nuclear-norm`` (Liu et al., NeurIPS 2021, section 3.3, eq. 17):
-
-    Ω = Σ_attention ‖A‖_* · ‖Â − A‖²_F + Σ_MLP ‖O‖_* · ‖Ô − O‖²_F
-
-Where the paper differs from this file, or is silent:
-
-1. ``formula=paper`` is eq. 17 to the letter. The default, ``formula=balanced``, is
-
-       Ω = Σ_attention ‖A‖_*/‖A‖_F · ‖Ô − O‖²_F + Σ_MLP ‖O‖_*/‖O‖_F · ‖Ô − O‖²_F
-
-   with O the output of the module's last linear layer, for the attention that of its projection. An attention map's
-   entries are below 1 and an MLP's outputs are not: on DeiT-Tiny the second sum of eq. 17 is five hundred times the
-   first, and its minimum gives every attention the narrowest width there is. Its error is also blind to v and to the
-   projection, which are half of the attention's weights. Here both errors are measured where the module adds to the
-   residual stream, in one unit, and the nuclear norm keeps the part that the paper gives it: it says how diverse the
-   module's features are, whatever their size (‖M‖_*/‖M‖_F lies between 1 and the root of the rank). DeiT-Tiny by
-   min-max at the size of W6A6, KL from the float model on 125 images: uniform 0.23, balanced 0.17, paper 3.9.
-2. A is the attention map after the softmax, as the product with v reads it, so that Â has its own quantizer's error
-   too. An image's map is that of all heads (and windows) together, a block-diagonal matrix: nuclear norms and squares
-   add up over heads. O is one matrix [tokens, channels] per image, before the residual sum.
-3. Norms and errors are means over images, taken apart as in the formula: errors over all calibration images, norms,
-   which hardly vary from image to image and cost most, over :data:`NORM_IMAGES` of every 32.
-4. Only the group's own quantizers act; its input is the float model's.
-
-``kl``: mean KL divergence (nats) of the float model's softmax from that of the model with one group quantized; from
-the group on the rest of the model runs, in float. The honest yardstick, and the slow one.
-
-``random``: the control, ρ·4⁻ᵇ with log₁₀ ρ uniform in [−2, 2] per group: a loss that falls with the width as rounding
-noise does, and knows nothing of the model.
-
-``hessian``: :mod:`quantlens.allocation.hessian`.
+tensor; the same ranges at every width) and the pass: each chunk of images goes through the float model once, and where
+a group begins, the values that wait there are kept as the input from which that group is run again at every width.
+Only the group's own quantizers act. :data:`DEPARTURES` lists where ``nuclear-norm`` differs from its paper.
 """
 
 from __future__ import annotations
@@ -56,6 +25,16 @@ from quantlens.graph import Edge, Graph
 from quantlens.methods.base import Progress, matmul_operand_edges
 from quantlens.metrics.divergence import kl_of_logits
 from quantlens.sensitivity.partial import Ahead, Hook, Visit, part_between, visit_starts
+
+DEPARTURES = (
+    "formula=balanced, the default, is ours: both errors where the module adds to the residual stream, norms relative "
+    "to the Frobenius norm; formula=paper is eq. 17",
+    "the attention map is the one that the product with v reads, so its own quantizer's error counts",
+    "the maps of all heads and windows of an image are one block-diagonal matrix: norms and squares add up over them",
+    "errors are means over all calibration images, norms over 8 of every 32, as these cost most and vary least",
+    "a group's input is the float model's: no other group is quantized with it",
+)
+"""Where ``nuclear-norm`` differs from Liu et al., or the paper is silent."""
 
 NORM_IMAGES = 8
 """Images of each chunk of 32 that nuclear norms are measured on."""
@@ -158,7 +137,11 @@ def nuclear_norm_sensitivity(
     """Ω of every group and width, float64 [G, W]; and what it is made of: nuclear norms [G], norms relative to the
     Frobenius norm [G], squared errors [G, W].
 
-    formula: "balanced" or "paper" (eq. 17); see the head of this file. Raises QuantlensError for another.
+    Liu et al., NeurIPS 2021, section 3.3. A: an attention map after the softmax (block-diagonal over heads), O: the
+    output of the last linear layer; norms and errors are means over images. formula, else QuantlensError:
+    "paper" (eq. 17): Ω = Σ_attention ‖A‖_* · ‖Â − A‖²_F + Σ_MLP ‖O‖_* · ‖Ô − O‖²_F
+    "balanced" (ours): Ω = Σ_attention ‖A‖_*/‖A‖_F · ‖Ô − O‖²_F + Σ_MLP ‖O‖_*/‖O‖_F · ‖Ô − O‖²_F, both errors in the
+    unit of the residual stream, and norms that say how diverse features are, whatever their size.
     """
     if formula not in (BALANCED, PAPER):
         raise QuantlensError(f"nuclear-norm: formula={formula!r}; choose {BALANCED} or {PAPER}")
@@ -209,7 +192,8 @@ def _output(graph: Graph, group: Group) -> fx.Node:
 def kl_sensitivity(
     candidates: Candidates, calibration: Calibration, *, seed: int = 0, progress: Progress | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Mean KL(float ‖ one group quantized) of the softmax over the classes, nats per image, float64 [G, W]."""
+    """Mean KL(float ‖ one group quantized) of the softmax over the classes, nats per image, float64 [G, W]. From the
+    group on the rest of the model runs in float: exact, and slow."""
     graph, widths = candidates.graph, candidates.widths
     found = torch.zeros(len(candidates.groups), len(widths), dtype=torch.float64)
     reference: dict[str, Tensor] = {}
@@ -232,7 +216,8 @@ def kl_sensitivity(
 def random_sensitivity(
     groups: Sequence[Group], widths: Sequence[int], *, seed: int = 0
 ) -> tuple[Tensor, dict[str, Any]]:
-    """ρ·4⁻ᵇ, log₁₀ ρ uniform in [−2, 2], float64 [G, W]."""
+    """The control: ρ·4⁻ᵇ, log₁₀ ρ uniform in [−2, 2] per group, float64 [G, W]. It falls with the width as rounding
+    noise does, and knows nothing of the model."""
     generator = torch.Generator().manual_seed(seed)
     exponents = 4 * torch.rand(len(groups), generator=generator, dtype=torch.float64) - 2
     falling = torch.tensor([4.0**-bits for bits in widths], dtype=torch.float64)

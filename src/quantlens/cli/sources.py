@@ -41,7 +41,7 @@ def sources() -> None:
     grammar.add_column("written")
     grammar.add_column("meaning", overflow="fold")
     for written, meaning in GRAMMAR:
-        grammar.add_row(written.replace("[", "\\["), meaning.replace("[", "\\["))
+        grammar.add_row(written, meaning)
     console.print(grammar)
     kinds = Table(title="Kinds", title_justify="left")
     kinds.add_column("kind")

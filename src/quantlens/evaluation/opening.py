@@ -1,0 +1,53 @@
+"""What a person names to be measured, as a model: a name, a quantized checkpoint, or an exported file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quantlens.errors import BadWeightsError
+from quantlens.models import load_model
+
+EXPORTED = (".onnx", ".xml")
+
+
+def weights_named(weights: str | None) -> str | None:
+    """The ``weights`` of `load_model` for a person's word: trained ones unless they say ``random``."""
+    return None if weights == "random" else weights or "pretrained"
+
+
+def open_models(name: str, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
+    """(model to measure, FP32 model it was made from, or None).
+
+    name: a float model's name, a checkpoint that `quantize` wrote (.safetensors), or an exported file (.onnx, .xml).
+    weights: a file, "pretrained" or "random": the float model's own, or of the model that a file was made from; None:
+    trained ones, or no FP32 model beside a file. Raises BadWeightsError where they are not what the file was made from.
+    """
+    path = Path(name)
+    model: Any
+    if path.suffix in EXPORTED:
+        from quantlens.export.exported import Artefact
+
+        model = Artefact(path)
+    elif path.suffix == ".safetensors":
+        from quantlens.qmodel.checkpoint import load
+
+        if not path.is_file():
+            raise BadWeightsError(
+                f"{path} does not exist; give a model's name, or a file that `quantlens quantize` wrote"
+            )
+        model = load(path)
+    else:
+        return load_model(name, weights_named(weights), device=device), None
+    return model, None if weights is None else _reference(model, weights, device, path)
+
+
+def _reference(made: Any, weights: str, device: str, path: Path) -> Any:
+    """The FP32 model that the model of a file was made from."""
+    reference = load_model(made.name, weights_named(weights), device=device)
+    if made.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
+        raise BadWeightsError(
+            f"--weights {weights} is not the checkpoint that {path} was made from (SHA-256 "
+            f"{str(reference.checkpoint_sha256)[:12]}…, not {str(made.checkpoint_sha256)[:12]}…); give that one"
+        )
+    return reference

@@ -1,0 +1,85 @@
+"""How commands end where they cannot write: files are refused before anything is computed, consoles are put up with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+IMAGES = ("--calibration", "embedded:digits-calibration")
+NOWHERE = "file/out.json"
+
+WRITING = [
+    ("quantize", "digits-vit", *IMAGES, "--out", NOWHERE),
+    ("allocate", "digits-vit", *IMAGES, "--out", NOWHERE),
+    ("inspect", "digits-vit", "--json", NOWHERE),
+    ("inspect", "digits-vit", "--html", NOWHERE),
+    ("export", "digits-vit", "--out", "file/out.onnx"),
+    ("evaluate", "digits-vit", "--id", "embedded:digits-test", "--json", NOWHERE),
+    ("evaluate", "digits-vit", "--id", "embedded:digits-test", "--keep", NOWHERE),
+    ("evaluate", "digits.onnx", "--id", "embedded:digits-test", "--store", "file/store"),
+    ("attention", "digits-vit", "--images", "embedded:digits-test", *IMAGES, "--out", "file/maps"),
+    ("bench", "digits.onnx", "--json", NOWHERE),
+    ("bench", "digits.onnx", "--store", "file/store"),
+]
+
+
+@pytest.mark.parametrize("arguments", WRITING, ids=lambda arguments: f"{arguments[0]} {arguments[-2]}")
+def test_what_cannot_be_written_is_refused_before_anything_is_computed(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    def refuse(*given: object, **options: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("quantlens.models.load_model", refuse)
+    monkeypatch.setattr("quantlens.evaluation.opening.load_model", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: cannot write ")
+    assert "Not a directory" in err
+    assert err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def piped(command: str, tail: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    text = f"{sys.executable} -m quantlens.cli.main {command} {tail}; exit ${{PIPESTATUS[0]}}"
+    encoding = environment.get("PYTHONIOENCODING", "utf-8")
+    return subprocess.run(
+        ["bash", "-c", text], capture_output=True, encoding=encoding, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.parametrize("tail", ["| head -1", "| head -0", ">&-", ">&- 2>&-"])
+@pytest.mark.parametrize("command", ["--help", "models"])
+def test_nobody_reads(command: str, tail: str) -> None:
+    """Of a help or a table: exit code 0, and nothing on stderr."""
+    done = piped(command, tail)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_result_that_goes_nowhere(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    done = piped(f"evaluate digits-vit --id 'embedded:digits-test[0:8]' --no-cache --json {file}", ">&-")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert file.is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "encoding"),
+    [("methods", "ascii"), ("methods", "cp1252"), ("sources", "ascii"), ("--help", "ascii"), ("study --help", "ascii")],
+)
+def test_what_an_encoding_cannot_say_is_replaced(command: str, encoding: str) -> None:
+    done = piped(command, "", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+def test_mistakes_in_ascii() -> None:
+    done = piped("methods ünknown", "", PYTHONIOENCODING="ascii")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown method '?")

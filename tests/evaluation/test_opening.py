@@ -1,0 +1,42 @@
+"""What a person names to be measured."""
+
+from __future__ import annotations
+
+import pytest
+
+import quantlens as ql
+from quantlens.errors import BadWeightsError
+from quantlens.evaluation import open_models
+from quantlens.evaluation.opening import weights_named
+
+
+def test_words_for_weights():
+    assert [weights_named(w) for w in (None, "pretrained", "random", "a.pth")] == [
+        "pretrained",
+        "pretrained",
+        None,
+        "a.pth",
+    ]
+
+
+def test_a_name_a_file_and_what_it_was_made_from(tmp_path):
+    model, reference = open_models("digits-vit")
+    assert (model.name, reference) == ("digits-vit", None)
+    file = tmp_path / "q.safetensors"
+    ql.quantize(model, "embedded:digits-calibration[0:4]", method="minmax").save(file)
+    quantized, reference = open_models(str(file))
+    assert (quantized.method, reference) == ("minmax", None)
+    _, reference = open_models(str(file), "pretrained")
+    assert reference.checkpoint_sha256 == model.checkpoint_sha256
+    with pytest.raises(BadWeightsError, match="does not exist"):
+        open_models(str(tmp_path / "absent.safetensors"))
+
+
+def test_a_file_of_other_weights_is_refused(tmp_path, monkeypatch):
+    model, _ = open_models("digits-vit")
+    file = tmp_path / "q.safetensors"
+    ql.quantize(model, "embedded:digits-calibration[0:4]", method="minmax").save(file)
+    other = type("", (), {"checkpoint_sha256": "0" * 64})
+    monkeypatch.setattr("quantlens.evaluation.opening.load_model", lambda *given, **options: other)
+    with pytest.raises(BadWeightsError, match="is not the checkpoint that"):
+        open_models(str(file), "other.pth")
