@@ -95,3 +95,23 @@ def test_importing_quantlens_is_light():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+FILE_LINES, FUNCTION_LINES = 400, 60
+LONG: dict[str, int] = {}
+"""Files and functions (file::name) that may be longer, at most five, with their length."""
+
+
+def test_files_and_functions_are_short():
+    found: dict[str, int] = {}
+    for path in PACKAGE.rglob("*.py"):
+        text, name = path.read_text(encoding="utf-8"), str(path.relative_to(PACKAGE))
+        if text.count("\n") > FILE_LINES:
+            found[name] = text.count("\n")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > FUNCTION_LINES:
+                    found[f"{name}::{node.name}"] = length
+    assert len(LONG) <= 5
+    assert {name for name, length in found.items() if length > LONG.get(name, 0)} == set()

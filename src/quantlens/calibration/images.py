@@ -29,13 +29,22 @@ def images_together(graph: Graph, passes: int) -> int:
 
 
 class Calibration:
-    """Calibration images in chunks of :data:`CHUNK`, with where they come from.
+    """Calibration images in chunks of :data:`CHUNK` (or ``size``), with where they come from.
 
     Memory: images given as an image set are read chunk by chunk when they are needed; tensors stay where they are.
     """
 
-    def __init__(self, chunks: Any, count: int, *, source: str, fingerprint: str | None, device: torch.device):
-        self._chunks, self.count = chunks, count
+    def __init__(
+        self,
+        images: Any,
+        count: int,
+        *,
+        source: str,
+        fingerprint: str | None,
+        device: torch.device,
+        size: int = CHUNK,
+    ):
+        self._images, self.count, self.size = images, count, size
         self.source, self.fingerprint, self.device = source, fingerprint, device
 
     @classmethod
@@ -68,15 +77,13 @@ class Calibration:
 
     @property
     def pieces(self) -> int:
-        return math.ceil(self.count / CHUNK)
+        return math.ceil(self.count / self.size)
 
     def chunk(self, index: int) -> Tensor:
-        """Chunk ``index`` on the device: float32 [≤ CHUNK, 3, H, W], a tensor of its own."""
-        return self._part(index * CHUNK, min((index + 1) * CHUNK, self.count))
-
-    def _part(self, start: int, stop: int) -> Tensor:
-        given = isinstance(self._chunks, Tensor)
-        images = self._chunks[start:stop] if given else self._chunks.tensor(start, stop)
+        """Chunk ``index`` on the device: float32 [≤ size, 3, H, W], a tensor of its own."""
+        start, stop = index * self.size, min((index + 1) * self.size, self.count)
+        given = isinstance(self._images, Tensor)
+        images = self._images[start:stop] if given else self._images.tensor(start, stop)
         return images.to(self.device, torch.float32, copy=given)  # a method may write into what it is shown
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -84,13 +91,15 @@ class Calibration:
 
     def head(self, count: int) -> Calibration:
         """The first ``count`` images (all, if there are fewer)."""
-        return Calibration(
-            self._chunks,
-            min(count, self.count),
-            source=self.source,
-            fingerprint=None if count < self.count else self.fingerprint,
-            device=self.device,
-        )
+        return self._same(count=min(count, self.count), fingerprint=None if count < self.count else self.fingerprint)
+
+    def in_chunks(self, size: int) -> Calibration:
+        """The same images in chunks of another size."""
+        return self._same(size=size)
+
+    def _same(self, **changes: Any) -> Calibration:
+        same = {"count": self.count, "source": self.source, "fingerprint": self.fingerprint, "device": self.device}
+        return Calibration(self._images, **{**same, "size": self.size, **changes})
 
     def info(self) -> dict[str, Any]:
         return {"source": self.source, "n": self.count, "fingerprint": self.fingerprint}

@@ -13,37 +13,6 @@ from pixels to logits:
 
 All ranges are those of the float model. Biases, γ, β, class token and position embedding are constants of the
 accumulators that they are added to and are not quantized by themselves.
-
-Where the authors' code differs from this file, or the paper is silent:
-
-1. Calibration images: theirs are 10 batches of 100; here as many as are given. The moving average (σ = 0.01) and the
-   percentile (p = 0.99999, averaged the same way) take them in 10 batches in their order, so that their number, not
-   their split into chunks, decides. Power-of-two factors take minimum and maximum whatever the observer, as theirs.
-2. Errors (OMSE's 90 shrink steps, the exponents α) are measured on the last batch only in their code; here on all
-   images (a sample of 2¹⁷ values a tensor for OMSE, of 2¹⁹ for α).
-3. Their zero points are clamped to the codes' range, which cuts off values where a range excludes zero. Here zero is
-   taken into the range, so that no clamping is needed. The softmax's input is the exception: its zero point cancels
-   in q − max q and may be any integer.
-4. Power-of-two factors: the paper's are 2⁰ … 2³, on LayerNorm inputs. Here they are 2⁰ … 2⁷, on all that LayerNorms
-   and sums read, that is on the outputs of the residual branches, too; their zero point is the best of eight, where
-   theirs is that of the whole range. ``ptf="layernorm"`` and ``largest_exponent=3`` give the paper's choice. Beyond
-   both: ``ptf="all"`` has factors at GELU inputs and the patch embedding's output, too, where a shift per channel is as
-   free (requantized by the layer before, every value read by itself); ``exponents="token"`` weighs every token's error
-   by the inverse of its variance, as the LayerNorm that reads it does.
-5. Integer LayerNorm: their multipliers M, N are found anew for every token and channel, in float, with M rounded down;
-   here they are one pair per channel, rounded to nearest, behind an integer normalisation, and σ = 0 gives β where
-   theirs gives NaN (issue #31).
-6. Integer exponential: their grid is the softmax input's, on which ln 2 is a few steps, off by 15 % at a scale of 0.2;
-   here the integers are shifted left to a grid of 2⁻⁸ first. n is 20, not 30, so that sums stay in 64 bits (their
-   issue #21 measures what that costs: 0.1 %).
-7. Their log2 codes have 2ᵇ powers and zero, one level more than b bits hold; here the last code is zero.
-8. Masked attention (Swin's shifted windows): theirs adds the mask to the quantized scores in float. Here the softmax
-   reads quantized values behind the mask, with code 0 kept for masked entries, whose probability is 0. An entry
-   counts as masked while calibrating when it lies 50 below its row's largest (probability < 2·10⁻²²), and takes no part
-   in the range. Scores in front of bias and mask are quantized as well, as theirs.
-9. The softmax's output has the width of the other activations, as in their 8/8/8 rows; ``softmax_bits=4`` gives their
-   8/8/4 rows. The pixels have 8 bits.
-10. Where a width is 32, LayerNorm and softmax stay in float, too.
 """
 
 from __future__ import annotations
@@ -98,8 +67,20 @@ class FQViT(Method):
         url="https://arxiv.org/abs/2111.13824",
         quantizes=EVERYTHING,
         summary="fully quantized: power-of-two factors for LayerNorm inputs, integer LayerNorm, log-int-softmax",
-        departures="all images, not the last batch, decide errors; finer integer exponential; one multiplier per "
-        "LayerNorm channel; code 0 kept for masked attention; zero is one of the 2^b log codes",
+        departures=(
+            "calibration images: as many as are given; a moving average takes them in 10 batches (theirs: 10 of 100)",
+            "errors (OMSE, exponents) are measured on samples of all images, not on the last batch",
+            "zero is taken into every range, where theirs clamps zero points and cuts off values; not at the softmax's "
+            "input, whose zero point cancels",
+            "power-of-two factors: 2^0 to 2^7 on all that LayerNorms and sums read, with the best of eight zero points; "
+            "ptf=layernorm and largest_exponent=3 are the paper's choice",
+            "integer LayerNorm: one multiplier per channel, rounded to nearest; sigma = 0 gives beta, theirs NaN",
+            "integer exponential on a grid of 2^-8, where theirs takes the softmax input's; n is 20, not 30",
+            "log2: zero is one of the 2^b codes, where theirs has 2^b powers and zero",
+            "masked attention: code 0 is kept for masked entries (50 below their row's largest), with probability 0",
+            "the softmax's output has the width of other activations (softmax_bits=4 for 8/8/4); pixels have 8 bits",
+            "where a width is 32, LayerNorm and softmax stay in float, too",
+        ),
         aliases=("fq-vit", "fqvit", "fq"),
         options={
             "observer": Option(
@@ -134,7 +115,9 @@ class FQViT(Method):
         softmax_bits = None if run["softmax_bits"] is None else _whole("softmax_bits", run["softmax_bits"], 2, 16)
         tensors = [Shared.of(graph, group, bits, softmax_bits) for group in everything_edges(graph)]
         chosen = _Choice(graph, bits, run, [tensor for tensor in tensors if tensor.width != FLOAT])
-        images = _Batches(calibration) if run["observer"] in ("ema", "percentile") else calibration
+        images = calibration
+        if run["observer"] in ("ema", "percentile"):
+            images = calibration.in_chunks(math.ceil(calibration.count / BATCHES))
         CalibrationPass(graph, images, sequential=False, seed=run.seed).run(
             chosen.edges(), chosen.on_edge, run.progress
         )
@@ -258,23 +241,6 @@ def _readers(graph: Graph, node: fx.Node) -> list[tuple[Site, fx.Node]]:
 
 
 # -- ranges -------------------------------------------------------------------------------------------------------
-class _Batches(Calibration):
-    """The same images in :data:`BATCHES` batches."""
-
-    def __init__(self, images: Calibration):
-        super().__init__(
-            images._chunks, images.count, source=images.source, fingerprint=images.fingerprint, device=images.device
-        )
-        self.size = math.ceil(images.count / BATCHES)
-
-    @property
-    def pieces(self) -> int:
-        return math.ceil(self.count / self.size)
-
-    def chunk(self, index: int) -> Tensor:
-        return self._part(index * self.size, min((index + 1) * self.size, self.count))
-
-
 def observed(view: EdgeView, observer: str, bits: int) -> tuple[Tensor, Tensor]:
     """[1], [1]: the range of a tensor by one of the paper's observers."""
     if observer in ("ema", "percentile"):
