@@ -72,7 +72,7 @@ class FQViT(Method):
             "errors (OMSE, exponents) are measured on samples of all images, not on the last batch",
             "zero is taken into every range, where theirs clamps zero points and cuts off values; not at the softmax's "
             "input, whose zero point cancels",
-            "power-of-two factors: 2^0 to 2^7 on all that LayerNorms and sums read, with the best of eight zero points; "
+            "power-of-two factors: 2^0 to 2^7 on all that LayerNorms and sums read, the best of eight zero points; "
             "ptf=layernorm and largest_exponent=3 are the paper's choice",
             "integer LayerNorm: one multiplier per channel, rounded to nearest; sigma = 0 gives beta, theirs NaN",
             "integer exponential on a grid of 2^-8, where theirs takes the softmax input's; n is 20, not 30",
