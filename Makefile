@@ -1,16 +1,18 @@
 # Two commands do everything on a fresh machine with Python 3.11 or later, make and the package registry:
 #   make demo    install, then run the main job on what ships with the package
-#   make test    install, then run the tests
+#   make test    install, then run the tests (make test-all: those that start processes or take long, too)
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --durations=20
+SELECT ?= not slow and not process and not browser
 
-.PHONY: help install dev demo test lint types zoo bench clean
+.PHONY: help install dev demo test test-rest test-all test-processors lint types zoo bench quality clean
 .DEFAULT_GOAL := help
 
 help:            ## show this list
-	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,15 +30,20 @@ dev: $(VENV)/.installed-dev  ## the same, with what the tests need
 demo: install    ## quantize and measure the shipped model on the shipped images; writes quantlens-demo/report.html
 	$(BIN)/quantlens demo --out quantlens-demo
 
-test: dev        ## run the tests (lint and types first)
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check -q src tests benchmarks
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(JOBS)
+test: lint types  ## run the tests (lint and types first)
+	$(PYTEST) -m "$(SELECT)"
+
+test-rest: dev   ## run the tests that make test leaves out: slow, process, browser
+	$(PYTEST) -m "slow or process or browser"
+
+test-all: test test-rest  ## run all tests
+
+test-processors: dev  ## make test's selection under lower instruction sets and two threads (benchmarks/processors.py)
+	$(BIN)/python -m benchmarks.processors --jobs $(JOBS)
 
 lint: dev        ## lint and format check
 	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff format --check -q src tests benchmarks
 
 types: dev       ## type check
 	$(BIN)/mypy
@@ -46,6 +53,9 @@ zoo: install     ## train the shipped model again (about 15 minutes on one core)
 
 bench: dev       ## timed comparisons, as ratios (benchmarks/README.md)
 	$(BIN)/python -m benchmarks
+
+quality: dev     ## what methods are worth, medians over seeds against bounds (benchmarks/quality/README.md)
+	$(BIN)/python -m benchmarks.quality
 
 clean:           ## remove what make made
 	rm -rf $(VENV) quantlens-demo .pytest_cache .mypy_cache .ruff_cache

@@ -143,8 +143,7 @@ def memory() -> dict[str, Any]:
     """Peak memory of calibrating DeiT-Tiny on 32 and on 192 images, with 64 MiB for waiting activations."""
     code = (
         "import psutil, resource, sys; import benchmarks.__main__ as b; import quantlens as ql\n"
-        "from quantlens.calibration import walk as c\n"
-        "c.Walk.__init__.__kwdefaults__['memory'] = 64 << 20\n"
+        "from quantlens.calibration import cache; cache.MEMORY = 64 << 20\n"
         "model = b._deit(); images = b._images(int(sys.argv[1]))\n"
         "before = psutil.Process().memory_info().rss / 1024\n"
         "ql.quantize(model, images, method='repq-vit', bits='W4A4')\n"
@@ -164,7 +163,7 @@ def allocation() -> dict[str, Any]:
     import torch
 
     import quantlens as ql
-    from quantlens.allocation.sensitivity import kl_divergence
+    from quantlens.metrics.divergence import kl_of_logits
 
     model = _deit()
     images, others = _photographs(model, 32, 1), _photographs(model, 128, 0)
@@ -174,7 +173,8 @@ def allocation() -> dict[str, Any]:
     def loss(bits: Any) -> float:
         qmodel = ql.quantize(model, images, method="minmax", bits=bits)
         with torch.inference_mode():
-            return float(kl_divergence(expected, torch.cat([qmodel(part) for part in others.split(32)])).mean())
+            logits = torch.cat([qmodel(part) for part in others.split(32)])
+        return float(kl_of_logits(expected.double(), logits.double()).mean())
 
     out: dict[str, Any] = {"uniform W6A6 kl": round(loss("W6A6"), 4)}
     seconds = {}
@@ -209,7 +209,7 @@ def attention() -> dict[str, Any]:
     import quantlens as ql
     from quantlens.attention.lens import Lens
     from quantlens.attention.measure import measure
-    from quantlens.quantizers import float_model
+    from quantlens.qmodel import float_model
 
     model, images = _deit(), _images(32)
     quantized = {bits: ql.quantize(model, images, method="repq-vit", bits=bits) for bits in ("W8A8", "W6A6", "W4A4")}
@@ -250,9 +250,9 @@ def inspection(count: int = 32, every: int = 4) -> dict[str, Any]:
     import torch
 
     import quantlens as ql
-    from quantlens.allocation.alone import effects_alone
     from quantlens.calibration import Calibration
-    from quantlens.quantizers import Plan, QuantizedModel
+    from quantlens.qmodel import Plan, QuantizedModel
+    from quantlens.sensitivity.alone import effects_alone
 
     model = _deit()
     images = _photographs(model, count, 1)

@@ -11,50 +11,66 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from quantlens import _moved
 from quantlens._version import __version__
 
 if TYPE_CHECKING:
+    from quantlens import attention as attention
+    from quantlens import export as export
+    from quantlens import formats as formats
+    from quantlens import methods as methods
     from quantlens.allocation import Allocation as Allocation
-    from quantlens.allocation import Inspection as Inspection
-    from quantlens.api import allocate as allocate
-    from quantlens.api import inspect as inspect
-    from quantlens.api import quantize as quantize
-    from quantlens.deploy.artefact import Artefact as Artefact
-    from quantlens.deploy.checkpoint import load as load
-    from quantlens.deploy.checkpoint import save as save
-    from quantlens.deploy.export import export as export
+    from quantlens.allocation.quantizing import allocate as allocate
+    from quantlens.allocation.quantizing import inspect as inspect
+    from quantlens.allocation.quantizing import quantize as quantize
     from quantlens.errors import QuantlensError as QuantlensError
+    from quantlens.evaluation import evaluate as evaluate
+    from quantlens.export.exported import Artefact as Artefact
     from quantlens.models import Model as Model
     from quantlens.models import load_model as load_model
-    from quantlens.quantizers import QuantizedModel as QuantizedModel
-    from quantlens.studies.evaluate import evaluate as evaluate
+    from quantlens.plugins import load_plugin as load_plugin
+    from quantlens.qmodel import QuantizedModel as QuantizedModel
+    from quantlens.qmodel.checkpoint import load as load
+    from quantlens.qmodel.checkpoint import save as save
+    from quantlens.sensitivity import Inspection as Inspection
+    from quantlens.studies.compare import compare as compare
+    from quantlens.studies.results import results as results
 
 _HOMES = {
     "load_model": "quantlens.models",
     "Model": "quantlens.models",
-    "quantize": "quantlens.api",
-    "allocate": "quantlens.api",
-    "inspect": "quantlens.api",
+    "quantize": "quantlens.allocation.quantizing",
+    "allocate": "quantlens.allocation.quantizing",
+    "inspect": "quantlens.allocation.quantizing",
     "Allocation": "quantlens.allocation",
-    "Inspection": "quantlens.allocation",
-    "QuantizedModel": "quantlens.quantizers",
-    "save": "quantlens.deploy.checkpoint",
-    "export": "quantlens.deploy.export",
-    "Artefact": "quantlens.deploy.artefact",
-    "load": "quantlens.deploy.checkpoint",
-    "evaluate": "quantlens.studies.evaluate",
+    "Inspection": "quantlens.sensitivity",
+    "QuantizedModel": "quantlens.qmodel",
+    "save": "quantlens.qmodel.checkpoint",
+    "Artefact": "quantlens.export.exported",
+    "load": "quantlens.qmodel.checkpoint",
+    "evaluate": "quantlens.evaluation",
+    "compare": "quantlens.studies.compare",
+    "results": "quantlens.studies.results",
     "QuantlensError": "quantlens.errors",
+    "load_plugin": "quantlens.plugins",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+_PACKAGES = frozenset({"attention", "calibration", "export", "formats", "graph", "methods", "qmodel", "transforms"})
+"""Packages that people use by their names; ``quantlens.export`` can be called, too."""
+
+__all__ = ["__version__", *sorted({*_HOMES, *_PACKAGES})]
+
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:
     """Load what is asked for when it is asked for: importing quantlens alone must not import torch."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name in _PACKAGES or f"quantlens.{name}" in _moved.PACKAGES:
+        return import_module(f"quantlens.{name}")
     raise AttributeError(f"module 'quantlens' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_PACKAGES})

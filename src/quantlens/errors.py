@@ -1,12 +1,18 @@
 """The errors a person can cause. Each message names the thing that was wrong and what to do about it.
 
-The command line prints the message alone (no traceback) and exits with code 2.
+The command line prints the message alone (no traceback, unless :func:`debugging`) and exits with code 2.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+
+def debugging() -> bool:
+    """Whether a person wants tracebacks with the messages: the environment variable QUANTLENS_DEBUG is set, not 0."""
+    return os.environ.get("QUANTLENS_DEBUG", "0") not in ("", "0")
 
 
 class QuantlensError(Exception):

@@ -7,7 +7,7 @@ from quantlens.allocation import find_groups
 from quantlens.allocation.groups import cover
 from quantlens.errors import UnsupportedError
 from quantlens.graph import graph_of
-from quantlens.quantizers import Bits
+from quantlens.qmodel import Bits
 
 PROJECTION = {"plain": "out", "torchvision": "out_proj"}
 NAMES = {

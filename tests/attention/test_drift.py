@@ -9,7 +9,6 @@ from scipy.stats import rankdata, spearmanr
 import quantlens as ql
 from quantlens.attention import drift
 from quantlens.attention.measure import measure
-from quantlens.attention.tokens import outliers, overlap, token_norms
 
 
 def _maps(seed: int, batch: int = 3, heads: int = 2, tokens: int = 12) -> torch.Tensor:
@@ -22,7 +21,9 @@ def test_kl_and_entropy_are_scipys():
         for head in range(2):
             p, q = a[image, head].double().numpy(), b[image, head].double().numpy()
             assert float(drift.row_kl(a, b)[image, head]) == pytest.approx(scipy_entropy(p, q, axis=1).mean(), rel=1e-4)
-            assert float(drift.row_entropy(a)[image, head]) == pytest.approx(scipy_entropy(p, axis=1).mean(), rel=1e-4)
+            assert float(drift.Rows(a).entropy[image, head].mean()) == pytest.approx(
+                scipy_entropy(p, axis=1).mean(), rel=1e-4
+            )
 
 
 def test_cosine_is_torchs():
@@ -51,22 +52,6 @@ def test_top_overlap_and_movement():
     corner[0, 0] = opposite[0, 15] = 1
     assert float(drift.movement(corner, opposite, (4, 4))) == pytest.approx(0.75)
     assert drift.centre(torch.zeros(1, 16), (4, 4)).tolist() == [[0.5, 0.5]]
-
-
-def test_outlier_rule():
-    generator = torch.Generator().manual_seed(0)
-    norms = 10 + torch.randn(2, 100, generator=generator)
-    assert not outliers(norms).any()
-    norms[0, 7], norms[1, 50] = 40.0, 14.0  # the second stands out of a narrow spread but is no 1.5 medians
-    found = outliers(norms)
-    assert found[0].nonzero().tolist() == [[7]]
-    assert not found[1].any()
-    assert not outliers(torch.full((1, 9), 3.0)).any()
-    assert overlap(found, found).tolist() == [1, 1]
-    assert overlap(found, torch.zeros_like(found)).tolist() == [0, 1]
-    tokens = torch.zeros(1, 5, 2)
-    tokens[0, 3] = torch.tensor([3.0, 4.0])
-    assert token_norms(tokens, prefix=1).tolist() == [[0, 0, 5, 0]]
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,59 @@ def test_heat_has_one_colour_per_patch():
     assert np.array_equal(shown[15, 5], pictures.coloured(np.ones(1), "viridis")[0])
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "log", "expected"),
+    [
+        (0, 1, False, ["0", "0.2", "0.4", "0.6", "0.8", "1+"]),
+        (0, 3.3, False, ["0", "1", "2", "3.3+"]),
+        (9.28, 31.7, False, ["9.28", "20", "31.7+"]),
+        (12.3, 564, True, ["12.3", "50", "100", "200", "564+"]),
+        (0.02, 4000, True, ["0.02", "1", "10", "100", "4000+"]),
+        (5, 5, False, ["5", "5+"]),
+    ],
+)
+def test_ticks_are_round_and_stand_where_their_values_are(low, high, log, expected):
+    scale = pictures.Scale(low, high, "", log=log)
+    assert [text for _, text in scale.ticks()] == expected
+    for place, text in scale.ticks()[1:-1]:
+        assert place == pytest.approx(float(scale.position(float(text))), abs=1e-6)
+
+
+def test_scales_hold_the_values_they_are_made_for():
+    rng = np.random.default_rng(0)
+    maps = [rng.random((4, 4)) for _ in range(3)]
+    scale = pictures.rollout_scale(maps)
+    assert scale.low == 0
+    shares = np.concatenate([scale.position(pictures.relative(m)).ravel() for m in maps])
+    assert (shares <= 1).mean() >= 0.97
+    assert pictures.relative(maps[0]).mean() == pytest.approx(1)
+    assert pictures.rollout_scale([np.ones((2, 2))]).high == 2, "an even map does not shine"
+    assert not pictures.relative(np.zeros((2, 2))).any()
+    norms = np.array([10.0, 20.0, 500.0])
+    assert pictures.norm_scale(norms).position(norms)[[0, 2]].tolist() == pytest.approx([0, 1])
+    assert pictures.norm_scale(norms).log
+    assert not pictures.norm_scale(norms[:2]).log
+    assert pictures.norm_scale(np.array([np.nan, 1.0, 2.0])).high == 2
+
+
+def test_a_map_lies_over_a_grey_image():
+    """Every colour is one of the scale, not of the photograph."""
+    photo = Image.new("RGB", (8, 8), (250, 120, 10))
+    shown = np.asarray(pictures.overlay(photo, np.zeros((2, 2)), opacity=0))
+    assert (shown == shown[..., :1]).all()
+
+
+def test_a_grid_shows_its_scale_and_all_of_its_note():
+    cells = [pictures.Cell(Image.new("RGB", (30, 30), (200, 0, 0)))]
+    bare = pictures.grid([cells], ["a"], ["b"], side=60)
+    scale = pictures.Scale(0, 1, "share", "viridis")
+    shown = pictures.grid([cells], ["a"], ["b"], side=60, scale=scale, note="many words " * 12)
+    assert shown.height > bare.height + 3 * 15, "the bar, its numbers and a note of several lines"
+    ends = pictures.coloured(np.array([0.0, 1.0]), "viridis")
+    for colour in ends:
+        assert (np.asarray(shown) == colour).all(-1).any()
+
+
 def test_grid_places_cells_and_cuts_long_words():
     colours = [(200, 0, 0), (0, 150, 0), (0, 0, 200)]
     cells = [pictures.Cell(Image.new("RGB", (30, 30), c), (f"a very long class name {i}" * 3, "12 %")) for i, c in

@@ -95,6 +95,37 @@ def test_wrong_settings_are_named(settings, message):
         rollout(_attention(), **settings)
 
 
+# -- rollout: the row alone, and equal entries ------------------------------------------------------------------------
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_the_row_is_that_of_the_whole_product(prefix):
+    generator = torch.Generator().manual_seed(3)
+    blocks = list((2 * torch.randn(4, 2, 3, 9, 9, generator=generator)).softmax(-1))
+    product = torch.eye(9).expand(2, 9, 9)
+    for probs in blocks:
+        mixed = discard_smallest(fuse_heads(probs), 0.6, max(prefix, 1)) + torch.eye(9)
+        product = mixed / mixed.sum(-1, keepdim=True) @ product
+    row = (product[:, 0] if prefix else product.mean(1))[:, prefix:]
+    expected = row / row.amax(1, keepdim=True)
+    torch.testing.assert_close(rollout(blocks, discard=0.6, prefix=prefix), expected)
+
+
+def test_equal_entries_share_their_fate():
+    """A quantized map holds few values; which of equal ones go must not depend on where they stand."""
+    generator = torch.Generator().manual_seed(0)
+    fused = torch.randint(0, 4, (3, 12, 12), generator=generator).float()
+    kept = discard_smallest(fused, 0.9)
+    inner = (slice(None), slice(1, None), slice(1, None))
+    for image in range(3):
+        for value in range(1, 4):
+            assert len((kept[inner][image][fused[inner][image] == value] == 0).unique()) <= 1
+    order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(11, generator=generator)])
+    moved = discard_smallest(fused[:, order][:, :, order], 0.9)
+    assert torch.equal(moved, kept[:, order][:, :, order])
+    distinct = torch.rand(2, 12, 12, generator=generator)
+    gone = distinct != discard_smallest(distinct, 0.5, 0, compat=None)
+    assert gone.flatten(1).sum(1).tolist() == [72, 72], "without equal entries exactly the share goes"
+
+
 # -- the lens --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["vit", "deit-distilled", "deit3"])
 def test_attention_is_timms(kind, loaded, small_models, pictures):

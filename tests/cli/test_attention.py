@@ -12,9 +12,6 @@ from PIL import Image
 
 import quantlens as ql
 from quantlens.cli import main
-from quantlens.cli.look import Look
-from quantlens.data import load_images, open_source
-from quantlens.errors import UnsupportedError
 
 CALIBRATION = ("--calibration", "embedded:digits-calibration", "--n", "8", "--method", "minmax")
 IMAGES = ("--images", "embedded:digits-test[0:20]")
@@ -38,7 +35,13 @@ def test_pictures_figures_and_a_table(run, tmp_path):
         "--limit", "8", "--show", "2", "--choose", "most-changed", "--out", str(tmp_path),
     )  # fmt: skip
     assert code == 0, err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["drift.json", "drift.svg", "maps.png", "norms.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "drift.json",
+        "drift.svg",
+        "maps.npz",
+        "maps.png",
+        "norms.png",
+    ]
     figures = json.loads((tmp_path / "drift.json").read_text())
     assert figures["method"] == "minmax"
     assert list(figures["drift"]) == ["W8A8", "W4A4", "W3A3"]
@@ -57,6 +60,9 @@ def test_pictures_figures_and_a_table(run, tmp_path):
     drawing = ElementTree.parse(tmp_path / "drift.svg").getroot()
     assert len(drawing.findall(".//{*}circle[@class='m']")) >= 6 * 6
     assert "W3A3" in "".join(drawing.itertext())
+    assert "top-10 %" in out
+    with np.load(tmp_path / "maps.npz") as kept:
+        assert kept["letters/W3A3/maps"].shape[0] == 8
 
 
 def test_checkpoints_and_gradient_maps(run, tmp_path):
@@ -78,32 +84,14 @@ def test_checkpoints_and_gradient_maps(run, tmp_path):
     assert run(str(path), *IMAGES, "--out", str(out))[0] == 2
 
 
-def test_windowed_models_have_gradient_maps_only(loaded, tmp_path):
-    model = loaded["swin"]
-    images = load_images(open_source("embedded:letters[0:6]"), model.preprocess, cache_dir=False)
-    quantized = ql.quantize(model, images, method="minmax", bits="W4A4")
-    with pytest.raises(UnsupportedError, match="windows"):
-        Look(model, {"W4A4": quantized}, "rollout", {"discard": 0.9}, None)
-    look = Look(model, {"W4A4": quantized}, "grad-cam", {"discard": 0.9}, None)
-    look.measure("ID", images, 4, lambda done, total: None)
-    written = look.write(tmp_path, 2, most_changed=True)
-    assert [p.name for p in written] == ["maps.png", "drift.json"]
-    figures = json.loads((tmp_path / "drift.json").read_text())
-    assert "windows" in figures["unavailable"]
-    assert -1 <= figures["drift"]["W4A4"]["ID"]["map_spearman"] <= 1
-
-
-def test_most_changed_are_those_of_least_correlation(small_models, tmp_path, monkeypatch):
-    model = ql.load_model("digits-vit", "pretrained")
-    images = load_images(open_source("embedded:letters[0:12]"), model.preprocess, cache_dir=False)
-    quantized = ql.quantize(model, images, method="minmax", bits="W3A3")
-    look = Look(model, {"W3A3": quantized}, "rollout", {"discard": 0.9}, None)
-    look.measure("ID", images, 12, lambda done, total: None)
-    from quantlens.attention import lookup
-
-    expected = np.argsort(lookup.drifts(model, {"q": quantized}, images, list(range(12)))["q"].rollout_spearman)
-    look.write(tmp_path, 3, most_changed=True)
-    assert json.loads((tmp_path / "drift.json").read_text())["images"]["ID"]["shown"] == expected[:3].tolist()
+def test_names_are_shown_as_they_are_written(run, tmp_path):
+    """A set's name is text, never markup or an emoji."""
+    code, out, err = run(
+        "digits-vit", *IMAGES, "--ood", "far [/x] :b: [bold]=embedded:letters[0:4]", *CALIBRATION, "--bits", "W8A8",
+        "--limit", "2", "--show", "1", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert code == 0, err
+    assert "Drift from FP32 on far [/x] :b: [bold], 2 images" in out
 
 
 @pytest.mark.parametrize(
@@ -113,6 +101,7 @@ def test_most_changed_are_those_of_least_correlation(small_models, tmp_path, mon
         (("--calibration", "embedded:digits-calibration", "--choose", "best"), "most-changed"),
         (("--calibration", "embedded:digits-calibration", "--ood", "letters"), "NAME=SOURCE"),
         (("--calibration", "embedded:digits-calibration", "--bits", "W0A4"), "0 bits"),
+        (("--calibration", "embedded:digits-calibration", "--ood", "ID=embedded:letters"), "in-distribution"),
         (("--calibration", "embedded:digits-calibration", "--discard", "1.5", "--bits", "W8A8", "--n", "2",
           "--method", "minmax", "--limit", "2"), "discard"),
         ((), "--calibration"),

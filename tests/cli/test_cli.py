@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,24 +32,17 @@ def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
+    """Which is why it is quick (benchmarks/quality, cli/help)."""
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys\n"
         "from quantlens.cli import main\n"
         "assert main.run(['--help']) == 0\n"
-        "print(time.perf_counter() - start, file=sys.stderr)\n"
         "heavy = {'torch', 'timm', 'numpy', 'scipy', 'sklearn', 'pydantic', 'yaml', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    best = 9.0
-    for _ in range(3):  # the machine may be busy
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        best = min(best, float(run.stderr.strip().splitlines()[-1]))
-        if best < 1.0:
-            break
-        time.sleep(0.5)
-    assert best < 1.0
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     for command in COMMANDS:
         assert command in run.stdout
 
@@ -241,16 +233,19 @@ def test_quantize_evaluate(run, tmp_path: Path) -> None:
     )  # fmt: skip
     assert code == 0, err
     assert "top-1 %" in out
-    assert "delta" in out
+    assert "quantized − FP32" in out
     data = json.loads(result.read_text())
     assert (data["method"], data["bits"], data["seed"]) == ("minmax", "W4A8", 0)
     assert data["ood"]["letters"]["group"] == "near"
-    assert data["delta"]["id"]["nll"] == pytest.approx(data["fp32"]["id"]["nll"] - data["id"]["nll"])
-    assert data["id"]["top1"] > 0.5
+    assert data["change"]["id"]["nll"] == pytest.approx(data["id"]["nll"] - data["fp32"]["id"]["nll"])
+    import quantlens as ql
 
-    code, out, _ = run("evaluate", "digits-vit", "--id", "embedded:digits-test", "--json", "-")
+    known = ql.evaluate(ql.load(file), id="embedded:digits-test[0:100]", cache_dir=False).to_dict()
+    assert data["id"]["top1"] == known["id"]["top1"]
+
+    code, out, _ = run("evaluate", "digits-vit", "--id", "embedded:digits-test[0:100]", "--json", "-")
     assert code == 0
-    assert json.loads(out)["id"]["top1"] >= 0.97
+    assert json.loads(out)["id"]["top1"] == data["fp32"]["id"]["top1"]
     code, _, err = run("evaluate", str(file), "--weights", str(file), "--id", "embedded:digits-test[0:10]")
     assert code == 2
 

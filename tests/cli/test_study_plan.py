@@ -25,14 +25,16 @@ def study(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_the_plan_runs_nothing(run, study: str, tmp_path: Path) -> None:
-    code, out, _ = run("study", study, "--out", str(tmp_path / "out"), "--plan", "--workers", "2")
+def test_the_plan_stores_nothing(run, study: str, tmp_path: Path) -> None:
+    code, out, err = run("study", study, "--out", str(tmp_path / "out"), "--plan", "--workers", "2")
     assert code == 0
     lines = out.splitlines()
     assert lines[:3] == ["digits-vit FP32", "digits-vit minmax W8A8 seed 0", "2 cells"]
-    assert "quantized evaluation" in lines[3]
-    assert lines[4].endswith("with 2 workers like this machine's")
+    assert "1 × FP32 " in lines[3]
+    assert "1 × minmax " in lines[3]
+    assert lines[4].endswith("with 2 workers like this machine's, scaled from cells of 32 images")
     assert lines[5].startswith("memory of each worker about")
+    assert "pilot: digits-vit minmax W8A8 seed 0" in err
     assert not (tmp_path / "out").exists()
 
 

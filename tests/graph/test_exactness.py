@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from quantlens.calibration import Calibration
+from quantlens.calibration.transforming import read_as_pixels, split_outlier_channels, subtract_means
 from quantlens.graph import Graph, capture
 from quantlens.graph.graph import argument, op_name, replace_argument
-from quantlens.graph.rewrites import (
+from quantlens.transforms.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
+from quantlens.transforms.heads import find_score_pairs, find_value_pairs, rescale_values, rotate_scores, rotate_values
+from quantlens.transforms.rewrites import (
     alone,
     ensure_bias,
     find_norm_groups,
@@ -29,18 +32,14 @@ from quantlens.graph.rewrites import (
     rescale_norm,
     split_linear,
 )
-from quantlens.graph.rotation import find_residuals, hadamard, mean_keeping, orthogonal, rotate_input, rotate_residual
-from quantlens.reconstruction.centring import centre
-from quantlens.reconstruction.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
-from quantlens.reconstruction.heads import (
-    find_score_pairs,
-    find_value_pairs,
-    rescale_values,
-    rotate_scores,
-    rotate_values,
+from quantlens.transforms.rotation import (
+    find_residuals,
+    hadamard,
+    mean_keeping,
+    orthogonal,
+    rotate_input,
+    rotate_residual,
 )
-from quantlens.reconstruction.massive import split_massive
-from quantlens.reconstruction.pixels import read_pixels
 
 aten = torch.ops.aten
 
@@ -193,15 +192,15 @@ def scores_rotated(graph: Graph, chance: Chance) -> int:
 
 
 def means_taken_out(graph: Graph, chance: Chance) -> int:
-    return len(centre(graph, chance.images)[0])
+    return len(subtract_means(graph, chance.images)[0])
 
 
 def massive_split(graph: Graph, chance: Chance) -> int:
-    return len(split_massive(graph, chance.images, 4.0))
+    return len(split_outlier_channels(graph, chance.images, 4.0))
 
 
 def pixels_read(graph: Graph, chance: Chance) -> int:
-    return len(read_pixels(graph, PREPROCESS, chance.images))
+    return len(read_as_pixels(graph, PREPROCESS, chance.images))
 
 
 TRANSFORMS: list[Callable[[Graph, Chance], int]] = [

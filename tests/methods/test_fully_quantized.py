@@ -20,7 +20,7 @@ from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import ADDS, CONVS, SCALINGS
 from quantlens.methods import registry
 from quantlens.methods.base import EVERYTHING
-from quantlens.quantizers import simulate
+from quantlens.qmodel import simulate
 
 METHODS = sorted(name for name, info in registry.available().items() if info.quantizes == EVERYTHING)
 OPERANDS = {

@@ -4,20 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import quantlens as ql
-from quantlens.calibration import Calibration, Walk
+from quantlens import plugins
+from quantlens.calibration import Calibration, CalibrationPass
 from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.formats import Uniform
 from quantlens.methods import registry
-from quantlens.methods.base import Widths
+from quantlens.methods.base import MATMUL_OPERANDS, Widths, matmul_operand_edges
 from quantlens.methods.repq_vit import reparameterize
-from quantlens.quantizers import Bits, Uniform, float_model
+from quantlens.qmodel import Bits, float_model
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = sorted(registry.available())
 QUICK = {name: {"iterations": 4} for name in ("qdrop", "fima-q", "i-and-s-vit", "quantlens-best")}
-QUICK["quantlens-best"] |= {"distillation": 4}
 QUICK["aphq-vit"] = {"iterations": 4, "mlp_iterations": 10}
 QUICK["aocq"] = {"scale_iterations": 4}
 QUICK["vt-ptq"] = {"rounds": 2}
@@ -26,37 +26,56 @@ SLOW = ("adalog", *QUICK)
 """Methods that take seconds where others take tenths: tested on the hardest architecture and the outermost widths."""
 ARCHITECTURES = ("vit", "deit-distilled", "deit3", "swin", "torchvision", "plain")
 WIDTHS = ("W2A2", "W2A10", "W10A2", "W3A5", "W10A10", "W4A32", "W32A4")
-FLOOR = {"repq-vit": 10, "i-and-s-vit": 10, "gptq": 10, "erq": 10, "adalog": 12, "ptq4vit": 18, "fq-ptq": 8}
 """dB of the logits at W8A8. log√2 codes have steps of 41 % at any width: the attention of a tiny random model cannot be
 finer than that, and log2 codes (fq-ptq, i-and-s-vit) are coarser still. ptq4vit has one scale per weight tensor; 20
 for the others."""
-GAP = {"i-and-s-vit": 1}
 """dB between 6 and 4 bits: its softmax exponents are whole numbers, as coarse at any width."""
 
 
-def _sqnr(model, qmodel, images) -> float:
-    expected, got = model(images), qmodel(images)
-    return float(10 * torch.log10(expected.square().sum() / (got - expected).square().sum()))
+def _holds_what_its_plan_says(model, qmodel, images) -> None:
+    """Operands of products have quantizers (that everything has: test_fully_quantized), weights no more levels than
+    their bits, and codes give the values back."""
+    if registry.get(qmodel.method).info.quantizes == MATMUL_OPERANDS:
+        missing = {e.key for e in matmul_operand_edges(qmodel.graph)} - qmodel.plan.quantizers.keys()
+        assert {qmodel.graph.sites.edges[key].site for key in missing} <= {s.name for s in qmodel.graph.sites.head}
+    for edge, quantizer in qmodel.weight_edges():
+        weight = qmodel.graph.tensor(str(edge.value.target))
+        codes = quantizer.encode(weight)
+        assert torch.equal(quantizer.decode(codes), quantizer(weight)), edge.key
+        assert all(len(row.unique()) <= 2**quantizer.bits for row in codes.flatten(1)[:4]), edge.key
+    logits = qmodel(images)
+    assert bool(torch.isfinite(logits).all())
+    assert not torch.equal(logits, model(images))
 
 
 @pytest.mark.parametrize(
     ("method", "architecture"),
-    [(m, a) for m in METHODS for a in ARCHITECTURES if m not in SLOW or a == "swin"],
+    [
+        pytest.param(m, a, marks=() if a == "swin" else pytest.mark.slow)
+        for m in METHODS
+        for a in ARCHITECTURES
+        if a == "swin" or (m not in SLOW and a != "vit")
+    ],
 )
-def test_every_architecture_loses_more_with_fewer_bits(method, architecture, loaded, pictures):
+def test_every_method_holds_what_its_plan_says(method, architecture, loaded, pictures):
     model = loaded[architecture]
-    sqnr = {
-        bits: _sqnr(model, ql.quantize(model, pictures, method=method, bits=bits, **QUICK.get(method, {})), pictures)
-        for bits in ("W8A8", "W6A6", "W4A4")
-    }
-    assert sqnr["W8A8"] > FLOOR.get(method, 20), sqnr
-    assert sqnr["W8A8"] > sqnr["W6A6"] - 1, sqnr
-    assert sqnr["W6A6"] > sqnr["W4A4"] + GAP.get(method, 3), sqnr
+    qmodel = ql.quantize(model, pictures, method=method, bits="W4A4", **QUICK.get(method, {}))
+    _holds_what_its_plan_says(model, qmodel, pictures)
+
+
+def _default(method: str, bits: str) -> bool:
+    """Whether the outermost widths of a method belong to the tests that always run."""
+    return bits == "W2A2" if method in SLOW else bits in ("W2A2", "W4A32", "W32A4")
 
 
 @pytest.mark.parametrize(
     ("method", "bits"),
-    [(m, b) for m in METHODS for b in WIDTHS if m not in SLOW or b in ("W2A2", "W10A10")],
+    [
+        pytest.param(m, b, marks=() if _default(m, b) else pytest.mark.slow)
+        for m in METHODS
+        for b in WIDTHS
+        if m not in SLOW or b in ("W2A2", "W10A10")
+    ],
 )
 def test_every_width_is_finite(method, bits, loaded, pictures):
     logits = ql.quantize(loaded["swin"], pictures, method=method, bits=bits, **QUICK.get(method, {}))(pictures)
@@ -68,6 +87,7 @@ def test_same_seed_same_model(method, loaded, pictures):
     options = QUICK.get(method, {})
     a, b = (ql.quantize(loaded["vit"], pictures, method=method, bits="W4A4", seed=3, **options) for _ in range(2))
     assert torch.equal(a(pictures), b(pictures))
+    _holds_what_its_plan_says(loaded["vit"], a, pictures)
 
 
 def test_fp32_is_the_model_itself(loaded, pictures):
@@ -110,36 +130,36 @@ def test_weights_hold_no_more_levels_than_their_bits(loaded, pictures):
             assert len(row.unique()) <= 8
 
 
-# -- the walk ------------------------------------------------------------------------------------------------------
+# -- the pass ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("memory", [1 << 30, 0])
 def test_many_chunks_and_files_give_what_one_chunk_gives(memory, loaded, pictures, monkeypatch):
     """Calibration in pieces, with every waiting activation in a file, equals calibration in one piece."""
+    from quantlens.calibration import cache
     from quantlens.calibration import images as chunks
-    from quantlens.calibration import walk as module
 
     images = pictures.repeat(2, 1, 1, 1) * torch.linspace(0.5, 1.5, 16)[:, None, None, None]
     whole = ql.quantize(loaded["swin"], images, method="repq-vit", bits="W4A4")
     monkeypatch.setattr(chunks, "CHUNK", 5)
-    monkeypatch.setattr(
-        module.Walk.__init__, "__kwdefaults__", {**module.Walk.__init__.__kwdefaults__, "memory": memory}
-    )
+    monkeypatch.setattr(cache, "MEMORY", memory)
     pieces = ql.quantize(loaded["swin"], images, method="repq-vit", bits="W4A4")
     torch.testing.assert_close(pieces(images), whole(images), rtol=1e-3, atol=1e-3)
 
 
 def test_sequential_shows_quantized_activations(loaded, pictures):
-    """With 2-bit inputs forced on the first linear, a sequential walk sees another second block than a float walk."""
+    """With 2-bit inputs forced on the first linear, a sequential pass sees another second block than a float pass."""
     graph = float_model(loaded["vit"]).graph
     edges = [graph.sites.edges[k] for k in ("blocks.0.attn.qkv.input", "blocks.1.attn.qkv.input")]
     lows = {}
     for sequential in (False, True):
         seen = []
 
-        def decide(edge, look, seen=seen):
-            seen.append(look())
+        def on_edge(edge, view, seen=seen):
+            seen.append(view())
             return torch.zeros_like
 
-        Walk(graph, Calibration.of(pictures, loaded["vit"].preprocess), sequential=sequential).run(edges, decide)
+        CalibrationPass(graph, Calibration.of(pictures, loaded["vit"].preprocess), sequential=sequential).run(
+            edges, on_edge
+        )
         lows[sequential] = [o.low for o in seen]
     assert torch.equal(lows[True][0], lows[False][0])
     assert not torch.equal(lows[True][1], lows[False][1])
@@ -171,9 +191,9 @@ def test_rewriting_does_not_change_the_float_model(architecture, loaded, picture
     assert any("reparameterized" in line for line in qmodel.plan.rewrites)
 
 
-def test_reparameterization_beats_layerwise_quantization(small_models, pictures):
-    """The paper's Table 3 in small: channels of very different size make one scale bad, unless the rewrite evens them
-    out."""
+def test_reparameterization_evens_out_channels(small_models, pictures):
+    """Channels of very different size behind every LayerNorm: one scale is bad for them, unless the rewrite makes them
+    span the same range, which the layer behind undoes."""
     import copy
 
     network = copy.deepcopy(small_models["vit"])
@@ -185,12 +205,20 @@ def test_reparameterization_beats_layerwise_quantization(small_models, pictures)
             norm.bias.data *= factor
             linear.weight.data /= factor
     model = ql.load_model(network, input_size=(3, 32, 32))
-    sqnr = {
-        how: _sqnr(model, ql.quantize(model, pictures, method="repq-vit", bits="W8A4", layernorm=how), pictures)
-        for how in ("tensor", "reparameterized", "channel")
-    }
-    assert sqnr["reparameterized"] > sqnr["tensor"] + 2, sqnr
-    assert abs(sqnr["channel"] - sqnr["reparameterized"]) < 4, sqnr
+    for how in ("tensor", "reparameterized"):
+        graph = ql.quantize(model, pictures, method="repq-vit", bits="W8A4", layernorm=how).graph
+        seen = {}
+        graph.run(
+            [node for node in graph.fx.nodes if node.op == "call_function"],
+            {graph.input: pictures},
+            hook=lambda key, value, seen=seen: seen.setdefault(key, value),
+            keep=[graph.output],
+        )
+        for key in ("blocks.0.attn.qkv.input", "blocks.1.mlp.fc1.input"):
+            values = seen[key].flatten(0, -2)
+            spans = values.amax(0) - values.amin(0)
+            spread = float(spans.max() / spans.median())
+            assert spread < 2 if how == "reparameterized" else spread > 4, (how, key, spread)
 
 
 def test_log_sqrt2_softmax_is_finer_than_log2(loaded, pictures):
@@ -207,7 +235,8 @@ def test_log_sqrt2_softmax_is_finer_than_log2(loaded, pictures):
     )
 
 
-def test_a_dead_layernorm_channel_survives(small_models, pictures):
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in METHODS])
+def test_a_dead_layernorm_channel_survives(method, small_models, pictures):
     import copy
 
     network = copy.deepcopy(small_models["vit"])
@@ -215,9 +244,9 @@ def test_a_dead_layernorm_channel_survives(small_models, pictures):
     network.blocks[0].norm1.bias.data[9] = 0.0
     network.blocks[1].mlp.fc1.weight.data[:, 4] = 0.0
     model = ql.load_model(network, input_size=(3, 32, 32))
-    for method in METHODS:
-        q = ql.quantize(model, pictures, method=method, bits="W8A8", **QUICK.get(method, {}))
-        assert _sqnr(model, q, pictures) > FLOOR.get(method, 20) - 1, method  # aocq: 19.9 on some processors
+    q = ql.quantize(model, pictures, method=method, bits="W8A8", **QUICK.get(method, {}))
+    assert bool(torch.isfinite(q(pictures)).all())
+    assert all(bool(torch.isfinite(t).all()) for t in q.graph.tensors().values() if t.is_floating_point())
 
 
 # -- the registry and the options ------------------------------------------------------------------------------------
@@ -229,15 +258,6 @@ def test_names_and_aliases():
         assert info.url.startswith("https://") or (info.venue == "quantlens" and Path(ROOT, info.url).is_file())
     with pytest.raises(UnknownNameError, match="repq-vit"):
         registry.get("repq-vitt")
-
-
-def test_wrong_options_are_named(loaded, pictures):
-    with pytest.raises(QuantlensError, match=r"layernorm"):
-        ql.quantize(loaded["vit"], pictures, method="repq-vit", layernrom="tensor")
-    with pytest.raises(QuantlensError, match=r"reparameterized, tensor, channel"):
-        ql.quantize(loaded["vit"], pictures, method="repq-vit", layernorm="group")
-    with pytest.raises(QuantlensError, match=r"0\.5"):
-        ql.quantize(loaded["vit"], pictures, method="percentile", p=0.3)
 
 
 @pytest.mark.parametrize(
@@ -266,10 +286,11 @@ def test_calibration_takes_batches_and_labels(loaded, pictures):
 
 def test_a_method_in_one_file(loaded, pictures):
     """What the README promises: a class with its paper and one verb is a method."""
+    from quantlens.calibration import Observation
+    from quantlens.calibration.ranges import minmax, symmetric
     from quantlens.graph import Graph
     from quantlens.methods import MATMUL_OPERANDS, Method, MethodInfo
-    from quantlens.quantizers import Plan
-    from quantlens.ranges import Observation, minmax, symmetric
+    from quantlens.qmodel import Plan
 
     class WeightsOnly(Method):
         info = MethodInfo("test-weights-only", "t", "p", "v", 2026, "https://example.org", MATMUL_OPERANDS, "s")
@@ -286,10 +307,10 @@ def test_a_method_in_one_file(loaded, pictures):
     registry.register(WeightsOnly)
     try:
         qmodel = ql.quantize(loaded["vit"], pictures, method="test-weights-only", bits=Bits(8, 32))
-        assert _sqnr(loaded["vit"], qmodel, pictures) > 25
+        assert not torch.equal(qmodel(pictures), loaded["vit"](pictures))
         assert all(k.endswith(".weight") for k in qmodel.plan.quantizers)
     finally:
-        registry._METHODS.pop("test-weights-only")
+        plugins.forget()
 
 
 def test_features_and_classifier_make_the_logits(architecture, loaded, pictures):
@@ -302,18 +323,20 @@ def test_features_and_classifier_make_the_logits(architecture, loaded, pictures)
 
 
 def test_gradients_reach_the_images(loaded, pictures):
+    """Every image has some; how near they are to the float model's: benchmarks/quality."""
     qmodel = ql.quantize(loaded["vit"], pictures, method="repq-vit", bits="W6A6")
     x = pictures.clone().requires_grad_(True)
     qmodel(x).square().sum().backward()
-    y = pictures.clone().requires_grad_(True)
-    loaded["vit"](y).square().sum().backward()
-    cosine = nn.functional.cosine_similarity(x.grad.flatten(), y.grad.flatten(), dim=0)
-    assert float(cosine) > 0.6
+    assert bool(torch.isfinite(x.grad).all())
+    assert bool((x.grad.flatten(1).abs().amax(1) > 0).all())
 
 
 def test_the_symmetric_percentile_is_the_coarser_one(loaded, pictures):
-    """vt-ptq's paper compares with a percentile of its own format: one symmetric scale per tensor."""
-    asymmetric = ql.quantize(loaded["vit"], pictures, method="percentile", bits="W6A6")
+    """vt-ptq's paper compares with a percentile of its own format: one symmetric scale per tensor, whose range covers
+    the asymmetric one."""
+    asymmetric = ql.quantize(loaded["vit"], pictures, method="percentile", bits="W6A6").plan.quantizers
     symmetric = ql.quantize(loaded["vit"], pictures, method="percentile", bits="W6A6", format="symmetric")
     assert all(q.symmetric and q.axis is None for q in symmetric.plan.quantizers.values())
-    assert _sqnr(loaded["vit"], asymmetric, pictures) > _sqnr(loaded["vit"], symmetric, pictures) + 2
+    compared = [k for k, q in asymmetric.items() if q.axis is None and q.signed == symmetric.plan.quantizers[k].signed]
+    for key in compared:
+        assert float(symmetric.plan.quantizers[key].scale) >= float(asymmetric[key].scale) * (1 - 1e-5), key

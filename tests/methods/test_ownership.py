@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens.calibration import Calibration, Walk
+from quantlens.calibration import Calibration, CalibrationPass
 from quantlens.graph import graph_of
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, matmul_operand_edges
-from quantlens.quantizers import Plan
+from quantlens.qmodel import Plan
 
 
 def _tensors(graph):
@@ -51,7 +51,8 @@ class Vandal(Method):
             for tensor in (seen.low, seen.high, seen.lower, seen.upper, *look.tensors()):
                 tensor.mul_(2)
 
-        Walk(graph, calibration, sequential=False, seen=run.seen).run(matmul_operand_edges(graph), decide)
+        edges = matmul_operand_edges(graph)
+        CalibrationPass(graph, calibration, sequential=False, seen=run.seen).run(edges, decide)
         for chunk in calibration:
             chunk.zero_()
         original, shared = graph.clone(), graph.clone(share=True)

@@ -5,13 +5,15 @@ import torch
 
 import quantlens as ql
 from quantlens.calibration import Calibration
+from quantlens.calibration import images as calibration_images
+from quantlens.calibration.gradients import sample_products
+from quantlens.calibration.products import find_products
+from quantlens.calibration.ranges.guided import HEADS, Side, alternate, sample_rows, search, weighted_error
+from quantlens.calibration.sampling import ProductSampler
 from quantlens.errors import QuantlensError
 from quantlens.methods import _gradients as gradients
-from quantlens.methods._scale_search import find_products
 from quantlens.methods.ptq4vit import GELU_MINIMUM, fused_projections, gelu_steps
-from quantlens.quantizers import float_model
-from quantlens.ranges.guided import HEADS, Side, alternate, sample_rows, search, weighted_error
-from quantlens.reconstruction import sensitivity
+from quantlens.qmodel import float_model
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +21,15 @@ def model(loaded):
     return loaded["vit"]
 
 
-def _collect(model, pictures, loss, **settings):
+def _sampler(**sizes):
+    return ProductSampler(torch.Generator().manual_seed(0), **sizes)
+
+
+def _collect(model, pictures, loss, sampler=None, **settings):
     graph = float_model(model).graph.clone()
     calibration = Calibration.of(pictures, model.preprocess)
     with torch.no_grad():
-        return gradients.collect(graph, calibration, find_products(graph), loss, **settings)
+        return sample_products(graph, calibration, find_products(graph), sampler or _sampler(), loss, **settings)
 
 
 # -- the gradient ---------------------------------------------------------------------------------------------------
@@ -57,10 +63,9 @@ def test_every_product_has_a_gradient(architecture, loaded, pictures):
 
 
 @pytest.mark.parametrize("rows", [3, 512])
-def test_inputs_and_gradients_are_of_the_same_rows(rows, model, pictures, monkeypatch):
+def test_inputs_and_gradients_are_of_the_same_rows(rows, model, pictures):
     """With the loss ½·Σ logits², the gradient at the classifier's output is that output."""
-    monkeypatch.setattr(gradients, "ROWS", rows)
-    sample = _collect(model, pictures, lambda logits, *_: logits.square().sum() / 2)["head"]
+    sample = _collect(model, pictures, lambda logits, *_: logits.square().sum() / 2, _sampler(rows=rows))["head"]
     weight, inputs = sample.operands
     output = weight @ inputs.mT + model.module.head.bias[:, None]
     assert inputs.shape[0] == min(rows, len(pictures))
@@ -76,13 +81,12 @@ def test_the_floor_adds_squared_error(model, pictures):
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (20, 2), (4,), ()])
-def test_pairs_and_gradients_are_of_the_same_rows(shape, monkeypatch):
-    monkeypatch.setattr(gradients, "PAIR_ROWS", 24)
-    monkeypatch.setattr(gradients, "PER_PAIR", 6)
-    generator = torch.Generator().manual_seed(0)
+def test_pairs_and_gradients_are_of_the_same_rows(shape):
+    sampler = _sampler(pair_rows=24, per_pair=6)
+    generator = sampler.generator
     left = torch.randn(*shape, 9, 5, generator=generator, dtype=torch.float64)
     right = torch.randn(*shape, 5, 7, generator=generator, dtype=torch.float64)
-    a, b, kept = gradients.sample_pairs(left, right, left @ right, 1, generator)
+    a, b, kept = sampler.weighted_pairs(left, right, left @ right, 1)
     assert a.shape[2] == 6
     assert len(a) <= 4
     cosine = torch.nn.functional.cosine_similarity(a @ b.mT, kept, dim=-1)
@@ -92,7 +96,7 @@ def test_pairs_and_gradients_are_of_the_same_rows(shape, monkeypatch):
 def test_samples_do_not_depend_on_how_many_images_fit(model, pictures, monkeypatch):
     """Where every row is kept, batches change the order of the rows and nothing else."""
     whole = _collect(model, pictures, gradients.own_label)
-    monkeypatch.setattr(sensitivity, "MEMORY", 1)
+    monkeypatch.setattr(calibration_images, "BACKWARD_MEMORY", 1)
     single = _collect(model, pictures, gradients.own_label)
     for name, sample in whole.items():
         assert sample.largest.keys() == single[name].largest.keys()
@@ -192,7 +196,7 @@ def test_rounds_do_not_lose():
 
 
 def test_few_candidates_at_a_time_are_as_good_as_all(monkeypatch):
-    from quantlens.ranges import guided
+    from quantlens.calibration.ranges import guided
 
     a, b, gradient = _sides(None)
     together = search(a, b, gradient)
@@ -260,12 +264,6 @@ def test_options_change_what_they_name(model, pictures):
     assert float(free.steps[0]) == pytest.approx(GELU_MINIMUM / 8)
     weight = formats(weight_granularity="channel")[2]["blocks.0.mlp.fc2.weight"]
     assert (weight.granularity, weight.axis) == ("channel", 0)
-
-
-@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": 2.0}, {"candidates": 0}, {"rounds": 0}])
-def test_settings_without_sense_are_refused(options, model, pictures):
-    with pytest.raises(QuantlensError, match="alpha"):
-        ql.quantize(model, pictures, method="ptq4vit", bits="W4A4", **options)
 
 
 def test_saved_and_read_back(model, pictures, tmp_path):

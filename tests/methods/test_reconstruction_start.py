@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quantlens.calibration import Observation
+from quantlens.calibration.ranges import affine, clipping, mse
 from quantlens.methods._reconstruction import softmax_quantizer, softmax_range
-from quantlens.ranges import Observation, affine, clipping, mse
 
 
 class _Look:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens.ranges.similarity import (
+from quantlens.calibration.ranges.similarity import (
     Objective,
     Operand,
     Ranking,
@@ -168,34 +168,26 @@ def test_inversions_count_reversed_pairs():
     assert inversions(torch.tensor([[1.0, 2.0, 4.0, 3.0]]), expected) == pytest.approx(1 / 6)
 
 
-def test_the_ranking_loss_keeps_more_pairs_in_order():
-    """Scores with a few far-out values: correlation alone follows them, the order of the many wants a finer grid."""
+@pytest.mark.parametrize("similarity", [False, True])
+def test_ranking_search_is_brute_force(similarity):
+    """The scale with the least ranking loss, or sum of both losses, of all that there are."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(4, 30, 16, generator=generator, dtype=torch.float64) for _ in range(2))
-    left[:, :2] *= 6
-    top = 7
-    left, right = (Operand.of(x, x.abs().max() / top, -top - 1, top) for x in (left, right))
+    left[:, :2] *= 6  # a few far-out values
+    left, right = (Operand.of(x, x.abs().max() / 7, -8, 7) for x in (left, right))
     expected = left.values @ right.values.mT
     unit = float(expected.var(-1).mean().sqrt())
-    found = {}
-    for name, objective in {
-        "similarity": Objective(expected),
-        "both": Objective(expected, ranking=Ranking.of(expected, 0.1 * unit, weight=1.0 / unit)),
-        "ranking": Objective(expected, similarity=False, ranking=Ranking.of(expected, 0.1 * unit, weight=1.0 / unit)),
-    }.items():
-        a, b, _ = alternate_pair(objective, left, right, FACTORS, 20, first="left")
-        got = a.quantized() @ b.quantized().mT
-        found[name] = (
-            inversions(got, expected),
-            float(ranking_loss(got, expected, 0.1 * unit)) / unit,
-            1 - _pearson(expected, got),
-        )
-    start = inversions(left.quantized() @ right.quantized().mT, expected)
-    assert found["both"][0] < found["similarity"][0] < start
-    # each part alone is best by its own measure, both together by their sum
-    assert found["ranking"][1] < found["similarity"][1]
-    assert found["similarity"][2] < found["ranking"][2]
-    assert sum(found["both"][1:]) <= min(sum(found["ranking"][1:]), sum(found["similarity"][1:])) + 1e-12
+
+    def loss(values):
+        got = values @ right.quantized().mT
+        ranking = float(ranking_loss(got, expected, 0.1 * unit)) / unit
+        return ranking + (1 - _pearson(expected, got) if similarity else 0)
+
+    tried = [loss(left.quantized(left.start * factor)) for factor in (1.0, *FACTORS)]
+    objective = Objective(expected, similarity=similarity, ranking=Ranking.of(expected, 0.1 * unit, weight=1.0 / unit))
+    found = search_side(objective, left, right, "left", FACTORS)
+    assert loss(found.quantized()) == pytest.approx(min(tried), abs=1e-12)
+    assert min(tried) < tried[0]
 
 
 @pytest.mark.parametrize("corrected", [False, True])

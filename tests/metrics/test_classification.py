@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, log_loss, top_k_accuracy_score
 
 from quantlens.errors import QuantlensError
-from quantlens.metrics import calibration_error, classification_figures, reliability
+from quantlens.metrics import calibration_error, classification_metrics, reliability
 from quantlens.metrics.classification import equal_mass_bins, equal_width_bins
 
 
@@ -34,7 +34,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def test_agrees_with_scikit_learn(k: int) -> None:
     logits, labels = sample(400, k, seed=k)
     p, classes = softmax(logits), np.arange(k)
-    got = classification_figures(logits, labels)
+    got = classification_metrics(logits, labels)
     assert got["n"] == 400
     assert got["top1"] == pytest.approx(np.mean(logits.argmax(axis=1) == labels), abs=1e-15)
     assert got["nll"] == pytest.approx(log_loss(labels, p, labels=classes), rel=1e-12)
@@ -58,7 +58,7 @@ def test_calibration_error_agrees_with_torchmetrics(k: int, n_bins: int) -> None
     expected = multiclass_calibration_error(
         torch.tensor(softmax(logits)), torch.tensor(labels), num_classes=k, n_bins=n_bins, norm="l1"
     )
-    got = classification_figures(logits, labels, n_bins=n_bins)
+    got = classification_metrics(logits, labels, n_bins=n_bins)
     assert got["ece"] == pytest.approx(float(expected), abs=2e-6)  # torchmetrics works in float32
     assert got["ece"] > 0.01  # an implementation that returns 0 does not pass
 
@@ -78,7 +78,7 @@ def test_adaptive_bins_hold_equally_many_images() -> None:
     order = np.argsort(confidence)
     pieces = np.split(order, 15)  # 30 images each
     expected = sum(abs(correct[i].mean() - confidence[i].mean()) for i in pieces) / 15
-    got = classification_figures(logits, labels)
+    got = classification_metrics(logits, labels)
     assert got["ece_adaptive"] == pytest.approx(expected, abs=1e-12)
     assert got["ece_adaptive"] != pytest.approx(got["ece"], abs=1e-6)
     assert np.ptp(np.bincount(equal_mass_bins(confidence[:443], 15), minlength=15)) <= 1
@@ -124,25 +124,25 @@ def test_order_of_tied_confidences_does_not_matter(rows: list[tuple[int, bool]],
 
 
 def test_tied_logits_go_to_the_lower_class() -> None:
-    got = classification_figures(np.zeros((10, 10)), np.arange(10))
+    got = classification_metrics(np.zeros((10, 10)), np.arange(10))
     assert got["top1"] == 0.1  # a model that says nothing is right once in ten, not always
     assert got["top5"] == 0.5
     rng = np.random.default_rng(2)
     logits, labels = rng.integers(0, 3, size=(300, 9)).astype(np.float32), rng.integers(0, 9, size=300)
     ranking = np.argsort(-logits, axis=1, kind="stable")
-    got = classification_figures(logits, labels)
+    got = classification_metrics(logits, labels)
     assert got["top1"] == np.mean(ranking[:, 0] == labels)
     assert got["top5"] == np.mean((ranking[:, :5] == labels[:, None]).any(axis=1))
 
 
 def test_extreme_logits_stay_exact() -> None:
-    far = classification_figures(np.array([[0.0, 10_000.0]]), [0])
+    far = classification_metrics(np.array([[0.0, 10_000.0]]), [0])
     assert far["nll"] == 10_000.0
     assert far["brier"] == 2.0
-    sure = classification_figures(np.array([[40.0, 0.0]]), [0])
+    sure = classification_metrics(np.array([[40.0, 0.0]]), [0])
     assert sure["nll"] == pytest.approx(np.exp(-40.0), rel=1e-9, abs=0)
     assert sure["brier"] == pytest.approx(2 * np.exp(-80.0), rel=1e-9, abs=0)
-    shifted = classification_figures(np.array([[1e8, 1e8 - 1.0]]), [1])
+    shifted = classification_metrics(np.array([[1e8, 1e8 - 1.0]]), [1])
     assert shifted["nll"] == pytest.approx(np.log1p(np.exp(1.0)))
 
 
@@ -151,19 +151,19 @@ def test_per_class_table_lists_the_classes_that_occur() -> None:
     keep = labels != 4
     logits, labels = logits[keep], labels[keep]
     names = [f"name {c}" for c in range(6)]
-    rows = classification_figures(logits, labels, class_names=names)["per_class"]
+    rows = classification_metrics(logits, labels, class_names=names)["per_class"]
     assert [row["class"] for row in rows] == [0, 1, 2, 3, 5]
     for row in rows:
         mine = labels == row["class"]
         assert row["name"] == names[row["class"]]
         assert row["n"] == mine.sum()
         assert row["top1"] == pytest.approx((logits[mine].argmax(axis=1) == row["class"]).mean())
-    assert {row["name"] for row in classification_figures(logits, labels)["per_class"]} == {None}
+    assert {row["name"] for row in classification_metrics(logits, labels)["per_class"]} == {None}
 
 
 def test_reliability_data_add_up_to_the_calibration_error() -> None:
     logits, labels = sample(200, 4, seed=9)
-    got = classification_figures(logits, labels)
+    got = classification_metrics(logits, labels)
     table = got["reliability"]
     assert len(table["edges"]) == 16
     assert sum(table["count"]) == 200
@@ -178,7 +178,7 @@ def test_reliability_data_add_up_to_the_calibration_error() -> None:
 
 def test_figures_are_plain_json() -> None:
     logits, labels = sample(50, 4)
-    text = json.dumps(classification_figures(logits.astype(np.float32), labels), allow_nan=False)
+    text = json.dumps(classification_metrics(logits.astype(np.float32), labels), allow_nan=False)
     assert json.loads(text)["n"] == 50
 
 
@@ -187,8 +187,8 @@ def test_figures_are_plain_json() -> None:
 def test_order_of_images_and_shift_of_logits_do_not_matter(seed: int, shift: float, k: int) -> None:
     logits, labels = sample(40, k, seed=seed)
     order = np.random.default_rng(seed).permutation(40)
-    one = classification_figures(logits, labels)
-    other = classification_figures(logits[order] + shift, labels[order])
+    one = classification_metrics(logits, labels)
+    other = classification_metrics(logits[order] + shift, labels[order])
     for name in ("top1", "top5", "nll", "brier"):
         assert one[name] == pytest.approx(other[name], abs=1e-10)
     assert one["per_class"] == other["per_class"]
@@ -196,9 +196,9 @@ def test_order_of_images_and_shift_of_logits_do_not_matter(seed: int, shift: flo
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = sample(101, 7, seed=11)
-    whole = classification_figures(logits, labels)
+    whole = classification_metrics(logits, labels)
     monkeypatch.setattr("quantlens.metrics._arrays.BLOCK_ELEMENTS", 7 * 4)
-    assert classification_figures(logits, labels) == whole
+    assert classification_metrics(logits, labels) == whole
 
 
 def test_memory_stays_bounded() -> None:
@@ -206,7 +206,7 @@ def test_memory_stays_bounded() -> None:
     labels = np.arange(12_000) % 1000
     tracemalloc.start()
     try:
-        classification_figures(logits, labels)
+        classification_metrics(logits, labels)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -235,14 +235,14 @@ LOGITS = np.zeros((3, 4))
 )
 def test_bad_input_is_named(logits: np.ndarray, labels: list, message: str) -> None:
     with pytest.raises(QuantlensError, match=message):
-        classification_figures(logits, labels)
+        classification_metrics(logits, labels)
 
 
 def test_bad_options_are_named() -> None:
     with pytest.raises(QuantlensError, match="3 class names for 4 classes"):
-        classification_figures(LOGITS, [0, 1, 2], class_names=["a", "b", "c"])
+        classification_metrics(LOGITS, [0, 1, 2], class_names=["a", "b", "c"])
     with pytest.raises(QuantlensError, match="n_bins is 0"):
-        classification_figures(LOGITS, [0, 1, 2], n_bins=0)
+        classification_metrics(LOGITS, [0, 1, 2], n_bins=0)
     with pytest.raises(QuantlensError, match=r"reach from 0\.5 to 1\.5"):
         calibration_error([0.5, 1.5], [1, 0])
     with pytest.raises(QuantlensError, match="1 correctness flags for 2 confidences"):
@@ -250,4 +250,4 @@ def test_bad_options_are_named() -> None:
 
 
 def test_whole_numbers_in_float_labels_are_accepted() -> None:
-    assert classification_figures(LOGITS, np.array([0.0, 0.0, 1.0]))["top1"] == pytest.approx(2 / 3)
+    assert classification_metrics(LOGITS, np.array([0.0, 0.0, 1.0]))["top1"] == pytest.approx(2 / 3)

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from quantlens import metrics
 from quantlens.errors import QuantlensError
-from quantlens.metrics import delta, mean_over_sets, ood_figures, score_histograms
+from quantlens.metrics import change, mean_over_sets, ood_metrics, score_histograms
 
 FIGURES = ("aupr_out", "aupr_in", "auroc", "fpr95_id", "fpr95_ood")
 
@@ -37,7 +38,7 @@ def test_agrees_with_scikit_learn_and_torchmetrics(levels: int) -> None:
     from torchmetrics.functional.classification import binary_specificity_at_sensitivity
 
     ins, outs = tied_scores(levels)
-    got = ood_figures(ins, outs)
+    got = ood_metrics(ins, outs)
     scores, is_id = np.r_[ins, outs], np.r_[np.ones(len(ins)), np.zeros(len(outs))]
     assert got["aupr_in"] == pytest.approx(average_precision_score(is_id, scores), abs=1e-12)
     assert got["aupr_out"] == pytest.approx(average_precision_score(1 - is_id, -scores), abs=1e-12)
@@ -67,21 +68,21 @@ def test_agrees_with_pytorch_ood(levels: int) -> None:
     metrics = OODMetrics()
     metrics.update(torch.tensor(-np.r_[ins, outs]), torch.tensor([0] * len(ins) + [-1] * len(outs)))
     expected = metrics.compute()
-    got = ood_figures(ins, outs)
+    got = ood_metrics(ins, outs)
     assert got["fpr95_ood"] == pytest.approx(float(expected["FPR95TPR"]), abs=1e-6)
     assert got["auroc"] == pytest.approx(float(expected["AUROC"]), abs=1e-6)
 
 
 def test_the_two_orientations_of_fpr95_differ() -> None:
-    got = ood_figures(*tied_scores(10**9))
+    got = ood_metrics(*tied_scores(10**9))
     assert abs(got["fpr95_id"] - got["fpr95_ood"]) > 0.02
     # 10 % of ID below all OOD: to keep 95 % of ID every OOD image is accepted; catching OOD flags just those
-    got = ood_figures(np.r_[np.zeros(10), np.full(90, 2.0)], np.ones(50))
+    got = ood_metrics(np.r_[np.zeros(10), np.full(90, 2.0)], np.ones(50))
     assert (got["fpr95_id"], got["fpr95_ood"]) == (1.0, 0.1)
 
 
 def test_a_constant_score_is_at_chance() -> None:
-    got = ood_figures(np.full(30, 0.5), np.full(10, 0.5))
+    got = ood_metrics(np.full(30, 0.5), np.full(10, 0.5))
     assert got["aupr_out"] == got["chance_aupr_out"] == 0.25
     assert got["aupr_in"] == got["chance_aupr_in"] == 0.75
     assert got["auroc"] == 0.5
@@ -89,26 +90,26 @@ def test_a_constant_score_is_at_chance() -> None:
 
 
 def test_perfect_and_inverted_scores() -> None:
-    best = ood_figures([2.0, 3.0], [0.0, 1.0, 1.0])
+    best = ood_metrics([2.0, 3.0], [0.0, 1.0, 1.0])
     assert [best[f] for f in FIGURES] == [1, 1, 1, 0, 0]
-    worst = ood_figures([0.0, 1.0], [2.0, 3.0])
+    worst = ood_metrics([0.0, 1.0], [2.0, 3.0])
     assert [worst[f] for f in FIGURES[2:]] == [0, 1, 1]
     assert worst["aupr_in"] == pytest.approx((1 / 3 + 2 / 4) / 2)
 
 
 def test_ninety_five_percent_is_reached_not_passed() -> None:
     # 19 of 20 are 95 %, so the lowest ID image may be given up; 18 of 19 are not
-    assert ood_figures(np.arange(20.0), [0.5])["fpr95_id"] == 0.0
-    assert ood_figures(np.arange(19.0), [0.5])["fpr95_id"] == 1.0
-    assert ood_figures([18.5], np.arange(20.0))["fpr95_ood"] == 0.0
-    assert ood_figures([17.5], np.arange(19.0))["fpr95_ood"] == 1.0
+    assert ood_metrics(np.arange(20.0), [0.5])["fpr95_id"] == 0.0
+    assert ood_metrics(np.arange(19.0), [0.5])["fpr95_id"] == 1.0
+    assert ood_metrics([18.5], np.arange(20.0))["fpr95_ood"] == 0.0
+    assert ood_metrics([17.5], np.arange(19.0))["fpr95_ood"] == 1.0
     # the lowest ID image shares its score with the next: giving up one would give up both
-    assert ood_figures(np.r_[1.0, np.arange(1.0, 20.0)], [1.5])["fpr95_id"] == 1.0
+    assert ood_metrics(np.r_[1.0, np.arange(1.0, 20.0)], [1.5])["fpr95_id"] == 1.0
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
 def test_single_images_and_any_dtype(dtype: type) -> None:
-    got = ood_figures(np.array([1], dtype), np.array([0], dtype))
+    got = ood_metrics(np.array([1], dtype), np.array([0], dtype))
     assert [got[f] for f in FIGURES] == [1, 1, 1, 0, 0]
     assert json.loads(json.dumps(got)) == got
 
@@ -120,16 +121,16 @@ few = st.lists(st.integers(-5, 5), min_size=1, max_size=40)
 @given(ins=few, outs=few)
 def test_strictly_rising_transforms_change_nothing(ins: list[int], outs: list[int]) -> None:
     a, b = np.array(ins), np.array(outs)
-    base = ood_figures(a, b)
+    base = ood_metrics(a, b)
     for rise in (lambda x: 3.0 * x + 7, np.exp, np.arctan, lambda x: x.astype(float) ** 3):
-        assert ood_figures(rise(a), rise(b)) == base
+        assert ood_metrics(rise(a), rise(b)) == base
 
 
 @settings(max_examples=60, deadline=None)
 @given(ins=few, outs=few)
 def test_swapping_id_and_ood_mirrors_the_figures(ins: list[int], outs: list[int]) -> None:
     a, b = np.array(ins), np.array(outs)
-    one, mirrored = ood_figures(a, b), ood_figures(-b, -a)
+    one, mirrored = ood_metrics(a, b), ood_metrics(-b, -a)
     for here, there in (
         ("aupr_out", "aupr_in"),
         ("fpr95_id", "fpr95_ood"),
@@ -139,7 +140,7 @@ def test_swapping_id_and_ood_mirrors_the_figures(ins: list[int], outs: list[int]
     ):
         assert one[here] == pytest.approx(mirrored[there], abs=1e-12)
         assert one[there] == pytest.approx(mirrored[here], abs=1e-12)
-    assert one["auroc"] + ood_figures(b, a)["auroc"] == pytest.approx(1)
+    assert one["auroc"] + ood_metrics(b, a)["auroc"] == pytest.approx(1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -147,9 +148,9 @@ def test_swapping_id_and_ood_mirrors_the_figures(ins: list[int], outs: list[int]
 def test_order_does_not_matter_and_counting_agrees(ins: list[int], outs: list[int], seed: int) -> None:
     a, b = np.array(ins, float), np.array(outs, float)
     rng = np.random.default_rng(seed)
-    got = ood_figures(a, b)
-    assert ood_figures(rng.permutation(a), rng.permutation(b)) == got
-    assert ood_figures(np.tile(a, 3), np.tile(b, 3)) == pytest.approx(
+    got = ood_metrics(a, b)
+    assert ood_metrics(rng.permutation(a), rng.permutation(b)) == got
+    assert ood_metrics(np.tile(a, 3), np.tile(b, 3)) == pytest.approx(
         {**got, "n_id": 3 * len(a), "n_ood": 3 * len(b)}, abs=1e-12
     )
     pairs = (a[:, None] > b).mean() + (a[:, None] == b).mean() / 2
@@ -172,10 +173,10 @@ def test_order_does_not_matter_and_counting_agrees(ins: list[int], outs: list[in
 )
 def test_bad_scores_are_named(ins: Any, outs: Any, message: str) -> None:
     with pytest.raises(QuantlensError, match=message):
-        ood_figures(ins, outs)
+        ood_metrics(ins, outs)
 
 
-def test_delta_is_fp32_less_quantized() -> None:
+def test_change_is_quantized_less_fp32() -> None:
     fp32 = {
         "id": {"n": 10, "top1": 0.8, "nll": 1.0, "reliability": {"edges": [0, 1]}, "per_class": [{"n": 1}]},
         "ood": {"textures": {"group": "far", "msp": {"auroc": 0.9, "n_id": 10}, "vim": {"auroc": 0.7}}},
@@ -191,21 +192,28 @@ def test_delta_is_fp32_less_quantized() -> None:
         "odd": 1.0,
         "flag": False,
     }
-    got = delta(fp32, quantized)
+    got = change(quantized, fp32)
     assert set(got) == {"id", "ood"}
-    assert got["id"] == pytest.approx({"top1": 0.3, "nll": -1.0})
+    assert got["id"] == pytest.approx({"top1": -0.3, "nll": 1.0})
     assert set(got["ood"]) == {"textures"}
     assert set(got["ood"]["textures"]) == {"msp"}
-    assert got["ood"]["textures"]["msp"] == pytest.approx({"auroc": -0.05})
-    assert delta(fp32, fp32)["id"] == {"top1": 0.0, "nll": 0.0}
+    assert got["ood"]["textures"]["msp"] == pytest.approx({"auroc": 0.05})
+    assert change(fp32, fp32)["id"] == {"top1": 0.0, "nll": 0.0}
+    with pytest.warns(DeprecationWarning, match="delta is change, with the opposite sign"):
+        assert metrics.delta(fp32, quantized)["id"] == pytest.approx({"top1": 0.3, "nll": -1.0})
+    for name in ("ood", "classification"):
+        with pytest.warns(DeprecationWarning, match=f"{name}_figures is {name}_metrics now"):
+            assert getattr(metrics, f"{name}_figures") is getattr(metrics, f"{name}_metrics")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        metrics.nothing  # noqa: B018
 
 
-def test_delta_of_real_figures() -> None:
+def test_change_of_real_metrics() -> None:
     ins, outs = tied_scores(16)
-    before, after = ood_figures(ins, outs), ood_figures(ins - 0.2, outs)
-    got = delta(before, after)
+    before, after = ood_metrics(ins, outs), ood_metrics(ins - 0.2, outs)
+    got = change(after, before)
     assert set(got) == {*FIGURES, "chance_aupr_out", "chance_aupr_in"}
-    assert got["auroc"] == before["auroc"] - after["auroc"] > 0
+    assert got["auroc"] == after["auroc"] - before["auroc"] < 0
 
 
 def test_mean_over_sets_keeps_far_and_near_apart() -> None:

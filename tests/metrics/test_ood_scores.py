@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp, softmax
 
+from quantlens import plugins
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
-from quantlens.metrics import FitData, available_scores, make_scorer, ood_figures
+from quantlens.metrics import (
+    FitData,
+    ScoreInfo,
+    Scorer,
+    available_scores,
+    make_scorer,
+    ood_metrics,
+    register_score,
+    score_label,
+)
 from quantlens.metrics import ood_scores as scores
 
 NAMES = [
@@ -144,7 +154,7 @@ def test_agrees_with_pytorch_ood(name: str, step: float | None, double: None) ->
     np.testing.assert_allclose(ids, theirs[0], rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(oods, theirs[1], rtol=tolerance, atol=tolerance)
     assert np.std(ids) > 1e-3
-    ours_figures, their_figures = ood_figures(ids, oods), ood_figures(*theirs)
+    ours_figures, their_figures = ood_metrics(ids, oods), ood_metrics(*theirs)
     for figure, value in ours_figures.items():
         assert value == pytest.approx(their_figures[figure], abs=2e-3), figure
     assert ours_figures["auroc"] > 0.6  # larger is more in-distribution
@@ -204,7 +214,7 @@ def test_tells_ood_from_id_and_depends_on_each_image_alone(name: str) -> None:
     ids, oods = world.both(name)
     assert ids.shape == (150,)
     assert ids.dtype == np.float64
-    assert ood_figures(ids, oods)["auroc"] > 0.6
+    assert ood_metrics(ids, oods)["auroc"] > 0.6
     scorer = make_scorer(name, world.fit())
     order = np.random.default_rng(0).permutation(150)[:33]
     np.testing.assert_allclose(
@@ -355,7 +365,7 @@ def test_vim_with_fewer_images_than_features() -> None:
     scorer = scores.ViMScorer.fit(few)
     assert scorer.residual_basis.shape == (40, 32)
     assert 0 < scorer.alpha < 100
-    assert ood_figures(*world.both("vim", few))["auroc"] > 0.6
+    assert ood_metrics(*world.both("vim", few))["auroc"] > 0.6
 
 
 @pytest.mark.parametrize(("directions", "kept"), [(10, 5), (20, 10), (30, 20)])
@@ -536,7 +546,7 @@ def test_scores_still_detect_on_degenerate_fit_sets(name: str, kind: str) -> Non
     if kind == "repeated channels":
         world.id_features[:, 6:] = world.id_features[:, :6]
         world.ood_features[:, 6:] = world.ood_features[:, :6]
-    assert ood_figures(*world.both(name, fit))["auroc"] > 0.6
+    assert ood_metrics(*world.both(name, fit))["auroc"] > 0.6
 
 
 @pytest.mark.parametrize("n", [10, 40])
@@ -547,7 +557,7 @@ def test_one_image_per_class_still_detects(n: int) -> None:
     h, ids = rng.normal(size=(n, 20)) @ spread, rng.normal(size=(200, 20)) @ spread
     oods = rng.normal(size=(200, 20)) @ spread[::-1, ::-1]  # large where ID features hardly vary
     scorer = make_scorer("mahalanobis", FitData(np.zeros((n, n)), h, np.arange(n)))
-    assert ood_figures(scorer(None, ids), scorer(None, oods))["auroc"] > 0.7
+    assert ood_metrics(scorer(None, ids), scorer(None, oods))["auroc"] > 0.7
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -581,3 +591,49 @@ def test_bad_images_are_named() -> None:
         make_scorer("msp")(None, world.id_features)
     with pytest.raises(QuantlensError, match="logits of image 0 hold NaN"):
         make_scorer("energy")(np.full((2, 2), np.nan))
+
+
+# ----------------------------------------------------------------------------------------------------
+# scores of other people
+
+
+@pytest.fixture
+def own_scores() -> Iterator[None]:
+    """What the test registers is forgotten after it."""
+    yield
+    plugins.forget()
+
+
+def test_a_score_of_someone_else_is_measured_like_ours(own_scores: None) -> None:
+    @register_score(ScoreInfo("margin", "Margin", "a test", label="margin f"))
+    def margin(logits: np.ndarray) -> np.ndarray:
+        top = np.sort(logits, axis=1)
+        return top[:, -1] - top[:, -2]
+
+    @register_score(ScoreInfo("norm", "Norm", "a test", needs_fit=True, needs_features=True))
+    class Norm:
+        @classmethod
+        def fit(cls, data: FitData) -> Scorer:
+            mean = np.linalg.norm(data.features64(), axis=1).mean()
+            return lambda logits, features=None: np.linalg.norm(features, axis=1) / mean
+
+    assert list(available_scores())[-2:] == ["margin", "norm"]
+    assert score_label("margin") == "margin f"
+    assert (score_label("norm"), score_label("of another program")) == ("norm", "of another program")
+    world = World(n=40)
+    assert make_scorer("margin")(world.id_logits).tolist() == margin(world.id_logits).tolist()
+    found = make_scorer("norm", world.fit())(world.id_logits, world.features)
+    assert found.mean() == pytest.approx(1)
+    with pytest.raises(QuantlensError, match="'norm' is fitted on ID images"):
+        make_scorer("norm")
+
+
+def test_a_name_is_taken_once(own_scores: None) -> None:
+    def other(logits: np.ndarray) -> np.ndarray:
+        return logits[:, 0]
+
+    with pytest.raises(QuantlensError, match=r"name 'msp' is taken by msp \(quantlens"):
+        register_score(ScoreInfo("msp", "Mine", "a test"))(other)
+    register_score(ScoreInfo("other", "Mine", "a test"))(other)
+    register_score(ScoreInfo("other", "Mine, again", "a test"))(other)
+    assert available_scores()["other"].title == "Mine, again"

@@ -27,25 +27,19 @@ def test_all_mlps_are_found(small, architecture):
         assert mlp.gelu.node.args[0] is mlp.first.node
 
 
-def test_the_model_comes_back_nearly(digits):
-    """Divergence from the model with GELU, on images not seen: ReLU in its place, refitted, and trained too."""
-    model, images = digits["model"], digits["images"]
-    expected = model(images).log_softmax(-1)
-
-    def distance(graph) -> float:
-        return float((expected.exp() * (expected - graph(images).log_softmax(-1))).sum(-1).mean())
-
-    bare = graph_of(model).clone()
-    for gelu in bare.sites.of_kind("gelu"):
-        gelu.node.target, gelu.node.kwargs = torch.ops.aten.relu.default, {}
-    bare.invalidate()
-    solved, _ = _replaced(model, digits["calibration"], Fit(0))
-    trained, errors = _replaced(model, digits["calibration"], Fit(60))
-    assert distance(solved) < 0.7 * distance(bare)
-    assert distance(trained) < distance(solved)
-    assert all(after < 0.6 * before for before, after in errors.values()), errors
-    assert not trained.sites.of_kind("gelu")
-    assert any(str(n.target) == "aten.relu.default" for n in trained.fx.nodes)
+def test_every_gelu_becomes_a_relu_and_the_rest_stays(digits):
+    """Without steps the second layer alone is solved for; with some, both layers are trained, and each MLP is nearer to
+    what it put out than before."""
+    model, images = digits["model"], digits["calibration"][:8]
+    start = graph_of(model).tensors()
+    for steps, kinds in ((0, {"fc1", "fc2"}), (10, {"fc1", "fc2"})):
+        graph, errors = _replaced(model, images, Fit(steps))
+        assert all(after < before for before, after in errors.values()), errors
+        assert not graph.sites.of_kind("gelu")
+        assert any(str(n.target) == "aten.relu.default" for n in graph.fx.nodes)
+        changed = {name for name, value in graph.tensors().items() if not torch.equal(value, start[name])}
+        assert {name.split(".")[-2] for name in changed} <= kinds
+        assert len(errors) == len(model.module.blocks)
 
 
 def test_errors_are_those_of_the_layers(small, pictures):
@@ -69,21 +63,21 @@ def test_errors_are_those_of_the_layers(small, pictures):
 
 
 def test_weights_say_what_counts(small, pictures):
-    """With all weight on the first token, its error falls further than without."""
+    """The error that is reported, and fitted, is the weighted one: with all weight on the first token, its own."""
     model = small["vit"]
     first = torch.zeros(1, 17, 32)
     first[:, 0] = 17.0
-    found = {}
-    for name, weights in (("even", None), ("first", {"blocks.1.mlp.fc2": first})):
-        graph, _ = _replaced(model, pictures, Fit(200), weights)
-        mlp = model.module.blocks[1].mlp
-        seen = {}
-        handle = mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.update(x=args[0]))
-        model.module(pictures)
-        handle.remove()
-        t = {n: graph.tensor(f"blocks.1.mlp.{n}") for n in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
-        x = seen["x"][:, 0]
-        hidden = functional.linear(x, t["fc1.weight"], t["fc1.bias"]).relu()
-        new = functional.linear(hidden, t["fc2.weight"], t["fc2.bias"])
-        found[name] = float((new - mlp.fc2(functional.gelu(mlp.fc1(x)))).square().mean())
-    assert found["first"] < found["even"]
+    graph, errors = _replaced(model, pictures, Fit(20), {"blocks.1.mlp.fc2": first})
+    mlp, seen = model.module.blocks[1].mlp, {}
+    handle = mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.update(x=args[0]))
+    model.module(pictures)
+    handle.remove()
+    t = {n: graph.tensor(f"blocks.1.mlp.{n}") for n in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
+    x = seen["x"][:, 0]
+    hidden = functional.linear(x, t["fc1.weight"], t["fc1.bias"]).relu()
+    new = functional.linear(hidden, t["fc2.weight"], t["fc2.bias"])
+    expected = mlp.fc2(functional.gelu(mlp.fc1(x)))
+    old = mlp.fc2(mlp.fc1(x).relu())
+    share = [float((y - expected).square().mean() / expected.square().mean()) for y in (old, new)]
+    assert errors["blocks.1.mlp.fc2"] == pytest.approx(share, rel=1e-3)
+    assert share[1] < share[0]

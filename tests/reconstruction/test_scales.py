@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantlens.errors import UnsupportedError
-from quantlens.quantizers import BlockScaled, Log, PowerOfTwo, Uniform
+from quantlens.formats import BlockScaled, Log, PowerOfTwo, Uniform
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, moved_zero
 
 
@@ -79,7 +79,7 @@ def test_the_gradients_are_those_of_the_definition(quantizer):
     held = x.clone().requires_grad_(True)
     learned(held).backward(grad)
 
-    spread = quantizer._spread
+    spread = quantizer.spread
     if isinstance(quantizer, BlockScaled):
         blocks = quantizer.blocks(x)
         steps = quantizer.scales(quantizer.exponents(blocks)).expand(blocks.shape)
@@ -119,18 +119,18 @@ def test_the_gradients_are_those_of_the_definition(quantizer):
     assert not bool(inside.all()), "the example must have clipped values"
 
 
-def test_learning_lowers_the_error_of_a_bad_range(quantizer):
+def test_a_step_along_the_gradient_lowers_the_error_of_a_bad_range(quantizer):
+    """A range 0.4 times as wide as the values': its gradient says wider."""
     x = _values(4).repeat(8, 1, 1)
     learned = LearnedScale(quantizer)
     with torch.no_grad():
         learned.ratio.mul_(0.4)
-    before = float((learned(x) - x).square().mean())
-    optimiser = torch.optim.Adam(learned.parameters(), lr=0.01)
-    for _ in range(200):
-        optimiser.zero_grad()
-        (learned(x) - x).square().mean().backward()
-        optimiser.step()
-    assert float((learned.freeze()(x) - x).square().mean()) < 0.7 * before
+    before = (learned(x) - x).square().mean()
+    before.backward()
+    assert float(learned.ratio.grad.sum()) < 0
+    with torch.no_grad():
+        learned.ratio.sub_(0.05 * learned.ratio.grad.sign())
+        assert float((learned(x) - x).square().mean()) < float(before)
 
 
 def test_kept_elements_pass_in_float_and_do_not_pull_the_scale():

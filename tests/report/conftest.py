@@ -242,7 +242,7 @@ def make_cells(
                     "fit": {"source": "imagenet:data/imagenet[432:1000]", "n": 568} if sets else None,
                     "scores_unavailable": {"rmahalanobis_l2": "fewer images than feature dimensions"},
                     "fp32": None if base else {k: fp32[k] for k in compared},
-                    "delta": None if base else {k: difference(fp32[k], found[k]) for k in compared},
+                    "change": None if base else {k: difference(found[k], fp32[k]) for k in compared},
                     "seconds": {"calibration": 0.0 if base else 8.1, "evaluation": 3.3},
                 }
             )

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quantlens.attention import pictures
+from quantlens.attention import metrics, pictures
 from quantlens.report import attention as lens
+from quantlens.report import attention_drift as drift_part
+from quantlens.report import attention_gallery as gallery_part
 from quantlens.report.build import render
-from quantlens.report.charts import Looks
+from quantlens.report.charts import GroupStyles
 from quantlens.report.collect import collect
 
 MODELS = ("deit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k_ft_in1k")
@@ -28,7 +30,7 @@ def store(attention_store):
 
 def _section(store):
     board = collect(store.cells(), store.study())
-    return board, lens.attention(board, Looks(board))
+    return board, lens.attention(board, GroupStyles(board))
 
 
 def test_studies_without_attention_have_no_section(full_store):
@@ -41,15 +43,16 @@ def test_studies_without_attention_have_no_section(full_store):
 
 def test_a_gallery_for_every_image_and_a_picture_for_every_cell(store):
     board, section = _section(store)
-    assert [g.key for g in section.galleries] == ["id-id-0", "id-id-7", "ood-textures-0", "ood-textures-7"]
-    assert [g.alternative for g in section.galleries] == [False, True, True, True]
-    gallery = section.galleries[0]
+    assert [g.key for g in section.pictures.shown] == ["id-id-0", "id-id-7", "ood-textures-0", "ood-textures-7"]
+    assert [g.alternative for g in section.pictures.shown] == [False, True, True, True]
+    gallery = section.pictures.shown[0]
     assert gallery.columns == board.precisions
     assert [(method, model) for method, model, _ in gallery.maps] == [(g.method, g.model) for g in board.groups]
     fp32 = board.groups[0].fp32["attention_examples"][0]
     shot = gallery.maps[0][2][0]
     drawn = Image.open(io.BytesIO(base64.b64decode(shot.uri.removeprefix("data:image/webp;base64,")))).convert("RGB")
-    expected = pictures.overlay(pictures.from_webp(fp32["thumbnail"]), np.reshape(fp32["rollout"], (4, 4)))
+    values = pictures.relative(np.reshape(fp32["rollout"], (4, 4)))
+    expected = pictures.overlay(pictures.from_webp(fp32["thumbnail"]), values, scale=section.pictures.scale)
     assert np.abs(np.asarray(drawn, float) - np.asarray(expected, float)).mean() < 12
     assert (shot.label, shot.probability, shot.changed) == ("tench", "90 %", False)
     lowest = gallery.maps[0][2][-1]
@@ -72,7 +75,7 @@ def test_tables_and_curves_are_the_stores_means(store):
     assert float(row.values[at].text) == pytest.approx(expected, abs=0.06)
     assert row.values[0].text == "20.0"
     ood = np.mean([np.mean([s["row_kl"] for s in r["attention"]["ood"].values()]) for r in results])
-    assert lens.stat_of(board.groups[0], "W4A4", "ood", lens.KL).mean == pytest.approx(ood)
+    assert drift_part.stat_of(board.groups[0], "W4A4", "ood", metrics.KL).mean == pytest.approx(ood)
     headings = [row.heading for row in section.curves]
     assert len(headings) == 3, "both, weights alone, activations alone"
     assert all(len(row.panels) % 6 == 0 for row in section.curves)
@@ -83,14 +86,14 @@ def test_correlation_has_one_point_per_quantized_cell(store):
     cells = 2 * 2 * 5 * 2
     first = dict(zip(lens.LINK_COLUMNS, section.links[0], strict=True))
     assert first["Cells"] == f"{cells} (20 conditions)"
-    assert float(first["Spearman"].replace("−", "-")) > 0.5, "the made-up losses grow with the made-up drift"
+    assert float(first["Spearman"].replace("−", "-")) < -0.5, "the made-up metric falls as the made-up drift grows"
     low, high = (float(t.replace("−", "-")) for t in first["95 % interval"].split(" to "))
-    assert low < float(first["Spearman"]) <= high
-    points = lens.pairs(board, ("ood_mean", "far", "msp", "aupr_out"), "id", lens.CAUSES[0])
+    assert low <= float(first["Spearman"].replace("−", "-")) < high
+    points = drift_part.pairs(board, ("ood_mean", "far", "msp", "aupr_out"), "id", metrics.CAUSES[0])
     one = next(p for p in points if p.bits == "W4A4" and p.seed == "13")
     result = one.group.cells["W4A4"][1]
     assert one.x == pytest.approx(1 - result["attention"]["id"]["rollout_spearman"])
-    assert one.y == pytest.approx(100 * result["delta"]["ood_mean"]["far"]["msp"]["aupr_out"])
+    assert one.y == pytest.approx(100 * result["change"]["ood_mean"]["far"]["msp"]["aupr_out"])
     marks = re.findall(r'class="m"', section.scatter[0].svg)
     assert len(marks) == cells
 
@@ -111,10 +114,10 @@ def test_models_without_the_lens_say_why(store):
     board, section = _section(store)
     assert len(section.reasons) == 1
     assert "&lt;windows&gt;" in render(board)
-    assert {model for _, model, _ in section.galleries[0].maps} == {MODELS[0]}
+    assert {model for _, model, _ in section.pictures.shown[0].maps} == {MODELS[0]}
     for cell in store.cells():
         cell.result["attention"] = {"unavailable": "no"}
-    assert "What the model looks at" in render(_section(store)[0])
+    assert "Attention maps and drift" in render(_section(store)[0])
 
 
 @pytest.mark.parametrize(
@@ -133,17 +136,9 @@ def test_damaged_examples_do_no_harm(store, damage):
 
 def test_too_many_pictures_are_left_out_and_counted(store, monkeypatch):
     _, whole = _section(store)
-    size = sum(len(s.uri) for rows in (whole.galleries[0].maps, whole.galleries[0].norms) for *_, cells in rows
-               for s in cells)  # fmt: skip
-    monkeypatch.setattr(lens, "PICTURE_BYTES", int(2.5 * size))
+    first = whole.pictures.shown[0]
+    size = sum(len(s.uri) for rows in (first.maps, first.norms) for *_, cells in rows for s in cells)
+    monkeypatch.setattr(gallery_part, "PICTURE_BYTES", int(2.5 * size))
     board, section = _section(store)
-    assert (len(section.galleries), section.left_out) == (2, 2)
+    assert (len(section.pictures.shown), section.pictures.left_out) == (2, 2)
     assert "2 further images" in render(board)
-
-
-def test_drift_svg_escapes_and_draws(drift):
-    rng = np.random.default_rng(0)
-    drawing = lens.drift_svg("a <b>", {"W8A8": {"<ID>": drift(0.1, rng)}, "W4A4": {"<ID>": drift(0.5, rng)}})
-    assert "<b>" not in drawing
-    assert "&lt;ID&gt;" in drawing
-    assert drawing.count('class="chart lines"') == 6

@@ -239,10 +239,10 @@ def test_dark_mode_follows_the_system_and_the_button(browser, report):
 
 def test_layers_show_and_sort(browser, make, tmp_path):
     """The section "Which layer hurts" of a real store: no errors, also where the model's name is hostile."""
-    from quantlens.allocation import Inspection
-    from quantlens.allocation.alone import Effect
-    from quantlens.allocation.inspection import Part
-    from quantlens.allocation.statistics import EdgeStatistics
+    from quantlens.sensitivity import Inspection
+    from quantlens.sensitivity.alone import Effect
+    from quantlens.sensitivity.inspection import Part
+    from quantlens.sensitivity.statistics import EdgeStatistics
     from quantlens.studies.store import INSPECTION, Store
 
     def site(name: str, sqnr: float, kurtosis: float) -> Part:

@@ -15,7 +15,7 @@ import pytest
 from quantlens.errors import QuantlensError, StorageError
 from quantlens.report import write_report
 from quantlens.report.build import content_policy, render, safe_json
-from quantlens.report.charts import Looks, figure_1, sensitivity
+from quantlens.report.charts import GroupStyles, figure_1, sensitivity
 from quantlens.report.collect import collect
 from quantlens.report.distributions import histograms
 from quantlens.report.summary import sentences
@@ -69,7 +69,7 @@ def results(store, model, method, bits):
 
 def test_table_1_has_the_stores_means_and_deviations(full_store):
     table = table_1(board_of(full_store))[0]
-    assert table.heads[0] == ("Top-1 %", ["FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4"])
+    assert table.heads[0] == ("Top-1 % ↑", ["FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4"])
     row = next(r for r in table.rows if (r.model, r.method) == (VIT, "repq-vit"))
     assert row.seeds == "3"
     for column, (bits, key) in enumerate((b, k) for k in ("top1", "nll") for b in table.heads[0][1]):
@@ -95,35 +95,41 @@ def test_set_rows_equal_the_store(full_store):
     assert len(rows) == 10 * (3 + 3) * 6 * 6  # scores × (sets and means) × groups × precisions
     row = next(r for r in rows if r[:6] == [DEIT, "minmax", "W4A4", "flowers", "near", "KNN"])
     stored = [r["ood"]["flowers"]["knn"] for r in results(full_store, DEIT, "minmax", "W4A4")]
-    deltas = [r["delta"]["ood"]["flowers"]["knn"]["aupr_out"] for r in results(full_store, DEIT, "minmax", "W4A4")]
+    changes = [r["change"]["ood"]["flowers"]["knn"]["aupr_out"] for r in results(full_store, DEIT, "minmax", "W4A4")]
 
-    def shown(values):
+    def shown(values, sign=""):
         values = [100 * v for v in values]
-        return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}".replace("-", "−")
+        return f"{statistics.fmean(values):{sign}.1f} ± {statistics.stdev(values):.1f}".replace("-", "−")
 
     keys = ("aupr_out", "aupr_in", "auroc", "fpr95_id", "fpr95_ood")
     texts = [shown([s[k] for s in stored]) for k in keys]
-    assert row[6:] == ["3", texts[0], shown(deltas), *texts[1:], "20.0", "80.0", "400", "100"]
+    assert row[6:] == ["3", texts[0], shown(changes, "+"), *texts[1:], "20.0", "80.0", "400", "100"]
 
 
-def test_deltas_are_sorted_by_loss_and_follow_the_score(full_store):
+def test_changes_are_sorted_by_loss_and_follow_the_score(full_store):
     table = delta_table(board_of(full_store))
     firsts = [float(r[4].split(" ")[0].replace("−", "-")) for r in table.rows]
-    assert firsts == sorted(firsts, reverse=True)
+    assert firsts == sorted(firsts), "the largest loss of top-1 is the most negative change"
+    assert firsts[0] < 0
     row = table.rows[0]
-    stored = [r["delta"]["ood_mean"]["far"]["vim"]["aupr_out"] for r in results(full_store, row[0], row[1], row[2])]
-    assert table.by_score["vim"][0][0].startswith(percent(statistics.fmean(stored)))
+    stored = [r["change"]["ood_mean"]["far"]["vim"]["aupr_out"] for r in results(full_store, row[0], row[1], row[2])]
+    assert table.by_score["vim"][0][0].startswith(percent(statistics.fmean(stored), sign=True))
     assert table.rows[0][-2:] == table.by_score["msp"][0]
 
 
-def test_delta_falls_back_to_the_difference_of_stored_figures(make):
+@pytest.mark.parametrize("carried", [True, False])
+def test_a_change_is_computed_from_the_metrics_and_never_read(make, carried):
+    """The cell carries the FP32 metrics, or there is an FP32 cell; what is stored as a difference is passed over."""
     make_cells, _, fake_store = make
     cells = make_cells(models=(DEIT,), methods=("minmax",), bits=("FP32", "W4A4"), seeds=(0,))
     quantized = cells[1].result
-    expected = cells[0].result["id"]["top1"] - quantized["id"]["top1"]
-    del quantized["delta"], quantized["fp32"]
+    expected = quantized["id"]["top1"] - cells[0].result["id"]["top1"]
+    quantized["delta"] = quantized["change"] = {"id": {"top1": 0.123}}
+    if not carried:
+        del quantized["fp32"]
     row = delta_table(board_of(fake_store(cells))).rows[0]
-    assert row[4] == percent(expected)
+    assert row[4] == percent(expected, sign=True)
+    assert expected < 0
 
 
 def test_classes_worst_first(full_store):
@@ -140,8 +146,8 @@ def test_summary_states_the_largest_and_least_loss(full_store):
     losses = {}
     for model in (DEIT, VIT):
         for method in ("minmax", "percentile", "repq-vit"):
-            stored = [r["delta"]["id"]["top1"] for r in results(full_store, model, method, "W4A4")]
-            losses[model, method] = statistics.fmean(stored)
+            stored = [r["change"]["id"]["top1"] for r in results(full_store, model, method, "W4A4")]
+            losses[model, method] = -statistics.fmean(stored)
     worst = max(losses, key=losses.__getitem__)
     text = " ".join(sentences(board))
     assert f"the largest loss of top-1 is {percent(losses[worst])} points: {worst[0]} · {worst[1]} falls" in text
@@ -152,7 +158,7 @@ def test_summary_states_the_largest_and_least_loss(full_store):
 
 def test_chance_and_figures_stand_in_figure_1(full_store):
     board = board_of(full_store)
-    rows = figure_1(board, Looks(board))
+    rows = figure_1(board, GroupStyles(board))
     assert [r.heading for r in rows] == ["Far and near sets", "Every OOD set"]
     assert len(rows[0].panels) == 2 * 10
     shown = [p for p in rows[1].panels if not p.alternative]
@@ -168,7 +174,7 @@ def test_chance_and_figures_stand_in_figure_1(full_store):
 
 def test_sensitivity_says_what_is_missing(full_store):
     board = board_of(full_store)
-    together, weights, activations = sensitivity(board, Looks(board))
+    together, weights, activations = sensitivity(board, GroupStyles(board))
     assert together.note == "Measured at 4, 6 and 8 bits; 2, 3, 5 and 7 bits are not in the store."
     assert weights.note == "Measured at 4 and 8 bits; 2, 3, 5, 6 and 7 bits are not in the store."
     assert [p.caption for p in activations.panels if not p.alternative] == [
@@ -179,7 +185,7 @@ def test_sensitivity_says_what_is_missing(full_store):
 def test_sensitivity_of_one_width_is_words_only(make):
     make_cells, _, fake_store = make
     board = board_of(fake_store(make_cells(models=(DEIT,), methods=("minmax",), bits=("FP32", "W4A4"))))
-    rows = sensitivity(board, Looks(board))
+    rows = sensitivity(board, GroupStyles(board))
     assert rows[0].note.startswith("No curve: only W4A4 is in the store")
     assert not any(r.panels for r in rows)
 
@@ -240,10 +246,10 @@ def test_fp32_missing_altogether(make):
     make_cells, _, fake_store = make
     cells = make_cells(models=(DEIT,), methods=("minmax", "repq-vit"), bits=("W4A4",))
     for cell in cells:
-        cell.result["fp32"] = cell.result["delta"] = None
+        cell.result["fp32"] = cell.result["change"] = None
     words = words_of(fake_store(cells))
     assert "The FP32 figures are missing" in words
-    assert "No FP32 figures are in the store, so no delta can be drawn." in words
+    assert "No FP32 figures are in the store, so no change can be drawn." in words
 
 
 def test_fp32_only(make):

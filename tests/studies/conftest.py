@@ -1,17 +1,12 @@
-"""Puts `study_fakes` on the path of the tests of this folder, keeps torch to one thread, and lends a disk."""
+"""Lends a disk."""
 
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-torch.set_num_threads(1)
 
 
 class SmallDisk:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
+import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +26,7 @@ from quantlens.data.images import load_images
 from quantlens.errors import UnknownNameError
 from quantlens.studies.backend import Backend, MethodChoice
 from quantlens.studies.config import StudyConfig, parse_config
+from quantlens.studies.progress import Quiet
 
 PREPROCESS = Preprocess((3, 32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 1.0, "center")
 OPTIONS = {"minmax": {}, "percentile": {"percentile": 99.9}}
@@ -110,14 +114,25 @@ def fill(disk: Path) -> None:
 
 
 class FakeBackend(Backend):
-    """`log`: a line for each cell run. `pause`: seconds a quantized cell takes. `patience`: seconds that FP32 waits for
-    a quantized cell to begin. `broken`: cells ("minmax W4A4 0", "fp32") that raise; with `error` "full" and "interrupt"
-    what these say, with a path they do not raise, but fill the disk there."""
+    """`log`: a line for each cell run. `pause`: seconds a quantized cell takes, in a temporary folder with `scratch`.
+    `patience`: seconds that FP32 waits for a quantized cell to begin. `broken`: cells ("minmax W4A4 0", "fp32") that
+    raise; with `error` "full" and "interrupt" what these say; with "kill" they kill their process, with a path they
+    fill the disk there."""
 
     def __init__(
-        self, log: Path, pause: float = 0.0, broken: tuple[str, ...] = (), error: str = "", patience: float = 0.0
+        self,
+        log: Path,
+        pause: float = 0.0,
+        broken: tuple[str, ...] = (),
+        error: str = "",
+        patience: float = 0.0,
+        scratch: bool = False,
     ) -> None:
         self.log, self.pause, self.broken, self.error, self.patience = Path(log), pause, broken, error, patience
+        self.scratch = scratch
+
+    def free(self, more_to_come: bool = True) -> None:
+        """Nothing: these models hold no cycles, and a collection walks all that other tests left."""
 
     def note(self, text: str) -> None:
         with self.log.open("a") as file:
@@ -148,13 +163,16 @@ class FakeBackend(Backend):
     def begin(self, model: FakeModel, what: str) -> None:
         """Note a cell, take the time it takes, and raise for one that is broken."""
         self.note(f"start {model.name} {what}")
-        time.sleep(self.pause)
+        with tempfile.TemporaryDirectory(prefix="quantlens-") if self.scratch else nullcontext():
+            time.sleep(self.pause)
         if what not in self.broken:
             return
         if self.error == "full":
             raise OSError(errno.ENOSPC, "No space left on device")
         if self.error == "interrupt":
             raise KeyboardInterrupt
+        if self.error == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         if not self.error:
             raise ValueError(f"{what} is broken")
         fill(Path(self.error))
@@ -186,12 +204,30 @@ class FakeBackend(Backend):
         return [line[4:].rpartition(" pid ")[0] for line in lines if line.startswith("end ")]
 
 
+class Recorder(Quiet):
+    """A display that notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.said: list[str] = []
+        self.lefts: list[float | None] = []
+
+    def message(self, text: str) -> None:
+        self.said.append(text)
+
+    def finished(self, kind, what, seconds, error=None) -> None:
+        super().finished(kind, what, seconds, error)
+        self.seen.append(what)
+        self.lefts.append(self.left())
+
+
 def inspection(model: str, method: str, bits: str, images: dict[str, Any]) -> Any:
     """A made-up Inspection of two layers, of which the second hurts."""
-    from quantlens.allocation import Inspection  # late, as most processes of these tests do without
-    from quantlens.allocation.alone import Effect
-    from quantlens.allocation.inspection import Part
-    from quantlens.allocation.statistics import EdgeStatistics
+    from quantlens.sensitivity import Inspection  # late, as most processes of these tests do without
+    from quantlens.sensitivity.alone import Effect
+    from quantlens.sensitivity.inspection import Part
+    from quantlens.sensitivity.statistics import EdgeStatistics
 
     still = EdgeStatistics("a.input", "input", False, 8, -1.0, 1.0, 3.0, 40.0, 4, 1.5, (2,), token_norm=2.0)
     loud = EdgeStatistics("b.input", "input", False, 8, -9.0, 90.0, 37762.0, 12.0, 4, 112.0, (), (3,), (90.0,), 9.0)

@@ -11,10 +11,11 @@ import torch
 from study_fakes import FakeBackend, FakeModel, config, quantized
 
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
-from quantlens.studies import outputs as kept
-from quantlens.studies.bootstrap import ID_FIGURES, OOD_FIGURES, Wanted, point
-from quantlens.studies.compare import ALONE, FALLS, STANDS, compare
-from quantlens.studies.evaluate import evaluate
+from quantlens.evaluation import evaluate
+from quantlens.evaluation import outputs as kept
+from quantlens.evaluation.bootstrap import ID_METRICS, OOD_METRICS, Wanted, point
+from quantlens.evaluation.compare import NOT_SIGNIFICANT, SIGNIFICANT, UNCORRECTED
+from quantlens.studies.compare import compare
 from quantlens.studies.pairing import match, open_side
 from quantlens.studies.runner import run_study
 from quantlens.studies.store import Store
@@ -43,11 +44,11 @@ def test_every_cell_keeps_its_outputs_and_they_give_its_figures(store: Path) -> 
         assert one.logits.dtype == np.float16
         assert one.logits.shape == (100, 8)
         found = point(one, Wanted(("letters", "other"), ("msp", "energy")))
-        for figure in ID_FIGURES:
+        for figure in ID_METRICS:
             assert found[f"id.{figure}"] == pytest.approx(cell.result["id"][figure], abs=1e-14)
         for name in ("letters", "other"):
             for score in ("msp", "energy"):
-                for figure in OOD_FIGURES:
+                for figure in OOD_METRICS:
                     expected = cell.result["ood"][name][score][figure]
                     assert found[f"ood.{name}.{score}.{figure}"] == pytest.approx(expected, abs=1e-14)
         mean = cell.result["ood_mean"]["near"]["msp"]["auroc"]
@@ -135,7 +136,7 @@ def figures(comparison, group: int = 0):
     return {figure.path: figure for figure in comparison.groups[group].figures}
 
 
-def test_a_against_itself_never_stands(store: Path) -> None:
+def test_a_against_itself_is_never_significant(store: Path) -> None:
     found = compare(store, store, scores=["all"], resamples=300)
     assert len(found.groups) == 5, "FP32 and 2 methods x 2 precisions"
     assert [len(group.seeds) for group in found.groups] == [1, 2, 2, 2, 2]
@@ -143,11 +144,11 @@ def test_a_against_itself_never_stands(store: Path) -> None:
     for group in found.groups:
         for figure in group.figures:
             assert (figure.difference, figure.low, figure.high, figure.p) == (0, 0, 0, 1)
-            assert figure.verdict == FALLS
+            assert figure.verdict == NOT_SIGNIFICANT
         assert any(figure.path == "ood.other.energy.fpr95_id" for figure in group.figures)
 
 
-def test_a_large_difference_stands_and_points_are_the_stores(store: Path) -> None:
+def test_a_large_difference_is_significant_and_points_are_the_stores(store: Path) -> None:
     found = compare(f"{store}:bits=FP32", f"{store}:method=minmax,bits=W3A3", resamples=2000)
     (group,) = found.groups
     assert group.title == {"model": "fake", "method": "fp32 → minmax", "bits": "FP32 → W3A3"}
@@ -159,7 +160,7 @@ def test_a_large_difference_stands_and_points_are_the_stores(store: Path) -> Non
     assert nll.b == pytest.approx(mean)
     assert nll.difference == pytest.approx(nll.b - nll.a)
     assert nll.low < nll.difference < nll.high
-    assert {figure.verdict for figure in group.figures} <= {STANDS, ALONE, FALLS}
+    assert {figure.verdict for figure in group.figures} <= {SIGNIFICANT, UNCORRECTED, NOT_SIGNIFICANT}
     back = compare(f"{store}:method=minmax,bits=W3A3", f"{store}:bits=FP32", resamples=2000)
     assert figures(back)["id.nll"].low == pytest.approx(-nll.high)
     assert all(f.p_holm >= f.p for f in group.figures)
@@ -171,21 +172,31 @@ def test_a_known_difference_is_found(tmp_path: Path) -> None:
     sets = {"id": "embedded:digits-test[0:100]", "ood": {"letters": "embedded:letters[0:40]"}}
     noise = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     broken = FakeModel(weight=noise, method="minmax", bits="W8A8")
+    results = {}
     for name, model in (("a", FakeModel()), ("b", broken), ("c", quantized(FakeModel(), "W16A16"))):
-        result = evaluate(model, **sets, scores=["msp"], keep="scores", cache_dir=False, reference=False)
+        results[name] = result = evaluate(
+            model, **sets, scores=["msp"], keep="scores", cache_dir=False, reference=False
+        )
         kept.write(tmp_path / f"{name}.npz", result.outputs)
         result.save_json(tmp_path / f"{name}.json")
         assert "outputs" not in result.to_dict()
     found = compare(tmp_path / "a.npz", tmp_path / "b.npz", resamples=2000)
     top1 = figures(found)["id.top1"]
-    assert top1.verdict == STANDS
+    assert top1.verdict == SIGNIFICANT
     assert top1.high < 0
     near = compare(tmp_path / "a.npz", tmp_path / "c.npz", resamples=2000)
-    assert figures(near)["id.top1"].verdict == FALLS
+    assert figures(near)["id.top1"].verdict == NOT_SIGNIFICANT
     bare = compare(tmp_path / "a.json", tmp_path / "b.json")
     assert figures(bare)["id.top1"].difference == pytest.approx(top1.difference)
     assert figures(bare)["id.top1"].verdict is None
     assert "--keep" in bare.groups[0].without_interval
+    held = compare(results["a"], results["b"], resamples=2000)
+    assert figures(held).keys() == figures(found).keys()
+    for path, one in figures(held).items():
+        numbers = (one.difference, one.low, one.high, one.p_holm)
+        other = figures(found)[path]
+        assert numbers == pytest.approx((other.difference, other.low, other.high, other.p_holm)), path
+    assert (held.a, held.b) == ("fake FP32", "fake minmax W8A8, seed 0")
 
 
 def test_what_pairs_and_what_does_not(store: Path) -> None:

@@ -17,6 +17,8 @@ from quantlens.errors import QuantlensError, StorageError
 from quantlens.studies.runner import run_study
 from quantlens.studies.store import Store
 
+pytestmark = pytest.mark.process
+
 HERE = Path(__file__).parent
 CELLS = 9
 
@@ -33,7 +35,6 @@ def whole(out: Path, cells: int) -> None:
     assert sorted(p.name for p in (out / "outputs").iterdir()) == sorted(f"{c.key}.npz" for c in found)
     connection = sqlite3.connect(out / "store.sqlite")
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    assert connection.execute("SELECT count(*) FROM claims").fetchone() == (0,)
     connection.close()
 
 

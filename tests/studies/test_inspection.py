@@ -9,14 +9,14 @@ import pytest
 from study_fakes import FakeBackend, config
 
 import quantlens as ql
-from quantlens.allocation import Inspection
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.evaluation.flat import numbers
 from quantlens.report import write_report
+from quantlens.sensitivity import Inspection
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import StudyImages, cell_key, plan_study
 from quantlens.studies.config import load_config, parse_config
-from quantlens.studies.flat import numbers
 from quantlens.studies.runner import run_study
 from quantlens.studies.store import INSPECTION, Store
 
@@ -53,7 +53,7 @@ def test_the_plan_has_one_for_each_model(log: Path) -> None:
     cells = plan_study(config(models=["fake", "fake2"], inspect=True), FakeBackend(log))
     assert [str(c) for c in cells if c.inspects] == ["fake inspection W8A8", "fake2 inspection W8A8"]
     assert [str(c) for c in cells[:3]] == ["fake FP32", "fake inspection W8A8", "fake minmax W8A8 seed 0"]
-    assert len({c.slot for c in cells}) == len(cells)
+    assert len({str(c) for c in cells}) == len(cells)
     assert not any(c.inspects for c in plan_study(config(inspect=False), FakeBackend(log)))
 
 
@@ -137,28 +137,12 @@ def test_one_that_raises_is_recorded_and_the_rest_goes_on(log: Path, tmp_path: P
 
 
 def test_it_goes_without_fp32(log: Path, tmp_path: Path) -> None:
-    """While another process measures FP32, the model is inspected; cells that are compared with FP32 wait."""
-    import psutil
-
-    from quantlens.studies.executors.local import _run_cells
-    from quantlens.studies.progress import Quiet
-    from quantlens.studies.session import Session
-    from quantlens.studies.store import Owner
-
-    backend = FakeBackend(log)
-    session = Session(config(inspect=ASKED), tmp_path / "out", backend, Quiet())
-    session.begin()
-    (group,) = session.groups()
-    work = session.work(group.model)
-    session.know(group, work.checkpoint_sha256, work.preprocess)
-    parent = psutil.Process().parent()
-    session.store.claim(
-        group.keys[group.fp32.slot], Owner("other", session.owner.host, parent.pid, parent.create_time())
+    """A model whose FP32 cell fails is inspected all the same; cells that are compared with FP32 are not measured."""
+    summary = run_study(
+        config(inspect=ASKED), tmp_path / "out", progress=False, backend=FakeBackend(log, broken=("fp32",))
     )
-    _run_cells(session, group, work)
-    assert backend.ended() == ["fake inspection W4A4 0"]
-    assert len(group.left) == 9
-    session.close()
+    assert (summary.done, len(summary.failed)) == (1, 9)
+    assert FakeBackend(log).ended() == ["fake inspection W4A4 0"]
 
 
 def test_real_figures_and_the_report(digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +168,7 @@ def test_real_figures_and_the_report(digits, tmp_path: Path, monkeypatch: pytest
         raise AssertionError("the report inspects")
 
     monkeypatch.setattr(Backend, "inspect", refuse)
-    monkeypatch.setattr("quantlens.allocation.inspection.inspect", refuse)
+    monkeypatch.setattr("quantlens.sensitivity.inspection.inspect", refuse)
     page = write_report(tmp_path).read_text()
     section = page[page.index('<section id="layers">') :].partition("</section>")[0]
     worst = stored.ranked()[0]

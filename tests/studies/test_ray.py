@@ -18,18 +18,20 @@ import pytest
 from PIL import Image
 from study_fakes import FakeBackend, config
 
-from quantlens.errors import QuantlensError
+from quantlens.errors import QuantlensError, StorageError
 from quantlens.studies.config import ResourcesSpec
 from quantlens.studies.runner import run_study
 from quantlens.studies.store import Store
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'quantlens[cluster]'")
 
+pytestmark = pytest.mark.process
+
 HERE = Path(__file__).parent
 CELLS = 9
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """One cluster of two processors for all tests, whose workers find `study_fakes`; its address."""
     from quantlens.studies.executors.local import environment
@@ -45,6 +47,13 @@ def cluster() -> Iterator[str]:
         del os.environ["PYTHONPATH"]
     else:
         os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(autouse=True)
+def _cluster_where_needed(request: pytest.FixtureRequest) -> None:
+    """Starting one takes seconds."""
+    if request.node.get_closest_marker("process"):
+        request.getfixturevalue("cluster")
 
 
 @pytest.fixture
@@ -154,7 +163,6 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path, log: Path, cluster
     assert len(again.ended()) == CELLS - stored  # what was finished is not run again
     connection = sqlite3.connect(out / "store.sqlite")
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    assert connection.execute("SELECT count(*) FROM claims").fetchone() == (0,)
     connection.close()
 
 
@@ -165,7 +173,7 @@ def test_what_stops_a_worker_stops_the_study(tmp_path: Path, log: Path) -> None:
         run(tmp_path / "out", backend, config(models=["unloadable", "fake"]), workers=1)
     with Store(tmp_path / "out") as store:
         assert store.counts() == {"done": 1, "failed": CELLS}
-        assert store.failures()[0][1].strip().endswith("RuntimeError: no such weights")
+        assert store.failures()[0].error.strip().endswith("RuntimeError: no such weights")
 
 
 def test_the_store_on_a_disk_that_fills(small_disk, tmp_path: Path, log: Path) -> None:
@@ -184,7 +192,6 @@ def test_the_store_on_a_disk_that_fills(small_disk, tmp_path: Path, log: Path) -
     assert len(again.ended()) == CELLS + 1 - len(stored)  # what was finished is not run again
     connection = sqlite3.connect(out / "store.sqlite")
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    assert connection.execute("SELECT count(*) FROM claims").fetchone() == (0,)
     connection.close()
 
 
@@ -202,17 +209,10 @@ def test_a_worker_whose_disk_is_full(small_disk, tmp_path: Path, log: Path) -> N
     assert run(tmp_path / "out", FakeBackend(log), study, limit=2).done == 2
 
 
-def test_a_driver_and_another_process_share_a_store(tmp_path: Path, log: Path) -> None:
-    out = tmp_path / "out"
-    other = subprocess.Popen(
-        [sys.executable, str(HERE / "study_fakes.py"), str(out), str(log), "0.3"], stderr=subprocess.PIPE
-    )
-    summary = run(out, FakeBackend(log, pause=0.3), workers=1)
-    _, errors = other.communicate(timeout=120)
-    assert other.returncode == 0, errors.decode()
-    assert summary.done == CELLS
-    counts = Counter(FakeBackend(log).ended())
-    assert (len(counts), set(counts.values())) == (CELLS, {1})  # nothing twice
+def test_a_second_driver_is_refused(tmp_path: Path, log: Path) -> None:
+    with Store(tmp_path / "out") as store, store.driving(), pytest.raises(StorageError, match="another process runs"):
+        run(tmp_path / "out", FakeBackend(log))
+    assert not log.exists()
 
 
 @pytest.mark.parametrize(
@@ -256,25 +256,32 @@ def test_how_a_cluster_is_divided() -> None:
         share(nodes({"CPU": 8}, {"CPU": 8}), 1, ResourcesSpec(cpu=9), "auto", 19)
 
 
-def test_a_worker_keeps_to_the_seeds_it_has_calibrated_on(log: Path) -> None:
-    """Two workers in turn: each goes through the cells of its seed; one nobody has begun comes before a shared one."""
-    from types import SimpleNamespace
+def test_a_worker_keeps_to_the_seeds_it_has_calibrated_on(tmp_path: Path, log: Path) -> None:
+    """Two workers in turn: each goes through the cells of its seed; one nobody has begun comes before a shared one. A
+    worker that is alone takes them in order."""
+    from quantlens.studies.executors.driver import Driver
+    from quantlens.studies.progress import Quiet
+    from quantlens.studies.session import Session
 
-    from quantlens.studies.cells import plan_study
-    from quantlens.studies.executors.ray import _Actor, _Driver, _Model
-
-    cells = [c for c in plan_study(config(seeds=[0, 13, 37]), FakeBackend(log)) if c.needs_fp32]
-    driver = object.__new__(_Driver)
-    driver.session = SimpleNamespace(claim=lambda cell, group: "mine")  # type: ignore[assignment]
-    model = _Model(0, SimpleNamespace(left=list(cells), fp32=None), known=True)  # type: ignore[arg-type]
-    driver.models, driver.actors = [model], [_Actor(None, 0), _Actor(None, 0)]
-    ran: list[list[int]] = [[], []]
-    for turn in range(len(cells)):
-        cell = driver.take(model, driver.actors[turn % 2])
-        assert cell is not None
-        ran[turn % 2].append(cell.seed)
-    per_seed = len(cells) // 3
+    session = Session(config(seeds=[0, 13, 37]), tmp_path / "out", FakeBackend(log), Quiet())
+    (group,) = session.groups
+    group.left = [task for task in group.left if task.cell.needs_fp32]
+    driver = Driver(session, [None, None])
+    for place in driver.places:
+        place.group = group
+    cells, ran = len(group.left), ([], [])
+    for turn in range(cells):
+        place = driver.places[turn % 2]
+        task = driver.choose(group, place)
+        ran[turn % 2].append(task.cell.seed)
+        place.seeds.add(task.cell.seed)
+        group.left.remove(task)
+    per_seed = cells // 3
     assert ran[0][:per_seed] == [0] * per_seed
     assert ran[1][:per_seed] == [13] * per_seed
     assert set(ran[0][per_seed:] + ran[1][per_seed:]) == {37}
-    assert driver.take(model, driver.actors[0]) is None
+    assert driver.choose(group, driver.places[0]) is None
+
+    group.left = group.tasks[1:4]
+    driver.places.pop()
+    assert driver.choose(group, driver.places[0]) is group.left[0]

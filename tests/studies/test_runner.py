@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
-import threading
-import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
-from study_fakes import FakeBackend, config, surroundings
+from study_fakes import FakeBackend, Recorder, config
 
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
-from quantlens.studies.aggregate import FAR, NEAR, TOP1, Spread, aggregate, table
 from quantlens.studies.cells import StudyImages, cell_key, plan_study
-from quantlens.studies.progress import Quiet, duration
+from quantlens.studies.progress import duration
 from quantlens.studies.runner import StudyInterrupted, run_study
 from quantlens.studies.store import Store
 
@@ -139,8 +130,8 @@ def test_a_whole_study(out: Path, log: Path) -> None:
     quantized = [*["W8A8"] * 2, *["W3A3"] * 2]
     assert [c.spec["bits"] for c in cells] == ["FP32", *quantized, *quantized]
     fp32, low = cells[0].result, cells[3].result
-    assert fp32["delta"] is None
-    assert low["delta"]["id"]["top1"] == pytest.approx(fp32["id"]["top1"] - low["id"]["top1"])
+    assert fp32["change"] is None
+    assert low["change"]["id"]["top1"] == pytest.approx(low["id"]["top1"] - fp32["id"]["top1"])
     assert low["calibration"]["source"] == "embedded:digits-calibration?n=16&seed=0"
     assert low["calibration"]["n"] == 16
     drawn = {c.spec["calibration"]["fingerprint"] for c in cells[1:]}
@@ -185,7 +176,7 @@ def test_more_of_the_study_runs_only_what_is_new(out: Path, log: Path) -> None:
         assert len(store.cells(everything=True)) == 13
 
 
-def test_new_labels_and_paths_reach_old_cells(out: Path, log: Path) -> None:
+def test_new_labels_and_paths_are_read_beside_old_cells(out: Path, log: Path) -> None:
     run(out, log)
     named = [{"name": "minmax", "label": "MinMax"}, "percentile"]
     renamed = config(models=[{"name": "fake", "label": "The fake"}], methods=named, id="embedded:digits-test[:100]")
@@ -196,6 +187,9 @@ def test_new_labels_and_paths_reach_old_cells(out: Path, log: Path) -> None:
     assert cells[1].spec["method"] == cells[1].result["method"] == "MinMax"
     assert cells[1].result["id"]["source"] == "embedded:digits-test[:100]"
     assert cells[1].result["method_name"] == "minmax"
+    assert cells[1].spec["checkpoint_sha256"]
+    with Store(out) as store:  # as it was measured: no stored cell is written again
+        assert store.cell(cells[1].key).spec["model"] == store.cell(cells[1].key).result["model"] == "fake"
     assert run(out, log, config(seeds=[0, 13, 37])).ran == 4  # FP32 of the store serves as reference
 
 
@@ -253,7 +247,7 @@ def test_fp32_that_fails_fails_its_cells(out: Path, log: Path, monkeypatch: pyte
 
 def test_a_full_disk_stops_the_study(out: Path, log: Path) -> None:
     backend = FakeBackend(log, broken=("minmax W3A3 0",), error="full")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(QuantlensError, match=r"the disk is full .*No space left"):
         run(out, log, backend=backend)
     summary = run(out, log)
     assert (summary.done, summary.ran, summary.failed) == (CELLS, CELLS - 3, [])
@@ -271,7 +265,6 @@ def test_ctrl_c_leaves_the_store_whole(out: Path, log: Path) -> None:
     with pytest.raises(StudyInterrupted, match=r"stopped; 5 of 9 cells are finished .* again to carry on"):
         run(out, log, backend=backend)
     connection = sqlite3.connect(out / "store.sqlite")
-    assert connection.execute("SELECT count(*) FROM claims").fetchone() == (0,)
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()
     assert run(out, log).ran == CELLS - 5
@@ -296,215 +289,7 @@ def test_refusals_come_before_any_work(out: Path, log: Path, changes: dict, said
     assert not log.exists()
 
 
-# ---- processes -------------------------------------------------------------------------------------------------------
-
-
-def start(out: Path, log: Path, pause: float, settings: object = None, changes: object = None) -> subprocess.Popen:
-    here, more = Path(__file__).parent, [json.dumps(x or {}) for x in (settings, changes)]
-    return subprocess.Popen(
-        [sys.executable, str(here / "study_fakes.py"), str(out), str(log), str(pause), *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env=surroundings(),
-    )
-
-
-def wait_for(log: Path, lines: int, process: subprocess.Popen, word: str = "end ") -> None:
-    deadline = time.monotonic() + 60
-    while not log.exists() or log.read_text().count(word) < lines:
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def test_kill_at_any_time_loses_nothing_and_repeats_nothing(out: Path, log: Path) -> None:
-    """SIGKILL in the middle of a cell: that cell alone runs again, every finished one is there."""
-    process = start(out, log, 0.4)
-    wait_for(log, 4, process, "start ")  # FP32 and three cells are finished, the fourth is calibrating
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    backend = FakeBackend(log)
-    finished = backend.ended()
-    with Store(out) as store:
-        stored = len(store.cells())
-    assert stored in (len(finished), len(finished) - 1)
-    assert 3 <= stored < CELLS
-
-    summary = run(out, log)
-    assert (summary.done, summary.ran) == (CELLS, CELLS - stored)
-    counts = Counter(backend.ended())
-    assert len(counts) == CELLS
-    assert sum(counts.values()) - CELLS == len(finished) - stored  # at most the cell that was measured but not yet kept
-    connection = sqlite3.connect(out / "store.sqlite")
-    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    connection.close()
-
-
-def test_two_processes_share_a_store(out: Path, log: Path) -> None:
-    first, second = start(out, log, 0.25), start(out, log, 0.25)
-    for process in (first, second):
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-    counts = Counter(FakeBackend(log).ended())
-    assert len(counts) == CELLS
-    assert set(counts.values()) == {1}  # nothing twice
-    pids = {line.rpartition(" ")[2] for line in log.read_text().splitlines() if line.startswith("end ")}
-    assert len(pids) == 2  # and both had a share
-    with Store(out) as store:
-        assert store.counts() == {"done": CELLS, "failed": 0}
-
-
-def test_workers_count_only_their_own_cells(out: Path, log: Path) -> None:
-    other = start(out, log, 0.5)
-    wait_for(log, 1, other, "start ")  # FP32 is finished, and a cell is running
-    shown = Recorder()
-    summary = run_study(config(), out, workers=2, progress=shown, backend=FakeBackend(log))
-    said, errors = other.communicate(timeout=120)
-    assert other.returncode == 0, errors.decode()
-    theirs = int(said.decode().partition("(")[2].partition(" in this run")[0])
-    assert theirs >= 2
-    assert summary.ran == len(shown.seen) == CELLS - theirs
-    assert (summary.done, shown.behind) == (CELLS, CELLS)
-
-
-def test_two_studies_share_a_store(out: Path, log: Path) -> None:
-    """Two that differ, in two processes: what they have in common runs once, and each counts its own cells."""
-    both = {"methods": ["minmax"], "inspect": True}  # FP32, the inspection, and minmax at two widths and two seeds
-    first = start(out, log, 0.2, None, {**both, "seeds": [0, 13], "name": "first"})
-    second = start(out, log, 0.2, None, {**both, "seeds": [13, 37], "name": "second"})
-    for process in (first, second):
-        said, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-        assert said.decode().startswith("6 of 6 cells done")
-    counts = Counter(FakeBackend(log).ended())
-    assert len(counts) == 2 + 3 * 2
-    assert set(counts.values()) == {1}
-    with Store(out) as store:
-        assert len(store.cells(everything=True)) == 7
-        assert len(store.inspections(everything=True)) == 1
-        assert store.study()["name"] in ("first", "second")
-        assert len(store.cells()) == 5  # the report shows the study that began last
-
-
-def test_workers_end_with_a_driver_that_is_killed(out: Path, log: Path) -> None:
-    """SIGKILL of the process that started two workers, and of nothing else; the same command again goes on."""
-    driver = start(out, log, 0.4, {"workers": 2})
-    wait_for(log, 3, driver, "start ")
-    driver.kill()
-    driver.wait()
-    pids = {int(line.rpartition(" ")[2]) for line in log.read_text().splitlines()}
-    workers = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid) and pid != driver.pid]
-    psutil.wait_procs(workers, timeout=30)
-    assert not any(worker.is_running() for worker in workers)
-    finished = len(FakeBackend(log).ended())
-    assert 1 <= finished < CELLS
-    summary = run(out, log)
-    assert (summary.done, summary.failed) == (CELLS, [])
-    counts = Counter(FakeBackend(log).ended())
-    assert (len(counts), set(counts.values())) == (CELLS, {1})  # a worker ends after its cell, which it keeps
-
-
-def test_a_dead_process_is_waited_for_and_replaced(out: Path, log: Path) -> None:
-    """A study that meets a cell of a process which then dies takes the cell over."""
-    first = start(out, log, 3.0)
-    wait_for(log, 1, first, "start ")
-    second = start(out, log, 0.0)
-    wait_for(log, CELLS - 1, second)  # all but the cell that the first one holds
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    _, errors = second.communicate(timeout=60)
-    assert second.returncode == 0, errors.decode()
-    assert b"waiting for 1 cells" in errors
-    counts = Counter(FakeBackend(log).ended())
-    assert len(counts) == CELLS
-    assert set(counts.values()) == {1}
-
-
-def test_workers(out: Path, log: Path) -> None:
-    study, cells = config(inspect=True), CELLS + 1
-    run(out, log, study, limit=1)
-    shown = Recorder()
-    broken = FakeBackend(log, broken=("percentile W3A3 13",))
-    summary = run_study(study, out, workers=2, progress=shown, backend=broken)
-    assert (summary.done, summary.ran) == (cells - 1, cells - 1)
-    assert set(Counter(broken.ended()).values()) == {1}
-    assert (len(shown.seen), shown.behind) == (cells - 1, cells)
-    assert "fake inspection W8A8" in shown.seen
-    assert summary.failed == [("fake percentile W3A3 seed 13", "ValueError: percentile W3A3 13 is broken")]
-    summary = run(out, log, study, workers=2, retry_failed=True, limit=3)
-    assert (summary.done, summary.ran, summary.failed) == (cells, 1, [])
-
-
-def test_a_killed_worker_is_replaced_by_the_others(out: Path, log: Path) -> None:
-    """SIGKILL of one of two workers in the middle of a cell: the other takes the cell over, and says so."""
-    killed: list[int] = []
-
-    def kill() -> None:
-        deadline = time.monotonic() + 60
-        while not killed and time.monotonic() < deadline:
-            lines = log.read_text().splitlines() if log.exists() else []
-            for line in [line for line in lines if line.startswith("start")][:1]:
-                killed.append(int(line.rpartition(" ")[2]))
-                os.kill(killed[0], signal.SIGKILL)
-            time.sleep(0.02)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    shown = Recorder()
-    summary = run_study(config(), out, workers=2, progress=shown, backend=FakeBackend(log, pause=0.3))
-    thread.join()
-    assert killed
-    assert (summary.done, summary.ran, summary.failed) == (CELLS, CELLS, [])
-    assert set(Counter(FakeBackend(log).ended()).values()) == {1}
-    assert shown.said[-1].startswith("1 of 2 workers ended with exit code -9")
-
-
-def test_what_stops_a_worker_reaches_the_caller(out: Path, log: Path) -> None:
-    with pytest.raises(QuantlensError, match="the disk is full"):
-        run(out, log, backend=FakeBackend(log, broken=("minmax W8A8 0", "minmax W8A8 13"), error="full"), workers=2)
-
-
 # ---- figures and display ---------------------------------------------------------------------------------------------
-
-
-def test_aggregate(out: Path, log: Path) -> None:
-    import statistics
-
-    run(out, log)
-    with Store(out) as store:
-        cells = store.cells()
-    rows = aggregate(cells, [TOP1, FAR, NEAR])
-    assert [(r.method, r.bits, r.seeds) for r in rows][:3] == [
-        ("fp32", "FP32", [0]),
-        ("minmax", "W8A8", [0, 13]),
-        ("minmax", "W3A3", [0, 13]),
-    ]
-    values = [c.result["ood_mean"]["far"]["msp"]["aupr_out"] for c in cells[3:5]]
-    spread = rows[2].figures[FAR.path]
-    assert spread.mean == pytest.approx(statistics.mean(values))
-    assert spread.std == pytest.approx(statistics.stdev(values))
-    assert rows[0].figures[FAR.path].std is None
-    assert table(rows, [TOP1, FAR, NEAR]).row_count == len(rows)
-    assert Spread.of([]) is None
-    assert Spread(0.5, 0.012, 3).text(True) == "50.00 ± 1.20"
-    assert Spread(1.5, None, 1).text(False) == "1.500"
-
-
-class Recorder(Quiet):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-        self.said: list[str] = []
-        self.lefts: list[float | None] = []
-
-    def message(self, text: str) -> None:
-        self.said.append(text)
-
-    def finished(self, kind, what, seconds, error=None) -> None:
-        super().finished(kind, what, seconds, error)
-        self.seen.append(what)
-        self.lefts.append(self.left())
 
 
 def test_progress(out: Path, log: Path) -> None:

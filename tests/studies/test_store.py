@@ -1,4 +1,4 @@
-"""The store: whole after every write, shared by processes, and clear about what is wrong."""
+"""The store: whole after every write, driven by one process, and clear about what is wrong."""
 
 from __future__ import annotations
 
@@ -12,14 +12,9 @@ from pathlib import Path
 import pytest
 
 from quantlens.errors import StorageError
-from quantlens.studies import store as module
-from quantlens.studies.store import Owner, Store, now
+from quantlens.studies.store import Store, now
 
 SPEC = {"model": "m", "method": "minmax", "bits": "W4A4", "seed": 0}
-
-
-def other(pid: int, started: float, heartbeat_host: str | None = None) -> Owner:
-    return Owner(f"other/{pid}", heartbeat_host or module.machine(), pid, started)
 
 
 def test_cells_come_back(tmp_path: Path) -> None:
@@ -57,19 +52,26 @@ def test_large_results_are_compressed(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store.sqlite"]  # the last one out folds the log in
 
 
+def planned(**specs: dict) -> list[tuple[str, dict]]:
+    return [
+        (identity, {**SPEC, "checkpoint_sha256": None, "preprocess": None, **spec}) for identity, spec in specs.items()
+    ]
+
+
 def test_the_current_study_filters(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.exists() is False
-    store.begin("first", {"seeds": [0]}, {"torch": "2"}, ["i1", "i2"])
-    store.begin("first", {"seeds": [0]}, {"torch": "2"}, ["i1", "i2"])
+    store.begin("first", {"seeds": [0]}, {"torch": "2"}, planned(i1={}, i2={}))
+    store.begin("first", {"seeds": [0]}, {"torch": "2"}, planned(i1={}, i2={}))
     assert store.study()["id"] == 1
     store.bind({"i1": "a", "i2": "b"})
-    store.put("b", SPEC, "done", {"n": 2})
+    store.put("b", SPEC, "failed", None, "later")
     store.put("a", SPEC, "failed", None, "no")
     assert [c.key for c in store.cells()] == ["a", "b"]  # in the order of the plan
-    assert store.counts() == {"done": 1, "failed": 1}
-    assert store.failures() == [(SPEC, "no")]
-    store.begin("second", {"seeds": [1]}, {"torch": "2"}, ["i2", "i3"])
+    assert store.counts() == {"done": 0, "failed": 2}
+    assert [cell.error for cell in store.failures()] == ["no", "later"]
+    assert store.statuses(["a", "c"]) == {"a": "failed"}
+    store.begin("second", {"seeds": [1]}, {"torch": "2"}, planned(i2={}, i3={}))
     assert [c.key for c in store.cells()] == ["b"]
     assert [c.key for c in store.cells(everything=True)] == ["b", "a"]
     study = store.study()
@@ -77,45 +79,39 @@ def test_the_current_study_filters(tmp_path: Path) -> None:
     store.close()
 
 
-def test_claims(tmp_path: Path) -> None:
-    import psutil
-
-    store = Store(tmp_path)
-    mine = Owner.me()
-    parent = psutil.Process(os.getppid())
-    theirs = other(parent.pid, parent.create_time())
-    assert store.claim("a", theirs) == "mine"
-    assert store.claim("a", mine) == "taken"
-    assert store.taken("a", mine)
-    assert not store.taken("a", theirs)
-    store.release(theirs)
-    assert store.claim("a", mine) == "mine"
-    store.put("a", SPEC, "done", {})
-    assert store.claim("a", theirs) == "done"
-    assert not store.taken("a", theirs)
-
-    store.put("f", SPEC, "failed", None, "no")
-    assert store.claim("f", mine) == "failed"
-    assert store.finished(["a", "f"], None) == {"a", "f"}
-    assert store.finished(["a", "f"], now()) == {"a"}
-    assert store.claim("f", mine, retry_before="2000-01-01") == "failed"
-    assert store.claim("f", mine, retry_before=now()) == "mine"
-    store.close()
-
-
-def test_claims_of_the_dead_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "pass"])
-    child.wait()
-    mine = Owner.me()
+def test_labels_are_those_of_the_plan(tmp_path: Path) -> None:
+    """A cell stays as it was measured; it is shown as the current study calls it, twice if that names it twice."""
+    spec = {
+        **SPEC,
+        "architecture": "m",
+        "method_name": "minmax",
+        "calibration": None,
+        "id": {"source": "old"},
+        "ood": {},
+    }
+    result = {"model": "m", "method": "minmax", "id": {"source": "old", "top1": 0.5}, "ood": {}}
     with Store(tmp_path) as store:
-        store.claim("gone", other(child.pid, 1.0))
-        store.claim("reused pid", other(os.getppid(), 1.0))
-        store.claim("elsewhere", other(1, 1.0, "another machine"))
-        assert store.claim("gone", mine) == "mine"
-        assert store.claim("reused pid", mine) == "mine"
-        assert store.claim("elsewhere", mine) == "taken"
-        monkeypatch.setattr(module, "STALE_SECONDS", -1.0)
-        assert store.claim("elsewhere", mine) == "mine"
+        store.put("a", {**spec, "checkpoint_sha256": "abc", "preprocess": {"size": 8}}, "done", result)
+        store.bind({"i": "a"})
+        new = {**spec, "model": "M", "id": {"source": "new"}}
+        store.begin("study", {}, {}, planned(i=new) + planned(i={**new, "model": "N"}))
+        first, second = store.cells()
+        assert (first.spec["model"], second.spec["model"]) == ("M", "N")
+        assert (first.spec["checkpoint_sha256"], first.spec["preprocess"]) == ("abc", {"size": 8})
+        assert first.result["id"] == {"source": "new", "top1": 0.5}
+        assert store.cell("a").spec["model"] == store.cell("a").result["model"] == "m"
+
+
+def test_one_process_drives(tmp_path: Path) -> None:
+    with Store(tmp_path) as first, Store(tmp_path) as second:
+        with first.driving():
+            first.put("a", SPEC, "done", {})
+            with pytest.raises(StorageError, match=r"another process runs a study on .*; wait until it has ended"):
+                second.driving().__enter__()
+            assert [c.key for c in second.cells()] == ["a"]
+            assert second.put("b", SPEC, "done", {})  # `quantlens bench --store` writes beside a study
+        with second.driving():
+            pass
 
 
 def test_reading_what_is_not_there(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from study_fakes import FakeBackend, config
 
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.studies import tracking
-from quantlens.studies.flat import rows
+from quantlens.studies.results import Results
 from quantlens.studies.runner import run_study
 from quantlens.studies.store import Store
 
@@ -96,7 +96,7 @@ def test_every_cell_is_logged_once(store: Path, client: Client) -> None:
     assert tracking.log(store, "stand-in", client=client) == (0, 3)
     cells = Store(store).cells()
     assert [run.data.tags[tracking.KEY] for run in client.runs] == [cell.key for cell in cells]
-    for run, row in zip(client.runs, rows(cells), strict=True):
+    for run, row in zip(client.runs, Results(cells).rows(), strict=True):
         assert run.info.status == "FINISHED"
         assert run.data.metrics["id.top1"] == row["id.top1"]
         assert run.data.metrics["ood.letters _ more.msp.auroc"] == row["ood.letters & more.msp.auroc"]

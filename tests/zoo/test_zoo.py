@@ -46,13 +46,11 @@ def small(**changes) -> Recipe:
     return Recipe(**{**fields, **changes})
 
 
-def test_shipped_model_is_worth_quantizing(digits_vit: torch.nn.Module) -> None:
+def test_shipped_model_is_worth_quantizing() -> None:
     entry = zoo.available()["digits-vit"]
     images = load_images(entry.sources.id, entry.preprocess)
-    with torch.inference_mode():
-        right = sum(int((digits_vit(x).argmax(-1) == y).sum()) for x, y in images.batches(100))
-    assert len(images) >= 350
-    assert right / len(images) >= 0.97
+    assert len(images) == entry.card()["figures"]["n"] >= 350
+    assert entry.card()["figures"]["top1"] >= 0.97, "which the next test measures"
     assert entry.weights.stat().st_size <= 4 * 2**20
 
 
@@ -70,7 +68,8 @@ def test_card_tells_the_truth(digits_vit: torch.nn.Module) -> None:
     for name, ood in measured["ood"].items():
         assert ood["group"] == entry.sources.ood[name].group
         assert ood["aupr_out"] == pytest.approx(card["figures"]["ood"][name]["aupr_out"], abs=0.005)
-        assert ood["chance_aupr_out"] + 0.1 < ood["aupr_out"] < 0.98  # it tells something, and not everything
+        said = card["figures"]["ood"][name]
+        assert said["chance_aupr_out"] + 0.1 < said["aupr_out"] < 0.98  # it tells something, and not everything
     with safe_open(str(entry.weights), "pt") as file:
         header = file.metadata()
     assert json.loads(header["recipe"]) == card["recipe"]

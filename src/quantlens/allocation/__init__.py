@@ -1,6 +1,6 @@
-"""Mixed precision: how sensitive every module is, what its bits cost, and the choice of widths under a budget; and
-inspection: what every site does to the output when it alone is quantized."""
+"""Mixed precision: how sensitive every module is, what its bits cost, and the choice of widths under a budget."""
 
+from quantlens import _moved
 from quantlens.allocation.allocation import (
     SENSITIVITIES,
     Allocation,
@@ -13,7 +13,6 @@ from quantlens.allocation.allocation import (
     sensitivity_options,
 )
 from quantlens.allocation.groups import Group, find_groups
-from quantlens.allocation.inspection import Inspection, inspect
 
 __all__ = [
     "SENSITIVITIES",
@@ -21,12 +20,15 @@ __all__ = [
     "FrontPoint",
     "Group",
     "GroupChoice",
-    "Inspection",
     "allocate",
     "default_candidates",
     "find_groups",
-    "inspect",
     "is_target",
     "parse_target",
     "sensitivity_options",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Names that have moved are found where they are now, with a warning."""
+    return _moved.find(__name__, name)

@@ -27,9 +27,10 @@ from quantlens.allocation.solver import Front, pareto_front
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.files import write_whole
-from quantlens.graph import fold_layer_scale, graph_of
+from quantlens.graph import graph_of
 from quantlens.methods.base import Progress
-from quantlens.quantizers import Bits
+from quantlens.qmodel import Bits
+from quantlens.transforms import fold_layer_scale
 
 FORMAT = 1
 VERSION = 1

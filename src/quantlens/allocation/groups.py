@@ -29,7 +29,7 @@ class Group:
 
     name: a person's name for it (``blocks.3.attn``). kind: "attention" or "MLP". block: the block it lies in.
     sites: names of its sites, in execution order. modules: module or site names that cover exactly these sites, for
-    :class:`~quantlens.quantizers.Bits`.
+    :class:`~quantlens.qmodel.Bits`.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """How much the model suffers when one group is quantized at one width: four ways to say it.
 
-All share the quantizers (min-max ranges of one walk over the float model: weights per output channel, activations per
+All share the quantizers (min-max ranges of one pass over the float model: weights per output channel, activations per
 tensor; every width from the same ranges) and the pass: each chunk of images goes through the float model once, and
 where a group begins, the values that wait there are the cached input from which that group is run again at every
 width. No candidate costs a forward of the whole model.
@@ -40,7 +40,7 @@ noise does, and knows nothing of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,25 +48,25 @@ from torch import Tensor, fx
 
 from quantlens.allocation.groups import ATTENTION, COMPUTES, Group
 from quantlens.allocation.spectra import nuclear_norm
-from quantlens.calibration import CHUNK, Calibration, Look, Walk
+from quantlens.calibration import CHUNK, Calibration, CalibrationPass, EdgeView
+from quantlens.calibration.ranges import affine
 from quantlens.errors import QuantlensError
+from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.methods.base import Progress, matmul_operand_edges
-from quantlens.quantizers import Quantizer
-from quantlens.ranges import affine
-
-Hook = Callable[[str, Tensor], Tensor]
+from quantlens.metrics.divergence import kl_of_logits
+from quantlens.sensitivity.partial import Ahead, Hook, Visit, part_between, visit_starts
 
 NORM_IMAGES = 8
 """Images of each chunk of 32 that nuclear norms are measured on."""
 
 
-def _extremes(look: Look, edge: Edge) -> tuple[Tensor, Tensor]:
+def _extremes(view: EdgeView, edge: Edge) -> tuple[Tensor, Tensor]:
     """Smallest and largest value: of each output channel for a weight [G], of the whole tensor else [1].
 
     Raises QuantlensError naming the edge where values are not finite.
     """
-    pieces = [p.flatten(1) if edge.is_weight else p.reshape(1, -1) for p in look.tensors()]
+    pieces = [p.flatten(1) if edge.is_weight else p.reshape(1, -1) for p in view.tensors()]
     low = torch.stack([p.amin(1) for p in pieces]).amin(0)
     high = torch.stack([p.amax(1) for p in pieces]).amax(0)
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
@@ -77,7 +77,7 @@ def _extremes(look: Look, edge: Edge) -> tuple[Tensor, Tensor]:
 class Candidates:
     """The quantizers of every group at every width.
 
-    ``values`` of one walk over ``calibration`` set the ranges; :meth:`hook` applies a group's quantizers at a width.
+    ``values`` of one pass over ``calibration`` set the ranges; :meth:`hook` applies a group's quantizers at a width.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class Candidates:
         self._ranges: dict[str, tuple[Tensor, Tensor]] = {}
         self._weights: dict[tuple[str, int], Tensor] = {}
 
-        def note(edge: Edge, look: Look) -> None:
-            self._ranges[edge.key] = _extremes(look, edge)
+        def note(edge: Edge, view: EdgeView) -> None:
+            self._ranges[edge.key] = _extremes(view, edge)
 
-        walk = Walk(graph, calibration, sequential=False, seed=seed)
-        walk.run([edge for part in self.edges for edge in part], note, progress)
+        calibration_pass = CalibrationPass(graph, calibration, sequential=False, seed=seed)
+        calibration_pass.run([edge for part in self.edges for edge in part], note, progress)
 
     def quantizer(self, edge: Edge, bits: int) -> Quantizer:
         """The quantizer of an edge at a width."""
@@ -135,89 +135,12 @@ class Candidates:
         return list(dict.fromkeys(edge.node for edge in self.edges[group]))
 
 
-Ahead = Callable[[Iterable[fx.Node]], dict[fx.Node, Any]]
-Visit = Callable[[int, dict[fx.Node, Any], Ahead], None]
-
-
 def visit_groups(
     candidates: Candidates, calibration: Calibration, visit: Visit, progress: Progress | None = None
 ) -> None:
-    """Take every chunk of images through the float model once, and call ``visit(group, env, ahead)`` where a group
-    begins.
-
-    env: node -> value, all that the rest of the model needs at this point (a dictionary of the visitor's own).
-    ahead(targets) runs the float model on to some later nodes and gives their values; it is called at most once.
-    """
+    """As :func:`~quantlens.sensitivity.partial.visit_starts`, for the groups of ``candidates``."""
     nodes = [candidates.nodes(group) for group in range(len(candidates.groups))]
     visit_starts(candidates.graph, nodes, calibration, visit, progress)
-
-
-def visit_starts(
-    graph: Graph,
-    parts: Sequence[Sequence[fx.Node]],
-    calibration: Calibration,
-    visit: Visit,
-    progress: Progress | None = None,
-    *,
-    at_once: int = CHUNK,
-) -> None:
-    """As :func:`visit_groups`, for parts of the graph given by their nodes: ``visit(number of the part, env, ahead)``
-    where each begins. at_once: images that go through the model together, at most a chunk."""
-    order = [node for node in graph.fx.nodes if node.op in ("placeholder", "call_function")]
-    place = {node: i for i, node in enumerate(order)}
-    starts = sorted((min(place[node] for node in part), number) for number, part in enumerate(parts))
-    total, done = len(calibration) * len(starts), 0
-    for images in (piece for chunk in calibration for piece in chunk.split(at_once)):
-        float_pass = _FloatPass(graph, order, place, images)
-        for start, number in starts:
-            float_pass.advance(start)
-            # branches that run side by side: nothing that the part itself makes may be there already
-            env = {node: value for node, value in float_pass.env.items() if place[node] < start}
-            visit(number, env, float_pass.ahead)
-            done += len(images)
-            if progress is not None:
-                progress(done, total)
-
-
-class _FloatPass:
-    """The float model on one chunk of images, run as far as it was asked to; ``env`` holds what the rest needs."""
-
-    def __init__(self, graph: Graph, order: list[fx.Node], place: dict[fx.Node, int], images: Tensor):
-        self.graph, self.order, self.place = graph, order, place
-        self.env: dict[fx.Node, Any] = {graph.input: images}
-        self._reached = 0
-        self._last_use = {source: i for i, node in enumerate(order) for source in node.all_input_nodes}
-        self._last_use |= dict.fromkeys([graph.input, graph.output], len(order))
-
-    def advance(self, to: int, extra: Iterable[fx.Node] = ()) -> None:
-        """Run up to operation number ``to``; values that nothing later reads are dropped unless in ``extra``."""
-        if to <= self._reached:
-            return
-        part = [node for node in self.order[self._reached : to] if node.op == "call_function"]
-        alive = {n for n in [*self.env, *part] if self._last_use.get(n, -1) >= to} | set(extra)
-        self.graph.run(part, self.env, keep=alive)
-        for node in [n for n in self.env if n not in alive]:
-            del self.env[node]
-        self._reached = to
-
-    def ahead(self, targets: Iterable[fx.Node]) -> dict[fx.Node, Any]:
-        """Run on to the last of ``targets``; their values."""
-        wanted = list(targets)
-        self.advance(max(self.place[node] for node in wanted) + 1, wanted)
-        passed = [node for node in wanted if node not in self.env]
-        again = self.graph.run(part_between(self.graph, self.env, passed), dict(self.env), keep=passed)
-        return {node: again[node] for node in wanted}
-
-
-def part_between(graph: Graph, env: dict[fx.Node, Any], targets: Iterable[fx.Node]) -> list[fx.Node]:
-    """The nodes that must run, in graph order, to make ``targets`` from what ``env`` holds."""
-    queue, needed = list(targets), set()
-    while queue:
-        node = queue.pop()
-        if node.op == "call_function" and node not in env and node not in needed:
-            needed.add(node)
-            queue.extend(node.all_input_nodes)
-    return [node for node in graph.fx.nodes if node in needed]
 
 
 # -- nuclear norm ---------------------------------------------------------------------------------------------------
@@ -299,16 +222,10 @@ def kl_sensitivity(
             reference["logits"] = graph.run(part, dict(env), keep=[graph.output])[graph.output]
         for column, bits in enumerate(widths):
             logits = graph.run(part, dict(env), hook=candidates.hook(group, bits), keep=[graph.output])[graph.output]
-            found[group, column] += kl_divergence(reference["logits"], logits).sum().cpu()
+            found[group, column] += kl_of_logits(reference["logits"].double(), logits.double()).sum().cpu()
 
     visit_groups(candidates, calibration, visit, progress)
     return found / len(calibration), {}
-
-
-def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
-    """KL(softmax(logits) ‖ softmax(other)) of each row, nats, float64 [B], at least 0."""
-    p, q = logits.double().log_softmax(-1), other.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
 # -- random ---------------------------------------------------------------------------------------------------------

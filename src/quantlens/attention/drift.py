@@ -1,4 +1,4 @@
-"""How far a quantized model's attention is from the float model's: pure functions of maps, one figure per image.
+"""How far a quantized model's attention is from the float model's: pure functions of maps, one number per image.
 
 All take batches and are vectorised. Attention rows are distributions over N tokens; maps are weights over P patches.
 """
@@ -61,11 +61,6 @@ def row_kl(reference: Tensor, other: Tensor) -> Tensor:
     """Mean KL divergence KL(reference ‖ other) of attention rows in nats: [B, H, N, N] twice -> [B, H]; see
     :class:`Rows` for rows that do not sum to 1."""
     return Rows(reference).kl_to(Rows(other))
-
-
-def row_entropy(probs: Tensor) -> Tensor:
-    """Mean entropy of attention rows (normalised) in nats: [B, H, N, N] -> [B, H]."""
-    return Rows(probs).entropy.mean(-1)
 
 
 def ranks(values: Tensor) -> Tensor:

@@ -20,14 +20,14 @@ from torch import Tensor
 from quantlens.attention.lens import Lens
 from quantlens.attention.rollout import rollout
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.quantizers import QuantizedModel, float_model, simulate
+from quantlens.qmodel import QuantizedModel, float_model, simulate
 
 KINDS = ("grad-cam", "hires-cam")
 
 
 def default_layer(model: Any) -> str:
     """The edge that class activation maps look at: the LayerNorm in front of the last block's attention, whose output
-    still has patches that matter to the class (behind it only the class token does)."""
+    still has patches that matter to the class (after it only the class token does)."""
     graph = float_model(model).graph
     if not graph.sites.blocks:
         raise QuantlensError("the model has no transformer block: name the layer to look at")

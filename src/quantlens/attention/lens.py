@@ -11,7 +11,7 @@ from torch import Tensor
 from quantlens.attention.rollout import rollout
 from quantlens.errors import UnsupportedError
 from quantlens.graph import Graph
-from quantlens.quantizers import QuantizedModel, float_model, simulate
+from quantlens.qmodel import QuantizedModel, float_model, simulate
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class View(NamedTuple):
 
 class Lens:
     """Looks into a model, float or quantized: a :class:`quantlens.models.Model` or a
-    :class:`~quantlens.quantizers.QuantizedModel`.
+    :class:`~quantlens.qmodel.QuantizedModel`.
 
-    Attention is read behind its quantizer, as the product with the values sees it. Raises UnsupportedError for models
+    Attention is read after its quantizer, as the product with the values sees it. Raises UnsupportedError for models
     without attention over all tokens: windowed attention (Swin) has no map from class token to patches.
     """
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from quantlens.attention import drift, tokens
 from quantlens.attention.lens import Lens, View
 from quantlens.errors import QuantlensError
+from quantlens.metrics.divergence import kl_divergence
 
 TOP = 0.1
 """Share of patches whose overlap is measured (the 20 largest of 196)."""
@@ -27,10 +28,10 @@ class Drift:
 
     cosine, kl, entropy_change [n, L, H]: of attention rows (class and patch tokens alike), mean over rows; L blocks, H
     heads. rollout_spearman, rollout_overlap, centre_movement [n]: of rollout maps; overlap of the :data:`TOP` largest
-    patches; movement as a share of the image's diagonal. outliers, outliers_reference [n, L]: outlier tokens behind
-    every block; outlier_overlap [n, L]: positions in common (intersection over union). predicted, predicted_reference
-    [n]: classes. confidence, confidence_reference [n]. output_kl [n]: KL(float ‖ quantized) of the class
-    probabilities, nats.
+    patches; movement as a share of the image's diagonal. outliers, large [n, L]: outlier tokens and large tokens after
+    every block (:mod:`~quantlens.attention.tokens`), outliers_reference and large_reference those of the float model;
+    outlier_overlap [n, L]: positions in common (intersection over union). predicted, predicted_reference [n]: classes.
+    confidence, confidence_reference [n]. output_kl [n]: KL(float ‖ quantized) of the class probabilities, nats.
     """
 
     cosine: np.ndarray
@@ -42,6 +43,8 @@ class Drift:
     outliers: np.ndarray
     outliers_reference: np.ndarray
     outlier_overlap: np.ndarray
+    large: np.ndarray
+    large_reference: np.ndarray
     predicted: np.ndarray
     predicted_reference: np.ndarray
     confidence: np.ndarray
@@ -50,6 +53,25 @@ class Drift:
 
     def __len__(self) -> int:
         return len(self.output_kl)
+
+    def per_image(self) -> dict[str, np.ndarray]:
+        """One value per image and metric [n]: means over blocks and heads, numbers of tokens over all blocks."""
+        return {
+            "row_cosine": self.cosine.mean(axis=(1, 2), dtype=np.float64),
+            "row_kl": self.kl.mean(axis=(1, 2), dtype=np.float64),
+            "entropy_change": self.entropy_change.mean(axis=(1, 2), dtype=np.float64),
+            "rollout_spearman": self.rollout_spearman,
+            "rollout_overlap": self.rollout_overlap,
+            "centre_movement": self.centre_movement,
+            "outliers": self.outliers.sum(axis=1),
+            "outliers_fp32": self.outliers_reference.sum(axis=1),
+            "outlier_overlap": self.outlier_overlap.mean(axis=1, dtype=np.float64),
+            "large_tokens": self.large.sum(axis=1),
+            "large_tokens_fp32": self.large_reference.sum(axis=1),
+            "prediction_changed": self.predicted != self.predicted_reference,
+            "confidence_change": self.confidence - self.confidence_reference,
+            "output_kl": self.output_kl,
+        }
 
     def summary(self) -> dict[str, Any]:
         """Means over images as JSON-able numbers, and per block (``blocks``) and head (``heads``, [L][H])."""
@@ -71,6 +93,8 @@ class Drift:
             "outliers": mean(self.outliers.sum(axis=1)),
             "outliers_fp32": mean(self.outliers_reference.sum(axis=1)),
             "outlier_overlap": mean(self.outlier_overlap),
+            "large_tokens": mean(self.large.sum(axis=1)),
+            "large_tokens_fp32": mean(self.large_reference.sum(axis=1)),
             "prediction_changed": mean(self.predicted != self.predicted_reference),
             "confidence_change": mean(self.confidence - self.confidence_reference),
             "output_kl": mean(self.output_kl),
@@ -91,14 +115,15 @@ def measure(
     batches: Iterable[Tensor],
     *,
     progress: Callable[[int], None] | None = None,
-    keep: Callable[[str, int, Seen], None] | None = None,
+    keep: Callable[[str | None, int, Seen], None] | None = None,
     **rollout: Any,
 ) -> dict[str, Drift]:
     """Drift of ``others`` (label -> model) from ``reference`` on batches of images [B, 3, H, W].
 
     One forward pass per model and batch; of the maps only those of :data:`CHUNK` images are alive. progress: called
-    with the number of images done. keep: called with the label, the number of the first image and what was seen of
-    these images, for a caller who wants some of it. rollout: settings of :func:`~quantlens.attention.rollout.rollout`.
+    with the number of images done. keep: called with the label (None: the reference), the number of the first image
+    and what was seen of these images, for a caller who wants some of it. rollout: settings of
+    :func:`~quantlens.attention.rollout.rollout`.
     Raises QuantlensError without images, UnsupportedError for models without global attention.
     """
     first = reference if isinstance(reference, Lens) else Lens(reference)
@@ -108,6 +133,8 @@ def measure(
     with torch.inference_mode():
         for images in (part for batch in batches for part in batch.split(CHUNK)):
             seen = _Reference(first, first(images), rollout)
+            if keep is not None:
+                keep(None, done, seen)
             for label, lens in lenses.items():
                 other = seen if lens.model is first.model else Seen(lens, lens(images), rollout)
                 if keep is not None:
@@ -126,14 +153,14 @@ def measure(
 
 
 class Seen:
-    """What is derived from a view of B images: ``map`` [B, P], ``norms`` of patch tokens and ``outliers`` among them
-    [B, L, P], ``predicted`` and ``confidence`` [B]."""
+    """What is derived from a view of B images: ``map`` [B, P]; ``norms`` of patch tokens and which of them are
+    ``outliers`` and ``large`` [B, L, P]; ``predicted`` and ``confidence`` [B]."""
 
     def __init__(self, lens: Lens, view: View, rollout: dict[str, Any]):
         self.view, self.layout = view, lens.layout
         self.map = lens.rollout_of(view, **rollout)
         self.norms = torch.stack([tokens.token_norms(t, lens.layout.prefix) for t in view.tokens], dim=1)
-        self.outliers = tokens.outliers(self.norms)
+        self.outliers, self.large = tokens.outliers(self.norms), tokens.large(self.norms)
         self.log_probabilities = view.logits.log_softmax(1)
         self.confidence, self.predicted = view.logits.softmax(1).max(1)
 
@@ -167,9 +194,11 @@ def _compare(a: _Reference, b: Seen) -> dict[str, Tensor]:
         "outliers": b.outliers.sum(-1).float(),
         "outliers_reference": a.outliers.sum(-1).float(),
         "outlier_overlap": tokens.overlap(a.outliers, b.outliers),
+        "large": b.large.sum(-1).float(),
+        "large_reference": a.large.sum(-1).float(),
         "predicted": b.predicted,
         "predicted_reference": a.predicted,
         "confidence": b.confidence,
         "confidence_reference": a.confidence,
-        "output_kl": (p.exp() * (p - q)).sum(1).clamp_min(0),
+        "output_kl": kl_divergence(p, q),
     }

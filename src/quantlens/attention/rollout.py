@@ -80,6 +80,15 @@ def _smallest_kept(fused: Tensor, count: int) -> Tensor:
     return kept[:, None, None]
 
 
+def check_settings(discard: float, fusion: str, compat: str | None) -> None:
+    """Raises QuantlensError for settings of rollout that do not exist."""
+    _check(discard)
+    if fusion not in FUSIONS:
+        raise QuantlensError(f"head fusion {fusion!r}: choose one of {', '.join(FUSIONS)}")
+    if compat is not None and compat not in COMPAT:
+        raise QuantlensError(f"compat {compat!r}: choose one of {', '.join(COMPAT)}, or none")
+
+
 def rollout(
     blocks: Iterable[Tensor],
     *,
@@ -95,11 +104,7 @@ def rollout(
     tokens in front of the patches. compat: ``None`` or ``"vit-explain"``.
     Raises QuantlensError for settings that do not exist.
     """
-    _check(discard)
-    if fusion not in FUSIONS:
-        raise QuantlensError(f"head fusion {fusion!r}: choose one of {', '.join(FUSIONS)}")
-    if compat is not None and compat not in COMPAT:
-        raise QuantlensError(f"compat {compat!r}: choose one of {', '.join(COMPAT)}, or none")
+    check_settings(discard, fusion, compat)
     row: Tensor | None = None
     for probs in reversed(list(blocks)):
         fused = fuse_heads(probs, fusion) if probs.dim() == 4 else probs

@@ -1,6 +1,27 @@
-"""Calibration: the images, and the walk that shows a method every tensor of the graph."""
+"""Calibration: the images, observers of tensors, range rules, and the pass that shows a method every tensor."""
 
+from quantlens import _moved
+from quantlens.calibration.cache import MEMORY, ActivationStore, StoredTensor
 from quantlens.calibration.images import CHUNK, Calibration
-from quantlens.calibration.walk import MEMORY, Look, Seen, Transform, Walk
+from quantlens.calibration.observers import Observation, Observer, as_rows
+from quantlens.calibration.passes import CalibrationPass, EdgeView, ObservationCache, Transform
 
-__all__ = ["CHUNK", "MEMORY", "Calibration", "Look", "Seen", "Transform", "Walk"]
+__all__ = [
+    "CHUNK",
+    "MEMORY",
+    "ActivationStore",
+    "Calibration",
+    "CalibrationPass",
+    "EdgeView",
+    "Observation",
+    "ObservationCache",
+    "Observer",
+    "StoredTensor",
+    "Transform",
+    "as_rows",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Names that have changed are found under the new ones, with a warning."""
+    return _moved.find(__name__, name)

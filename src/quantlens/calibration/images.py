@@ -10,9 +10,22 @@ import torch
 from torch import Tensor
 
 from quantlens.errors import QuantlensError
+from quantlens.graph import Graph
+from quantlens.graph.graph import VIEWS, op_name
 
 CHUNK = 32
 """Images that go through the graph together."""
+
+
+BACKWARD_MEMORY = 1 << 30
+"""Bytes of activations that one backward pass may keep; they decide how many images go through together."""
+
+
+def images_together(graph: Graph, passes: int) -> int:
+    """Images whose activations fit into :data:`BACKWARD_MEMORY` ``passes`` times, at least 1."""
+    shapes = (n.meta.get("shape") or () for n in graph.fx.nodes if n.op == "call_function" and op_name(n) not in VIEWS)
+    values = sum(math.prod(d for d in shape if d is not None) for shape in shapes if shape)
+    return max(1, BACKWARD_MEMORY // (4 * passes * max(values, 1)))
 
 
 class Calibration:

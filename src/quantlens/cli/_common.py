@@ -6,12 +6,15 @@ Results go to stdout, progress and messages to stderr. Nothing heavy is imported
 from __future__ import annotations
 
 import ast
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from quantlens.cli import _options
 from quantlens.errors import QuantlensError
+from quantlens.plugins import load_all
 
 PIPED_WIDTH = 140
 """Columns of a table that goes to a file or another program."""
@@ -31,13 +34,15 @@ class ReaderGone(Exception):
     """Nobody reads stdout any more, on its way through typer."""
 
 
-def command(app: Any, name: str, help: str, function: Callable[..., None]) -> None:
-    """Add a command to the program."""
+def command(app: Any, name: str, help: str, function: Callable[..., None], *, plugins: bool = True) -> None:
+    """Add a command to the program. plugins: it has the option --plugin, which is obeyed before it runs."""
     import functools
 
     @functools.wraps(function)
     def guarded(*arguments: Any, **options: Any) -> None:
         try:
+            if plugins:
+                load_all(names(options.pop("plugin", None)) or [])
             function(*arguments, **options)
             sys.stdout.flush()
         except KeyboardInterrupt as error:
@@ -45,6 +50,11 @@ def command(app: Any, name: str, help: str, function: Callable[..., None]) -> No
         except BrokenPipeError as error:
             raise ReaderGone from error
 
+    if plugins:
+        own = inspect.signature(function, eval_str=True)
+        option = inspect.Parameter("plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_options.Plugins)
+        guarded.__signature__ = own.replace(parameters=[*own.parameters.values(), option])  # type: ignore[attr-defined]
+        guarded.__annotations__ = {**function.__annotations__, "plugin": _options.Plugins}
     app.command(name, help=unwrap(help))(guarded)
 
 

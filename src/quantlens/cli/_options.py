@@ -24,3 +24,11 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and say how many.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Do not keep decoded images on disk.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE_OR_MODULE",
+        help="Load methods, formats, scores and transforms of your own (docs/extending.md); may be repeated.",
+    ),
+]

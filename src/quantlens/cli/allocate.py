@@ -75,7 +75,7 @@ def allocate(
     from quantlens.cli import _common
     from quantlens.cli.quantize import drawn
     from quantlens.errors import QuantlensError, UnknownNameError
-    from quantlens.studies.environment import choose_device
+    from quantlens.evaluation.environment import choose_device
 
     settings = _common.settings(option)
     widths = _common.whole_numbers([candidates] if candidates else None, "--candidates")
@@ -84,7 +84,7 @@ def allocate(
     if size_mb is not None and bops_target:
         raise QuantlensError("--size-mb and --bops-of-target are two budgets; give one of them")
     from quantlens.allocation import SENSITIVITIES, parse_target, sensitivity_options
-    from quantlens.api import allocate as choose_widths
+    from quantlens.allocation.quantizing import allocate as choose_widths
     from quantlens.data import as_image_set, open_source
     from quantlens.models import load_model
 

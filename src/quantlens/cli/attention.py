@@ -15,43 +15,49 @@ HELP = """Compare what a model looks at in FP32 and quantized: attention rollout
 patch tokens, and the drift of attention in numbers.
 
 Written to the directory --out: [bold]maps.png[/bold] (images in rows, precisions in columns, each with its predicted
-class and probability), [bold]norms.png[/bold] (norms of the patch tokens behind the last block),
-[bold]drift.json[/bold] (every figure, on ID and every OOD set, per block and head) and [bold]drift.svg[/bold].
+class and probability), [bold]norms.png[/bold] (norms of the patch tokens after the last block),
+[bold]maps.npz[/bold] (the maps and norms of every image as arrays), [bold]drift.json[/bold] (every metric, on ID and
+every OOD set, per block and head) and [bold]drift.svg[/bold].
 
 MODEL is a name as for `quantize`, or a quantized checkpoint (.safetensors) whose FP32 checkpoint --weights names.
 
 [bold]Examples[/bold]
 
     quantlens attention digits-vit --images embedded:digits-test \\
-      --calibration embedded:digits-calibration --out looks
+      --calibration embedded:digits-calibration --out maps
 
     quantlens attention deit_tiny_patch16_224 --weights deit_tiny.safetensors \\
       --images imagenet:val --ood dtd=images:dtd/images \\
-      --calibration imagenet:train --bits W8A8,W6A6,W4A4 --out looks
+      --calibration imagenet:train --bits W8A8,W6A6,W4A4 --out maps
 
     quantlens attention digits-vit-w4a4.safetensors --weights pretrained \\
-      --images embedded:digits-test --map grad-cam --target 3 --out looks
+      --images embedded:digits-test --map grad-cam --target 3 --out maps
 """
 
 BITS = "W8A8,W6A6,W4A4"
-FIGURES = (
-    ("rollout_spearman", "map rank corr.", "{:.3f}"),
-    ("rollout_overlap", "top tenth shared", "{:.3f}"),
-    ("row_cosine", "row cosine", "{:.3f}"),
-    ("row_kl", "row KL", "{:.3f}"),
-    ("centre_movement", "centre moved", "{:.3f}"),
-    ("outliers", "outliers", "{:.2f}"),
-    ("outlier_overlap", "their overlap", "{:.3f}"),
-    ("prediction_changed", "changed", "{:.3f}"),
-    ("output_kl", "output KL", "{:.3f}"),
-)
-MAP_FIGURES = (
-    ("map_spearman", "map rank corr.", "{:.3f}"),
-    ("map_overlap", "top tenth shared", "{:.3f}"),
-    ("map_movement", "centre moved", "{:.3f}"),
-)
-"""Of maps other than rollout, in place of these:"""
-OF_ROLLOUT = ("rollout_spearman", "rollout_overlap", "centre_movement")
+
+ModelOrCheckpoint = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or a quantized checkpoint.")]
+Images = Annotated[str, typer.Option(metavar="SOURCE", help="In-distribution images (`quantlens sources`).")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Directory of what is written.")]
+Ood = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An out-of-distribution set; may be repeated.")
+]
+Widths = Annotated[str | None, typer.Option(metavar="BITS", help=f"Precisions, separated by commas (default: {BITS}).")]
+CalibrationImages = Annotated[str | None, typer.Option(metavar="SOURCE", help="Calibration images.")]
+Map = Annotated[str, typer.Option(help="[bold]rollout[/bold], grad-cam, hires-cam or gradient-rollout.")]
+Discard = Annotated[float, typer.Option(help="Share of the entries that rollout discards.")]
+Fusion = Annotated[str, typer.Option(help="How rollout fuses heads: [bold]max[/bold], mean or min.")]
+Compat = Annotated[
+    str | None, typer.Option(help="[bold]vit-explain[/bold]: rollout as that code does it; reproduces its bugs.")
+]
+Target = Annotated[
+    int | None, typer.Option(min=0, metavar="CLASS", help="Class of gradient maps (default: FP32's prediction).")
+]
+Limit = Annotated[int, typer.Option(min=1, help="Images of each set that are measured, evenly spaced.")]
+Show = Annotated[int, typer.Option(min=1, max=64, help="Images of each set in the pictures.")]
+Choose = Annotated[
+    str, typer.Option(help="Images to show: the [bold]first[/bold], or the most-changed at the last precision.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -60,35 +66,23 @@ def register(app: typer.Typer) -> None:
 
 
 def attention(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or a quantized checkpoint.")],
-    images: Annotated[str, typer.Option(metavar="SOURCE", help="In-distribution images (`quantlens sources`).")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of what is written.")],
+    model: ModelOrCheckpoint,
+    images: Images,
+    out: Out,
     weights: _options.Weights = None,
-    ood: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An out-of-distribution set; may be repeated.")
-    ] = None,
-    bits: Annotated[
-        str | None, typer.Option(metavar="BITS", help=f"Precisions, separated by commas (default: {BITS}).")
-    ] = None,
+    ood: Ood = None,
+    bits: Widths = None,
     method: _options.MethodName = "repq-vit",
-    calibration: Annotated[str | None, typer.Option(metavar="SOURCE", help="Calibration images.")] = None,
+    calibration: CalibrationImages = None,
     n: _options.CalibrationCount = None,
-    map: Annotated[
-        str, typer.Option(help="[bold]rollout[/bold], grad-cam, hires-cam or gradient-rollout.")
-    ] = "rollout",
-    discard: Annotated[float, typer.Option(help="Share of the entries that rollout discards.")] = 0.9,
-    fusion: Annotated[str, typer.Option(help="How rollout fuses heads: [bold]max[/bold], mean or min.")] = "max",
-    compat: Annotated[
-        str | None, typer.Option(help="[bold]vit-explain[/bold]: rollout as that code does it, slips included.")
-    ] = None,
-    target: Annotated[
-        int | None, typer.Option(min=0, metavar="CLASS", help="Class of gradient maps (default: FP32's prediction).")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Images of each set that are measured, evenly spaced.")] = 64,
-    show: Annotated[int, typer.Option(min=1, max=64, help="Images of each set in the pictures.")] = 8,
-    choose: Annotated[
-        str, typer.Option(help="Which: the [bold]first[/bold], or the most-changed at the last precision.")
-    ] = "first",
+    map: Map = "rollout",
+    discard: Discard = 0.9,
+    fusion: Fusion = "max",
+    compat: Compat = None,
+    target: Target = None,
+    limit: Limit = 64,
+    show: Show = 8,
+    choose: Choose = "first",
     option: _options.MethodOptions = None,
     seed: _options.Seed = 0,
     device: _options.Device = "auto",
@@ -97,125 +91,122 @@ def attention(
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    from quantlens.cli import _common
-    from quantlens.errors import QuantlensError, UnknownNameError
-    from quantlens.studies.environment import choose_device
-
-    if choose not in ("first", "most-changed"):
-        raise UnknownNameError("choice of images", choose, ("first", "most-changed"))
-    sets = _common.pairs(ood, "--ood", "NAME=SOURCE")
-    if "ID" in sets:
-        raise QuantlensError("--ood 'ID': that is the name of the in-distribution images; call the set something else")
-    settings, place = _common.settings(option), choose_device(device)
-    from quantlens.attention import lookup
-    from quantlens.cli.look import Look
+    from quantlens.attention.comparison import check_choice, check_names, compare
+    from quantlens.attention.maps import MapSettings
+    from quantlens.cli import _common, evaluate
     from quantlens.data import as_image_set
+    from quantlens.evaluation.environment import choose_device
 
-    if map not in lookup.MAPS:
-        raise UnknownNameError("map", map, lookup.MAPS)
-    rollout = {"discard": discard, "fusion": fusion, "compat": compat}
+    sets, options = _common.pairs(ood, "--ood", "NAME=SOURCE"), _common.settings(option)
+    settings = MapSettings(map, target, discard, fusion, compat)
+    check_choice(choose)
+    check_names(sets)
+    reading: dict[str, Any] = {"cache_dir": _common.cache_argument(no_cache), "skip_bad": skip_bad}
     with _common.stages(quiet) as step:
-        reference, models = _models(
-            model, weights, bits, method, calibration, n, seed, settings, place, skip_bad, no_cache, step
-        )
-        look = Look(reference, models, map, rollout, target)
-        opened = {
-            name: as_image_set(
-                source,
-                reference.preprocess,
-                cache_dir=_common.cache_argument(no_cache),
-                skip_bad=skip_bad,
-                progress=partial(step, f"decoding {name}"),
-            )
-            for name, source in {"ID": images, **sets}.items()
-        }
-        for name, image_set in opened.items():
-            look.measure(name, image_set, limit, partial(step, f"looking at {name}"))
-        written = look.write(out, show, choose == "most-changed")
-    console = _common.stdout()
-    for name in opened:
-        console.print(_table(name, look))
-    if look.refused:
-        _common.say(f"no norms and no drift of attention: {look.refused}")
+        if model.endswith(".safetensors"):
+            quantized, reference = _checkpoint(model, weights, choose_device(device), {bits, calibration})
+        else:
+            widths, source = _widths(bits, method, options), _calibration(calibration, n, seed)
+            reference, _ = evaluate.models(model, weights, choose_device(device))
+            told = partial(step, "decoding calibration images")
+            learnt = as_image_set(source, reference.preprocess, progress=told, **reading)
+            quantized = _quantized(reference, learnt, widths, method, seed, options, step)
+        found = compare(reference, quantized, images, ood=sets, map=settings, limit=limit, progress=step, **reading)
+        written = [*found.save(out, show=show, choose=choose), *_chart(found, out)]
+    for name in found.sets:
+        _common.stdout().print(_table(name, found))
+    if found.unavailable:
+        _common.say(f"no norms and no drift of attention: {found.unavailable}")
     _common.say(f"written: {', '.join(str(path) for path in written)}")
 
 
-def _models(
-    name: str,
-    weights: str | None,
-    bits: str | None,
-    method: str,
-    calibration: str | None,
-    n: int | None,
-    seed: int,
-    settings: dict[str, Any],
-    device: str,
-    skip_bad: bool,
-    no_cache: bool,
-    step: Any,
-) -> tuple[Any, dict[str, Any]]:
-    """(FP32 model, label -> quantized model)."""
-    from quantlens import api
-    from quantlens.allocation import Allocation
-    from quantlens.cli import _common, evaluate, quantize
-    from quantlens.data import as_image_set, open_source
+def _checkpoint(name: str, weights: str | None, device: str, given: set[str | None]) -> tuple[Any, Any]:
+    """(quantized model, FP32 model it was made from). given: options that are for models by name only."""
+    from quantlens.cli import evaluate
     from quantlens.errors import QuantlensError
+
+    if given != {None}:
+        raise QuantlensError(f"{name} is quantized already; leave --bits and --calibration out")
+    if weights is None:
+        raise QuantlensError(f"drift is measured from FP32: name the checkpoint that {name} was made from, --weights W")
+    quantized, reference = evaluate.models(name, weights, device)
+    return quantized.to(device), reference
+
+
+def _widths(bits: str | None, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Label -> precision. Raises QuantlensError for bits, a method or options that do not exist."""
+    from quantlens.allocation import Allocation
+    from quantlens.allocation.quantizing import read_bits
+    from quantlens.cli import _common
     from quantlens.methods import registry
 
-    if name.endswith(".safetensors"):
-        if bits is not None or calibration is not None:
-            raise QuantlensError(f"{name} is quantized already; leave --bits and --calibration out")
-        if weights is None:
-            raise QuantlensError(
-                f"drift is measured from FP32: name the checkpoint that {name} was made from, --weights W"
-            )
-        quantized, reference = evaluate.models(name, weights, device)
-        return reference, {str(quantized.bits): quantized.to(device)}
-    if calibration is None:
+    read = [read_bits(text) for text in _common.names([bits or BITS]) or ()]
+    registry.get(method).options(options)
+    return {str(w.bits() if isinstance(w, Allocation) else w): w for w in read}
+
+
+def _calibration(source: str | None, n: int | None, seed: int) -> Any:
+    """The calibration images, not decoded yet."""
+    from quantlens.cli.quantize import drawn
+    from quantlens.data import open_source
+    from quantlens.errors import QuantlensError
+
+    if source is None:
         raise QuantlensError("quantizing takes calibration images: give --calibration SOURCE (`quantlens sources`)")
-    wanted = {}
-    for text in _common.names([bits or BITS]) or ():
-        read = api.read_bits(text)
-        wanted[str(read.bits() if isinstance(read, Allocation) else read)] = read
-    registry.get(method).options(settings)
-    source = open_source(quantize.drawn(calibration, n, seed))
-    reference, _ = evaluate.models(name, weights, device)
-    learnt = as_image_set(
-        source,
-        reference.preprocess,
-        cache_dir=_common.cache_argument(no_cache),
-        skip_bad=skip_bad,
-        progress=partial(step, "decoding calibration images"),
-    )
-    models = {}
-    for label, precision in wanted.items():
-        models[label] = api.quantize(
+    return open_source(drawn(source, n, seed))
+
+
+def _quantized(
+    reference: Any, images: Any, widths: dict[str, Any], method: str, seed: int, options: dict[str, Any], step: Any
+) -> dict[str, Any]:
+    """Label -> quantized model."""
+    from quantlens.allocation.quantizing import quantize
+
+    return {
+        label: quantize(
             reference,
-            learnt,
+            images,
             method=method,
-            bits=precision,
+            bits=bits,
             seed=seed,
             progress=partial(step, f"calibrating {label} by {method}"),
-            **settings,
+            **options,
         )
-    return reference, models
+        for label, bits in widths.items()
+    }
 
 
-def _table(name: str, look: Any) -> Any:
-    """The drift of one set as a rich table."""
+def _chart(found: Any, folder: Path) -> list[Path]:
+    """The drift curves, where there are any."""
+    from quantlens.plots.drift import write_drift
+
+    if found.unavailable:
+        return []
+    title = f"{found.model}, {found.method}: drift of attention from FP32"
+    return [write_drift(title, found.drift(), folder / "drift.svg")]
+
+
+def _table(name: str, found: Any) -> Any:
+    """The drift of one set as a rich table; names are shown as they are written."""
     from rich.table import Table
+    from rich.text import Text
 
-    drifts = look.summaries[name]
+    from quantlens.attention.metrics import columns_of
+    from quantlens.metrics import METRICS
+
+    drifts = {label: by_set[name] for label, by_set in found.drift().items()}
     first = next(iter(drifts.values()))
-    table = Table(title=f"Drift from FP32 on {name}, {first['n']} images", title_justify="left")
+    table = Table(title=Text(f"Drift from FP32 on {name}, {first['n']} images"), title_justify="left")
     table.add_column("bits")
-    other = [f for f in MAP_FIGURES if f[0] in first]
-    figures = [f for f in FIGURES if f[0] in first and not (other and f[0] in OF_ROLLOUT)] + other
-    for _, title, _ in figures:
-        table.add_column(title, justify="right")
+    shown = columns_of(first)
+    for metric in shown:
+        table.add_column(METRICS[metric].heading, justify="right", overflow="fold")
     for bits, summary in drifts.items():
-        table.add_row(bits, *(form.format(summary[key]) for key, _, form in figures))
+        table.add_row(Text(bits), *(METRICS[metric].text(summary[metric]) for metric in shown))
     if "outliers_fp32" in first:
-        table.caption = f"FP32: {first['outliers_fp32']:.2f} outlier tokens per image, all blocks together"
+        table.caption = Text(
+            f"FP32: {first['outliers_fp32']:.2f} outlier tokens per image, all blocks together; "
+            f"{first['large_tokens_fp32']:.2f} are large (1.5 times the lower quartile)"
+        )
         table.caption_justify = "left"
     return table

@@ -62,9 +62,9 @@ def bench(
     import tempfile
 
     from quantlens.cli import _common
-    from quantlens.deploy import bench as timing
-    from quantlens.deploy.artefact import Artefact
     from quantlens.errors import QuantlensError
+    from quantlens.export import bench as timing
+    from quantlens.export.exported import Artefact
 
     sizes = {tuple(Artefact(path).preprocess.input_size) for path in artefacts}
     if len(sizes) > 1:
@@ -92,8 +92,8 @@ def bench(
         )
     _common.stdout().print(_table(found))
     if store is not None:
+        from quantlens.evaluation.environment import environment
         from quantlens.studies.benchmarks import put_timings
-        from quantlens.studies.environment import environment
         from quantlens.studies.store import Store
 
         with Store(store) as kept:

@@ -1,4 +1,4 @@
-"""`quantlens compare`: what changed between two models, methods or studies, and whether it stands."""
+"""`quantlens compare`: what changed between two models, methods or studies, and whether that is significant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from quantlens.cli import _options
 from quantlens.cli._common import command
 
-HELP = """Compare two studies, two parts of a study, or two models, figure by figure, with intervals.
+HELP = """Compare two studies, two parts of a study, or two models, metric by metric, with intervals.
 
 A and B are each DIR (the store of a study), DIR:key=value,… (cells of it; the keys are model, method, bits and seed,
 and a key given twice takes either), FILE.npz of `evaluate --keep`, or FILE.json of `evaluate --json` (which has no
@@ -54,6 +54,7 @@ def compare(
     from pathlib import Path
 
     from quantlens.cli import _common
+    from quantlens.cli._tables import comparison_tables
     from quantlens.files import write_whole
     from quantlens.studies.compare import compare as measure
 
@@ -63,7 +64,9 @@ def compare(
     if json == "-":
         print(text)
         return
-    _common.stdout().print(found)
+    console = _common.stdout()
+    for part in comparison_tables(found):
+        console.print(part)
     if json is not None:
         write_whole(Path(json), text + "\n", what="the comparison")
         _common.say(f"written: {json}")

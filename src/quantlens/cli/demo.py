@@ -43,8 +43,9 @@ def demo(
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    from quantlens import demo as room
     from quantlens.cli import _common
+    from quantlens.cli._tables import means_table
+    from quantlens.report import demo as room
 
     chosen = _common.names(methods)
     found = room.run_demo(
@@ -56,7 +57,7 @@ def demo(
         progress=not quiet,
         workers=workers,
     )
-    _common.stdout().print(found.table)
+    _common.stdout().print(means_table(found.means, found.title))
     _common.say(str(found.summary))
     _common.say(f"report: {found.report}")
     if found.summary.failed:

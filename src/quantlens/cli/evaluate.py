@@ -1,4 +1,4 @@
-"""`quantlens evaluate`: the figures of one model, FP32 or quantized."""
+"""`quantlens evaluate`: the metrics of one model, FP32 or quantized."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HELP = """Measure a model on labelled in-distribution images and on out-of-distr
 
 MODEL is a name as for `quantize`, a quantized checkpoint (.safetensors) that `quantize` wrote, or an exported file
 (.onnx, .xml), which is measured in its runtime. With the latter two, --weights names the FP32 checkpoint it was made
-from, which is then measured on the same images, and the quantization deltas are shown.
+from, which is then measured on the same images, and what quantization changed is shown.
 
 Scores that need statistics (KNN, ViM, Mahalanobis, ReAct …) are fitted on the images of --fit, which must not be among
 those evaluated.
@@ -34,6 +34,22 @@ those evaluated.
 """
 
 
+Sets = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An out-of-distribution set; may be repeated.")
+]
+Near = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Which of these sets are near; may be repeated.")]
+Fit = Annotated[str | None, typer.Option(metavar="SOURCE", help="ID images, not evaluated, that scores are fitted on.")]
+Scores = Annotated[list[str] | None, typer.Option(metavar="NAMES", help="OOD scores (default: all).")]
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")]
+Keep = Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Keep per-image outputs, for `quantlens compare`.")]
+InStore = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Keep the result of an exported file in the store of a study.")
+]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Images per forward pass, at most: a CPU takes as many as its cache likes.")
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     command(app, "evaluate", HELP, evaluate)
@@ -43,28 +59,14 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or a quantized checkpoint.")],
     id: Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")],
     weights: _options.Weights = None,
-    ood: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An out-of-distribution set; may be repeated.")
-    ] = None,
-    near: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Which of these sets are near; may be repeated.")
-    ] = None,
-    fit: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="ID images, not evaluated, that scores are fitted on.")
-    ] = None,
-    scores: Annotated[list[str] | None, typer.Option(metavar="NAMES", help="OOD scores (default: all).")] = None,
-    json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")
-    ] = None,
-    keep: Annotated[
-        Path | None, typer.Option(metavar="FILE.npz", help="Keep per-image outputs, for `quantlens compare`.")
-    ] = None,
-    store: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the result of an exported file in the store of a study.")
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images per forward pass, at most: a CPU takes as many as its cache likes.")
-    ] = 64,
+    ood: Sets = None,
+    near: Near = None,
+    fit: Fit = None,
+    scores: Scores = None,
+    json: Json = None,
+    keep: Keep = None,
+    store: InStore = None,
+    batch_size: BatchSize = 64,
     bins: Annotated[int, typer.Option(min=1, help="Bins of the calibration error.")] = 15,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
@@ -77,10 +79,10 @@ def evaluate(
 
     sets = _common.pairs(ood, "--ood", "NAME=SOURCE")
     groups = dict.fromkeys(_common.names(near) or (), "near")
-    from quantlens.studies.environment import choose_device
-    from quantlens.studies.evaluate import choose_scores
-    from quantlens.studies.evaluate import evaluate as measure
-    from quantlens.studies.images import groups_of
+    from quantlens.evaluation import evaluate as measure
+    from quantlens.evaluation.environment import choose_device
+    from quantlens.evaluation.images import groups_of
+    from quantlens.evaluation.scoring import choose_scores
 
     wanted = _common.names(scores)
     choose_scores(wanted)
@@ -89,25 +91,13 @@ def evaluate(
     measured, reference = models(model, weights, chosen)
     if store is not None and not hasattr(measured, "facts"):
         raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
+    settings: dict[str, Any] = {"fit": fit, "reference": reference, "scores": wanted, "groups": groups}
+    settings |= {"batch_size": batch_size, "device": chosen, "n_bins": bins, "skip_bad": skip_bad}
+    settings |= {"cache_dir": _common.cache_argument(no_cache), "keep": keep is not None}
     with _common.stages(quiet) as step:
-        result = measure(
-            measured,
-            id,
-            sets,
-            fit=fit,
-            reference=reference,
-            scores=wanted,
-            groups=groups,
-            batch_size=batch_size,
-            device=chosen,
-            progress=step,
-            n_bins=bins,
-            skip_bad=skip_bad,
-            cache_dir=_common.cache_argument(no_cache),
-            keep=keep is not None,
-        )
+        result = measure(measured, id, sets, progress=step, **settings)
     if keep is not None:
-        from quantlens.studies import outputs
+        from quantlens.evaluation import outputs
 
         assert result.outputs is not None
         outputs.write(keep, result.outputs)
@@ -117,12 +107,22 @@ def evaluate(
 
         with Store(store) as kept:
             put_artefact(kept, measured.facts(), result.to_dict())
+    show(result, json, keep)
+
+
+def show(result: Any, json: str | None, keep: Path | None) -> None:
+    """Print the result as tables and write it as JSON where that is asked for; `-`: print JSON alone."""
+    from quantlens.cli import _common
+    from quantlens.cli._tables import result_tables
+
     if json == "-":
         import json as standard
 
         print(standard.dumps(result.to_dict(), indent=1, allow_nan=False))
         return
-    _common.stdout().print(result)
+    console = _common.stdout()
+    for part in result_tables(result):
+        console.print(part)
     if json is not None:
         result.save_json(json)
         _common.say(f"written: {json}")
@@ -138,7 +138,7 @@ def models(name: str, weights: str | None, device: str) -> tuple[Any, Any]:
 
     path = Path(name)
     if path.suffix in (".onnx", ".xml"):
-        from quantlens.deploy.artefact import Artefact
+        from quantlens.export.exported import Artefact
 
         artefact = Artefact(path)
         if weights is None:
@@ -146,7 +146,7 @@ def models(name: str, weights: str | None, device: str) -> tuple[Any, Any]:
         return artefact, _reference(artefact, weights, device, path)
     if path.suffix != ".safetensors":
         return load_model(name, _common.weights_argument(weights), device=device), None
-    from quantlens.deploy.checkpoint import load
+    from quantlens.qmodel.checkpoint import load
 
     if not path.is_file():
         raise BadWeightsError(f"{path} does not exist; give a model's name, or a file that `quantlens quantize` wrote")

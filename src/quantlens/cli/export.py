@@ -61,9 +61,9 @@ def export(
     from quantlens.cli import _common
     from quantlens.cli.evaluate import models
     from quantlens.data import as_image_set, open_source
-    from quantlens.deploy.artefact import Artefact
-    from quantlens.deploy.export import export as write
-    from quantlens.deploy.parity import parity
+    from quantlens.export.export import export as write
+    from quantlens.export.exported import Artefact
+    from quantlens.export.parity import parity
 
     sources = {name: open_source(spec) for name, spec in (("guard", guard_images), ("check", check)) if spec}
     measured, _ = models(model, weights, "cpu")

@@ -62,15 +62,15 @@ def inspect(
     from quantlens.cli import _common
     from quantlens.cli.quantize import drawn
     from quantlens.errors import UnknownNameError
-    from quantlens.studies.environment import choose_device
+    from quantlens.evaluation.environment import choose_device
 
     settings, parts = _common.settings(option), _common.names([by]) or []
     place = choose_device(device)
-    from quantlens import api
-    from quantlens.allocation.inspection import GRANULARITIES, RANKS
+    from quantlens.allocation import quantizing as api
     from quantlens.data import as_image_set, open_source
     from quantlens.methods import registry
     from quantlens.models import load_model
+    from quantlens.sensitivity.inspection import GRANULARITIES, RANKS
 
     for name in parts:
         if name not in GRANULARITIES:

@@ -8,10 +8,14 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from quantlens import plugins
 from quantlens._version import __version__
 from quantlens.cli import (
     allocate,
@@ -31,7 +35,7 @@ from quantlens.cli import (
     study,
 )
 from quantlens.cli._common import ReaderGone, Stopped
-from quantlens.errors import QuantlensError
+from quantlens.errors import QuantlensError, debugging
 
 # The base of "no such option" and the like. Some versions of typer bring a click of their own, so it is found by name.
 CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -93,7 +97,8 @@ def run(arguments: list[str]) -> int:
     """Run a command; its exit code. Mistakes become one line on stderr; QUANTLENS_DEBUG=1 shows the traceback."""
     program: Any = typer.main.get_command(app)
     try:
-        code = program.main(arguments, prog_name="quantlens", standalone_mode=False)
+        with _short_warnings():
+            code = program.main(arguments, prog_name="quantlens", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (Stopped, typer.Abort, KeyboardInterrupt) as error:
@@ -112,12 +117,37 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _debug()
         where = f" ({error.filename})" if error.filename else ""
-        _complain(f"the disk is full{where}; free some space and run the same command again")
-        return 2
+        full = f"the disk is full{where}; free some space and run the same command again"
+        return _unexpected(error, full if error.errno in (errno.ENOSPC, errno.EDQUOT) else None)
+    except Exception as error:
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception, sentence: str | None = None) -> int:
+    """The exit code of an error for which there is a sentence, or that a plugin's code raised; any other goes on."""
+    sentence = sentence or plugins.blame(error)
+    if sentence is None:
+        raise error
+    _debug()
+    _complain(sentence)
+    return 2
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Inside, what keeps a plugin from being used is told in one line on stderr."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, plugins.PluginWarning):
+                _complain(str(message), prefix="warning: ")
+            else:
+                usual(message, category, *place, **more)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def _complain(text: str, prefix: str = "error: ") -> None:
@@ -126,7 +156,7 @@ def _complain(text: str, prefix: str = "error: ") -> None:
 
 
 def _debug() -> None:
-    if os.environ.get("QUANTLENS_DEBUG", "0") not in ("", "0"):
+    if debugging():
         import traceback
 
         traceback.print_exc()

@@ -32,7 +32,7 @@ EXAMPLES = (
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    command(app, "models", HELP, models)
+    command(app, "models", HELP, models, plugins=False)
 
 
 def models(

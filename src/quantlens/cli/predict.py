@@ -35,7 +35,7 @@ def predict(
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common
-    from quantlens.deploy.artefact import Artefact
+    from quantlens.export.exported import Artefact
 
     model = Artefact(artefact, threads=threads)
     found = []

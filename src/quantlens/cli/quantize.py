@@ -61,17 +61,17 @@ def quantize(
 ) -> None:
     """See HELP."""
     from quantlens.cli import _common
-    from quantlens.studies.environment import choose_device
+    from quantlens.evaluation.environment import choose_device
 
     settings = _common.settings(option)
     if runtime is not None:
         settings["target"] = runtime
-    from quantlens import api
     from quantlens.allocation import Allocation
+    from quantlens.allocation import quantizing as api
     from quantlens.data import as_image_set, open_source
     from quantlens.methods import registry
     from quantlens.models import load_model
-    from quantlens.quantizers import Bits
+    from quantlens.qmodel import Bits
 
     wanted = api.read_bits(bits)
     spelled = str(wanted.bits() if isinstance(wanted, Allocation) else wanted)
@@ -105,7 +105,7 @@ def quantize(
             **settings,
         )
         quantized.save(target)
-    seconds = quantized.plan.info.get("seconds")
+    seconds = quantized.provenance.seconds
     took = "" if seconds is None else f", calibrated in {seconds:.1f} s on {len(images)} images"
     ratio = f"{quantized.size_mb:.2f} MB, {quantized.size_ratio:.3f} of FP32"
     _common.say(f"{target}: {quantized.name} {quantized.method} {quantized.bits}, {ratio}{took}")

@@ -35,7 +35,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The HTML file (default: DIR/report.html).")] = None,
     title: Annotated[str | None, typer.Option(help="Title of the report (default: the study's name).")] = None,
     csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write every figure of every cell as a table, and no report.")
+        Path | None, typer.Option(metavar="FILE", help="Write every metric of every cell as a table, and no report.")
     ] = None,
     parquet: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The same table as Parquet (needs quantlens\\[parquet]).")
@@ -65,12 +65,12 @@ def report(
 def export(directory: Path, csv: Path | None, parquet: Path | None, mlflow: str | None, experiment: str | None) -> None:
     """Hand a store to other programs."""
     from quantlens.cli import _common
-    from quantlens.studies import flat, tracking
+    from quantlens.studies import results, tracking
 
     if csv is not None:
-        _common.say(f"table: {flat.write_csv(directory, csv)}")
+        _common.say(f"table: {results.write_csv(directory, csv)}")
     if parquet is not None:
-        _common.say(f"table: {flat.write_parquet(directory, parquet)}")
+        _common.say(f"table: {results.write_parquet(directory, parquet)}")
     if mlflow is not None:
         new, old = tracking.log(directory, mlflow, experiment=experiment)
         _common.say(f"MLflow: {new} runs logged, {old} were there; {mlflow}")

@@ -26,7 +26,7 @@ GRAMMAR = (
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    command(app, "sources", HELP, sources)
+    command(app, "sources", HELP, sources, plugins=False)
 
 
 def sources() -> None:

@@ -81,7 +81,7 @@ def study(
         if plan:
             from quantlens.studies.estimate import estimate
 
-            for line in estimate(config, directory, workers=workers or 1).lines():
+            for line in estimate(config, directory, workers=workers or 1, progress=not quiet).lines():
                 _common.say(line)
         return
     summary = run_study(
@@ -96,12 +96,11 @@ def study(
         limit=limit,
     )
     if summary.done:
-        from quantlens.studies.aggregate import aggregate, table
-        from quantlens.studies.store import Store
+        from quantlens.cli._tables import means_table
+        from quantlens.studies.results import results
 
-        with Store(directory) as store:
-            rows = aggregate(store.cells())
-        _common.stdout().print(table(rows, title=f"{config.name}: mean ± standard deviation over seeds"))
+        title = f"{config.name}: mean ± standard deviation over seeds"
+        _common.stdout().print(means_table(results(directory).means(), title))
         if report:
             from quantlens.report import write_report
 

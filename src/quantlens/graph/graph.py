@@ -132,7 +132,7 @@ class Graph(nn.Module):
 
     def is_image(self, value: Any) -> bool:
         """Whether a value is the graph's input, as it is or with its channels rescaled by constants (see
-        :func:`quantlens.graph.rescale_input`)."""
+        :func:`quantlens.transforms.rescale_input`)."""
         while op_name(value) in CHANNEL_OPS and self.constant(value.args[1]) is not None:  # type: ignore[arg-type]
             value = value.args[0]
         return value is self.input

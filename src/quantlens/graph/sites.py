@@ -15,7 +15,7 @@ matmul     any other product             lhs, rhs, output         ``<module>.mat
 ========== ============================= ======================== =========================================
 
 A product with a constant called ``…_rotation`` is no site: it stays in float
-(:func:`quantlens.graph.rotation.rotate_input`).
+(:func:`quantlens.transforms.rotation.rotate_input`).
 
 An edge's key is ``<site>.<edge>``. An edge with a position is the value as that one operation reads it; ``output`` is
 the value as everybody reads it.

@@ -2,7 +2,7 @@
 
 from quantlens.calibration import Calibration
 from quantlens.methods.base import EVERYTHING, MATMUL_OPERANDS, Method, MethodInfo, Option
-from quantlens.methods.registry import available, get, register
+from quantlens.methods.registry import available, get, place, register
 
 __all__ = [
     "EVERYTHING",
@@ -13,5 +13,6 @@ __all__ = [
     "Option",
     "available",
     "get",
+    "place",
     "register",
 ]

@@ -3,18 +3,19 @@ second moments of its inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from quantlens.calibration import Calibration, Look, Transform, Walk
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Transform
+from quantlens.calibration.products import patches
 from quantlens.errors import QuantlensError
+from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
-from quantlens.methods._scale_search import patches
 from quantlens.methods.base import Run, matmul_operand_edges
-from quantlens.quantizers import Plan, Quantizer
+from quantlens.qmodel import Plan
 from quantlens.reconstruction.bias import LAYERS, corrected_layers, subtract_from_biases
 from quantlens.reconstruction.closed_form import Moments
 
@@ -46,14 +47,14 @@ def fit_layers(graph: Graph, calibration: Calibration, plan: Plan, fit: Fit, run
     found: dict[str, Fitted] = {}
     shifts: dict[str, Tensor] = {}
 
-    def decide(edge: Edge, look: Look) -> Transform | None:
+    def on_edge(edge: Edge, view: EdgeView) -> Transform | None:
         if not edge.is_weight:
             return plan.quantizers.get(edge.key)
         site, name = graph.sites[edge.site], str(edge.value.target)
         weight = graph.tensor(name)
         if name not in found:
             own = plan.quantizers.get(f"{site.name}.input")
-            moments = _moments(site, weight, look.tensors(site.edges["input"]), own, network)
+            moments = _moments(site, weight, view.tensors(site.edges["input"]), own, network)
             if moments is None:
                 return plan.quantizers[edge.key]
             fitted = fit(weight.flatten(1), moments, plan.quantizers[edge.key].bits, site.name in free)
@@ -64,17 +65,19 @@ def fit_layers(graph: Graph, calibration: Calibration, plan: Plan, fit: Fit, run
         return lambda weight: found[name].value.reshape(weight.shape)
 
     layers = [s.name for s in graph.sites.of_kind(*LAYERS) if f"{s.name}.weight" in plan.quantizers]
-    # the inputs too: the walk stops for activations alone
+    # the inputs too: the pass stops for activations alone
     wanted = {f"{name}.{edge}" for name in layers for edge in ("input", "weight")} | set(plan.quantizers)
     edges = [e for e in matmul_operand_edges(graph) if e.key in wanted]
-    Walk(graph, calibration, sequential=network, seed=run.seed).run(edges, decide, run.progress)
+    CalibrationPass(graph, calibration, sequential=network, seed=run.seed).run(edges, on_edge, run.progress)
     for name, fitted in found.items():
         graph.set_tensor(name, fitted.value.reshape(graph.tensor(name).shape))
     subtract_from_biases(graph, shifts)
     return len(found)
 
 
-def _moments(site: Site, weight: Tensor, pieces: list[Tensor], own: Quantizer | None, network: bool) -> Moments | None:
+def _moments(
+    site: Site, weight: Tensor, pieces: Sequence[Tensor], own: Quantizer | None, network: bool
+) -> Moments | None:
     """Moments of a layer's inputs; ``None`` for a convolution that is no product."""
     if patches(site, weight, pieces[0][:1]) is None:
         return None

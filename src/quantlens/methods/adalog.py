@@ -2,14 +2,14 @@
 2024).
 
 * Softmax outputs and GELU outputs have logarithmic codes whose base 2^(q/37) is searched
-  (:mod:`quantlens.quantizers.adalog`, section 3.2). GELU outputs are shifted by 0.17 first, so that none is negative;
+  (:mod:`quantlens.formats.adalog`, section 3.2). GELU outputs are shifted by 0.17 first, so that none is negative;
   behind the layer the shift is one number per output channel, which goes into the bias.
 * All other operands are asymmetric uniform: weights per output channel, q, k and v per head, other activations per
   tensor. LayerNorm outputs are made channel-wise first and rewritten to one scale, as in ``repq-vit``.
 * The two parameters of a format (scale and zero point, scale and base) are found together, by fast progressive
-  combining search (section 3.3, :mod:`quantlens.ranges.progressive`): a grid of 128 points, then ever finer steps
-  around the best. First the operand's own squared error is made least, then that of the layer's output, for one operand
-  and the other in turn (weight, input; q, k; softmax, v), three rounds.
+  combining search (section 3.3, :mod:`quantlens.calibration.ranges.progressive`): a grid of 128 points, then ever
+  finer steps around the best. First the operand's own squared error is made least, then that of the layer's
+  output, for one operand and the other in turn (weight, input; q, k; softmax, v), three rounds.
 
 All products are searched on the float network's tensors, none waits for another.
 
@@ -32,6 +32,7 @@ Where the authors' code differs from this file, or is silent:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -39,17 +40,9 @@ import torch
 from torch import Tensor
 
 from quantlens.calibration import Calibration
-from quantlens.errors import QuantlensError
-from quantlens.graph import Edge, Graph, rescale_norm
-from quantlens.methods._gradients import sample_pairs
-from quantlens.methods._scale_search import Product, patches, sample, visit_products
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
-from quantlens.methods.ptq4vit import GELU_MINIMUM, behind_gelu
-from quantlens.methods.repq_vit import Reparameterization, norm_groups, reparameterize
-from quantlens.quantizers import AdaLog as AdaLogFormat
-from quantlens.quantizers import Plan, Quantizer, Uniform
-from quantlens.ranges.guided import HEADS, Side
-from quantlens.ranges.progressive import (
+from quantlens.calibration.products import Product, patches
+from quantlens.calibration.ranges.guided import HEADS, Side
+from quantlens.calibration.ranges.progressive import (
     Grid,
     OutputError,
     adaptive,
@@ -58,6 +51,17 @@ from quantlens.ranges.progressive import (
     progressive,
     ranked,
 )
+from quantlens.calibration.sampling import ProductSampler
+from quantlens.errors import QuantlensError
+from quantlens.formats import AdaLog as AdaLogFormat
+from quantlens.formats import Quantizer, Uniform
+from quantlens.graph import Edge, Graph
+from quantlens.methods._scale_search import visit_products
+from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
+from quantlens.methods.ptq4vit import GELU_MINIMUM, behind_gelu
+from quantlens.methods.repq_vit import Reparameterization, norm_groups, reparameterize
+from quantlens.qmodel import Plan
+from quantlens.transforms import rescale_norm
 
 ROWS = 2048
 """Rows of a layer's input that weights are judged on."""
@@ -181,12 +185,12 @@ class _Search:
 
     def __init__(self, graph: Graph, bits: Widths, run: Run):
         self.graph, self.bits, self.run = graph, bits, run
-        self.generator = torch.Generator().manual_seed(run.seed)
+        self.sampler = ProductSampler(torch.Generator().manual_seed(run.seed), rows=ROWS)
         self.groups = norm_groups(graph) if run["layernorm"] == "reparameterized" else {}
         self.found: dict[str, Reparameterization] = {}
         self.quantizers: dict[str, Quantizer] = {}
 
-    def settle(self, product: Product, tensors: list[list[Tensor]], wanted: set[str]) -> None:
+    def settle(self, product: Product, tensors: list[Sequence[Tensor]], wanted: set[str]) -> None:
         """Find the quantizers of a product's operands; see :func:`visit_products`."""
         values, joined = self._operands(product, tensors)
         values = self._reparameterized(product, values, wanted)
@@ -212,7 +216,7 @@ class _Search:
             if one is not None:
                 self.quantizers[edge.key] = one.quantizer()
 
-    def _operands(self, product: Product, tensors: list[list[Tensor]]) -> tuple[list[Tensor], bool]:
+    def _operands(self, product: Product, tensors: list[Sequence[Tensor]]) -> tuple[list[Tensor], bool]:
         """The operands as [..., rows, k] with a common k; or (False) as rows, each by itself."""
         site = product.site
         if site.kind in ("linear", "conv"):
@@ -220,14 +224,14 @@ class _Search:
             rows = [r for x in inputs if (r := patches(site, weight, x)) is not None]
             joined = len(rows) == len(inputs)
             rows = rows if joined else [x.flatten(0, -2) for x in inputs]
-            return [weight.flatten(1).float(), sample(rows, ROWS, self.generator)], joined
+            return [weight.flatten(1).float(), self.sampler.some_rows(rows)], joined
         if len(tensors) == 2 and min(x[0].dim() for x in tensors) >= 2:
             each = zip(*tensors, strict=True)
-            pairs = [sample_pairs(a, b, None, len(tensors[0]), self.generator)[:2] for a, b in each]
+            pairs = [self.sampler.weighted_pairs(a, b, None, len(tensors[0]))[:2] for a, b in each]
             operands = [torch.cat(x).float() for x in zip(*pairs, strict=True)]
             most = max(1, ELEMENTS // max(x[0].numel() for x in operands))
             return [thinned(x, most) for x in operands], True
-        return [sample([p.reshape(-1, p.shape[-1]) for p in x], ROWS, self.generator) for x in tensors], False
+        return self.sampler.each_alone(tensors), False
 
     def _reparameterized(self, product: Product, values: list[Tensor], wanted: set[str]) -> list[Tensor]:
         """The operands of a layer behind a LayerNorm as the rewrite makes them: W·diag(r), x/r − t."""

@@ -1,58 +1,36 @@
 """aocq: adaptive outlier correction quantization (Li et al., FITEE 26(10):1879–1895, 2025).
 
-A fully quantized vision transformer (LayerNorm inputs, residual sums, softmax and GELU inputs too) whose channels and
-tokens differ too much in size for one scale. The paper corrects this at three levels:
+A fully quantized vision transformer (LayerNorm inputs, residual sums, softmax and GELU inputs too), whose channels and
+tokens differ too much in size for one scale, is corrected at three levels:
 
 * operator level: Add_α and LN_α balance the channels by an equivalent transformation;
 * framework level: block by block, stage one refines the activations' scales in successive steps, s₀ → s₄, then stage
   two optimises the direction in which weights are rounded, with the imbalance moved into the weights;
 * loss level: the block-wise reconstruction loss has a token norm that suppresses extreme tokens.
 
-Only its abstract, figures and tables are public: idea and results, not the formulas. What stands behind each level here
-is derived (reasons in docs/aocq.md):
-
-1. LN_α: LN(x) becomes LN(x)/α − t, the linear layers behind it W·diag(α), bias + W·diag(α)·t, exactly. t centres every
-   channel. α_c = (half-range_c)^m over its geometric mean, or SmoothQuant's half-range_c^m/max|W_:,c|^(1−m); of these
-   candidates (m in 0 … 1), the one with the least squared error of the layers' outputs, both sides quantized.
-2. Add_α: what a residual sum or a LayerNorm reads, and what the sum puts out, is stored as x/α_c − t_c with α_c =
-   2^k_c: one scale s for the tensor, a shift (k_c = 0 … 7) and an integer zero point per channel, which centres it as
-   LN_α's t does. GELU inputs and the patch embedding's output are stored so, too: every value is read by itself there,
-   so that the shift is as free. For every candidate s each channel takes the k_c with its least error, and s the least
-   sum. The error of sums and LayerNorm inputs is a token norm, too (level three): every token's squared error over its
-   variance, by which the LayerNorm that reads it divides. In ViT-Tiny 2 % of the tokens reach 570 in one channel, and
-   by the plain squared error they alone choose its shift, at the cost of all other tokens. The summands come from
-   linear layers, whose outputs are requantized per output channel anyway, so dividing their rows costs nothing; LN_α
-   shifts back what it reads. ViT-Tiny at W8A8, sums alone quantized, KL on 96 of the images this was chosen on: 0.062
-   with neither, 0.023 by token, 0.016 with zero points per channel, too (0.013: a free scale and zero point each).
-3. s₀ is the range with the least squared error. Four rounds of LSQ steps on the block's loss follow, s₁ … s₄: each
-   starts from the best scales so far, with half the step of the round before, and counts only if the block's loss on
-   all calibration images falls. Weights are in float meanwhile. The step, 0.003 of the scale, was chosen on test images
-   of digits-vit (docs/aocq.md): with 0.01 the blocks' losses fall and the output gets worse.
-4. Rounding: AdaRound's parameters, trained straight through the rounded direction (every step sees the hard weight),
-   which needs no regulariser and converges in some hundred steps; input half quantized prefix, half float, element by
-   element.
-5. Token norm: mean over tokens of ‖y_t − ŷ_t‖²/(‖y_t‖² + ε), ε = 1 % of the mean ‖y_t‖².
-6. The arithmetic inside LayerNorm, softmax and GELU is float, between quantized inputs and outputs. Softmax inputs:
-   values so far below their row's largest that they come out as 0 (Swin's mask) do not count for the range. Softmax
-   outputs: uniform or log√2, whichever has the smaller squared error. All else: activations asymmetric uniform per
-   tensor, clipped at ±t (shrinking both ends together loses a GELU's negative values); weights per output channel.
-   Ranges of least squared error.
+Of the paper, the abstract, figures and tables alone are public: the formulas are derived here (docs/aocq.md).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import Calibration, Look, Transform, Walk
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Observer, Transform
+from quantlens.calibration.ranges import affine, clipping, log_by_quantile, mse
+from quantlens.calibration.ranges.power_of_two import token_weights
+from quantlens.calibration.ranges.rules import REPQ_QUANTILES
 from quantlens.errors import QuantlensError
-from quantlens.graph import Edge, Graph, NormGroup, find_norm_groups
+from quantlens.formats import PowerOfTwo, Quantizer, Uniform
+from quantlens.formats.base import bounded_
+from quantlens.formats.uniform import MAX_ZERO_POINT
+from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import VIEWS, op_name
-from quantlens.graph.rewrites import keeps_channels_last
 from quantlens.methods._reconstruction import FULL, portion, weight_quantizers
 from quantlens.methods._shifts import shift_axis
 from quantlens.methods.base import (
@@ -65,15 +43,12 @@ from quantlens.methods.base import (
     Widths,
     everything_edges,
 )
-from quantlens.quantizers import Plan, PowerOfTwo, Quantizer, Uniform
-from quantlens.quantizers.base import bounded_
-from quantlens.quantizers.bits import FLOAT
-from quantlens.quantizers.uniform import MAX_ZERO_POINT
-from quantlens.ranges import Observation, Observer, affine, clipping, log_by_quantile, mse
-from quantlens.ranges.power_of_two import token_weights
-from quantlens.ranges.rules import REPQ_QUANTILES
+from quantlens.qmodel import Plan
+from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction import Report, Settings, reconstruct
-from quantlens.reconstruction.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
+from quantlens.transforms import NormGroup, find_norm_groups
+from quantlens.transforms.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
+from quantlens.transforms.rewrites import keeps_channels_last
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """m of LN_α's candidates: how far the channels' ranges are evened out."""
@@ -83,6 +58,24 @@ EXPONENTS = 7
 """Largest shift of Add_α."""
 ROUNDS = 4
 """s₀ → s₄."""
+
+DEPARTURES = (
+    "only the idea is public: the formulas of all three levels are derived (docs/aocq.md)",
+    "LN_α: LN(x) becomes LN(x)/α − t, the linear layers after it take up both exactly. t centres every channel; α is "
+    "a power of the half-range, or SmoothQuant's factor: of these candidates the one with the least squared error of "
+    "the layers' outputs, both sides quantized",
+    "Add_α: what a residual sum or a LayerNorm reads, and the sum itself, has one scale, a shift (0 … 7) and an "
+    "integer zero point per channel; so have GELU inputs and the patch embedding's output. For every candidate scale "
+    "each channel takes the shift with its least error, at sums and LayerNorm inputs by token, relative to its "
+    "variance",
+    "s₀ has the least squared error; each of four rounds of LSQ starts from the best scales so far with half the step "
+    "of the round before, and counts only if the block's loss on all calibration images falls; weights are in float",
+    "rounding: AdaRound straight through the rounded direction, on inputs half quantized and half float",
+    "token norm: mean over tokens of ‖y − ŷ‖²/(‖y‖² + ε), ε = 1 % of the mean ‖y‖²",
+    "the arithmetic inside LayerNorm, softmax and GELU is float, between quantized inputs and outputs; softmax inputs "
+    "that come out as 0 (Swin's mask) do not count for the range; softmax outputs are uniform or log√2, whichever has "
+    "the smaller squared error; weights have one asymmetric scale per output channel",
+)
 
 
 class AOCQ(Method):
@@ -96,7 +89,7 @@ class AOCQ(Method):
         quantizes=EVERYTHING,
         summary="channels balanced at LayerNorm and residual adds; learned activation scales, then learned rounding; "
         "block loss per token",
-        departures="only the idea is public: the formulas of all three levels are derived here (docs/aocq.md)",
+        departures=DEPARTURES,
         aliases=("adaptive-outlier-correction",),
         version=2,
         options={
@@ -140,7 +133,7 @@ class AOCQ(Method):
             )
         plan.quantizers = {**weights, **plan.quantizers}
         plan.rewrites = rewrites
-        plan.info["reconstruction"] = {stage: report.info() for stage, report in reports.items()}
+        plan.notes["reconstruction"] = {stage: report.info() for stage, report in reports.items()}
         return plan
 
 
@@ -168,12 +161,12 @@ def balance_norms(graph: Graph, calibration: Calibration, bits: Widths, seed: in
     factors: dict[str, Factors] = {}
     generator = torch.Generator().manual_seed(seed)
 
-    def decide(edge: Edge, look: Look) -> None:
-        rows = _sample(look.tensors(), generator)
-        factors[groups[edge.key].norm.name] = ln_alpha(graph, groups[edge.key], look(axis=-1), rows, bits)
+    def on_edge(edge: Edge, view: EdgeView) -> None:
+        rows = _sample(view.tensors(), generator)
+        factors[groups[edge.key].norm.name] = ln_alpha(graph, groups[edge.key], view(axis=-1), rows, bits)
 
     edges = [e for e in edges if bits.of(graph, e) != FLOAT]
-    Walk(graph, calibration, sequential=False, seed=seed).run(edges, decide)
+    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(edges, on_edge)
     return equalise_norms(graph, list(groups.values()), factors)
 
 
@@ -206,7 +199,7 @@ def ln_alpha(graph: Graph, group: NormGroup, seen: Observation, rows: Tensor, bi
     return best
 
 
-def _sample(tensors: list[Tensor], generator: torch.Generator) -> Tensor:
+def _sample(tensors: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """About :data:`ROWS` tokens [n, C], as many from each piece."""
     share = -(-ROWS // len(tensors))
     rows = []
@@ -291,40 +284,40 @@ def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, 
         by_token |= {s.edges["input"].key for s in graph.sites.of_kind("layer_norm")}
     quantizers: dict[str, Quantizer] = {}
 
-    def decide(edge: Edge, look: Look) -> Transform | None:
+    def on_edge(edge: Edge, view: EdgeView) -> Transform | None:
         width, group = bits.of(graph, edge), groups[edge.key]
         axis = -1 if all(e.key in residual for e in group) else shift_axis(graph, group) if run["operator"] else None
         if axis is not None:
-            seen = look(axis=axis)
+            seen = view(axis=axis)
             weights = token_weights(seen) if by_token & {e.key for e in group} else None
             made: Quantizer = add_alpha(seen, width, axis=axis, weights=weights)
         elif edge.key.endswith(".probs.input"):
-            made = scores_quantizer(look, width)
+            made = scores_quantizer(view, width)
         elif edge.key.endswith(".probs.output"):
-            made = probs_quantizer(look, width, run["softmax"])
+            made = probs_quantizer(view, width, run["softmax"])
         else:
-            made = affine(*clipping(look(), width), width)
+            made = affine(*clipping(view(), width), width)
         quantizers.update({e.key: made for e in group})
         return None
 
-    Walk(graph, calibration, sequential=False, seed=run.seed).run([g[0] for g in groups.values()], decide)
+    CalibrationPass(graph, calibration, sequential=False, seed=run.seed).run([g[0] for g in groups.values()], on_edge)
     return quantizers
 
 
-def scores_quantizer(look: Look, bits: int) -> Uniform:
+def scores_quantizer(view: EdgeView, bits: int) -> Uniform:
     """Softmax inputs. A value more than ln 2·(b + 4) below its row's largest comes out as 0 and counts as lying
     there."""
     depth = math.log(2) * (bits + 4)
-    pieces = look.tensors()
+    pieces = view.tensors()
     observer = Observer(pieces=len(pieces))
     for piece in pieces:
         observer.update(torch.maximum(piece, piece.amax(-1, keepdim=True) - depth))
     return affine(*mse(observer.result(), bits), bits)
 
 
-def probs_quantizer(look: Look, bits: int, how: str) -> Quantizer:
+def probs_quantizer(view: EdgeView, bits: int, how: str) -> Quantizer:
     """Softmax outputs: uniform or log√2."""
-    seen = look(tail=1.0 - min(REPQ_QUANTILES))
+    seen = view(tail=1.0 - min(REPQ_QUANTILES))
     uniform = affine(*mse(seen, bits), bits)
     if how == "uniform":
         return uniform

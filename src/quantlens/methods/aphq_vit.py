@@ -4,27 +4,11 @@ Block reconstruction as in QDrop (:mod:`quantlens.methods.qdrop`: AdaRound, LSQ,
 
 1. a loss that weights the squared error of every element of a block's output by its average perturbation Hessian
    (section 3.3): the difference of the gradients of the model's output divergence, the block's output perturbed one way
-   and the other, averaged over the images; see :func:`quantlens.reconstruction.sensitivity.perturbation_metrics`. At
+   and the other, averaged over the images; see :func:`quantlens.reconstruction.block_metrics.perturbation_metrics`. At
    the logits the loss is the divergence itself. Softmax temperature 20;
 2. MLP reconstruction (section 3.4), before anything is quantized: GELU becomes ReLU, and the two linear layers are
-   refitted to put out what they did, with the hidden values as they are and clipped at a quantile of the positive ones;
+   refitted to their former output, with the hidden values as they are and clipped at a quantile of the positive ones;
    see :mod:`quantlens.reconstruction.mlp`.
-
-Where the authors' code differs from this file, or is silent:
-
-1. The perturbation. Theirs adds 10⁻⁶ to every element. Float32 cannot add this to values above 16; and adding any one
-   number to all channels of a token changes nothing, since every LayerNorm behind takes it away again: in exact
-   arithmetic their two gradients are equal, and what they average is rounding. Here the signs are random and the size
-   is 0.01 standard deviations of the output (``step``).
-2. Steps: 20 000 for every MLP and every block there, with 1024 images; here 100 and 80, on what images are given; see
-   :mod:`quantlens.methods.qdrop` for this, for ``rounding``, and for learning rates. An MLP's second layer starts from
-   ridge regression.
-3. The target of all blocks is the model with GELU, as it was given.
-4. The quantile where hidden values are clipped is 0.98, at 3 bits 0.99, as in their configurations, and 0.99 at all
-   other widths.
-5. At 2 bits their configuration has a scale for every token position (``token_scales=True``); never here by default.
-6. An MLP whose hidden values something else reads (``massive_channels=split``) keeps its GELU. A block whose loss on
-   all calibration images did not fall keeps its start.
 """
 
 from __future__ import annotations
@@ -34,15 +18,36 @@ from torch import Tensor
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
-from quantlens.methods._reconstruction import START_OPTIONS, dropping, portion, start, step_options, steps
+from quantlens.methods._reconstruction import (
+    DROPPING_DEPARTURES,
+    START_OPTIONS,
+    dropping,
+    portion,
+    start,
+    step_options,
+    steps,
+)
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.quantizers import Plan
+from quantlens.qmodel import Plan
 from quantlens.reconstruction import Metric, MetricLoss, find_units, perturbation_metrics, reconstruct
+from quantlens.reconstruction.block_metrics import STEP
 from quantlens.reconstruction.mlp import Fit, find_mlps, replace_gelu
-from quantlens.reconstruction.sensitivity import STEP
 
 QUANTILES = {2: 0.98, 3: 0.99, 4: 0.98}
 """Where hidden values are clipped, by width of the second layer's input."""
+
+DEPARTURES = (
+    *DROPPING_DEPARTURES,
+    "the perturbation has random signs and 0.01 standard deviations of the output (step). The authors' code adds 1e-6 "
+    "to every element: float32 cannot add this to values above 16, and any one number added to all channels of a "
+    "token is taken away again by every later LayerNorm, so that in exact arithmetic their two gradients are equal",
+    "100 steps per MLP instead of 20 000; its second layer starts from ridge regression",
+    "the target of all blocks is the model with GELU, as it was given",
+    "hidden values are clipped at the quantile 0.98, at 3 bits 0.99, as in their configurations, and 0.99 at all "
+    "widths that they do not name",
+    "no scale for every token position; their configuration for 2 bits has it (token_scales=True)",
+    "an MLP whose hidden values something else reads (massive_channels=split) keeps its GELU",
+)
 
 
 class APHQViT(Method):
@@ -57,8 +62,7 @@ class APHQViT(Method):
         quantizes=MATMUL_OPERANDS,
         summary="GELU made ReLU and MLPs refitted; block reconstruction with random dropping, weighted by a "
         "perturbation Hessian",
-        departures="100 and 80 steps instead of 20000; perturbation of random signs and 0.01 deviations instead of "
-        "1e-6 everywhere; blocks aim at the model with GELU",
+        departures=DEPARTURES,
         aliases=("aphq",),
         options={
             **START_OPTIONS,
@@ -83,7 +87,7 @@ class APHQViT(Method):
         if run["mlp"] == "relu" and find_mlps(graph):
             errors = self._refit(graph, calibration, bits, run, metrics)
             plan.rewrites.append(f"GELU replaced by ReLU and the layers refitted in {len(errors)} MLPs (not exact)")
-            plan.info["mlp"] = {name: [round(e, 6) for e in pair] for name, pair in errors.items()}
+            plan.notes["mlp"] = {name: [round(e, 6) for e in pair] for name, pair in errors.items()}
         plan.quantizers, rewrites = start(graph, calibration, bits, run)
         plan.rewrites += rewrites
         report = reconstruct(
@@ -96,7 +100,7 @@ class APHQViT(Method):
             progress=portion(run.progress, 1, 2),
             checkpoint=run["checkpoint"],
         )
-        plan.info["reconstruction"] = report.info()
+        plan.notes["reconstruction"] = report.info()
         return plan
 
     def _refit(

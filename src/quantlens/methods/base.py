@@ -16,18 +16,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import Calibration, Seen
+from quantlens.calibration import Calibration, ObservationCache
+from quantlens.calibration.ranges import affine
+from quantlens.calibration.transforming import read_as_pixels, split_outlier_channels
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.graph import Edge, Graph, fold_layer_scale, graph_of
+from quantlens.formats import Uniform
+from quantlens.formats.uniform import pixel_codes
+from quantlens.graph import Edge, Graph, graph_of
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
-from quantlens.quantizers import Bits, Plan, QuantizedModel, Uniform
-from quantlens.quantizers.bits import FLOAT
-from quantlens.quantizers.model import describe, float_copy
-from quantlens.quantizers.targets import TARGETS, target_named
-from quantlens.ranges import affine
-from quantlens.reconstruction.massive import split_massive
-from quantlens.reconstruction.pixels import pixel_quantizer, read_pixels
+from quantlens.methods._former_options import current_options
+from quantlens.qmodel import Bits, Plan, QuantizedModel
+from quantlens.qmodel.bits import FLOAT
+from quantlens.qmodel.model import float_copy
+from quantlens.qmodel.plan import Provenance
+from quantlens.qmodel.targets import TARGETS, target_named
+from quantlens.transforms import fold_layer_scale
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) steps."""
@@ -51,7 +55,7 @@ class MethodInfo:
     """A method's identity: where it comes from and what it does.
 
     quantizes: :data:`MATMUL_OPERANDS` (LayerNorm, softmax, GELU and sums stay float) or :data:`EVERYTHING`.
-    departures: where the paper is silent or the authors' code differs, and what was chosen.
+    departures: where the paper is silent or the authors' code differs, and what was chosen: one sentence for each.
     version: part of every result's identity; raise it when the method's numbers change.
     """
 
@@ -63,10 +67,14 @@ class MethodInfo:
     url: str
     quantizes: str
     summary: str
-    departures: str = ""
+    departures: tuple[str, ...] | str = ()
     aliases: tuple[str, ...] = ()
     options: dict[str, Option] = field(default_factory=dict)
     version: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.departures, str):
+            object.__setattr__(self, "departures", tuple(filter(None, self.departures.split("; "))))
 
 
 SHARED_OPTIONS = {
@@ -133,10 +141,12 @@ class Method(ABC):
             graph = graph_of(model).clone()
             check_names(graph, widths)
             folded = fold_layer_scale(graph)
-            split = split_massive(graph, images) if settings["massive_channels"] == "split" else []
+            split = split_outlier_channels(graph, images) if settings["massive_channels"] == "split" else []
             pixels = self._pixels(graph, model, images, settings)
             seen = None if split or pixels or images.fingerprint is None else _seen(model, images.fingerprint)
             plan = self.build(graph, images, Widths(widths, settings), Run(settings, seed, progress, seen))
+        if not isinstance(plan, Plan):
+            raise QuantlensError(f"the method {self.info.name} gave {type(plan).__name__}; its `build` returns a Plan")
         graph.invalidate()
         target = target_named(settings["target"])
         if target is not None:
@@ -145,33 +155,33 @@ class Method(ABC):
                 k: target.conform(k, q, graph.tensor(str(edges[k].value.target)) if edges[k].is_weight else None)
                 for k, q in plan.quantizers.items()
             }
-        plan.quantizers |= {key: pixel_quantizer(images.device) for key in pixels if key in plan.quantizers}
+        plan.quantizers |= {key: pixel_codes(images.device) for key in pixels if key in plan.quantizers}
         plan.rewrites[:0] = [*split, *(["the image is read as pixel/255, whose codes are exact"] if pixels else [])]
         if folded:
             plan.rewrites.insert(0, f"LayerScale folded into {len(folded)} linear layers")
-        plan.info = {
-            **describe(model),
-            "method": self.info.name,
-            "method_version": self.info.version,
-            "bits": str(widths),
-            **({"widths": widths.to_mapping()} if widths.is_mixed else {}),
-            "seed": seed,
-            "options": settings,
-            "calibration": images.info(),
-            "seconds": round(time.perf_counter() - started, 3),
-            **plan.info,
-        }
+        plan.provenance = Provenance.of(
+            model,
+            method=self.info.name,
+            method_version=self.info.version,
+            bits=str(widths),
+            widths=widths.to_mapping() if widths.is_mixed else None,
+            seed=seed,
+            options=settings,
+            calibration=images.info(),
+            seconds=round(time.perf_counter() - started, 3),
+        )
         return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model)
 
     def _pixels(self, graph: Graph, model: Any, images: Calibration, settings: dict[str, Any]) -> list[str]:
-        """Keys of the edges that read the image as pixels from now on; see :mod:`quantlens.reconstruction.pixels`."""
+        """Keys of the edges that read the image as pixels from now on; see :mod:`quantlens.transforms.pixels`."""
         if settings["image"] != "pixels" or int(settings["patch_bits"]) != 8 or self.info.quantizes == EVERYTHING:
             return []
-        return read_pixels(graph, model.preprocess, images)
+        return read_as_pixels(graph, model.preprocess, images)
 
     def options(self, given: dict[str, Any]) -> dict[str, Any]:
         """All options with their values: defaults (with a target also :data:`FOR_TARGETS`) overridden by ``given``.
-        Raises on unknown names and values not allowed."""
+        Raises on unknown or removed names and values not allowed; old names get a DeprecationWarning."""
+        given = current_options(self.info.name, given)
         known = {**SHARED_OPTIONS, **self.info.options}
         for name, value in given.items():
             if name not in known:
@@ -185,21 +195,21 @@ class Method(ABC):
         return {**usual, **(FOR_TARGETS if given.get("target") is not None else {}), **given}
 
 
-def _seen(model: Any, fingerprint: str) -> Seen:
+def _seen(model: Any, fingerprint: str) -> ObservationCache:
     """What was seen of a model on the images with that fingerprint; it lives as long as the model is loaded."""
-    found: Seen = model.derived.setdefault(f"seen, images {fingerprint}", {})
+    found: ObservationCache = model.derived.setdefault(f"seen, images {fingerprint}", {})
     return found
 
 
 @dataclass(frozen=True)
 class Run:
     """What a method is told of the run: its options (all of them, defaults filled in), the seed, a progress
-    callback, and what was seen of the float model on the same images before (for a walk over the graph as it is)."""
+    callback, and what was seen of the float model on the same images before (for a pass over the graph as it is)."""
 
     options: dict[str, Any]
     seed: int
     progress: Progress | None = None
-    seen: Seen | None = None
+    seen: ObservationCache | None = None
 
     def __getitem__(self, option: str) -> Any:
         return self.options[option]

@@ -28,7 +28,7 @@ from quantlens.calibration import Calibration
 from quantlens.graph import Graph
 from quantlens.methods._scale_search import SEARCH_OPTIONS, search_scales
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.quantizers import Plan
+from quantlens.qmodel import Plan
 
 
 class BasePTQ(Method):

@@ -1,62 +1,34 @@
 """bit-split: bit-split and stitching of weights, error-compensated activations (Wang et al., ICML 2020).
 
 Weights: W ≈ α·Q, one α per output channel, Q integers of b bits without −2ᵇ⁻¹. Q is split into b − 1 ternary vectors,
-Q = Σ 2ʲ·Bⱼ with Bⱼ ∈ {−1, 0, 1}, which are optimised in turn, the others fixed, and stitched together again. The
-objective is the layer's output,
+Q = Σ 2ʲ·Bⱼ with Bⱼ ∈ {−1, 0, 1}, which are optimised in turn, the others fixed, and stitched together again, for
 
     min ‖Y − X̂·(α·Q)ᵀ‖²  =  min over each channel of  α²·q·H·q − 2α·t·q,    H = X̂ᵀX̂,  t = yᵀX̂
 
-with α in closed form (t·q)/(q·H·q), and each Bⱼ coordinate by coordinate, exactly: the best of −1, 0 and 1. All output
-channels go together, and what a coordinate changes reaches the others in blocks, so that most of the work is matrix
-products. Error-compensated activation quantization: X̂ is the layer's quantized input and Y the float output, so that
-the weights take up the activations' error.
-
-Start: rounding, alternated with the α of least squared error in the weights, as the authors' code has it. Activations:
-one scale per tensor, symmetric, codes ±(2ᵇ⁻¹ − 1), tensors without negative values unsigned 0 … 2ᵇ − 1; the scale of
-least squared error, found by their alternation (codes by rounding, scale in closed form).
-
-Where the paper, which is about convolutional networks, or the authors' code differs from this file, or is silent:
-
-1. Their alternation for activation scales starts from the largest magnitude and stops at the first fixed point; in a
-   transformer, where single values are far out, that is close to min-max. Here it starts from the best of 40 scales
-   down to 1/40 of the largest; it sees a random sample of 2¹⁷ values.
-2. They run 100 rounds over all bits; here a layer stops after ``rounds`` (10), or when a round gains less than 1 % of
-   what all rounds gained.
-3. X̂ is the float network's input through the layer's own quantizer. Their code takes the input as the quantized
-   network makes it (``inputs=network``): fitted to that, the weights of a transformer at W6A6 and below shrink from
-   layer to layer, because errors of earlier layers, which no weight can undo, count as noise of the input (DeiT-Tiny
-   at W6A6: KL from FP32 0.51 against 0.13, and 0.18 against 0.12 with the next point's term).
-4. To H is added λ·I, to t λ·w, with λ the mean of H's diagonal times ``damping`` (1): the distance to the float
-   weights. They have none. A few hundred images of a convolutional network fill H; 32 images of a transformer leave
-   directions in which nearly nothing was seen, and there weights would go anywhere. This and point 3 were chosen on
-   100 images of one seed, those that the figures are of.
-5. A layer with fewer than 8 rows per input channel (the classifier, which reads one token of an image) is fitted to its
-   weights instead, as their code does with every fully connected layer.
-6. The products of the attention have no weights: their operands get scales of least squared error alone.
-7. Their first and last layer have 8 bits; here the bits say (``patch_bits``, ``head_bits``).
-8. They re-estimate batch-norm statistics afterwards. A transformer has none; ``bias_correction=true`` brings every
-   layer's mean output to the float network's instead (:mod:`quantlens.reconstruction.bias`). Off by default.
-9. Up to 8192 tokens (positions) are used per layer. A convolution with groups, or with padding given as a word, is
-   fitted to its weights.
-10. The graph's weights are replaced by α·Q, which the quantizer with scale α reproduces code by code. Layers that
-    share one weight share the quantizer of the first.
+with α in closed form (t·q)/(q·H·q), and each Bⱼ coordinate by coordinate, exactly: the best of −1, 0 and 1. X̂ is the
+layer's quantized input and Y the float output, so that the weights take up the activations' error. They start from
+rounding, alternated with the α of least squared error. Activations: one symmetric scale per tensor, codes ±(2ᵇ⁻¹ − 1),
+tensors without negative values unsigned 0 … 2ᵇ − 1; the scale of least squared error, found by the same alternation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, Look, Transform, Walk
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Transform
+from quantlens.calibration.products import patches
+from quantlens.calibration.sampling import ProductSampler
 from quantlens.errors import QuantlensError
+from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
-from quantlens.methods._scale_search import patches, sample_tensor
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
-from quantlens.quantizers import Plan, Quantizer, Uniform
-from quantlens.quantizers.bits import FLOAT
+from quantlens.qmodel import Plan
+from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction.bias import LAYERS, correct_biases, output_means
 
 ROWS = 8192
@@ -72,6 +44,24 @@ STARTS = 40
 BLOCK = 32
 CONVERGED = 1e-2
 
+DEPARTURES = (
+    "the alternation for activation scales starts from the best of 40 scales down to 1/40 of the largest, on a random "
+    "sample of 2^17 values; the authors' starts from the largest magnitude and stops at the first fixed point, which "
+    "in a transformer is close to min-max",
+    "a layer stops after 10 rounds over all bits (rounds), or when a round gains less than 1 % of what all rounds "
+    "gained; theirs takes 100",
+    "inputs are the float network's through the layer's own quantizer; theirs as the quantized network makes them "
+    "(inputs=network), where weights of a transformer shrink from layer to layer",
+    "the distance to the float weights is part of the objective: λ·I is added to H and λ·w to t, λ the mean of H's "
+    "diagonal times damping; a few images of a transformer leave directions in which nearly nothing was seen",
+    "a layer with fewer than 8 rows per input channel (the classifier) is fitted to its weights instead, as every "
+    "fully connected layer in their code; so is a convolution with groups, or with padding given as a word",
+    "operands of the attention's products, which have no weights, get scales of least squared error alone",
+    "first and last layer have the bits asked for (patch_bits, head_bits); theirs 8",
+    "bias_correction=true stands in for their new estimate of batch-norm statistics; off by default",
+    "up to 8192 tokens (positions) are used per layer; layers that share one weight share the quantizer of the first",
+)
+
 
 class BitSplit(Method):
     info = MethodInfo(
@@ -83,8 +73,7 @@ class BitSplit(Method):
         url="https://proceedings.mlr.press/v119/wang20c.html",
         quantizes=MATMUL_OPERANDS,
         summary="weights bit by bit against the layer's output, on quantized inputs; activations by squared error",
-        departures="inputs of the float network through the layer's quantizer; a term for the distance to the float "
-        "weights; activation scales from several starts",
+        departures=DEPARTURES,
         aliases=("bitsplit",),
         options={
             "rounds": Option(10, "most rounds over all bits of a layer (the authors: 100)"),
@@ -119,7 +108,7 @@ class BitSplit(Method):
         stitched: dict[str, tuple[Uniform, Tensor]] = {}
         generator = torch.Generator().manual_seed(run.seed)
 
-        def decide(edge: Edge, look: Look) -> Transform | None:
+        def on_edge(edge: Edge, view: EdgeView) -> Transform | None:
             width = bits.of(graph, edge)
             if width == FLOAT:
                 return None
@@ -128,7 +117,7 @@ class BitSplit(Method):
                     f"{edge.key}: {width} bit; bit-split's codes have a sign and at least one more bit"
                 )
             if not edge.is_weight:
-                quantizers[edge.key] = quantizer = activation_quantizer(look.tensors(), width, generator, edge.key)
+                quantizers[edge.key] = quantizer = activation_quantizer(view.tensors(), width, generator, edge.key)
                 return quantizer
             name = str(edge.value.target)
             if name not in stitched:
@@ -136,7 +125,7 @@ class BitSplit(Method):
                 own = quantizers.get(f"{site.name}.input") if run["inputs"] != "float" else None
                 rows = None
                 if site.name in targets:
-                    rows = _rows(site, look.tensors(site.edges["input"]), graph, run.seed)
+                    rows = _rows(site, view.tensors(site.edges["input"]), graph, run.seed)
                 stitched[name] = _stitch(graph.tensor(name), width, rows, targets.pop(site.name, None), own, run)
             quantizers[edge.key], value = stitched[name]
             return lambda _: value
@@ -144,7 +133,9 @@ class BitSplit(Method):
         # an input that stays in float is visited too, because its weight is fitted on it
         shown = {e.key for e in edges} | {f"{name}.input" for name in fitted}
         order = [e for e in matmul_operand_edges(graph) if e.key in shown]
-        Walk(graph, calibration, sequential=run["inputs"] == "network", seed=run.seed).run(order, decide, run.progress)
+        CalibrationPass(graph, calibration, sequential=run["inputs"] == "network", seed=run.seed).run(
+            order, on_edge, run.progress
+        )
         for name, (_, value) in stitched.items():
             graph.set_tensor(name, value)
         rewrites = [f"weights of {len(stitched)} layers replaced by their stitched values"] if stitched else []
@@ -171,22 +162,22 @@ def _targets(graph: Graph, calibration: Calibration, names: set[str], seed: int)
     """Float outputs of the layers named, at the rows that :func:`_rows` picks."""
     found: dict[str, Target] = {}
 
-    def note(edge: Edge, look: Look) -> None:
+    def note(edge: Edge, view: EdgeView) -> None:
         site = graph.sites[edge.site]
-        rows = _rows(site, look.tensors(), graph, seed)
+        rows = _rows(site, view.tensors(), graph, seed)
         if rows is None or len(rows) < ENOUGH * rows.shape[1]:
             return
         weight = graph.tensor(str(site.weight)).flatten(1)
         keep = rows.shape[1] <= weight.shape[0]
         found[site.name] = Target(rows if keep else rows @ weight.T, keep)
 
-    Walk(graph, calibration, sequential=False, seed=seed).run(
+    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(
         [site.edges["input"] for site in graph.sites.of_kind(*LAYERS) if site.name in names], note
     )
     return found
 
 
-def _rows(site: Site, pieces: list[Tensor], graph: Graph, seed: int) -> Tensor | None:
+def _rows(site: Site, pieces: Sequence[Tensor], graph: Graph, seed: int) -> Tensor | None:
     """Up to :data:`ROWS` input rows [m, in] of a layer; the same tokens whenever it is asked. ``None`` for a
     convolution that is no product."""
     generator = torch.Generator().manual_seed(seed)
@@ -227,7 +218,7 @@ def _stitch(
 
 
 # -- scales of least squared error ------------------------------------------------------------------------------------
-def activation_quantizer(pieces: list[Tensor], bits: int, generator: torch.Generator, name: str = "") -> Uniform:
+def activation_quantizer(pieces: Sequence[Tensor], bits: int, generator: torch.Generator, name: str = "") -> Uniform:
     """One symmetric scale with the least squared error over pieces of any shape; unsigned codes where no value is
     negative."""
     low = torch.stack([p.min() for p in pieces]).min()
@@ -238,7 +229,8 @@ def activation_quantizer(pieces: list[Tensor], bits: int, generator: torch.Gener
     top = 2**bits - 1 if unsigned else max(2 ** (bits - 1) - 1, 1)
     bottom = 0 if unsigned else -top
     share = -(-VALUES // len(pieces))
-    values = torch.cat([sample_tensor(p, share, generator) for p in pieces])[None]
+    sampler = ProductSampler(generator)
+    values = torch.cat([sampler.some_values(p, share) for p in pieces])[None]
     if not bool(high > torch.finfo(torch.float32).tiny * 1e6):
         return Uniform(torch.ones(()), torch.zeros(()), bits, signed=not unsigned)
     scales = high / top * torch.arange(1, STARTS + 1, device=high.device) / STARTS

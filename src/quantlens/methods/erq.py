@@ -36,14 +36,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quantlens.calibration import Calibration
+from quantlens.calibration import Calibration, Observation
+from quantlens.calibration.ranges import quantile_mse
 from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods._layer_fit import Fitted, fit_layers
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
 from quantlens.methods.repq_vit import RepQViT
-from quantlens.quantizers import Plan
-from quantlens.ranges import Observation, quantile_mse
+from quantlens.qmodel import Plan
 from quantlens.reconstruction.closed_form import (
     FLIPS,
     Grid,

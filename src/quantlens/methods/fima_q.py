@@ -7,23 +7,9 @@ knows what an error at a block's output does to the model's output:
 1. The divergence of the model's output, KL(p ‖ p̂), has the Fisher matrix F as its Hessian at a block's output, and its
    gradient at the quantized block's output is g ≈ F·Δ, Δ the error there (section 3.2). Gradients and errors so tell F.
 2. DPLR-FIM (section 3.3): F is a diagonal plus a matrix of low rank, both from k pairs (g, Δ): see
-   :func:`quantlens.reconstruction.sensitivity.fisher_metrics`. Softmax temperature 20.
+   :func:`quantlens.reconstruction.block_metrics.fisher_metrics`. Softmax temperature 20.
 3. The loss of a block is the sum of both quadratic forms, each divided by its value at the start; at the logits the
    divergence itself.
-
-Where the authors' code differs from this file, or is silent:
-
-1. Steps: 20 000 per block with 1024 images there, 80 here on what images are given; see :mod:`quantlens.methods.qdrop`
-   for this, for ``rounding``, and for learning rates.
-2. The k pairs. Theirs are made one after the other in the course of a block's training, every 4000 steps, from all
-   images: here before it, from k groups of the images, the block quantized as at its start. Rows of magnitudes are
-   nearly parallel, and the matrix that their code inverts nearly singular: here it is damped (``damping``).
-3. ``rank`` is 5, as in their configurations; the paper names 15 for some.
-4. Their configurations give every token position a scale of its own, learned, at the inputs of linear layers and of the
-   attention's products, which the paper does not say. Here one scale per tensor, and one per head in attention;
-   ``token_scales=True`` has a scale per position at the linear layers.
-5. Starting ranges are those of least squared error; theirs are searched for the least error of each layer's output.
-6. A block whose loss on all calibration images did not fall keeps its start.
 """
 
 from __future__ import annotations
@@ -35,11 +21,23 @@ import torch
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
-from quantlens.methods._reconstruction import START_OPTIONS, dropping, start, step_options
+from quantlens.methods._reconstruction import DROPPING_DEPARTURES, START_OPTIONS, dropping, start, step_options
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.quantizers import Plan
+from quantlens.qmodel import Plan
 from quantlens.reconstruction import Metric, MetricLoss, fisher_metrics, reconstruct
-from quantlens.reconstruction.sensitivity import DAMPING
+from quantlens.reconstruction.block_metrics import DAMPING
+
+DEPARTURES = (
+    *DROPPING_DEPARTURES,
+    "the k pairs are made before a block's training, from k groups of the images, the block quantized as at its "
+    "start; theirs one after the other in its course, every 4000 steps, from all images",
+    "the inverted matrix of the low-rank part is damped (damping): rows of magnitudes are nearly parallel, and the "
+    "matrix that the authors' code inverts is nearly singular",
+    "rank is 5, as in their configurations; the paper names 15 for some",
+    "one scale per tensor, and one per head in attention; their configurations, but not the paper, give every token "
+    "position a learned scale at the inputs of all products (token_scales=True: at the linear layers)",
+    "ranges at the start have the least squared error; theirs the least error of each layer's output",
+)
 
 
 class FIMAQ(Method):
@@ -52,8 +50,7 @@ class FIMAQ(Method):
         url="https://arxiv.org/abs/2506.11543",
         quantizes=MATMUL_OPERANDS,
         summary="block reconstruction with random dropping; the loss a diagonal plus low-rank Fisher matrix",
-        departures="80 straight-through steps per block instead of 20000; the Fisher matrix before training, from "
-        "groups of images, damped; no scales per token position",
+        departures=DEPARTURES,
         aliases=("fimaq", "fima"),
         options={
             **START_OPTIONS,
@@ -62,7 +59,7 @@ class FIMAQ(Method):
                 "Fisher matrix of the loss: diagonal plus low rank (dplr, the paper), one of both, or none (mse)",
                 ("dplr", "diagonal", "low-rank", "mse"),
             ),
-            "rank": Option(5, "rank of the low-rank part, and groups of images behind it"),
+            "rank": Option(5, "rank of the low-rank part, and groups of images that it is made of"),
             "damping": Option(DAMPING, "added to the inverted matrix, as a share of its mean diagonal"),
             **step_options("the paper: 20000, with 1024 images"),
         },
@@ -89,7 +86,7 @@ class FIMAQ(Method):
             progress=run.progress,
             checkpoint=run["checkpoint"],
         )
-        plan.info["reconstruction"] = report.info()
+        plan.notes["reconstruction"] = report.info()
         return plan
 
 

@@ -5,9 +5,9 @@ from pixels to logits:
 
 * LayerNorm inputs, whose channels differ in range by far, get power-of-two factors (section 3.2, eq. 8 and 9): one
   scale and zero point for the tensor, and per channel a shift with the least squared error. LayerNorm then runs on
-  integers (:class:`~quantlens.quantizers.IntegerLayerNorm`).
+  integers (:class:`~quantlens.formats.IntegerLayerNorm`).
 * softmax runs on integers too, with I-BERT's exponential, and puts out powers of two (section 3.3, Log-Int-Softmax;
-  :class:`~quantlens.quantizers.LogIntSoftmax`).
+  :class:`~quantlens.formats.LogIntSoftmax`).
 * everything else: activations per tensor, asymmetric uniform, ranges by one of four observers (min-max, moving
   average, percentile, OMSE); weights per output channel, symmetric, s = max|w|/(2ᵇ⁻¹ − ½).
 
@@ -25,18 +25,11 @@ Where the authors' code differs from this file, or the paper is silent:
    taken into the range, so that no clamping is needed. The softmax's input is the exception: its zero point cancels
    in q − max q and may be any integer.
 4. Power-of-two factors: the paper's are 2⁰ … 2³, on LayerNorm inputs. Here they are 2⁰ … 2⁷, on all that LayerNorms
-   and sums read, that is on the outputs of the residual branches, too. Their zero point is that of the whole range
-   (issue #34 asks about it), which is the range of a single channel where there are massive activations; here it is
-   the best of eight. ViT-Tiny (AugReg) at W8A8, 150 ImageNet images, FP32 82.7 %: the paper's exponents and tensors
-   58.7 % top-1 (KL of the logits 1.01), with the branches 68.7 % (0.49), with 2⁷ as well 73.3 % (0.29); 77.3 % (0.16)
-   with ``massive_channels="split"``. DeiT-Tiny needs none of it.
-   ``ptf="layernorm"`` and ``largest_exponent=3`` give the paper's choice. Beyond both: ``ptf="all"`` has factors at
-   GELU inputs and the patch embedding's output, too, where a shift per channel is as free (requantized by the layer in
-   front, every value read by itself); ``exponents="token"`` weighs every token's error by the inverse of its variance,
-   as the LayerNorm that reads it does, so that a few tokens of extreme norm do not choose the exponents alone. What
-   each class costs alone, ViT-Tiny with ``massive_channels="split"``, W8A8, KL on 128 images, defaults: residual sums
-   0.036, softmax as powers of two 0.036 (uniform: 0.003), GELU inputs 0.021, patch embedding 0.020, all else below
-   0.005 each, together 0.126.
+   and sums read, that is on the outputs of the residual branches, too; their zero point is the best of eight, where
+   theirs is that of the whole range. ``ptf="layernorm"`` and ``largest_exponent=3`` give the paper's choice. Beyond
+   both: ``ptf="all"`` has factors at GELU inputs and the patch embedding's output, too, where a shift per channel is as
+   free (requantized by the layer before, every value read by itself); ``exponents="token"`` weighs every token's error
+   by the inverse of its variance, as the LayerNorm that reads it does.
 5. Integer LayerNorm: their multipliers M, N are found anew for every token and channel, in float, with M rounded down;
    here they are one pair per channel, rounded to nearest, behind an integer normalisation, and σ = 0 gives β where
    theirs gives NaN (issue #31).
@@ -56,35 +49,36 @@ Where the authors' code differs from this file, or the paper is silent:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import Calibration, Look, Walk
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
+from quantlens.calibration.ranges import affine, mse
+from quantlens.calibration.ranges.moving import moving_average
+from quantlens.calibration.ranges.power_of_two import power_of_two_factors, token_weights
 from quantlens.errors import QuantlensError
-from quantlens.graph import Edge, Graph
-from quantlens.graph.graph import VIEWS, op_name
-from quantlens.graph.sites import SCALINGS, Site
-from quantlens.methods._shifts import shift_axis
-from quantlens.methods.base import EVERYTHING, Method, MethodInfo, Option, Run, Widths, everything_edges
-from quantlens.quantizers import (
+from quantlens.formats import (
     IntegerLayerNorm,
     Log,
     LogIntSoftmax,
     MaskedSoftmax,
     Operator,
-    Plan,
     PowerOfTwo,
     Quantizer,
     Uniform,
 )
-from quantlens.quantizers.bits import FLOAT
-from quantlens.quantizers.power_of_two import MAX_EXPONENT
-from quantlens.ranges import Observation, affine, mse
-from quantlens.ranges.moving import moving_average
-from quantlens.ranges.power_of_two import power_of_two_factors, token_weights
+from quantlens.formats.power_of_two import MAX_EXPONENT
+from quantlens.graph import Edge, Graph
+from quantlens.graph.graph import VIEWS, op_name
+from quantlens.graph.layout import axes_of_last
+from quantlens.graph.sites import SCALINGS, Site
+from quantlens.methods._shifts import shift_axis
+from quantlens.methods.base import EVERYTHING, Method, MethodInfo, Option, Run, Widths, everything_edges
+from quantlens.qmodel import Plan
+from quantlens.qmodel.bits import FLOAT
 
 BATCHES = 10
 """Batches that a moving average takes the calibration images in."""
@@ -138,75 +132,69 @@ class FQViT(Method):
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         softmax_bits = None if run["softmax_bits"] is None else _whole("softmax_bits", run["softmax_bits"], 2, 16)
-        largest = _whole("largest_exponent", run["largest_exponent"], 0, MAX_EXPONENT)
         tensors = [Shared.of(graph, group, bits, softmax_bits) for group in everything_edges(graph)]
-        by_edge = {edge.key: tensor for tensor in tensors for edge in tensor.edges if tensor.width != FLOAT}
-        images = calibration
-        if run["observer"] in ("ema", "percentile"):
-            images = _Batches(calibration)
-        first = len(images.chunk(0))
-        quantizers: dict[str, Quantizer] = {}
-        operators: dict[str, Operator] = {}
-        masked: set[str] = set()
-
-        def decide(edge: Edge, look: Look) -> None:
-            if edge.is_weight:
-                quantizers[edge.key] = symmetric_weight(look(axis=0), bits.of(graph, edge))
-                return
-            tensor = by_edge[edge.key]
-            if edge is not tensor.edges[0]:
-                quantizers[edge.key] = quantizers[tensor.edges[0].key]
-            elif graph.sites[edge.site].kind == "probs" and edge.position is not None:
-                quantizers[edge.key], has_mask = softmax_input(look.tensors(), run["observer"], tensor.width)
-                if has_mask:
-                    masked.add(edge.site)
-            elif graph.sites[edge.site].kind == "probs" and run["lis"]:
-                quantizers[edge.key] = Log(torch.tensor(1.0, device=graph.device), tensor.width, steps=1)
-            else:
-                axis = None
-                if run["ptf"] != "none":
-                    axis = tensor.channel_axis(graph, look.tensors()[0], first, sums=run["ptf"] != "layernorm")
-                if axis is None and run["ptf"] == "all":
-                    axis = shift_axis(graph, tensor.edges)
-                if axis is not None:
-                    seen = look(axis=axis)
-                    by_token = run["exponents"] == "token" and any(s.kind == "layer_norm" for s, _ in tensor.readers)
-                    quantizers[edge.key] = power_of_two_factors(
-                        seen,
-                        tensor.width,
-                        largest=largest,
-                        axis=axis,
-                        weights=token_weights(seen) if by_token else None,
-                    )
-                else:
-                    low, high = with_zero(*observed(look, run["observer"], tensor.width))
-                    quantizers[edge.key] = affine(low, high, tensor.width)
-
-        edges = [by_edge[key].edge(key) for key in by_edge]
-        edges += [
-            site.edges["weight"]
-            for site in graph.sites.of_kind("linear", "conv")
-            if bits.of(graph, site.edges["weight"]) != FLOAT
-        ]
-        Walk(graph, images, sequential=False, seed=run.seed).run(edges, decide, run.progress)
-        for site in graph.sites.of_kind("layer_norm"):
-            if run["integer_layernorm"] and (operator := integer_layer_norm(graph, site, quantizers)) is not None:
-                operators[site.name] = operator
-        for site in graph.sites.of_kind("probs"):
-            source, output = quantizers.get(f"{site.name}.input"), quantizers.get(f"{site.name}.output")
-            if not isinstance(source, Uniform) or output is None:
-                continue
-            lowest = source.decode(torch.zeros((), dtype=torch.int32, device=graph.device))
-            if isinstance(output, Log):
-                operators[site.name] = LogIntSoftmax(
-                    source.scale, 2**source.bits, output.bits, lowest=lowest if site.name in masked else None
-                )
-            elif site.name in masked:
-                operators[site.name] = MaskedSoftmax(source.scale, lowest, output)
+        chosen = _Choice(graph, bits, run, [tensor for tensor in tensors if tensor.width != FLOAT])
+        images = _Batches(calibration) if run["observer"] in ("ema", "percentile") else calibration
+        CalibrationPass(graph, images, sequential=False, seed=run.seed).run(
+            chosen.edges(), chosen.on_edge, run.progress
+        )
+        quantizers, operators = chosen.quantizers, integer_operators(graph, chosen, run)
         for name in operators:
             del quantizers[f"{name}.output"]  # the operator puts out values on that grid
         order = {key: i for i, key in enumerate(graph.sites.edges)}
         return Plan({k: quantizers[k] for k in sorted(quantizers, key=order.__getitem__)}, operators=operators)
+
+
+class _Choice:
+    """The quantizer of every edge, chosen as the walk shows its values; and the softmaxes whose input is masked."""
+
+    def __init__(self, graph: Graph, bits: Widths, run: Run, tensors: list[Shared]):
+        self.graph, self.bits, self.run = graph, bits, run
+        self.tensors = {edge.key: tensor for tensor in tensors for edge in tensor.edges}
+        self.largest = _whole("largest_exponent", run["largest_exponent"], 0, MAX_EXPONENT)
+        self.quantizers: dict[str, Quantizer] = {}
+        self.masked: set[str] = set()
+
+    def edges(self) -> list[Edge]:
+        """What is quantized: activations of a width, then weights."""
+        layers = self.graph.sites.of_kind("linear", "conv")
+        weights = [site.edges["weight"] for site in layers]
+        return [
+            *(tensor.edge(key) for key, tensor in self.tensors.items()),
+            *(edge for edge in weights if self.bits.of(self.graph, edge) != FLOAT),
+        ]
+
+    def on_edge(self, edge: Edge, view: EdgeView) -> None:
+        """Choose the quantizer of one edge; edges that carry one tensor share one."""
+        if edge.is_weight:
+            self.quantizers[edge.key] = symmetric_weight(view(axis=0), self.bits.of(self.graph, edge))
+            return
+        tensor = self.tensors[edge.key]
+        if edge is not tensor.edges[0]:
+            self.quantizers[edge.key] = self.quantizers[tensor.edges[0].key]
+        elif self.graph.sites[edge.site].kind == "probs" and edge.position is not None:
+            quantizer, has_mask = softmax_input(view.tensors(), self.run["observer"], tensor.width)
+            self.quantizers[edge.key] = quantizer
+            if has_mask:
+                self.masked.add(edge.site)
+        elif self.graph.sites[edge.site].kind == "probs" and self.run["lis"]:
+            self.quantizers[edge.key] = Log(torch.tensor(1.0, device=self.graph.device), tensor.width, steps=1)
+        else:
+            self.quantizers[edge.key] = self._activation(tensor, view)
+
+    def _activation(self, tensor: Shared, view: EdgeView) -> Quantizer:
+        """Power-of-two factors per channel where they cost nothing, else one scale for the tensor."""
+        run, axis = self.run, None
+        if run["ptf"] != "none":
+            axis = tensor.channel_axis(sums=run["ptf"] != "layernorm")
+        if axis is None and run["ptf"] == "all":
+            axis = shift_axis(self.graph, tensor.edges)
+        if axis is None:
+            return affine(*with_zero(*observed(view, run["observer"], tensor.width)), tensor.width)
+        seen = view(axis=axis)
+        by_token = run["exponents"] == "token" and any(site.kind == "layer_norm" for site, _ in tensor.readers)
+        weights = token_weights(seen) if by_token else None
+        return power_of_two_factors(seen, tensor.width, largest=self.largest, axis=axis, weights=weights)
 
 
 # -- which tensors -------------------------------------------------------------------------------------------------
@@ -239,23 +227,19 @@ class Shared:
     def edge(self, key: str) -> Edge:
         return next(e for e in self.edges if e.key == key)
 
-    def channel_axis(self, graph: Graph, value: Tensor, images: int, *, sums: bool) -> int | None:
+    def channel_axis(self, *, sums: bool) -> int | None:
         """The dimension of the tensor (negative) that LayerNorms (``sums``: LayerNorms and sums) read as their last,
-        its channels, if LayerNorms and sums are all that reads it; else None.
-
-        value: the tensor, as a walk shows it for ``images`` images.
-        """
+        its channels, if LayerNorms and sums are all that reads it; else None."""
         kinds = {site.kind for site, _ in self.readers}
         nodes = [node for site, node in self.readers if site.kind == "layer_norm" or sums]
         if not nodes or not kinds <= {"layer_norm", "add"}:
             return None
         sources = {edge.value for edge in self.edges}
-        if len({tuple(source.meta["shape"]) for source in sources}) > 1:
+        shapes = {tuple(source.meta["shape"]) for source in sources}
+        if len(shapes) > 1:
             return None
-        for axis in dict.fromkeys((-1, 1 - value.dim())):
-            if all(_reads_axis(graph, sources, node, value, axis, images) for node in nodes):
-                return axis
-        return None
+        axes = [axes_of_last(sources, node) for node in nodes]
+        return next((axis for axis in (-1, 1 - len(shapes.pop())) if all(axis in found for found in axes)), None)
 
 
 def _readers(graph: Graph, node: fx.Node) -> list[tuple[Site, fx.Node]]:
@@ -271,26 +255,6 @@ def _readers(graph: Graph, node: fx.Node) -> list[tuple[Site, fx.Node]]:
             elif op_name(user) in VIEWS or op_name(user) in SCALINGS:
                 queue.append(user)
     return found
-
-
-def _reads_axis(graph: Graph, sources: set[fx.Node], node: fx.Node, value: Tensor, axis: int, images: int) -> bool:
-    """Whether the last dimension of ``node`` depends on ``axis`` of its source alone: the operations in between are
-    run on the indices of that dimension."""
-    moves: list[fx.Node] = []
-    while node not in sources:
-        if op_name(node) in SCALINGS:
-            return False
-        moves.insert(0, node)
-        node = node.args[0]  # type: ignore[assignment]
-    if not moves:
-        return axis == -1
-    shape = [1] * value.dim()
-    shape[axis] = -1
-    index = torch.arange(value.shape[axis], device=value.device).view(shape).expand(value.shape)
-    pixels = torch.empty(images, *graph.input.meta["shape"][1:], device=value.device)
-    result = graph.run(moves, {node: index, graph.input: pixels}, keep=[moves[-1]])[moves[-1]]
-    rows = result.reshape(-1, result.shape[-1])
-    return bool((rows == rows[0]).all())
 
 
 # -- ranges -------------------------------------------------------------------------------------------------------
@@ -311,11 +275,11 @@ class _Batches(Calibration):
         return self._part(index * self.size, min((index + 1) * self.size, self.count))
 
 
-def observed(look: Look, observer: str, bits: int) -> tuple[Tensor, Tensor]:
+def observed(view: EdgeView, observer: str, bits: int) -> tuple[Tensor, Tensor]:
     """[1], [1]: the range of a tensor by one of the paper's observers."""
     if observer in ("ema", "percentile"):
-        return batch_range(look.tensors(), observer)
-    seen = look()
+        return batch_range(view.tensors(), observer)
+    seen = view()
     if observer == "minmax":
         return seen.low, seen.high
     low, high = with_zero(seen.low, seen.high)
@@ -323,7 +287,7 @@ def observed(look: Look, observer: str, bits: int) -> tuple[Tensor, Tensor]:
     return mse(replace(seen, low=low, high=high, values=seen.values[:, ::step]), bits)
 
 
-def batch_range(batches: list[Tensor], observer: str) -> tuple[Tensor, Tensor]:
+def batch_range(batches: Sequence[Tensor], observer: str) -> tuple[Tensor, Tensor]:
     """Moving average of the batches' extremes (ema) or extreme quantiles (percentile): [1], [1]."""
     lows, highs = [], []
     for batch in batches:
@@ -339,7 +303,7 @@ def with_zero(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return low.clamp_max(0.0), high.clamp_min(0.0)
 
 
-def softmax_input(pieces: list[Tensor], observer: str, bits: int) -> tuple[Uniform, bool]:
+def softmax_input(pieces: Sequence[Tensor], observer: str, bits: int) -> tuple[Uniform, bool]:
     """The quantizer in front of a softmax, and whether attention is masked there.
 
     pieces: [..., k] values behind bias and mask, softmax over the last dimension. If some entries are masked, code 0 is
@@ -376,6 +340,29 @@ def symmetric_weight(seen: Observation, bits: int) -> Uniform:
 
 
 # -- operators ----------------------------------------------------------------------------------------------------
+def integer_operators(graph: Graph, chosen: _Choice, run: Run) -> dict[str, Operator]:
+    """Operators by site name: integer LayerNorms and softmaxes, and float softmaxes over masked entries."""
+    quantizers, operators = chosen.quantizers, {}
+    for site in graph.sites.of_kind("layer_norm"):
+        if run["integer_layernorm"] and (made := integer_layer_norm(graph, site, quantizers)) is not None:
+            operators[site.name] = made
+    for site in graph.sites.of_kind("probs"):
+        if (softmax := integer_softmax(site, quantizers, masked=site.name in chosen.masked)) is not None:
+            operators[site.name] = softmax
+    return operators
+
+
+def integer_softmax(site: Site, quantizers: dict[str, Quantizer], *, masked: bool) -> Operator | None:
+    """The operator in a softmax's place; None where its input or output is not quantized, or nothing is special."""
+    source, output = quantizers.get(f"{site.name}.input"), quantizers.get(f"{site.name}.output")
+    if not isinstance(source, Uniform) or output is None:
+        return None
+    lowest = source.decode(torch.zeros((), dtype=torch.int32, device=source.scale.device)) if masked else None
+    if isinstance(output, Log):
+        return LogIntSoftmax(source.scale, 2**source.bits, output.bits, lowest=lowest)
+    return None if lowest is None else MaskedSoftmax(source.scale, lowest, output)
+
+
 def integer_layer_norm(graph: Graph, site: Site, quantizers: dict[str, Quantizer]) -> IntegerLayerNorm | None:
     """The integer LayerNorm for a site, None where it stays in float: an unquantized side, several dimensions."""
     output, found = quantizers.get(f"{site.name}.output"), _quantizer_of(graph, site.edges["input"], quantizers)
@@ -407,10 +394,10 @@ def _quantizer_of(graph: Graph, edge: Edge, quantizers: dict[str, Quantizer]) ->
         return quantizers[edge.key], 1.0
     by_node = {site.node: site for site in graph.sites}
     value, factor = edge.value, 1.0
-    scale: dict[bool, Callable[[float, float], float]] = {True: lambda f, n: f / n, False: lambda f, n: f * n}
     while value not in by_node:
         if op_name(value) in SCALINGS:
-            factor = scale["div" in op_name(value)](factor, float(value.args[1]))  # type: ignore[arg-type]
+            number = float(value.args[1])  # type: ignore[arg-type]
+            factor = factor / number if "div" in op_name(value) else factor * number
         elif op_name(value) not in VIEWS:
             return None
         value = value.args[0]  # type: ignore[assignment]

@@ -30,14 +30,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from quantlens.calibration import Calibration
+from quantlens.calibration import Calibration, Observation
+from quantlens.calibration.ranges import minmax, mse, quantile_mse
 from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods._layer_fit import Fitted, fit_layers
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
 from quantlens.methods.repq_vit import TAIL, RepQViT
-from quantlens.quantizers import Plan
-from quantlens.ranges import Observation, minmax, mse, quantile_mse
+from quantlens.qmodel import Plan
 from quantlens.reconstruction.closed_form import BLOCK, Grid, Moments, round_columns
 
 RANGES: dict[str, Callable[[Observation, int], tuple[Tensor, Tensor]]] = {

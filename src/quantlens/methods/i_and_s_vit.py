@@ -1,7 +1,7 @@
 """i-and-s-vit: I&S-ViT, an inclusive and stable method for pushing the limit of post-training quantization of vision
 transformers (Zhong et al., arXiv 2311.10126, 2023).
 
-* Shift-uniform-log2 quantizer for softmax outputs (section 3.2): see :mod:`quantlens.quantizers.shifted_log`. η is
+* Shift-uniform-log2 quantizer for softmax outputs (section 3.2): see :mod:`quantlens.formats.shifted_log`. η is
   the one of eleven with the least squared error.
 * Smooth optimisation strategy (section 3.3), block by block, by squared error towards the float model's output:
 
@@ -10,21 +10,6 @@ transformers (Zhong et al., arXiv 2311.10126, 2023).
   2. LayerNorm outputs from channel- to layer-wise, by RepQ-ViT's exact rewriting;
   3. weights quantized per channel, trained again, now straight through their own quantizer, on the output of the
      quantized blocks before. Rounding is to the nearest; it is not learned.
-
-Where the authors' code differs from this file, or is silent:
-
-1. Steps. Theirs are 1000 per block and stage (200 at 6 bits), in batches of 64, with 1024 images. Here 80, in batches
-   of 8, on what images are given, with a learning rate in units of the weight's scale (stage 3) or standard deviation
-   (stage 1), where theirs is 4e-5.
-2. The target of both stages is the model as it was given. Stage 1 changes the float weights, so that it is no longer
-   the float model of the quantized one.
-3. Their forward pass has 2ᵇ + 1 softmax codes, one more than b bits hold, their search 2ᵇ: here 2ᵇ. η does not change
-   once chosen; they store it as a parameter to be trained.
-4. Activation ranges are those of least squared error, for LayerNorm outputs RepQ-ViT's quantile ranges; so are those of
-   the weights in stage 3 (theirs: nine percentiles).
-5. Biases and LayerNorm parameters are not trained. A unit whose loss on all calibration images did not fall keeps its
-   start.
-6. The zero point after the rewriting is an integer, as in our RepQ-ViT; the reduction layers of Swin are rewritten too.
 """
 
 from __future__ import annotations
@@ -33,7 +18,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from quantlens.calibration import Calibration
-from quantlens.graph import Graph, NormGroup
+from quantlens.formats import Quantizer
+from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
     CHECKPOINT,
     FULL,
@@ -46,8 +32,25 @@ from quantlens.methods._reconstruction import (
 )
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
 from quantlens.methods.repq_vit import Reparameterization
-from quantlens.quantizers import Plan, Quantizer
+from quantlens.qmodel import Plan
 from quantlens.reconstruction import Settings, reconstruct
+from quantlens.transforms import NormGroup
+
+DEPARTURES = (
+    "80 steps per block and stage, in batches of 8, on what images are given, instead of 1000 (200 at 6 bits) in "
+    "batches of 64 with 1024 images; the learning rate is in units of the weight's scale (stage 3) or standard "
+    "deviation (stage 1), theirs is 4e-5",
+    "the target of both stages is the model as it was given: stage 1 changes the float weights, so that it is no "
+    "longer the float model of the quantized one",
+    "2^b softmax codes. Their forward pass has 2^b + 1, one more than b bits hold, their search 2^b",
+    "η does not change once chosen; they store it as a parameter to be trained",
+    "activation ranges have the least squared error, LayerNorm outputs RepQ-ViT's quantile ranges; so have the "
+    "weights in stage 3 (theirs: nine percentiles)",
+    "biases and LayerNorm parameters are not trained",
+    "a unit whose loss on all calibration images did not fall keeps its start",
+    "the zero point after the rewriting is an integer, as in our repq-vit; the reduction layers of Swin are rewritten "
+    "too",
+)
 
 
 class IAndSViT(Method):
@@ -61,8 +64,7 @@ class IAndSViT(Method):
         quantizes=MATMUL_OPERANDS,
         summary="shift-uniform-log2 softmax; float weights trained first for channel-wise, then for layer-wise "
         "quantized activations and quantized weights",
-        departures="80 steps per block and stage instead of 1000; both stages aim at the original model; "
-        "2^b softmax codes",
+        departures=DEPARTURES,
         aliases=("i&s-vit", "ias-vit"),
         options={
             **START_OPTIONS,
@@ -100,7 +102,7 @@ class IAndSViT(Method):
                 progress=portion(run.progress, number, len(stages)),
                 checkpoint=f"{run['checkpoint']}/{stage}" if run["checkpoint"] else None,
             )
-        plan.info["reconstruction"] = {name: report.info() for name, report in reports.items()}
+        plan.notes["reconstruction"] = {name: report.info() for name, report in reports.items()}
         return plan
 
 
@@ -118,5 +120,5 @@ def stage_settings(stage: str, images: int, run: Run) -> Settings:
 
 
 def channelwise(norms: Mapping[str, tuple[NormGroup, Reparameterization]]) -> dict[str, Quantizer]:
-    """Quantizers per channel for the inputs of the linear layers behind LayerNorms."""
+    """Quantizers per channel for the inputs of the linear layers after LayerNorms."""
     return {f"{linear.name}.input": found.channel for group, found in norms.values() for linear in group.linears}

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from quantlens.calibration import Calibration, Look, Walk
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
+from quantlens.calibration.ranges import affine, minmax, symmetric
+from quantlens.formats import Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Run, Widths, matmul_operand_edges
-from quantlens.quantizers import Plan, Uniform
-from quantlens.quantizers.bits import FLOAT
-from quantlens.ranges import Observation, affine, minmax, symmetric
+from quantlens.qmodel import Plan
+from quantlens.qmodel.bits import FLOAT
 
 
 class MinMax(Method):
@@ -50,16 +51,18 @@ def uniform_everywhere(
 ) -> Plan:
     """Uniform quantizers on all matmul operands, ranges by ``choose(observation, bits) -> (low, high)`` of the float
     model's activations: asymmetric, weights per output channel; or symmetric with one scale per tensor. ``choose``
-    reads no samples, so that all widths on the same images share one walk."""
+    reads no samples, so that all widths on the same images share one pass."""
     quantizers: dict[str, Uniform] = {}
 
-    def decide(edge: Edge, look: Look) -> None:
+    def on_edge(edge: Edge, view: EdgeView) -> None:
         width = bits.of(graph, edge)
         axis, granularity = (0, "channel") if edge.is_weight and not symmetric_tensors else (None, "tensor")
-        low, high = choose(look(axis=axis, tail=tail, sample=False), width)
+        low, high = choose(view(axis=axis, tail=tail, sample=False), width)
         make = symmetric if symmetric_tensors else affine
         quantizers[edge.key] = make(low, high, width, granularity=granularity, axis=axis)
 
     edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
-    Walk(graph, calibration, sequential=False, seed=run.seed, seen=run.seen).run(edges, decide, run.progress)
+    CalibrationPass(graph, calibration, sequential=False, seed=run.seed, seen=run.seen).run(
+        edges, on_edge, run.progress
+    )
     return Plan(dict(quantizers))

@@ -12,13 +12,13 @@ output channel that is all but the whole range, which is what the comparisons in
 
 from __future__ import annotations
 
-from quantlens.calibration import Calibration
+from quantlens.calibration import Calibration, Observation
+from quantlens.calibration.ranges import percentile
 from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
 from quantlens.methods.minmax import uniform_everywhere
-from quantlens.quantizers import Plan
-from quantlens.ranges import Observation, percentile
+from quantlens.qmodel import Plan
 
 
 class Percentile(Method):

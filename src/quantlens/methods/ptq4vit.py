@@ -1,7 +1,7 @@
 """ptq4vit: PTQ4ViT, twin uniform quantization with a Hessian-guided metric (Yuan et al., ECCV 2022).
 
 * Twin uniform formats (section 3.2): softmax outputs have a fine range [0, s] and a coarse one (s, 1], GELU outputs a
-  step for negative values and one for the others; see :mod:`quantlens.quantizers.twin`. Everything else is symmetric
+  step for negative values and one for the others; see :mod:`quantlens.formats.twin`. Everything else is symmetric
   uniform with signed codes: weights and inputs of layers per tensor (the three parts of qkv each on its own, the patch
   embedding per output channel), q, k and v per head.
 * Hessian-guided metric (section 3.3): the error of a product's output is weighted by the squared gradient there,
@@ -46,19 +46,22 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.calibration import Calibration
+from quantlens.calibration.gradients import sample_products
+from quantlens.calibration.products import Product, find_products
+from quantlens.calibration.ranges import minmax
+from quantlens.calibration.ranges.guided import HEADS, Side, alternate
+from quantlens.calibration.ranges.similarity import candidate_factors
+from quantlens.calibration.sampling import ProductSampler
 from quantlens.errors import QuantlensError
+from quantlens.formats import Quantizer, Twin, Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
-from quantlens.methods._gradients import collect, divergence, fisher, own_label
-from quantlens.methods._scale_search import Product, find_products
+from quantlens.methods._gradients import divergence, fisher, own_label
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
 from quantlens.methods.minmax import uniform_everywhere
-from quantlens.quantizers import Plan, Quantizer, Twin, Uniform
-from quantlens.quantizers.bits import FLOAT
-from quantlens.ranges import minmax
-from quantlens.ranges.guided import HEADS, Side, alternate
-from quantlens.ranges.similarity import candidate_factors
+from quantlens.qmodel import Plan
+from quantlens.qmodel.bits import FLOAT
 
 SPLITS = 20
 """Candidates 2⁰, 2⁻¹ … for the end of the first range of softmax outputs."""
@@ -126,14 +129,14 @@ class PTQ4ViT(Method):
         factors = torch.tensor(candidate_factors(alpha, beta, count), dtype=torch.float64)
         wanted = {e.key for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT}
         products = [p for p in find_products(graph) if any(e.key in wanted for e in p.quantized)]
-        samples = collect(
+        samples = sample_products(
             graph,
             calibration,
             products,
+            ProductSampler(torch.Generator().manual_seed(run.seed)),
             LOSSES.get(run["gradient"]),
             coarse=self._coarse(graph, calibration, bits, run),
             floor=float(run["floor"]),
-            seed=run.seed,
         )
         fused = fused_projections(graph)
         quantizers: dict[str, Quantizer] = {}

@@ -1,21 +1,21 @@
 """quantlens-fast: our own method of calibration and closed form alone; what works, put together.
 
 1. Exact rewrites. Massive channels behind an activation function get a linear layer of their own
-   (:mod:`quantlens.reconstruction.massive`). What a coarse activation (6 bits or fewer) holds that a layer reads behind
+   (``transforms.outlier_channels``). What a coarse activation (6 bits or fewer) holds that a layer reads behind
    a LayerNorm or a GELU is multiplied at run time by a Hadamard matrix of 64 channels with random signs, as QuaRot does
    before the down projection of language models; the layer's weight undoes it. It costs 64 multiplications a channel
    and layer, 17 % of those of DeiT-Tiny's linear layers, 4 % of DeiT-Base's, in float. With more bits the residual
    stream is rotated instead, at no cost, by a random orthogonal matrix that keeps the vector of ones and so commutes
-   with LayerNorm (:mod:`quantlens.graph.rotation`), where the graph proves that exact (not Swin's). q with k, and v
-   with the layer behind it, are rotated in every head (:mod:`quantlens.reconstruction.heads`). All that a linear layer
+   with LayerNorm (``transforms.rotation``), where the graph proves that exact (not Swin's). q with k, and v
+   with the layer behind it, are rotated in every head (:mod:`quantlens.transforms.heads`). All that a linear layer
    and an attention product read then has channels of one size, near to Gaussian: one scale per tensor is as good as
    one per channel. The means of channels are taken out of all that a bias can give them back to
-   (:mod:`quantlens.reconstruction.centring`).
-2. Ranges. Activations are clipped at ±t with the least squared error (:func:`quantlens.ranges.clipping`), on what the
+   (:mod:`quantlens.transforms.mean_subtraction`).
+2. Ranges. Activations are clipped at ±t with the least squared error (``clipping``), on what the
    quantized layers before make of them. Softmax outputs have no range: every row is squares of integers by its own peak
-   and sum (:mod:`quantlens.quantizers.rows`). Nor have activations of 3 bits or fewer: every token's channels, 64 at a
+   and sum (``formats.sqrt_softmax``). Nor have activations of 3 bits or fewer: every token's channels, 64 at a
    time (a head; what was rotated together), are quantized by their own root mean square
-   (:mod:`quantlens.quantizers.block_scaled`), where that has the smaller squared error.
+   (:mod:`quantlens.formats.group_scaled`), where that has the smaller squared error.
 3. Weights. W' with the least ‖W'·X̄ − W·X‖² + λ‖W' − W‖²: X is what the quantized network brings to the layer, X̄ what
    the layer's own quantizer makes of it (ERQ's activation step, Zhong et al., ICML 2024, but on the quantized network's
    inputs). W' is rounded column by column, largest input first, each error taken up by the columns behind it (GPTQ,
@@ -55,7 +55,7 @@ Blocks of 64, 32 and 16 channels: ViT-Tiny 2.29, 2.23, 2.13.
 
 Tried and left out, DeiT-Tiny W4A4, before these, KL on 200 images: fitting to the float network's inputs instead of
 the quantized one's (1.48 against 0.38: the fitted weights shrink with the noise of all layers before them); no
-rotation in the heads (0.38 against 0.27). Without the fit, on 150 images: ranges by :func:`quantlens.ranges.mse`
+rotation in the heads (0.38 against 0.27). Without the fit, on 150 images: ranges by ``mse``
 2.36, by RepQ-ViT's quantiles 0.49. Beside rows and rotated hidden values, heads made equally large before proj by the
 square root of their size: 0.251 for 0.248 (ViT-Tiny 0.64 for 0.71, DeiT-Tiny W3A3 1.57 for 1.63), wholly: 0.272.
 Matrices in front of the quantizers that balance all channels of a head, or behind a GELU each channel, for the least
@@ -72,14 +72,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, Look, Transform, Walk
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Transform
+from quantlens.calibration.products import patches
+from quantlens.calibration.ranges import affine, block_scaled, clipping, log_by_quantile, mse
+from quantlens.calibration.ranges.rules import REPQ_QUANTILES
+from quantlens.calibration.transforming import subtract_means
 from quantlens.errors import QuantlensError
+from quantlens.formats import BlockScaled, Quantizer, SquaredRows, Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import op_name
-from quantlens.graph.rewrites import ACTIVATIONS, ensure_bias, find_norm_groups
-from quantlens.graph.rotation import alone, find_residuals, hadamard, mean_keeping, rotate_input, rotate_residual
 from quantlens.graph.sites import Site, dynamic_nodes
-from quantlens.methods._scale_search import patches
 from quantlens.methods.base import (
     MATMUL_OPERANDS,
     SHARED_OPTIONS,
@@ -90,14 +92,13 @@ from quantlens.methods.base import (
     Widths,
     matmul_operand_edges,
 )
-from quantlens.quantizers import BlockScaled, Plan, Quantizer, SquaredRows, Uniform
-from quantlens.quantizers.bits import FLOAT
-from quantlens.ranges import Observation, affine, block_scaled, clipping, log_by_quantile, mse
-from quantlens.ranges.rules import REPQ_QUANTILES
+from quantlens.qmodel import Plan
+from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction.bias import corrected_layers
-from quantlens.reconstruction.centring import centre
 from quantlens.reconstruction.closed_form import Grid, Moments, output_shift, ridge, round_columns
-from quantlens.reconstruction.heads import find_score_pairs, find_value_pairs, rotate_scores, rotate_values
+from quantlens.transforms.heads import find_score_pairs, find_value_pairs, rotate_scores, rotate_values
+from quantlens.transforms.rewrites import ACTIVATIONS, ensure_bias, find_norm_groups
+from quantlens.transforms.rotation import alone, find_residuals, hadamard, mean_keeping, rotate_input, rotate_residual
 
 TAIL = 1.0 - min(REPQ_QUANTILES)
 
@@ -221,7 +222,7 @@ def rewrite(graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> l
     turned = [site for site in behind_activations(graph) if _coarse(graph, site, bits, run["hidden"])]
     means: dict[str, Tensor] = {}
     if run["centre"] == "all" or (run["centre"] == "auto" and _any_coarse(graph, bits)):
-        said, means = centre(graph, calibration, (f"{site.name}.input" for site in turned))
+        said, means = subtract_means(graph, calibration, (f"{site.name}.input" for site in turned))
         done += said
     rotations: dict[int, Tensor] = {}
     for site in [*turned, *(graph.sites[name] for name in sorted(lifted))]:
@@ -296,7 +297,7 @@ def calibrate(
     fitted: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
 
-    def decide(edge: Edge, look: Look) -> Transform:
+    def decide(edge: Edge, look: EdgeView) -> Transform:
         width, site = bits.of(graph, edge), graph.sites[edge.site]
         if not edge.is_weight:
             plan.quantizers[edge.key] = made = activation(site, edge, look, width, run)
@@ -322,16 +323,16 @@ def calibrate(
         return lambda _: value
 
     edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
-    Walk(graph, calibration, sequential=True, seed=run.seed).run(edges, decide, run.progress)
+    CalibrationPass(graph, calibration, sequential=True, seed=run.seed).run(edges, decide, run.progress)
     for name, value in fitted.items():
         graph.set_tensor(name, value)
     graph.invalidate()
     kinds = [plan.quantizers[e.key].granularity for e in edges if not e.is_weight]
-    plan.info["activations"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    plan.notes["activations"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     return targets
 
 
-def activation(site: Site, edge: Edge, look: Look, width: int, run: Run) -> Quantizer:
+def activation(site: Site, edge: Edge, look: EdgeView, width: int, run: Run) -> Quantizer:
     """The quantizer of one activation."""
     softmax = run["softmax"]
     if not edge.key.endswith(".probs.output"):
@@ -350,7 +351,7 @@ def activation(site: Site, edge: Edge, look: Look, width: int, run: Run) -> Quan
     return min((uniform, log), key=lambda q: float((q(seen.values) - seen.values).square().sum()))
 
 
-def _in_blocks(edge: Edge, look: Look, uniform: Uniform, block: int) -> Quantizer:
+def _in_blocks(edge: Edge, look: EdgeView, uniform: Uniform, block: int) -> Quantizer:
     """Blocks of channels with scales of their own, where their squared error is smaller than that of ``uniform``, which
     has one for the tensor."""
     # a product sums over the first dimension of its second operand: keys are [..., channels, tokens]
@@ -364,7 +365,7 @@ def _in_blocks(edge: Edge, look: Look, uniform: Uniform, block: int) -> Quantize
     return min((uniform, blocks), key=lambda q: float((q(values) - values).square_().sum()))
 
 
-def _moments(site: Site, weight: Tensor, look: Look, own: Quantizer | None) -> Moments | None:
+def _moments(site: Site, weight: Tensor, look: EdgeView, own: Quantizer | None) -> Moments | None:
     """Moments of a layer's inputs behind its own quantizer, and in front of it; None for a convolution that is no
     product."""
     pieces = look.tensors(site.edges["input"])

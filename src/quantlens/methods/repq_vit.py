@@ -21,7 +21,7 @@ Where the authors' code differs from this file, or is silent:
    activations behind a rewritten layer were calibrated against another weight than the one used. Here a layer is
    rewritten when it is reached.
 3. Their log√2 format has 2ᵇ + 1 levels; ours has 2ᵇ, with another boundary to zero: see
-   :mod:`quantlens.quantizers.log`.
+   :mod:`quantlens.formats.log`.
 4. Channels whose values are constant (LayerNorm weight 0) make their code divide by zero. Here such a channel is
    represented exactly; its scale, which is arbitrary, does not take part in the mean s̃, and its r is 1.
 5. Their Swin scales q before its quantizer; here the product's operand is quantized wherever the model scales it.
@@ -36,8 +36,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, Look, Transform, Walk
-from quantlens.graph import Edge, Graph, NormGroup, find_norm_groups, rescale_norm
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Transform
+from quantlens.calibration.ranges import affine, log_by_quantile, quantile_mse
+from quantlens.calibration.ranges.rules import REPQ_QUANTILES
+from quantlens.formats import Quantizer, Uniform, affine_parameters
+from quantlens.formats.uniform import is_constant
+from quantlens.graph import Edge, Graph
 from quantlens.methods.base import (
     MATMUL_OPERANDS,
     Method,
@@ -47,11 +51,9 @@ from quantlens.methods.base import (
     Widths,
     matmul_operand_edges,
 )
-from quantlens.quantizers import Plan, Quantizer, Uniform, affine_parameters
-from quantlens.quantizers.bits import FLOAT
-from quantlens.quantizers.uniform import is_constant
-from quantlens.ranges import Observation, affine, log_by_quantile, quantile_mse
-from quantlens.ranges.rules import REPQ_QUANTILES
+from quantlens.qmodel import Plan
+from quantlens.qmodel.bits import FLOAT
+from quantlens.transforms import NormGroup, find_norm_groups, rescale_norm
 
 TAIL = 1.0 - min(REPQ_QUANTILES)
 
@@ -102,13 +104,13 @@ class RepQViT(Method):
         quantizers: dict[str, Quantizer] = {}
         found: dict[str, Reparameterization] = {}
 
-        def decide(edge: Edge, look: Look) -> Transform:
+        def on_edge(edge: Edge, view: EdgeView) -> Transform:
             width, site = bits.of(graph, edge), edge.site
             group = groups.get(site)
             repar = found.get(group.norm.name) if group is not None else None
             if edge.is_weight:
                 if repar is None:
-                    low, high = quantile_mse(look(axis=0, tail=TAIL), width)
+                    low, high = quantile_mse(view(axis=0, tail=TAIL), width)
                     quantizers[edge.key] = bits.weights(low, high, width)
                     return quantizers[edge.key]
                 weight = graph.tensor(str(edge.value.target)) * repar.scale
@@ -118,7 +120,7 @@ class RepQViT(Method):
                 return lambda _: effective
             if group is not None:
                 if repar is None:
-                    low, high = quantile_mse(look(axis=-1, tail=TAIL), width)
+                    low, high = quantile_mse(view(axis=-1, tail=TAIL), width)
                     repar = reparameterize(low, high, width)
                     if run["layernorm"] == "reparameterized":
                         found[group.norm.name] = repar
@@ -127,14 +129,14 @@ class RepQViT(Method):
                 return repar.channel
             if edge.key.endswith(".probs.output") and run["softmax"] != "uniform":
                 steps = 2 if run["softmax"] == "log-sqrt2" else 1
-                quantizers[edge.key] = log_by_quantile(look(tail=TAIL), width, steps=steps)
+                quantizers[edge.key] = log_by_quantile(view(tail=TAIL), width, steps=steps)
             else:
-                low, high = quantile_mse(look(tail=TAIL), width)
+                low, high = quantile_mse(view(tail=TAIL), width)
                 quantizers[edge.key] = affine(low, high, width)
             return quantizers[edge.key]
 
         edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
-        Walk(graph, calibration, sequential=True, seed=run.seed).run(edges, decide, run.progress)
+        CalibrationPass(graph, calibration, sequential=True, seed=run.seed).run(edges, on_edge, run.progress)
         done = {group.norm.name: group for group in groups.values() if group.norm.name in found}
         for name, group in done.items():
             rescale_norm(graph, group, found[name].scale, found[name].shift)

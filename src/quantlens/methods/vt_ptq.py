@@ -9,54 +9,32 @@ L_ranking (eq. 10), on the attention scores A = QKᵀ alone, is a hinge on every
 scores must differ by a margin θ, and in the order of the float ones. Search: ΔX fixed, ΔW among n candidates linear in
 [α, β]·Δ0, then ΔX with ΔW fixed, and again, until the objective stops falling or 20 rounds; Δ0 = max|x|/(2ᵇ⁻¹ − 1), α =
 0.5, β = 1.2. After every round the layer's bias takes up E[ŴX̂ − WX] (eq. 13–15). Mixed precision (section 3.3) comes
-in through the bits: see :mod:`quantlens.allocation`.
-
-Each of the four parts of Table 3 can be switched off alone: ``similarity``, ``ranking``, ``bias_correction``, and bits
-without mixed precision. Without similarity and ranking every Δ is Δ0, the conventional quantization.
-
-Where the paper is silent, or this file differs from it:
-
-1. γ and θ are not published. L_ranking is the mean over pairs and rows, not the sum, and in units of σ, the standard
-   deviation of a query's scores; so γ and θ mean the same at any sequence length and for any scale of the scores. θ =
-   0.1 σ: a hinge without a margin would not see two scores that fall together, and a margin much above the step of the
-   grid asks for differences that the float scores do not have. γ = 1: both terms are then relative errors of the same
-   order, a few thousandths at 6 bits.
-2. The number of candidates: 100, and Δ itself, which wins a tie. A round that lowers the objective by less than a
-   thousandth of it is the last; one that raises it is taken back.
-3. A sample is one image for a layer, one (image, head) matrix for a product of the attention. The objective is
-   measured on up to 32 of them: 512 tokens of a layer, 32 queries of each attention matrix against all keys, 64
-   queries for the ranking. Δ0 and the bias correction use all images and tokens.
-4. All pairs of keys are compared, exactly, up to 256 keys; beyond that 32 640 pairs drawn with the seed. The option
-   ``ranking_pairs`` draws any other number.
-5. All layers are searched on the float model's activations, as eq. 9 has it. The outputs of the next round are judged
-   with the round's bias correction. The correction is layer-local too; layers that share a bias are left out.
-6. Softmax outputs are never negative and get unsigned codes 0 … 2ᵇ − 1; ``nonnegative=signed`` is eq. 8 as written.
-7. The classifier, which the paper does not name, is quantized as every linear layer; the pixels at 8 bits
-   (``patch_bits``). A convolution with groups, or with padding given as a word, has its operands matched separately.
+in through the bits: see :mod:`quantlens.allocation`. Each part of Table 3 can be switched off alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from quantlens.calibration import Calibration
+from quantlens.calibration.products import Product
+from quantlens.calibration.ranges.similarity import Objective, Operand, Ranking, alternate_pair, candidate_factors
+from quantlens.calibration.sampling import ProductSampler
 from quantlens.errors import QuantlensError
+from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.methods._scale_search import (
-    ROWS,
     SEARCH_OPTIONS,
-    Product,
     SearchSettings,
-    by_sample,
     operand,
     quantizer_of,
-    sample,
     visit_products,
 )
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
-from quantlens.quantizers import Plan, Quantizer
-from quantlens.ranges.similarity import Objective, Operand, Ranking, alternate_pair, candidate_factors
+from quantlens.qmodel import Plan
 from quantlens.reconstruction.bias import LAYERS, corrected_layers, mean_output, subtract_from_biases
 
 RANKED_ROWS = 64
@@ -64,6 +42,21 @@ RANKED_ROWS = 64
 
 ALL_PAIRS = 256
 """Keys up to which all pairs are compared when ``ranking_pairs`` is not given."""
+
+DEPARTURES = (
+    "γ and θ are not published: L_ranking is the mean over pairs and rows, in units of the standard deviation σ of a "
+    "query's scores, so that both mean the same at any sequence length and scale; θ = 0.1 σ, because a hinge without "
+    "a margin does not see two scores that fall together, and γ = 1, which makes both terms relative errors",
+    "100 candidates, and Δ itself, which wins a tie; a round that lowers the objective by less than a thousandth of "
+    "it is the last, one that raises it is taken back",
+    "a sample is one image for a layer, one (image, head) matrix for a product of the attention; the objective is "
+    "measured on up to 32 of them: 512 tokens of a layer, 32 queries of each matrix, 64 queries for the ranking",
+    "all pairs of keys are compared up to 256 keys, beyond that 32 640 pairs drawn with the seed (ranking_pairs)",
+    "layers that share a bias are left out of the bias correction",
+    "softmax outputs, never negative, get unsigned codes 0 … 2^b − 1; nonnegative=signed is eq. 8 as written",
+    "the classifier, which the paper does not name, is quantized as every linear layer, the pixels at 8 bits "
+    "(patch_bits); a convolution with groups, or with padding given as a word, has its operands matched separately",
+)
 
 
 class VTPTQ(Method):
@@ -76,8 +69,7 @@ class VTPTQ(Method):
         url="https://arxiv.org/abs/2106.14156",
         quantizes=MATMUL_OPERANDS,
         summary="alternating scale search by Pearson similarity and the order of attention scores; bias correction",
-        departures="ranking loss as a mean in units of the scores' deviation (γ, θ unpublished); samples of tokens; "
-        "unsigned codes for tensors without negative values",
+        departures=DEPARTURES,
         aliases=("vtptq", "liu2021"),
         options={
             **SEARCH_OPTIONS,
@@ -98,71 +90,92 @@ class VTPTQ(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        settings = SearchSettings(
-            float(run["alpha"]),
-            float(run["beta"]),
-            int(run["candidates"]),
-            int(run["rounds"]),
-            1.0,
-            frozenset(),
-            run["nonnegative"] == "unsigned",
+        search = _Search(graph, calibration, bits, run)
+        visit_products(graph, calibration, bits, run, search.settle)
+        subtract_from_biases(graph, search.shifts)
+        done = [f"biases of {len(search.shifts)} layers take up the mean error of their outputs"]
+        found = {e.key: search.quantizers[e.key] for e in matmul_operand_edges(graph) if e.key in search.quantizers}
+        return Plan(found, done if search.shifts else [])
+
+
+def _settings(run: Run) -> SearchSettings:
+    """The search's settings. Raises QuantlensError for options out of range."""
+    settings = SearchSettings(
+        float(run["alpha"]),
+        float(run["beta"]),
+        int(run["candidates"]),
+        int(run["rounds"]),
+        1.0,
+        frozenset(),
+        run["nonnegative"] == "unsigned",
+    )
+    settings.check()
+    drawn = run["ranking_pairs"]
+    if run["ranking_weight"] < 0 or run["ranking_margin"] < 0 or (drawn is not None and drawn < 1):
+        raise QuantlensError(
+            f"ranking_weight={run['ranking_weight']}, ranking_margin={run['ranking_margin']}, "
+            f"ranking_pairs={run['ranking_pairs']}: give none below 0, and at least one pair (1.0, 0.1, None)"
         )
-        settings.check()
-        drawn = run["ranking_pairs"]
-        if run["ranking_weight"] < 0 or run["ranking_margin"] < 0 or (drawn is not None and drawn < 1):
-            raise QuantlensError(
-                f"ranking_weight={run['ranking_weight']}, ranking_margin={run['ranking_margin']}, "
-                f"ranking_pairs={run['ranking_pairs']}: give none below 0, and at least one pair (1.0, 0.1, None)"
-            )
-        factors = candidate_factors(settings.alpha, settings.beta, settings.candidates)
-        generator = torch.Generator().manual_seed(run.seed)
-        corrected = {site.name for site in corrected_layers(graph)} if run["bias_correction"] else set()
-        quantizers: dict[str, Quantizer] = {}
-        shifts: dict[str, Tensor] = {}
+    return settings
 
-        def settle(product: Product, tensors: list[list[Tensor]], wanted: set[str]) -> None:
-            layer = product.site.kind in LAYERS
-            values = by_sample(product, tensors, calibration.count, generator)
-            together = values is not None
-            if values is None:
-                flat = [sample([p.reshape(-1, p.shape[-1]) for p in parts], ROWS, generator) for parts in tensors]
-            else:
-                flat = list(reversed(values)) if layer else list(values)
-            sides = [
-                operand(value, parts, bits.of(graph, edge), settings) if edge.key in wanted else Operand(value)
-                for edge, parts, value in zip(product.quantized, tensors, flat, strict=True)
-            ]
 
-            def error(a: Operand, b: Operand) -> Tensor:
-                return _layer_error(product, tensors, weight=b, inputs=a)
+class _Search:
+    """The scales of all products, found one after the other. quantizers: by edge key. shifts: E[ŴX̂ − WX] by layer."""
 
-            if together:
-                left, right = reversed(sides) if layer else sides
-                objective = _objective(product, left, right, run, generator)
-                correct = error if product.site.name in corrected else None
-                if objective is not None:
-                    left, right, _ = alternate_pair(
-                        objective,
-                        left,
-                        right,
-                        factors,
-                        settings.rounds,
-                        first="right" if layer else "left",
-                        correct=None if correct is None else lambda a, b: error(a, b).to(a.values.dtype),
-                    )
-                sides = [right, left] if layer else [left, right]
-            elif run["similarity"]:
-                sides = [_alone(side, factors) for side in sides]
-            for edge, side in zip(product.quantized, sides, strict=True):
-                if side.scale is not None:
-                    quantizers[edge.key] = quantizer_of(side, bits.of(graph, edge))
-            if product.site.name in corrected:
-                shifts[product.site.name] = error(sides[1], sides[0])
+    def __init__(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run):
+        self.graph, self.images, self.bits, self.run = graph, calibration.count, bits, run
+        self.settings = _settings(run)
+        self.factors = candidate_factors(self.settings.alpha, self.settings.beta, self.settings.candidates)
+        self.generator = torch.Generator().manual_seed(run.seed)
+        self.sampler = ProductSampler(self.generator)
+        self.corrected = {site.name for site in corrected_layers(graph)} if run["bias_correction"] else set()
+        self.quantizers: dict[str, Quantizer] = {}
+        self.shifts: dict[str, Tensor] = {}
 
-        visit_products(graph, calibration, bits, run, settle)
-        subtract_from_biases(graph, shifts)
-        done = [f"biases of {len(shifts)} layers take up the mean error of their outputs"] if shifts else []
-        return Plan({e.key: quantizers[e.key] for e in matmul_operand_edges(graph) if e.key in quantizers}, done)
+    def settle(self, product: Product, tensors: list[Sequence[Tensor]], wanted: set[str]) -> None:
+        """Choose the scales of one product. tensors: its operands, in pieces. wanted: edges that are quantized."""
+        pair = self.sampler.by_sample(product, tensors, self.images)
+        if pair is None:
+            values = self.sampler.each_alone(tensors)
+        else:
+            values = list(reversed(pair)) if product.site.kind in LAYERS else list(pair)
+        sides = [
+            operand(value, parts, self.bits.of(self.graph, edge), self.settings)
+            if edge.key in wanted
+            else Operand(value)
+            for edge, parts, value in zip(product.quantized, tensors, values, strict=True)
+        ]
+        if pair is not None:
+            sides = self._matched(product, tensors, sides)
+        elif self.run["similarity"]:
+            sides = [_alone(side, self.factors) for side in sides]
+        for edge, side in zip(product.quantized, sides, strict=True):
+            if side.scale is not None:
+                self.quantizers[edge.key] = quantizer_of(side, self.bits.of(self.graph, edge))
+        if product.site.name in self.corrected:
+            self.shifts[product.site.name] = _layer_error(product, tensors, weight=sides[0], inputs=sides[1])
+
+    def _matched(self, product: Product, tensors: list[Sequence[Tensor]], sides: list[Operand]) -> list[Operand]:
+        """Both operands with the scales that their product asks for; as given where nothing asks for a search."""
+        layer = product.site.kind in LAYERS
+        left, right = reversed(sides) if layer else sides
+        objective = _objective(product, left, right, self.run, self.generator)
+        if objective is None:
+            return sides
+
+        def correct(a: Operand, b: Operand) -> Tensor:
+            return _layer_error(product, tensors, weight=b, inputs=a).to(a.values.dtype)
+
+        left, right, _ = alternate_pair(
+            objective,
+            left,
+            right,
+            self.factors,
+            self.settings.rounds,
+            first="right" if layer else "left",
+            correct=correct if product.site.name in self.corrected else None,
+        )
+        return [right, left] if layer else [left, right]
 
 
 def _objective(
@@ -192,7 +205,7 @@ def _objective(
     return Objective(expected, similarity=run["similarity"], ranking=ranking)
 
 
-def _layer_error(product: Product, tensors: list[list[Tensor]], *, weight: Operand, inputs: Operand) -> Tensor:
+def _layer_error(product: Product, tensors: list[Sequence[Tensor]], *, weight: Operand, inputs: Operand) -> Tensor:
     """[out] float64 E[ŴX̂ − WX] of a layer over all calibration images (eq. 15)."""
     (float_weight,), pieces = tensors
     quantized = Operand(float_weight, weight.start, weight.scale, weight.low, weight.high).quantized()

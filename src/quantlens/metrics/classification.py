@@ -1,6 +1,6 @@
 """How well a classifier does on in-distribution images: accuracy, likelihood, calibration.
 
-All figures are fractions (not percent) except NLL, which is in nats. Ties between logits, which quantized
+All metrics are fractions (not percent) except NLL, which is in nats. Ties between logits, which quantized
 models give, go to the lower class number everywhere, as `argmax` does.
 """
 
@@ -19,7 +19,7 @@ from quantlens.metrics._arrays import Float, Int, as_labels, as_matrix, as_vecto
 
 @dataclass(frozen=True)
 class PerImage:
-    """What the figures need of each image; every field is a vector [N]."""
+    """What the metrics need of each image; every field is a vector [N]."""
 
     predicted: Int
     """the class of the largest logit"""
@@ -133,14 +133,14 @@ def _checked_confidence(confidence: ArrayLike, correct: ArrayLike, n_bins: int) 
     return c, hit
 
 
-def classification_figures(
+def classification_metrics(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
     n_bins: int = 15,
     class_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """All classification figures of logits [N, K] against labels [N] (class numbers 0..K-1), as plain Python
+    """All classification metrics of logits [N, K] against labels [N] (class numbers 0..K-1), as plain Python
     values.
 
     Keys:

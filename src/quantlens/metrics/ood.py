@@ -1,8 +1,8 @@
 """How well a score tells in-distribution (ID) from out-of-distribution (OOD) images.
 
 A score is larger for images that look more in-distribution; an image is flagged as OOD when its score falls
-below a threshold. Quantized models give many equal scores, so every figure here treats equal scores as one: a
-threshold takes all of them or none, and the order of the images never matters. Figures are fractions, not
+below a threshold. Quantized models give many equal scores, so every metric here treats equal scores as one: a
+threshold takes all of them or none, and the order of the images never matters. Metrics are fractions, not
 percent.
 """
 
@@ -18,7 +18,7 @@ from quantlens.errors import QuantlensError
 from quantlens.metrics._arrays import Int, as_vector
 
 COUNTS = frozenset({"n", "n_id", "n_ood", "n_sets", "skipped", "num_classes"})
-"""Keys that hold a number of things: they have no quantization delta and no mean over sets."""
+"""Keys that hold a number of things: they have no change by quantization and no mean over sets."""
 
 
 def _counts_per_score(id_scores: ArrayLike, ood_scores: ArrayLike) -> tuple[Int, Int]:
@@ -51,8 +51,8 @@ def _other_at_95(wanted: Int, other: Int) -> float:
     return float(np.cumsum(other)[first] / other.sum())
 
 
-def ood_figures(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, Any]:
-    """Figures of one score on ID and OOD images, `id_scores` [N] and `ood_scores` [M].
+def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, Any]:
+    """Metrics of one score on ID and OOD images, `id_scores` [N] and `ood_scores` [M].
 
     - `aupr_out`, `aupr_in`: average precision with OOD, or ID, as the positive class. It is the step sum over
       distinct thresholds, sum (R_i - R_(i-1)) P_i, without interpolation: what scikit-learn's
@@ -86,37 +86,37 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
-def delta(fp32: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[str, Any]:
-    """The quantization delta: each figure at FP32 less the same figure quantized, in the same nesting.
+def change(value: Mapping[str, Any], fp32: Mapping[str, Any]) -> dict[str, Any]:
+    """What quantization changed: each metric of a quantized model less the same metric at FP32, in the same nesting.
 
     Kept are the numbers that both sides have. Left out are counts (see COUNTS), names, None, lists (per-class
     tables, reliability data) and branches in which nothing is left.
     """
     out: dict[str, Any] = {}
     for key, before in fp32.items():
-        after = quantized.get(key)
+        after = value.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            branch = delta(before, after)
+            branch = change(after, before)
             if branch:
                 out[key] = branch
         elif key not in COUNTS and _is_number(before) and _is_number(after):
-            out[key] = float(before) - float(after)
+            out[key] = float(after) - float(before)
     return out
 
 
 def mean_over_sets(
     ood: Mapping[str, Mapping[str, Any]], groups: Mapping[str, str | None] | None = None
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Mean of each figure over the OOD sets of a group, every set weighing the same.
+    """Mean of each metric over the OOD sets of a group, every set weighing the same.
 
     `ood` is {set: {score: figures, …}} as in a result; entries of a set that are not a dict are passed over.
     `groups` is {set: "far" | "near" | None}; without it the group is read from each set's own "group" entry.
-    Returns {group: {score: {figure: mean, …, "n_sets": int}}} for every group that has a set, and "all" for
+    Returns {group: {score: {metric: mean, …, "n_sets": int}}} for every group that has a set, and "all" for
     all sets together (also those without a group). Counts are left out; `n_sets` says how many sets the mean
     is over. Raises QuantlensError when `groups` names a set that is not there or calls a group "all".
     """
     if groups is None:
-        groups = {name: figures.get("group") for name, figures in ood.items()}
+        groups = {name: entry.get("group") for name, entry in ood.items()}
     unknown = sorted(set(groups) - set(ood))
     if unknown:
         raise QuantlensError(f"groups names the OOD set {unknown[0]!r}, which was not evaluated")
@@ -132,15 +132,15 @@ def mean_over_sets(
     for group, names in members.items():
         collected: dict[str, list[Mapping[str, Any]]] = {}
         for name in names:
-            for score, figures in ood[name].items():
-                if isinstance(figures, Mapping):
-                    collected.setdefault(score, []).append(figures)
+            for score, metrics in ood[name].items():
+                if isinstance(metrics, Mapping):
+                    collected.setdefault(score, []).append(metrics)
         if collected:
-            means[group] = {score: _mean_figures(rows) for score, rows in collected.items()}
+            means[group] = {score: _mean_metrics(rows) for score, rows in collected.items()}
     return means
 
 
-def _mean_figures(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _mean_metrics(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     names = [key for key in rows[0] if key not in COUNTS and all(_is_number(row.get(key)) for row in rows)]
     mean: dict[str, Any] = {key: float(np.mean([row[key] for row in rows])) for key in names}
     return {**mean, "n_sets": len(rows)}
@@ -152,7 +152,7 @@ def score_histograms(id_scores: ArrayLike, ood: Mapping[str, ArrayLike], bins: i
     Returns {"edges": [bins + 1], "id": [bins], "ood": {name: [bins]}}; counts, so each list sums to its
     number of images. Edges are equally wide from the smallest to the largest score. Where these are equal, or
     too close for `bins` distinct edges in float64, the range is widened about its middle. Raises as
-    `ood_figures`, and for fewer than one bin.
+    `ood_metrics`, and for fewer than one bin.
     """
     if isinstance(bins, bool) or not isinstance(bins, int | np.integer) or bins < 1:
         raise QuantlensError(f"bins is {bins!r}, but must be a whole number of at least 1")

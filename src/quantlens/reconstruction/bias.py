@@ -10,17 +10,17 @@ Two forms, usable with any method:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import MEMORY, Calibration, Look, Transform, Walk
+from quantlens.calibration import MEMORY, Calibration, CalibrationPass, EdgeView, Transform
+from quantlens.formats import Quantizer
+from quantlens.formats.operators import Operator
 from quantlens.graph import Edge, Graph
-from quantlens.graph.rewrites import ensure_bias
 from quantlens.graph.sites import Site
-from quantlens.quantizers import Quantizer
-from quantlens.quantizers.operators import Operator
+from quantlens.transforms.rewrites import ensure_bias
 
 LAYERS = ("linear", "conv")
 
@@ -80,12 +80,12 @@ def output_means(
     ``graph`` is now. To be taken before a method replaces weights."""
     found: dict[str, Tensor] = {}
 
-    def note(edge: Edge, look: Look) -> None:
-        found[edge.site] = _mean(look.tensors(), edge.node, graph)
+    def note(edge: Edge, view: EdgeView) -> None:
+        found[edge.site] = _mean(view.tensors(), edge.node, graph)
 
     edges = [site.edges["output"] for site in graph.sites.of_kind(*LAYERS)]
     with torch.no_grad():
-        Walk(graph, calibration, sequential=False, memory=memory).run(edges, note, progress)
+        CalibrationPass(graph, calibration, sequential=False, memory=memory).run(edges, note, progress)
     return found
 
 
@@ -113,15 +113,15 @@ def correct_biases(
     twin = graph.clone(share=True)
     sites = twin.sites
     for name, operator in (operators or {}).items():
-        sites[name].node.target = operator  # the walk calls it; the sites were read before
+        sites[name].node.target = operator  # the pass calls it; the sites were read before
     layers = {site.name for site in corrected_layers(twin)}
     shifts: dict[str, Tensor] = {}
 
-    def decide(edge: Edge, look: Look) -> Transform | None:
+    def on_edge(edge: Edge, view: EdgeView) -> Transform | None:
         quantizer = quantizers.get(edge.key)
         if edge.name != "output" or edge.site not in layers:
             return quantizer
-        shift = shifts[edge.site] = _mean(look.tensors(), edge.node, twin) - means[edge.site].to(twin.device)
+        shift = shifts[edge.site] = _mean(view.tensors(), edge.node, twin) - means[edge.site].to(twin.device)
         spread = _along(shift, edge.node, twin)
 
         def corrected(output: Tensor) -> Tensor:
@@ -132,12 +132,12 @@ def correct_biases(
 
     wanted = [e for key, e in sites.edges.items() if key in quantizers or (e.name == "output" and e.site in layers)]
     with torch.no_grad():
-        Walk(twin, calibration, sequential=True, memory=memory).run(wanted, decide, progress)
+        CalibrationPass(twin, calibration, sequential=True, memory=memory).run(wanted, on_edge, progress)
     subtract_from_biases(graph, shifts)
     return shifts
 
 
-def _mean(pieces: list[Tensor], node: fx.Node, graph: Graph) -> Tensor:
+def _mean(pieces: Sequence[Tensor], node: fx.Node, graph: Graph) -> Tensor:
     """[out] float64 mean over all dimensions but the channels'."""
     channels = _channels(node, graph)
     total: Tensor | None = None

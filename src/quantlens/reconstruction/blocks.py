@@ -1,41 +1,38 @@
-"""Block reconstruction: a part of the network is tuned so that, quantized, it puts out what the float part puts out
+"""Block reconstruction: a part of the network is tuned so that, quantized, it reproduces the output of the float part
 (BRECQ, Li et al., ICLR 2021, section 3.2; QDrop, Wei et al., ICLR 2022, section 3.3).
 
 The network is cut into :class:`Unit` s, one after the other: every transformer block, and what lies between two blocks
 (patch embedding, patch merging, classifier). Two streams of all calibration images go from unit to unit, one through
 the float graph, one through the quantized graph; at each unit the quantized one is trained on mini-batches towards the
-float one's output, then both advance. No unit is ever run twice from the start of the network.
-
-What can be trained (:attr:`Settings.optimise`): the rounding of the weights (:mod:`.rounding`), the scales of the
-activations (:mod:`.scales`), the float weights themselves (straight through their quantizer), biases and LayerNorms
-(:mod:`.latent`). The result is again a graph and quantizers: rounded weights are written back as the values that their
-quantizer keeps.
+float one's output, then both advance. No unit is ever run twice from the start of the network. The result is again a
+graph and quantizers: rounded weights are written back as the values that their quantizer keeps.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import CHUNK, MEMORY, Calibration
-from quantlens.errors import UnknownNameError, UnsupportedError
+from quantlens.calibration import CHUNK, MEMORY, ActivationStore, Calibration
+from quantlens.calibration.process_memory import held_memory
+from quantlens.errors import UnsupportedError
+from quantlens.formats import Quantizer
 from quantlens.graph import Graph
-from quantlens.quantizers import Plan, Quantizer, Uniform
+from quantlens.qmodel import Plan
 from quantlens.reconstruction.checkpoints import Checkpoint
-from quantlens.reconstruction.latent import Latent, Vector, trained_vectors
-from quantlens.reconstruction.losses import Context, Loss
+from quantlens.reconstruction.latent import Latent, Vector
+from quantlens.reconstruction.learners import Learners
+from quantlens.reconstruction.losses import Context
 from quantlens.reconstruction.rounding import AdaRound, annealed_beta
-from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
-from quantlens.reconstruction.settings import ROUNDING, SCALES, VECTORS, WEIGHTS, Report, Result, Settings, UnitReport
-from quantlens.reconstruction.streams import Cache, Hook, Room, Streams, frozen_hook, held_memory, random_mask
+from quantlens.reconstruction.scales import LearnedScale
+from quantlens.reconstruction.settings import Report, Result, Settings, UnitReport
+from quantlens.reconstruction.streams import ImageCache, Streams, frozen_hook, random_mask
+from quantlens.reconstruction.trainer import Group, Trainer
 from quantlens.reconstruction.units import Unit, find_units
 
 Progress = Callable[[int, int], None]
@@ -56,87 +53,63 @@ def reconstruct(
     """Reconstruct ``graph`` under ``plan`` unit by unit; changes weights of the graph and quantizers of the plan.
 
     calibration: images, on the graph's device. reference: the float model to come near to where ``graph`` no longer is
-    it (weights were trained, activation functions replaced): a graph with the same units. progress: called with (done,
-    total) steps. checkpoint: a folder where every finished unit is stored; a later call with equal graph, plan,
-    images, settings and seed goes on behind the last finished unit, bit-equal. memory: bytes of cached activations
-    kept in memory, the rest goes to a temporary file. A unit whose loss on all calibration images got worse keeps its
-    start.
+    it: a graph with the same units. progress: called with (done, total) steps. checkpoint: a folder for the finished
+    units; a later call with equal graph, plan, images, settings and seed goes on after the last of them, bit-equal.
+    memory: bytes of cached activations kept in memory, the rest goes to a temporary file.
 
-    Random numbers come from a CPU generator, seeded per unit. Raises UnsupportedError for a plan with integer operators
-    (train before they are put in), UnknownNameError for unit names that do not exist.
+    A unit whose loss on all calibration images did not fall keeps its start. Random numbers come from a CPU generator,
+    seeded per unit. Raises UnsupportedError for a plan with integer operators (train before they are put in).
     """
     settings = settings or Settings()
-    if plan.operators:
-        raise UnsupportedError("reconstruction works on quantizers; put integer operators in after it")
-    units, originals = find_units(graph), find_units(reference or graph)
-    if [u.name for u in units] != [u.name for u in originals]:
-        raise UnsupportedError("the reference of a reconstruction must be cut into the same units as its graph")
-    if settings.units is not None:
-        known = {u.name for u in units}
-        for name in settings.units:
-            if name not in known:
-                raise UnknownNameError("unit", name, known)
-    store = None
+    units, originals = _units(graph, plan, reference or graph)
+    saved = None
     if checkpoint is not None:
-        store = Checkpoint(checkpoint, graph, plan, calibration, settings, seed, reference)
-    total, resumed, reports = len(units) * max(settings.iterations, 1), 0, []
-    with torch.no_grad(), held_memory(), tempfile.TemporaryDirectory(prefix="quantlens-") as folder:
-        streams = Streams(graph, units, calibration, Room(memory, Path(folder)))
+        saved = Checkpoint(checkpoint, graph, plan, calibration, settings, seed, reference)
+    each, resumed = max(settings.iterations, 1), 0
+    reports: list[UnitReport] = []
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress(len(reports) * each + done, len(units) * each)
+
+    with torch.no_grad(), held_memory(), ActivationStore(memory) as store:
+        streams = Streams(graph, units, calibration, store)
         for index, (unit, original) in enumerate(zip(units, originals, strict=True)):
             streams.advance_float(unit, reference or graph, original)
-            found = store.read(index, unit) if store is not None else None
-            work = _Work(graph, plan.quantizers, unit, streams, settings, seed, index)
-            if found is None:
-
-                def tell(done: int, start: int = index * max(settings.iterations, 1)) -> None:
-                    if progress is not None:
-                        progress(start + done, total)
-
-                result = work.run(tell)
-                if store is not None:
-                    store.write(index, unit, result)
+            outputs, result = None, None if saved is None else saved.read(index, unit)
+            if result is None:
+                outputs, result = _UnitTraining(graph, plan.quantizers, unit, streams, settings, seed, index).run(tell)
+                if saved is not None:
+                    saved.write(index, unit, result)
             else:
-                result, resumed = found, resumed + 1
+                resumed += 1
             for name, value in result.tensors.items():
                 graph.set_tensor(name, value.to(graph.device))
             plan.quantizers.update({k: q.to(graph.device) for k, q in result.quantizers.items()})
-            reports.append(result.report)
-            streams.advance_quantized(unit, work.outputs or streams.outputs(unit, work.frozen_hook()))
+            outputs = outputs or streams.outputs(unit, frozen_hook(graph, unit, plan.quantizers))
+            streams.advance_quantized(unit, outputs)
             streams.forget(index)
-            if progress is not None:
-                progress((index + 1) * max(settings.iterations, 1), total)
+            tell(each)
+            reports.append(result.report)
     return Report(tuple(reports), resumed)
 
 
-def optimise_scales(
-    graph: Graph,
-    quantizers: Mapping[str, Quantizer],
-    calibration: Calibration,
-    *,
-    iterations: int = 100,
-    rounds: int = 4,
-    batch_size: int = 16,
-    lr: float = 5e-3,
-    loss: str | Loss = "mse",
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> dict[str, Quantizer]:
-    """The quantizers with activation scales learned by LSQ, unit by unit, on the units' reconstruction loss.
-
-    Weights in ``quantizers`` are used as they are. Nothing that was given is changed. Parameters as in
-    :class:`Settings`.
-    """
-    plan = Plan(dict(quantizers))
-    settings = Settings(
-        (SCALES,), loss, inputs="quantized", iterations=iterations, rounds=rounds, batch_size=batch_size, lr_scales=lr
-    )
-    reconstruct(graph, plan, calibration, settings, seed=seed, progress=progress)
-    return plan.quantizers
+def _units(graph: Graph, plan: Plan, reference: Graph) -> tuple[list[Unit], list[Unit]]:
+    """The units of a graph and those of its reference. Raises UnsupportedError for what cannot be reconstructed."""
+    if plan.operators:
+        raise UnsupportedError("reconstruction works on quantizers; put integer operators in after it")
+    units, originals = find_units(graph), find_units(reference)
+    if [u.name for u in units] != [u.name for u in originals]:
+        raise UnsupportedError("the reference of a reconstruction must be cut into the same units as its graph")
+    return units, originals
 
 
-# -- one unit ------------------------------------------------------------------------------------------------------
-class _Work:
-    """Training of one unit. ``outputs`` holds the accepted unit's results once :meth:`run` has made them."""
+Outputs = dict[fx.Node, ImageCache]
+"""A unit's results for all images."""
+
+
+class _UnitTraining:
+    """Training of one unit."""
 
     def __init__(
         self,
@@ -148,92 +121,50 @@ class _Work:
         seed: int,
         index: int,
     ):
-        self.graph, self.all, self.unit, self.streams, self.settings = graph, quantizers, unit, streams, settings
-        self.loss, self.device = settings.function(), graph.device
+        self.graph, self.quantizers, self.unit, self.streams = graph, quantizers, unit, streams
+        self.settings, self.loss, self.device = settings, settings.function(), graph.device
         self.generator = torch.Generator().manual_seed((seed << 20) + index)
-        self.outputs: dict[fx.Node, Cache] | None = None
+        self.learners = Learners.of(graph, quantizers, unit, settings)
         self.scale_of: dict[fx.Node, float] = {}
-        self.trained: dict[str, Any] = {}
-        self.vectors: dict[fx.Node, Vector] = {}
 
-    # -- what is trained
-    def _prepare(self) -> None:
-        """Make the learners: edge key -> module. Edges that share a quantizer share its learner."""
-        optimise, keys = self.settings.optimise, {e.key for e in self.unit.edges}
-        if self.settings.units is not None and self.unit.name not in self.settings.units:
-            return
-        uses: dict[str, int] = {}
-        for edge in self.graph.sites.edges.values():
-            if edge.is_weight:
-                uses[str(edge.value.target)] = uses.get(str(edge.value.target), 0) + 1
-        owners: dict[int, set[str]] = {}
-        for key, owned in self.all.items():
-            owners.setdefault(id(owned), set()).add(key)
-        shared: dict[int, LearnedScale] = {}
-        for edge in self.unit.edges:
-            quantizer = self.all.get(edge.key)
-            if quantizer is None and not (edge.is_weight and self.settings.float_weights):
-                continue
-            if edge.is_weight:
-                name = str(edge.value.target)
-                weight = self.graph.tensor(name)
-                if uses[name] > 1 or not bool(torch.isfinite(weight).all()):
-                    continue
-                if ROUNDING in optimise and isinstance(quantizer, Uniform):
-                    through = self.settings.straight_through
-                    self.trained[edge.key] = AdaRound(quantizer, weight, straight_through=through)
-                elif WEIGHTS in optimise:
-                    self.trained[edge.key] = Latent(quantizer, weight)
-            elif quantizer is None:
-                continue
-            elif SCALES in optimise and learnable(quantizer) and owners[id(quantizer)] <= keys:
-                if id(quantizer) not in shared:
-                    shared[id(quantizer)] = LearnedScale(quantizer)
-                self.trained[edge.key] = shared[id(quantizer)]
-        if VECTORS in optimise:
-            own = set(self.unit.nodes)
-            found = [n for n in trained_vectors(self.graph) if own.issuperset(n.users)]
-            self.vectors = {node: Vector(self.graph.tensor(str(node.target))) for node in found}
+    def run(self, tell: Callable[[int], None]) -> tuple[Outputs, Result]:
+        """Train in rounds, measure after each, keep the best. Returns the kept unit's results for all images, and what
+        is to be changed; leaves graph and quantizers as they are. tell: called with the number of steps done."""
+        started, trained = time.perf_counter(), len(self.learners.modules())
+        outputs = self.streams.outputs(self.unit, frozen_hook(self.graph, self.unit, self.quantizers))
+        best = Result(UnitReport(self.unit.name, 0.0, 0.0, (), False, 0, 0.0))
+        if not trained or not self.unit.results:
+            return outputs, best
+        self.scale_of = {node: self._size(node) for node in self.unit.results}
+        before, history, state = self._measure(outputs), [], self.learners.state()
+        lowest, steps, rounds = before, self.settings.iterations, self.settings.rounds
+        for number in range(rounds if math.isfinite(before) and before > 0 and steps > 0 else 0):
+            first, last = steps * number // rounds, steps * (number + 1) // rounds
+            self.learners.restore(state)
+            self._train(before, first, last, 0.5**number, tell)
+            result, new = self._frozen(best.report)
+            after = self._measure(new)
+            history.append(after)
+            if after < lowest:
+                new, outputs, lowest, best, state = outputs, new, after, result, self.learners.state()
+            for cache in new.values():
+                cache.free()
+        seconds = round(time.perf_counter() - started, 3)
+        best.report = UnitReport(self.unit.name, before, lowest, tuple(history), lowest < before, trained, seconds)
+        return outputs, best
 
-    # -- hooks
-    def frozen_hook(self, result: Result | None = None) -> Hook:
-        """Applies the plan's quantizers (with ``result``'s changes)."""
-        if result is None:
-            return frozen_hook(self.graph, self.unit, self.all)
-        return frozen_hook(self.graph, self.unit, {**self.all, **result.quantizers}, result.tensors)
-
-    def training_hook(self) -> Hook:
-        """As the frozen hook, with what is trained in its present state, and elements dropped at random."""
-        trained, everything, p = self.trained, self.all, self.settings.drop
-        weights: dict[str, Tensor] = {}
-        for edge in self.unit.edges:
-            if edge.is_weight and edge.key in everything and edge.key not in trained:
-                weights[edge.key] = everything[edge.key](self.graph.tensor(str(edge.value.target)))
-
-        def hook(key: str, value: Tensor) -> Tensor:
-            if key in weights:
-                return weights[key]
-            learner = trained.get(key)
-            if isinstance(learner, AdaRound | Latent):
-                return learner()
-            quantizer = everything.get(key)
-            if quantizer is None:
-                return value
-            kept = random_mask(value.shape, p, self.generator, self.device) if p > 0 else None
-            return learner(value, kept) if learner is not None else fake_quantize(quantizer, value, kept)
-
-        return hook
+    def _frozen(self, report: UnitReport) -> tuple[Result, Outputs]:
+        """What training has made so far, and the unit's results with it."""
+        result = Result(report, *self.learners.freeze(self.graph.sites.edges))
+        hook = frozen_hook(self.graph, self.unit, {**self.quantizers, **result.quantizers}, result.tensors)
+        constants = {node: value.detach() for node, value in self.learners.constants().items()}
+        return result, self.streams.outputs(self.unit, hook, constants)
 
     # -- the loss
     def _context(self, node: fx.Node, images: Tensor) -> Context:
-        weights = (self.settings.element_weights or {}).get(self.unit.name)
-        if weights is not None:
-            weights = weights.to(self.device)
-            if weights.dim() == len(node.meta["shape"]) and weights.shape[0] == self.streams.count:
-                weights = weights.index_select(0, images.to(self.device))
-        return Context(self.unit.name, node is self.graph.output, images, weights, self.scale_of[node])
+        return Context(self.unit.name, node is self.graph.output, images, self.scale_of[node])
 
-    def _measure(self, outputs: dict[fx.Node, Cache]) -> float:
+    def _measure(self, outputs: Outputs) -> float:
         """The loss over all images."""
         total, count = 0.0, self.streams.count
         for first in range(0, count, CHUNK):
@@ -245,114 +176,53 @@ class _Work:
                 total += float(self.loss(got, expected, self._context(node, images))) * (last - first) / count
         return total
 
-    def _scales(self) -> None:
-        """Mean of ‖y_t‖² of every result of the float unit."""
-        for node in self.unit.results:
-            tensor: Tensor = self.streams.float[node].tensor  # type: ignore[assignment]
-            parts = [float(p.square().sum(dtype=torch.float64)) for p in tensor.split(CHUNK)]
-            self.scale_of[node] = sum(parts) / max(tensor.numel() // tensor.shape[-1], 1)
+    def _size(self, node: fx.Node) -> float:
+        """Mean of ‖y_t‖² of a result of the float unit."""
+        values = self.streams.float[node].values
+        ends = [(i, min(i + CHUNK, len(values))) for i in range(0, len(values), CHUNK)]
+        parts = [float(values.rows(*pair).square().sum(dtype=torch.float64)) for pair in ends]
+        return sum(parts) / max(values.shape.numel() // values.shape[-1], 1)
 
-    # -- the run
-    def run(self, tell: Callable[[int], None]) -> Result:
-        """Train, measure, keep the better. Leaves graph and plan as they are."""
-        started = time.perf_counter()
-        self._prepare()
-        start = self.streams.outputs(self.unit, self.frozen_hook())
-        self.outputs = start
-        if not self._learners() or not self.unit.results:
-            return Result(UnitReport(self.unit.name, 0.0, 0.0, (), False, 0, 0.0))
-        self._scales()
-        before = self._measure(start)
-        best, lowest, history = Result(UnitReport("", 0, 0, (), False, 0, 0)), before, []
-        if math.isfinite(before) and before > 0 and self.settings.iterations > 0:
-            rounds = self.settings.rounds
-            for number in range(rounds):
-                edges = [self.settings.iterations * i // rounds for i in (number, number + 1)]
-                self._train(before, edges[0], edges[1], 0.5**number, tell)
-                result = self._freeze()
-                vectors = {node: result.tensors[str(node.target)] for node in self.vectors}
-                outputs = self.streams.outputs(self.unit, self.frozen_hook(result), vectors)
-                after = self._measure(outputs)
-                history.append(after)
-                worse = outputs
-                if after < lowest:
-                    worse, self.outputs, lowest, best = self.outputs, outputs, after, result
-                    self._kept = [p.detach().clone() for p in self._parameters()]
-                elif number + 1 < rounds:
-                    self._restore()
-                for cache in worse.values():
-                    cache.free()
-        best.report = UnitReport(
-            self.unit.name,
-            before,
-            lowest,
-            tuple(history),
-            lowest < before,
-            len(self._learners()),
-            round(time.perf_counter() - started, 3),
-        )
-        return best
-
-    def _learners(self) -> list[Any]:
-        """The learners, each once."""
-        return list({id(m): m for m in (*self.trained.values(), *self.vectors.values())}.values())
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for m in self._learners() for p in m.parameters()]
-
-    def _restore(self) -> None:
-        """Set the learners back to the best state so far."""
-        kept = getattr(self, "_kept", None)
-        if kept is None:
-            self.trained, self.vectors = {}, {}
-            self._prepare()
-            return
-        for parameter, value in zip(self._parameters(), kept, strict=True):
-            parameter.data.copy_(value)
-
+    # -- the steps
     def _train(self, start: float, first: int, last: int, factor: float, tell: Callable[[int], None]) -> None:
-        """Steps ``first`` … ``last`` − 1 of Adam."""
-        settings = self.settings
-        learners = self._learners()
+        """Steps ``first`` … ``last`` − 1, with ``factor`` times the rates, on the loss divided by ``start``."""
+        settings, batches = self.settings, self._batches()
+        hook = self.learners.hook(self.graph, self.unit, self.quantizers, self._kept if settings.drop > 0 else None)
+        soft = [m for m in self.learners.modules() if isinstance(m, AdaRound) and not m.straight_through]
+        weights = sum(m.alpha.numel() for m in soft)
+
+        def loss(share: float) -> Tensor:
+            images = next(batches)
+            env = self.streams.inputs(self.unit, images, settings.inputs, settings.input_drop, self.generator)
+            env.update(self.learners.constants())
+            total = torch.zeros((), device=self.device)
+            for node, got in zip(self.unit.results, self.streams.run(self.unit, env, len(images), hook), strict=True):
+                expected = self.streams.float[node].pick(images, self.device)
+                total = total + self.loss(got, expected, self._context(node, images))
+            total = total / start
+            beta = annealed_beta(share, start=settings.beta[0], end=settings.beta[1], warmup=settings.warmup)
+            if soft and beta is not None:
+                total = total + sum(m.regulariser(beta) for m in soft) * (settings.regularisation / weights)
+            return total
+
+        Trainer(self._groups(factor)).run(last - first, loss, lambda done: tell(first + done))
+
+    def _groups(self, factor: float) -> list[Group]:
+        """The parameters by kind, with their learning rates; that of soft rounding stays."""
+        settings, found = self.settings, dict[type, list[Tensor]]()
+        for module in self.learners.modules():
+            found.setdefault(type(module), []).extend(module.parameters())
         rates: dict[type, float] = {
             AdaRound: settings.lr_rounding,
             LearnedScale: settings.lr_scales,
             Latent: settings.lr_weights,
             Vector: settings.lr_vectors,
         }
-        parameters: dict[type, list[Tensor]] = {}
-        for learner in learners:
-            parameters.setdefault(type(learner), []).extend(learner.parameters())
-        groups: list[dict[str, Any]] = [
-            {"params": found, "lr": rates[kind] * factor, "start": rates[kind] * factor, "kind": kind}
-            for kind, found in parameters.items()
-        ]
-        roundings = [m for m in learners if isinstance(m, AdaRound)] if not settings.straight_through else []
-        weights = sum(m.alpha.numel() for m in roundings)
-        optimiser = torch.optim.Adam(groups)
-        hook, batches = self.training_hook(), self._batches()
-        for step in range(first, last):
-            share = (step - first) / max(last - first, 1)
-            for group in optimiser.param_groups:
-                soft = group["kind"] is AdaRound and not settings.straight_through
-                group["lr"] = group["start"] * (1.0 if soft else 0.5 * (1 + math.cos(math.pi * share)))
-            images = next(batches)
-            env = self.streams.inputs(self.unit, images, settings.inputs, settings.input_drop, self.generator)
-            with torch.enable_grad(), _outside_inference():
-                env.update({node: vector() for node, vector in self.vectors.items()})
-                values = self.streams.run(self.unit, env, len(images), hook)
-                loss = torch.zeros((), device=self.device)
-                for node, got in zip(self.unit.results, values, strict=True):
-                    expected = self.streams.float[node].pick(images, self.device)
-                    loss = loss + self.loss(got, expected, self._context(node, images))
-                loss = loss / start
-                beta = annealed_beta(share, start=settings.beta[0], end=settings.beta[1], warmup=settings.warmup)
-                if roundings and beta is not None:
-                    loss = loss + sum(m.regulariser(beta) for m in roundings) * (settings.regularisation / weights)
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-            optimiser.step()
-            tell(step + 1)
+        constant = () if settings.straight_through else (AdaRound,)
+        return [Group(found[kind], rates[kind] * factor, falling=kind not in constant) for kind in found]
+
+    def _kept(self, shape: torch.Size) -> Tensor:
+        return random_mask(shape, self.settings.drop, self.generator, self.device)
 
     def _batches(self) -> Iterator[Tensor]:
         """Numbers of the images of each mini-batch: a shuffled pass over all images, again and again."""
@@ -361,25 +231,3 @@ class _Work:
             order = torch.randperm(count, generator=self.generator)
             for first in range(0, count - size + 1, size):
                 yield order[first : first + size]
-
-    def _freeze(self) -> Result:
-        """What training made, as tensors and quantizers."""
-        result = Result(UnitReport("", 0, 0, (), False, 0, 0))
-        edges = self.graph.sites.edges
-        frozen: dict[int, Quantizer] = {}
-        for key, learner in self.trained.items():
-            if isinstance(learner, LearnedScale):
-                frozen.setdefault(id(learner), learner.freeze())
-                result.quantizers[key] = frozen[id(learner)]
-            else:
-                result.tensors[str(edges[key].value.target)] = learner.harden()
-        for node, vector in self.vectors.items():
-            result.tensors[str(node.target)] = vector().detach()
-        return result
-
-
-@contextmanager
-def _outside_inference() -> Iterator[None]:
-    """Autograd is on even if the caller is in inference mode."""
-    with torch.inference_mode(False):
-        yield

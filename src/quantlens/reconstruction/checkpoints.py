@@ -18,8 +18,9 @@ from torch import Tensor
 from quantlens.calibration import Calibration
 from quantlens.errors import StorageError
 from quantlens.files import write_whole
+from quantlens.formats import Quantizer, restore
 from quantlens.graph import Graph
-from quantlens.quantizers import Plan, Quantizer, restore
+from quantlens.qmodel import Plan
 from quantlens.reconstruction.settings import Result, UnitReport
 from quantlens.reconstruction.units import Unit
 
@@ -81,20 +82,6 @@ class Checkpoint:
         store(self._path(index, unit), self.key, tensors, record)
 
 
-class Progressed:
-    """The state of one long training in a folder, written now and then, keyed by a fingerprint like a unit's."""
-
-    def __init__(self, folder: Path | str, name: str, key: str):
-        self.path, self.key = made_folder(folder) / f"{name}.safetensors", key
-
-    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and a record; None if there are none that fit, or the file is damaged."""
-        return stored(self.path, self.key)
-
-    def write(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        store(self.path, self.key, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, record)
-
-
 def made_folder(folder: Path | str) -> Path:
     """The folder, made where it is absent. Raises StorageError where it cannot be."""
     path = Path(folder)
@@ -132,9 +119,8 @@ def fingerprint(
     settings: Any,
     seed: int,
     reference: Graph | None = None,
-    tensors: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """Hex digest of everything that determines a reconstruction: graph, reference, tensors, quantizers, images,
+    """Hex digest of everything that determines a reconstruction: graph, reference, quantizers, images,
     settings (a dataclass), seed, torch's version and the kind of device. A loss with a state counts by
     ``loss.state()``."""
     digest = hashlib.sha256()
@@ -161,8 +147,6 @@ def fingerprint(
         add(key, json.dumps(quantizer.config(), sort_keys=True), shared.setdefault(id(quantizer), len(shared)))
         for name, tensor in sorted(quantizer.tensors().items()):
             add(name, tensor)
-    for name, tensor in sorted((tensors or {}).items()):
-        add("start", name, tensor)
     for item in fields(settings):
         value = getattr(settings, item.name)
         for name, tensor in sorted(getattr(value, "state", dict)().items()):

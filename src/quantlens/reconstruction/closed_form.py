@@ -5,12 +5,12 @@ A layer is y = W·x with x its float input and x̄ what it reads once quantized.
 moments over calibration rows (tokens, positions), :class:`Moments`:
 
 * :func:`ridge`: the weights W' with the least ‖W'·X̄ − W·X‖² + λ‖W' − W‖². With X̄ = X they are W.
-* :func:`round_columns`: rounding column by column; the error of each goes into the columns behind it so that the
+* :func:`round_columns`: rounding column by column; the error of each goes into the later columns so that the
   output ‖(Ŵ − W)·X̄‖² changes least (OBQ's update for all rows at once: Frantar et al., GPTQ, ICLR 2023, section 3).
 * :func:`round_halves`: the same with the first half of what remains at a time, whose rounding :func:`refine` improves
   by flips to the other neighbour (Zhong et al., ERQ, ICML 2024, section 4.2).
 
-The one matrix behind both kinds of rounding is U, upper triangular, with (X̄ᵀX̄ + λI)⁻¹ = UᵀU. If columns 0 … k − 1 are
+Both kinds of rounding use the matrix U, upper triangular, with (X̄ᵀX̄ + λI)⁻¹ = UᵀU. If columns 0 … k − 1 are
 off by δ (rounded less unrounded), the best change of all others is δ·U₁₁⁻¹·U₁₂, and what is left of the problem has the
 factor U₂₂: one Cholesky factorisation serves every block of every size.
 
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from quantlens.errors import UnsupportedError
-from quantlens.quantizers import Quantizer, Uniform
-from quantlens.quantizers.base import bounded_
+from quantlens.formats import Quantizer, Uniform
+from quantlens.formats.base import bounded_
 
 BLOCK = 128
-"""Columns whose errors reach the columns behind them in one product."""
+"""Columns whose errors reach the later columns in one product."""
 
 FLIPS = 100
 """Most flips of :func:`refine` per row and block."""
@@ -162,7 +162,7 @@ def output_shift(weight: Tensor, fitted: Tensor, moments: Moments) -> Tensor:
 def round_columns(
     weight: Tensor, gram: Tensor, grid: Grid, *, damping: float, order: Tensor | None = None, block: int = BLOCK
 ) -> Tensor:
-    """Ŵ [out, in] on the grid, column by column, each column's error taken up by those behind it.
+    """Ŵ [out, in] on the grid, column by column, each column's error taken up by the later ones.
 
     weight: [out, in]. gram: [in, in] float64, Σ x̄x̄ᵀ (centred if the bias is fitted too). order: int64 [in], the columns
     in the order in which they are rounded (``gram.diagonal().argsort(descending=True)`` is GPTQ's act-order); as they

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from quantlens.formats import Uniform
 from quantlens.graph import Graph
 from quantlens.graph.graph import op_name
 from quantlens.graph.sites import dynamic_nodes
-from quantlens.quantizers import Uniform
 from quantlens.reconstruction.scales import fake_quantize
 
 AFFINE = ("aten.layer_norm.default", "aten.linear.default", "aten.conv2d.default")
@@ -32,7 +32,7 @@ class Latent(nn.Module):
     def __init__(self, quantizer: Any, weight: Tensor):
         super().__init__()
         self.quantizer = quantizer
-        scale = quantizer._spread(quantizer.scale, weight.dim()) if isinstance(quantizer, Uniform) else weight.std()
+        scale = quantizer.spread(quantizer.scale, weight.dim()) if isinstance(quantizer, Uniform) else weight.std()
         self.register_buffer("scale", scale.detach().clone())
         self.register_buffer("start", weight.detach().clone())
         self.step = nn.Parameter(torch.zeros_like(weight))

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from quantlens.metrics.divergence import kl_of_logits
 
 
 @dataclass(frozen=True)
@@ -14,14 +16,12 @@ class Context:
     """What a loss may want to know besides the two outputs.
 
     unit: name. is_logits: whether the output is the model's. images: numbers of the calibration images in the batch.
-    weights: per-element weights that broadcast to the output, or None. scale: mean of ‖y_t‖² over all calibration
-    images and tokens, float.
+    scale: mean of ‖y_t‖² over all calibration images and tokens, float.
     """
 
     unit: str
     is_logits: bool
     images: Tensor
-    weights: Tensor | None
     scale: float
 
 
@@ -30,9 +30,8 @@ Loss = Callable[[Tensor, Tensor, Context], Tensor]
 
 
 def mse(got: Tensor, expected: Tensor, context: Context) -> Tensor:
-    """Mean squared difference, each element times its weight where weights are given."""
-    difference = (got - expected).square()
-    return (difference if context.weights is None else difference * context.weights).mean()
+    """Mean squared difference."""
+    return (got - expected).square().mean()
 
 
 EPSILON = 0.01
@@ -45,16 +44,13 @@ def token_norm(got: Tensor, expected: Tensor, context: Context) -> Tensor:
     Every token counts by its relative error, so that a few tokens of extreme norm do not make up the whole loss. ε =
     :data:`EPSILON` of the mean squared norm keeps tokens that are next to zero from doing so instead.
     """
-    difference = (got - expected).square()
-    if context.weights is not None:
-        difference = difference * context.weights
     norm = expected.square().sum(-1) + max(EPSILON * context.scale, torch.finfo(torch.float32).tiny)
-    return (difference.sum(-1) / norm).mean()
+    return ((got - expected).square().sum(-1) / norm).mean()
 
 
 def divergence(got: Tensor, expected: Tensor, context: Context) -> Tensor:
     """KL(softmax(y) ‖ softmax(ŷ)) of logits [B, K], mean over the images."""
-    return nn.functional.kl_div(got.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True)
+    return kl_of_logits(expected, got, "mean")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """MLPs with GELU made into MLPs with ReLU, and refitted (APHQ-ViT, Wu et al., CVPR 2025, section 3.4).
 
-What comes out of a ReLU has one sign and no crowd of small negative values, so that few bits go further. The two linear
-layers are refitted to put out what they did with GELU, on the inputs that they have in the float model, also where the
-hidden values are clipped.
+The output of a ReLU has one sign and no small negative values, so that few bits go further. The two linear layers are
+refitted to reproduce the output that they had with GELU, on their inputs in the float model, also where the hidden
+values are clipped.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantlens.calibration import Calibration, Look, Walk
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView
 from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import argument
-from quantlens.graph.rewrites import alone
 from quantlens.graph.sites import Site
 from quantlens.reconstruction.closed_form import Moments, output_shift, ridge
+from quantlens.reconstruction.trainer import Group, Trainer
+from quantlens.transforms.rewrites import alone
 
 CLIPPED = 2
 """Weight of the error with clipped hidden values, against that without (the authors' code)."""
@@ -78,7 +79,7 @@ def replace_gelu(
 
     weights: by name of the second layer, how much an error of each element of its output counts, [1, …] like the
     output of one image; mean 1 (missing: all the same). Returns by name of the second layer the weighted squared error
-    of its output, as a share of its weighted squared output: with the old weights behind ReLU, and refitted.
+    of its output, as a share of its weighted squared output: with the old weights after ReLU, and refitted.
     """
     mlps = find_mlps(graph)
     by_input = {mlp.first.edges["input"].key: mlp for mlp in mlps}
@@ -86,15 +87,17 @@ def replace_gelu(
     errors: dict[str, tuple[float, float]] = {}
     fitted: dict[str, Tensor] = {}
 
-    def decide(edge: Edge, look: Look) -> None:
+    def on_edge(edge: Edge, view: EdgeView) -> None:
         mlp = by_input[edge.key]
-        work = _Refit(graph, mlp, torch.cat(list(look.tensors())), weights.get(mlp.second.name), fit)
+        work = _Refit(graph, mlp, torch.cat(list(view.tensors())), weights.get(mlp.second.name), fit)
         tensors, errors[mlp.second.name] = work.run(generator)
         fitted.update(tensors)
         if progress is not None:
             progress(len(errors), len(mlps))
 
-    Walk(graph, calibration, sequential=False, seed=seed).run([m.first.edges["input"] for m in mlps], decide)
+    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(
+        [m.first.edges["input"] for m in mlps], on_edge
+    )
     for name, tensor in fitted.items():
         graph.set_tensor(name, tensor)
     for mlp in mlps:
@@ -168,7 +171,7 @@ class _Refit:
         yield self._train(start, generator)
 
     def _least_squares(self) -> _Weights:
-        """The second layer by ridge regression, hidden values behind ReLU against those behind GELU."""
+        """The second layer by ridge regression, hidden values after ReLU against those after GELU."""
         if self.old.end is None:
             return self.old
         before = self.old.hidden(self.inputs)
@@ -183,19 +186,16 @@ class _Refit:
     def _train(self, start: _Weights, generator: torch.Generator) -> _Weights:
         """Adam on both layers."""
         weights = _Weights(*(None if t is None else t.clone().requires_grad_(True) for t in start))  # type: ignore[arg-type]
-        groups = []
+        count, groups = len(self.inputs), []
         for pair in (weights[:2], weights[2:]):
             rate = self.fit.lr * float(pair[0].detach().std())  # type: ignore[union-attr]
-            groups.append({"params": [t for t in pair if t is not None], "lr": rate, "start": rate})
-        optimiser, count = torch.optim.Adam(groups), len(self.inputs)
-        for step in range(self.fit.steps):
-            for group in optimiser.param_groups:
-                group["lr"] = group["start"] * 0.5 * (1 + math.cos(math.pi * step / self.fit.steps))
-            rows = torch.randint(count, (min(self.fit.batch, count),), generator=generator).to(self.inputs.device)
-            with torch.enable_grad():
-                optimiser.zero_grad(set_to_none=True)
-                self.loss(weights, rows).backward()
-            optimiser.step()
+            groups.append(Group([t for t in pair if t is not None], rate))
+
+        def loss(_: float) -> Tensor:
+            rows = torch.randint(count, (min(self.fit.batch, count),), generator=generator)
+            return self.loss(weights, rows.to(self.inputs.device))
+
+        Trainer(groups).run(self.fit.steps, loss)
         return _Weights(*(None if t is None else t.detach() for t in weights))  # type: ignore[arg-type]
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from quantlens.errors import UnsupportedError
-from quantlens.quantizers import Quantizer, Uniform
+from quantlens.formats import Quantizer, Uniform
 
 ZETA, GAMMA = 1.1, -0.1
 """Ends of the stretched sigmoid: it reaches 0 and 1 at finite α (Louizos et al., 2018)."""
 
 
 class AdaRound(nn.Module):
-    """A weight whose rounding is learned, on the grid of a frozen :class:`~quantlens.quantizers.Uniform`.
+    """A weight whose rounding is learned, on the grid of a frozen :class:`~quantlens.formats.Uniform`.
 
     quantizer: uniform, symmetric or asymmetric, per tensor or per channel. weight: the float weight, float32, any shape
     that the quantizer fits. ``forward()`` gives the soft weight (same shape); :attr:`alpha` is what is learned.
@@ -48,7 +48,7 @@ class AdaRound(nn.Module):
         self.straight_through = straight_through
         weight = weight.detach().float()
         dims = weight.dim()
-        spread = quantizer._spread
+        spread = quantizer.spread
         inverse = 1.0 / quantizer.scale
         levels = weight * spread(inverse, dims)
         self.register_buffer("scale", spread(quantizer.scale, dims).clone())
@@ -79,12 +79,6 @@ class AdaRound(nn.Module):
         """The weight with every direction decided, on the grid and within the range of codes (float32): what the
         quantizer makes of it is itself, bit for bit."""
         return (self.floor + (self.h() >= 0.5)).clamp(self.low, self.high) * self.scale
-
-    @torch.no_grad()
-    def undecided(self) -> float:
-        """Share of the weights whose h is not within 0.05 of 0 or 1."""
-        h = self.h()
-        return float(((h > 0.05) & (h < 0.95)).double().mean())
 
 
 def annealed_beta(progress: float, *, start: float = 20.0, end: float = 2.0, warmup: float = 0.2) -> float | None:

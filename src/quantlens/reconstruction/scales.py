@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from quantlens.errors import UnsupportedError
-from quantlens.quantizers import BlockScaled, PowerOfTwo, Quantizer, Uniform
-from quantlens.quantizers.base import bounded_
+from quantlens.formats import BlockScaled, PowerOfTwo, Quantizer, Uniform
+from quantlens.formats.base import bounded_
 
 SMALLEST, LARGEST = 0.05, 8.0
 """Bounds of the learned scale as multiples of the one it started from."""
@@ -77,8 +77,8 @@ class _Quantize(torch.autograd.Function):
 class LearnedScale(nn.Module):
     """An activation quantizer whose scale is learned; everything else of it stays.
 
-    quantizer: :class:`~quantlens.quantizers.Uniform` (any granularity), :class:`~quantlens.quantizers.PowerOfTwo` or
-    :class:`~quantlens.quantizers.BlockScaled` (the scale: its step in units of a block's root mean square).
+    quantizer: :class:`~quantlens.formats.Uniform` (any granularity), :class:`~quantlens.formats.PowerOfTwo` or
+    :class:`~quantlens.formats.BlockScaled` (the scale: its step in units of a block's root mean square).
     :attr:`ratio` is the parameter: the scale as a multiple of the quantizer's own ([] or [n]), so that one learning
     rate suits tensors of any size. ``forward(x, kept=None)`` quantizes x exactly as the frozen quantizer would; where
     ``kept`` (bool, shape of x) is set, x passes in float (QDrop). :meth:`freeze` gives the quantizer.
@@ -106,16 +106,16 @@ class LearnedScale(nn.Module):
             return _in_blocks(q, x, kept, factor, scale)
         if isinstance(q, PowerOfTwo):
             powers = torch.exp2(q.exponents.to(scale.dtype))
-            inverse = q._spread((1.0 / scale.detach()) / powers, dims)
-            spread = q._spread(scale * powers, dims)
+            inverse = q.spread((1.0 / scale.detach()) / powers, dims)
+            spread = q.spread(scale * powers, dims)
             low, high = q.bounds(dims)
             if q.zero_point.dim():
                 zero = moved_zero(q, scale.detach()).to(scale.dtype)
-                low, high = q._spread(q.qmin - zero, dims), q._spread(q.qmax - zero, dims)
+                low, high = q.spread(q.qmin - zero, dims), q.spread(q.qmax - zero, dims)
             return _Quantize.apply(x, spread, inverse, low, high, kept, factor)
-        inverse = q._spread(1.0 / scale.detach(), dims)
-        low, high = q._bounds if q._bounds is not None else (q._spread(q._low, dims), q._spread(q._high, dims))
-        return _Quantize.apply(x, q._spread(scale, dims), inverse, low, high, kept, factor)
+        inverse = q.spread(1.0 / scale.detach(), dims)
+        low, high = q.bounds(dims)
+        return _Quantize.apply(x, q.spread(scale, dims), inverse, low, high, kept, factor)
 
     @torch.no_grad()
     def freeze(self) -> Quantizer:
@@ -177,14 +177,12 @@ def fake_quantize(quantizer: Any, x: Tensor, kept: Tensor | None = None) -> Tens
     float."""
     if isinstance(quantizer, PowerOfTwo):
         dims = x.dim()
-        spread, inverse = quantizer._spread(quantizer.scales, dims), quantizer._spread(quantizer._inverse, dims)
+        spread, inverse = quantizer.spread(quantizer.scales, dims), quantizer.spread(quantizer.inverse, dims)
         return _Quantize.apply(x, spread, inverse, *quantizer.bounds(dims), kept, 0.0)
     if isinstance(quantizer, Uniform):
-        dims, spread = x.dim(), quantizer._spread
-        bounds: Any = quantizer._bounds
-        if bounds is None:
-            bounds = spread(quantizer._low, dims), spread(quantizer._high, dims)
-        return _Quantize.apply(x, spread(quantizer.scale, dims), spread(quantizer._inverse, dims), *bounds, kept, 0.0)
+        dims = x.dim()
+        scale, inverse = quantizer.spread(quantizer.scale, dims), quantizer.spread(quantizer.inverse, dims)
+        return _Quantize.apply(x, scale, inverse, *quantizer.bounds(dims), kept, 0.0)
     if isinstance(quantizer, BlockScaled):
         return _in_blocks(quantizer, x, kept, 0.0, quantizer.scale)
     value = quantizer(x)

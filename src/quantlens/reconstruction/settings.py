@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.quantizers import Quantizer
+from quantlens.formats import Quantizer
 from quantlens.reconstruction.losses import LOSSES, Loss
 
 ROUNDING, SCALES, WEIGHTS, VECTORS = "rounding", "scales", "weights", "vectors"
@@ -25,7 +23,6 @@ class Settings:
         that cannot learn stay as they are.
     loss: a name of :data:`LOSSES` or a function (:data:`Loss`). It is divided by its value at the start, so that
         ``regularisation`` means the same everywhere.
-    element_weights: unit name -> weights that broadcast to the unit's output, one for all images or [N, …].
     inputs: what the unit reads in training: "quantized" (the quantized prefix's output), "float", or "mixed" (element
         by element, the float one with probability ``input_drop``).
     drop: probability that an activation's element is left in float in training (QDrop uses 0.5).
@@ -36,13 +33,11 @@ class Settings:
         They fall to zero along a cosine, but for soft rounding.
     straight_through, regularisation, beta, warmup: see :class:`.rounding.AdaRound` and :func:`.rounding.annealed_beta`;
         the regulariser is the mean over a unit's weights times ``regularisation``.
-    units: names of the units to train; None: all.
     float_weights: with "weights", weights that are not quantized are trained too.
     """
 
     optimise: tuple[str, ...] = (ROUNDING, SCALES)
     loss: str | Loss = "mse"
-    element_weights: Mapping[str, Tensor] | None = None
     inputs: str = "mixed"
     input_drop: float = 0.5
     drop: float = 0.0
@@ -57,7 +52,6 @@ class Settings:
     regularisation: float = 1.0
     beta: tuple[float, float] = (20.0, 2.0)
     warmup: float = 0.2
-    units: tuple[str, ...] | None = None
     float_weights: bool = False
 
     def __post_init__(self) -> None:
@@ -85,7 +79,7 @@ class Settings:
 class UnitReport:
     """What happened to one unit.
 
-    before, after: loss on all calibration images behind the quantized prefix. rounds: the loss after each round.
+    before, after: loss on all calibration images after the quantized prefix. rounds: the loss after each round.
     accepted: whether anything was changed. trained: number of learned tensors.
     """
 
@@ -104,11 +98,6 @@ class Report:
 
     units: tuple[UnitReport, ...]
     resumed: int = 0
-
-    def gain(self) -> float:
-        """Geometric mean of after/before over the units that were trained; 1 without any."""
-        ratios = [u.after / u.before for u in self.units if u.trained and u.before > 0 and u.after > 0]
-        return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
 
     def info(self) -> list[dict[str, Any]]:
         """As JSON-able data."""

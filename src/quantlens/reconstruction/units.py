@@ -23,7 +23,7 @@ class Unit:
 
 
 def find_units(graph: Graph) -> list[Unit]:
-    """The whole graph as units in execution order: its blocks, and the stretches before, between and behind them,
+    """The whole graph as units in execution order: its blocks, and the stretches before, between and after them,
     named by the first and last layer with a weight."""
     dynamic = dynamic_nodes(graph)
     owner = {node: block.name for block in graph.sites.blocks for node in block.nodes if node in dynamic}

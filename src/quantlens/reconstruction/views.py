@@ -1,9 +1,6 @@
-"""Views of calibration images: what a network is distilled on when there are few images and no labels.
-
-A teacher labels whatever it is shown, so that 256 images need not stay 256: crops and mirror images stand for other
-photographs of the same kind, and images that no longer show anything known (tiles in another order, two images in one,
-noise with the image's spectrum) stand for out-of-distribution images, without a single one of them.
-"""
+"""Views of calibration images, for training on few images without labels: crops and mirror images stand for other
+photographs of the same kind; images that no longer show anything known (tiles in another order, two images in one,
+noise with an image's spectrum) stand for out-of-distribution images."""
 
 from __future__ import annotations
 
@@ -77,37 +74,34 @@ def noise(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.fft.irfft2(turned, s=images.shape[2:])
 
 
-STRANGE: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = (shuffled, mixed, noise)
-"""What makes images out-of-distribution."""
+OOD_VIEWS: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = (shuffled, mixed, noise)
+"""What makes an out-of-distribution image of an image."""
 
 
-def draw(images: Tensor, plain: float, strange: float, generator: torch.Generator) -> Tensor:
-    """A view of every image [B, C, H, W]: with probability ``plain`` the image as it is, with probability ``strange``
-    an out-of-distribution image made of a crop of it, each kind of :data:`STRANGE` equally often, else a crop.
-    generator: on the CPU, so that all devices see the same."""
+def draw(images: Tensor, ood_share: float, generator: torch.Generator) -> Tensor:
+    """A view of every image [B, C, H, W]: with probability ``ood_share`` an out-of-distribution image made of a crop of
+    it, each kind of :data:`OOD_VIEWS` equally often, else a crop. generator: on the CPU, so that all devices see the
+    same."""
     chosen = torch.rand(len(images), generator=generator)
-    kind = torch.randint(len(STRANGE), (len(images),), generator=generator)
-    kind[chosen >= plain + strange] = -1
-
-    def put(where: Tensor, new: Tensor, old: Tensor) -> Tensor:
-        return torch.where(where[:, None, None, None].to(images.device), new, old)
-
+    kind = torch.randint(len(OOD_VIEWS), (len(images),), generator=generator)
+    kind[chosen >= ood_share] = -1
     crops = cropped(images, generator)
     seen = crops
-    for number, change in enumerate(STRANGE):
+    for number, change in enumerate(OOD_VIEWS):
         # of all images, chosen or not: the others are what an image is mixed with
-        seen = put(kind == number, change(crops, generator), seen)
-    return put(chosen < plain, images, seen)
+        where = (kind == number)[:, None, None, None].to(images.device)
+        seen = torch.where(where, change(crops, generator), seen)
+    return seen
 
 
-def with_views(calibration: Calibration, count: int, strange: float, seed: int) -> Calibration:
-    """The calibration images and, behind them, ``count`` views of theirs, no image more often than another: a share of
-    ``strange`` out-of-distribution ones, the rest crops (:func:`draw`). They are kept in memory."""
+def with_views(calibration: Calibration, count: int, ood_share: float, seed: int) -> Calibration:
+    """The calibration images, followed by ``count`` views of theirs (:func:`draw`), no image more often than another.
+    They are kept in memory."""
     if count <= 0:
         return calibration
     generator, parts, left = torch.Generator().manual_seed(seed), list(calibration), count
     for chunk in itertools.cycle(list(parts)):
-        parts.append(draw(chunk, 0.0, strange, generator)[:left])
+        parts.append(draw(chunk, ood_share, generator)[:left])
         left -= len(parts[-1])
         if left == 0:
             break

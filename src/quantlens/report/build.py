@@ -14,6 +14,7 @@ from typing import Any
 from quantlens._version import __version__
 from quantlens.errors import QuantlensError, StorageError
 from quantlens.files import write_whole
+from quantlens.plots.style import chart_style
 
 HERE = Path(__file__).parent
 MANY_GROUPS = 6
@@ -32,7 +33,7 @@ def write_report(
     store_or_dir: a directory that holds store.sqlite, or an object with `.cells()` and `.study()`.
     out: the HTML file; by default report.html in the study's directory. An existing file is replaced at once
     or not at all.
-    progress: called with (what, done, in all) while deltas are resampled, once per store.
+    progress: called with (what, done, in all) while changes are resampled, once per store.
     Raises QuantlensError for an empty store, StorageError where the file cannot be written.
     """
     from quantlens.report.collect import collect
@@ -89,7 +90,7 @@ def render(board: Any, *, title: str | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style, script = ((HERE / "assets" / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    style, script = page_style(), (HERE / "assets" / "report.js").read_text(encoding="utf-8")
     context = page_context(board)
     name = title or board.study.get("name") or "Quantization report"
     return environment.get_template("report.html.j2").render(
@@ -109,7 +110,7 @@ def page_context(board: Any) -> dict[str, Any]:
     from quantlens.report import charts, distributions, frontier, inspection, runinfo, summary, tables, text
     from quantlens.report.decision import decision
 
-    looks = charts.Looks(board)
+    styles = charts.GroupStyles(board)
     histograms, histogram_note = distributions.histograms(board)
     rows = tables.set_rows(board)
     shipped = decision(board)
@@ -119,20 +120,20 @@ def page_context(board: Any) -> dict[str, Any]:
         "decision": shipped,
         "tiles": [] if shipped and not board.groups else summary.tiles(board),
         "scope": summary.scope(board) if board.groups else "",
-        "legend": looks.legend(),
-        "split": looks.split,
+        "legend": styles.legend(),
+        "split": styles.split,
         "scores": [(s, text.score_label(s)) for s in board.scores],
         "score": board.score or "",
         "score_name": text.score_label(board.score or ""),
         "table_1": tables.table_1(board),
         "table_2": tables.table_2(board),
-        "figure_1": charts.figure_1(board, looks),
-        "sensitivity": charts.sensitivity(board, looks),
+        "figure_1": charts.figure_1(board, styles),
+        "sensitivity": charts.sensitivity(board, styles),
         "mixed": frontier.mixed(board),
         "layers": inspection.layers(board),
-        "attention": lens.attention(board, looks),
+        "attention": lens.attention(board, styles),
         "link_columns": lens.LINK_COLUMNS,
-        "delta_panels": charts.delta_bars(board, looks),
+        "delta_panels": charts.change_bars(board, styles),
         "deltas": tables.delta_table(board),
         "set_columns": tables.SET_COLUMNS,
         "set_text_columns": tables.SET_TEXT_COLUMNS,
@@ -144,7 +145,7 @@ def page_context(board: Any) -> dict[str, Any]:
         ],
         "histograms": histograms,
         "histogram_note": histogram_note,
-        "reliability": distributions.reliability_diagrams(board, looks),
+        "reliability": distributions.reliability_diagrams(board, styles),
         "class_tables": tables.class_tables(board),
         "group_names": [g.name for g in board.groups],
         "first_group": "0" if len(board.groups) > MANY_GROUPS else "",
@@ -154,6 +155,11 @@ def page_context(board: Any) -> dict[str, Any]:
         "failures": runinfo.failures(board),
         "conventions": runinfo.conventions(board),
     }
+
+
+def page_style() -> str:
+    """The style of charts and page."""
+    return chart_style() + (HERE / "assets" / "report.css").read_text(encoding="utf-8")
 
 
 def content_policy(style: str, script: str) -> str:

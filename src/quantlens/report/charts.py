@@ -1,4 +1,4 @@
-"""The line and bar charts: the paper's Figure 1, the sensitivity curves, the ranked deltas."""
+"""The line and bar charts: the paper's Figure 1, the sensitivity curves, the ranked changes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from quantlens.report import svg
+from quantlens import _moved
+from quantlens.metrics import METRICS, Metric
+from quantlens.plots import svg
+from quantlens.plots.svg import Bar, Point, Series, Style
 from quantlens.report.collect import Board, Group, Path
-from quantlens.report.svg import Bar, Point, Series, Style
 from quantlens.report.text import (
     BASELINE,
     Stat,
@@ -17,9 +19,12 @@ from quantlens.report.text import (
     fixed,
     join_words,
     mean_std,
+    metric_title,
     parse_bits,
     score_label,
 )
+
+AUPR = metric_title("aupr_out")
 
 MAX_LINES = 8
 """More lines than this in one panel are split into a panel per model."""
@@ -63,7 +68,7 @@ class LegendEntry:
     swatch: Markup
 
 
-class Looks:
+class GroupStyles:
     """Which colour, dash and marker each group has, and whether models stand in panels of their own."""
 
     def __init__(self, board: Board):
@@ -107,7 +112,7 @@ class Looks:
 
 def series_of(
     board: Board,
-    looks: Looks,
+    styles: GroupStyles,
     groups: Sequence[Group],
     places: Sequence[tuple[float, str]],
     path: Path,
@@ -127,10 +132,10 @@ def series_of(
                 points.append(None)
                 continue
             scaled = stat.scaled(factor)
-            words = f"{looks.label(group)}, {bits}: {mean_std(stat, digits, factor=factor)}{unit}"
+            words = f"{styles.label(group)}, {bits}: {mean_std(stat, digits, factor=factor)}{unit}"
             points.append(Point(x, scaled.mean, scaled.std, words))
         if any(points):
-            found.append(Series(looks.label(group), looks.style(group), looks.key(group), points))
+            found.append(Series(styles.label(group), styles.style(group), styles.key(group), points))
     return found
 
 
@@ -150,14 +155,16 @@ def chance_level(board: Board, groups: Sequence[Group], path: Path) -> float | N
     return None if level is None else 100 * level.mean
 
 
-def aupr_panels(board: Board, looks: Looks, score: str, prefix: Path, what: str, detail: str = "") -> list[Panel]:
+def aupr_panels(
+    board: Board, styles: GroupStyles, score: str, prefix: Path, what: str, detail: str = ""
+) -> list[Panel]:
     """AUPR-out by precision of one OOD set or mean of sets, one panel or one per model with a common y
     range."""
     places = [(float(i), b) for i, b in enumerate(board.precisions)]
     path, label = (*prefix, score, "aupr_out"), score_label(score)
     drawn = [
-        (name, groups, series_of(board, looks, groups, places, path, factor=100, digits=1, unit=" %"))
-        for name, groups in looks.facets()
+        (name, groups, series_of(board, styles, groups, places, path, factor=100, digits=1, unit=" %"))
+        for name, groups in styles.facets()
     ]
     levels = [chance_level(board, groups, (*prefix, score, "chance_aupr_out")) for _, groups, _ in drawn]
     everything = [s for _, _, series in drawn for s in series]
@@ -166,29 +173,35 @@ def aupr_panels(board: Board, looks: Looks, score: str, prefix: Path, what: str,
     for (name, _, series), chance in zip(drawn, levels, strict=True):
         if not series:
             continue
-        title = f"AUPR-out by precision, {what}, score {label}" + (f", {name}" if name else "")
+        title = f"{AUPR} by precision, {what}, score {label}" + (f", {name}" if name else "")
         words = describe(series, title) + ("" if chance is None else f" Chance level {fixed(chance, 1)} %.")
         drawing = svg.line_chart(
-            series, places, title=title, description=words, y_label="AUPR-out %", chance=chance, ticks=ticks
+            series,
+            places,
+            title=title,
+            description=words,
+            y_label=METRICS["aupr_out"].label,
+            chance=chance,
+            ticks=ticks,
         )
         notes = " · ".join(filter(None, [name, detail, label]))
         panels.append(Panel(Markup(drawing), what, notes, score, alternative=score != board.score))
     return panels
 
 
-def figure_1(board: Board, looks: Looks) -> list[PanelRow]:
+def figure_1(board: Board, styles: GroupStyles) -> list[PanelRow]:
     """The paper's Figure 1: AUPR-out by precision, the means of far and near sets, then every OOD set."""
     rows = []
-    means = PanelRow("Far and near sets", large=not looks.split)
+    means = PanelRow("Far and near sets", large=not styles.split)
     for part in board.parts():
         for score in board.scores:
-            means.panels += aupr_panels(board, looks, score, ("ood_mean", part), PART_TITLES[part])
+            means.panels += aupr_panels(board, styles, score, ("ood_mean", part), PART_TITLES[part])
     if means.panels:
         rows.append(means)
     each = PanelRow("Every OOD set")
     for name, kind in board.sets.items():
         for score in board.scores:
-            each.panels += aupr_panels(board, looks, score, ("ood", name), name, kind)
+            each.panels += aupr_panels(board, styles, score, ("ood", name), name, kind)
     if each.panels:
         rows.append(each)
     return rows
@@ -219,7 +232,7 @@ def family_widths(board: Board, width_of: Callable[[int, int], int | None]) -> d
     return dict(sorted(found.items()))
 
 
-def sensitivity(board: Board, looks: Looks) -> list[PanelRow]:
+def sensitivity(board: Board, styles: GroupStyles) -> list[PanelRow]:
     """Top-1, NLL and AUPR-out against bit width, for the three families of precisions; says which widths are
     missing."""
     rows = []
@@ -240,13 +253,13 @@ def sensitivity(board: Board, looks: Looks) -> list[PanelRow]:
                     f"Measured at {join_words([str(w) for w in widths])} bits; "
                     f"{join_words(missing)} bits {'is' if len(missing) == 1 else 'are'} not in the store."
                 )
-            row.panels = family_panels(board, looks, widths, x_label)
-            row.large = not looks.split and sum(not p.alternative for p in row.panels) != 3
+            row.panels = family_panels(board, styles, widths, x_label)
+            row.large = not styles.split and sum(not p.alternative for p in row.panels) != 3
         rows.append(row)
     return rows
 
 
-def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: str) -> list[Panel]:
+def family_panels(board: Board, styles: GroupStyles, widths: dict[int, str], x_label: str) -> list[Panel]:
     places = [(float(w), b) for w, b in widths.items()]
     last = float(max(*FULL_RANGE, *widths))
     labels = [(float(n), str(n)) for n in range(2, int(last) + 1)]
@@ -254,19 +267,19 @@ def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: s
         places.append((last + 1.2, BASELINE))
         labels.append((last + 1.2, BASELINE))
     kinds: list[tuple[str, Path, str, float, int, str]] = [
-        ("Top-1", ("id", "top1"), "", 100, 1, " %"),
-        ("NLL", ("id", "nll"), "", 1, 3, ""),
+        (metric_title("top1"), ("id", "top1"), "", 100, 1, " %"),
+        (metric_title("nll"), ("id", "nll"), "", 1, 3, ""),
     ]
     for part in board.parts():
         kinds += [
-            (f"AUPR-out, {PART_NAMES[part]}", ("ood_mean", part, s, "aupr_out"), s, 100, 1, " %") for s in board.scores
+            (f"{AUPR}, {PART_NAMES[part]}", ("ood_mean", part, s, "aupr_out"), s, 100, 1, " %") for s in board.scores
         ]
     panels = []
     for what, path, score, factor, digits, unit in kinds:
         ceiling = 100.0 if unit else None
         drawn = [
-            (name, series_of(board, looks, groups, places, path, factor=factor, digits=digits, unit=unit))
-            for name, groups in looks.facets()
+            (name, series_of(board, styles, groups, places, path, factor=factor, digits=digits, unit=unit))
+            for name, groups in styles.facets()
         ]
         chance = chance_level(board, board.groups, (*path[:-1], "chance_aupr_out")) if score else None
         ticks = svg.value_range([s for _, series in drawn for s in series], svg.below(chance), floor=0, ceiling=ceiling)
@@ -274,7 +287,7 @@ def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: s
             if not series:
                 continue
             title = f"{what} against {x_label}" + (f", {name}" if name else "")
-            y_label = f"{'AUPR-out' if score else what}{unit}"
+            y_label = f"{AUPR if score else what}{unit}"
             drawing = svg.line_chart(
                 series,
                 labels,
@@ -290,83 +303,80 @@ def family_panels(board: Board, looks: Looks, widths: dict[int, str], x_label: s
     return panels
 
 
-# -------------------------------------------------------------------------------- ranked deltas
+# -------------------------------------------------------------------------------- ranked changes
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A delta turned so that more is worse: its title, path in the result, sign, factor, decimals and
-    unit."""
+class Change:
+    """What quantization changed, to be ranked: the metric's path in the result, the words after its name, decimals, and
+    the OOD score it belongs to."""
 
-    title: str
     path: Path
-    sign: int
-    factor: float
-    digits: int
-    unit: str
+    note: str = ""
+    digits: int = 1
     score: str = ""
 
+    @property
+    def metric(self) -> Metric:
+        return METRICS[self.path[-1]]
 
-def losses(board: Board, scores: Sequence[str]) -> list[Loss]:
-    found = [
-        Loss("Top-1 lost", ("id", "top1"), 1, 100, 1, "points"),
-        Loss("NLL gained", ("id", "nll"), -1, 1, 3, "nats"),
-    ]
+    @property
+    def title(self) -> str:
+        return f"Δ {self.metric.title} {self.metric.arrow}{self.note}"
+
+
+def changes(board: Board, scores: Sequence[str]) -> list[Change]:
+    found = [Change(("id", "top1")), Change(("id", "nll"), digits=3)]
     for part in board.parts():
-        found += [
-            Loss(
-                f"AUPR-out lost, {PART_NAMES[part]}",
-                ("ood_mean", part, s, "aupr_out"),
-                1,
-                100,
-                1,
-                "points",
-                s,
-            )
-            for s in scores
-        ]
+        found += [Change(("ood_mean", part, s, "aupr_out"), f", {PART_NAMES[part]}", score=s) for s in scores]
     return found
 
 
-def delta_bars(board: Board, looks: Looks) -> list[Panel]:
-    """A bar chart per loss and precision, the largest loss first."""
+def change_bars(board: Board, styles: GroupStyles) -> list[Panel]:
+    """A bar chart per metric and precision, the largest loss first."""
     panels = []
     for bits in reversed(board.quantized):
-        for loss in losses(board, board.scores):
+        for change in changes(board, board.scores):
             ranked = []
             for group in board.groups:
-                stat = board.delta(group, bits, loss.path)
+                stat = board.change(group, bits, change.path)
                 if stat is not None:
-                    ranked.append((stat.scaled(loss.sign * loss.factor), group))
+                    ranked.append((stat.scaled(change.metric.factor), group))
             if not ranked:
                 continue
-            ranked.sort(key=lambda item: -item[0].mean)
+            ranked.sort(key=lambda item: item[0].mean, reverse=change.metric.direction == "lower")
             bars = [
                 Bar(
                     group.name if len(board.models) > 1 else group.method,
                     s.mean,
                     s.std,
-                    mean_std(s, loss.digits),
-                    looks.style(group),
+                    mean_std(s, change.digits, sign=True),
+                    styles.style(group),
                     count(s.n, "seed"),
                 )
                 for s, group in ranked[:MAX_BARS]
             ]
-            title = f"{loss.title} at {bits}"
-            words = f"{title}, the largest first: {bars[0].label} {bars[0].text} {loss.unit}"
+            title = f"{change.title} at {bits}"
+            unit = change.metric.change_unit
+            words = f"{title}, the largest loss first: {bars[0].label} {bars[0].text} {unit}"
             if len(bars) > 1:
-                words += f" to {bars[-1].label} {bars[-1].text} {loss.unit}"
+                words += f" to {bars[-1].label} {bars[-1].text} {unit}"
             drawing = svg.bar_chart(bars, title=title, description=words)
             cut = f"the {MAX_BARS} largest of {len(ranked)}" if len(ranked) > MAX_BARS else ""
-            notes = " · ".join(filter(None, [loss.unit, loss.score and score_label(loss.score), cut]))
+            notes = " · ".join(filter(None, [unit, change.score and score_label(change.score), cut]))
             panels.append(
                 Panel(
                     Markup(drawing),
                     title,
                     notes,
-                    loss.score,
+                    change.score,
                     bits,
-                    alternative=bits != board.lowest or (bool(loss.score) and loss.score != board.score),
+                    alternative=bits != board.lowest or (bool(change.score) and change.score != board.score),
                 )
             )
     return panels
+
+
+def __getattr__(name: str) -> object:
+    """Names that have changed are found by their old ones, with a warning."""
+    return _moved.find(__name__, name)

@@ -75,7 +75,7 @@ class Board:
     inspections: Sequence[Any] = ()
     """finished cells of the store that say which layer hurts (`Store.inspections`)"""
     unsure: frozenset[tuple[int, str, str]] = frozenset()
-    """deltas that may be chance: (group, precision, path of the figure); see `marks`"""
+    """changes that may be chance: (group, precision, path of the metric); see `marks`"""
     unsure_note: str = ""
 
     def __post_init__(self) -> None:
@@ -126,26 +126,24 @@ class Board:
             return Stat.of([dig(group.fp32, path)])
         return Stat.of(dig(result, path) for result in group.cells.get(bits, ()))
 
-    def delta(self, group: Group, bits: str, path: Path) -> Stat | None:
-        """The quantization delta (FP32 less quantized) over seeds: the stored one, else the difference of
-        stored figures."""
-        values = []
-        for result in group.cells.get(bits, ()):
-            stored = number(dig(result, ("delta", *path)))
-            if stored is None:
-                reference = number(dig(result, ("fp32", *path)))
-                if reference is None:
-                    reference = number(dig(group.fp32, path))
-                value = number(dig(result, path))
-                stored = None if reference is None or value is None else reference - value
-            values.append(stored)
-        return Stat.of(values)
+    def change(self, group: Group, bits: str, path: Path) -> Stat | None:
+        """What quantization changed (quantized less FP32), over seeds."""
+        return Stat.of(change_of(group, result, path) for result in group.cells.get(bits, ()))
 
     def parts(self) -> list[str]:
         """Which of the stored means over OOD sets there are: far, near; all only where neither is."""
         present = {name for r in self.results for name, entry in _items(r.get("ood_mean")) if entry}
         chosen: list[str] = [p for p in ("far", "near") if p in present]
         return chosen or (["all"] if "all" in present else [])
+
+
+def change_of(group: Group, result: Mapping[str, Any], path: Path) -> float | None:
+    """A metric of a cell less the same metric at FP32: that which the cell carries, else that of the FP32 cell. A
+    stored difference is never read, as its sign was the opposite one in earlier releases."""
+    fp32, value = number(dig(result, ("fp32", *path))), number(dig(result, path))
+    if fp32 is None:
+        fp32 = number(dig(group.fp32, path))
+    return None if fp32 is None or value is None else value - fp32
 
 
 def collect(

@@ -10,13 +10,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from quantlens.report import svg
+from quantlens.metrics import METRICS
+from quantlens.plots import svg
+from quantlens.plots.svg import Frame, Point, Series, Style, coord
 from quantlens.report.charts import Panel
 from quantlens.report.collect import Board, dig
 from quantlens.report.frontier import legend_of
 from quantlens.report.runinfo import Listing
-from quantlens.report.svg import Frame, Point, Series, Style, coord
-from quantlens.report.text import BASELINE, MISSING, fixed, join_words, number, percent, score_label
+from quantlens.report.text import BASELINE, MISSING, fixed, join_words, metric_heading, number, percent, score_label
 from quantlens.studies.benchmarks import Timed
 
 FRONT, BEHIND = Style(0), Style(1, 0, 1)
@@ -26,14 +27,10 @@ COLUMNS = [
     "Pareto front",
     "Runtime",
     "Model",
-    "Top-1 %",
-    "NLL",
-    "AUPR-out %",
-    "Latency, ms (p10 to p90)",
-    "× FP32",
-    "Images/s",
-    "Size, MB",
-    "Memory, MB",
+    *map(metric_heading, ("top1", "nll", "aupr_out")),
+    f"{metric_heading('median_ms')} (p10 to p90)",
+    "× FP32 ↑",
+    *map(metric_heading, ("images_per_second", "size_mb", "memory_mb")),
 ]
 TEXT_COLUMNS = frozenset({1, 2, 3, 4})
 
@@ -205,12 +202,12 @@ def _place(board: Board, key: tuple[str, int, int], rows: Sequence[Timed], score
         frozenset(range(len(COLUMNS))) - TEXT_COLUMNS,
     )
     panels = [
-        _panel(choices, front, f"Top-1 against latency: {heading}", "top-1 %", [c.top1 for c in choices]),
+        _panel(choices, front, f"Top-1 against latency: {heading}", METRICS["top1"].label, [c.top1 for c in choices]),
         _panel(
             choices,
             front,
             f"AUPR-out by {score_label(score)} against latency: {heading}",
-            "AUPR-out %",
+            METRICS["aupr_out"].label,
             [c.aupr for c in choices],
         ),
     ]
@@ -291,8 +288,10 @@ def guards(board: Board) -> Listing | None:
     if not having:
         return None
     sets = list(dict.fromkeys(name for _, result in having for name in result["guard"]["ood"]))
-    columns = ["File", "Runtime", "Score", "Unknown below", "Set to keep %", "ID kept %"]
-    columns += [f"{name}: {what}" for name in sets for what in ("flagged %", "balanced accuracy %")]
+    columns = ["File", "Runtime", "Score", "Unknown below", "Set to keep %", metric_heading("kept")]
+    columns += [
+        f"{name}: {what}" for name in sets for what in (METRICS[key].label for key in ("flagged", "balanced_accuracy"))
+    ]
     rows = []
     for facts, result in having:
         guard = result["guard"]

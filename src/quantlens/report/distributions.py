@@ -7,10 +7,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from quantlens.report import svg
-from quantlens.report.charts import Looks, Panel
+from quantlens.plots.histograms import Outline, Reliability, histogram, reliability_diagram
+from quantlens.report.charts import GroupStyles, Panel
 from quantlens.report.collect import Board, Group, dig
-from quantlens.report.svg import Outline, Reliability
 from quantlens.report.text import BASELINE, number, percent, plain, score_label
 
 HISTOGRAM_BUDGET = 700_000
@@ -63,7 +62,7 @@ def histogram_panel(board: Board, group: Group, bits: str, score: str, name: str
     label = score_label(score)
     title = f"{label} of ID and {name} images, FP32 and {bits}, {group.name}"
     lacking = "" if any(p == BASELINE for p, *_ in found) else " FP32 histogram not in the store."
-    drawing = svg.histogram(
+    drawing = histogram(
         outlines,
         title=title,
         description=title + f", as overlaid outlines.{lacking}",
@@ -128,7 +127,7 @@ def reliability_bins(result: Mapping[str, Any] | None) -> list[tuple[float, floa
     return [(c, a, n / total) for c, a, n in rows if n and c is not None and a is not None]
 
 
-def reliability_diagrams(board: Board, looks: Looks) -> list[Panel]:
+def reliability_diagrams(board: Board, styles: GroupStyles) -> list[Panel]:
     """Accuracy against confidence at FP32 and quantized, one panel per group and precision, with both
     ECEs."""
     panels = []
@@ -143,10 +142,10 @@ def reliability_diagrams(board: Board, looks: Looks) -> list[Panel]:
             if base:
                 curves.append(Reliability(base, "fp", BASELINE))
                 notes.append(f"ECE {BASELINE} {ece(group.fp32)} %")
-            curves.append(Reliability(bins, looks.style(group).classes.split()[0], bits))
+            curves.append(Reliability(bins, styles.style(group).classes.split()[0], bits))
             notes.append(f"ECE {bits} {ece(result)} %")
             title = f"Reliability of {group.name}, FP32 and {bits}"
-            drawing = svg.reliability_diagram(curves, title=title, description=f"{title}. {'; '.join(notes)}.")
+            drawing = reliability_diagram(curves, title=title, description=f"{title}. {'; '.join(notes)}.")
             seed = f"seed {plain(result and result.get('seed'))}"
             panels.append(
                 Panel(

@@ -12,11 +12,11 @@ from typing import Any
 from markupsafe import Markup
 
 from quantlens.files import write_whole
-from quantlens.report import svg
+from quantlens.plots import svg
+from quantlens.plots.svg import Frame, Point, Series, Style, coord, esc
 from quantlens.report.charts import Panel
 from quantlens.report.collect import Board, dig
 from quantlens.report.page import page
-from quantlens.report.svg import Frame, Point, Series, Style, coord, esc
 from quantlens.report.text import fixed
 
 UNITS = {"size": (1e6, "MB", "size of the packed model"), "bops": (1e9, "G", "bit operations of one image")}

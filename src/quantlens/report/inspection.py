@@ -12,11 +12,12 @@ from markupsafe import Markup
 
 from quantlens.errors import QuantlensError
 from quantlens.files import write_whole
-from quantlens.report import svg
+from quantlens.metrics import METRICS
+from quantlens.plots import svg
+from quantlens.plots.svg import Frame, Style, esc
 from quantlens.report.collect import Board
 from quantlens.report.frontier import legend_of
 from quantlens.report.page import page
-from quantlens.report.svg import Frame, Style, esc
 from quantlens.report.text import MISSING, count, fixed, percent
 
 KINDS = {"linear and convolution layers": ("linear", "conv"), "attention products": ("scores", "probs", "context")}
@@ -41,9 +42,9 @@ def _short(value: float | None) -> str:
 
 EFFECT: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("bits", lambda p: p.bits),
-    ("SQNR dB", lambda p: fixed(p.effect.sqnr_db, 1)),
-    ("KL", lambda p: f"{p.effect.kl:.2g}"),
-    ("changed %", lambda p: percent(p.effect.changed)),
+    (METRICS["sqnr_db"].heading, lambda p: fixed(p.effect.sqnr_db, 1)),
+    (METRICS["kl"].heading, lambda p: f"{p.effect.kl:.2g}"),
+    (METRICS["changed"].heading, lambda p: percent(p.effect.changed)),
 )
 STATISTICS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("ratio A", lambda p: _short(_largest(p, "range_ratio", False))),
@@ -171,7 +172,7 @@ def layers(board: Board) -> list[Layers]:
 
     Raises QuantlensError for an inspection of a newer quantlens.
     """
-    from quantlens.allocation import Inspection
+    from quantlens.sensitivity import Inspection
 
     shown = []
     for cell in board.inspections:
@@ -210,7 +211,7 @@ def verdict(found: Any) -> str:
 
 
 def inspection_page(found: Any, rank: str = "sqnr") -> str:
-    """One self-contained HTML page of a :class:`quantlens.allocation.Inspection`."""
+    """One self-contained HTML page of a :class:`quantlens.sensitivity.Inspection`."""
     body = [_chart(found)] if found.sites else []
     body += [_table(found, by, rank) for by in found.parts]
     return page(f"{found.model} {found.bits}: which layer hurts", "inspection", explanation(found), "\n".join(body))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantlens._version import __version__
-from quantlens.report.svg import esc
+from quantlens.plots.svg import esc
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -32,9 +32,9 @@ PAGE = """<!DOCTYPE html>
 
 def page(title: str, kicker: str, lead: str, body: str) -> str:
     """The HTML text. ``title``, ``kicker`` and ``lead`` are plain text; ``body`` is HTML whose texts are escaped."""
-    from quantlens.report.build import HERE, content_policy
+    from quantlens.report.build import content_policy, page_style
 
-    style = (HERE / "assets" / "report.css").read_text(encoding="utf-8")
+    style = page_style()
     return PAGE.format(
         policy=content_policy(style, ""),
         style=style,

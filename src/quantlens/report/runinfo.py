@@ -17,6 +17,7 @@ from quantlens.report.text import (
     count,
     duration,
     fixed,
+    metric_heading,
     number,
     percent,
     plain,
@@ -116,11 +117,7 @@ def checkpoints(board: Board) -> Listing:
             "SHA-256 of the checkpoint",
             "Parameters, millions",
             "FP32 size MB",
-            "Top-1 %",
-            "Top-5 %",
-            "NLL",
-            "ECE %",
-            "Brier",
+            *map(metric_heading, ("top1", "top5", "nll", "ece", "brier")),
         ],
         list(rows.values()),
         frozenset(range(2, 9)),
@@ -260,10 +257,10 @@ def conventions(board: Board) -> list[tuple[str, str]]:
             "depend on the seed.",
         ),
         (
-            "Quantization delta Δ",
-            "a figure at FP32 less the same figure quantized, both on the same images. Shares in points "
-            "(1 point = 1 %). A positive Δ of top-1 or AUPR-out is a loss, and so is a negative Δ of NLL or "
-            "ECE.",
+            "Δ",
+            "quantized − FP32: a metric of the quantized model less the same metric at FP32, both on the same "
+            "images. Shares in points (1 point = 1 %). A negative Δ of top-1 or AUPR-out (↑: higher is better) is "
+            "a loss, and so is a positive Δ of NLL or ECE (↓: lower is better).",
         ),
         (
             "AUPR",

@@ -43,9 +43,9 @@ def ranked(board: Board, path: Path) -> list[Ranked]:
     if bits is None:
         return []
     found = [
-        Ranked(g, loss, board.stat(g, BASELINE, path), board.stat(g, bits, path))
+        Ranked(g, change.scaled(-1), board.stat(g, BASELINE, path), board.stat(g, bits, path))
         for g in board.groups
-        if (loss := board.delta(g, bits, path)) is not None
+        if (change := board.change(g, bits, path)) is not None
     ]
     return sorted(found, key=lambda r: -r.loss.mean)
 
@@ -73,7 +73,7 @@ def sentences(board: Board) -> list[str]:
     ood = ood_path(board)
     oods = ranked(board, ood[1]) if ood else []
     if not top1 and not oods:
-        parts.append("The FP32 figures are missing, so no quantization delta can be given.")
+        parts.append("The FP32 figures are missing, so what quantization changed cannot be given.")
     if top1:
         parts.append(largest(f"At {bits}, the lowest precision, ", "top-1", top1))
     if oods and ood:

@@ -1,4 +1,4 @@
-"""The tables: figures by precision (the paper's Table 1), ranked deltas, one row per OOD set and score,
+"""The tables: figures by precision (the paper's Table 1), changes ranked, one row per OOD set and score,
 classes."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantlens.metrics import METRICS, Metric, names_of
 from quantlens.report.collect import Board, Group, Path, dig
 from quantlens.report.marks import signed
 from quantlens.report.text import (
@@ -16,6 +17,7 @@ from quantlens.report.text import (
     count,
     fixed,
     mean_std,
+    metric_heading,
     number,
     percent,
     plain,
@@ -27,16 +29,21 @@ CLASS_ROWS = 8000
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A figure of the result: title with unit, path, factor, decimals, which direction is better (+1, -1, 0
-    neither), and whether its spread over seeds says anything."""
+class Column:
+    """A metric of the result by its path, whose last part is its name in METRICS; the decimals shown, and a title of
+    its own where the metric's does not say enough."""
 
-    title: str
     path: Path
-    factor: float = 1.0
     digits: int = 3
-    better: int = 0
-    spread: bool = True
+    own_title: str = ""
+
+    @property
+    def metric(self) -> Metric:
+        return METRICS[self.path[-1]]
+
+    @property
+    def title(self) -> str:
+        return self.own_title or metric_heading(self.metric.name)
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,12 @@ class Table:
     more: bool = False
 
 
-def value_of(stat: Stat | None, metric: Metric, best: bool = False) -> Value:
+def value_of(stat: Stat | None, column: Column, best: bool = False) -> Value:
     if stat is None:
         return Value(MISSING)
-    scaled = stat.scaled(metric.factor)
-    spread = "" if scaled.std is None or not metric.spread else fixed(scaled.std, metric.digits)
-    return Value(fixed(scaled.mean, metric.digits), spread, count(stat.n, "seed") if stat.n > 1 else "", best)
+    scaled = stat.scaled(column.metric.factor)
+    spread = "" if scaled.std is None or column.metric.family == "size" else fixed(scaled.std, column.digits)
+    return Value(fixed(scaled.mean, column.digits), spread, count(stat.n, "seed") if stat.n > 1 else "", best)
 
 
 def seeds_text(group: Group) -> str:
@@ -88,34 +95,34 @@ def seeds_text(group: Group) -> str:
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
-def by_precision(board: Board, caption: str, metrics: Sequence[Metric], score: str = "") -> Table | None:
+def by_precision(board: Board, caption: str, columns: Sequence[Column], score: str = "") -> Table | None:
     """A table of groups × (metric, precision); None where the store has none of the figures."""
     stats = {
-        (g.index, m.path, b): board.stat(g, b, m.path) for g in board.groups for m in metrics for b in board.precisions
+        (g.index, c.path, b): board.stat(g, b, c.path) for g in board.groups for c in columns for b in board.precisions
     }
     if not any(stats.values()):
         return None
     best: set[tuple[int, Path, str]] = set()
     for model in board.models:
         rivals = [g for g in board.groups if g.model == model]
-        for metric in (m for m in metrics if m.better and len(rivals) > 1):
+        for column in (c for c in columns if c.metric.sign and c.metric.family != "size" and len(rivals) > 1):
             for bits in board.quantized:
                 found = [
-                    (metric.better * s.mean, g.index)
+                    (column.metric.sign * s.mean, g.index)
                     for g in rivals
-                    if (s := stats[g.index, metric.path, bits]) is not None
+                    if (s := stats[g.index, column.path, bits]) is not None
                 ]
                 if len(found) > 1:
                     top = max(found)[0]
-                    best.update((i, metric.path, bits) for value, i in found if value == top)
+                    best.update((i, column.path, bits) for value, i in found if value == top)
     rows = [
         Row(
             g.model,
             g.method,
             seeds_text(g),
             [
-                value_of(stats[g.index, m.path, b], m, (g.index, m.path, b) in best)
-                for m in metrics
+                value_of(stats[g.index, c.path, b], c, (g.index, c.path, b) in best)
+                for c in columns
                 for b in board.precisions
             ],
         )
@@ -123,7 +130,7 @@ def by_precision(board: Board, caption: str, metrics: Sequence[Metric], score: s
     ]
     return Table(
         caption,
-        [(m.title, board.precisions) for m in metrics],
+        [(c.title, board.precisions) for c in columns],
         rows,
         score,
         score != (board.score or ""),
@@ -131,54 +138,54 @@ def by_precision(board: Board, caption: str, metrics: Sequence[Metric], score: s
     )
 
 
-def accuracy_metrics(board: Board) -> list[Metric]:
+def accuracy_columns(board: Board) -> list[Column]:
     sizes = [n for r in board.results if (n := number(dig(r, ("id", "n")))) is not None]
     digits = 2 if sizes and min(sizes) >= 5000 else 1
-    return [Metric("Top-1 %", ("id", "top1"), 100, digits, 1), Metric("NLL", ("id", "nll"), 1, 3, -1)]
+    return [Column(("id", "top1"), digits), Column(("id", "nll"))]
 
 
 def table_1(board: Board) -> list[Table]:
     """The paper's Table 1 (top-1 and NLL by precision), then ECE and packed size, then further figures
     (`more`)."""
     wanted = [
-        ("Table 1. Accuracy and negative log-likelihood on the ID images", accuracy_metrics(board)),
+        ("Table 1. Accuracy and negative log-likelihood on the ID images", accuracy_columns(board)),
         (
             "Expected calibration error on the ID images; size of the packed weights",
-            [Metric("ECE %", ("id", "ece"), 100, 1, -1), Metric("Size MB", ("size_mb",), 1, 2, spread=False)],
+            [Column(("id", "ece"), 1), Column(("size_mb",), 2)],
         ),
         (
             "Top-5 accuracy and Brier score",
-            [Metric("Top-5 %", ("id", "top5"), 100, 1, 1), Metric("Brier", ("id", "brier"), 1, 3, -1)],
+            [Column(("id", "top5"), 1), Column(("id", "brier"))],
         ),
         (
             "Adaptive ECE (bins of equal count); packed size as a share of FP32",
-            [
-                Metric("Adaptive ECE %", ("id", "ece_adaptive"), 100, 1, -1),
-                Metric("Size, % of FP32", ("size_ratio",), 100, 1, spread=False),
-            ],
+            [Column(("id", "ece_adaptive"), 1), Column(("size_ratio",), 1)],
         ),
     ]
     tables = []
-    for i, (caption, metrics) in enumerate(wanted):
-        table = by_precision(board, caption, metrics)
+    for i, (caption, columns) in enumerate(wanted):
+        table = by_precision(board, caption, columns)
         if table is not None:
             table.alternative, table.more = False, i > 1
             tables.append(table)
     return tables
 
 
-PART_TITLES = {"far": "AUPR-out %, far sets", "near": "AUPR-out %, near sets", "all": "AUPR-out %, all sets"}
+PARTS = {"far": "far sets", "near": "near sets", "all": "all sets"}
 
 
 def table_2(board: Board) -> list[Table]:
     """The figures of Figure 1: mean AUPR-out of far and near sets by precision, one table per score."""
     tables = []
     for score in board.scores:
-        metrics = [Metric(PART_TITLES[p], ("ood_mean", p, score, "aupr_out"), 100, 1, 1) for p in board.parts()]
+        columns = [
+            Column(("ood_mean", p, score, "aupr_out"), 1, f"{metric_heading('aupr_out')}, {PARTS[p]}")
+            for p in board.parts()
+        ]
         table = by_precision(
-            board, f"Table 2. AUPR-out by {score_label(score)}, means over the OOD sets", metrics, score
+            board, f"Table 2. AUPR-out by {score_label(score)}, means over the OOD sets", columns, score
         )
-        if metrics and table is not None:
+        if columns and table is not None:
             tables.append(table)
     return tables
 
@@ -195,25 +202,27 @@ class DeltaTable:
 
 
 def delta_table(board: Board) -> DeltaTable:
-    """FP32 less quantized, mean ± standard deviation over seeds; top-1, ECE and AUPR-out in points."""
+    """Quantized less FP32, mean ± standard deviation over seeds; top-1, ECE and AUPR-out in points. The largest loss of
+    top-1 comes first."""
     parts = board.parts()
-    columns = ["Δ top-1", "Δ NLL", "Δ ECE", *(f"Δ {PART_TITLES[p].replace(' %', '')}" for p in parts)]
+    columns = [delta_title(name) for name in ("top1", "nll", "ece")]
+    columns += [f"{delta_title('aupr_out')}, {PARTS[p]}" for p in parts]
     entries = []
     for group in board.groups:
         for bits in board.quantized:
             if not group.cells.get(bits):
                 continue
-            top1, nll, ece = (board.delta(group, bits, ("id", key)) for key in ("top1", "nll", "ece"))
-            rank = -top1.mean if top1 else float("inf")
+            top1, nll, ece = (board.change(group, bits, ("id", key)) for key in ("top1", "nll", "ece"))
+            rank = top1.mean if top1 else float("inf")
             seeds = str(len(group.cells[bits]))
             head = [
                 group.model,
                 group.method,
                 bits,
                 seeds,
-                signed(board, group, bits, ("id", "top1"), mean_std(top1, 1, factor=100)),
-                signed(board, group, bits, ("id", "nll"), mean_std(nll, 3)),
-                signed(board, group, bits, ("id", "ece"), mean_std(ece, 1, factor=100)),
+                signed(board, group, bits, ("id", "top1"), mean_std(top1, 1, factor=100, sign=True)),
+                signed(board, group, bits, ("id", "nll"), mean_std(nll, 3, sign=True)),
+                signed(board, group, bits, ("id", "ece"), mean_std(ece, 1, factor=100, sign=True)),
             ]
             oods = {
                 s: [delta_text(board, group, bits, ("ood_mean", p, s, "aupr_out")) for p in parts] for s in board.scores
@@ -227,11 +236,18 @@ def delta_table(board: Board) -> DeltaTable:
     return table
 
 
+def delta_title(name: str) -> str:
+    """ "Δ top-1 ↑": a larger delta is better where a larger metric is."""
+    return f"Δ {METRICS[name].title} {METRICS[name].arrow}"
+
+
 def delta_text(board: Board, group: Group, bits: str, path: Path) -> str:
-    """A delta in points, marked where it does not stand."""
-    return signed(board, group, bits, path, mean_std(board.delta(group, bits, path), 1, factor=100))
+    """A change in points, marked where it is not significant."""
+    return signed(board, group, bits, path, mean_std(board.change(group, bits, path), 1, factor=100, sign=True))
 
 
+SET_SHARES = names_of("ood")
+SET_CHANCES = names_of("chance")
 SET_COLUMNS = [
     "Model",
     "Method",
@@ -240,14 +256,10 @@ SET_COLUMNS = [
     "Group",
     "Score",
     "Seeds",
-    "AUPR-out %",
-    "Δ AUPR-out",
-    "AUPR-in %",
-    "AUROC %",
-    "FPR@95 % (ID kept 95 %)",
-    "FPR@95 % (OOD caught 95 %)",
-    "chance AUPR-out %",
-    "chance AUPR-in %",
+    metric_heading("aupr_out"),
+    delta_title("aupr_out"),
+    *(metric_heading(name) for name in SET_SHARES[1:]),
+    *(metric_heading(name) for name in SET_CHANCES),
     "n ID",
     "n OOD",
 ]
@@ -273,25 +285,12 @@ def set_rows(board: Board) -> list[list[str]]:
 
 def set_row(board: Board, group: Group, bits: str, path: Path) -> list[str] | None:
     """The figures of one row of the per-set table from "Seeds" on; None where the store has none."""
-    stats = {
-        key: board.stat(group, bits, (*path, key))
-        for key in (
-            "aupr_out",
-            "aupr_in",
-            "auroc",
-            "fpr95_id",
-            "fpr95_ood",
-            "chance_aupr_out",
-            "chance_aupr_in",
-            "n_id",
-            "n_ood",
-        )
-    }
+    stats = {key: board.stat(group, bits, (*path, key)) for key in (*SET_SHARES, *SET_CHANCES, "n_id", "n_ood")}
     if not any(stats.values()):
         return None
-    shares = [mean_std(stats[k], 1, factor=100) for k in ("aupr_out", "aupr_in", "auroc", "fpr95_id", "fpr95_ood")]
+    shares = [mean_std(stats[k], 1, factor=100) for k in SET_SHARES]
     delta = MISSING if bits == BASELINE else delta_text(board, group, bits, (*path, "aupr_out"))
-    chances = [percent(s.mean if (s := stats[k]) else None) for k in ("chance_aupr_out", "chance_aupr_in")]
+    chances = [percent(s.mean if (s := stats[k]) else None) for k in SET_CHANCES]
     counts = [fixed(s.mean if (s := stats[k]) else None, 0) for k in ("n_id", "n_ood")]
     seeds = MISSING if bits == BASELINE else str(max(s.n for s in stats.values() if s))
     return [seeds, shares[0], delta, *shares[1:], *chances, *counts]
@@ -326,9 +325,9 @@ def class_tables(board: Board) -> list[ClassTable]:
             values = [figures[b][key][2] if key in figures[b] else None for b in precisions]
             delta = None
             if precisions[0] == BASELINE and last != BASELINE and values[0] is not None and values[-1] is not None:
-                delta = values[0] - values[-1]
-            order = (values[-1] if values[-1] is not None else 2.0, -(delta or 0.0), -(n or 0))
-            text = [key, label, fixed(n, 0), *map(percent, values), percent(delta)]
+                delta = values[-1] - values[0]
+            order = (values[-1] if values[-1] is not None else 2.0, delta or 0.0, -(n or 0))
+            text = [key, label, fixed(n, 0), *map(percent, values), percent(delta, sign=True)]
             rows.append((order, text))
         rows.sort(key=lambda row: row[0])
         sizes = sorted(n for _, n, _ in names.values() if n is not None)

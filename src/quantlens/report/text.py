@@ -3,63 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+from quantlens.metrics import METRICS, available_scores
+from quantlens.metrics import Spread as Stat
+from quantlens.metrics import score_label as score_label
+from quantlens.metrics.spread import number as number
+from quantlens.plots.svg import MINUS
+
 MISSING = "–"
-MINUS = "−"
 BASELINE = "FP32"
 
-SCORE_LABELS = {
-    "msp": "MSP",
-    "maxlogit": "MaxLogit",
-    "energy": "Energy",
-    "entropy": "Entropy",
-    "gen": "GEN",
-    "knn": "KNN",
-    "vim": "ViM",
-    "mahalanobis": "Mahalanobis",
-    "rmahalanobis": "relative Mahalanobis",
-    "mahalanobis_l2": "Mahalanobis, L2-normalised",
-    "rmahalanobis_l2": "relative Mahalanobis, L2-normalised",
-    "react": "ReAct",
-}
-
 _BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Stat:
-    """Mean over seeds; `std` is the sample standard deviation (n - 1), None where only one seed has the
-    figure."""
-
-    mean: float
-    std: float | None
-    n: int
-
-    @staticmethod
-    def of(values: Iterable[Any]) -> Stat | None:
-        """Statistics of the finite numbers among `values`; None if there are none."""
-        found = [v for v in map(number, values) if v is not None]
-        if not found:
-            return None
-        n = len(found)
-        mean = math.fsum(found) / n
-        std = math.sqrt(math.fsum((v - mean) ** 2 for v in found) / (n - 1)) if n > 1 else None
-        return Stat(mean, std, n)
-
-    def scaled(self, factor: float) -> Stat:
-        return Stat(self.mean * factor, None if self.std is None else self.std * abs(factor), self.n)
-
-
-def number(value: Any) -> float | None:
-    """`value` as a float, or None where it is no finite number (None, NaN, text, bool)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def fixed(value: float | None, digits: int, *, sign: bool = False) -> str:
@@ -105,12 +62,20 @@ def precision_order(bits: str) -> tuple[int, int, int, int, str]:
 
 
 def score_order(score: str) -> tuple[int, str]:
-    known = list(SCORE_LABELS)
-    return (known.index(score), "") if score in SCORE_LABELS else (len(known), score)
+    known = list(available_scores(own=True))
+    return (known.index(score), "") if score in known else (len(known), score)
 
 
-def score_label(score: str) -> str:
-    return SCORE_LABELS.get(score, score)
+def metric_heading(name: str) -> str:
+    """A metric as a column's title, with its unit and the better direction: "Top-1 % ↑"."""
+    text = METRICS[name].heading
+    return text[0].upper() + text[1:]
+
+
+def metric_title(name: str) -> str:
+    """A metric's name in running text and as a chart's title: "Top-1"."""
+    text = METRICS[name].title
+    return text[0].upper() + text[1:]
 
 
 def join_words(words: Sequence[str], *, limit: int = 8) -> str:

@@ -1,23 +1,22 @@
-"""Grids of experiments: `evaluate` measures one model, `run_study` many, and the store keeps every finished cell.
+"""Grids of experiments: `run_study` measures many models, and the store keeps every finished cell.
 
-Nothing heavy is imported here: names are resolved when they are first used. The functions `evaluate` and `aggregate`
-live in the modules of the same names.
+Nothing heavy is imported here: names are resolved when they are first used.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from quantlens import _moved
+
 if TYPE_CHECKING:
     from quantlens.studies.cells import plan_study
     from quantlens.studies.config import StudyConfig, load_config
-    from quantlens.studies.evaluate import Result
     from quantlens.studies.runner import Summary, run_study
     from quantlens.studies.store import Cell, Store
 
 _HOMES = {
     "Cell": "store",
-    "Result": "evaluate",
     "Store": "store",
     "StudyConfig": "config",
     "Summary": "runner",
@@ -28,7 +27,6 @@ _HOMES = {
 
 __all__ = [
     "Cell",
-    "Result",
     "Store",
     "StudyConfig",
     "Summary",
@@ -40,7 +38,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _moved.find(__name__, name)
     from importlib import import_module
 
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

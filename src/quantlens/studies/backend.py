@@ -1,14 +1,20 @@
-"""What a study asks of the rest of the house, in one object, so that a test can put a small one in its place."""
+"""What a study asks of the other packages, in one object, so that a test can put a small one in its place."""
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantlens.errors import BadWeightsError, UnknownNameError
+
+COLLECT_SECONDS = 10.0
+"""Least time between two collections of cyclic garbage: they take a quarter of a second each."""
+
+_collected = 0.0
 
 Steps = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -24,7 +30,7 @@ class MethodChoice:
 
 
 class Backend:
-    """The real thing. Every import is made when it is needed."""
+    """The backend of every real study. Imports are made when they are needed."""
 
     def method(self, name: str, options: Mapping[str, Any]) -> MethodChoice:
         """Look a method up by name or alias; unknown names and options raise."""
@@ -57,7 +63,7 @@ class Backend:
         self, model: Any, calibration: Any, choice: MethodChoice, bits: str, seed: int, progress: Steps | None
     ) -> Any:
         """The quantized model."""
-        from quantlens.api import quantize
+        from quantlens.allocation.quantizing import quantize
 
         return quantize(
             model, calibration, method=choice.name, bits=bits, seed=seed, progress=progress, **choice.options
@@ -79,7 +85,7 @@ class Backend:
 
     def evaluate(self, model: Any, id: Any, ood: Mapping[str, Any], **settings: Any) -> Any:
         """The Result of a model; with mixed precision it says which widths were chosen, under "allocation"."""
-        from quantlens.studies.evaluate import evaluate
+        from quantlens.evaluation import evaluate
 
         result = evaluate(model, id, ood, **settings)
         allocation = getattr(getattr(model, "plan", None), "info", {}).get("allocation")
@@ -92,7 +98,7 @@ class Backend:
     ) -> dict[str, Any]:
         """What a cell keeps of the model's attention against that of the FP32 model, under "attention" and
         "attention_examples"; where the lens does not apply, the reason in words."""
-        from quantlens.attention.lookup import survey
+        from quantlens.attention.survey import survey
         from quantlens.errors import UnsupportedError
 
         try:
@@ -104,22 +110,22 @@ class Backend:
     def inspect(
         self, model: Any, images: Any, choice: MethodChoice, bits: str, seed: int, progress: Any
     ) -> dict[str, Any]:
-        """Which layer of a model hurts: `Inspection.to_dict`, by site and by block, in six digits (the last ones of a
+        """The sensitivity of every layer: `Inspection.to_dict`, by site and by block, in six digits (the last ones of a
         sum differ with the threads that added it up)."""
-        from quantlens.api import inspect
+        from quantlens.allocation.quantizing import inspect
 
         found = inspect(model, images, bits, method=choice.name, seed=seed, progress=progress, **choice.options)
         return dict(_six_digits(found.to_dict()))
 
     def environment(self, device: str) -> dict[str, Any]:
-        """What the figures are measured with."""
-        from quantlens.studies.environment import environment
+        """What the metrics are measured with."""
+        from quantlens.evaluation.environment import environment
 
         return environment(device)
 
     def device(self, name: str) -> str:
         """The device to run on."""
-        from quantlens.studies.environment import choose_device
+        from quantlens.evaluation.environment import choose_device
 
         return choose_device(name)
 
@@ -129,19 +135,15 @@ class Backend:
 
         torch.set_num_threads(max(1, count))
 
-    def free(self, more_to_come: bool = True) -> None:
-        """Give back the memory of a cell that is over (graphs are cycles, which counting references does not free).
-
-        What lives on is set aside from later collections, which would otherwise walk all of torch after every cell;
-        `more_to_come=False` takes it back.
-        """
-        if not more_to_come:
-            gc.unfreeze()
-        gc.collect()
-        if more_to_come:
-            gc.freeze()
+    def free(self, *, at_once: bool = False) -> None:
+        """Give back the memory of a cell that is over: graphs are cycles, which counting references does not free. A
+        collection walks all of torch, so after short cells on a CPU there is none unless `at_once`."""
+        global _collected
         import torch
 
+        if torch.cuda.is_available() or at_once or time.monotonic() - _collected > COLLECT_SECONDS:
+            gc.collect()
+            _collected = time.monotonic()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

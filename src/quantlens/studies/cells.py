@@ -8,24 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlens.errors import QuantlensError
+from quantlens.evaluation.images import fingerprint, groups_of, refuse_overlap
+from quantlens.plugins import load_all
 from quantlens.studies.backend import Backend, MethodChoice
 from quantlens.studies.config import ModelSpec, StudyConfig
-from quantlens.studies.images import fingerprint, groups_of, refuse_overlap
 from quantlens.studies.store import INSPECTION, to_json
 
 CELL_FORMAT = 1
-"""Part of every key: raised when the figures of unchanged inputs change (another definition of a metric, say)."""
+"""Part of every key: raised when the metrics of unchanged inputs change (another definition of a metric, say)."""
 
-LENS_FORMAT = 1
-"""Part of the keys of cells with attention: raised when its figures change on unchanged inputs."""
+LENS_FORMAT = 2
+"""Part of the keys of cells with attention: raised when its metrics change on unchanged inputs."""
 
 INSPECTION_FORMAT = 1
-"""Part of the keys of inspections: raised when their figures change on unchanged inputs."""
+"""Part of the keys of inspections: raised when their metrics change on unchanged inputs."""
 
 FP32 = "FP32"
-
-Slot = tuple[str, str, str, int, bool]
-"""Model label, method label, bits, seed, whether it is an inspection."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,6 @@ class PlannedCell:
     bits: str
     seed: int
     inspects: bool = False
-
-    @property
-    def slot(self) -> Slot:
-        """Its place in the grid; no two cells of a study share one, as labels differ."""
-        return (self.model.label, self.method_label, self.bits, self.seed, self.inspects)
 
     @property
     def kind(self) -> str:
@@ -69,6 +62,7 @@ def plan_study(config: StudyConfig, backend: Backend | None = None) -> list[Plan
     as every quantization delta is taken from it; the inspection of a model, where the study asks for it, comes next.
     Raises for methods and options that do not exist."""
     backend = backend or Backend()
+    load_all(config.plugins)
     methods = [(backend.method(spec.name, spec.options), spec.label) for spec in config.methods]
     quantized = [bits for bits in config.bits if bits != FP32]
     asked = config.inspect
@@ -161,7 +155,7 @@ def identity(cell: PlannedCell, config: StudyConfig, images: StudyImages) -> str
 def cell_key(
     cell: PlannedCell, config: StudyConfig, images: StudyImages, checkpoint_sha256: str, preprocess: Mapping[str, Any]
 ) -> str:
-    """SHA-256 of the canonical JSON of everything that determines a cell's figures (after `INSPECTION` for an
+    """SHA-256 of the canonical JSON of everything that determines a cell's metrics (after `INSPECTION` for an
     inspection, which `Store.cells` leaves out). The architecture's name, the
     checkpoint's own hash and the images' fingerprints are in it; paths, labels and the study's name are not."""
     key = _hash(

@@ -1,370 +1,39 @@
-"""What changed between two models, methods or studies, figure by figure, and whether the difference stands.
-
-A difference is B less A on the same images. Its interval is that of a paired bootstrap: the images (of the ID set and
-of every OOD set) are drawn again with replacement, the same for A and B, and with several seeds the seeds too. The
-interval holds the middle 95 % of the resampled differences.
-
-When many figures are compared, one in twenty leaves 0 out by chance alone. A difference therefore *stands* when it is
-significant at 5 % after Holm's correction for all figures of the comparison; one whose own interval leaves 0 out but
-which does not hold after the correction stands *alone only*; any other does not stand.
-"""
+"""What changed between two models, methods or studies that were kept in files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.studies.bootstrap import (
-    ID_FIGURES,
-    OOD_FIGURES,
-    Array,
-    Resamples,
-    Wanted,
-    differences,
-    holm,
-    interval,
-    point,
-    replicate,
-)
-from quantlens.studies.pairing import Entry, Match, match, open_side
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-
-LEVEL = 0.95
-RESAMPLES = 10_000
-STANDS, ALONE, FALLS = "stands", "alone only", "does not stand"
-
-TITLES = {
-    "top1": "top-1 %",
-    "top5": "top-5 %",
-    "nll": "NLL",
-    "ece": "ECE %",
-    "brier": "Brier",
-    "aupr_out": "AUPR-out %",
-    "auroc": "AUROC %",
-    "fpr95_id": "FPR@95 % (ID kept)",
-    "fpr95_ood": "FPR@95 % (OOD caught)",
-}
-NOT_PERCENT = frozenset({"nll", "brier"})
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One figure: means over seeds of A and B, their difference (B less A), its 95 % interval, the two-sided p-value,
-    and the same corrected for the number of figures. The last four are None where no per-image outputs were kept."""
-
-    path: str
-    a: float
-    b: float
-    difference: float
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    p_holm: float | None = None
-
-    @property
-    def verdict(self) -> str | None:
-        """STANDS, ALONE or FALLS; None without an interval."""
-        if self.low is None or self.high is None or self.p_holm is None:
-            return None
-        if self.p_holm < 1 - LEVEL:
-            return STANDS
-        return ALONE if self.low > 0 or self.high < 0 else FALLS
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "verdict": self.verdict}
-
-
-@dataclass
-class Compared:
-    """The figures of cells that differ in nothing but what is compared, over all their seeds."""
-
-    title: dict[str, str]
-    seeds: list[list[int]]
-    """[seed of A, seed of B] of every pair"""
-    n_id: int | None
-    figures: list[Difference]
-    without_interval: str = ""
-    """why there are no intervals"""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "figures": [figure.to_dict() for figure in self.figures]}
-
-
-@dataclass
-class Comparison:
-    """All that was compared. Printing it with rich shows a table for every group of cells."""
-
-    a: str
-    b: str
-    resamples: int
-    seed: int
-    groups: list[Compared]
-    unpaired: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that is valid JSON; figures are fractions, not percent."""
-        return {**asdict(self), "level": LEVEL, "groups": [group.to_dict() for group in self.groups]}
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from _tables(self)
+from quantlens.evaluation.compare import RESAMPLES, Comparison, compare_matches
+from quantlens.evaluation.result import Result
+from quantlens.studies.pairing import match, open_side
 
 
 def compare(
-    a: str | Path,
-    b: str | Path,
+    a: str | Path | Result,
+    b: str | Path | Result,
     *,
     scores: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
-    """Compare two sides (see `pairing.open_side`).
+    """Compare two sides: stores, cells of a store, files or Results, as `pairing.open_side` takes them.
 
-    scores: OOD scores whose figures are compared; None is MSP (or the first there is), ["all"] every one.
-    resamples: bootstrap resamples; seed: of their draw. progress: called with (what, done, in all).
+    The other arguments are those of `evaluation.compare.compare_matches`.
 
     Raises QuantlensError for sides that cannot be read or share no images, StorageError for damaged files.
     """
-    if resamples < 100:
-        raise QuantlensError(f"resamples is {resamples}; give at least 100, as an interval is read off their tails")
-    matches, unpaired = match(open_side(a), open_side(b))
-    drawn = Resamples(resamples, seed)
-    groups, notes = [], []
-    for i, one in enumerate(matches):
-        group, told = _compared(one, scores, drawn)
-        groups.append(group)
-        notes += told
-        if progress is not None:
-            progress("comparing", i + 1, len(matches))
-    notes += _corrected(groups, resamples)
-    return Comparison(str(a), str(b), resamples, seed, groups, unpaired, list(dict.fromkeys(notes)))
-
-
-def _compared(one: Match, scores: Sequence[str] | None, resamples: Resamples) -> tuple[Compared, list[str]]:
-    sets, notes = _common_sets(one)
-    wanted = Wanted(sets, _common_scores(one, scores) if sets else ())
-    means = _means(one, sets)
-    bare = [entry for pair in one.pairs for entry in pair if entry.file is None]
-    rows: dict[str, list[tuple[float, float]]] = {}
-    drawn: dict[str, list[tuple[Array, Array]]] = {}
-    n = None
-    known: dict[int, dict[str, Array]] = {}
-    for first, second in one.pairs:
-        values = [_values(entry, wanted, means) for entry in (first, second)]
-        for path in (p for p in values[0] if p in values[1]):
-            rows.setdefault(path, []).append((values[0][path], values[1][path]))
-        if bare:
-            continue
-        n = _check_same_images(first, second, sets)
-        for entry in (first, second):
-            if id(entry) not in known:
-                assert entry.outputs is not None
-                known[id(entry)] = replicate(entry.outputs, wanted, resamples)
-        for path in (p for p in known[id(first)] if p in known[id(second)]):
-            drawn.setdefault(path, []).append((known[id(first)][path], known[id(second)][path]))
-        second.forget()
-    for entry in (entry for pair in one.pairs for entry in pair):
-        entry.forget()
-    figures = []
-    for path, pairs in rows.items():
-        mean_a, mean_b = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
-        figure = Difference(path, mean_a, mean_b, mean_b - mean_a)
-        if path in drawn:
-            found = interval(differences(drawn[path], resamples), LEVEL)
-            figure = replace(figure, low=found.low, high=found.high, p=found.p)
-        figures.append(figure)
-    seeds = [[first.seed, second.seed] for first, second in one.pairs]
-    return Compared(one.title, seeds, n, figures, _reason(bare)), notes
-
-
-def _reason(bare: Sequence[Entry]) -> str:
-    if not bare:
-        return ""
-    names = list(dict.fromkeys(str(entry) for entry in bare))
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (
-        f"no intervals: the per-image outputs of {', '.join(names[:3])}{more} were not kept; a study keeps them unless "
-        "it says `outputs: false`, and `quantlens evaluate` does with --keep FILE.npz"
+    first, second = open_side(a), open_side(b)
+    matches, unpaired = match(first, second)
+    return compare_matches(
+        matches,
+        a=first.name,
+        b=second.name,
+        unpaired=unpaired,
+        scores=scores,
+        resamples=resamples,
+        seed=seed,
+        progress=progress,
     )
-
-
-def _common_sets(one: Match) -> tuple[list[str], list[str]]:
-    """OOD sets that all cells saw with the same images, and notes on the others. The ID images must be the same."""
-    marks = [entry.marks for pair in one.pairs for entry in pair]
-    if len({mark[""] for mark in marks}) > 1:
-        first, second = one.pairs[0]
-        raise QuantlensError(
-            f"{first} (A) and {second} (B) were measured on different ID images; only figures of the same images can "
-            "be compared: measure both on one set"
-        )
-    names = dict.fromkeys(name for mark in marks for name in mark if name)
-    same = [name for name in names if len({mark.get(name) for mark in marks}) == 1]
-    other = [name for name in names if name not in same]
-    note = f"left out, as not all cells were measured on the same images of it: OOD set {', '.join(other)}"
-    return same, [note] if other else []
-
-
-def _common_scores(one: Match, scores: Sequence[str] | None) -> list[str]:
-    having = [_scores_of(entry) for pair in one.pairs for entry in pair]
-    common = [score for score in having[0] if all(score in names for names in having)]
-    if scores is None:
-        return ["msp"] if "msp" in common else common[:1]
-    if list(scores) == ["all"]:
-        return common
-    for score in scores:
-        if score not in common:
-            raise UnknownNameError("OOD score of both sides", score, common)
-    return list(scores)
-
-
-def _scores_of(entry: Entry) -> list[str]:
-    if entry.result is None:
-        assert entry.outputs is not None
-        return list(entry.outputs.id_scores)
-    return list(dict.fromkeys(k for e in entry.result["ood"].values() for k, v in e.items() if isinstance(v, dict)))
-
-
-def _means(one: Match, sets: Sequence[str]) -> dict[str, list[str]]:
-    """Far and near, each with its members among `sets`, where it has several and all cells agree on the groups."""
-    groups = [{name: entry.groups.get(name) for name in sets} for pair in one.pairs for entry in pair]
-    if any(group != groups[0] for group in groups):
-        return {}
-    members = {group: [name for name in sets if groups[0][name] == group] for group in ("far", "near")}
-    return {group: names for group, names in members.items() if len(names) > 1}
-
-
-def _values(entry: Entry, wanted: Wanted, means: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """The figures of an entry: those of its result, else those of its per-image outputs; then the means over sets."""
-    if entry.result is None:
-        assert entry.outputs is not None
-        measured = point(entry.outputs, wanted)
-        values = {path: measured[path] for path in map(".".join, _paths(wanted)) if path in measured}
-    else:
-        found = {".".join(keys): _dig(entry.result, keys) for keys in _paths(wanted)}
-        values = {path: value for path, value in found.items() if value is not None}
-    for group, names in means.items():
-        for tail in (f"{score}.{figure}" for score in wanted.scores for figure in OOD_FIGURES):
-            parts = [values.get(f"ood.{name}.{tail}") for name in names]
-            known = [part for part in parts if part is not None]
-            if len(known) == len(parts):
-                values[f"ood_mean.{group}.{tail}"] = sum(known) / len(known)
-    return values
-
-
-def _dig(value: Any, keys: Sequence[str]) -> float | None:
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def _paths(wanted: Wanted) -> Iterator[tuple[str, ...]]:
-    yield from (("id", figure) for figure in ID_FIGURES)
-    for score in wanted.scores:
-        yield from (("ood", name, score, figure) for name in wanted.sets for figure in OOD_FIGURES)
-
-
-def _check_same_images(first: Entry, second: Entry, sets: Sequence[str]) -> int:
-    """The number of ID images; QuantlensError where the two files are not of the same images."""
-    one, two = first.outputs, second.outputs
-    assert one is not None
-    assert two is not None
-    same = one.labels.tolist() == two.labels.tolist()
-    for name in sets:
-        sizes = [{v.size for v in outputs.ood_scores.get(name, {}).values()} for outputs in (one, two)]
-        same = same and sizes[0] == sizes[1] and len(sizes[0]) == 1
-    if not same:
-        raise QuantlensError(
-            f"the per-image outputs {first.file} and {second.file} are not of the same images; were some skipped as "
-            "bad in one of them? measure both anew on images that can all be read"
-        )
-    return int(one.labels.size)
-
-
-def _corrected(groups: Sequence[Compared], resamples: int) -> list[str]:
-    """Put Holm's p-values into the figures; a note where there are too few resamples for so many figures."""
-    p = {
-        f"{i} {figure.path}": figure.p
-        for i, group in enumerate(groups)
-        for figure in group.figures
-        if figure.p is not None
-    }
-    corrected = holm(p)
-    for i, group in enumerate(groups):
-        group.figures = [replace(f, p_holm=corrected.get(f"{i} {f.path}")) for f in group.figures]
-    needed = round(2 * len(p) / (1 - LEVEL))
-    if needed <= resamples:
-        return []
-    return [
-        f"{len(p)} figures are compared, and after correction for so many none can stand on {resamples} resamples: "
-        f"give --resamples {2 * needed}, or compare fewer"
-    ]
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-def _tables(comparison: Comparison) -> Iterator[Any]:
-    from rich.table import Table
-    from rich.text import Text
-
-    yield Text(f"A: {comparison.a}\nB: {comparison.b}")
-    for group in comparison.groups:
-        seeds = f", {len(group.seeds)} seeds" if len(group.seeds) > 1 else ""
-        images = "" if group.n_id is None else f", {group.n_id} ID images"
-        title = f"{group.title['model']}, {group.title['method']}, {group.title['bits']}{seeds}{images}"
-        grid = Table(title=Text(title), title_justify="left")
-        grid.add_column("figure")
-        certain = not group.without_interval
-        heads = ["A", "B", "B − A", *([f"{LEVEL:.0%} interval", "p", "p (Holm)"] if certain else [])]
-        for head in heads:
-            grid.add_column(head, justify="right", no_wrap=True)
-        if certain:
-            grid.add_column("", no_wrap=True)
-        for figure in group.figures:
-            grid.add_row(*_row(figure, certain))
-        yield grid
-        if group.without_interval:
-            yield Text(group.without_interval)
-    if any(not group.without_interval for group in comparison.groups):
-        yield Text(
-            f"{comparison.resamples} resamples of the images (and seeds), seed {comparison.seed}. {STANDS}: p < 0.05 "
-            f"after Holm's correction for all figures shown; {ALONE}: its interval leaves 0 out, but not so after the "
-            "correction."
-        )
-    for note in comparison.notes:
-        yield Text(f"note: {note}")
-    if comparison.unpaired:
-        yield Text(f"not paired: {', '.join(comparison.unpaired)}")
-
-
-def _row(figure: Difference, certain: bool) -> list[Any]:
-    from rich.text import Text
-
-    name = figure.path.rpartition(".")[2]
-    scale, digits = (1, 3) if name in NOT_PERCENT else (100, 2)
-
-    def text(value: float | None, sign: str = "") -> str:
-        return "–" if value is None else f"{value * scale:{sign}.{digits}f}"
-
-    cells: list[Any] = [Text(title_of(figure.path)), text(figure.a), text(figure.b), text(figure.difference, "+")]
-    if certain:
-        low, high = text(figure.low, "+"), text(figure.high, "+")
-        p = ["–" if v is None else f"{v:.4f}" for v in (figure.p, figure.p_holm)]
-        cells += [f"{low} to {high}", *p, figure.verdict or ""]
-    return cells
-
-
-def title_of(path: str) -> str:
-    """ "ood_mean.far.msp.auroc" -> "AUROC %, mean far, msp"."""
-    parts = path.split(".")
-    title = TITLES.get(parts[-1], parts[-1])
-    if parts[0] == "id":
-        return title
-    place = ".".join(parts[1:-2])
-    return f"{title}, {'mean ' if parts[0] == 'ood_mean' else ''}{place}, {parts[-2]}"

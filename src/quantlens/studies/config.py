@@ -15,6 +15,7 @@
     attention: {images: 64, show: 4}       # or true: what the models look at (docs/attention.md)
     inspect: {bits: W8A8, images: 16}      # or true: which layer hurts, once per model (docs/inspect.md)
     outputs: true                          # per-image outputs for `quantlens compare`; scores: without logits; false
+    plugins: [my_method.py]                # methods and scores of your own: files or modules (docs/extending.md)
     resources: {cpu: 4, gpu: 0.25}         # of each worker on a Ray cluster (docs/scaling.md)
 
 A path is relative to the study file; `${NAME}` and `${NAME:-default}` in paths are taken from the environment.
@@ -25,17 +26,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quantlens.errors import QuantlensError
-
-MAX_BYTES = 1 << 20
-_VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
+from quantlens.studies.reading import first_problem, read_yaml, resolve_path, resolve_source
 
 
 class _Strict(BaseModel):
@@ -124,7 +121,7 @@ class AttentionSpec(_Strict):
 
 
 class InspectSpec(_Strict):
-    """Which layer hurts (:func:`quantlens.allocation.inspect`), found once per model: every site and block alone,
+    """Which layer hurts (:func:`quantlens.sensitivity.inspect`), found once per model: every site and block alone,
     quantized by `method` at `bits`, on `images` that `seed` draws from `source` (by default that of `calibration`)."""
 
     bits: str = "W8A8"
@@ -154,7 +151,7 @@ class InspectSpec(_Strict):
 
 class ResourcesSpec(_Strict):
     """What each worker asks a Ray cluster for: processors (its threads) and GPUs, a part of one (0.25: four workers
-    share it) or whole ones. None: see docs/scaling.md. No figure depends on it."""
+    share it) or whole ones. None: see docs/scaling.md. No metric depends on it."""
 
     cpu: int | None = Field(default=None, ge=1)
     gpu: float | None = Field(default=None, ge=0)
@@ -182,6 +179,7 @@ class StudyConfig(_Strict):
     scores: tuple[str, ...] | None = None
     attention: AttentionSpec | None = None
     inspect: InspectSpec | None = None
+    plugins: tuple[str, ...] = ()
     resources: ResourcesSpec = ResourcesSpec()
     device: str = "auto"
     batch_size: int = Field(default=64, ge=1)
@@ -253,7 +251,7 @@ class StudyConfig(_Strict):
 def parse_bits(text: str) -> str:
     """A precision in its one spelling (`W4A8`, `FP32`, `MP6` for mixed precision); ValueError when it is none."""
     from quantlens.allocation import is_target, parse_target
-    from quantlens.quantizers.bits import Bits
+    from quantlens.qmodel.bits import Bits
 
     try:
         return f"MP{parse_target(text)}" if is_target(text) else str(Bits.parse(text))
@@ -263,27 +261,9 @@ def parse_bits(text: str) -> str:
 
 def load_config(path: str | os.PathLike[str]) -> StudyConfig:
     """Read a study file (YAML, safe tags only)."""
-    import yaml
-
     path = Path(path)
     where = f"study file {path}"
-    try:
-        size = path.stat().st_size
-        if path.is_dir():
-            raise QuantlensError(f"{where} is a directory; give the YAML file itself")
-        if size > MAX_BYTES:
-            raise QuantlensError(f"{where} has {size} bytes, more than a study can have; is it the right file?")
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise QuantlensError(f"{where} does not exist; see examples/ for files to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise QuantlensError(f"{where} cannot be read ({error})") from error
-    try:
-        data = yaml.load(text, Loader=_loader())
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f" at line {mark.line + 1}" if mark is not None else ""
-        raise QuantlensError(f"{where} is not valid YAML{at}: {getattr(error, 'problem', None) or error}") from error
+    data = read_yaml(path, where)
     return parse_config(data, base=path.parent, where=where, name=path.stem)
 
 
@@ -294,111 +274,8 @@ def parse_config(data: Any, *, base: Path | None = None, where: str = "the study
     try:
         config = StudyConfig.model_validate({"name": name, **data})
     except ValidationError as error:
-        raise QuantlensError(f"{where}: {_first_problem(error)}") from None
+        raise QuantlensError(f"{where}: {first_problem(error, StudyConfig)}") from None
     return _resolved(config, Path.cwd() if base is None else base.resolve(), where)
-
-
-def _loader() -> Any:
-    """yaml.SafeLoader that refuses a key given twice (YAML would silently keep the last)."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen: set[Any] = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if isinstance(key, str) and key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} stands twice", key_node.start_mark
-                    )
-                if isinstance(key, str):
-                    seen.add(key)
-            return super().construct_mapping(node, deep)
-
-    return Loader
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
-
-
-def _first_problem(error: ValidationError) -> str:
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
-    # A misspelt key is most likely the reason of a missing one.
-    problems.sort(key=lambda p: p["type"] != "extra_forbidden")
-    problem = problems[0]
-    location = tuple(problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = _keys_at(location[:-1])
-        close = get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        place = f" in `{_spell(location[:-1])}`" if len(location) > 1 else ""
-        hint = f"; did you mean {close[0]!r}?" if close else f"; the keys are {', '.join(known)}"
-        return f"unknown key {str(location[-1])!r}{place}{hint}"
-    if problem["type"] == "missing":
-        return f"the key `{_spell(location)}` is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not location:
-        return message
-    message = message[0].lower() + message[1:] if message[:5] == "Input" else message
-    return f"`{_spell(location)}`: {message}"
-
-
-def _spell(location: tuple[Any, ...]) -> str:
-    """("models", 0, "name") -> models[0].name"""
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f"{'.' if text else ''}{part}"
-    return text
-
-
-def _keys_at(location: tuple[Any, ...]) -> list[str]:
-    """The keys that may stand at a place of the study file."""
-    here: Any = StudyConfig
-    for part in location:
-        if isinstance(here, type) and issubclass(here, BaseModel):
-            here = here.model_fields[str(part)].annotation if str(part) in here.model_fields else None
-        else:  # an index of a list, a name in a mapping
-            here = _model_in(here)
-    found = _model_in(here)
-    return [] if found is None else list(found.model_fields)
-
-
-def _model_in(annotation: Any) -> Any:
-    """The pydantic model inside `tuple[Model, ...]`, `dict[str, Model]` or `Model | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
-
-
-# ---- paths -----------------------------------------------------------------------------------------------------------
-
-
-def expand(text: str, where: str, environment: Mapping[str, str] | None = None) -> str:
-    """Replace `${NAME}` and `${NAME:-default}`; a variable that is not set is an error."""
-    values = os.environ if environment is None else environment
-
-    def value(match: re.Match[str]) -> str:
-        name, default = match["name"], match["default"]
-        if values.get(name):
-            return values[name]
-        if default is not None:
-            return default
-        raise QuantlensError(f"{where} uses ${{{name}}}, which is not set; run `export {name}=…` first")
-
-    return _VARIABLE.sub(value, text)
-
-
-def resolve_source(spec: str, base: Path, where: str) -> str:
-    """A SOURCE with variables replaced and a relative path made absolute; `embedded:` names stay as they are."""
-    spec = expand(spec, where)
-    kind, colon, rest = spec.partition(":")
-    if not colon or kind == "embedded":
-        return spec
-    return f"{kind}:{base / Path(rest).expanduser()}"
-
-
-def resolve_path(text: str, base: Path, where: str) -> str:
-    """A file path with variables replaced, relative to `base`."""
-    return str(base / Path(expand(text, where)).expanduser())
 
 
 def _resolved(config: StudyConfig, base: Path, where: str) -> StudyConfig:
@@ -410,6 +287,7 @@ def _resolved(config: StudyConfig, base: Path, where: str) -> StudyConfig:
 
     update: dict[str, Any] = {
         "models": tuple(weights(m) for m in config.models),
+        "plugins": tuple(resolve_path(p, base, where) if "/" in p or p.endswith(".py") else p for p in config.plugins),
         "id": resolve_source(config.id, base, where),
         "ood": {
             name: spec.model_copy(update={"source": resolve_source(spec.source, base, where)})

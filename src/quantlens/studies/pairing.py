@@ -5,64 +5,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
-from quantlens.studies import outputs as kept
-from quantlens.studies.cells import FP32
-from quantlens.studies.outputs import Outputs
-
-TRAITS = ("model", "method", "bits", "seed")
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """One measured model of a side. `result` is its result dictionary, None where only per-image outputs are at hand;
-    `file` is where those are kept, None where they are not."""
-
-    model: str
-    method: str
-    bits: str
-    seed: int
-    result: Mapping[str, Any] | None
-    file: Path | None
-
-    def __str__(self) -> str:
-        return f"{self.model} {FP32}" if self.baseline else f"{self.model} {self.method} {self.bits} seed {self.seed}"
-
-    @property
-    def baseline(self) -> bool:
-        return self.bits == FP32
-
-    @cached_property
-    def outputs(self) -> Outputs | None:
-        """The per-image outputs; None where none were kept. Raises StorageError for a damaged file."""
-        return None if self.file is None else kept.read(self.file)
-
-    def forget(self) -> None:
-        """Give the outputs' memory back; they are read again when they are asked for."""
-        self.__dict__.pop("outputs", None)
-
-    @property
-    def _about(self) -> Mapping[str, Any]:
-        if self.result is not None:
-            return self.result
-        return self.outputs.about if self.outputs is not None else {}
-
-    @property
-    def groups(self) -> dict[str, Any]:
-        """OOD set -> "far" or "near"."""
-        return {name: entry.get("group") for name, entry in (self._about.get("ood") or {}).items()}
-
-    @property
-    def marks(self) -> dict[str, Any]:
-        """Fingerprint of the images of every set, the ID set as ""."""
-        about = self._about
-        sets = {name: entry.get("fingerprint") for name, entry in (about.get("ood") or {}).items()}
-        return {"": (about.get("id") or {}).get("fingerprint"), **sets}
+from quantlens.evaluation import outputs as kept
+from quantlens.evaluation.entries import TRAITS, Entry, Match
+from quantlens.evaluation.outputs import Outputs
+from quantlens.evaluation.result import Result
 
 
 @dataclass(frozen=True)
@@ -73,25 +24,19 @@ class Side:
     entries: tuple[Entry, ...]
 
 
-@dataclass
-class Match:
-    """Cells that answer to each other: one pair per seed, everything else being fixed."""
-
-    title: dict[str, str]
-    """what both sides share, by trait"""
-    pairs: list[tuple[Entry, Entry]] = field(default_factory=list)
-
-
 # ---- sides -----------------------------------------------------------------------------------------------------------
 
 
-def open_side(text: str | Path) -> Side:
+def open_side(given: str | Path | Result) -> Side:
     """`DIR`, `DIR:key=value,…` (keys model, method, bits, seed; a key given twice takes either), `RESULT.json` of
-    `quantlens evaluate --json`, or `OUTPUTS.npz` of `quantlens evaluate --keep`.
+    `quantlens evaluate --json`, `OUTPUTS.npz` of `quantlens evaluate --keep`, or a Result (with intervals where it was
+    measured with `keep`).
 
     Raises QuantlensError for what is none of these, holds no finished cell, or selects none.
     """
-    text = str(text)
+    if isinstance(given, Result):
+        return Side(given.title, (_entry(given.to_dict(), given.outputs),))
+    text = str(given)
     place, chosen = _split(text)
     path = Path(place)
     if path.suffix == ".npz":
@@ -161,8 +106,6 @@ def _of_outputs(path: Path) -> Entry:
 
 
 def _of_result(path: Path) -> Entry:
-    from quantlens.studies.evaluate import Result
-
     try:
         result = Result.from_dict(json.loads(path.read_text(encoding="utf-8"))).to_dict()
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -170,7 +113,12 @@ def _of_result(path: Path) -> Entry:
             f"{path} is no result of quantlens ({error}); give the directory of a study, a file of `quantlens evaluate "
             "--json`, or one of --keep"
         ) from error
-    return Entry(str(result["model"]), str(result["method"]), str(result["bits"]), int(result["seed"]), result, None)
+    return _entry(result, None)
+
+
+def _entry(result: Mapping[str, Any], outputs: Outputs | None) -> Entry:
+    model, method, bits = (str(result[name]) for name in TRAITS[:3])
+    return Entry(model, method, bits, int(result["seed"]), result, None, outputs)
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,11 @@
 """Runs a study: every model, method, precision and seed, each finished cell written to the store at once.
 
-A cell's key is a hash of everything that determines its figures; so a finished cell is never run again, a study that
-was killed carries on where it was, and a changed study runs only what changed. Several processes may run one study
-together: each claims a cell before it runs it, and takes over the claims of processes that are gone.
+A cell's key is a hash of everything that determines its metrics; so a finished cell is never run again, a study that
+was killed carries on where it was, and a changed study runs only what changed.
 
-For each model: load it once, decode each image set once, measure FP32 once; its Result is the reference of all
-quantized cells of that model. Where that is done is the executor's business (`executors/`); cells, keys and figures are
-the same wherever they ran.
+For each model: load it once per worker, decode each image set once, measure FP32 once; its Result is the reference of
+all quantized cells of that model. Where that is done is the executor's business (`executors/`); cells, keys and metrics
+are the same wherever they ran.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.plugins import given
 from quantlens.studies.backend import Backend
 from quantlens.studies.config import ResourcesSpec, StudyConfig, parse_config
-from quantlens.studies.executors import EXECUTORS
+from quantlens.studies.executors import EXECUTORS, execute
 from quantlens.studies.progress import Quiet, display
 from quantlens.studies.session import Session, Summary
-from quantlens.studies.store import now
 
 __all__ = ["StudyInterrupted", "Summary", "run_study"]
 
@@ -48,20 +47,43 @@ def run_study(
 ) -> Summary:
     """Run what is not finished yet of a study, and keep it in `out_dir/store.sqlite`.
 
-    executor: "local", or "ray" for a Ray cluster. workers: processes that share the work, by default one, and on a
-    cluster as many as find room there. address: of the cluster ("auto": the one this machine belongs to); without it
-    one is started on this machine for the time of the study. gpus_per_worker: 0.25 lets four workers share a GPU of the
-    cluster; it goes before `resources: {gpu: …}` of the study.
-    progress: a live bar on stderr, or a display of your own.
-    retry_failed: run cells again that failed before. limit: run at most so many cells now.
+    executor: "local", or "ray" for a Ray cluster. workers: that share the work, by default one, in this process, and on
+    a cluster as many as find room there. address: of the cluster ("auto": the one this machine belongs to); without it
+    one is started for the time of the study. gpus_per_worker: instead of `resources: {gpu: …}` of the study.
+    progress: a live bar on stderr, or a display of your own. retry_failed: run cells again that failed before. limit:
+    run at most so many cells now.
 
     A cell that raises is recorded as failed with its traceback and the rest goes on. What would stop every cell (images
-    that cannot be read, calibration images among the evaluated ones, a full disk) raises QuantlensError. Ctrl-C raises
-    `StudyInterrupted`; the store is whole at every moment, and the same call carries on.
+    that cannot be read, a full disk, another process that runs a study in `out_dir`) raises QuantlensError. Ctrl-C
+    raises `StudyInterrupted`; the store is whole at every moment, and the same call carries on.
     """
-    backend = backend or Backend()
     if not isinstance(config, StudyConfig):
         config = parse_config(dict(config))
+    # what was loaded in this process, workers must load too
+    config = config.model_copy(update={"plugins": tuple(dict.fromkeys([*config.plugins, *given()]))})
+    _check(workers, limit, executor, address, gpus_per_worker)
+    resources = _resources(config, gpus_per_worker)
+    started = time.monotonic()
+    session = Session(
+        config,
+        Path(out_dir),
+        backend or Backend(),
+        display(progress),
+        retry_failed=retry_failed,
+        limit=limit,
+        device="cpu" if executor == "ray" else None,  # the driver's machine may lack the GPU that its workers have
+    )
+    try:
+        with session.running():
+            execute(session, executor, workers, address, resources)
+    except KeyboardInterrupt:
+        raise StudyInterrupted(session.interrupted()) from None
+    return replace(session.summary(), seconds=time.monotonic() - started)
+
+
+def _check(
+    workers: int | None, limit: int | None, executor: str, address: str | None, gpus_per_worker: float | None
+) -> None:
     for name, value in (("workers", workers), ("limit", limit)):
         if value is not None and value < 1:
             raise QuantlensError(f"{name} is {value}; give at least 1")
@@ -69,33 +91,6 @@ def run_study(
         raise UnknownNameError("executor", executor, EXECUTORS)
     if executor == "local" and (address is not None or gpus_per_worker is not None):
         raise QuantlensError("an address and GPUs per worker are for a cluster; add --executor ray")
-    resources = _resources(config, gpus_per_worker)
-    started = time.monotonic()
-    shown = display(progress)
-    # the machine of the driver may lack the GPU that its workers have
-    device = "cpu" if executor == "ray" else None
-    session = Session(config, Path(out_dir), backend, shown, now() if retry_failed else None, limit, device=device)
-    try:
-        session.begin()
-        if executor == "ray":
-            from quantlens.studies.executors.ray import run_on_ray
-
-            run_on_ray(session, workers, address, resources)
-        else:
-            from quantlens.studies.executors.local import run_here, run_workers
-
-            if workers in (None, 1):
-                run_here(session)
-            else:
-                assert workers is not None
-                run_workers(session, workers)
-    except KeyboardInterrupt:
-        shown.stop()
-        raise StudyInterrupted(session.interrupted()) from None
-    finally:
-        shown.stop()
-        session.close()
-    return replace(session.summary(), seconds=time.monotonic() - started)
 
 
 def _resources(config: StudyConfig, gpus_per_worker: float | None) -> ResourcesSpec:

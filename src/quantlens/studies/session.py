@@ -1,31 +1,26 @@
-"""One process's hold on a study and its store: what is planned, what is left, and how a finished cell is kept.
+"""One run of a study on its store: what is planned, what is left, and how a finished cell is kept.
 
 Executors decide where the work is done; all they know of the store goes through here.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from quantlens.errors import QuantlensError, StorageError
+from quantlens.evaluation.outputs import path_of
 from quantlens.files import write_whole
 from quantlens.studies.backend import Backend
-from quantlens.studies.cells import PlannedCell, Slot, StudyImages, cell_key, identity, plan_study, weights_of
+from quantlens.studies.cells import PlannedCell, StudyImages, cell_key, identity, plan_study, weights_of
 from quantlens.studies.config import ModelSpec, StudyConfig
-from quantlens.studies.outputs import path_of
 from quantlens.studies.progress import Quiet
-from quantlens.studies.specs import label, reason, relabelled, spec_of
-from quantlens.studies.store import INSPECTION, Owner, Store, to_json
-from quantlens.studies.work import ModelWork, Outcome
-
-HEARTBEAT_SECONDS = 20.0
-POLL_SECONDS = 1.0
+from quantlens.studies.specs import label, reason, spec_of
+from quantlens.studies.store import INSPECTION, Store, relabelled
+from quantlens.studies.work import Outcome, told
 
 
 @dataclass
@@ -53,33 +48,42 @@ class Summary:
         return text
 
 
-@dataclass
-class Group:
-    """The cells of one model, and which of them are not finished as far as this process knows."""
+@dataclass(eq=False)
+class Task:
+    """A planned cell on its way to the store. identity: its name in the plan; key: that of its row, once its model has
+    been loaded."""
 
+    cell: PlannedCell
+    identity: str
+    spec: dict[str, Any]
+    key: str = ""
+
+
+@dataclass(eq=False)
+class Group:
+    """The cells of one model, and which of them are not finished. index: the model's place in the study."""
+
+    index: int
     model: ModelSpec
-    cells: list[PlannedCell]
-    keys: dict[Slot, str] = field(default_factory=dict)
-    specs: dict[Slot, dict[str, Any]] = field(default_factory=dict)
-    left: list[PlannedCell] = field(default_factory=list)
+    tasks: list[Task]
+    left: list[Task] = field(default_factory=list)
+    checkpoint_sha256: str | None = None
     reference: Any = None
 
-    def __post_init__(self) -> None:
-        self.left = list(self.cells)
+    @property
+    def known(self) -> bool:
+        """Whether the model has been loaded, so that its cells have keys."""
+        return bool(self.tasks[0].key)
 
     @property
-    def fp32(self) -> PlannedCell:
-        """The cell that all deltas are taken from."""
-        return next(cell for cell in self.cells if cell.method is None)
+    def fp32(self) -> Task:
+        """The cell that the others are compared with."""
+        return next(task for task in self.tasks if task.cell.method is None)
 
 
 class Session:
-    """One process at work on a study.
-
-    retry_before: cells that failed before this time run again. limit: cells to run at most. parent: the process that
-    started this one as a worker; when it is gone the worker stops. device: where cells run, by default as the study
-    says.
-    """
+    """One run of a study. retry_failed: cells that failed before run again. limit: cells to run at most. device: where
+    cells run, by default as the study says."""
 
     def __init__(
         self,
@@ -87,131 +91,84 @@ class Session:
         directory: Path,
         backend: Backend,
         shown: Quiet,
-        retry_before: str | None = None,
-        limit: int | None = None,
         *,
-        parent: int | None = None,
+        retry_failed: bool = False,
+        limit: int | None = None,
         device: str | None = None,
     ) -> None:
         self.config, self.directory, self.backend, self.shown = config, directory, backend, shown
-        self.retry_before, self.limit, self.parent = retry_before, limit, parent
+        self.retry_failed, self.limit = retry_failed, limit
         self.store = Store(directory)
-        self.owner = Owner.me()
         self.ran = 0
 
-        self.cells = plan_study(config, backend)
+        cells = plan_study(config, backend)
         if config.scores is not None:
-            from quantlens.studies.evaluate import choose_scores
+            from quantlens.evaluation.scoring import choose_scores
 
             choose_scores(config.scores)
         for model in config.models:
             backend.check_model(model.name, weights_of(model))
         self.device = backend.device(config.device if device is None else device)
         self.images = StudyImages.open(config, backend)
-        self.identities = {cell.slot: identity(cell, config, self.images) for cell in self.cells}
+        self.tasks = [Task(c, identity(c, config, self.images), spec_of(c, config, self.images)) for c in cells]
+        self.groups = [
+            Group(i, model, [t for t in self.tasks if t.cell.model == model]) for i, model in enumerate(config.models)
+        ]
+        for group in self.groups:
+            group.left = list(group.tasks)
 
-    # -- life --
-
-    def begin(self) -> None:
-        """Make this study the store's current one."""
-        identities = list(self.identities.values())
-        self.store.begin(self.config.name, self.config.to_dict(), self.backend.environment(self.device), identities)
-
-    def close(self) -> None:
-        """Give up this process's claims, and close the store."""
-        with suppress(StorageError):  # what broke the store has been told already
-            if self.store.exists():
-                self.store.release(self.owner)
-        self.store.close()
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, this process alone runs a study on the store, and this study is its current one."""
+        try:
+            with self.store.driving():
+                plan = [(task.identity, task.spec) for task in self.tasks]
+                environment = self.backend.environment(self.device)
+                self.store.begin(self.config.name, self.config.to_dict(), environment, plan)
+                self.shown.start(len(self.tasks), 0)
+                yield
+        finally:
+            self.shown.stop()
+            self.store.close()
 
     def interrupted(self) -> str:
         """How the study stands after Ctrl-C, and how to carry on."""
         counts = {"done": 0, "failed": 0}
         with suppress(StorageError):
-            counts = self.counts()
+            counts = self.store.counts()
+        self.store.close()
         finished = counts["done"] + counts["failed"]
         return (
-            f"stopped; {finished} of {len(self.cells)} cells are finished and kept in {self.store.path}; run the same "
+            f"stopped; {finished} of {len(self.tasks)} cells are finished and kept in {self.store.path}; run the same "
             "command again to carry on"
         )
 
     def summary(self) -> Summary:
         """How the study stands."""
-        counts = self.counts()
-        failed = [(label(spec), reason(error)) for spec, error in self.store.failures(self.identities.values())]
+        counts = self.store.counts()
+        failed = [(label(cell.spec), reason(cell.error)) for cell in self.store.failures()]
         self.store.close()
-        return Summary(self.directory, len(self.cells), counts["done"], self.ran, failed)
-
-    def counts(self) -> dict[str, int]:
-        """How many of this study's cells are done and failed, whatever other studies the store holds."""
-        return self.store.counts(self.identities.values())
-
-    @contextmanager
-    def beating(self) -> Iterator[None]:
-        """Keep this process's claims alive from a thread of its own."""
-        over = threading.Event()
-
-        def beat() -> None:
-            with Store(self.directory) as store:
-                while not over.wait(HEARTBEAT_SECONDS):
-                    try:
-                        store.beat(self.owner)
-                    except StorageError:
-                        store.close()  # the cell itself will report a store that stays broken
-
-        thread = threading.Thread(target=beat, name="quantlens-heartbeat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-    def spent(self) -> bool:
-        """Whether to stop: the limit is reached, or the process that started this worker is gone."""
-        if self.parent is not None and os.getppid() != self.parent:
-            return True
-        return self.limit is not None and self.ran >= self.limit
+        return Summary(self.directory, len(self.tasks), counts["done"], self.ran, failed)
 
     # -- the cells of a model --
 
-    def groups(self) -> list[Group]:
-        """The cells, model by model."""
-        return [Group(model, [c for c in self.cells if c.model == model]) for model in self.config.models]
-
-    def work(self, spec: ModelSpec) -> ModelWork:
-        """Load a model in this process."""
-        return ModelWork(self.config, self.backend, self.images, self.device, spec, self.shown)
-
     def know(self, group: Group, checkpoint_sha256: str | None, preprocess: Mapping[str, Any]) -> None:
         """A group's model has been loaded: name its cells by their keys, and drop those that are finished."""
-        for cell in group.cells:
-            group.keys[cell.slot] = cell_key(cell, self.config, self.images, str(checkpoint_sha256), preprocess)
-            group.specs[cell.slot] = spec_of(cell, self.config, self.images, checkpoint_sha256, preprocess)
-        self.store.bind({self.identities[cell.slot]: group.keys[cell.slot] for cell in group.cells})
-        self._relabel(group)
-        self.drop_finished(group)
-
-    def drop_finished(self, group: Group) -> None:
-        """Forget the cells of a group that are finished, by an earlier run or by another process."""
-        finished = self.store.finished((group.keys[cell.slot] for cell in group.left), self.retry_before)
-        left = [cell for cell in group.left if group.keys[cell.slot] not in finished]
-        self.shown.skipped(len(group.left) - len(left))
-        group.left = left
-
-    def ready(self, group: Group) -> bool:
-        """Whether a cell of the group could be claimed now."""
-        self.drop_finished(group)
-        first = group.left[:1]
-        waited_for = first if first and first[0].method is None else group.left
-        return any(not self.store.taken(group.keys[cell.slot], self.owner) for cell in waited_for)
+        group.checkpoint_sha256 = checkpoint_sha256
+        for task in group.tasks:
+            task.key = cell_key(task.cell, self.config, self.images, str(checkpoint_sha256), preprocess)
+            task.spec |= {"checkpoint_sha256": checkpoint_sha256, "preprocess": dict(preprocess)}
+        self.store.bind({task.identity: task.key for task in group.tasks})
+        finished = self.store.statuses(task.key for task in group.tasks)
+        wanted = (None, "failed") if self.retry_failed else (None,)
+        self._drop(group, [task for task in group.left if finished.get(task.key) not in wanted])
 
     def reference(self, group: Group) -> Any:
-        """The FP32 Result of a group's model, from the store."""
+        """The FP32 Result of a group's model, from the store. Raises QuantlensError where it could not be measured."""
         if group.reference is None:
-            from quantlens.studies.evaluate import Result
+            from quantlens.evaluation import Result
 
-            stored = self.store.cell(group.keys[group.fp32.slot])
+            stored = self.store.cell(group.fp32.key)
             if stored is None or stored.result is None:
                 why = "it is missing" if stored is None else reason(stored.error)
                 raise QuantlensError(f"{group.model.label} could not be measured at FP32 ({why})")
@@ -219,46 +176,40 @@ class Session:
             group.reference = Result.from_dict({**stored.result, "method": "fp32"})
         return group.reference
 
-    def claim(self, cell: PlannedCell, group: Group) -> str:
-        """Take a cell: "mine", "taken" by another process, or finished already ("done", "failed")."""
-        outcome = self.store.claim(group.keys[cell.slot], self.owner, self.retry_before)
-        if outcome in ("done", "failed"):
-            self.shown.skipped(1)
-        return outcome
-
-    def keep(self, cell: PlannedCell, group: Group, outcome: Outcome) -> None:
-        """Write a finished cell to the store, and before it the file of its per-image outputs."""
-        spec = group.specs[cell.slot]
-        key = group.keys[cell.slot]
-        result = None if outcome.result is None else relabelled(outcome.result, spec)
+    def keep(self, task: Task, group: Group, outcome: Outcome) -> None:
+        """Write a finished cell to the store, compared with FP32, and before it the file of its per-image outputs."""
+        if task.cell.needs_fp32 and outcome.result is not None:
+            outcome = self._compared(outcome, group)
+        result = None if outcome.result is None else relabelled(outcome.result, task.spec)
         if outcome.outputs is not None:
-            write_whole(path_of(self.directory, key), outcome.outputs, what="the per-image outputs")
-        self.shown.storing(key)
-        self.store.put(key, spec, outcome.status, result, outcome.error, outcome.seconds)
-        self._tell(cell, outcome.seconds, outcome.error)
+            write_whole(path_of(self.directory, task.key), outcome.outputs, what="the per-image outputs")
+        self.store.put(task.key, task.spec, outcome.status, result, outcome.error, outcome.seconds)
+        self.ran += 1
+        error = None if outcome.error is None else reason(outcome.error)
+        self.shown.finished(task.cell.kind, str(task.cell), outcome.seconds, error)
+        group.left.remove(task)
+        for other in self.groups:  # the same cell under another label
+            self._drop(other, [twin for twin in other.left if twin.key == task.key])
+
+    def _compared(self, outcome: Outcome, group: Group) -> Outcome:
+        from quantlens.evaluation import Result
+
+        assert outcome.result is not None
+        result = Result.from_dict(outcome.result)
+        try:
+            result.compare(self.reference(group))
+        except QuantlensError as error:
+            return Outcome(None, told(error), outcome.seconds)
+        return replace(outcome, result=result.to_dict())
 
     def not_loaded(self, group: Group, error: str) -> None:
         """The model of a group cannot be loaded: its cells failed, and are tried again by every run."""
-        for cell in list(group.left):
-            mark = self.identities[cell.slot]
-            key = f"{INSPECTION if cell.inspects else ''}not-loaded-{mark}"
-            self.store.bind({mark: key})
-            spec = spec_of(cell, self.config, self.images, None, None)
-            self.shown.storing(key)
-            self.store.put(key, spec, "failed", None, error, 0.0)
-            group.left.remove(cell)
-            self._tell(cell, 0.0, error)
+        for task in list(group.left):
+            task.key = f"{INSPECTION if task.cell.inspects else ''}not-loaded-{task.identity}"
+            self.store.bind({task.identity: task.key})
+            self.keep(task, group, Outcome(None, error, 0.0))
 
-    def _tell(self, cell: PlannedCell, seconds: float, error: str | None) -> None:
-        self.ran += 1
-        self.shown.finished(cell.kind, str(cell), seconds, None if error is None else reason(error))
-
-    def _relabel(self, group: Group) -> None:
-        """Give cells that were finished under other labels or paths those of this study."""
-        for cell in group.cells:
-            key, spec = group.keys[cell.slot], group.specs[cell.slot]
-            if self.store.spec(key) in (None, to_json(spec)):
-                continue
-            known = self.store.cell(key)
-            if known is not None:
-                self.store.rewrite(key, spec, None if known.result is None else relabelled(known.result, spec))
+    def _drop(self, group: Group, finished: list[Task]) -> None:
+        """Forget cells that are finished."""
+        self.shown.skipped(len(finished))
+        group.left = [task for task in group.left if task not in finished]

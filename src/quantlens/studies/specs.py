@@ -1,24 +1,18 @@
-"""What the store says of a cell besides its figures: the labels, sources and fingerprints of the study that ran it."""
+"""What the store says of a cell besides its metrics: the labels, sources and fingerprints of the study that ran it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from quantlens.evaluation.images import source_name
 from quantlens.studies.cells import CELL_FORMAT, INSPECTION_FORMAT, PlannedCell, StudyImages
 from quantlens.studies.config import StudyConfig
-from quantlens.studies.images import source_name
 
 
-def spec_of(
-    cell: PlannedCell,
-    config: StudyConfig,
-    images: StudyImages,
-    checkpoint_sha256: str | None,
-    preprocess: Mapping[str, Any] | None,
-) -> dict[str, Any]:
+def spec_of(cell: PlannedCell, config: StudyConfig, images: StudyImages) -> dict[str, Any]:
     """What a cell is, for a reader of the store: with the labels and sources that this study uses. The checkpoint and
-    the preprocessing are None for a model that could not be loaded."""
+    the preprocessing are None until the model has been loaded (`store.OF_THE_MODEL`)."""
 
     def listed(source: Any) -> dict[str, Any]:
         return {"source": source_name(source), "fingerprint": images.mark(source), "n": len(source)}
@@ -28,14 +22,14 @@ def spec_of(
         "architecture": cell.model.name,
         "weights": cell.model.weights,
         "model_options": cell.model.options,
-        "checkpoint_sha256": checkpoint_sha256,
+        "checkpoint_sha256": None,
         "method": cell.method_label,
         "method_name": "fp32" if cell.method is None else cell.method.name,
         "method_version": None if cell.method is None else cell.method.version,
         "bits": cell.bits,
         "seed": cell.seed,
         "options": {} if cell.method is None else cell.method.options,
-        "preprocess": None if preprocess is None else dict(preprocess),
+        "preprocess": None,
     }
     if cell.inspects:
         return common | {"inspects": True, "images": listed(images.inspected), "format": INSPECTION_FORMAT}
@@ -56,23 +50,6 @@ def spec_of(
         "format": CELL_FORMAT,
         **({} if config.attention is None else {"attention": config.attention.model_dump()}),
     }
-
-
-def relabelled(result: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A result under the labels and sources of a spec; its figures are untouched."""
-    if spec.get("inspects"):
-        found = result["inspection"]
-        images = {**found["images"], "source": spec["images"]["source"]}
-        return {**result, "inspection": {**found, "model": spec["model"], "images": images}}
-    changed = dict(result)
-    changed["model"], changed["method"] = spec["model"], spec["method"]
-    changed["architecture"], changed["method_name"] = spec["architecture"], spec["method_name"]
-    changed["calibration"] = None if spec["calibration"] is None else dict(spec["calibration"])
-    changed["id"] = {**result["id"], "source": spec["id"]["source"]}
-    changed["ood"] = {name: {**entry, "source": spec["ood"][name]["source"]} for name, entry in result["ood"].items()}
-    if result.get("fit") and spec.get("fit"):
-        changed["fit"] = {**result["fit"], "source": spec["fit"]["source"]}
-    return changed
 
 
 def reason(error: str | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.errors import QuantlensError, UnsupportedError
-from quantlens.studies.flat import numbers
+from quantlens.evaluation.flat import numbers
 
 KEY = "quantlens.cell"
 """The tag that names a run's cell; by it a cell that has been logged is known again."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,18 +15,18 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from quantlens.errors import QuantlensError, StorageError
+from quantlens.evaluation.images import source_name
+from quantlens.evaluation.outputs import pack
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import PlannedCell, StudyImages, weights_of
 from quantlens.studies.config import ModelSpec, StudyConfig
-from quantlens.studies.images import source_name
-from quantlens.studies.outputs import pack
 from quantlens.studies.progress import Quiet
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a cell: its result (before it is labelled) or the traceback, the seconds it took, and the file of
-    its per-image outputs, where the study keeps them."""
+    """What came of a cell: its result (not compared and labelled yet) or the traceback, the seconds it took, and the
+    file of its per-image outputs, where the study keeps them."""
 
     result: dict[str, Any] | None
     error: str | None
@@ -90,26 +89,17 @@ class ModelWork:
             self._calibration[seed] = images
         return self._calibration[seed]
 
-    def measure(
-        self, cell: PlannedCell, reference: Callable[[], Any], *, late: bool = False
-    ) -> tuple[dict[str, Any], bytes | None]:
-        """The result dict of a cell, and its per-image outputs packed. `reference()` gives the FP32 Result of the
-        model, or raises what kept it from being measured; the FP32 cell does not ask. late: ask at the end, as it is
-        still being measured elsewhere."""
+    def measure(self, cell: PlannedCell) -> tuple[dict[str, Any], bytes | None]:
+        """The result dict of a cell, not compared with FP32 yet, and its per-image outputs packed."""
         if cell.inspects:
             return self._inspect(cell), None
         config, step = self.config, self.shown.step
         started = time.perf_counter()
-        baseline = None if late or not cell.needs_fp32 else reference()
         measured = self.model
         if cell.method is not None:
+            images = self.calibration(cell.seed)
             measured = self.backend.quantize(
-                self.model,
-                self.calibration(cell.seed),
-                cell.method,
-                cell.bits,
-                cell.seed,
-                lambda done, total: step("calibrating", done, total),
+                self.model, images, cell.method, cell.bits, cell.seed, lambda n, total: step("calibrating", n, total)
             )
         seconds = time.perf_counter() - started
         # NumPy's sums (ViM, Mahalanobis) differ in the last bit with its threads, and those with the executor
@@ -127,8 +117,6 @@ class ModelWork:
                 keep=config.outputs,
             )
         outputs = None if result.outputs is None else pack(result.outputs)
-        if cell.needs_fp32:
-            result.compare(baseline or reference())
         data: dict[str, Any] = result.to_dict()
         if cell.method is not None:
             data["seconds"] = {**data["seconds"], "calibration": seconds}
@@ -145,11 +133,11 @@ class ModelWork:
         found = self.backend.inspect(self.model, images, cell.method, cell.bits, cell.seed, self.shown.step)
         return {"inspection": found}
 
-    def attempt(self, cell: PlannedCell, reference: Callable[[], Any], *, late: bool = False) -> Outcome:
+    def attempt(self, cell: PlannedCell) -> Outcome:
         """Measure a cell; what it raises is its outcome, unless it would stop every other cell too (see `stops`)."""
         started = time.perf_counter()
         try:
-            result, outputs = self.measure(cell, reference, late=late)
+            result, outputs = self.measure(cell)
             outcome = Outcome(result, None, time.perf_counter() - started, outputs)
         except Exception as problem:
             if stops(problem):

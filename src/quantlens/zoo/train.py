@@ -24,7 +24,7 @@ from quantlens import zoo
 from quantlens._version import __version__
 from quantlens.data import Preprocess, load_images
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
-from quantlens.metrics import classification_figures, make_scorer, ood_figures
+from quantlens.metrics import classification_metrics, make_scorer, ood_metrics
 from quantlens.zoo.recipe import RECIPES, Recipe, train
 
 
@@ -43,13 +43,13 @@ def measure(model: nn.Module, entry: zoo.ZooEntry) -> dict[str, Any]:
     logits, labels = logits_of(model, entry.sources.id, entry.preprocess)
     if labels is None:
         raise QuantlensError(f"{entry.sources.id} has no labels; evaluate on a labelled source")
-    figures = classification_figures(logits, labels)
+    figures = classification_metrics(logits, labels)
     result: dict[str, Any] = {key: figures[key] for key in ("n", "top1", "nll", "ece")}
     inside = score(logits, None)
     result["ood"] = {}
     for name, ood in entry.sources.ood.items():
         outside = score(logits_of(model, ood.source, entry.preprocess)[0], None)
-        found = ood_figures(inside, outside)
+        found = ood_metrics(inside, outside)
         keep = {key: found[key] for key in ("aupr_out", "auroc", "chance_aupr_out", "n_ood")}
         result["ood"][name] = {"group": ood.group, **keep}
     return result

@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import Any
 
 from quantlens.errors import QuantlensError
+from quantlens.evaluation.environment import cores
 from quantlens.studies.config import ResourcesSpec
-from quantlens.studies.environment import cores
 from quantlens.studies.executors.local import environment
 
 LOCAL = "local"

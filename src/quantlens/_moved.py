@@ -1,0 +1,197 @@
+"""Where modules and names of earlier releases live today. What is imported from an old place is found at the new one,
+with a DeprecationWarning that names both."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+DROPPED = "0.4"
+"""The release without the old names."""
+
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def _of(old: str, new: str, *names: str) -> dict[str, str]:
+    return {f"quantlens.{old}.{name}": f"quantlens.{new}.{name}" for name in names}
+
+
+MODULES: dict[str, str] = {
+    **_of("quantizers", "formats", "adalog", "base", "integer_ops", "log", "operators", "power_of_two"),
+    **_of("quantizers", "formats", "shifted_log", "twin", "uniform"),
+    "quantlens.quantizers.block_scaled": "quantlens.formats.group_scaled",
+    "quantlens.quantizers.rows": "quantlens.formats.sqrt_softmax",
+    **_of("quantizers", "qmodel", "bits", "model", "targets"),
+    **_of("ranges", "calibration", "observers"),
+    **_of("ranges", "calibration.ranges", "guided", "moving", "power_of_two", "progressive", "rules", "similarity"),
+    **_of("graph", "transforms", "rewrites", "rotation"),
+    **_of("reconstruction", "transforms", "equalisation", "heads"),
+    "quantlens.reconstruction.massive": "quantlens.transforms.outlier_channels",
+    "quantlens.reconstruction.centring": "quantlens.transforms.mean_subtraction",
+    "quantlens.reconstruction.pixels": "quantlens.transforms.pixels",
+    "quantlens.reconstruction.sensitivity": "quantlens.reconstruction.block_metrics",
+    **_of("allocation", "sensitivity", "alone", "inspection", "statistics"),
+    **_of("studies", "evaluation", "environment", "images", "outputs"),
+    "quantlens.studies.standing": "quantlens.studies.significance",
+    "quantlens.studies.aggregate": "quantlens.studies.results",
+    **_of("deploy", "qmodel", "checkpoint"),
+    **_of("deploy", "export", "bench", "export", "onnx_file", "onnx_graph", "parity", "processor", "pt2"),
+    "quantlens.deploy.artefact": "quantlens.export.exported",
+    "quantlens.deploy.guard": "quantlens.export.threshold",
+    "quantlens.calibration.walk": "quantlens.calibration.passes",
+    "quantlens.demo": "quantlens.report.demo",
+    "quantlens.api": "quantlens.allocation.quantizing",
+}
+"""Old module -> new module."""
+
+RENAMED: dict[str, str] = {
+    "quantlens.calibration.Walk": "quantlens.calibration.CalibrationPass",
+    "quantlens.calibration.Look": "quantlens.calibration.EdgeView",
+    "quantlens.calibration.Seen": "quantlens.calibration.ObservationCache",
+    "quantlens.calibration.walk.Walk": "quantlens.calibration.passes.CalibrationPass",
+    "quantlens.calibration.walk.Look": "quantlens.calibration.passes.EdgeView",
+    "quantlens.calibration.walk.Seen": "quantlens.calibration.passes.ObservationCache",
+    "quantlens.reconstruction.find_massive": "quantlens.calibration.transforming.find_outlier_channels",
+    "quantlens.reconstruction.split_massive": "quantlens.calibration.transforming.split_outlier_channels",
+    "quantlens.reconstruction.massive.find_massive": "quantlens.calibration.transforming.find_outlier_channels",
+    "quantlens.reconstruction.massive.split_massive": "quantlens.calibration.transforming.split_outlier_channels",
+    "quantlens.reconstruction.massive.massive_channels": "quantlens.transforms.outlier_channels.outlier_channels",
+    "quantlens.reconstruction.centring.centre": "quantlens.calibration.transforming.subtract_means",
+    "quantlens.reconstruction.centring.channel_means": "quantlens.calibration.transforming.channel_means",
+    "quantlens.reconstruction.pixels.read_pixels": "quantlens.calibration.transforming.read_as_pixels",
+    "quantlens.reconstruction.pixels.pixel_quantizer": "quantlens.formats.uniform.pixel_codes",
+    "quantlens.report.charts.Looks": "quantlens.report.charts.GroupStyles",
+}
+"""Old name -> new name, where that has changed, too."""
+
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "quantlens.quantizers": ("quantlens.formats", "quantlens.qmodel"),
+    "quantlens.ranges": ("quantlens.calibration", "quantlens.calibration.ranges"),
+    "quantlens.deploy": ("quantlens.qmodel.checkpoint",),
+    "quantlens.studies.bootstrap": ("quantlens.metrics.bootstrap", "quantlens.evaluation.bootstrap"),
+    "quantlens.studies.flat": ("quantlens.evaluation.flat", "quantlens.studies.results"),
+    "quantlens.studies.evaluate": (
+        "quantlens.evaluation.result",
+        "quantlens.evaluation.scoring",
+        "quantlens.evaluation.run",
+    ),
+    "quantlens.graph": ("quantlens.transforms",),
+    "quantlens.reconstruction": ("quantlens.transforms",),
+    "quantlens.allocation": ("quantlens.sensitivity",),
+    "quantlens.studies": ("quantlens.evaluation",),
+    "quantlens.report.attention": (
+        "quantlens.plots.drift",
+        "quantlens.attention.association",
+        "quantlens.report.attention_drift",
+        "quantlens.report.attention_gallery",
+    ),
+    "quantlens.attention.lookup": (
+        "quantlens.attention.selection",
+        "quantlens.attention.maps",
+        "quantlens.attention.sets",
+        "quantlens.attention.survey",
+    ),
+    "quantlens.report.svg": ("quantlens.plots.svg", "quantlens.plots.histograms"),
+}
+"""Old package, or module of which several were made -> where its names are looked for now; those that still exist ask
+here for what left them."""
+
+
+_DISTILLATION = "distillation of whole networks was removed in quantlens 0.3; research/2026-11-29-distillation.md"
+REMOVED: dict[str, str] = {
+    **dict.fromkeys(
+        _of("reconstruction", "", "distillation", "distil", "Distillation", "DistillationReport"),
+        f"{_DISTILLATION} tells what it gave",
+    ),
+    "quantlens.reconstruction.optimise_scales": "removed in quantlens 0.3; reconstruct with "
+    'Settings(("scales",), inputs="quantized") does the same',
+}
+"""Modules and names that are gone -> what to tell."""
+
+
+def _internal(file: str) -> bool:
+    return (file.startswith(_PACKAGE) and file.endswith(("_moved.py", "__init__.py"))) or "importlib" in file
+
+
+def tell(old: str, new: str) -> None:
+    """Warn whoever uses ``old``: the first line of code outside of this file and of the import system."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _internal(frame.f_code.co_filename):
+        frame = frame.f_back
+    message = f"quantlens: {old} is {new} now; quantlens {DROPPED} drops the old name"
+    where = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "")
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(message, DeprecationWarning, *where, registry=registry)
+
+
+def find(package: str, name: str) -> Any:
+    """``name`` of an old package, from where it is now. Raises ImportError for a removed name, else AttributeError."""
+    if f"{package}.{name}" in REMOVED:
+        raise ImportError(f"quantlens: {package}.{name}: {REMOVED[f'{package}.{name}']}")
+    if f"{package}.{name}" in RENAMED:
+        new = RENAMED[f"{package}.{name}"]
+        tell(f"{package}.{name}", new)
+        place, _, renamed = new.rpartition(".")
+        return getattr(import_module(place), renamed)
+    for place in PACKAGES.get(package, ()):
+        module = import_module(place)
+        if not name.startswith("_") and hasattr(module, name):
+            tell(f"{package}.{name}", f"{place}.{name}")
+            return getattr(module, name)
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+
+class _Alias(ModuleType):
+    """An old module: every attribute is the new module's."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        if name in PACKAGES:
+            self.__path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if self.__name__ in PACKAGES or f"{self.__name__}.{name}" in RENAMED:
+            return find(self.__name__, name)
+        return getattr(import_module(MODULES[self.__name__]), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__") or self.__name__ not in MODULES or f"{self.__name__}.{name}" in MODULES:
+            super().__setattr__(name, value)
+        else:
+            setattr(import_module(MODULES[self.__name__]), name, value)
+
+
+class _Finder:
+    """Finds old modules by their names; asked last, when nothing else was found."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name in REMOVED:
+            raise ModuleNotFoundError(f"quantlens: {name}: {REMOVED[name]}", name=name)
+        if name not in MODULES and name not in PACKAGES:
+            return None
+        return ModuleSpec(name, self, is_package=name in PACKAGES)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        if spec.name in MODULES:
+            tell(spec.name, MODULES[spec.name])
+        return _Alias(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing is to be run."""
+
+
+def install() -> None:
+    """Let old imports be found."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())  # type: ignore[arg-type]

@@ -1,0 +1,127 @@
+"""The public face: ``quantize``, ``allocate`` and ``inspect`` (the rest is re-exported from the rooms)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantlens.allocation import Allocation, is_target, parse_target
+from quantlens.allocation import allocate as choose_widths
+from quantlens.calibration import Calibration
+from quantlens.methods import registry
+from quantlens.methods.base import Progress
+from quantlens.models import Model, load_model
+from quantlens.qmodel import Bits, QuantizedModel
+from quantlens.sensitivity import Inspection
+from quantlens.sensitivity import inspect as inspect_parts
+
+
+def quantize(
+    model: Model | torch.nn.Module,
+    calibration: Any,
+    method: str = registry.DEFAULT,
+    bits: str | Path | Bits | Allocation | Mapping[str, Any] = "W8A8",
+    seed: int = 0,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> QuantizedModel:
+    """Quantize a float model after training.
+
+    model: from :func:`load_model`, or an ``nn.Module`` (images [B, 3, H, W] -> logits [B, K]).
+    calibration: float images [N, 3, H, W] prepared as the model wants them, an iterable of such batches, or a SOURCE;
+    32 is the usual number. bits: ``W4A8``-style or ``FP32``; for mixed precision a mapping from module names to widths
+    with a "default", ``MP6`` (widths chosen by :func:`allocate` for the size of W6A6), an Allocation, or the .json file
+    of one. options: the method's own (``quantlens methods`` lists them).
+
+    Returns a :class:`~quantlens.qmodel.QuantizedModel`. Raises QuantlensError subclasses on anything the caller
+    can mend.
+    """
+    model, wanted = _loaded(model, calibration), read_bits(bits)
+    allocation = None
+    if not isinstance(wanted, Bits):
+        registry.get(method).options(options)  # a mistake there is better told before the widths are chosen
+        calibration = Calibration.of(calibration, model.preprocess, device=model.device)
+        allocation = allocation_of(model, calibration, wanted, seed, progress=progress)
+        wanted = allocation.bits()
+    quantized = registry.get(method).apply(model, calibration, wanted, seed=seed, progress=progress, **options)
+    if allocation is not None:
+        quantized.plan.notes["allocation"] = allocation.summary()
+    return quantized
+
+
+def allocate(
+    model: Model | torch.nn.Module, calibration: Any, target: str | int = "MP6", **settings: Any
+) -> Allocation:
+    """Choose a width for the attention and the MLP of every block (mixed precision) under a budget.
+
+    model, calibration: as for :func:`quantize`. target: ``MP6``, ``W6A6`` or 6, the uniform model whose size is the
+    budget. settings: see :func:`quantlens.allocation.allocate`.
+
+    >>> allocation = ql.allocate(model, images, "MP6", sensitivity="nuclear-norm", front=True)  # doctest: +SKIP
+    >>> allocation.save("alloc.json")  # doctest: +SKIP
+    >>> ql.quantize(model, images, method="easyquant", bits=allocation)  # doctest: +SKIP
+    """
+    return choose_widths(_loaded(model, calibration), calibration, target, **settings)
+
+
+def inspect(
+    model: Model | torch.nn.Module,
+    images: Any,
+    bits: str | Path | Bits | Allocation | Mapping[str, Any] = "W8A8",
+    *,
+    seed: int = 0,
+    **settings: Any,
+) -> Inspection:
+    """Which layer hurts: what every site and every block does to the output when it alone is quantized, and the
+    statistics of its weights and activations.
+
+    model, images, bits: as for :func:`quantize`. settings: see :func:`quantlens.sensitivity.inspect`.
+
+    >>> found = ql.inspect(model, images, bits="W8A8")  # doctest: +SKIP
+    >>> found.ranked()[0].name  # doctest: +SKIP
+    'blocks.7.mlp.fc2'
+    """
+    model, wanted = _loaded(model, images), read_bits(bits)
+    if not isinstance(wanted, Bits):
+        images = Calibration.of(images, model.preprocess, device=model.device)
+        wanted = allocation_of(model, images, wanted, seed).bits()
+    return inspect_parts(model, images, wanted, seed=seed, **settings)
+
+
+def read_bits(bits: str | Path | Bits | Allocation | Mapping[str, Any]) -> Bits | Allocation | str:
+    """What ``bits`` says: widths, an allocation (of a .json file), or a target ``MP6`` to choose widths for. Raises
+    QuantlensError for anything else."""
+    if isinstance(bits, Allocation):
+        return bits
+    if is_target(bits):
+        return f"MP{parse_target(str(bits))}"
+    if isinstance(bits, Path) or (isinstance(bits, str) and bits.endswith(".json")):
+        return Allocation.load(bits)
+    return Bits.parse(bits)
+
+
+def allocation_of(
+    model: Model, calibration: Any, bits: Allocation | str, seed: int, *, progress: Progress | None = None
+) -> Allocation:
+    """The allocation itself, or one made for a target such as ``MP6`` (nuclear norm, size), which the model keeps for
+    the next method on the same images. Raises QuantlensError for one that was made for another model."""
+    if isinstance(bits, Allocation):
+        bits.check(model)
+        return bits
+    images = Calibration.of(calibration, model.preprocess, device=model.device)
+    key = f"allocation {bits}, seed {seed}, images {images.fingerprint}"
+    if images.fingerprint is None or key not in model.derived:
+        model.derived[key] = choose_widths(model, images, bits, front=True, seed=seed, progress=progress)
+    return model.derived[key]
+
+
+def _loaded(model: Model | torch.nn.Module, calibration: Any) -> Model:
+    """A module as a Model, with the size of the calibration images."""
+    if isinstance(model, Model):
+        return model
+    size = tuple(calibration.shape[1:]) if isinstance(calibration, torch.Tensor) and calibration.dim() == 4 else None
+    return load_model(model, input_size=size)  # type: ignore[arg-type]

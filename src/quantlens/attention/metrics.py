@@ -1,0 +1,128 @@
+"""The metrics of attention drift, as tables and charts show them, and how they are read from results. What they are
+called and their units are in :data:`quantlens.metrics.METRICS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantlens.metrics import METRICS, Spread
+from quantlens.metrics.spread import number
+
+Summary = Mapping[str, Any]
+"""What :meth:`quantlens.attention.measure.Drift.summary` gives."""
+
+
+@dataclass(frozen=True)
+class DriftMetric:
+    """A metric of a drift summary, or a number derived from some.
+
+    name: its key in a summary and in METRICS. digits: decimals shown. floor, ceiling: limits of its axis. derived: how
+    it is computed where it is no key of a summary, in which case title, label (of its axis) and factor say what METRICS
+    says of the others.
+    """
+
+    name: str
+    digits: int = 3
+    floor: float | None = 0.0
+    ceiling: float | None = None
+    title: str = ""
+    label: str = ""
+    factor: float = 1.0
+    derived: Callable[[Summary], float | None] | None = None
+
+    def of(self, summary: Summary) -> float | None:
+        """The value in a summary, before ``factor``; None where there is none."""
+        return self.derived(summary) if self.derived else number(summary.get(self.name))
+
+
+def _metric(name: str, digits: int = 3, floor: float | None = 0.0, ceiling: float | None = None) -> DriftMetric:
+    """A metric with the title, label and factor of METRICS."""
+    known = METRICS[name]
+    title = known.heading[0].upper() + known.heading[1:]
+    return DriftMetric(name, digits, floor, ceiling, title, known.label, known.factor)
+
+
+def _rank_distance(summary: Summary) -> float | None:
+    value = number(summary.get("rollout_spearman"))
+    return None if value is None else 1 - value
+
+
+def _outlier_change(summary: Summary) -> float | None:
+    here, there = number(summary.get("outliers")), number(summary.get("outliers_fp32"))
+    return None if here is None or there is None else abs(here - there)
+
+
+RANK = _metric("rollout_spearman", 3, None, 1.0)
+OVERLAP = _metric("rollout_overlap", 1)
+CENTRE = _metric("centre_movement", 1)
+KL = _metric("row_kl")
+OUTLIERS = _metric("outliers", 1)
+CHANGED = _metric("prediction_changed", 1)
+OUTPUT_KL = _metric("output_kl")
+
+TABLED = (
+    RANK,
+    OVERLAP,
+    CENTRE,
+    KL,
+    _metric("row_cosine"),
+    _metric("entropy_change", 3, None),
+    _metric("outlier_overlap", 1),
+    CHANGED,
+    _metric("confidence_change", 1, None),
+    OUTPUT_KL,
+)
+"""The tables of a report, after that of the outlier tokens."""
+
+CAUSES = (
+    DriftMetric(
+        "rank_distance",
+        title="1 − rollout rank correlation",
+        label="1 − rollout rank correlation",
+        derived=_rank_distance,
+    ),
+    KL,
+    DriftMetric("centre_movement", title="Centre of mass moved", label="share of the diagonal"),
+    DriftMetric(
+        "outlier_change",
+        1,
+        title="Outlier tokens, change of their number",
+        label="outlier tokens per image, change",
+        derived=_outlier_change,
+    ),
+    OUTPUT_KL,
+)
+"""What may go with the change of AUPR-out; the last is not attention, and stands there to compare."""
+
+MEASURED = (
+    *("rollout_spearman", "rollout_overlap", "row_cosine", "row_kl", "centre_movement", "outliers", "outlier_overlap"),
+    *("prediction_changed", "output_kl"),
+)
+OF_MAPS = ("map_spearman", "map_overlap", "map_movement")
+"""Of maps other than rollout, in place of these:"""
+OF_ROLLOUT = ("rollout_spearman", "rollout_overlap", "centre_movement")
+
+
+def columns_of(summary: Summary) -> list[str]:
+    """Names of the metrics of a summary that a table of one image set shows."""
+    other = [name for name in OF_MAPS if name in summary]
+    return [name for name in MEASURED if name in summary and not (other and name in OF_ROLLOUT)] + other
+
+
+WHERE = {"id": "ID images", "ood": "OOD images, mean of the sets"}
+
+
+def summaries(result: Mapping[str, Any] | None, where: str) -> list[Summary]:
+    """The drift summaries of a study's result: that of the ID images ("id") or those of all OOD sets ("ood")."""
+    attention = (result or {}).get("attention")
+    found = attention.get(where) if isinstance(attention, Mapping) else None
+    parts = [found] if where == "id" else list(found.values()) if isinstance(found, Mapping) else []
+    return [p for p in parts if isinstance(p, Mapping)]
+
+
+def value_in(result: Mapping[str, Any] | None, where: str, metric: DriftMetric) -> float | None:
+    """A metric of a study's result; on OOD images the mean over their sets."""
+    spread = Spread.of(metric.of(s) for s in summaries(result, where))
+    return None if spread is None else spread.mean

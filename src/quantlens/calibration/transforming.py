@@ -1,0 +1,89 @@
+"""Exact transforms whose amounts are measured on calibration images: outlier channels, means of channels, pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlens.calibration.images import Calibration
+from quantlens.calibration.passes import CalibrationPass, EdgeView
+from quantlens.graph import Edge, Graph
+from quantlens.transforms.mean_subtraction import MeanSubtraction
+from quantlens.transforms.outlier_channels import RATIO, outlier_candidates, outlier_channels, split_outliers
+from quantlens.transforms.pixels import pixel_readers, read_pixels
+
+NEAR = 1e-3
+"""Images whose values lie this far (in units of 0 … 1) outside of a picture's, or off its 256 values, are none."""
+
+
+def find_outlier_channels(graph: Graph, calibration: Calibration, ratio: float = RATIO) -> dict[str, Tensor]:
+    """Outlier input channels of linear layers after activation functions: site name -> int64 [m]. One pass."""
+    sites = {site.edges["input"].key: site for site in outlier_candidates(graph)}
+    found: dict[str, Tensor] = {}
+
+    def on_edge(edge: Edge, view: EdgeView) -> None:
+        seen = view(axis=-1)
+        channels = outlier_channels(torch.maximum(seen.high.abs(), seen.low.abs()), ratio)
+        if len(channels):
+            found[sites[edge.key].name] = channels
+
+    CalibrationPass(graph, calibration, sequential=False).run([s.edges["input"] for s in sites.values()], on_edge)
+    return found
+
+
+def split_outlier_channels(graph: Graph, calibration: Calibration, ratio: float = RATIO) -> list[str]:
+    """Split every layer that :func:`find_outlier_channels` finds; returns one sentence per layer."""
+    return split_outliers(graph, find_outlier_channels(graph, calibration, ratio))
+
+
+def channel_means(graph: Graph, calibration: Calibration, keys: Iterable[str]) -> dict[str, Tensor]:
+    """Mean of every channel (last dimension) of these edges over all images and tokens: key -> float64 [C]. One pass in
+    float."""
+    wanted, sums, counts = set(keys), dict[str, Tensor](), dict[str, int]()
+
+    def hook(key: str, value: Tensor) -> Tensor:
+        if key in wanted:
+            part = value.flatten(0, -2).sum(0, dtype=torch.float64)
+            sums[key] = sums[key] + part if key in sums else part
+            counts[key] = counts.get(key, 0) + value.numel() // value.shape[-1]
+        return value
+
+    nodes = [node for node in graph.fx.nodes if node.op == "call_function"]
+    for chunk in calibration:
+        graph.run(nodes, {graph.input: chunk}, hook=hook, keep=[graph.output])
+    return {key: total / counts[key] for key, total in sums.items()}
+
+
+def subtract_means(
+    graph: Graph, calibration: Calibration, also: Iterable[str] = ()
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Take means of channels out wherever the graph proves it exact. Returns one sentence, or nothing where there is
+    nothing; and the means of the edges ``also``, found in the same pass (float64 [C] each)."""
+    places, others = MeanSubtraction.find(graph), list(also)
+    means = channel_means(graph, calibration, (*places.edges, *others))
+    return places.apply(graph, means), {key: means[key] for key in others}
+
+
+def read_as_pixels(graph: Graph, preprocess: Any, calibration: Calibration) -> list[str]:
+    """Let the convolutions that read the image read pixel/255; returns the keys of their input edges, none where that
+    would not be exact or the calibration images are no normalised pictures (random tensors, synthetic images).
+
+    preprocess: mean and std per channel, in units of 0 … 1.
+    """
+    readers = pixel_readers(graph, len(preprocess.mean))
+    if not readers or not _are_pictures(preprocess, calibration):
+        return []
+    return read_pixels(graph, readers, preprocess.mean, preprocess.std)
+
+
+def _are_pictures(preprocess: Any, calibration: Calibration) -> bool:
+    """Whether every value is one of a picture's 256."""
+    for images in calibration:
+        mean, std = (images.new_tensor(v).view(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
+        pixels = (images * std + mean) * 255
+        if not bool(((pixels - pixels.round().clamp(0, 255)).abs() < 255 * NEAR).all()):
+            return False
+    return True

@@ -1,0 +1,220 @@
+"""What an evaluation found, as a dataclass and as plain data that is valid JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quantlens.errors import QuantlensError
+from quantlens.files import write_whole
+from quantlens.metrics import METRICS, change, metric_of, names_of
+
+if TYPE_CHECKING:
+    from quantlens.evaluation.outputs import Outputs
+
+NOT_STORED = frozenset({"extra", "outputs"})
+"""Fields of a Result that are no keys of its dictionary."""
+COMPUTED = frozenset({"change", "delta"})
+"""Keys that are computed and never read: `delta` had the opposite sign (FP32 - quantized) in earlier releases."""
+
+
+@dataclass
+class Result:
+    """Everything measured on one model; all rates are fractions. `to_dict()` is the stable form (see the README).
+
+    `fp32` holds the metrics of the FP32 model on the same images; `change` is computed from them.
+    """
+
+    model: str
+    checkpoint_sha256: str | None
+    method: str
+    bits: str
+    seed: int
+    size_mb: float | None
+    size_ratio: float | None
+    num_parameters: int | None
+    options: dict[str, Any]
+    calibration: dict[str, Any] | None
+    preprocess: dict[str, Any] | None
+    environment: dict[str, Any]
+    id: dict[str, Any]
+    fit: dict[str, Any] | None = None
+    ood: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ood_mean: dict[str, dict[str, Any]] = field(default_factory=dict)
+    histograms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores_unavailable: dict[str, str] = field(default_factory=dict)
+    fp32: dict[str, Any] | None = None
+    guard: dict[str, Any] | None = None
+    """How often the OOD threshold of an exported file is right (`export.threshold.guard_figures`); None without one."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Keys of a newer quantlens, kept as they are."""
+    outputs: Outputs | None = field(default=None, repr=False, compare=False)
+    """What the model gave on every image, where it was asked for; no part of `to_dict()`."""
+
+    @property
+    def change(self) -> dict[str, Any] | None:
+        """Each metric less the same metric at FP32, {"id", "ood", "ood_mean"}; None without an FP32 model."""
+        return None if self.fp32 is None else change(metrics_only(vars(self)), self.fp32)
+
+    @property
+    def delta(self) -> dict[str, Any] | None:
+        """An earlier name of `change`, with the opposite sign (FP32 - quantized)."""
+        warnings.warn(
+            "Result.delta is Result.change now, with the opposite sign (quantized - FP32); quantlens 0.4 drops the old "
+            "name",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return None if self.fp32 is None else change(self.fp32, metrics_only(vars(self)))
+
+    @property
+    def title(self) -> str:
+        """ "digits-vit minmax W4A4, seed 0"."""
+        what = f"{self.method} {self.bits}, seed {self.seed}" if self.method != "fp32" else self.bits
+        return f"{self.model} {what}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that is valid JSON: numbers are Python's, and a metric that is not finite is null."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in NOT_STORED]
+        return plain({**self.extra, **{name: getattr(self, name) for name in names}, "change": self.change})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Result:
+        """The inverse of `to_dict`. Raises QuantlensError when a key that every result has is missing."""
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in NOT_STORED}
+        known = {k: v for k, v in data.items() if k in fields}
+        extra = {k: v for k, v in data.items() if k not in fields and k not in COMPUTED}
+        try:
+            return cls(**known, extra=extra)
+        except TypeError as error:
+            missing = sorted(
+                name
+                for name, f in fields.items()
+                if name not in known and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            )
+            raise QuantlensError(f"this is no result of quantlens: it lacks {', '.join(missing) or error}") from None
+
+    def compare(self, reference: Result) -> None:
+        """Set `fp32` from the FP32 Result on the same images. Raises QuantlensError for one of other
+        images, or of a quantized model."""
+        check_same_images(reference, self.id, self.ood)
+        self.set_reference(reference.to_dict())
+
+    def set_reference(self, reference: Mapping[str, Any]) -> None:
+        """Set `fp32` from the parts "id", "ood" and "ood_mean" of the FP32 model's result."""
+        self.fp32 = metrics_only(reference)
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of one row: what the model is, then every number under its path ("id.top1", …). Raises
+        UnsupportedError where pandas is not installed."""
+        from quantlens.evaluation.flat import frame, row
+
+        data = self.to_dict()
+        return frame([row(data, data)])
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict()` as JSON; the file is there whole or not at all."""
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    def __str__(self) -> str:
+        """What was measured and on what, in a few lines; the tables are `quantlens evaluate`'s."""
+        lines = [*summary(self), ", ".join(_words(name, self.id) for name in names_of("classification"))]
+        score = next((key for entry in self.ood.values() for key, v in entry.items() if isinstance(v, Mapping)), None)
+        if score is not None:
+            sets = (f"{name} {_words('aupr_out', entry[score], '')}" for name, entry in self.ood.items())
+            lines.append(f"{METRICS['aupr_out'].title} by {score}: {', '.join(sets)}")
+        if self.guard is not None:
+            shares = {"ID": 1 - self.guard["id"]["kept"]} | {n: e["flagged"] for n, e in self.guard["ood"].items()}
+            flagged = METRICS["flagged"]
+            lines.append(f"{flagged.title}: {', '.join(f'{n} {flagged.text(v)} %' for n, v in shares.items())}")
+        return "\n".join(lines)
+
+
+def _words(name: str, values: Mapping[str, Any], title: str | None = None) -> str:
+    """ "top-1 98.25 %"."""
+    metric = METRICS[name]
+    return f"{metric.title if title is None else title} {metric.text(values.get(name))} {metric.unit}".strip()
+
+
+def summary(result: Result) -> list[str]:
+    """A line that says what the model is, and one that says what the ID images are."""
+    quantized = result.method != "fp32"
+    name = result.title
+    size = "" if result.size_mb is None else f", {result.size_mb:.2f} MB"
+    ratio = f" ({result.size_ratio:.3f} of FP32)" if quantized and result.size_ratio is not None else ""
+    skipped = f", {result.id['skipped']} skipped" if result.id.get("skipped") else ""
+    return [f"{name}{size}{ratio}", f"ID {result.id.get('source')}: {result.id.get('n')} images{skipped}"]
+
+
+def title_of(path: str) -> str:
+    """A metric by its path in a result: "ood_mean.far.msp.auroc" -> "AUROC % ↑, mean far, msp"."""
+    heading, parts = metric_of(path).heading, path.split(".")
+    if parts[0] not in ("ood", "ood_mean"):
+        return heading
+    return f"{heading}, {'mean ' if parts[0] == 'ood_mean' else ''}{'.'.join(parts[1:-2])}, {parts[-2]}"
+
+
+def metrics_only(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of which the change by quantization is taken: {"id", "ood", "ood_mean"}, no counts, no tables."""
+
+    def chosen(entry: Mapping[str, Any], family: str) -> dict[str, Any]:
+        return {name: entry[name] for name in names_of(family) if name in entry}
+
+    def by_score(part: str) -> dict[str, Any]:
+        return {
+            name: {score: chosen(value, "ood") for score, value in entry.items() if isinstance(value, Mapping)}
+            for name, entry in (result.get(part) or {}).items()
+        }
+
+    return {
+        "id": chosen(result.get("id") or {}, "classification"),
+        "ood": by_score("ood"),
+        "ood_mean": by_score("ood_mean"),
+    }
+
+
+def check_same_images(reference: Result, id_part: Mapping[str, Any], ood_part: Mapping[str, Any]) -> None:
+    """Raise QuantlensError unless a reference Result is of the FP32 model, and of the images that `images.describe`
+    describes here: those of the ID set, and of every OOD set by name."""
+    if reference.method != "fp32":
+        raise QuantlensError(
+            f"the reference is a result of {reference.method} at {reference.bits}; give the result of the FP32 model"
+        )
+    if reference.id.get("fingerprint") != id_part.get("fingerprint"):
+        raise QuantlensError(
+            f"the reference was measured on other ID images ({reference.id.get('source')}) than "
+            f"{id_part.get('source')}; measure the FP32 model on the same images"
+        )
+    for name, part in ood_part.items():
+        if reference.ood.get(name, {}).get("fingerprint") != part.get("fingerprint"):
+            raise QuantlensError(
+                f"the reference was not measured on the images of OOD set {name} ({part.get('source')}); measure the "
+                "FP32 model on the same images"
+            )
+
+
+def plain(value: Any) -> Any:
+    """Nested dicts, lists, strings and finite Python numbers; numpy values are unpacked, NaN becomes None."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)

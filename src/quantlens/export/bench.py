@@ -1,0 +1,257 @@
+"""Latency of exported models and what they are compared with: interleaved runs in one process, so that ratios hold
+though the machine's speed drifts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantlens.errors import QuantlensError
+from quantlens.export.exported import Artefact, files_of
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model at one batch size and thread count: milliseconds per batch (median, 10th and 90th percentile),
+    images per second, file size, memory that a loaded model that has run once holds (MB, 10⁶ bytes; None where not
+    measured),
+    ``speedup``: the baseline's median over this one's, and the fingerprint and runtime of what was timed."""
+
+    label: str
+    batch: int
+    threads: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    images_per_second: float
+    size_mb: float | None
+    memory_mb: float | None
+    speedup: float
+    fingerprint: str = ""
+    runtime: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time. make: threads -> function of images [B, 3, H, W] float32. path: its file, if it has one.
+    facts: what it is (see `Artefact.facts`)."""
+
+    label: str
+    make: Callable[[int], Callable[[np.ndarray], Any]]
+    path: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def contender(path: str | Path, label: str | None = None) -> Contender:
+    """An exported file."""
+    path = Path(path)
+
+    def make(threads: int) -> Callable[[np.ndarray], Any]:
+        return Artefact(path, threads=threads).run
+
+    return Contender(label or path.name, make, path, Artefact(path).facts())
+
+
+def eager(model: Any, label: str = "PyTorch eager FP32") -> Contender:
+    """The float model in PyTorch, as its author wrote it."""
+
+    def make(threads: int) -> Callable[[np.ndarray], Any]:
+        import torch
+
+        module = model.module.eval()
+
+        def run(images: np.ndarray) -> Any:
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                return module(torch.from_numpy(images))
+
+        return run
+
+    import torch
+
+    facts = {
+        "fingerprint": f"torch {model.checkpoint_sha256 or model.name}",
+        "file": None,
+        "runtime": f"torch {torch.__version__}",
+        "model": model.name,
+        "method": "fp32",
+        "bits": "FP32",
+        "seed": 0,
+        "checkpoint_sha256": model.checkpoint_sha256,
+        "size_mb": None,
+    }
+    return Contender(label, make, facts=facts)
+
+
+def bench(
+    contenders: Sequence[Contender],
+    *,
+    input_size: tuple[int, int, int],
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int] = (1,),
+    rounds: int = 30,
+    memory: bool = True,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Timing]:
+    """Time all contenders at every batch size and thread count; the first one is the baseline of the ratios.
+
+    Runs are interleaved: every round runs each contender once, in an order drawn anew. Two warm-up runs are not
+    counted. memory: that of each file, in a process of its own.
+    """
+    if not contenders:
+        raise QuantlensError("nothing to time: give at least one exported model")
+    generator = np.random.default_rng(seed)
+    held = {c.label: _memory(c.path) if memory and c.path else None for c in contenders}
+    total, done, found = len(batches) * len(threads) * rounds, 0, []
+    for count in threads:
+        runs = [c.make(count) for c in contenders]
+        for batch in batches:
+            images = generator.standard_normal((batch, *input_size), dtype=np.float32)
+            for run in runs:
+                run(images)
+                run(images)
+            times = np.zeros((len(runs), rounds))
+            for i in range(rounds):
+                for j in generator.permutation(len(runs)):
+                    start = time.perf_counter()
+                    runs[j](images)
+                    times[j, i] = time.perf_counter() - start
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            medians = np.median(times, axis=1)
+            for j, c in enumerate(contenders):
+                low, high = np.quantile(times[j], [0.1, 0.9])
+                size = None if c.path is None else _size(c.path)
+                found.append(
+                    Timing(
+                        c.label,
+                        batch,
+                        count,
+                        median_ms=float(1e3 * medians[j]),
+                        p10_ms=float(1e3 * low),
+                        p90_ms=float(1e3 * high),
+                        images_per_second=float(batch / medians[j]),
+                        size_mb=size,
+                        memory_mb=held[c.label],
+                        speedup=float(medians[0] / medians[j]),
+                        fingerprint=c.facts.get("fingerprint", ""),
+                        runtime=c.facts.get("runtime", ""),
+                    )
+                )
+    return found
+
+
+def float_files(model: Any, folder: Path) -> list[Contender]:
+    """The float model in ONNX Runtime and in OpenVINO, exported into ``folder``; what is not installed is left out."""
+    from quantlens.export.export import export
+
+    found = []
+    for name, label in (("fp32.onnx", "ONNX Runtime FP32"), ("fp32.xml", "OpenVINO FP32")):
+        try:
+            found.append(contender(export(model, folder / name), label))
+        except QuantlensError:
+            continue
+    return found
+
+
+def peers(model: Any, calibration: np.ndarray, folder: Path) -> list[Contender]:
+    """What the runtimes' own tools make of the float model at 8 bits: ONNX Runtime's static quantization with its
+    defaults, NNCF's transformer preset. What is not installed is left out. calibration: float32 [N, 3, H, W]."""
+    return [c for make in (_ort_static, _nncf) if (c := make(model, calibration, folder)) is not None]
+
+
+def _ort_static(model: Any, calibration: np.ndarray, folder: Path) -> Contender | None:
+    try:
+        import onnx
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    except ImportError:
+        return None
+    from quantlens.export.export import export
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.images = iter(calibration)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(self.images, None)
+            return None if image is None else {"images": image[None]}
+
+    source, target = export(model, folder / "peer-fp32.onnx"), folder / "onnxruntime-static.onnx"
+    quantize_static(source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+    made = onnx.load(target)
+    record = {p.key: p.value for p in onnx.load(source).metadata_props}
+    record["saturating"] = "true"
+    onnx.helper.set_model_props(made, record | {"plan": _peer_plan(record["plan"], "onnxruntime-static", calibration)})
+    onnx.save(made, target)
+    return contender(target, "ONNX Runtime static int8 (its defaults)")
+
+
+def _nncf(model: Any, calibration: np.ndarray, folder: Path) -> Contender | None:
+    try:
+        import nncf
+        import openvino
+    except ImportError:
+        return None
+    from quantlens.export.export import export
+
+    source = openvino.Core().read_model(export(model, folder / "peer-fp32.xml"))
+    data = nncf.Dataset([image[None] for image in calibration])
+    quantized = nncf.quantize(source, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration))
+    plan = source.get_rt_info(["quantlens", "plan"]).value
+    quantized.set_rt_info(_peer_plan(plan, "nncf-transformer", calibration), ["quantlens", "plan"])
+    quantized.set_rt_info("true", ["quantlens", "saturating"])
+    target = folder / "nncf.xml"
+    openvino.save_model(quantized, target, compress_to_fp16=False)
+    return contender(target, "NNCF int8 (transformer)")
+
+
+def _peer_plan(plan: str, method: str, calibration: np.ndarray) -> str:
+    """The float file's record (JSON) as that of what another tool made of it."""
+    made = {"method": method, "bits": "W8A8", "calibration": {"n": len(calibration)}}
+    return json.dumps(json.loads(plan) | made)
+
+
+def _size(path: Path) -> float:
+    return sum(f.stat().st_size for f in files_of(path)) / 1e6
+
+
+_MEMORY = """
+import sys, numpy, psutil
+from quantlens.export.exported import Artefact, _need
+_need("onnxruntime" if sys.argv[1].endswith(".onnx") else "openvino")
+before = psutil.Process().memory_full_info().uss
+artefact = Artefact(sys.argv[1], threads=1)
+artefact.run(numpy.zeros((1, *artefact.preprocess.input_size), numpy.float32))
+print((psutil.Process().memory_full_info().uss - before) / 1e6)
+"""
+
+
+def _memory(path: Path) -> float | None:
+    """MB of its own that a process holds after loading a file and running it once, above those of the imported
+    runtime; None where it cannot be measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = subprocess.run(
+            [sys.executable, "-c", _MEMORY, str(path.resolve())],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            check=False,
+        )
+    try:
+        return max(0.0, float(result.stdout.split()[-1]))
+    except (IndexError, ValueError):
+        return None

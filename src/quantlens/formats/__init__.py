@@ -1,0 +1,35 @@
+"""Number formats: x → integer codes → x̂, as value objects with their parameters."""
+
+from quantlens.formats.adalog import AdaLog
+from quantlens.formats.base import Quantizer, formats, restore, round_ste
+from quantlens.formats.group_scaled import BlockScaled
+from quantlens.formats.integer_ops import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax
+from quantlens.formats.log import Log
+from quantlens.formats.operators import Operator, restore_operator
+from quantlens.formats.power_of_two import PowerOfTwo
+from quantlens.formats.shifted_log import ShiftedLog
+from quantlens.formats.sqrt_softmax import SquaredRows
+from quantlens.formats.twin import Twin
+from quantlens.formats.uniform import Uniform, affine_parameters, symmetric_parameters
+
+__all__ = [
+    "AdaLog",
+    "BlockScaled",
+    "IntegerLayerNorm",
+    "Log",
+    "LogIntSoftmax",
+    "MaskedSoftmax",
+    "Operator",
+    "PowerOfTwo",
+    "Quantizer",
+    "ShiftedLog",
+    "SquaredRows",
+    "Twin",
+    "Uniform",
+    "affine_parameters",
+    "formats",
+    "restore",
+    "restore_operator",
+    "round_ste",
+    "symmetric_parameters",
+]

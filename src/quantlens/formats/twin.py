@@ -1,0 +1,140 @@
+"""Twin uniform quantization: two uniform ranges in one code of b bits (Yuan et al., ECCV 2022, section 3.2).
+
+One bit selects the range, b − 1 bits are the magnitude. Every value is coded in exactly one of the two ranges.
+
+split by magnitude (softmax outputs), M = 2ᵇ⁻¹ − 1:
+
+    range 1   Δ1·(0 … M) = [0, s]          code = magnitude
+    range 2   Δ2·(j … M) = (s, top]        code = 2ᵇ⁻¹ + magnitude,   j the first step beyond s
+
+with Δ2 = 2ᵐ·Δ1, so s = top·2⁻ᵐ; top = 1 for a softmax. Codes are unsigned, the highest bit selects. A value goes to
+the nearest level of the two ranges together: the boundary lies half way between s and j·Δ2. (With the boundary at s, as
+the paper draws it, what lies just above s would be rounded to a level below s, even to zero.)
+
+split by sign (GELU outputs):
+
+    range 1   Δ1·(−2ᵇ⁻¹ … −1)              negative values
+    range 2   Δ2·(0 … 2ᵇ⁻¹ − 1)            the others
+
+Codes are two's complement; the sign bit selects.
+
+``shift`` is m where Δ2 = 2ᵐ·Δ1: a product sums the two ranges' integers after a shift by m. It is required of the split
+by magnitude and may be missing (``None``) in the split by sign.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlens.errors import UnsupportedError
+from quantlens.formats.base import Quantizer, needs_grad
+
+MAGNITUDE, SIGN = "magnitude", "sign"
+
+
+class Twin(Quantizer):
+    """Twin uniform format per tensor.
+
+    steps: float32 [2], positive and finite: Δ1 and Δ2. split: what selects the range, "magnitude" or "sign". Raises
+    ValueError for steps that a split by magnitude cannot have (Δ2/Δ1 not a power of two, or less than 1),
+    UnsupportedError for one bit.
+    """
+
+    kind = "twin"
+    steps: Tensor
+
+    def __init__(self, steps: Tensor, bits: int, *, split: str):
+        if split not in (MAGNITUDE, SIGN):
+            raise ValueError(f"split {split!r}: a twin format splits by magnitude or sign")
+        super().__init__(bits, signed=split == SIGN)
+        if bits < 2:
+            raise UnsupportedError("a twin format needs at least 2 bits: one selects the range")
+        steps = torch.as_tensor(steps, dtype=torch.float32).detach().clone()
+        if steps.shape != (2,) or not bool(torch.isfinite(steps).all()) or not bool((steps > 0).all()):
+            raise ValueError("steps must be two positive finite numbers")
+        self.split = split
+        self.register_buffer("steps", steps)
+        self._one, self._two = (float(s) for s in steps)
+        self._half = 1 << (bits - 1)
+        shift = self.shift
+        if split == MAGNITUDE:
+            if shift is None or shift < 0:
+                raise ValueError("a split by magnitude needs a second step of 1, 2, 4 … times the first")
+            top = self._half - 1
+            self._first = (top >> shift) + 1
+            ends = (top * self._one, self._first * self._two)
+            self._boundary = math.inf if self._first > top else (ends[0] + ends[1]) / 2
+
+    @classmethod
+    def by_magnitude(cls, shift: int, bits: int, *, top: float = 1.0) -> Twin:
+        """For values in [0, top]: Δ2 = top/(2ᵇ⁻¹ − 1), Δ1 = Δ2·2^(−shift), ranges [0, s] and (s, top] with s =
+        top·2^(−shift)."""
+        two = torch.tensor(top, dtype=torch.float64) / (2 ** (bits - 1) - 1)
+        two = two.float()
+        return cls(torch.stack([two * 2.0**-shift, two]), bits, split=MAGNITUDE)
+
+    @classmethod
+    def by_sign(cls, negative: float | Tensor, positive: float | Tensor, bits: int) -> Twin:
+        """For values of both signs: a step for the negative ones and a step for the others."""
+        steps = [torch.as_tensor(s, dtype=torch.float32) for s in (negative, positive)]
+        return cls(torch.stack(steps), bits, split=SIGN)
+
+    @property
+    def shift(self) -> int | None:
+        """m if Δ2 = 2ᵐ·Δ1 exactly, else None."""
+        mantissa, exponent = math.frexp(self._two / self._one)
+        return exponent - 1 if mantissa == 0.5 else None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest value that the format holds."""
+        return (-self._half * self._one if self.split == SIGN else 0.0), (self._half - 1) * self._two
+
+    # -- the three verbs --------------------------------------------------------------------------------------------
+    def _magnitudes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of ``x`` in range 1 and in range 2, less the bit that selects, as float32."""
+        one, two = (x * (1.0 / self._one)).round_(), (x * (1.0 / self._two)).round_()
+        if self.split == SIGN:  # one of the two is 0
+            return one.clamp_(-self._half, 0), two.clamp_(0, self._half - 1)
+        return one.clamp_(0, self._half - 1), two.clamp_(self._first, self._half - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if needs_grad(x):
+            with torch.no_grad():
+                value = self.forward(x)
+                low, high = self.range
+                inside = ((x >= low) & (x <= high)).to(x.dtype)
+            return value + (x - x.detach()) * inside
+        one, two = self._magnitudes(x)
+        one, two = one.mul_(self._one), two.mul_(self._two)
+        return one.add_(two) if self.split == SIGN else torch.where(x > self._boundary, two, one)
+
+    def encode(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            one, two = self._magnitudes(x)
+            codes = one.add_(two) if self.split == SIGN else torch.where(x > self._boundary, two.add_(self._half), one)
+            return codes.to(self.code_dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        codes = codes.to(torch.int32)
+        if self.split == SIGN:
+            return codes.float() * torch.where(codes < 0, self._one, self._two)
+        second = codes >= self._half
+        return (codes - self._half * second).float() * torch.where(second, self._two, self._one)
+
+    # -- plain data -------------------------------------------------------------------------------------------------
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "split": self.split}
+
+    @classmethod
+    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Twin:
+        return cls(tensors["steps"], config["bits"], split=config["split"])
+
+    def extra_repr(self) -> str:
+        shift = self.shift
+        ratio = f"shift {shift}" if shift is not None else f"steps 1:{self._two / self._one:.3g}"
+        return f"{super().extra_repr()}, split by {self.split}, {ratio}"

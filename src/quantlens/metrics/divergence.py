@@ -1,0 +1,32 @@
+"""How far two distributions, or a signal and its quantized form, are apart; of torch tensors, with gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor, nn
+
+Reduction = Literal["none", "sum", "mean"]
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor, reduction: Reduction = "none") -> Tensor:
+    """KL(p ‖ q) in nats of log-probabilities [B, K], in their dtype.
+
+    reduction: "none" gives every row's [B], at least 0; "sum" and "mean" reduce over the rows.
+    """
+    if reduction == "none":
+        terms = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True)
+        return terms.sum(-1).clamp_min(0)
+    name = "batchmean" if reduction == "mean" else reduction
+    return nn.functional.kl_div(log_q, log_p, reduction=name, log_target=True)
+
+
+def kl_of_logits(reference: Tensor, other: Tensor, reduction: Reduction = "none") -> Tensor:
+    """KL(softmax(reference) ‖ softmax(other)) of logits [B, K], as :func:`kl_divergence`."""
+    return kl_divergence(reference.log_softmax(-1), other.log_softmax(-1), reduction)
+
+
+def sqnr_db(signal: float, noise: float) -> float | None:
+    """Signal over quantization noise, 10·log₁₀(Σ x² / Σ (x − x̂)²), from the two sums; None where one of them is 0."""
+    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None

@@ -1,0 +1,63 @@
+"""Scores that say how in-distribution an image looks: larger = more in-distribution, float64 throughout.
+
+Notation: logits f in R^K, softmax p, penultimate features h in R^D (the input of the classifier), classifier
+weight W [K, D] and bias b [K], so that f = W h + b. *Fit images* are stated ID images of which the statistics
+are taken; they are never the images scored, and they are run through the very model that is scored (for a
+quantized model, the quantized one).
+
+Each score is a pure function of arrays. Those that need statistics have a small fitted class on top, whose
+`fit` takes `FitData` and which is called as `scorer(logits, features)`. `make_scorer` builds any score by
+name; `register_score` adds one. Departures from the papers are data in `available_scores()`.
+"""
+
+# Scores are listed to people in the order of these imports.
+# isort: off
+from quantlens.metrics.ood_scores.base import FitData, LogitScorer, Scorer, l2_normalise
+from quantlens.metrics.ood_scores.registry import ScoreInfo, available_scores, make_scorer, register_score, score_label
+from quantlens.metrics.ood_scores.logits import energy, entropy, gen, maxlogit, msp
+from quantlens.metrics.ood_scores.neighbours import KNNScorer, knn
+from quantlens.metrics.ood_scores.vim import ViMScorer, vim, vim_dimension
+from quantlens.metrics.ood_scores.mahalanobis import (
+    WELL_DETERMINED,
+    MahalanobisScorer,
+    class_means,
+    ledoit_wolf,
+    mahalanobis,
+    relative_mahalanobis,
+    tied_covariances,
+    whitening,
+)
+from quantlens.metrics.ood_scores.react import ReActScorer, react
+# isort: on
+
+__all__ = [
+    "WELL_DETERMINED",
+    "FitData",
+    "KNNScorer",
+    "LogitScorer",
+    "MahalanobisScorer",
+    "ReActScorer",
+    "ScoreInfo",
+    "Scorer",
+    "ViMScorer",
+    "available_scores",
+    "class_means",
+    "energy",
+    "entropy",
+    "gen",
+    "knn",
+    "l2_normalise",
+    "ledoit_wolf",
+    "mahalanobis",
+    "make_scorer",
+    "maxlogit",
+    "msp",
+    "react",
+    "register_score",
+    "relative_mahalanobis",
+    "score_label",
+    "tied_covariances",
+    "vim",
+    "vim_dimension",
+    "whitening",
+]

@@ -1,0 +1,128 @@
+"""Every metric by its key in a result: what it is called, its unit, and which direction is better. Whatever shows a
+metric (a table, a plot, a comparison, a page of the docs) asks here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Direction = Literal["higher", "lower"] | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric as people read it.
+
+    name: its key in a result. title: without the unit. unit: "%" means that the value is a fraction and is shown times
+    100, its changes in points. direction: which is better, None where neither is. family: what it belongs to.
+    digits: decimals in a table. resampled: whether the bootstrap gives it an interval.
+    """
+
+    name: str
+    title: str
+    unit: str = ""
+    direction: Direction = None
+    family: str = ""
+    digits: int = 3
+    resampled: bool = False
+
+    @property
+    def percent(self) -> bool:
+        """Whether its values are fractions that are shown as percentages."""
+        return self.unit == "%"
+
+    @property
+    def factor(self) -> float:
+        """What a value is multiplied with to be shown."""
+        return 100.0 if self.percent else 1.0
+
+    @property
+    def sign(self) -> int:
+        """+1 where higher is better, -1 where lower is, 0 where neither is."""
+        return {"higher": 1, "lower": -1}.get(self.direction or "", 0)
+
+    @property
+    def arrow(self) -> str:
+        """ "↑" where higher is better, "↓" where lower is, "" where neither is."""
+        return {"higher": "↑", "lower": "↓"}.get(self.direction or "", "")
+
+    @property
+    def label(self) -> str:
+        """Title and unit: "top-1 %". Nats are not written, as every quantity of information is in them."""
+        return f"{self.title} {self.unit}" if self.unit not in ("", "nats") else self.title
+
+    @property
+    def heading(self) -> str:
+        """The label with the better direction: "top-1 % ↑"."""
+        return f"{self.label} {self.arrow}".rstrip()
+
+    @property
+    def change_unit(self) -> str:
+        """The unit of a difference: "points" of percentages."""
+        return "points" if self.percent else self.unit
+
+    def text(self, value: Any, sign: str = "") -> str:
+        """A value as it is shown, without its unit; "–" for None. sign: "+" for a difference."""
+        return "–" if value is None else f"{value * self.factor:{sign}.{self.digits}f}"
+
+
+def _percent(name: str, title: str, direction: Direction, family: str, resampled: bool = False) -> Metric:
+    return Metric(name, title, "%", direction, family, digits=2, resampled=resampled)
+
+
+_ALL = (
+    _percent("top1", "top-1", "higher", "classification", True),
+    _percent("top5", "top-5", "higher", "classification", True),
+    Metric("nll", "NLL", "nats", "lower", "classification", resampled=True),
+    _percent("ece", "ECE", "lower", "classification", True),
+    _percent("ece_adaptive", "adaptive ECE", "lower", "classification"),
+    Metric("brier", "Brier", "", "lower", "classification", resampled=True),
+    _percent("aupr_out", "AUPR-out", "higher", "ood", True),
+    _percent("aupr_in", "AUPR-in", "higher", "ood"),
+    _percent("auroc", "AUROC", "higher", "ood", True),
+    _percent("fpr95_id", "FPR@95 (ID kept)", "lower", "ood", True),
+    _percent("fpr95_ood", "FPR@95 (OOD caught)", "lower", "ood", True),
+    _percent("chance_aupr_out", "chance AUPR-out", None, "chance"),
+    _percent("chance_aupr_in", "chance AUPR-in", None, "chance"),
+    _percent("kept", "looks known", "higher", "threshold"),
+    _percent("flagged", "looks unknown", "higher", "threshold"),
+    _percent("balanced_accuracy", "balanced accuracy", "higher", "threshold"),
+    Metric("size_mb", "size", "MB", "lower", "size", digits=2),
+    _percent("size_ratio", "size of FP32's", "lower", "size"),
+    Metric("sqnr_db", "SQNR", "dB", "higher", "sensitivity", digits=1),
+    Metric("kl", "KL", "nats", "lower", "sensitivity"),
+    _percent("changed", "predictions changed", "lower", "sensitivity"),
+    Metric("rollout_spearman", "rollout rank correlation", "", "higher", "attention"),
+    _percent("rollout_overlap", "rollout top-10 % overlap", "higher", "attention"),
+    _percent("centre_movement", "centre of mass moved, of the diagonal", "lower", "attention"),
+    Metric("map_spearman", "map rank correlation", "", "higher", "attention"),
+    _percent("map_overlap", "map top-10 % overlap", "higher", "attention"),
+    _percent("map_movement", "centre of mass moved, of the diagonal", "lower", "attention"),
+    Metric("row_cosine", "attention rows cosine", "", "higher", "attention"),
+    Metric("row_kl", "attention rows KL", "nats", "lower", "attention"),
+    Metric("entropy_change", "attention rows entropy change", "nats", None, "attention"),
+    Metric("outliers", "outlier tokens per image", "", None, "attention", digits=2),
+    Metric("large_tokens", "large tokens per image", "", None, "attention", digits=2),
+    _percent("outlier_overlap", "outlier positions overlap", "higher", "attention"),
+    _percent("prediction_changed", "predictions changed", "lower", "attention"),
+    _percent("confidence_change", "confidence change", None, "attention"),
+    Metric("output_kl", "class probabilities KL", "nats", "lower", "attention"),
+    Metric("median_ms", "latency", "ms", "lower", "speed", digits=2),
+    Metric("images_per_second", "throughput", "images/s", "higher", "speed", digits=1),
+    Metric("memory_mb", "memory", "MB", "lower", "speed", digits=0),
+)
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+"""Metrics by name, in the order in which they are shown."""
+
+
+def metric_of(path: str) -> Metric:
+    """The metric that a path in a result ends in ("ood.textures.msp.auroc"); one without unit and direction where it is
+    not known, as a result may be of another program."""
+    name = path.rpartition(".")[2]
+    return METRICS.get(name) or Metric(name, name)
+
+
+def names_of(family: str, *, resampled: bool = False) -> tuple[str, ...]:
+    """Names of a family's metrics; resampled: only those that the bootstrap gives an interval."""
+    return tuple(m.name for m in METRICS.values() if m.family == family and (m.resampled or not resampled))

@@ -1,0 +1,218 @@
+"""A quantized model: a graph and the plan that it follows. Simulation, checkpoint, export, study and report read the
+same two."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from quantlens.errors import UnknownNameError
+from quantlens.formats.base import Quantizer
+from quantlens.graph.capture import graph_of
+from quantlens.graph.graph import Graph
+from quantlens.graph.sites import Edge
+from quantlens.qmodel.plan import FP32, Plan, Provenance
+from quantlens.qmodel.simulation import classifier_of, simulate
+
+MB = 1_000_000
+
+CACHED = 4 << 20
+"""Bytes of the largest activation that a CPU may work on at once: larger ones leave its cache between operations."""
+
+
+class Outputs(NamedTuple):
+    """What a model gives for a batch: logits [B, K]; features [B, D] that the classifier reads, or None."""
+
+    logits: Tensor
+    features: Tensor | None
+
+
+class QuantizedModel(nn.Module):
+    """A graph simulated under a plan. ``qmodel(images)`` gives logits [B, K].
+
+    Weights are quantized once, when the simulation is built; activations pass through their quantizers in every
+    forward.
+
+    graph: the FP32 graph after the plan's rewrites. plan: see :class:`Plan`. preprocess: how images become its input.
+    reference: the FP32 model it was made from, or None (a model read from a file does not have it).
+    """
+
+    def __init__(self, graph: Graph, plan: Plan, *, preprocess: Any, reference: Any = None):
+        super().__init__()
+        unknown = [key for key in plan.quantizers if key not in graph.sites.edges]
+        if unknown:
+            raise UnknownNameError("quantization site edge", unknown[0], graph.sites.edges)
+        self.graph = graph
+        self.plan = plan
+        absent = [name for name in plan.operators if name not in graph.sites]
+        if absent:
+            raise UnknownNameError("quantization site", absent[0], [site.name for site in graph.sites])
+        self.quantizers = nn.ModuleList(plan.quantizers.values())
+        self.operators = nn.ModuleList(plan.operators.values())
+        self.preprocess = preprocess
+        self._reference = [reference]  # in a list: not a submodule
+        self._simulation: list[fx.GraphModule | None] = [None]
+        self.eval()
+
+    # -- running ----------------------------------------------------------------------------------------------------
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] float32, normalised -> logits [B, K]."""
+        return self.simulation()(images)[0]
+
+    def outputs(self, images: Tensor) -> Outputs:
+        """Logits and the features that the classifier reads (before its own input quantizer)."""
+        return Outputs(*self.simulation()(images))
+
+    def simulation(self) -> fx.GraphModule:
+        """The graph with weights replaced by their quantized values and quantizers on the other edges (built once)."""
+        if self._simulation[0] is None:
+            self._simulation[0] = simulate(self.graph, self.plan.quantizers, self.plan.operators)
+        return self._simulation[0]
+
+    def classifier(self) -> tuple[Tensor, Tensor] | None:
+        """Weight [K, D] and bias [K] of the classifier as quantized, on the features of :meth:`outputs`; None if it
+        has none."""
+        return classifier_of(self.graph, self.plan.quantizers)
+
+    # -- what it is -------------------------------------------------------------------------------------------------
+    @property
+    def reference(self) -> Any:
+        return self._reference[0]
+
+    @property
+    def provenance(self) -> Provenance:
+        """Who made it, out of what, on which images."""
+        return self.plan.provenance
+
+    @property
+    def name(self) -> str:
+        return self.provenance.model
+
+    @property
+    def method(self) -> str:
+        return self.provenance.method
+
+    @property
+    def bits(self) -> str:
+        return self.provenance.bits
+
+    @property
+    def seed(self) -> int:
+        return self.provenance.seed
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.provenance.options)
+
+    @property
+    def calibration(self) -> Mapping[str, Any] | None:
+        return self.provenance.calibration
+
+    @property
+    def checkpoint_sha256(self) -> str | None:
+        return self.provenance.checkpoint_sha256
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.provenance.class_names
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.graph.output.meta["shape"][-1])
+
+    @property
+    def num_parameters(self) -> int:
+        return self.graph.num_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        return self.graph.device
+
+    @property
+    def images_together(self) -> int | None:
+        """How many images are fastest in one forward pass: those whose largest activation stays within :data:`CACHED`
+        on a CPU (at least 1), None for as many as memory holds elsewhere."""
+        if self.device.type != "cpu":
+            return None
+        shapes = (n.meta.get("shape") or () for n in self.graph.fx.nodes if n.op == "call_function")
+        largest = max((math.prod(d for d in shape if d is not None) for shape in shapes), default=1)
+        return max(1, CACHED // (4 * max(largest, 1)))
+
+    @property
+    def size_mb(self) -> float:
+        """Megabytes (10⁶ bytes) of the packed model: integer codes at their width, scales, what stays in float."""
+        return self.size_bytes() / MB
+
+    @property
+    def size_ratio(self) -> float:
+        """Packed size over FP32 size."""
+        return self.size_bytes() / (4 * self.num_parameters)
+
+    def size_bytes(self) -> int:
+        total = sum(t.numel() * t.element_size() for t in self.graph.tensors().values())
+        for edge, quantizer in self.weight_edges():
+            weight = self.graph.tensor(str(edge.value.target))
+            total += -(-weight.numel() * quantizer.bits // 8) - weight.numel() * weight.element_size()
+        return total + sum(t.numel() * t.element_size() for q in self._parts() for t in q.tensors().values())
+
+    def _parts(self) -> list[Any]:
+        return [*self.plan.quantizers.values(), *self.plan.operators.values()]
+
+    def weight_edges(self) -> list[tuple[Edge, Quantizer]]:
+        """Edges of quantized weights with their quantizers, in graph order."""
+        edges = self.graph.sites.edges
+        return [(edges[k], q) for k, q in self.plan.quantizers.items() if edges[k].is_weight]
+
+    # -- moving, saving -----------------------------------------------------------------------------------------------
+    def to(self, *args: Any, **kwargs: Any) -> QuantizedModel:
+        super().to(*args, **kwargs)
+        self.graph.to(*args, **kwargs)
+        self._simulation[0] = None
+        return self
+
+    def save(self, path: Any) -> Any:
+        """Write the packed checkpoint; the same as :func:`quantlens.save`."""
+        from quantlens.qmodel.checkpoint import save
+
+        return save(self, path)
+
+    def __deepcopy__(self, memo: dict) -> QuantizedModel:
+        plan = Plan(
+            {k: copy.deepcopy(q, memo) for k, q in self.plan.quantizers.items()},
+            list(self.plan.rewrites),
+            copy.deepcopy(self.plan.notes),
+            {k: copy.deepcopy(o, memo) for k, o in self.plan.operators.items()},
+            self.plan.provenance,
+        )
+        return QuantizedModel(self.graph.clone(), plan, preprocess=self.preprocess, reference=self.reference)
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, {self.method}, {self.bits}, {self.size_mb:.2f} MB"
+
+
+def float_model(model: Any) -> QuantizedModel:
+    """A loaded FP32 model as a QuantizedModel with an empty plan (method "fp32"), so that it is run and measured the
+    same way. It shares the model's graph and is to be read; ``float_copy`` makes one to hand out.
+
+    model: :class:`quantlens.models.Model` (captured once and kept on it) or a QuantizedModel, returned as it is.
+    """
+    if isinstance(model, QuantizedModel):
+        return model
+    if "float_model" not in model.derived:
+        model.derived["float_model"] = _float(model, graph_of(model))
+    return model.derived["float_model"]
+
+
+def float_copy(model: Any) -> QuantizedModel:
+    """As :func:`float_model`, with a graph and a plan of its own: whatever is done to it, ``model`` stays as it is."""
+    return _float(model, graph_of(model).clone())
+
+
+def _float(model: Any, graph: Graph) -> QuantizedModel:
+    plan = Plan(provenance=Provenance.of(model, method="fp32", bits=FP32))
+    return QuantizedModel(graph, plan, preprocess=model.preprocess)

@@ -1,0 +1,129 @@
+"""The simulation of a plan: the FP32 graph with quantized weights, quantizers on its edges and integer operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from quantlens.formats.base import Quantizer
+from quantlens.formats.operators import Operator
+from quantlens.graph.graph import Graph, put_tensor, replace_argument, with_features
+from quantlens.graph.sites import Edge, classifier_terms
+
+
+def simulate(
+    graph: Graph,
+    quantizers: Mapping[str, Quantizer],
+    operators: Mapping[str, Operator] | None = None,
+    taps: Sequence[str] = (),
+) -> fx.GraphModule:
+    """A module images -> (logits, features) that applies ``quantizers`` on the edges named by their keys and
+    ``operators`` in place of the sites named.
+
+    taps: keys of activation edges whose values are given out too, as (logits, features, (value, …)): as read after
+    their quantizer, if they have one.
+    """
+    made = _Simulation(graph)
+    edges = made.graph.sites.edges
+    tapped = [edges[key] for key in taps]
+    for key, quantizer in quantizers.items():
+        if edges[key].is_weight:
+            made.quantize_weight(edges[key], quantizer)
+        elif edges[key].position is not None:
+            made.quantize_input(edges[key], quantizer)
+    for key, quantizer in quantizers.items():
+        if edges[key].position is None:
+            made.quantize_output(edges[key], quantizer)
+    for name, operator in (operators or {}).items():
+        made.replace_site(name, operator)
+    return made.module(tapped)
+
+
+class _Simulation:
+    """A twin of a graph, which shares its tensors, into which quantizers and operators are put."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph.clone(share=True)
+        self.sites = self.graph.sites
+        self.terms = classifier_terms(self.graph)
+        self.root = nn.Module()
+        for name, value in self.graph.tensors().items():
+            put_tensor(self.root, name, value)
+        self.quantizers, self.operators = nn.ModuleList(), nn.ModuleList()
+        self.root.add_module("quantizers", self.quantizers)
+        self.root.add_module("operators", self.operators)
+        self.after: dict[fx.Node, fx.Node] = {}
+        """node -> the call that its readers read in its place"""
+
+    def quantize_weight(self, edge: Edge, quantizer: Quantizer) -> None:
+        """A weight is quantized here, once; the simulation holds its values."""
+        with torch.no_grad():
+            value = quantizer(self.graph.tensor(str(edge.value.target)))
+        name = f"quantized_weights.{edge.key.replace('.', '_')}"
+        put_tensor(self.root, name, value)
+        with self.graph.fx.inserting_before(edge.node):
+            weight = self.graph.fx.get_attr(name)
+        replace_argument(edge.node, edge.position, weight)  # type: ignore[arg-type]
+
+    def quantize_input(self, edge: Edge, quantizer: Quantizer) -> None:
+        """One operation reads the value through the quantizer."""
+        self.quantizers.append(quantizer)
+        with self.graph.fx.inserting_before(edge.node):
+            call = self.graph.fx.call_module(f"quantizers.{len(self.quantizers) - 1}", (edge.value,))
+        call.meta = dict(edge.value.meta)
+        replace_argument(edge.node, edge.position, call)  # type: ignore[arg-type]
+
+    def quantize_output(self, edge: Edge, quantizer: Quantizer) -> None:
+        """Everybody reads the value through the quantizer."""
+        self.quantizers.append(quantizer)
+        with self.graph.fx.inserting_after(edge.node):
+            call = self.graph.fx.call_module(f"quantizers.{len(self.quantizers) - 1}", (edge.node,))
+        call.meta = dict(edge.node.meta)
+        edge.node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+        self.after[edge.node] = call
+
+    def replace_site(self, name: str, operator: Operator) -> None:
+        """An operator computes in the site's place."""
+        node = self.sites[name].node
+        self.operators.append(operator)
+        with self.graph.fx.inserting_after(node):
+            call = self.graph.fx.call_module(f"operators.{len(self.operators) - 1}", node.args, node.kwargs)
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        self.after.setdefault(node, call)
+        self.graph.fx.erase_node(node)
+
+    def module(self, taps: Sequence[Edge]) -> fx.GraphModule:
+        """The module, ready to run; tensors that nothing reads any more are left out of its graph."""
+        for node in reversed(list(self.graph.fx.nodes)):
+            if not node.users and node.op == "get_attr":
+                self.graph.fx.erase_node(node)
+        tapped = [self.after.get(e.node, e.node) if e.position is None else e.value for e in taps]
+        module = with_features(self.graph.fx, self.root, self.terms, tapped)
+        module.eval()
+        return module
+
+
+def classifier_of(graph: Graph, quantizers: Mapping[str, Quantizer]) -> tuple[Tensor, Tensor] | None:
+    """Weight [K, D] and bias [K] of the classifier under ``quantizers``, for features as ``with_features`` gives
+    them."""
+    terms = classifier_terms(graph)
+    if not terms:
+        return None
+    by_node = {s.node: s for s in graph.sites}
+    weights: dict[fx.Node, Tensor] = {}
+    bias: Tensor | float = 0.0
+    with torch.no_grad():
+        for node, factor in terms:
+            site = by_node[node]
+            weight = graph.tensor(site.weight)  # type: ignore[arg-type]
+            quantizer = quantizers.get(f"{site.name}.weight")
+            weight = factor * (quantizer(weight) if quantizer is not None else weight)
+            source = node.args[0]
+            weights[source] = weights[source] + weight if source in weights else weight  # type: ignore[index]
+            if site.bias is not None:
+                bias = bias + factor * graph.tensor(site.bias)
+        weight = torch.cat(list(weights.values()), dim=1)
+        return weight, bias + torch.zeros(weight.shape[0], device=weight.device)

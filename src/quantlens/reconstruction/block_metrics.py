@@ -1,0 +1,176 @@
+"""How much the model's output suffers from an error at the output of a unit: the metrics of block reconstruction.
+
+The damage is L = KL(softmax(f) ‖ softmax(f̂)) at temperature T between the float model's logits f and those that the
+float rest of the network makes of a changed output ŷ of one unit. At ŷ = y its gradient is zero and its Hessian is the
+Fisher matrix F of that output, so that ∂L/∂ŷ ≈ F·(ŷ − y).
+
+* :func:`fisher_metrics`: gradients at the quantized unit's output, with the errors that caused them, give a matrix of
+  low rank and a diagonal (FIMA-Q, Wu et al., CVPR 2025).
+* :func:`perturbation_metrics`: the difference of two gradients, at y + ε and y − ε, gives a diagonal (APHQ-ViT, Wu et
+  al., CVPR 2025).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from quantlens.calibration import CHUNK, Calibration
+from quantlens.calibration.images import images_together
+from quantlens.errors import QuantlensError
+from quantlens.formats import Quantizer
+from quantlens.graph import Graph
+from quantlens.metrics.divergence import kl_divergence
+from quantlens.reconstruction.closed_form import damped
+from quantlens.reconstruction.losses import Metric
+from quantlens.reconstruction.streams import frozen_hook, run_unit
+from quantlens.reconstruction.units import Unit, find_units
+
+TEMPERATURE = 20.0
+"""Of both softmaxes, as in the code of FIMA-Q and APHQ-ViT."""
+
+DAMPING = 1e-3
+"""Added to the diagonal of the low-rank part's inner matrix, as a share of its mean: rows of magnitudes, averaged over
+images, are nearly parallel."""
+
+STEP = 0.01
+"""Size of the perturbation in standard deviations of the output."""
+
+Progress = Callable[[int, int], None]
+
+
+def fisher_metrics(
+    graph: Graph,
+    quantizers: Mapping[str, Quantizer],
+    calibration: Calibration,
+    *,
+    rank: int = 5,
+    damping: float = DAMPING,
+    temperature: float = TEMPERATURE,
+    progress: Progress | None = None,
+) -> dict[str, Metric]:
+    """Diagonal plus low-rank metrics by unit, for units with one result that is not the logits.
+
+    Every unit in turn runs quantized on the float model's values, everything else in float. Of ``rank`` groups of
+    images each gives one row of G, the mean magnitude of the gradient at the unit's output, and one row of D, the mean
+    magnitude of its error. With B = D·Dᵀ + λI, the low-rank part is Gᵀ·B⁻¹·G, the diagonal the mean of G's rows. Each
+    part is divided by its mean value on D's rows, so that both weigh the same. A unit without any error gets none.
+    """
+    rows: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    probe = _Probe(graph, temperature)
+    for batch in probe.batches(calibration, progress, least=rank):
+        for index, unit in enumerate(probe.measured):
+            changed = run_unit(graph, unit, batch.sources(unit), batch.count, frozen_hook(graph, unit, quantizers))[0]
+            gradient, error = probe.gradient(batch, index, changed), changed - batch.values[unit.results[0]]
+            for kept, new in zip(rows.setdefault(unit.name, ([], [])), (gradient, error), strict=True):
+                kept.append(new.abs().mean(0, keepdim=True))
+    return {name: m for name, (g, d) in rows.items() if (m := low_rank(_grouped(g, rank), _grouped(d, rank), damping))}
+
+
+def low_rank(gradients: Tensor, errors: Tensor, damping: float = DAMPING) -> Metric | None:
+    """The metric of rows G and D, both [k, …], ≥ 0; None if one of them is all zero. See :func:`fisher_metrics`."""
+    g, d = gradients.flatten(1).double(), errors.flatten(1).double()
+    if not bool(g.any()) or not bool(d.any()):
+        return None
+    factors = torch.linalg.solve_triangular(torch.linalg.cholesky(damped(d @ d.T, damping)), g, upper=False)
+    diagonal = g.mean(0)
+    factors /= (factors @ d.T).square().sum(0).mean().sqrt()
+    diagonal /= (d.square() @ diagonal).mean()
+    return Metric(diagonal.float().reshape(1, *gradients.shape[1:]), factors.float())
+
+
+def perturbation_metrics(
+    graph: Graph,
+    calibration: Calibration,
+    *,
+    step: float = STEP,
+    temperature: float = TEMPERATURE,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Metric]:
+    """Diagonal metrics by unit, for units with one result that is not the logits.
+
+    With δ = ``step`` standard deviations of the output times random signs v, the diagonal is the mean over all images
+    of |g(y + δv) − g(y − δv)|/2δ, that is of |F·v|, divided by its own mean.
+
+    The signs are random because the same number added to all channels of a token changes nothing: every later
+    LayerNorm takes the mean away, and F·(1, …, 1) = 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[str, Tensor] = {}
+    probe = _Probe(graph, temperature)
+    for batch in probe.batches(calibration, progress):
+        for index, unit in enumerate(probe.measured):
+            value = batch.values[unit.results[0]]
+            signs = (torch.rand(value.shape, generator=generator) < 0.5).to(value.device)
+            shift = torch.where(signs, step, -step) * value.std()
+            gradients = [probe.gradient(batch, index, value + s) for s in (shift, -shift)]
+            total = (gradients[0] - gradients[1]).abs().mean(0, keepdim=True) * batch.count
+            sums[unit.name] = sums[unit.name] + total if unit.name in sums else total
+    means = {name: total / total.mean() for name, total in sums.items() if bool(total.any())}
+    return {name: Metric(mean / mean.numel()) for name, mean in means.items()}
+
+
+def _grouped(rows: list[Tensor], count: int) -> Tensor:
+    """Rows of equal shape, averaged over ``count`` groups: [≤ count, …]."""
+    return torch.stack([part.mean(0) for part in torch.cat(rows).chunk(count)])
+
+
+@dataclass
+class _Batch:
+    """Some images with the float model's values at the ends of all units."""
+
+    count: int
+    values: dict[fx.Node, Tensor]
+    expected: Tensor
+
+    def sources(self, unit: Unit) -> dict[fx.Node, Any]:
+        return {node: self.values[node] for node in unit.sources}
+
+
+class _Probe:
+    """Gradients of the damage at the output of any unit."""
+
+    def __init__(self, graph: Graph, temperature: float):
+        if torch.is_inference_mode_enabled() or any(t.is_inference() for t in graph.tensors().values()):
+            raise QuantlensError(
+                "this method needs gradients: load and quantize the model outside torch.inference_mode() "
+                "(torch.no_grad() does no harm)"
+            )
+        self.graph, self.temperature, self.units = graph, temperature, find_units(graph)
+        self.measured = [u for u in self.units if len(u.results) == 1 and u.results[0] is not graph.output]
+
+    def batches(self, calibration: Calibration, progress: Progress | None, least: int = 1) -> Iterator[_Batch]:
+        """All images, as many together as memory allows, in at least ``least`` batches if there are as many images."""
+        most = min(images_together(self.graph, 1), max(1, calibration.count // least))
+        total = sum(math.ceil(min(CHUNK, calibration.count - i * CHUNK) / most) for i in range(calibration.pieces))
+        done = 0
+        for chunk in calibration:
+            for images in chunk.chunk(math.ceil(len(chunk) / most)):
+                values: dict[fx.Node, Tensor] = {self.graph.input: images}
+                for unit in self.units:
+                    env = {node: values[node] for node in unit.sources}
+                    values.update(zip(unit.results, run_unit(self.graph, unit, env, len(images), None), strict=True))
+                expected = (values[self.graph.output] / self.temperature).log_softmax(-1)
+                yield _Batch(len(images), values, expected)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+
+    def gradient(self, batch: _Batch, index: int, changed: Tensor) -> Tensor:
+        """∂L/∂ŷ for ``changed`` = ŷ, the result of measured unit number ``index``, L summed over the images."""
+        unit = self.measured[index]
+        with torch.enable_grad():
+            leaf = changed.detach().requires_grad_(True)
+            values = {**batch.values, unit.results[0]: leaf}
+            for later in self.units[self.units.index(unit) + 1 :]:
+                env = {node: values[node] for node in later.sources}
+                values.update(zip(later.results, run_unit(self.graph, later, env, batch.count, None), strict=True))
+            got = (values[self.graph.output] / self.temperature).log_softmax(-1)
+            loss = kl_divergence(batch.expected, got, "sum")
+            return torch.autograd.grad(loss, leaf)[0]

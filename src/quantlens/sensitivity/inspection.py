@@ -1,0 +1,283 @@
+"""Which layer hurts: every site and every block quantized alone, and the statistics of what it quantizes."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView
+from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.files import write_whole
+from quantlens.graph import Edge, Graph
+from quantlens.methods import registry
+from quantlens.qmodel import Bits, QuantizedModel, float_model
+from quantlens.sensitivity.alone import Effect, effects_alone
+from quantlens.sensitivity.statistics import EdgeStatistics, edge_statistics
+
+FORMAT = 1
+SITE, BLOCK, EDGE = "site", "block", "edge"
+GRANULARITIES = (SITE, BLOCK, EDGE)
+RANKS = {"sqnr": "signal to quantization noise of the logits", "kl": "KL divergence of the classes"}
+SAME_DB = 60.0
+"""A method's exact rewrites leave the logits at least this close to the model's: float rounding gives some 90 dB."""
+
+Stage = Callable[[str, int, int], None]
+"""Called with (what is done, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A site, a block or an edge that was quantized alone.
+
+    name, kind: of the site (``linear``), ``block``, or the edge's name. block: the block that it lies in, None outside
+    of all. bits: widths of its weight and its activations (``W8A8``, ``W8``, ``A8``; ``A8/A4`` where they differ).
+    effect: what it does to the output. edges: what it quantizes.
+    """
+
+    name: str
+    kind: str
+    block: str | None
+    bits: str
+    effect: Effect
+    edges: tuple[EdgeStatistics, ...] = ()
+
+    def remark(self) -> str:
+        """What stands out among the channels that it quantizes, in words; empty where nothing does."""
+        said = []
+        for edge in self.edges:
+            if edge.massive:
+                named = [f"{c}: {peak:.3g}" for c, peak in zip(edge.massive[:3], edge.peaks[:3], strict=True)]
+                more = f" and {len(edge.massive) - 3} more" if len(edge.massive) > 3 else ""
+                said.append(f"{edge.name} channel {', '.join(named)}{more} against {edge.rest or 0.0:.3g}")
+            if edge.dead:
+                said.append(f"{edge.name}: {len(edge.dead)} dead channel{'s' if len(edge.dead) > 1 else ''}")
+        return "; ".join(said)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The sites, blocks and edges of a model, each quantized alone.
+
+    method, bits, seed, options: whose quantizers they are. images: where the images come from. seconds: of the
+    statistics and of the pass over all parts (calibration not counted).
+    """
+
+    model: str
+    checkpoint_sha256: str | None
+    method: str
+    bits: str
+    seed: int
+    parts: Mapping[str, tuple[Part, ...]]
+    images: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    rewrites: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[Part, ...]:
+        """Sites in execution order."""
+        return self.parts.get(SITE, ())
+
+    @property
+    def blocks(self) -> tuple[Part, ...]:
+        """Blocks in execution order."""
+        return self.parts.get(BLOCK, ())
+
+    def ranked(self, by: str = SITE, rank: str = "sqnr") -> list[Part]:
+        """Parts ("site", "block", "edge") with the one that hurts most first: by falling noise (``rank="sqnr"``) or by
+        falling KL divergence ("kl"). Raises UnknownNameError."""
+        _known("granularity", by, GRANULARITIES)
+        _known("rank", rank, RANKS)
+
+        def harm(part: Part) -> float:
+            if rank == "kl":
+                return part.effect.kl
+            return -math.inf if part.effect.sqnr_db is None else -part.effect.sqnr_db
+
+        return sorted(self.parts.get(by, ()), key=harm, reverse=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that is valid JSON; parts in execution order."""
+        data = asdict(self)
+        parts = data.pop("parts")
+        return {"format": FORMAT, **data, **{f"{by}s": list(found) for by, found in parts.items()}}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Inspection:
+        """The inverse of :meth:`to_dict`. Raises QuantlensError for another format."""
+        rest = dict(data)
+        if rest.pop("format", None) != FORMAT:
+            raise QuantlensError(
+                f"the inspection has format {data.get('format')}, this quantlens reads {FORMAT}; inspect it again"
+            )
+        parts = {by: tuple(map(_read_part, rest.pop(f"{by}s"))) for by in GRANULARITIES if f"{by}s" in rest}
+        return Inspection(parts=parts, rewrites=tuple(rest.pop("rewrites")), **rest)
+
+    def save(self, path: str | Path) -> Path:
+        """Write :meth:`to_dict` as JSON; an existing file is replaced at once or not at all. Raises StorageError."""
+        target = Path(path)
+        write_whole(target, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", what="the figures")
+        return target
+
+
+def _read_part(data: Mapping[str, Any]) -> Part:
+    edges = []
+    for edge in data["edges"]:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in edge.items()}
+        edges.append(EdgeStatistics(**fields))
+    return Part(**{**data, "effect": Effect(**data["effect"]), "edges": tuple(edges)})
+
+
+def inspect(
+    model: Any,
+    images: Any,
+    bits: str | Bits | Mapping[str, Any] = "W8A8",
+    *,
+    method: str = "minmax",
+    seed: int = 0,
+    by: Sequence[str] = (SITE, BLOCK),
+    rows: int | None = None,
+    progress: Stage | None = None,
+    **options: Any,
+) -> Inspection:
+    """Quantize every site and every block of a model alone, and measure what that does to the output.
+
+    model: :class:`quantlens.models.Model`. images: as for calibration; they set the ranges, and the output's noise and
+    KL divergence are measured on them. bits, method, options: the quantizers, made once for the whole model; a method
+    that rewrites the model exactly is inspected after its rewrites. by: "site", "block" and "edge", any of them. rows:
+    see :func:`quantlens.sensitivity.alone.effects_alone`.
+
+    Raises QuantlensError where the bits are FP32, UnknownNameError for a name that does not exist, UnsupportedError for
+    a method whose parts cannot be taken one by one: one that trains weights, or computes in integers throughout.
+    """
+    by, step = _granularities(by), progress or (lambda what, done, total: None)
+    calibration = Calibration.of(images, model.preprocess, device=model.device)
+    quantized = _quantized(model, calibration, Bits.parse(bits), method, seed, options, step)
+    graph, plan = quantized.graph, quantized.plan
+    members = {kind: _members(graph, plan.quantizers, kind) for kind in by}
+    if not any(members.values()):
+        raise UnsupportedError(f"{model.name} has no transformer blocks; inspect its sites instead")
+    started = time.perf_counter()
+    seen = _statistics(graph, quantized, calibration, seed, step)
+    looked = time.perf_counter()
+    named = [(kind, name, keys) for kind, found in members.items() for name, keys in found.items()]
+    effects = effects_alone(
+        graph,
+        plan.quantizers,
+        [keys for _, _, keys in named],
+        calibration,
+        rows=rows,
+        progress=lambda done, total: step("one part at a time", done, total),
+    )
+    parts: dict[str, list[Part]] = {kind: [] for kind in by}
+    for (kind, name, keys), effect in zip(named, effects, strict=True):
+        parts[kind].append(_part(graph, kind, name, [seen[key] for key in keys], effect))
+    return Inspection(
+        model.name,
+        model.checkpoint_sha256,
+        quantized.method,
+        quantized.bits,
+        seed,
+        {kind: tuple(found) for kind, found in parts.items()},
+        calibration.info(),
+        dict(plan.provenance.options),
+        tuple(plan.rewrites),
+        {"statistics": round(looked - started, 3), "alone": round(time.perf_counter() - looked, 3)},
+    )
+
+
+def _quantized(
+    model: Any, calibration: Calibration, bits: Bits, method: str, seed: int, options: dict[str, Any], step: Stage
+) -> QuantizedModel:
+    """The model with all its quantizers; see :func:`inspect` for what is refused."""
+    maker = registry.get(method)
+    if bits.is_float:
+        raise QuantlensError(f"{bits} quantizes nothing; give bits such as W8A8 or W4A4")
+    quantized = maker.apply(
+        model,
+        calibration,
+        bits,
+        seed=seed,
+        progress=lambda done, total: step("choosing ranges", done, total),
+        **options,
+    )
+    _check_same(model, quantized, calibration)
+    return quantized
+
+
+def _granularities(by: Sequence[str]) -> tuple[str, ...]:
+    wanted = (by,) if isinstance(by, str) else tuple(dict.fromkeys(by))
+    for name in wanted:
+        _known("granularity", name, GRANULARITIES)
+    if not wanted:
+        raise QuantlensError(f"nothing to inspect: choose some of {', '.join(GRANULARITIES)}")
+    return wanted
+
+
+def _known(what: str, name: str, names: Sequence[str] | Mapping[str, str]) -> None:
+    if name not in names:
+        raise UnknownNameError(what, name, names)
+
+
+def _check_same(model: Any, quantized: QuantizedModel, calibration: Calibration) -> None:
+    """Raises UnsupportedError unless the graph without quantizers is the model, and quantizers are all that is new."""
+    if quantized.plan.operators:
+        raise UnsupportedError(
+            f"{quantized.method} computes in integers throughout, so that no site can be quantized alone; choose a "
+            "method that sets ranges only, such as minmax, percentile or repq-vit"
+        )
+    images = calibration.chunk(0)[:4]
+    with torch.no_grad():
+        expected = float_model(model)(images).double()
+        error = (quantized.graph(images).double() - expected).square().sum()
+    if float(error) > float(expected.square().sum()) * 10 ** (-SAME_DB / 10):
+        raise UnsupportedError(
+            f"{quantized.method} changes the model's weights besides quantizing them, so that no site can be quantized "
+            "alone; choose a method that sets ranges only, such as minmax, percentile or repq-vit"
+        )
+
+
+def _members(graph: Graph, quantizers: Mapping[str, Any], by: str) -> dict[str, list[str]]:
+    """Name -> keys of the quantizers that belong to it, in graph order; parts without a quantizer are left out."""
+    edges = graph.sites.edges
+    found: dict[str, list[str]] = {}
+    for key in (key for key in edges if key in quantizers):
+        site = graph.sites[edges[key].site]
+        name = {SITE: site.name, BLOCK: site.block, EDGE: key}[by]
+        if name is not None:
+            found.setdefault(name, []).append(key)
+    return found
+
+
+def _statistics(
+    graph: Graph, quantized: QuantizedModel, calibration: Calibration, seed: int, step: Stage
+) -> dict[str, EdgeStatistics]:
+    """By edge key, of the float model."""
+    quantizers, sites = quantized.plan.quantizers, graph.sites
+    found: dict[str, EdgeStatistics] = {}
+
+    def look_at(edge: Edge, view: EdgeView) -> None:
+        found[edge.key] = edge_statistics(edge, sites[edge.site].kind, view, quantizers[edge.key])
+
+    wanted = [edge for key, edge in sites.edges.items() if key in quantizers]
+    with torch.no_grad():
+        CalibrationPass(graph, calibration, sequential=False, seed=seed).run(
+            wanted, look_at, lambda done, total: step("statistics", done, total)
+        )
+    return found
+
+
+def _part(graph: Graph, by: str, name: str, edges: list[EdgeStatistics], effect: Effect) -> Part:
+    site = graph.sites[graph.sites.edges[edges[0].key].site]
+    kind = {SITE: site.kind, BLOCK: BLOCK, EDGE: edges[0].name}[by]
+    widths = [f"{'W' if edge.is_weight else 'A'}{edge.bits}" for edge in edges]
+    weights, activations = ([w for w in dict.fromkeys(widths) if w[0] == letter] for letter in "WA")
+    bits = "/".join(weights) + "/".join(activations)
+    return Part(name, kind, site.block, bits, effect, () if by == BLOCK else tuple(edges))

@@ -1,0 +1,139 @@
+"""The results of a study as tables: a row per finished cell, or per model, method and precision over its seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantlens.errors import QuantlensError, UnsupportedError
+from quantlens.evaluation.flat import columns, frame, row
+from quantlens.metrics import Spread
+
+SHOWN = ("id.top1", "id.nll", "ood_mean.far.{score}.aupr_out", "ood_mean.near.{score}.aupr_out", "size_mb")
+"""Paths of the metrics that a summary shows."""
+
+
+@dataclass
+class Mean:
+    """One model, method and precision over its seeds; each metric by its path, None where no seed has it."""
+
+    model: str
+    method: str
+    bits: str
+    seeds: list[int] = field(default_factory=list)
+    metrics: dict[str, Spread | None] = field(default_factory=dict)
+
+
+class Results:
+    """The finished cells of a study, in the order of the store. Failed cells are left out."""
+
+    def __init__(self, cells: Iterable[Any]):
+        self.cells = [cell for cell in cells if cell.status == "done" and cell.result is not None]
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dictionary per cell: model, method, bits, seed and options, then every number of its result under its
+        path ("id.top1", "ood.textures.msp.aupr_out", "change.id.top1" …; fractions, as in `to_dict()`)."""
+        return [row(cell.spec, cell.result) for cell in self.cells]
+
+    def means(self, paths: Sequence[str] | None = None) -> list[Mean]:
+        """Mean and standard deviation over seeds. paths: of the metrics; None: those of a summary (`shown`)."""
+        paths = self.shown() if paths is None else paths
+        groups: dict[tuple[str, str, str], list[Any]] = {}
+        for cell in self.cells:
+            groups.setdefault((cell.spec["model"], cell.spec["method"], cell.spec["bits"]), []).append(cell)
+        return [
+            Mean(*names, [int(cell.spec["seed"]) for cell in members], _spreads(members, paths))
+            for names, members in groups.items()
+        ]
+
+    def shown(self) -> list[str]:
+        """Paths of the metrics that a summary shows: OOD detection by MSP, or by the first score there is."""
+        means = [part for cell in self.cells for part in (cell.result.get("ood_mean") or {}).values()]
+        scores = dict.fromkeys(score for part in means for score in part)
+        score = "msp" if "msp" in scores or not scores else next(iter(scores))
+        return [path.format(score=score) for path in SHOWN]
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of `rows`. Raises QuantlensError without cells, UnsupportedError without pandas."""
+        return frame(self._rows())
+
+    def to_csv(self) -> str:
+        """The rows as CSV text; what a cell does not have is empty. Raises QuantlensError without cells."""
+        rows = self._rows()
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns(rows), lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def to_parquet(self) -> bytes:
+        """The rows as a Parquet file (zstd): names as text, seeds and counts as int64, metrics as float64; what a cell
+        does not have is null. Raises QuantlensError without cells, UnsupportedError where pyarrow is not installed."""
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError as error:
+            raise UnsupportedError(
+                "writing Parquet needs pyarrow: run `pip install 'quantlens[parquet]'`, or write --csv instead"
+            ) from error
+        rows = self._rows()
+        arrays = {name: pyarrow.array(_one_type([one.get(name) for one in rows])) for name in columns(rows)}
+        sink = io.BytesIO()
+        parquet.write_table(pyarrow.table(arrays), sink, compression="zstd")
+        return sink.getvalue()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = self.rows()
+        if not rows:
+            raise QuantlensError("no cell is finished yet, so there is nothing to write; run `quantlens study` first")
+        return rows
+
+
+def results(directory: str | Path) -> Results:
+    """The results of the study in `directory`, the --out of `quantlens study`. Raises StorageError where there is none
+    or its store is damaged."""
+    from quantlens.studies.store import Store
+
+    with Store(directory) as store:
+        return Results(store.cells())
+
+
+def write_csv(directory: str | Path, target: str | Path) -> Path:
+    """Write `Results.to_csv` of the study in `directory`, whole or not at all. Returns the path."""
+    return _write(target, results(directory).to_csv())
+
+
+def write_parquet(directory: str | Path, target: str | Path) -> Path:
+    """As `write_csv`, in the format of `Results.to_parquet`."""
+    return _write(target, results(directory).to_parquet())
+
+
+def _write(target: str | Path, content: str | bytes) -> Path:
+    from quantlens.files import write_whole
+
+    write_whole(Path(target), content)
+    return Path(target)
+
+
+def _spreads(cells: Sequence[Any], paths: Sequence[str]) -> dict[str, Spread | None]:
+    return {path: Spread.of(_dig(cell.result, path) for cell in cells) for path in paths}
+
+
+def _dig(value: Any, path: str) -> Any:
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _one_type(values: list[Any]) -> list[Any]:
+    """Numbers of a column as floats where one of them is."""
+    if not any(isinstance(value, float) for value in values):
+        return values
+    return [None if value is None else float(value) for value in values]

@@ -1,0 +1,284 @@
+"""Exact rotations: an orthogonal matrix on the channels of the residual stream, or of a head's values, that the weights
+on both sides absorb.
+
+A rotation spreads what a few channels hold over all of them, so that one scale fits every channel (QuaRot, Ashkboos et
+al., NeurIPS 2024; SpinQuant). Language models need RMSNorm for it. A LayerNorm subtracts the mean first, but if Q maps
+the vector of ones to itself, mean and variance of Qx are those of x, and LN(Qx) = Q·LN(x) once scale and shift are
+folded into the layers behind: no other norm is needed, and no centring matrix (:func:`mean_keeping`).
+
+* :func:`find_residuals` finds the streams of which the graph proves that this is exact, whatever the modules are
+  called; :func:`rotate_residual` rotates one.
+* :func:`rotate_input` rotates what a layer reads where no layer before it can take the rotation up (behind a GELU, or
+  behind a LayerNorm whose scale is to act first), by a small product of its own in front of it, on blocks of channels;
+  :func:`hadamard` is the matrix for it.
+
+Rotations inside the heads of an attention are in :mod:`quantlens.transforms.heads`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from quantlens.graph.graph import Graph, argument, op_name, replace_argument
+from quantlens.graph.sites import ROTATION, Site
+from quantlens.transforms.rewrites import (
+    NormGroup,
+    alone,
+    ensure_bias,
+    find_norm_groups,
+    fold_norm,
+    keeps_channels_last,
+    with_constant,
+)
+
+aten = torch.ops.aten
+
+ADDS = ("aten.add.Tensor", "aten.add_.Tensor")
+FLATTEN = ("aten.flatten.using_ints", "aten.reshape.default")
+
+
+def orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    """A random orthogonal matrix [size, size], float64, uniform over all of them."""
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return q * r.diagonal().sign()
+
+
+def mean_keeping(size: int, generator: torch.Generator) -> Tensor:
+    """A random orthogonal matrix [size, size], float64, that maps the vector of ones to itself."""
+    start = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    start[:, 0] = 1
+    others = torch.linalg.qr(start).Q[:, 1:]
+    return 1 / size + others @ orthogonal(size - 1, generator) @ others.T
+
+
+@dataclass
+class Residual:
+    """A residual stream of ``channels`` channels: what writes to it and what reads it.
+
+    linears, convs: sites whose output channels are its channels. constants: names of parameters [.., channels] added or
+    joined to it (class token, position embedding). norms: the LayerNorms that read it, each with its linear layers.
+    """
+
+    channels: int
+    linears: list[Site] = field(default_factory=list)
+    convs: list[Site] = field(default_factory=list)
+    constants: list[str] = field(default_factory=list)
+    norms: list[NormGroup] = field(default_factory=list)
+
+
+def find_residuals(graph: Graph) -> list[Residual]:
+    """The residual streams that can be rotated: sums, joins and moves of tokens alone, written by linear layers,
+    convolutions and constants of their own, read by LayerNorms alone that feed linear layers alone. A stream that
+    anything else reads or writes (Swin's, whose channels are joined between stages) is left out."""
+    groups = {group.norm.node: group for group in find_norm_groups(graph)}
+    found: list[Residual] = []
+    seen: set[fx.Node] = set()
+    for norm in groups:
+        if norm in seen:
+            continue
+        stream, residual = _grow(graph, norm.args[0], groups)  # type: ignore[arg-type]
+        seen |= {group.norm.node for group in residual.norms} if residual is not None else {norm}
+        if residual is not None and stream:
+            found.append(residual)
+    return found
+
+
+def _grow(graph: Graph, start: fx.Node, groups: dict[fx.Node, NormGroup]) -> tuple[set[fx.Node], Residual | None]:
+    """All nodes of the stream that ``start`` belongs to; no residual if something keeps it from being rotated."""
+    by_node = {site.node: site for site in graph.sites}
+    residual = Residual(int(start.meta["shape"][-1]))
+    stream: set[fx.Node] = {start}
+    queue = [start]
+
+    def reach(node: fx.Node) -> None:
+        if node not in stream:
+            stream.add(node)
+            queue.append(node)
+
+    while queue:
+        node = queue.pop()
+        sources = _sources(graph, node, residual.channels)
+        if sources is None:
+            conv = _conv_behind(node)
+            site = by_node.get(node if conv is None else conv)
+            if site is not None and site.kind == "linear" and alone(graph, site):
+                residual.linears.append(site)
+            elif site is not None and conv is not None and argument(conv, "groups", 1) == 1 and alone(graph, site):
+                residual.convs.append(site)
+            elif _is_constant(graph, node) and node.meta["shape"][-1:] == (residual.channels,):
+                residual.constants.append(str(node.target))
+            else:
+                return stream, None
+        else:
+            for source in sources:
+                reach(source)
+        for user in node.users:
+            if user in groups and user.args[0] is node:
+                if all(g.norm.node is not user for g in residual.norms):
+                    residual.norms.append(groups[user])
+            elif node in (_sources(graph, user, residual.channels) or ()):
+                reach(user)
+            else:
+                return stream, None
+    return stream, residual
+
+
+def _sources(graph: Graph, node: fx.Node, channels: int) -> list[fx.Node] | None:
+    """What a node of the stream passes on: both summands, all that is joined, or the value that it moves. ``None`` if
+    it is something else."""
+    op, nodes = op_name(node), node.all_input_nodes
+    if node.meta.get("shape") is None or node.meta["shape"][-1:] != (channels,):
+        return None
+    if op in ADDS and not node.kwargs and len(nodes) == len(node.args) and all(_wide(n, channels) for n in nodes):
+        return nodes
+    if op == "aten.cat.default":
+        dim = node.args[1] if len(node.args) > 1 else 0
+        return list(node.args[0]) if dim % len(node.meta["shape"]) != len(node.meta["shape"]) - 1 else None  # type: ignore[operator, arg-type]
+    if not nodes or not _wide(nodes[0], channels):
+        return None
+    rank = len(nodes[0].meta["shape"])
+    if op == "aten.mean.dim":
+        return nodes[:1] if all(d % rank != rank - 1 for d in node.args[1]) else None  # type: ignore[union-attr, operator]
+    if op == "aten.expand.default" or keeps_channels_last(node, nodes[0]):
+        return nodes[:1]
+    return None
+
+
+def _wide(node: fx.Node, channels: int) -> bool:
+    shape = node.meta.get("shape")
+    return bool(shape) and shape[-1] == channels
+
+
+def _is_constant(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node is a parameter that the graph holds nowhere else."""
+    held = [n for n in graph.fx.nodes if n.op == "get_attr" and n.target == node.target]
+    return graph.constant(node) is not None and held == [node]
+
+
+def _conv_behind(node: fx.Node) -> fx.Node | None:
+    """The convolution whose output [B, C, h, w] this node holds as tokens [B, h·w, C] or [B, h, w, C]."""
+    chain = [node]
+    while op_name(chain[-1]) in (*FLATTEN, "aten.transpose.int", "aten.permute.default"):
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+        if len(chain[-1].users) != 1:
+            return None
+    conv, moves = chain[-1], chain[-2::-1]  # in the order in which they are done
+    if "conv" not in op_name(conv) or len(conv.meta["shape"]) != 4:
+        return None
+    _, channels, *grid = conv.meta["shape"]
+    if len(moves) == 1:
+        return conv if _order(moves[0]) == [0, 2, 3, 1] else None
+    if len(moves) != 2 or op_name(moves[0]) not in FLATTEN:
+        return None
+    flat = moves[0].meta["shape"][1:] == (channels, grid[0] * grid[1])
+    return conv if flat and _order(moves[1]) == [0, 2, 1] else None
+
+
+def _order(node: fx.Node) -> list[int] | None:
+    """How a node orders dimensions, ``None`` if it does something else."""
+    rank = len(node.meta["shape"])
+    if op_name(node) == "aten.permute.default":
+        return [d % rank for d in node.args[1]]  # type: ignore[union-attr, operator]
+    if op_name(node) != "aten.transpose.int":
+        return None
+    order, (one, other) = list(range(rank)), node.args[1:3]
+    order[one], order[other] = order[other], order[one]  # type: ignore[index]
+    return order
+
+
+def rotate_residual(graph: Graph, residual: Residual, rotation: Tensor) -> None:
+    """Multiply the stream by ``rotation`` Q [C, C] (orthogonal, Q·1 = 1), exactly: writers put out Q·y, the LayerNorms'
+    scale and shift go into their linear layers, and these read with W·Qᵀ."""
+    for group in residual.norms:
+        fold_norm(graph, group)
+    q = rotation.double()
+    for site in (*residual.linears, *residual.convs):
+        weight = graph.tensor(str(site.weight))
+        turned = (q.to(weight.device) @ weight.double().flatten(1)).reshape(weight.shape)
+        graph.set_tensor(str(site.weight), turned.to(weight.dtype))
+        if site.bias is not None:
+            bias = graph.tensor(site.bias)
+            graph.set_tensor(site.bias, (q.to(bias.device) @ bias.double()).to(bias.dtype))
+    for name in residual.constants:
+        value = graph.tensor(name)
+        graph.set_tensor(name, (value.double() @ q.T.to(value.device)).to(value.dtype))
+    for group in residual.norms:
+        for linear in group.linears:
+            weight = graph.tensor(str(linear.weight))
+            graph.set_tensor(str(linear.weight), (weight.double() @ q.T.to(weight.device)).to(weight.dtype))
+    graph.invalidate()
+
+
+def hadamard(size: int, generator: torch.Generator) -> Tensor:
+    """A Hadamard matrix with random signs [size, size], float64, orthogonal: diag(±1)·H/√size; size is a power of two.
+
+    Without the signs the mean of all channels would pile up in the first one.
+    """
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    if len(matrix) != size:
+        raise ValueError(f"{size} is no power of two")
+    signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
+    return signs * matrix / size**0.5
+
+
+def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | None = None) -> None:
+    """Let a linear layer read x·diag(R, R, …) − t and undo it in its weight and bias, exactly: W ← W·diag(R, R, …),
+    bias ← bias + W_new·t.
+
+    rotation: R [n, n], orthogonal. Where n does not divide the layer's input channels, channels of zeros are put behind
+    them. mean: of x, [C]; t is what the rotation makes of it (None: 0). The product is an operation of its own in front
+    of the layer, at n multiplications per channel and token; its constant is one for all layers that get an equal
+    matrix. It is no site: it stays in float. The caller calls :meth:`Graph.invalidate` when all is done.
+    """
+    node, source, size = linear.node, linear.node.args[0], len(rotation)
+    name = str(linear.weight)
+    weight = graph.tensor(name)
+    missing = -weight.shape[1] % size
+    weight = F.pad(weight, (0, missing))
+    held = f"hidden_{size}{ROTATION}"
+    value = rotation.to(weight.device, weight.dtype)
+    if held in graph.tensors() and not torch.equal(graph.tensor(held), value):
+        held = graph.unused(linear.name, ROTATION)
+    graph.set_tensor(held, value)
+    precise = rotation.to(weight.device, torch.float64)
+    blocks = weight.shape[1] // size
+    turned = weight.double().unflatten(1, (blocks, size)) @ precise
+    graph.set_tensor(name, turned.flatten(1).to(weight.dtype))
+    module, lead = node.meta.get("module", ""), source.meta["shape"][:-1]  # type: ignore[union-attr]
+    with graph.fx.inserting_before(node):
+        if missing:
+            source = graph.fx.call_function(aten.constant_pad_nd.default, (source, [0, missing]))
+            source.meta = {"module": module, "shape": (*lead, weight.shape[1]), "symbolic": False}
+        constant = graph.fx.get_attr(held)
+        split = graph.fx.call_function(aten.unflatten.int, (source, -1, [blocks, size]))
+        product = graph.fx.call_function(aten.matmul.default, (split, constant))
+        joined = graph.fx.call_function(aten.flatten.using_ints, (product, -2, -1))
+    shapes = (((size, size), constant), ((*lead, blocks, size), split), ((*lead, blocks, size), product))
+    for shape, made in (*shapes, ((*lead, weight.shape[1]), joined)):
+        made.meta = {"module": module, "shape": shape, "symbolic": False}
+    if mean is not None:
+        mean = F.pad(mean.to(weight.device, torch.float64), (0, missing))
+        shift = (mean.unflatten(0, (blocks, size)) @ precise).flatten()
+        bias = ensure_bias(graph, linear)
+        extra = turned.flatten(1) @ shift
+        graph.set_tensor(bias, (graph.tensor(bias).double() + extra).to(weight.dtype))
+        joined = with_constant(graph, node, aten.add.Tensor, joined, (linear.name, "_input_mean"), -shift, (-1,))
+    replace_argument(node, 0, joined)
+
+
+__all__ = [
+    "Residual",
+    "alone",
+    "find_residuals",
+    "hadamard",
+    "mean_keeping",
+    "orthogonal",
+    "rotate_input",
+    "rotate_residual",
+]

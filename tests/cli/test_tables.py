@@ -1,0 +1,42 @@
+"""Results as a terminal shows them."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from study_fakes import FakeModel, quantized
+
+from quantlens.cli._tables import means_table, result_tables
+from quantlens.evaluation import evaluate
+from quantlens.metrics import Spread
+from quantlens.studies.results import Mean
+
+OOD = {"letters": "embedded:letters", "near": "embedded:digits-held-out"}
+
+
+def text_of(parts) -> str:
+    console = Console(width=100, no_color=True, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        for part in parts:
+            console.print(part)
+    return capture.get()
+
+
+def test_a_result_as_tables() -> None:
+    text = text_of(result_tables(evaluate(quantized(FakeModel(), "W3A3", 13), "embedded:digits-test", OOD)))
+    for part in ("fake minmax W3A3, seed 13", "top-1 %", "letters", "mean near", "chance", "left out: "):
+        assert part in text
+
+
+def test_means_as_a_table() -> None:
+    far = "ood_mean.far.msp.aupr_out"
+    means = [
+        Mean("m", "fp32", "FP32", [0], {"id.top1": Spread(0.75, None, 1), far: Spread(0.5, None, 1), "id.nll": None}),
+        Mean("m", "minmax", "W4A4", [0, 1, 2], {"id.top1": Spread(0.5, 0.012, 3), far: None, "id.nll": None}),
+        Mean("m", "minmax", "W2A2", [0, 1], {"size_mb": Spread(0.25, 0.0, 2)}),
+    ]
+    text = text_of([means_table(means, "three rows")])
+    for part in ("three rows", "top-1 % ↑", "mean far, msp", "75.00", "50.00 ± 1.20", "size MB ↓", "0.25", "–"):
+        assert part in text
+    assert "NLL" not in text, "no row has it"
+    assert "0.25 ±" not in text, "no seed changes a size"
+    assert text.count("minmax") == 1

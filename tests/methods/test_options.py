@@ -1,0 +1,61 @@
+"""What is asked for wrongly is named, for every method of the registry."""
+
+from __future__ import annotations
+
+import pytest
+
+import quantlens as ql
+from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.methods import registry
+from quantlens.methods.base import SHARED_OPTIONS
+
+NONSENSE = {
+    "adalog": [({"rounds": 0}, "rounds"), ({"steps": 0}, "rounds"), ({"candidates": 3}, "rounds")],
+    "aocq": [({"iterations": -1}, "iterations")],
+    "aphq-vit": [({"step": 0}, "step"), ({"mlp_iterations": -3}, "mlp_iterations")],
+    "bit-split": [({"rounds": 0}, "rounds")],
+    "erq": [
+        ({"activation_damping": 0.0}, "damping"),
+        ({"weight_damping": -1.0}, "damping"),
+        ({"flips": -1}, "damping"),
+    ],
+    "fima-q": [({"rank": 0}, "rank"), ({"damping": 0}, "damping")],
+    "gptq": [({"damping": 0.0}, "damping"), ({"damping": -1.0}, "damping"), ({"block": 0}, "damping")],
+    "i-and-s-vit": [({"iterations": 2.5}, "iterations")],
+    "percentile": [({"p": 0.3}, "0.5")],
+    "ptq4vit": [({name: 0}, "alpha") for name in ("alpha", "candidates", "rounds")] + [({"alpha": 2.0}, "alpha")],
+    "qdrop": [({"iterations": -1}, "iterations"), ({"batch_size": 0}, "batch_size"), ({"drop": 1.5}, "drop")],
+    "quantlens-best": [({"views_per_image": -1}, "views_per_image"), ({"ood_view_share": 1.5}, "ood_view_share")],
+    "quantlens-fast": [({"damping": 0}, "damping")],
+    "vt-ptq": [
+        ({"ranking_weight": -1.0}, "ranking_weight"),
+        ({"ranking_margin": -0.1}, "ranking_margin"),
+        ({"ranking_pairs": 0}, "ranking_pairs"),
+        ({"alpha": 2.0}, "alpha"),
+    ],
+}  # fmt: skip
+"""Numbers of the right kind that make no sense, and a word of what is said."""
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"), [(method, *case) for method, cases in NONSENSE.items() for case in cases]
+)
+def test_numbers_without_sense_are_refused(method, options, message, loaded, pictures):
+    with pytest.raises(QuantlensError, match=message):
+        ql.quantize(loaded["vit"], pictures, method=method, bits="W4A4", **options)
+
+
+@pytest.mark.parametrize("method", sorted(registry.available()))
+def test_misspelt_options_and_choices_are_named(method):
+    one = registry.get(method)
+    for name, option in {**SHARED_OPTIONS, **one.info.options}.items():
+        with pytest.raises(UnknownNameError, match=name):
+            one.options({name[:-1] + "~": option.default})
+        if option.choices is not None:
+            with pytest.raises(QuantlensError, match=f"{name}='nonsense'; choose one of"):
+                one.options({name: "nonsense"})
+
+
+def test_a_misspelt_option_reaches_the_caller(loaded, pictures):
+    with pytest.raises(QuantlensError, match="layernorm"):
+        ql.quantize(loaded["vit"], pictures, method="repq-vit", layernrom="tensor")

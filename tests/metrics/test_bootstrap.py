@@ -1,0 +1,27 @@
+"""Intervals and p-values of resampled differences; resampled metrics are in tests/evaluation/test_bootstrap.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from quantlens.metrics.bootstrap import Resamples, differences, holm, interval
+
+
+def test_seeds_widen_the_interval():
+    """Seeds that differ by a known amount: the standard deviation is that of the mean over drawn seeds."""
+    resamples = Resamples(20000)
+    still = np.zeros(20000)
+    effects = np.array([0.0, 0.3, 0.6])
+    drawn = differences([(still, still + effect) for effect in effects], resamples)
+    assert drawn.mean() == pytest.approx(0.3, abs=0.01)
+    assert drawn.std() == pytest.approx(effects.std() / np.sqrt(3), rel=0.03)
+    one_way = interval(differences([(still, still + 0.3)] * 3, resamples))
+    assert (one_way.low, one_way.high) == pytest.approx((0.3, 0.3))
+    assert one_way.p == pytest.approx(2 / 20001)
+
+
+def test_holm_against_its_definition():
+    p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5}
+    assert holm(p) == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5})
+    assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
