@@ -10,7 +10,6 @@ from quantlens.calibration.gradients import sample_products
 from quantlens.calibration.products import find_products
 from quantlens.calibration.ranges.guided import HEADS, Side, alternate, sample_rows, search, weighted_error
 from quantlens.calibration.sampling import ProductSampler
-from quantlens.errors import QuantlensError
 from quantlens.methods import _gradients as gradients
 from quantlens.methods.ptq4vit import GELU_MINIMUM, fused_projections, gelu_steps
 from quantlens.qmodel import float_model
@@ -107,11 +106,16 @@ def test_samples_do_not_depend_on_how_many_images_fit(model, pictures, monkeypat
     torch.testing.assert_close(a.gradient, b.gradient, rtol=1e-3, atol=1e-4)
 
 
-def test_needs_gradients_says_so(pictures, small_models):
-    with torch.inference_mode():
+def test_inference_mode_changes_nothing(pictures, small_models):
+    """A method has gradients on tensors of its own, wherever it is called."""
+
+    def logits():
         model = ql.load_model(small_models["plain"], input_size=(3, 32, 32))
-        with pytest.raises(QuantlensError, match="inference_mode"):
-            ql.quantize(model, pictures, method="ptq4vit", bits="W4A4")
+        return ql.quantize(model, pictures, method="ptq4vit", bits="W4A4", candidates=10, rounds=1)(pictures)
+
+    with torch.inference_mode():
+        found = logits()
+    assert torch.equal(found, logits())
 
 
 # -- the sample of rows -----------------------------------------------------------------------------------------------

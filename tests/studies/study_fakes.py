@@ -131,7 +131,7 @@ class FakeBackend(Backend):
         self.log, self.pause, self.broken, self.error, self.patience = Path(log), pause, broken, error, patience
         self.scratch = scratch
 
-    def free(self, more_to_come: bool = True) -> None:
+    def free(self, **_: bool) -> None:
         """Nothing: these models hold no cycles, and a collection walks all that other tests left."""
 
     def note(self, text: str) -> None:
