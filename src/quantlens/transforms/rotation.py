@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from quantlens.graph.graph import Graph, op_name, replace_argument
+from quantlens.graph.graph import Graph, argument, op_name, replace_argument
 from quantlens.graph.sites import ROTATION, Site
 from quantlens.transforms.rewrites import (
     NormGroup,
@@ -168,6 +168,8 @@ def _conv_behind(node: fx.Node) -> fx.Node | None:
             return None
     conv, moves = chain[-1], chain[-2::-1]  # in the order in which they are done
     if "conv" not in op_name(conv) or len(conv.meta["shape"]) != 4:
+        return None
+    if argument(conv, "groups", 1) != 1 or argument(conv, "transposed", False):  # rows of other inputs do not mix
         return None
     _, channels, *grid = conv.meta["shape"]
     if len(moves) == 1:
