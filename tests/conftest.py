@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent / "studies"))  # study_fakes
@@ -20,6 +21,11 @@ if LIMIT in os.environ:
     # processor's own gives outputs of no rows
     nn.functional.conv2d(torch.ones(2, 16, 8, 8), torch.ones(16, 16, 3, 3))
     del os.environ[LIMIT]
+
+# the same examples in every run; HYPOTHESIS_PROFILE=random draws others
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("random")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 SHARED = Path(os.environ.get("QUANTLENS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 ARCHITECTURES = ("vit", "deit-distilled", "deit3", "swin", "torchvision", "plain")

@@ -74,7 +74,7 @@ CASES = (
     Case("aocq/operators", "error with balanced operators to without, uneven channels", _balanced, below=0.5),
     Case("aocq/uneven", "error with uneven channels to even ones, operators off", _unbalanced, above=4),
     Case("aocq/scales", "error with refined scales to without, calibration images", _scales, below=1),
-    Case("aocq/rounding", "error with learned rounding to nearest", _rounding, below=0.85),
+    Case("aocq/rounding", "error with learned rounding to nearest", _rounding, below=0.4),
     *(
         Case(
             f"{method}/trained",

@@ -331,6 +331,17 @@ def test_transformers_keep_their_function(kind, seed):
     seed=3,
 )
 @example(kind=Net((Conv(8, 3, 1, "same", 2, 1, False, False, False),), True, False, True, False, "relu"), seed=2)
+@example(
+    kind=Net(
+        (Conv(8, 2, 1, 0, 1, 1, True, False, False), Conv(8, 1, 1, 1, 1, 8, False, False, True)),
+        True,
+        False,
+        True,
+        True,
+        "relu",
+    ),
+    seed=74,
+)
 def test_convolutions_keep_their_function(kind, seed):
     check(drawn(kind, seed), seed)
 

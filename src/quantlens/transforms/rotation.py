@@ -174,6 +174,8 @@ def _conv_behind(node: fx.Node) -> fx.Node | None:
     conv, moves = chain[-1], chain[-2::-1]  # in the order in which they are done
     if "conv" not in op_name(conv) or len(conv.meta["shape"]) != 4:
         return None
+    if argument(conv, "groups", 1) != 1 or argument(conv, "transposed", False):  # rows of other inputs do not mix
+        return None
     _, channels, *grid = conv.meta["shape"]
     if len(moves) == 1:
         return conv if _order(moves[0]) == [0, 2, 3, 1] else None
