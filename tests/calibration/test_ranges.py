@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -119,3 +121,37 @@ def test_odd_rows_give_finite_quantizers(make, rows):
     q = make(*minmax(Observation.of(rows)), 4, granularity="channel", axis=0)
     assert bool(torch.isfinite(q(rows)).all())
     assert float((q(rows) - rows).abs().max()) <= 0.75
+
+
+@pytest.mark.parametrize("kind", ["normal", "skewed", "zeros", "few values", "half zeros"])
+@pytest.mark.parametrize("count", [262_145, 400_000])
+@pytest.mark.parametrize("tail", [0.0, 1e-5, 1e-3])
+def test_extremes_of_many_values_are_exact(kind, count, tail):
+    """The selection in steps finds what sorting finds, whatever the values share."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(count, generator=generator)
+    values = {
+        "normal": values,
+        "skewed": values.abs() ** 8,
+        "zeros": torch.zeros(count),
+        "few values": values.round(),
+        "half zeros": values.relu(),
+    }[kind]
+    observer = Observer(tail=tail)
+    observer.update(values)
+    seen, ordered = observer.result(), values.sort().values
+    kept = seen.lower.shape[1]
+    assert kept == (math.ceil(tail * (count - 1)) + 2 if tail else 1)
+    assert torch.equal(seen.lower[0], ordered[:kept])
+    assert torch.equal(seen.upper[0], ordered.flip(0)[:kept])
+    for p in (0.0, tail, 1 - tail, 1.0):
+        expected = torch.quantile(values.double()[: 1 << 24], p, interpolation="linear")
+        torch.testing.assert_close(seen.quantile(p)[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tail", [0.0, 1e-3])
+def test_one_value_that_is_no_number_is_found_among_many(tail):
+    values = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
+    values[123_457] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        Observer(tail=tail).update(values)

@@ -17,6 +17,7 @@ VALUES = 1 << 19
 """Most values an observation keeps for error-minimising rules (2 MiB of float32); beyond it, a random sample."""
 
 _PROBE = 1 << 16
+_PIECE = 64
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Observation:
         """
         position = p * (self.count - 1)
         below = math.floor(position)
-        above = min(below + 1, self.count - 1)
+        above = min(below + 1, self.count - 1) if position > below else below
         pair = []
         for index in (below, above):
             from_top = self.count - 1 - index
@@ -71,18 +72,18 @@ class Observation:
 
 
 def _tail_count(tail: float, count: int) -> int:
-    return min(count, math.ceil(tail * (count - 1)) + 2)
+    """How many extreme values quantiles up to ``tail`` from an end lie between; the extreme one alone for 0."""
+    return min(count, math.ceil(tail * (count - 1)) + 2) if tail > 0 else 1
 
 
 def _tails(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k smallest (ascending) and k largest (descending) of each row of [G, n], exactly."""
     k = min(k, rows.shape[1])
+    if k == 1:
+        return rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     if rows.shape[0] == 1 and rows.shape[1] > 4 * _PROBE and k * 16 < rows.shape[1]:
         flat = rows[0]
         return _far(flat, k, largest=False)[None], _far(flat, k, largest=True)[None]
-    if k == 1:
-        low, high = rows.aminmax(dim=1)
-        return low[:, None], high[:, None]
     if k * 8 > rows.shape[1]:
         ordered = rows.sort(dim=1).values
         return ordered[:, :k].contiguous(), ordered[:, -k:].flip(1)
@@ -92,13 +93,20 @@ def _tails(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _far(flat: Tensor, k: int, *, largest: bool) -> Tensor:
-    """The k most extreme of many values. A threshold from a sample cuts the candidates before the exact selection."""
+    """The k most extreme of many values, the most extreme first. A threshold from a sample cuts the candidates before
+    the exact selection: first pieces of :data:`_PIECE` values by their own extremes, then values."""
     step = max(1, flat.numel() // _PROBE) | 1
     probe = flat[::step]
     keep = min(probe.numel(), math.ceil(2 * k / flat.numel() * probe.numel()) + 16)
     threshold = probe.topk(keep, largest=largest).values[-1]
-    candidates = flat[flat >= threshold] if largest else flat[flat <= threshold]
-    if candidates.numel() < k:
+    beyond = torch.gt if largest else torch.lt
+    pieces = flat[: flat.numel() // _PIECE * _PIECE].view(-1, _PIECE)
+    ends = pieces.amax(1) if largest else pieces.amin(1)
+    candidates = torch.cat([pieces[beyond(ends, threshold)].flatten(), flat[pieces.numel() :]])
+    candidates = candidates[beyond(candidates, threshold)]
+    if candidates.numel() < k and int(torch.count_nonzero(flat == threshold)) >= k - candidates.numel():
+        candidates = torch.cat([candidates, threshold.expand(k)])  # a value that many share
+    if candidates.numel() < k or bool(ends.isnan().any()):
         candidates = flat
     return candidates.topk(k, largest=largest).values
 
@@ -156,7 +164,7 @@ class Observer:
         if rows.shape[1] <= most:
             return rows
         index = torch.randint(rows.shape[1], (most,), generator=self._generator).to(rows.device)
-        return rows[:, index]
+        return rows.index_select(1, index)
 
     def _merge(self, old: Observation, sample: Tensor, new: int) -> Tensor:
         """A sample of everything from a sample of the past and one of the new piece, in proportion to their counts."""
@@ -174,4 +182,4 @@ class Observer:
         if k >= rows.shape[1]:
             return rows
         index = torch.randperm(rows.shape[1], generator=self._generator)[:k].to(rows.device)
-        return rows[:, index]
+        return rows.index_select(1, index)
