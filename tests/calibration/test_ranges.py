@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from quantlens.calibration import Observation, Observer
 from quantlens.calibration import observers as module
-from quantlens.calibration.ranges import affine, log_by_quantile, minmax, mse, percentile, quantile_mse, symmetric
+from quantlens.calibration.ranges import (
+    affine,
+    log_by_quantile,
+    minmax,
+    mse,
+    percentile,
+    quantile_mse,
+    rules,
+    symmetric,
+)
 from quantlens.formats import Uniform, affine_parameters
 
 
@@ -155,3 +164,21 @@ def test_one_value_that_is_no_number_is_found_among_many(tail):
     values[123_457] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         Observer(tail=tail).update(values)
+
+
+@pytest.mark.parametrize("how", [rules._by_quantizing, rules._by_sorting])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+def test_errors_of_all_candidates_are_those_of_the_format(how, bits, offset, monkeypatch):
+    """Rows and values in pieces, too; also where a row lies far from zero, or holds one value."""
+    monkeypatch.setattr(rules, "PIECE", 100)
+    rows = torch.randn(5, 333, generator=torch.Generator().manual_seed(0)) + offset
+    rows[2] = 1.5
+    shrink = torch.tensor([1.0, 0.9, 0.7, 0.4])[:, None]
+    lows, highs = (rows.amin(1) - offset) * shrink + offset, (rows.amax(1) - offset) * shrink + offset
+    scale, zero = affine_parameters(lows, highs, bits)
+    found = how(rows, scale, zero, bits)
+    for i in range(len(shrink)):
+        level = (rows.double() / scale[i].double()[:, None] + zero[i][:, None]).round().clamp(0, 2**bits - 1)
+        error = ((level - zero[i][:, None]) * scale[i].double()[:, None] - rows).square().mean(1)
+        torch.testing.assert_close(found[i], error, rtol=2e-3, atol=1e-9)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,24 +62,67 @@ def quantile_mse(seen: Observation, bits: int, quantiles: Sequence[float] = REPQ
 
 def _least_error(values: Tensor, lows: Tensor, highs: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """values [G, m]; lows, highs [candidates, G] -> the best low and high of each row."""
-    scale, zero = affine_parameters(lows, highs, bits)
-    errors = torch.stack([_squared_error(values, s, z, bits) for s, z in zip(scale, zero, strict=True)])
-    best = errors.argmin(dim=0, keepdim=True)
+    best = squared_errors(values, *affine_parameters(lows, highs, bits), bits).argmin(dim=0, keepdim=True)
     return lows.gather(0, best)[0], highs.gather(0, best)[0]
 
 
-def _squared_error(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """[G] mean squared error of quantizing rows [G, m] with unsigned codes; one buffer, rows in pieces that stay in
-    cache."""
-    scale, low = scale[:, None], -zero[:, None].float()
+def squared_errors(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """[candidates, G] float64: mean squared error of quantizing rows [G, m] with unsigned codes of ``bits`` bits, for
+    every candidate scale and zero point [candidates, G]."""
+    many = len(scale) > 8 and values.shape[1] > 64 * 2**bits  # a look-up takes as long as some 40 quantized values
+    return (_by_sorting if many else _by_quantizing)(values, scale, zero, bits)
+
+
+PIECE = 1 << 18
+"""Values that are quantized together, so that they stay in cache; look-ups that are made together."""
+
+
+def _by_quantizing(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """:func:`squared_errors`, by quantizing the values with every candidate."""
+    inverse, low = (1.0 / scale)[..., None], -zero[..., None].float()
     high = low + (2**bits - 1)
-    total = torch.zeros(values.shape[0], dtype=torch.float64, device=values.device)
-    piece = max(1, (1 << 18) // values.shape[0])
-    for part in values.split(piece, dim=1):
-        error = (part / scale).round_()
-        error = bounded_(error, low, high).mul_(scale).sub_(part)
-        total += error.square_().sum(dim=1)
-    return total / values.shape[1]
+    total = torch.zeros(scale.shape, dtype=torch.float64, device=values.device)
+    step = max(1, PIECE // values.shape[1])
+    for first in range(0, len(values), step):
+        rows = slice(first, first + step)
+        for part in values[rows].split(PIECE, dim=1):
+            exact, error = torch.empty_like(part), torch.empty_like(part)
+            for i in range(len(scale)):  # in units of the scale
+                torch.mul(part, inverse[i, rows], out=exact)
+                bounded_(torch.round(exact, out=error), low[i, rows], high[i, rows]).sub_(exact)
+                total[i, rows] += error.square_().sum(dim=1)
+    return total * scale.double().square() / values.shape[1]
+
+
+def _by_sorting(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """:func:`squared_errors`, from sums over the sorted values, in float64.
+
+    With S and c sum and count of a row's values below the midpoint b of two neighbouring levels, s the scale and t the
+    largest level, Σ(x̂ − x)² is Σx² − 2t·Σx + mt² + 2s·Σ(S − c·b), the last sum over all midpoints.
+    """
+    codes = torch.arange(2**bits - 1, device=values.device, dtype=torch.float64) + 0.5
+    step = max(1, PIECE // (len(scale) * len(codes)))
+    found = []
+    for part, s, z in zip(values.split(step), scale.double().T.split(step), zero.double().T.split(step), strict=True):
+        ordered = _sorted(part)
+        wide = ordered.double()
+        mean = wide.mean(1, keepdim=True)  # sums of values far from zero would lose their digits
+        wide -= mean
+        middles = ((codes - z[..., None]) * s[..., None]).flatten(1)
+        count = torch.searchsorted(ordered, middles.to(ordered.dtype))
+        sums = torch.nn.functional.pad(wide.cumsum(1), (1, 0))
+        inner = (sums.gather(1, count) - count * (middles - mean)).view(*s.shape, -1).sum(-1)
+        top = (len(codes) - z) * s - mean
+        total = wide.square_().sum(1, keepdim=True) - 2 * top * sums[:, -1:] + ordered.shape[1] * top.square()
+        found.append((total + 2 * s * inner) / ordered.shape[1])
+    return torch.cat(found).T
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    """Rows in ascending order. On a CPU, numpy sorts float32 in a tenth of the time that torch takes."""
+    if rows.device.type != "cpu":
+        return rows.sort(dim=1).values
+    return torch.from_numpy(np.sort(rows.detach().numpy(), axis=1))
 
 
 # -- rule -> quantizer --------------------------------------------------------------------------------------------
