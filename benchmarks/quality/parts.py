@@ -10,7 +10,7 @@ from torch import Tensor
 import quantlens as ql
 from benchmarks.quality.case import Case, Quantity
 from benchmarks.quality.subjects import loaded, pictures, small, small_network
-from quantlens.calibration import Calibration, Observation, Walk
+from quantlens.calibration import Calibration, CalibrationPass, Observation
 from quantlens.calibration.ranges import affine, minmax, mse, symmetric
 from quantlens.calibration.ranges.similarity import (
     Objective,
@@ -49,7 +49,7 @@ def _gptq(site: str) -> Quantity:
     def quantity(seed: int) -> float:
         model, images, key = small("vit", seed), pictures(seed), f"{site}.weight"
         graph, seen = graph_of(model), []
-        Walk(graph, _of(model, images), sequential=False).run(
+        CalibrationPass(graph, _of(model, images), sequential=False).run(
             [graph.sites[site].edges["input"]], lambda edge, look: seen.extend(look.tensors())
         )
         inputs, weight = torch.cat(seen).flatten(0, -2), graph.tensor(key)
@@ -83,7 +83,7 @@ def _bit_split(seed: int) -> float:
                 quantized = q.plan.quantizers[edge.key](inputs)
                 found[edge.site] = float((quantized @ got.T - inputs @ weight.T).square().mean())
 
-            Walk(graph, _of(model, images), sequential=False).run([s.edges["input"] for s in sites], note)
+            CalibrationPass(graph, _of(model, images), sequential=False).run([s.edges["input"] for s in sites], note)
             errors[how] = found
     finally:
         bit_split.ENOUGH = enough
