@@ -8,7 +8,7 @@ JOBS   ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --durations=20
 SELECT ?= not slow and not process and not browser
 
-.PHONY: help install dev demo test test-rest test-all test-processors lint types zoo bench quality clean
+.PHONY: help install dev demo test test-rest test-all test-processors test-oldest test-newest lint types zoo bench quality clean
 .DEFAULT_GOAL := help
 
 help:            ## show this list
@@ -41,6 +41,25 @@ test-all: test test-rest  ## run all tests
 test-processors: dev  ## make test's selection under lower instruction sets and two threads (benchmarks/processors.py)
 	$(BIN)/python -m benchmarks.processors --jobs $(JOBS)
 
+test-oldest: .venv-oldest/.installed  ## make test's selection with the oldest versions pyproject.toml allows
+	.venv-oldest/bin/python -m pytest -n $(JOBS) -m "$(SELECT)"
+
+test-newest: .venv-newest/.installed  ## make test's selection with the newest versions there are, not the pinned ones
+	.venv-newest/bin/python -m pytest -n $(JOBS) -m "$(SELECT)"
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+# Upgraded at every call: what is newest changes without any file here doing so.
+.venv-newest/.installed: .FORCE
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --disable-pip-version-check -q -U --upgrade-strategy eager -e '.[dev]'
+	touch $@
+
+.FORCE:
+
 lint: dev        ## lint and format check
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check -q src tests benchmarks
@@ -58,4 +77,4 @@ quality: dev     ## what methods are worth, medians over seeds against bounds (b
 	$(BIN)/python -m benchmarks.quality
 
 clean:           ## remove what make made
-	rm -rf $(VENV) quantlens-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest quantlens-demo .pytest_cache .mypy_cache .ruff_cache

@@ -30,6 +30,16 @@ def timm_transform(p: Preprocess):
     )
 
 
+def resizes_as_told(transform, interpolation: str) -> bool:
+    """Whether timm's transform resizes with the interpolation it was given: older ones resize to a size that is not
+    square bilinearly whatever they are told."""
+    return all(
+        getattr(step.interpolation, "value", step.interpolation) == interpolation
+        for step in transform.transforms
+        if hasattr(step, "interpolation")
+    )
+
+
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 0.95, 1.0, 1.2])
 def test_equals_timm_on_generated_images(crop_mode: str, crop_pct: float, picture) -> None:
@@ -37,6 +47,9 @@ def test_equals_timm_on_generated_images(crop_mode: str, crop_pct: float, pictur
         for interpolation in ("bicubic", "bilinear"):
             p = Preprocess(size, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode)
             theirs = timm_transform(p)
+            if not resizes_as_told(theirs, interpolation):
+                assert size[1] != size[2]
+                continue
             for k, (width, height) in enumerate(SIZES):
                 image = picture(width, height, seed=k)
                 assert torch.equal(p(image), theirs(image)), (size, interpolation, width, height)
