@@ -68,7 +68,7 @@ def test_version(run) -> None:
     ("arguments", "said"),
     [
         (["stdy"], "No such command 'stdy'"),
-        (["demo", "--sedes", "1"], "No such option: --sedes"),
+        (["demo", "--sedes", "1"], "--sedes"),
         (["demo", "--seeds", "one"], "--seeds 'one': write whole numbers"),
         (["demo", "--methods", "repq-vitt"], "did you mean 'repq-vit'"),
         (["demo", "--bits", "W1A8"], "2 to 10"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -13,6 +15,8 @@ from quantlens.metrics import classification_metrics, mean_over_sets, ood_metric
 from quantlens.metrics.bootstrap import Resamples, differences, interval
 
 SETS = ("far-away", "near by")
+# scipy before 1.15 has another word for it
+GENERATOR = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"
 
 
 def outputs(rng: np.random.Generator, *, n=70, m=(40, 33), k=6, steps: float | None = None, shift=1.0) -> Outputs:
@@ -125,7 +129,7 @@ def test_intervals_are_those_of_scipys_paired_bootstrap():
     for path, first, second in (("id.nll", a.nll, b.nll), ("id.top1", a.rank == 0, b.rank == 0)):
         ours = interval(differences([(ra[path], rb[path])], resamples))
         theirs = stats.bootstrap(
-            (second.astype(float) - first,), np.mean, n_resamples=6000, method="percentile", rng=rng
+            (second.astype(float) - first,), np.mean, n_resamples=6000, method="percentile", **{GENERATOR: rng}
         ).confidence_interval
         width = theirs.high - theirs.low
         assert ours.low == pytest.approx(theirs.low, abs=0.06 * width)
