@@ -17,7 +17,7 @@ from quantlens.studies.results import Mean, results
 from quantlens.studies.runner import Summary, run_study
 
 MODEL = "digits-vit"
-METHODS = ("minmax", "percentile", "repq-vit")
+METHODS = ("minmax", "percentile", "repq-vit", "quantlens-fast")
 BITS = ("FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4")
 SEEDS = (0, 13, 37)
 CALIBRATION_IMAGES = 32
