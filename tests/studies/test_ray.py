@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 from study_fakes import FakeBackend, config
@@ -151,8 +152,12 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path, log: Path, cluster
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    pids = {int(line.rpartition(" ")[2]) for line in log.read_text().splitlines()}
+    workers = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    assert workers
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert not psutil.wait_procs(workers, timeout=10)[1]  # they end with their driver
     with Store(out) as store:
         stored = len(store.cells())
     assert 2 <= stored < CELLS

@@ -42,9 +42,9 @@ class Calibration:
         source: str,
         fingerprint: str | None,
         device: torch.device,
-        size: int = CHUNK,
+        size: int | None = None,
     ):
-        self._images, self.count, self.size = images, count, size
+        self._images, self.count, self.size = images, count, CHUNK if size is None else size
         self.source, self.fingerprint, self.device = source, fingerprint, device
 
     @classmethod

@@ -46,6 +46,7 @@ def demo(
     from quantlens.cli import _common
     from quantlens.cli._tables import means_table
     from quantlens.report import demo as room
+    from quantlens.studies.progress import duration
 
     chosen = _common.names(methods)
     found = room.run_demo(
@@ -58,7 +59,7 @@ def demo(
         workers=workers,
     )
     _common.stdout().print(means_table(found.means, found.title))
-    _common.say(str(found.summary))
+    _common.say(f"{found.summary}, in {duration(found.seconds)} with the report")
     _common.say(f"report: {found.report}")
     if found.summary.failed:
         from quantlens.cli.study import tell_failures

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from quantlens.evaluation.outputs import Outputs
 from quantlens.metrics import names_of
@@ -34,9 +35,11 @@ def replicate(outputs: Outputs, wanted: Wanted, resamples: Resamples) -> dict[st
     """The metrics on every resample: path -> float64 [resamples]."""
     metrics = _Metrics(outputs, wanted)
     found: dict[str, Array] = {}
-    for part, counts in resamples.chunks(sizes_of(outputs, wanted.sets)):
-        for path, values in metrics.of(counts).items():
-            found.setdefault(path, np.empty(resamples.count))[part] = values
+    # the products are small: several threads would wait for each other most of the time
+    with threadpool_limits(limits=1, user_api="blas"):
+        for part, counts in resamples.chunks(sizes_of(outputs, wanted.sets)):
+            for path, values in metrics.of(counts).items():
+                found.setdefault(path, np.empty(resamples.count))[part] = values
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from quantlens.studies.results import Mean, results
 from quantlens.studies.runner import Summary, run_study
 
 MODEL = "digits-vit"
-METHODS = ("minmax", "percentile", "repq-vit")
+METHODS = ("minmax", "percentile", "repq-vit", "quantlens-fast")
 BITS = ("FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4")
 SEEDS = (0, 13, 37)
 CALIBRATION_IMAGES = 32
@@ -25,12 +26,14 @@ CALIBRATION_IMAGES = 32
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo left behind: the study's summary, the report's path, and means over seeds with a title for them."""
+    """What the demo left behind: the study's summary, the report's path, means over seeds with a title for them, and
+    the seconds that all of it took."""
 
     summary: Summary
     report: Path
     means: list[Mean]
     title: str
+    seconds: float
 
 
 def demo_config(
@@ -86,6 +89,7 @@ def run_demo(
     """
     from quantlens.report import write_report
 
+    started = time.monotonic()
     config = demo_config(methods, bits, seeds, scores=scores, device=device)
     if workers is None:
         workers = min(2, cores())
@@ -95,4 +99,4 @@ def run_demo(
     means = results(Path(out_dir)).means()
     report = Path(write_report(Path(out_dir)))
     title = f"{MODEL}: {len(means)} rows, mean ± standard deviation over {len(set(seeds))} seeds"
-    return Demo(summary, report, means, title)
+    return Demo(summary, report, means, title, time.monotonic() - started)
