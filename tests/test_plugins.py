@@ -244,10 +244,10 @@ def test_a_score_of_the_wrong_shape(write):
 
 @pytest.mark.process
 def test_the_workers_of_a_study_load_its_plugins(write, tmp_path):
-    from quantlens.studies.executors.remote import Worker
     from study_fakes import FakeBackend, config
 
     from quantlens.studies.config import load_config, parse_config
+    from quantlens.studies.executors.worker import Worker
     from quantlens.studies.runner import run_study
 
     note = "import os\nwith open('{}', 'a') as file:\n    file.write(f'{{os.getpid()}}\\n')\n"
