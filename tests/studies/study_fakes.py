@@ -116,8 +116,8 @@ def fill(disk: Path) -> None:
 class FakeBackend(Backend):
     """`log`: a line for each cell run. `pause`: seconds a quantized cell takes, in a temporary folder with `scratch`.
     `patience`: seconds that FP32 waits for a quantized cell to begin. `broken`: cells ("minmax W4A4 0", "fp32") that
-    raise; with `error` "full" and "interrupt" what these say; with "kill" they kill their process, with a path they
-    fill the disk there."""
+    raise; with `error` "full" and "interrupt" what these say; with "kill" they kill their process ("kill once": at the
+    first try alone), with a path they fill the disk there."""
 
     def __init__(
         self,
@@ -171,8 +171,11 @@ class FakeBackend(Backend):
             raise OSError(errno.ENOSPC, "No space left on device")
         if self.error == "interrupt":
             raise KeyboardInterrupt
-        if self.error == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.error.startswith("kill"):
+            tries = self.log.read_text().count(f"start {model.name} {what} ")
+            if self.error == "kill" or tries == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return
         if not self.error:
             raise ValueError(f"{what} is broken")
         fill(Path(self.error))

@@ -85,9 +85,7 @@ class Process:
     def death(self, error: BaseException) -> str:
         if not isinstance(error, BrokenExecutor):
             return ""
-        process = self.context.started[-1]
-        process.join(PATIENCE)
-        return f"ended with exit code {process.exitcode}"
+        return f"ended with exit code {_exit_code(self.context.started[-1])}"
 
     def replace(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
@@ -118,6 +116,17 @@ class _Context(SpawnContext):
     def Process(self, *arguments: Any, **settings: Any) -> Any:  # type: ignore[override]
         self.started.append(super().Process(*arguments, **settings))
         return self.started[-1]
+
+
+def _exit_code(process: Any) -> int | None:
+    """Of a process that is ending. A pool waits for its process in a thread of its own: where that thread was told of
+    the end, join() here returns before the code is known."""
+    until = time.monotonic() + PATIENCE
+    process.join(PATIENCE)
+    while process.exitcode is None and time.monotonic() < until:
+        time.sleep(0.01)
+    code: int | None = process.exitcode
+    return code
 
 
 @contextmanager
