@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,16 @@ from quantlens.graph.graph import op_name
 
 @dataclass(frozen=True)
 class Piece:
-    """A dimension of the source, or a factor of it (``whole`` is then False). size: None for the batch."""
+    """A dimension of the source, or a factor of it. size: None for the batch. stride: how far apart in that dimension
+    its entries are; None where they are only some of them, or in another order."""
 
     axis: int
     size: int | None
-    whole: bool = True
+    stride: int | None = 1
 
+
+MIXED = Piece(-1, None, None)
+"""As many entries as wanted, of which is known only that they come from outside: of the batch, or of several dimensions."""
 
 Layout = tuple[tuple[Piece, ...], ...]
 """For every dimension of a tensor, outermost first, what of the source it runs over."""
@@ -46,33 +50,42 @@ def axes_of_last(sources: Collection[fx.Node], reader: fx.Node) -> tuple[int, ..
         layout = MOVES[op_name(node)](layout, node)
         if layout is None:
             return ()
-    return tuple(piece.axis - len(shape) for piece in layout[-1] if piece.whole) if layout else ()
+    if not layout:
+        return ()
+    return tuple(p.axis - len(shape) for p in layout[-1] if p.stride == 1 and p.size == shape[p.axis])
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """Factors of a dimension that lie side by side as they did in it are one piece again."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        outer = joined[-1] if joined else None
+        if outer and outer.axis == piece.axis and outer.size and piece.size and piece.stride:
+            if outer.stride == piece.stride * piece.size:
+                joined[-1] = Piece(piece.axis, outer.size * piece.size, piece.stride)
+                continue
+        joined.append(piece)
+    return joined
 
 
 def _regroup(layout: Layout, node: fx.Node) -> Layout | None:
     """The dimensions of a reshape take the pieces from the innermost on; what is left over is the outermost one."""
-    pieces = [piece for dim in layout for piece in dim if piece.size != 1]
+    pieces = _joined(piece for dim in layout for piece in dim if piece.size != 1)
     grouped: list[tuple[Piece, ...]] = []
     for size in reversed(node.meta["shape"][1:]):
-        dim: list[Piece] = []
-        while size is not None and size > 1:
-            if not pieces:
-                return None
-            piece = pieces.pop()
-            if piece.size is None:  # windows that were merged with the batch
-                pieces.append(Piece(piece.axis, None, whole=False))
-                piece = Piece(piece.axis, size, whole=False)
-            assert piece.size is not None
-            common = math.gcd(size, piece.size)
-            if common not in (size, piece.size):
-                return None
-            if common < piece.size:
-                pieces.append(Piece(piece.axis, piece.size // common, whole=False))
-                piece = Piece(piece.axis, common, whole=False)
-            dim.insert(0, piece)
-            size //= common
         if size is None:
             return None
+        dim: list[Piece] = []
+        while size > 1:
+            piece = pieces.pop() if pieces else MIXED
+            common = math.gcd(size, piece.size) if piece.size else size
+            if piece.size is None or common not in (size, piece.size):  # what lies further out is mixed from here on
+                pieces, piece = [MIXED], Piece(-1, size, None)
+            elif common < piece.size:
+                pieces.append(Piece(piece.axis, piece.size // common, piece.stride and piece.stride * common))
+                piece = Piece(piece.axis, common, piece.stride)
+            dim.insert(0, piece)
+            size //= piece.size
         grouped.insert(0, tuple(dim))
     return (tuple(pieces), *grouped)
 
@@ -101,7 +114,7 @@ def _without(layout: Layout, node: fx.Node) -> Layout:
 
 def _cut(dim: tuple[Piece, ...], size: int | None) -> tuple[Piece, ...]:
     """A dimension of which ``size`` entries are left, in any order."""
-    return (Piece(dim[0].axis if dim else -1, size, whole=False),)
+    return (Piece(dim[0].axis if dim else -1, size, None),)
 
 
 def _partial(position: int) -> Callable[[Layout, fx.Node], Layout]:
@@ -126,7 +139,7 @@ def _same(layout: Layout, node: fx.Node) -> Layout:
 
 def _item(layout: Layout, node: fx.Node) -> Layout:
     """One of the tensors of a split, whose size is known now."""
-    cut = [len(dim) == 1 and dim[0].size is None and not dim[0].whole for dim in layout]
+    cut = [len(dim) == 1 and dim[0].size is None and dim[0].stride is None for dim in layout]
     sizes = node.meta["shape"]
     return tuple(_cut(d, size) if c else d for d, c, size in zip(layout, cut, sizes, strict=True))
 
