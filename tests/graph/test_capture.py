@@ -147,3 +147,19 @@ def test_the_model_is_left_alone(pictures):
     assert model.training
     graph.set_tensor("1.weight", graph.tensor("1.weight") * 0)
     assert torch.equal(model[1].weight, weight)
+
+
+def test_no_two_sites_share_a_name() -> None:
+    """`fc`, called twice, is numbered beside a layer that is called fc1."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = x.mean((2, 3))
+            return self.fc2(self.fc(self.fc1(self.fc(x))))
+
+    graph = capture(Twice().eval(), torch.randn(2, 4, 8, 8))
+    assert [site.name for site in graph.sites] == ["fc3", "fc1", "fc4", "fc2"]

@@ -23,7 +23,7 @@ class Piece:
 
 
 MIXED = Piece(-1, None, None)
-"""As many entries as wanted, of which is known only that they come from outside: of the batch, or of several dimensions."""
+"""As many entries as wanted, of which only this is known: they come from the batch, or from several dimensions."""
 
 Layout = tuple[tuple[Piece, ...], ...]
 """For every dimension of a tensor, outermost first, what of the source it runs over."""
@@ -59,11 +59,11 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
     """Factors of a dimension that lie side by side as they did in it are one piece again."""
     joined: list[Piece] = []
     for piece in pieces:
-        outer = joined[-1] if joined else None
-        if outer and outer.axis == piece.axis and outer.size and piece.size and piece.stride:
-            if outer.stride == piece.stride * piece.size:
-                joined[-1] = Piece(piece.axis, outer.size * piece.size, piece.stride)
-                continue
+        outer = joined[-1] if joined else MIXED
+        inner = piece.stride * piece.size if piece.stride and piece.size else None
+        if outer.axis == piece.axis and outer.size and inner and outer.stride == inner:
+            piece = Piece(piece.axis, outer.size * (piece.size or 1), piece.stride)
+            joined.pop()
         joined.append(piece)
     return joined
 

@@ -23,7 +23,9 @@ the value as everybody reads it.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,29 +148,34 @@ def find_sites(graph: Graph) -> SiteMap:
     score_nodes = {m: s for s in softmaxes if (m := _scores_of(s)) is not None}
     probs = set(score_nodes.values())
     context_nodes = {c: s for s in probs if (c := _context_of(s)) is not None}
-    names: dict[str, int] = {}
-    found: list[tuple[str, str, fx.Node, dict[str, int | None]]] = []
+    found = []
     for node in graph.fx.nodes:
         described = _describe(graph, node, dynamic, score_nodes, probs, context_nodes)
         if described is not None:
-            kind, name, positions = described
-            found.append((kind, name, node, positions))
-            names[name] = names.get(name, 0) + 1
-    counts: dict[str, int] = {}
-    sites_raw = []
-    for kind, name, node, positions in found:
-        counts[name] = counts.get(name, 0) + 1
-        numbered = kind == "add" or names[name] > 1
-        sites_raw.append((kind, f"{name}{counts[name]}" if numbered else name, node, positions))
+            found.append((*described, node))
+    names = _numbered([(kind, name) for kind, name, _, _ in found])
     blocks = _find_blocks(graph, dynamic, score_nodes)
     owner = {n: b.name for b in blocks for n in b.nodes}
     sites = []
-    for kind, name, node, positions in sites_raw:
+    for name, (kind, _, positions, node) in zip(names, found, strict=True):
         edges = {e: Edge(f"{name}.{e}", name, e, node, p) for e, p in positions.items()}
         sites.append(Site(name, kind, node, owner.get(node), edges))
     by_node = {s.node: s for s in sites}
     head = [by_node[n] for n, _ in classifier_terms(graph) or [] if n in by_node]
     return SiteMap(sites, blocks, head)
+
+
+def _numbered(found: list[tuple[str, str]]) -> list[str]:
+    """Names of sites (kind, name) that no two share: sums are numbered, and layers that are called more than once."""
+    counts = Counter(name for _, name in found)
+    taken = {name for kind, name in found if kind != "add" and counts[name] == 1}
+    names = []
+    for kind, name in found:
+        if kind == "add" or counts[name] > 1:
+            name = next(f"{name}{n}" for n in itertools.count(1) if f"{name}{n}" not in taken)
+            taken.add(name)
+        names.append(name)
+    return names
 
 
 def _describe(
