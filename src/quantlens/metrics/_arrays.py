@@ -99,10 +99,3 @@ def log_softmax(logits: np.ndarray) -> Float:
     others = np.exp(shifted)
     np.put_along_axis(others, top, 0.0, axis=1)
     return shifted - np.log1p(others.sum(axis=1, keepdims=True))
-
-
-def log_sum_exp(logits: np.ndarray) -> Float:
-    """log sum_k exp(f_k) [N] of finite logits [N, K]."""
-    f = np.asarray(logits, dtype=np.float64)
-    top = f.max(axis=1, keepdims=True)
-    return top[:, 0] + np.log(np.exp(f - top).sum(axis=1))

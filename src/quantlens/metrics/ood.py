@@ -15,48 +15,26 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from quantlens.errors import QuantlensError
-from quantlens.metrics._arrays import Int, as_vector
+from quantlens.metrics._arrays import Float, Int, as_vector
 
 COUNTS = frozenset({"n", "n_id", "n_ood", "n_sets", "skipped", "num_classes"})
 """Keys that hold a number of things: they have no change by quantization and no mean over sets."""
 
 
-def _counts_per_score(id_scores: ArrayLike, ood_scores: ArrayLike) -> tuple[Int, Int]:
-    """ID and OOD images at each distinct score, from the largest score to the smallest."""
-    ins = as_vector(id_scores, "ID scores")
-    outs = as_vector(ood_scores, "OOD scores")
-    values, group = np.unique(np.concatenate([ins, outs]), return_inverse=True)
-    n_in = np.bincount(group[: ins.size], minlength=values.size)[::-1]
-    n_out = np.bincount(group[ins.size :], minlength=values.size)[::-1]
-    return n_in.astype(np.int64), n_out.astype(np.int64)
+def _other_at_95(positive: Int, scores: Float) -> float:
+    """Share of the other images taken at the first threshold that takes at least 95 % of the positive ones."""
+    from sklearn.metrics import roc_curve
 
-
-def _average_precision(positives: Int, negatives: Int) -> float:
-    """sum_i (R_i - R_(i-1)) P_i over distinct thresholds; counts in the order in which images are taken."""
-    true, false = np.cumsum(positives), np.cumsum(negatives)
-    precision = true / np.maximum(true + false, 1)
-    return float((positives * precision).sum() / true[-1])
-
-
-def _auroc(n_in: Int, n_out: Int) -> float:
-    """P(ID scores above OOD) + P(equal) / 2; the pairs are counted in whole numbers."""
-    in_above_twice = 2 * (np.cumsum(n_in) - n_in) + n_in
-    return float((n_out * in_above_twice).sum() / (2 * n_in.sum() * n_out.sum()))
-
-
-def _other_at_95(wanted: Int, other: Int) -> float:
-    """Share of `other` taken at the first threshold that takes at least 95 % of `wanted`."""
-    taken = np.cumsum(wanted)
-    first = int(np.argmax(20 * taken >= 19 * taken[-1]))
-    return float(np.cumsum(other)[first] / other.sum())
+    other, taken, _ = roc_curve(positive, scores, drop_intermediate=False)
+    return float(other[np.argmax(taken >= 0.95)])
 
 
 def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, Any]:
     """Metrics of one score on ID and OOD images, `id_scores` [N] and `ood_scores` [M].
 
     - `aupr_out`, `aupr_in`: average precision with OOD, or ID, as the positive class. It is the step sum over
-      distinct thresholds, sum (R_i - R_(i-1)) P_i, without interpolation: what scikit-learn's
-      `average_precision_score` gives. (OpenOOD takes the trapezoid area, which differs a little.)
+      distinct thresholds, sum (R_i - R_(i-1)) P_i, without interpolation. (OpenOOD takes the trapezoid area, which
+      differs a little.)
     - `auroc`: probability that an ID image scores above an OOD image, equal scores counting one half.
     - `fpr95_id`: share of the OOD images accepted when at least 95 % of the ID images are kept (ID positive,
       as in ODIN: Liang, Li and Srikant, ICLR 2018).
@@ -67,14 +45,18 @@ def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, Any]:
 
     Raises QuantlensError for an empty set and for scores that are NaN or infinite.
     """
-    n_in, n_out = _counts_per_score(id_scores, ood_scores)
-    n, m = int(n_in.sum()), int(n_out.sum())
+    from sklearn.metrics import average_precision_score, roc_auc_score  # late: it takes a second to import
+
+    ins, outs = as_vector(id_scores, "ID scores"), as_vector(ood_scores, "OOD scores")
+    n, m = ins.size, outs.size
+    scores = np.concatenate([ins, outs])
+    inside = np.repeat([1, 0], [n, m])
     return {
-        "aupr_out": _average_precision(n_out[::-1], n_in[::-1]),
-        "aupr_in": _average_precision(n_in, n_out),
-        "auroc": _auroc(n_in, n_out),
-        "fpr95_id": _other_at_95(n_in, n_out),
-        "fpr95_ood": _other_at_95(n_out[::-1], n_in[::-1]),
+        "aupr_out": float(average_precision_score(1 - inside, -scores)),
+        "aupr_in": float(average_precision_score(inside, scores)),
+        "auroc": float(roc_auc_score(inside, scores)),
+        "fpr95_id": _other_at_95(inside, scores),
+        "fpr95_ood": _other_at_95(1 - inside, -scores),
         "chance_aupr_out": m / (n + m),
         "chance_aupr_in": n / (n + m),
         "n_id": n,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import logsumexp
 
-from quantlens.metrics._arrays import Float, as_matrix, log_softmax, log_sum_exp
+from quantlens.metrics._arrays import Float, as_matrix, log_softmax
 from quantlens.metrics.ood_scores.base import per_row
 from quantlens.metrics.ood_scores.registry import ScoreInfo, register_score
 
@@ -59,7 +60,7 @@ def energy(logits: ArrayLike) -> Float:
 
     Liu, Wang, Owens and Li, Energy-based Out-of-distribution Detection, NeurIPS 2020. T = 1, as they advise.
     """
-    return per_row(as_matrix(logits, "logits"), log_sum_exp)
+    return per_row(as_matrix(logits, "logits"), lambda f: logsumexp(f, axis=1))
 
 
 @register_score(

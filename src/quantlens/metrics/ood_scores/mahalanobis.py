@@ -31,17 +31,10 @@ def ledoit_wolf(centred: Float) -> Float:
     and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, J. Multivariate Analysis
     88, 2004.
     """
-    n, d = centred.shape
-    covariance = centred.T @ centred / n
-    mean_variance = np.trace(covariance) / d
-    squared = float((covariance**2).sum())
-    fourth = float((np.einsum("nd,nd->n", centred, centred) ** 2).sum() / n)  # mean of ||x||^4
-    distance = squared / d - mean_variance**2
-    error = (fourth - squared) / (n * d)
-    rho = 1.0 if distance <= 0 else min(max(error / distance, 0.0), 1.0)
-    shrunk = (1 - rho) * covariance
-    shrunk[np.diag_indices(d)] += rho * mean_variance
-    return shrunk
+    from sklearn.covariance import ledoit_wolf as shrunk  # late: it takes a second to import
+
+    covariance: Float = shrunk(centred, assume_centered=True)[0] if len(centred) > 1 else centred.T @ centred
+    return covariance
 
 
 def tied_covariances(features: Float, means: Float, row: np.ndarray) -> tuple[Float, Float]:

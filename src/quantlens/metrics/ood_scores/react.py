@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import logsumexp
 
-from quantlens.metrics._arrays import Float, as_matrix, log_sum_exp
+from quantlens.metrics._arrays import Float, as_matrix
 from quantlens.metrics.ood_scores.base import FitData, given, per_row
 from quantlens.metrics.ood_scores.registry import ScoreInfo, register_score
 
@@ -23,7 +24,7 @@ def react(features: ArrayLike, weight: Float, bias: Float, threshold: float) -> 
     """
     return per_row(
         as_matrix(features, "features"),
-        lambda h: log_sum_exp(np.minimum(h, threshold) @ weight.T + bias),
+        lambda h: logsumexp(np.minimum(h, threshold) @ weight.T + bias, axis=1),
         row_elements=len(weight),
     )
 
