@@ -19,19 +19,17 @@ from quantlens.graph import Graph, capture
 from quantlens.graph.graph import argument, op_name, replace_argument
 from quantlens.transforms.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
 from quantlens.transforms.heads import find_score_pairs, find_value_pairs, rescale_values, rotate_scores, rotate_values
-from quantlens.transforms.rewrites import (
+from quantlens.transforms.layers import (
     alone,
     ensure_bias,
-    find_norm_groups,
     fold_layer_scale,
-    fold_norm,
     hidden_source,
     pads,
     permute_hidden,
     rescale_input,
-    rescale_norm,
     split_linear,
 )
+from quantlens.transforms.norms import find_norm_groups, fold_norm, rescale_norm
 from quantlens.transforms.rotation import (
     find_residuals,
     hadamard,

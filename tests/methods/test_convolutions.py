@@ -119,7 +119,7 @@ def test_a_stem_with_a_norm_of_its_own():
 
 def test_a_bias_is_made_for_the_convolution_as_it_is(pictures):
     """The issue's smallest input, at the rewrite itself."""
-    from quantlens.transforms.rewrites import ensure_bias
+    from quantlens.transforms.layers import ensure_bias
 
     network = drawn(Convolution(padding=1, stride=2))
     graph = capture(network, pictures)

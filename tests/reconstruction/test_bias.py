@@ -17,7 +17,7 @@ from quantlens.reconstruction.bias import (
     output_means,
     subtract_from_biases,
 )
-from quantlens.transforms.rewrites import ensure_bias
+from quantlens.transforms.layers import ensure_bias
 
 
 def _quantized_means(qmodel: QuantizedModel, calibration: Calibration) -> dict[str, torch.Tensor]:

@@ -23,7 +23,8 @@ from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction.bias import corrected_layers
 from quantlens.reconstruction.closed_form import Grid, Moments, output_shift, ridge, round_columns
 from quantlens.transforms.heads import find_score_pairs, find_value_pairs, rotate_scores, rotate_values
-from quantlens.transforms.rewrites import alone, ensure_bias, find_norm_groups
+from quantlens.transforms.layers import alone, ensure_bias
+from quantlens.transforms.norms import find_norm_groups
 from quantlens.transforms.rotation import (
     SMALLEST,
     find_residuals,

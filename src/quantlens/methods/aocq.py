@@ -48,7 +48,7 @@ from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction import Report, Settings, reconstruct
 from quantlens.transforms import NormGroup, find_norm_groups
 from quantlens.transforms.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
-from quantlens.transforms.rewrites import keeps_channels_last
+from quantlens.transforms.norms import keeps_channels_last
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """m of LN_α's candidates: how far the channels' ranges are evened out."""

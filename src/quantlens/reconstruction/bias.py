@@ -20,7 +20,7 @@ from quantlens.formats import Quantizer
 from quantlens.formats.operators import Operator
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
-from quantlens.transforms.rewrites import ensure_bias
+from quantlens.transforms.layers import ensure_bias
 
 LAYERS = ("linear", "conv")
 

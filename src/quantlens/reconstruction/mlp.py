@@ -23,7 +23,7 @@ from quantlens.graph.graph import argument
 from quantlens.graph.sites import Site
 from quantlens.reconstruction.closed_form import Moments, output_shift, ridge
 from quantlens.reconstruction.trainer import Group, Trainer
-from quantlens.transforms.rewrites import alone
+from quantlens.transforms.layers import alone
 
 CLIPPED = 2
 """Weight of the error with clipped hidden values, against that without (the authors' code)."""

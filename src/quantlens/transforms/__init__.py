@@ -10,18 +10,9 @@ from quantlens.transforms.heads import (
     rotate_scores,
     rotate_values,
 )
+from quantlens.transforms.layers import fold_layer_scale, hidden_source, permute_hidden, rescale_input, split_linear
+from quantlens.transforms.norms import NormGroup, find_norm_groups, fold_norm, rescale_norm
 from quantlens.transforms.registry import Transform, available, get, register
-from quantlens.transforms.rewrites import (
-    NormGroup,
-    find_norm_groups,
-    fold_layer_scale,
-    fold_norm,
-    hidden_source,
-    permute_hidden,
-    rescale_input,
-    rescale_norm,
-    split_linear,
-)
 
 __all__ = [
     "Factors",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
-from quantlens.transforms.rewrites import NormGroup, rescale_norm
+from quantlens.transforms.norms import NormGroup, rescale_norm
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from quantlens.graph import Graph, Site
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
-from quantlens.transforms.rewrites import alone
+from quantlens.transforms.layers import alone
 from quantlens.transforms.rotation import orthogonal
 
 

@@ -22,14 +22,8 @@ from quantlens.graph import Graph
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import ADDS, SCALINGS, Site
 from quantlens.transforms.heads import ScorePair, ValuePair, find_score_pairs, find_value_pairs
-from quantlens.transforms.rewrites import (
-    NormGroup,
-    alone,
-    ensure_bias,
-    find_norm_groups,
-    keeps_channels_last,
-    rescale_norm,
-)
+from quantlens.transforms.layers import alone, ensure_bias
+from quantlens.transforms.norms import NormGroup, find_norm_groups, keeps_channels_last, rescale_norm
 
 
 @dataclass(frozen=True)

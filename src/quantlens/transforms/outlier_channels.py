@@ -17,7 +17,7 @@ from torch import Tensor
 from quantlens.graph import Graph
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import Site
-from quantlens.transforms.rewrites import alone, hidden_source, permute_hidden, split_linear
+from quantlens.transforms.layers import alone, hidden_source, permute_hidden, split_linear
 
 RATIO = 16.0
 """A channel is an outlier if its largest magnitude exceeds this many times the median channel's: four bits of an

@@ -14,7 +14,7 @@ import torch
 
 from quantlens.graph import Graph
 from quantlens.graph.sites import Site
-from quantlens.transforms.rewrites import alone, pads, rescale_input
+from quantlens.transforms.layers import alone, pads, rescale_input
 
 
 def pixel_readers(graph: Graph, channels: int) -> list[Site]:

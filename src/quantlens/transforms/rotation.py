@@ -26,16 +26,8 @@ from torch import Tensor, fx
 
 from quantlens.graph.graph import Graph, argument, op_name, replace_argument
 from quantlens.graph.sites import ROTATION, Site, dynamic_nodes
-from quantlens.transforms.rewrites import (
-    ACTIVATIONS,
-    NormGroup,
-    alone,
-    ensure_bias,
-    find_norm_groups,
-    fold_norm,
-    keeps_channels_last,
-    with_constant,
-)
+from quantlens.transforms.layers import ACTIVATIONS, alone, ensure_bias, with_constant
+from quantlens.transforms.norms import NormGroup, find_norm_groups, fold_norm, keeps_channels_last
 
 aten = torch.ops.aten
 
