@@ -122,14 +122,15 @@ def dropping(method: str, run: Run, images: int, loss: Any) -> Settings:
 
 # -- where a method starts from ------------------------------------------------------------------------------------
 def weight_quantizers(graph: Graph, bits: Widths) -> dict[str, Quantizer]:
-    """Asymmetric uniform per output channel, ranges of least squared error, for every linear and conv layer."""
+    """Uniform per output channel, ranges of least squared error, on the target's grid, for every linear and conv
+    layer."""
     found: dict[str, Quantizer] = {}
     for site in graph.sites.of_kind("linear", "conv"):
         edge = site.edges["weight"]
         width = bits.of(graph, edge)
         if width != FLOAT:
             rows = graph.tensor(str(site.weight)).flatten(1)
-            found[edge.key] = affine(*mse(Observation.of(rows), width), width, granularity="channel", axis=0)
+            found[edge.key] = bits.weights(*mse(Observation.of(rows), width), width)
     return found
 
 
