@@ -15,7 +15,7 @@ from quantlens.export.export import export
 from quantlens.export.exported import Artefact
 from quantlens.export.parity import parity
 from quantlens.export.threshold import guard_figures, guard_score, looks_unknown
-from quantlens.formats import BlockScaled, Uniform
+from quantlens.formats import GroupScaled, Uniform
 from quantlens.metrics import METRICS
 from quantlens.qmodel import float_model
 from quantlens.qmodel.targets import TARGETS, target_named
@@ -126,7 +126,7 @@ def test_other_formats_are_refused_or_simulated(loaded, pictures, tmp_path, meth
 def test_blocks_of_channels_are_simulated(loaded, pictures, tmp_path, key):
     """One at a time: at 3 bits the last bit of one sum moves codes all over a network that was never trained."""
     qmodel = ql.quantize(loaded["vit"], pictures, method="quantlens-fast", bits="W8A3")
-    assert isinstance(qmodel.plan.quantizers[key], BlockScaled)
+    assert isinstance(qmodel.plan.quantizers[key], GroupScaled)
     for other in list(qmodel.plan.quantizers):
         if other != key:
             del qmodel.plan.quantizers[other]

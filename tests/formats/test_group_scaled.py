@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quantlens.calibration import Observation
 from quantlens.calibration.ranges import affine, block_scaled, clipping
-from quantlens.formats import BlockScaled, restore
+from quantlens.formats import GroupScaled, restore
 
 SEEDS = st.integers(0, 10_000)
 
@@ -27,7 +27,7 @@ def test_integers_decide_the_values(seed, bits, block, axis, step):
     x = tokens(seed)
     if axis == -2:
         x = x.transpose(-1, -2)
-    q = BlockScaled(step, bits, block, axis=axis)
+    q = GroupScaled(step, bits, block, axis=axis)
     codes, value = q.encode(x), q(x)
     assert torch.equal(value, q.decode(codes))
     assert codes.dtype == torch.int8
@@ -50,7 +50,7 @@ def test_integers_decide_the_values(seed, bits, block, axis, step):
 @settings(max_examples=30, deadline=None)
 @given(SEEDS, st.integers(-6, 6))
 def test_blocks_are_apart_and_scale_free(seed, octaves):
-    x, q = tokens(seed), BlockScaled(0.6, 3, 16)
+    x, q = tokens(seed), GroupScaled(0.6, 3, 16)
     assert torch.equal(q(x * 2.0**octaves), q(x) * 2.0**octaves)
     assert torch.equal(q(x[:, 3:5, 16:]), q(x)[:, 3:5, 16:])
     assert float((q(-x) == -q(x)).double().mean()) > 0.99
@@ -73,11 +73,11 @@ def test_the_step_is_the_best_of_many():
     found = block_scaled(x, 3, 8)
     error = float((found(x) - x).square().sum())
     for factor in (0.5, 0.8, 1.25, 2.0):
-        assert error <= float((BlockScaled(found.scale * factor, 3, 8)(x) - x).square().sum())
+        assert error <= float((GroupScaled(found.scale * factor, 3, 8)(x) - x).square().sum())
 
 
 def test_zeros_huge_values_and_nan():
-    q = BlockScaled(0.6, 3, 8)
+    q = GroupScaled(0.6, 3, 8)
     assert float(q(torch.zeros(3, 16)).abs().max()) < 1e-4
     huge = q(torch.full((1, 8), 1e30))
     assert bool(torch.isfinite(huge).all())
@@ -85,7 +85,7 @@ def test_zeros_huge_values_and_nan():
 
 
 def test_gradients_pass_inside_and_plain_data_makes_it_again():
-    q = BlockScaled(0.5, 3, 16, axis=-2)
+    q = GroupScaled(0.5, 3, 16, axis=-2)
     again = restore(q.config(), q.tensors())
     x = tokens(3).transpose(-1, -2).clone().requires_grad_()
     value = again(x)
@@ -96,8 +96,14 @@ def test_gradients_pass_inside_and_plain_data_makes_it_again():
     assert bool(top[x.grad == 0].all()), "only what the outermost levels clip stands still"
 
 
-@pytest.mark.parametrize("wrong", [{"scale": 0.0}, {"scale": float("nan")}, {"block": 0}, {"axis": 0}])
+def test_the_name_of_the_group_size_in_older_files():
+    made = GroupScaled(0.5, 3, 8)
+    older = {"block" if key == "group_size" else key: value for key, value in made.config().items()}
+    assert GroupScaled.restore(older, {"scale": made.scale}).group_size == 8
+
+
+@pytest.mark.parametrize("wrong", [{"scale": 0.0}, {"scale": float("nan")}, {"group_size": 0}, {"axis": 0}])
 def test_what_is_no_format_is_refused(wrong):
-    given = {"scale": 0.5, "bits": 3, "block": 8, "axis": -1} | wrong
+    given = {"scale": 0.5, "bits": 3, "group_size": 8, "axis": -1} | wrong
     with pytest.raises(ValueError, match=r"scale|axis"):
-        BlockScaled(given.pop("scale"), given.pop("bits"), given.pop("block"), **given)
+        GroupScaled(given.pop("scale"), given.pop("bits"), given.pop("group_size"), **given)

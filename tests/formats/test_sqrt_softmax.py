@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quantlens.calibration import Observation
 from quantlens.calibration.ranges import affine, clipping, log_by_quantile
-from quantlens.formats import SquaredRows, restore
+from quantlens.formats import SqrtSoftmax, restore
 
 SEEDS = st.integers(0, 10_000)
 
@@ -24,7 +24,7 @@ def rows(seed: int, count: int = 6, length: int = 40) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 @given(SEEDS, st.integers(2, 10))
 def test_codes_decide_the_values(seed, bits):
-    p, q = rows(seed), SquaredRows(bits)
+    p, q = rows(seed), SqrtSoftmax(bits)
     codes, value = q.encode(p), q(p)
     assert torch.equal(value, q.decode(codes))
     assert torch.equal(codes.amax(-1), torch.full((len(p),), q.qmax, dtype=codes.dtype))
@@ -40,7 +40,7 @@ def test_codes_decide_the_values(seed, bits):
 @settings(max_examples=30, deadline=None)
 @given(SEEDS)
 def test_rows_are_apart_and_scale_free(seed):
-    p, q = rows(seed), SquaredRows(4)
+    p, q = rows(seed), SqrtSoftmax(4)
     together = q(p)
     for i in range(len(p)):
         assert torch.equal(q(p[i : i + 1]), together[i : i + 1])
@@ -57,11 +57,11 @@ def test_what_a_product_with_it_loses_is_less_than_with_one_scale(bits):
         return float(((quantized - p) @ values).square().sum())
 
     others = (affine(*clipping(seen, bits), bits), log_by_quantile(seen, bits))
-    assert error(SquaredRows(bits)(p)) < 0.2 * min(error(q(p)) for q in others)
+    assert error(SqrtSoftmax(bits)(p)) < 0.2 * min(error(q(p)) for q in others)
 
 
 def test_flat_rows_one_hot_rows_and_rows_of_nothing():
-    q = SquaredRows(3)
+    q = SqrtSoftmax(3)
     flat = torch.full((1, 10), 0.1)
     torch.testing.assert_close(q(flat), flat)
     assert torch.equal(q(torch.eye(10)), torch.eye(10))
@@ -72,8 +72,8 @@ def test_flat_rows_one_hot_rows_and_rows_of_nothing():
 def test_gradients_pass_and_plain_data_makes_it_again():
     p = rows(3).requires_grad_()
     weights = torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
-    q = restore(SquaredRows(4).config(), SquaredRows(4).tensors())
+    q = restore(SqrtSoftmax(4).config(), SqrtSoftmax(4).tensors())
     (q(p) * weights).sum().backward()
     assert torch.equal(p.grad, weights)
     with torch.no_grad():
-        torch.testing.assert_close(q(p), SquaredRows(4)(p), rtol=0, atol=0)
+        torch.testing.assert_close(q(p), SqrtSoftmax(4)(p), rtol=0, atol=0)

@@ -7,7 +7,7 @@ import torch
 
 import quantlens as ql
 from quantlens.errors import QuantlensError
-from quantlens.formats import BlockScaled, SquaredRows, Uniform
+from quantlens.formats import GroupScaled, SqrtSoftmax, Uniform
 from quantlens.graph import graph_of
 from quantlens.methods._pipeline import RotateHeads, RotateInputs, RotateResidual, WeightFit
 from quantlens.methods.quantlens_fast import QuantlensFast
@@ -217,7 +217,7 @@ def test_what_quantizes_where_no_method_is_named(digits):
 def test_what_they_use_can_be_shipped(digits):
     """One uniform scale per activation tensor and output channel; at the softmax squares of integers of 8 bits, on
     request uniform too."""
-    for softmax, other in (("sqrt", SquaredRows), ("uniform", ())):
+    for softmax, other in (("sqrt", SqrtSoftmax), ("uniform", ())):
         q = ql.quantize(digits["model"], digits["calibration"][:4], method="fast", bits="W4A4", softmax=softmax)
         for key, quantizer in q.plan.quantizers.items():
             if isinstance(quantizer, other):
@@ -229,24 +229,24 @@ def test_what_they_use_can_be_shipped(digits):
 
 
 def test_narrow_activations_find_their_scales_at_run_time(digits):
-    def blocks(bits, **options):
+    def groups(bits, **options):
         q = ql.quantize(digits["model"], digits["calibration"][:8], method="fast", bits=bits, **options)
-        found = {key: f for key, f in q.plan.quantizers.items() if isinstance(f, BlockScaled)}
+        found = {key: f for key, f in q.plan.quantizers.items() if isinstance(f, GroupScaled)}
         inputs = {k for k, f in q.plan.quantizers.items() if not k.endswith((".weight", ".probs.output"))}
         assert found.keys() <= inputs - {"patch_embed.proj.input"}, "not the image, weights or softmax outputs"
         said = q.plan.info["activations"]
-        assert (said.get("block", 0), said["tensor"]) == (len(found), len(inputs) - len(found))
+        assert (said.get("group", 0), said["tensor"]) == (len(found), len(inputs) - len(found))
         return found, inputs
 
-    narrow, inputs = blocks("W4A3")
+    narrow, inputs = groups("W4A3")
     assert narrow.keys() >= inputs - {"patch_embed.proj.input", "head.input"}, "a head reads one token"
     assert all(f.axis == (-2 if key.endswith("scores.k") else -1) for key, f in narrow.items())
-    assert blocks("W3A4")[0] == blocks("W3A3", activation_granularity="tensor")[0] == {}
-    assert len(blocks("W4A4", activation_granularity="group")[0]) > 0.8 * len(narrow)
-    assert {f.block for f in blocks("W4A3", group_size=16)[0].values()} == {16}
+    assert groups("W3A4")[0] == groups("W3A3", activation_granularity="tensor")[0] == {}
+    assert len(groups("W4A4", activation_granularity="group")[0]) > 0.8 * len(narrow)
+    assert {f.group_size for f in groups("W4A3", group_size=16)[0].values()} == {16}
     for wrong in (4, 24, "all"):
         with pytest.raises(QuantlensError, match="power of two"):
-            blocks("W4A3", group_size=wrong)
+            groups("W4A3", group_size=wrong)
 
 
 def test_scales_found_at_run_time_depend_on_the_token_alone(digits):
@@ -256,7 +256,7 @@ def test_scales_found_at_run_time_depend_on_the_token_alone(digits):
     block, tensor = (
         _fast(digits, "W4A4", activation_granularity=which).plan.quantizers for which in ("group", "tensor")
     )
-    found = {key: q for key, q in block.items() if isinstance(q, BlockScaled) and q.axis == -1}
+    found = {key: q for key, q in block.items() if isinstance(q, GroupScaled) and q.axis == -1}
     assert len(found) > 8
     for key, quantizer in found.items():
         tokens = torch.randn(2, 5, 64, generator=generator)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from quantlens.errors import UnsupportedError
 from quantlens.export.onnx_file import Initializer
-from quantlens.formats import AdaLog, BlockScaled, Log, Quantizer, SquaredRows, Uniform
+from quantlens.formats import AdaLog, GroupScaled, Log, Quantizer, SqrtSoftmax, Uniform
 from quantlens.formats.group_scaled import LEAST, MOST, PARTS
 from quantlens.graph import Graph
 
@@ -153,9 +153,9 @@ class Emitter:
             levels = self.op("Round", self.op("Mul", source, inverse))
             levels = self.op("Min", self.op("Max", levels, low), high)
             return self.op("Mul", levels, self.constant(quantizer.spread(quantizer.scale, dims)))
-        if isinstance(quantizer, SquaredRows):
+        if isinstance(quantizer, SqrtSoftmax):
             return self._rows(quantizer, source)
-        if isinstance(quantizer, BlockScaled):
+        if isinstance(quantizer, GroupScaled):
             return self._blocks(quantizer, source, dims)
         if isinstance(quantizer, AdaLog) and bool(quantizer.shift != 0):
             shift = self.constant(quantizer.shift)
@@ -164,7 +164,7 @@ class Emitter:
             return self._logarithmic(quantizer, source)
         raise UnsupportedError(f"the format {quantizer.kind!r} cannot be written as ONNX operations yet")
 
-    def _rows(self, quantizer: SquaredRows, source: str) -> str:
+    def _rows(self, quantizer: SqrtSoftmax, source: str) -> str:
         roots = self.op("Sqrt", self.op("Max", source, self.constant(np.float32(0))))
         last = self.constant([-1], dtype=np.int64)
         peak = self.op("Max", self.op("ReduceMax", roots, last), self.constant(np.finfo(np.float32).tiny))
@@ -174,10 +174,10 @@ class Emitter:
         total = self.op("Max", self.op("ReduceSum", squares, last), self.constant(np.float32(1)))
         return self.op("Div", squares, total)
 
-    def _blocks(self, quantizer: BlockScaled, source: str, dims: int) -> str:
+    def _blocks(self, quantizer: GroupScaled, source: str, dims: int) -> str:
         keys = [*range(dims - 2), dims - 1, dims - 2]
         turned = source if quantizer.axis == -1 else self.op("Transpose", source, perm=keys)
-        apart = self.constant([0] * (dims - 1) + [-1, quantizer.block], dtype=np.int64)
+        apart = self.constant([0] * (dims - 1) + [-1, quantizer.group_size], dtype=np.int64)
         x = self.op("Reshape", turned, apart)
         last = self.constant([-1], dtype=np.int64)
         size = self.op("Sqrt", self.op("ReduceMean", self.op("Mul", x, x), last))

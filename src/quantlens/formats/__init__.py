@@ -2,19 +2,19 @@
 
 from quantlens.formats.adalog import AdaLog
 from quantlens.formats.base import Quantizer, formats, restore, round_ste
-from quantlens.formats.group_scaled import BlockScaled
+from quantlens.formats.group_scaled import GroupScaled
 from quantlens.formats.integer_ops import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax
 from quantlens.formats.log import Log
 from quantlens.formats.operators import Operator, restore_operator
 from quantlens.formats.power_of_two import PowerOfTwo
 from quantlens.formats.shifted_log import ShiftedLog
-from quantlens.formats.sqrt_softmax import SquaredRows
+from quantlens.formats.sqrt_softmax import SqrtSoftmax
 from quantlens.formats.twin import Twin
 from quantlens.formats.uniform import Uniform, affine_parameters, symmetric_parameters
 
 __all__ = [
     "AdaLog",
-    "BlockScaled",
+    "GroupScaled",
     "IntegerLayerNorm",
     "Log",
     "LogIntSoftmax",
@@ -23,7 +23,7 @@ __all__ = [
     "PowerOfTwo",
     "Quantizer",
     "ShiftedLog",
-    "SquaredRows",
+    "SqrtSoftmax",
     "Twin",
     "Uniform",
     "affine_parameters",

@@ -28,13 +28,13 @@ class Quantizer(nn.Module, ABC):
     ----------
     bits: width of a code.
     signed: whether codes may be negative.
-    granularity: "tensor", "channel", "head", "token" or "group": what shares one scale; "row": every row of the last
-        dimension has a scale that its codes decide; "block": every block of channels one found when it is quantized.
-        Both are no parameters.
+    granularity: "tensor", "channel", "head", "token" or "group": what shares one scale.
+    dynamic: whether the scales are found when values are quantized, and are no parameters.
     axis: the dimension (negative, counted from the end, or 0 for the output channels of a weight) that has a scale per
         index; ``None`` for granularity "tensor".
     """
 
+    dynamic: ClassVar[bool] = False
     kind: ClassVar[str]
     """Name of the format, unique, written into checkpoints. A subclass that sets it is registered under it."""
 

@@ -1,17 +1,13 @@
-"""Blocks of channels that share a scale found when they are quantized: every token's channels, some (64) at a time, by
-their own root mean square. For a block x
+"""Groups of channels that share a scale found when they are quantized: every token's channels, some (64) at a time, by
+their own root mean square. For a group x
 
     e = clamp(round(8·log₂(c·rms(x))), −128, 127),   s = 2^(e/8)
     k = clamp(round(x/s − ½), −2ᵇ⁻¹, 2ᵇ⁻¹ − 1),      x̂ = (k + ½)·s
 
-c, the step as a share of the root mean square, is the only parameter, one per tensor. e is an integer of 8 bits, so
-that a block is integers alone (64 codes of 3 bits and e: 3.125 bits per value); a power of 2^⅛ is 4 % off at most,
-which costs next to nothing. Levels lie on both sides of zero and miss it (mid-rise): all 2ᵇ of them serve values that
-are as often negative as positive, where an integer zero point leaves one side a level short (Gaussian values, best
-step, 2, 3 and 4 bits: 9.1, 14.3 and 19.4 dB; with zero as a level 8.0, 13.9 and 19.2).
-
-The idea is that of block floating point and of the OCP Microscaling formats (2023), whose scales are powers of two and
-whose blocks have 32 values.
+c, the step as a share of the root mean square, is the only parameter, one per tensor. e is an integer of 8 bits (64
+codes of 3 bits and e: 3.125 bits per value). Levels lie on both sides of zero and miss it (mid-rise): all 2ᵇ serve
+values that are as often negative as positive. After the OCP Microscaling formats (2023), whose scales are powers of two
+and whose groups have 32 values.
 """
 
 from __future__ import annotations
@@ -30,90 +26,90 @@ LEAST, MOST = -128, 127
 """Bounds of e."""
 
 
-class BlockScaled(Quantizer):
-    """Mid-rise uniform format with a scale per block of channels, found at run time.
+class GroupScaled(Quantizer):
+    """Mid-rise uniform format with a scale per group of channels, found at run time.
 
-    scale: float32 [], the step in units of a block's root mean square, positive. block: channels per block; their
+    scale: float32 [], the step in units of a group's root mean square, positive. group_size: channels per group; their
     number is a multiple of it. axis: the channels' dimension, −1, or −2 as in the keys [..., C, N] of an attention.
 
-    ``encode`` gives, for C channels, codes of C + C/block: those of all channels, then the integers e of their blocks.
-    Only the first C lie in [:attr:`qmin`, :attr:`qmax`].
+    ``encode`` gives, for C channels, codes of C + C/group_size: those of all channels, then the integers e of their
+    groups. Only the first C lie in [:attr:`qmin`, :attr:`qmax`].
     """
 
-    kind = "block-scaled"
+    kind, dynamic = "block-scaled", True
     scale: Tensor
     powers: Tensor
 
-    def __init__(self, scale: Tensor | float, bits: int, block: int, *, axis: int = -1):
-        super().__init__(bits, signed=True, granularity="block", axis=axis)
+    def __init__(self, scale: Tensor | float, bits: int, group_size: int, *, axis: int = -1):
+        super().__init__(bits, signed=True, granularity="group", axis=axis)
         scale = torch.as_tensor(scale, dtype=torch.float32).detach().clone()
-        if scale.dim() or not bool(torch.isfinite(scale)) or not bool(scale > 0) or block < 1:
-            raise ValueError(f"scale {scale.tolist()} must be one positive number, block {block} at least 1")
+        if scale.dim() or not bool(torch.isfinite(scale)) or not bool(scale > 0) or group_size < 1:
+            raise ValueError(f"scale {scale.tolist()} must be one positive number, group size {group_size} at least 1")
         if axis not in (-1, -2):
             raise ValueError(f"axis {axis}: channels are the last dimension or the one before it")
-        self.block = block
+        self.group_size = group_size
         self.register_buffer("scale", scale)
         # a table, because torch.exp2 differs in its last bit between positions in a tensor
         powers = torch.exp2(torch.arange(LEAST, MOST + 1, dtype=torch.float64) / PARTS)
         self.register_buffer("powers", powers.float().to(scale.device), persistent=False)
 
-    def blocks(self, x: Tensor) -> Tensor:
-        """x [..., C] (or [..., C, N]) as [..., C/block, block] (or [..., N, C/block, block]), a view where it can
-        be."""
-        return self._turned(x).unflatten(-1, (-1, self.block))
+    def groups(self, x: Tensor) -> Tensor:
+        """x [..., C] (or [..., C, N]) as [..., G, group_size] (or [..., N, G, group_size]), a view where it can be."""
+        return self._turned(x).unflatten(-1, (-1, self.group_size))
 
-    def whole(self, blocks: Tensor) -> Tensor:
-        """The inverse of :meth:`blocks`."""
-        return self._turned(blocks.flatten(-2))
+    def whole(self, groups: Tensor) -> Tensor:
+        """The inverse of :meth:`groups`."""
+        return self._turned(groups.flatten(-2))
 
     def _turned(self, x: Tensor) -> Tensor:
         return x if self.axis == -1 else x.transpose(-1, -2)
 
-    def exponents(self, blocks: Tensor, scale: Tensor | None = None) -> Tensor:
-        """e of every block [..., G, block], float32 integers [..., G, 1]. scale: in place of :attr:`scale`."""
-        size = blocks.square().mean(-1, keepdim=True).sqrt_().mul_(self.scale if scale is None else scale)
+    def exponents(self, groups: Tensor, scale: Tensor | None = None) -> Tensor:
+        """e of every group [..., G, group_size], float32 integers [..., G, 1]. scale: in place of :attr:`scale`."""
+        size = groups.square().mean(-1, keepdim=True).sqrt_().mul_(self.scale if scale is None else scale)
         return size.log2_().mul_(PARTS).round_().clamp_(LEAST, MOST).nan_to_num_(0.0)
 
     def scales(self, exponents: Tensor) -> Tensor:
         """s = 2^(e/8)."""
         return self.powers[(exponents - LEAST).long()]
 
-    def _levels(self, blocks: Tensor, scales: Tensor) -> Tensor:
-        return (blocks * scales.reciprocal()).sub_(0.5).round_().clamp_(self.qmin, self.qmax)
+    def _levels(self, groups: Tensor, scales: Tensor) -> Tensor:
+        return (groups * scales.reciprocal()).sub_(0.5).round_().clamp_(self.qmin, self.qmax)
 
     def forward(self, x: Tensor) -> Tensor:
-        blocks = self.blocks(x)
+        groups = self.groups(x)
         with torch.no_grad():
-            scales = self.scales(self.exponents(blocks))
-            levels = self._levels(blocks, scales)
+            scales = self.scales(self.exponents(groups))
+            levels = self._levels(groups, scales)
             value = levels.add_(0.5).mul_(scales)
         if needs_grad(x):
             ends = (self.qmin + 0.5) * scales, (self.qmax + 0.5) * scales
-            through = torch.minimum(torch.maximum(blocks, ends[0]), ends[1])
+            through = torch.minimum(torch.maximum(groups, ends[0]), ends[1])
             value = value + (through - through.detach())
         return self.whole(value)
 
     def encode(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            blocks = self.blocks(x)
-            exponents = self.exponents(blocks)
-            levels = self._levels(blocks, self.scales(exponents))
+            groups = self.groups(x)
+            exponents = self.exponents(groups)
+            levels = self._levels(groups, self.scales(exponents))
             both = torch.cat([levels.flatten(-2), exponents.flatten(-2)], -1)
             return self._turned(both).to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
         turned = self._turned(codes).float()
-        groups = turned.shape[-1] // (self.block + 1)
-        levels, exponents = turned.split([groups * self.block, groups], -1)
-        levels = levels.unflatten(-1, (-1, self.block)) + 0.5
+        count = turned.shape[-1] // (self.group_size + 1)
+        levels, exponents = turned.split([count * self.group_size, count], -1)
+        levels = levels.unflatten(-1, (-1, self.group_size)) + 0.5
         return self.whole(levels.mul_(self.scales(exponents.unsqueeze(-1))))
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), "block": self.block}
+        return {**super().config(), "group_size": self.group_size}
 
     @classmethod
-    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> BlockScaled:
-        return cls(tensors["scale"], config["bits"], config["block"], axis=config["axis"])
+    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> GroupScaled:
+        size = config["group_size"] if "group_size" in config else config["block"]  # the name in older files
+        return cls(tensors["scale"], config["bits"], size, axis=config["axis"])
 
     def extra_repr(self) -> str:
-        return f"int{self.bits}, per token and {self.block} channels"
+        return f"int{self.bits}, per token and {self.group_size} channels"

@@ -6,10 +6,7 @@ A value below the smallest level goes to that level or to zero, whichever is nea
 level.
 
 The RepQ-ViT authors' code has 2ᵇ magnitudes *and* zero, that is 2ᵇ + 1 levels, which b bits cannot hold, and sends to
-zero whatever is nearer to the next level that it lacks (x < δ·2^(−7.75) for 4 bits and √2). Sixteen codes with the
-boundary at half the smallest level (δ·2^(−8)) do better than their seventeen: ViT-Tiny at W4A4 keeps 35.3 % top-1
-against 35.2 %, NLL 3.20 against 3.33 (mean of two seeds, 300 ImageNet images); with the boundary of plain rounding,
-δ·2^(−7.25), it keeps 30.2 %.
+zero whatever is nearer to the next level that it lacks (x < δ·2^(−7.75) for 4 bits and √2).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from quantlens.calibration.products import patches
 from quantlens.calibration.ranges import mse
 from quantlens.calibration.transforming import subtract_means
 from quantlens.errors import QuantlensError
-from quantlens.formats import BlockScaled, Quantizer
+from quantlens.formats import GroupScaled, Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
 from quantlens.methods.base import Widths, matmul_operand_edges
@@ -194,7 +194,7 @@ class WeightFit:
 
     def target(self, weight: Tensor, moments: Moments | None, own: Quantizer | None) -> Tensor:
         """The weight [out, in] before rounding."""
-        fit = not isinstance(own, BlockScaled) if self.fit == AUTO else self.fit
+        fit = not isinstance(own, GroupScaled) if self.fit == AUTO else self.fit
         return ridge(weight, moments, self.damping) if fit and moments is not None else weight
 
     def rounded(self, target: Tensor, moments: Moments, quantizer: Quantizer, *, own_bias: bool) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from quantlens.calibration import Calibration, EdgeView
 from quantlens.calibration.ranges import affine, block_scaled, clipping
 from quantlens.errors import QuantlensError
-from quantlens.formats import Quantizer, SquaredRows, Uniform
+from quantlens.formats import Quantizer, SqrtSoftmax, Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
 from quantlens.methods._pipeline import (
@@ -160,7 +160,7 @@ class Ranges:
 
     def __call__(self, site: Site, edge: Edge, view: EdgeView, width: int) -> Quantizer:
         if edge.key.endswith(".probs.output"):
-            return SquaredRows(width) if self.softmax == "sqrt" else affine(*clipping(view(), width), width)
+            return SqrtSoftmax(width) if self.softmax == "sqrt" else affine(*clipping(view(), width), width)
         uniform = affine(*clipping(view(), width), width)
         dynamic = self.granularity == "group" or (self.granularity == AUTO and width <= NARROW)
         return self._grouped(edge, view, uniform) if dynamic and site.kind != "conv" else uniform

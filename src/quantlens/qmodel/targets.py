@@ -1,9 +1,8 @@
 """What runtimes compute as integers: a target keeps a quantized model inside it from the start, so that the model that
 is measured is the model that ships, and is fast.
 
-Measured on CPUs (docs/export.md): int8 pays at the inputs of linear and convolution layers. The attention's own
-products gain nothing at a few hundred tokens, and quantizing LayerNorm, softmax, GELU and sums costs both time and
-fidelity. So a CPU target quantizes weights and inputs of linear and convolution layers and leaves the rest in float.
+A CPU target quantizes weights and inputs of linear and convolution layers and leaves the rest in float: the attention's
+own products gain nothing at a few hundred tokens, and LayerNorm, softmax, GELU and sums cost both time and fidelity.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlens.errors import UnsupportedError
-from quantlens.formats import BlockScaled, PowerOfTwo, Quantizer, Uniform
+from quantlens.formats import GroupScaled, PowerOfTwo, Quantizer, Uniform
 from quantlens.formats.base import bounded_
 
 SMALLEST, LARGEST = 0.05, 8.0
@@ -78,7 +78,7 @@ class LearnedScale(nn.Module):
     """An activation quantizer whose scale is learned; everything else of it stays.
 
     quantizer: :class:`~quantlens.formats.Uniform` (any granularity), :class:`~quantlens.formats.PowerOfTwo` or
-    :class:`~quantlens.formats.BlockScaled` (the scale: its step in units of a block's root mean square).
+    :class:`~quantlens.formats.GroupScaled` (the scale: its step in units of a group's root mean square).
     :attr:`ratio` is the parameter: the scale as a multiple of the quantizer's own ([] or [n]), so that one learning
     rate suits tensors of any size. ``forward(x, kept=None)`` quantizes x exactly as the frozen quantizer would; where
     ``kept`` (bool, shape of x) is set, x passes in float (QDrop). :meth:`freeze` gives the quantizer.
@@ -102,8 +102,8 @@ class LearnedScale(nn.Module):
         q, dims, scale = self.quantizer, x.dim(), self.scale
         count = x.numel() // max(scale.numel(), 1)
         factor = 1.0 / math.sqrt(max(count, 1) * max(q.qmax, 1))
-        if isinstance(q, BlockScaled):
-            return _in_blocks(q, x, kept, factor, scale)
+        if isinstance(q, GroupScaled):
+            return _in_groups(q, x, kept, factor, scale)
         if isinstance(q, PowerOfTwo):
             powers = torch.exp2(q.exponents.to(scale.dtype))
             inverse = q.spread((1.0 / scale.detach()) / powers, dims)
@@ -125,19 +125,19 @@ class LearnedScale(nn.Module):
 
 def learnable(quantizer: Any) -> bool:
     """Whether :class:`LearnedScale` can hold this quantizer."""
-    return isinstance(quantizer, Uniform | PowerOfTwo | BlockScaled)
+    return isinstance(quantizer, Uniform | PowerOfTwo | GroupScaled)
 
 
-def _in_blocks(q: BlockScaled, x: Tensor, kept: Tensor | None, factor: float, scale: Tensor) -> Tensor:
-    """A block's scale is as a constant times the learned one: the gradient does not see that it is rounded, nor that it
+def _in_groups(q: GroupScaled, x: Tensor, kept: Tensor | None, factor: float, scale: Tensor) -> Tensor:
+    """A group's scale is as a constant times the learned one: the gradient does not see that it is rounded, nor that it
     depends on x."""
-    blocks, now = q.blocks(x), scale.detach()
+    groups, now = q.groups(x), scale.detach()
     with torch.no_grad():
-        scales = q.scales(q.exponents(blocks, now))
+        scales = q.scales(q.exponents(groups, now))
         inverse = scales.reciprocal()
-    kept = None if kept is None else q.blocks(kept)
+    kept = None if kept is None else q.groups(kept)
     spread = scales * (scale / now) if scale.requires_grad else scales
-    return q.whole(_Quantize.apply(blocks, spread, inverse, float(q.qmin), float(q.qmax), kept, factor, 0.5))
+    return q.whole(_Quantize.apply(groups, spread, inverse, float(q.qmin), float(q.qmax), kept, factor, 0.5))
 
 
 def moved_zero(quantizer: PowerOfTwo, scale: Tensor) -> Tensor:
@@ -160,8 +160,8 @@ def with_scale(quantizer: Any, scale: Tensor) -> Quantizer:
             signed=quantizer.signed,
             axis=quantizer.axis,  # type: ignore[arg-type]
         )
-    if isinstance(quantizer, BlockScaled):
-        return BlockScaled(scale, quantizer.bits, quantizer.block, axis=quantizer.axis)  # type: ignore[arg-type]
+    if isinstance(quantizer, GroupScaled):
+        return GroupScaled(scale, quantizer.bits, quantizer.group_size, axis=quantizer.axis)  # type: ignore[arg-type]
     return Uniform(
         scale,
         quantizer.zero_point,
@@ -183,8 +183,8 @@ def fake_quantize(quantizer: Any, x: Tensor, kept: Tensor | None = None) -> Tens
         dims = x.dim()
         scale, inverse = quantizer.spread(quantizer.scale, dims), quantizer.spread(quantizer.inverse, dims)
         return _Quantize.apply(x, scale, inverse, *quantizer.bounds(dims), kept, 0.0)
-    if isinstance(quantizer, BlockScaled):
-        return _in_blocks(quantizer, x, kept, 0.0, quantizer.scale)
+    if isinstance(quantizer, GroupScaled):
+        return _in_groups(quantizer, x, kept, 0.0, quantizer.scale)
     value = quantizer(x)
     return value if kept is None else torch.where(kept, x, value)
 

@@ -27,8 +27,7 @@ from quantlens.sensitivity.partial import Ahead, Hook, part_between, visit_start
 ROWS = {"cpu": 8}
 MANY_ROWS = 256
 """Images of all variants together that go through the rest of the model at once, by kind of device: a CPU core is busy
-with few, whose activations stay in its cache (DeiT-Tiny, all sites, 8 images: 15.9 s at 8 rows, 18.8 at 32, 19.4 at 64
-of an EPYC core with 512 KiB of L2); an accelerator is not."""
+with few, whose activations stay in its cache; an accelerator is not."""
 
 
 @dataclass(frozen=True)

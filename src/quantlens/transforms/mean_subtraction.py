@@ -7,7 +7,7 @@ channel that is always large spends it on a number that is known beforehand.
   makes k takes it up).
 * What an attention reads out: v − μ. Rows of probabilities sum to one, so that the outputs change by −μ, which the
   biases on both sides take up. Quantized rows keep it exact where they sum to one too
-  (:class:`quantlens.formats.SquaredRows`), and lose nothing of the mean where they do not.
+  (:class:`quantlens.formats.SqrtSoftmax`), and lose nothing of the mean where they do not.
 """
 
 from __future__ import annotations

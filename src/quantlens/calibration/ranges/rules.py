@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantlens.calibration.observers import Observation
-from quantlens.formats import BlockScaled, Log, Uniform, affine_parameters, symmetric_parameters
+from quantlens.formats import GroupScaled, Log, Uniform, affine_parameters, symmetric_parameters
 from quantlens.formats.base import bounded_
 
 REPQ_QUANTILES = (0.999, 0.9999, 0.99999)
@@ -142,14 +142,14 @@ def symmetric(low: Tensor, high: Tensor, bits: int, *, granularity: str = "tenso
     return Uniform(symmetric_parameters(magnitude, bits), None, bits, signed=True, granularity=granularity, axis=axis)
 
 
-def block_scaled(values: Tensor, bits: int, block: int, *, axis: int = -1) -> BlockScaled:
+def block_scaled(values: Tensor, bits: int, block: int, *, axis: int = -1) -> GroupScaled:
     """Blocks of ``block`` channels (dimension ``axis`` of ``values``) whose step has the least squared error.
 
     Candidates clip at 1, 1.125, … 6 root mean squares of a block; for Gaussian values the best are 1.98, 2.37, 2.68 and
     3.31 at 2, 3, 4 and 6 bits.
     """
     steps = torch.linspace(1.0, 6.0, 41) / 2 ** (bits - 1)
-    candidates = [BlockScaled(step, bits, block, axis=axis).to(values.device) for step in steps]
+    candidates = [GroupScaled(step, bits, block, axis=axis).to(values.device) for step in steps]
     errors = [float((q(values) - values).square_().sum()) for q in candidates]
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
