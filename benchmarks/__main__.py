@@ -207,8 +207,8 @@ def attention() -> dict[str, Any]:
     import torch
 
     import quantlens as ql
-    from quantlens.attention.lens import Lens
     from quantlens.attention.measure import measure
+    from quantlens.attention.recording import Lens
     from quantlens.qmodel import float_model
 
     model, images = _deit(), _images(32)

@@ -45,7 +45,7 @@ OLD_NAMES = [
     ("quantlens.studies.evaluate", "measurable", "quantlens.evaluation.run"),
     ("quantlens.report.svg", "line_chart", "quantlens.plots.svg"),
     ("quantlens.report.attention", "drift_svg", "quantlens.plots.drift"),
-    ("quantlens.attention.lookup", "survey", "quantlens.attention.survey"),
+    ("quantlens.attention.lookup", "survey", "quantlens.attention.study_cell"),
     ("quantlens.attention.lookup", "drifts", "quantlens.attention.sets"),
     ("quantlens.attention.lookup", "maps_of", "quantlens.attention.maps"),
     ("quantlens.attention.lookup", "evenly", "quantlens.attention.selection"),

@@ -14,8 +14,8 @@ from PIL import Image
 import quantlens as ql
 from quantlens.attention import pictures as drawing
 from quantlens.attention.figures import maps_picture
-from quantlens.attention.lens import Lens
 from quantlens.attention.measure import measure
+from quantlens.attention.recording import Lens
 from quantlens.attention.selection import chosen, evenly
 from quantlens.attention.tokens import outliers, token_norms
 from quantlens.data import load_images, open_source

@@ -7,7 +7,7 @@ import torch
 
 import quantlens as ql
 from quantlens.attention.gradients import class_activation, default_layer, gradient_rollout
-from quantlens.attention.lens import Lens
+from quantlens.attention.recording import Lens
 from quantlens.errors import QuantlensError, UnknownNameError
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens.attention.lens import Lens
+from quantlens.attention.recording import Lens
 from quantlens.attention.rollout import discard_smallest, fuse_heads, rollout
 from quantlens.errors import QuantlensError, UnsupportedError
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from quantlens.calibration import Calibration
-from quantlens.calibration.transforming import read_as_pixels, split_outlier_channels, subtract_means
+from quantlens.calibration.measured_transforms import read_as_pixels, split_outlier_channels, subtract_means
 from quantlens.graph import Graph, capture
 from quantlens.graph.graph import argument, op_name, replace_argument
 from quantlens.transforms.equalisation import Factors, balance, columns, equalise_norms, smooth_factors

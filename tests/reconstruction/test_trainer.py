@@ -10,8 +10,8 @@ import torch
 import quantlens as ql
 from quantlens.formats import Uniform
 from quantlens.reconstruction import AdaRound, Group, LearnedScale, Settings, Trainer, find_units
-from quantlens.reconstruction.latent import Latent
 from quantlens.reconstruction.learners import Learners
+from quantlens.reconstruction.trained_tensors import Latent
 
 
 def test_rates_fall_along_a_cosine_or_stay():

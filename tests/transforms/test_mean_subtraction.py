@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantlens.calibration import Calibration
-from quantlens.calibration.transforming import channel_means, subtract_means
+from quantlens.calibration.measured_transforms import channel_means, subtract_means
 from quantlens.graph import graph_of
 from quantlens.transforms import fold_layer_scale
 from quantlens.transforms.heads import find_score_pairs, find_value_pairs

@@ -7,7 +7,7 @@ import torch
 
 import quantlens as ql
 from quantlens.calibration import Calibration
-from quantlens.calibration.transforming import find_outlier_channels
+from quantlens.calibration.measured_transforms import find_outlier_channels
 from quantlens.qmodel import float_model
 
 

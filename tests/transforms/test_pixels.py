@@ -6,7 +6,7 @@ import torch
 
 import quantlens as ql
 from quantlens.calibration import Calibration
-from quantlens.calibration.transforming import read_as_pixels
+from quantlens.calibration.measured_transforms import read_as_pixels
 from quantlens.formats.uniform import pixel_codes
 from quantlens.graph import graph_of
 

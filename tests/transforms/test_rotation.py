@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from quantlens.calibration import Calibration
-from quantlens.calibration.transforming import channel_means
+from quantlens.calibration.measured_transforms import channel_means
 from quantlens.graph import graph_of
 from quantlens.transforms import fold_layer_scale
 from quantlens.transforms.rotation import (

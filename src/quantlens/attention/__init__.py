@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantlens.attention.comparison import AttentionResult as AttentionResult
     from quantlens.attention.comparison import compare as compare
-    from quantlens.attention.lens import Lens as Lens
     from quantlens.attention.maps import MapSettings as MapSettings
+    from quantlens.attention.recording import Lens as Lens
 
 _HOMES = {"AttentionResult": "comparison", "Lens": "lens", "MapSettings": "maps", "compare": "comparison"}
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from quantlens.attention import figures, pictures
-from quantlens.attention.lens import Lens
 from quantlens.attention.maps import MapSettings
+from quantlens.attention.recording import Lens
 from quantlens.attention.selection import evenly
 from quantlens.attention.sets import FP32, SetView, look_at
 from quantlens.data import as_image_set

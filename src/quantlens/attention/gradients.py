@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.attention.lens import Lens
+from quantlens.attention.recording import Lens
 from quantlens.attention.rollout import rollout
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.qmodel import QuantizedModel, float_model, simulate
@@ -90,7 +90,7 @@ def _on_grid(qmodel: QuantizedModel, tokens: Tensor) -> Tensor:
     """Tokens as [B, rows, columns, C]: class and register tokens left out."""
     if tokens.dim() == 4:
         return tokens
-    from quantlens.attention.lens import layout_of
+    from quantlens.attention.recording import layout_of
 
     layout = layout_of(qmodel.graph)
     if tokens.dim() != 3 or tokens.shape[1] != layout.prefix + layout.patches:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quantlens.attention import drift
 from quantlens.attention.gradients import class_activation, gradient_rollout
-from quantlens.attention.lens import Lens
 from quantlens.attention.measure import TOP
+from quantlens.attention.recording import Lens
 from quantlens.attention.rollout import check_settings
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.qmodel import float_model

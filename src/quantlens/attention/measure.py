@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantlens.attention import drift, tokens
-from quantlens.attention.lens import Lens, View
+from quantlens.attention.recording import Lens, View
 from quantlens.errors import QuantlensError
 from quantlens.metrics.divergence import kl_divergence
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from quantlens.attention.lens import Lens
 from quantlens.attention.maps import MapSettings, map_drift, maps_of
 from quantlens.attention.measure import Drift, Seen, measure
+from quantlens.attention.recording import Lens
 from quantlens.attention.selection import chosen
 from quantlens.errors import QuantlensError
 from quantlens.qmodel import float_model

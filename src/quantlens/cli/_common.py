@@ -159,7 +159,7 @@ def open_run(
     """
     from quantlens.data import as_image_set, open_source
     from quantlens.evaluation.environment import choose_device
-    from quantlens.evaluation.opening import weights_named
+    from quantlens.evaluation.open_models import weights_named
     from quantlens.models import load_model
 
     opened, place = open_source(source), choose_device(device)

@@ -96,7 +96,7 @@ def attention(
     from quantlens.cli import _common
     from quantlens.data import as_image_set
     from quantlens.evaluation.environment import choose_device
-    from quantlens.evaluation.opening import open_models
+    from quantlens.evaluation.open_models import open_models
     from quantlens.files import check_writable
 
     check_writable(out / "drift.json")
@@ -126,7 +126,7 @@ def attention(
 def _checkpoint(name: str, weights: str | None, device: str, given: set[str | None]) -> tuple[Any, Any]:
     """(quantized model, FP32 model it was made from). given: options that are for models by name only."""
     from quantlens.errors import QuantlensError
-    from quantlens.evaluation.opening import open_models
+    from quantlens.evaluation.open_models import open_models
 
     if given != {None}:
         raise QuantlensError(f"{name} is quantized already; leave --bits and --calibration out")

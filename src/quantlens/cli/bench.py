@@ -75,7 +75,7 @@ def bench(
     """See HELP."""
     from quantlens.cli import _common
     from quantlens.errors import QuantlensError
-    from quantlens.evaluation.opening import weights_named
+    from quantlens.evaluation.open_models import weights_named
     from quantlens.export.bench import check_files, race
     from quantlens.files import check_writable, write_whole
 

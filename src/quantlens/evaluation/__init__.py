@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantlens.evaluation.opening import open_models
+    from quantlens.evaluation.open_models import open_models
     from quantlens.evaluation.result import Result
     from quantlens.evaluation.run import evaluate
 

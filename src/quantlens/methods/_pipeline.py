@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Transform
+from quantlens.calibration.measured_transforms import subtract_means
 from quantlens.calibration.products import patches
 from quantlens.calibration.ranges import mse
-from quantlens.calibration.transforming import subtract_means
 from quantlens.errors import QuantlensError
 from quantlens.formats import GroupScaled, Quantizer
 from quantlens.graph import Edge, Graph

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.calibration import Calibration, ObservationCache
+from quantlens.calibration.measured_transforms import read_as_pixels, split_outlier_channels
 from quantlens.calibration.ranges import affine
-from quantlens.calibration.transforming import read_as_pixels, split_outlier_channels
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.formats import Uniform
 from quantlens.formats.uniform import pixel_codes

@@ -25,13 +25,13 @@ from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.qmodel import Plan
 from quantlens.reconstruction.checkpoints import Checkpoint
-from quantlens.reconstruction.latent import Latent, Vector
 from quantlens.reconstruction.learners import Learners
 from quantlens.reconstruction.losses import Context
 from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale
 from quantlens.reconstruction.settings import Report, Result, Settings, UnitReport
 from quantlens.reconstruction.streams import ImageCache, Streams, frozen_hook, random_mask
+from quantlens.reconstruction.trained_tensors import Latent, Vector
 from quantlens.reconstruction.trainer import Group, Trainer
 from quantlens.reconstruction.units import Unit, find_units
 

@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Edge, Graph
-from quantlens.reconstruction.latent import Latent, Vector, trained_vectors
 from quantlens.reconstruction.rounding import AdaRound
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
 from quantlens.reconstruction.settings import ROUNDING, SCALES, VECTORS, WEIGHTS, Settings
 from quantlens.reconstruction.streams import Hook
+from quantlens.reconstruction.trained_tensors import Latent, Vector, trained_vectors
 from quantlens.reconstruction.units import Unit
 
 Keep = Callable[[torch.Size], Tensor | None]

@@ -22,7 +22,7 @@ from quantlens.graph.graph import op_name
 from quantlens.graph.sites import dynamic_nodes
 from quantlens.methods.base import Progress
 from quantlens.metrics.divergence import kl_of_logits, sqnr_db
-from quantlens.sensitivity.partial import Ahead, Hook, part_between, visit_starts
+from quantlens.sensitivity.graph_parts import Ahead, Hook, part_between, visit_starts
 
 ROWS = {"cpu": 8}
 MANY_ROWS = 256

@@ -32,7 +32,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quantlens.errors import QuantlensError
-from quantlens.studies.reading import first_problem, read_yaml, resolve_path, resolve_source
+from quantlens.studies.study_file import first_problem, read_yaml, resolve_path, resolve_source
 
 
 class _Strict(BaseModel):

@@ -12,12 +12,12 @@ from typing import Any
 
 from quantlens.evaluation.environment import cores
 from quantlens.studies.backend import Backend
+from quantlens.studies.cell_labels import reason
 from quantlens.studies.cells import PlannedCell, StudyImages, cell_key, plan_study
 from quantlens.studies.config import ModelSpec, StudyConfig
+from quantlens.studies.measuring import ModelWork, Outcome
 from quantlens.studies.progress import Quiet, display, duration
-from quantlens.studies.specs import reason
 from quantlens.studies.store import Store, packed
-from quantlens.studies.work import ModelWork, Outcome
 
 CALIBRATED, EVALUATED = 8, 32
 """Images that a pilot is calibrated and evaluated on."""

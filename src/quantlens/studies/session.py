@@ -15,12 +15,12 @@ from quantlens.errors import QuantlensError, StorageError
 from quantlens.evaluation.outputs import path_of
 from quantlens.files import write_whole
 from quantlens.studies.backend import Backend
+from quantlens.studies.cell_labels import label, reason, spec_of
 from quantlens.studies.cells import PlannedCell, StudyImages, cell_key, identity, plan_study, weights_of
 from quantlens.studies.config import ModelSpec, StudyConfig
+from quantlens.studies.measuring import Outcome, told
 from quantlens.studies.progress import Quiet
-from quantlens.studies.specs import label, reason, spec_of
 from quantlens.studies.store import INSPECTION, Store, relabelled
-from quantlens.studies.work import Outcome, told
 
 
 @dataclass

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from quantlens.errors import QuantlensError
 from quantlens.studies.executors.worker import Loaded, Stop
+from quantlens.studies.measuring import Outcome, told
 from quantlens.studies.session import Group, Session, Task
-from quantlens.studies.work import Outcome, told
 
 RETRIES = 2
 """How often a cell is run again whose worker died."""

@@ -12,8 +12,8 @@ from quantlens.plugins import load_all
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import PlannedCell, StudyImages
 from quantlens.studies.config import StudyConfig
+from quantlens.studies.measuring import ModelWork, Outcome, full_disk, is_full_disk, stops, told
 from quantlens.studies.progress import Quiet
-from quantlens.studies.work import ModelWork, Outcome, full_disk, is_full_disk, stops, told
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import pytest
 
 import quantlens as ql
 from quantlens.attention import pictures
-from quantlens.attention.lens import Lens
 from quantlens.attention.measure import measure
+from quantlens.attention.recording import Lens
 from quantlens.attention.selection import chosen, evenly
-from quantlens.attention.survey import survey
+from quantlens.attention.study_cell import survey
 from quantlens.attention.tokens import token_norms
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError

@@ -7,7 +7,7 @@ import pytest
 import quantlens as ql
 from quantlens.errors import BadWeightsError
 from quantlens.evaluation import open_models
-from quantlens.evaluation.opening import weights_named
+from quantlens.evaluation.open_models import weights_named
 
 
 def test_words_for_weights():
@@ -37,6 +37,6 @@ def test_a_file_of_other_weights_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "q.safetensors"
     ql.quantize(model, "embedded:digits-calibration[0:4]", method="minmax").save(file)
     other = type("", (), {"checkpoint_sha256": "0" * 64})
-    monkeypatch.setattr("quantlens.evaluation.opening.load_model", lambda *given, **options: other)
+    monkeypatch.setattr("quantlens.evaluation.open_models.load_model", lambda *given, **options: other)
     with pytest.raises(BadWeightsError, match="is not the checkpoint that"):
         open_models(str(file), "other.pth")

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from quantlens.attention import pictures
-from quantlens.attention.lens import Lens
 from quantlens.attention.maps import MapSettings
+from quantlens.attention.recording import Lens
 from quantlens.attention.selection import class_names, evenly, name_of, photograph
 from quantlens.attention.sets import FP32, SetView, look_at
 from quantlens.qmodel import float_model
