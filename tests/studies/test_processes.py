@@ -129,7 +129,7 @@ def test_workers(out: Path, log: Path) -> None:
     summary = run_study(study, out, workers=2, progress=shown, backend=broken)
     assert (summary.done, summary.ran) == (cells - 1, cells - 1)
     assert set(Counter(broken.ended()).values()) == {1}
-    assert (len(shown.seen), shown.behind) == (cells - 1, cells)
+    assert (len(shown.seen), shown.ended) == (cells - 1, cells)
     assert "fake inspection W8A8" in shown.seen
     assert summary.failed == [("fake percentile W3A3 seed 13", "ValueError: percentile W3A3 13 is broken")]
     pids = {line.rpartition(" ")[2] for line in log.read_text().splitlines() if line.startswith("end ")}

@@ -296,10 +296,10 @@ def test_progress(out: Path, log: Path) -> None:
     shown = Recorder()
     run_study(config(), out, progress=shown, backend=FakeBackend(log))
     assert len(shown.seen) == CELLS
-    assert shown.behind == shown.total == CELLS
+    assert shown.ended == shown.total == CELLS
     assert shown.lefts[-1] == 0
     assert all(left is not None and left >= 0 for left in shown.lefts)
     again = Recorder()
     run_study(config(), out, progress=again, backend=FakeBackend(log))
-    assert (again.seen, again.behind) == ([], CELLS)
+    assert (again.seen, again.ended) == ([], CELLS)
     assert [duration(s) for s in (7.6, 185, 8040)] == ["8 s", "3 min 05 s", "2 h 14 min"]

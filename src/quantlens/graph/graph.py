@@ -67,7 +67,7 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
 def replace_argument(node: fx.Node, which: int | str, value: Any) -> None:
     """Replace one argument of a call, by position or by its name in the operation's schema, and no other.
 
-    An argument given by keyword stays one. One that is left out is appended, behind the schema's defaults for those
+    An argument given by keyword stays one. One that is left out is appended, after the schema's defaults for those
     before it. Raises ValueError where the operation has no such argument, or no default for one before it.
     """
     schema = _schema(node)
@@ -163,7 +163,7 @@ class Graph(nn.Module):
         return {name: self.tensor(name) for name in names}
 
     def constant(self, node: Any) -> Tensor | None:
-        """The tensor behind a ``get_attr`` node, ``None`` for anything else."""
+        """The tensor of a ``get_attr`` node, ``None`` for anything else."""
         if isinstance(node, fx.Node) and node.op == "get_attr":
             return self.tensor(str(node.target))
         return None

@@ -76,7 +76,7 @@ class _Run:
         self.nodes = [list(dict.fromkeys(edge.node for edge in part)) for part in self.edges]
         self.tally = _Tally(len(parts), graph.device)
         self._ends = _Ends(graph)
-        self._behind = [self._ends.behind(part) for part in self.nodes]
+        self._after = [self._ends.after(part) for part in self.nodes]
         self._weights: dict[str, Tensor] = {}
         self._images: Tensor | None = None
         self._expected: Tensor | None = None
@@ -85,7 +85,7 @@ class _Run:
 
     def visit(self, part: int, env: dict[fx.Node, Any], ahead: Ahead) -> None:
         """Run one variant to the end of its block."""
-        images, end = env[self.graph.input], self._behind[part]
+        images, end = env[self.graph.input], self._after[part]
         if images is not self._images:
             self.flush()
             self._images = images
@@ -149,8 +149,8 @@ class _Ends:
             if node in dynamic and not op_name(node).startswith("aten.sym_size")
         )
 
-    def behind(self, nodes: Sequence[fx.Node]) -> fx.Node:
-        """The first such place at or behind all of ``nodes``."""
+    def after(self, nodes: Sequence[fx.Node]) -> fx.Node:
+        """The first such place at or after all of ``nodes``."""
         last = max(self._order[node] for node in nodes)
         return next(end for end in self._ends if self._order[end] >= last or end is self._ends[-1])
 

@@ -84,7 +84,7 @@ def by_channel(edge: Edge, kind: str, value: Tensor) -> Tensor | None:
     """The values of an edge with channels last, [tokens …, C]; None for one without channels.
 
     Weights [C, …] give their output channels, images [B, C, H, W] theirs; heads of q, k and v [B, h, N, d] stand side
-    by side, as the layer behind them made them (k is stored transposed).
+    by side, as the layer before them made them (k is stored transposed).
     """
     if edge.is_weight:
         return value.movedim(0, -1)

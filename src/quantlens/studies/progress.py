@@ -20,15 +20,15 @@ class Quiet:
     """Shows nothing; the base of the other displays, and what keeps the time."""
 
     def __init__(self) -> None:
-        self.total = self.behind = self.at_start = 0
+        self.total = self.ended = self.at_start = 0
         self.started = time.monotonic()
         self.parallel = 1
         """Workers."""
         self._times: dict[str, list[float]] = {}
 
-    def start(self, total: int, behind: int) -> None:
-        """`behind` of the `total` cells were finished before."""
-        self.total, self.behind, self.at_start, self.started = total, behind, behind, time.monotonic()
+    def start(self, total: int, finished_before: int) -> None:
+        """`finished_before` of the `total` cells were finished before."""
+        self.total, self.ended, self.at_start, self.started = total, finished_before, finished_before, time.monotonic()
 
     def working(self, what: str) -> None:
         """A cell begins, or a model is loaded."""
@@ -38,12 +38,12 @@ class Quiet:
 
     def skipped(self, count: int) -> None:
         """Cells turned out to be finished already, by an earlier run."""
-        self.behind = min(self.total, self.behind + count)
+        self.ended = min(self.total, self.ended + count)
 
     def finished(self, kind: str, what: str, seconds: float, error: str | None = None) -> None:
         """A cell is in the store. `kind` groups cells that take about equally long."""
         self._times.setdefault(kind, []).append(seconds)
-        self.behind = min(self.total, self.behind + 1)
+        self.ended = min(self.total, self.ended + 1)
 
     def message(self, text: str) -> None:
         """A sentence for the person."""
@@ -57,7 +57,7 @@ class Quiet:
             return None
         means = [sum(times) / len(times) for kind, times in self._times.items() if kind not in ("fp32", "inspection")]
         means = means or [sum(times) / len(times) for times in self._times.values()]
-        return sum(means) / len(means) * (self.total - self.behind) / self.parallel
+        return sum(means) / len(means) * (self.total - self.ended) / self.parallel
 
 
 class Lines(Quiet):
@@ -70,16 +70,16 @@ class Lines(Quiet):
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
-    def start(self, total: int, behind: int) -> None:
-        super().start(total, behind)
+    def start(self, total: int, finished_before: int) -> None:
+        super().start(total, finished_before)
         self._print(f"{total} cells")
 
     def finished(self, kind: str, what: str, seconds: float, error: str | None = None) -> None:
         super().finished(kind, what, seconds, error)
         left = self.left()
-        ending = "" if left is None or self.behind >= self.total else f", about {duration(left)} left"
+        ending = "" if left is None or self.ended >= self.total else f", about {duration(left)} left"
         outcome = f"FAILED: {error}" if error else duration(seconds)
-        self._print(f"[{self.behind}/{self.total}] {what}: {outcome}{ending}")
+        self._print(f"[{self.ended}/{self.total}] {what}: {outcome}{ending}")
 
     def message(self, text: str) -> None:
         self._print(text)
@@ -105,9 +105,9 @@ class Live(Quiet):
         self.cell = self.progress.add_task("", total=None, left="", visible=False)
         self._what = ""
 
-    def start(self, total: int, behind: int) -> None:
-        super().start(total, behind)
-        self.progress.update(self.study, total=total, completed=behind)
+    def start(self, total: int, finished_before: int) -> None:
+        super().start(total, finished_before)
+        self.progress.update(self.study, total=total, completed=finished_before)
         self.progress.start()
 
     def working(self, what: str) -> None:
@@ -129,8 +129,8 @@ class Live(Quiet):
 
     def _show(self) -> None:
         left = self.left()
-        text = "" if left is None or self.behind >= self.total else f"about {duration(left)} left"
-        self.progress.update(self.study, completed=self.behind, left=text)
+        text = "" if left is None or self.ended >= self.total else f"about {duration(left)} left"
+        self.progress.update(self.study, completed=self.ended, left=text)
 
     def message(self, text: str) -> None:
         self.progress.console.print(text, highlight=False)

@@ -66,7 +66,7 @@ def _centred_exp(log: Tensor, alive: Tensor) -> Tensor:
 
 
 def columns(graph: Graph, group: NormGroup) -> Tensor:
-    """[C] largest magnitude of every column of the linear layers behind a LayerNorm."""
+    """[C] largest magnitude of every column of the linear layers after a LayerNorm."""
     weights = [graph.tensor(str(linear.weight)).abs().amax(0) for linear in group.linears]
     return torch.stack(weights).amax(0)
 

@@ -190,7 +190,7 @@ def _passes(node: fx.Node, through: set[str]) -> bool:
 def _numbers(
     graph: Graph, start: fx.Node, like: Tensor | None = None, *, through: set[str] = VIEWS
 ) -> dict[fx.Node, Any] | None:
-    """Channel numbers behind ``start`` through all operations that only move values (or are named): node -> int64
+    """Channel numbers after ``start`` through all operations that only move values (or are named): node -> int64
     tensor (or a tuple of them). ``start`` holds the number of its last channel, or (head, channel) numbers for ``like``
     [.., heads, d]."""
     shape = start.meta["shape"]

@@ -4,12 +4,12 @@ on both sides absorb.
 A rotation spreads what a few channels hold over all of them, so that one scale fits every channel (QuaRot, Ashkboos et
 al., NeurIPS 2024; SpinQuant). Language models need RMSNorm for it. A LayerNorm subtracts the mean first, but if Q maps
 the vector of ones to itself, mean and variance of Qx are those of x, and LN(Qx) = Q·LN(x) once scale and shift are
-folded into the layers behind: no other norm is needed, and no centring matrix (:func:`mean_keeping`).
+folded into the layers after it: no other norm is needed, and no centring matrix (:func:`mean_keeping`).
 
 * :func:`find_residuals` finds the streams of which the graph proves that this is exact, whatever the modules are
   called; :func:`rotate_residual` rotates one.
-* :func:`rotate_input` rotates what a layer reads where no layer before it can take the rotation up (behind a GELU, or
-  behind a LayerNorm whose scale is to act first), by a small product of its own in front of it, on blocks of channels;
+* :func:`rotate_input` rotates what a layer reads where no layer before it can take the rotation up (after a GELU, or
+  after a LayerNorm whose scale is to act first), by a small product of its own in front of it, on blocks of channels;
   :func:`hadamard` is the matrix for it.
 
 Rotations inside the heads of an attention are in :mod:`quantlens.transforms.heads`.
@@ -100,7 +100,7 @@ def _grow(graph: Graph, start: fx.Node, groups: dict[fx.Node, NormGroup]) -> tup
         node = queue.pop()
         sources = _sources(graph, node, residual.channels)
         if sources is None:
-            conv = _conv_behind(node)
+            conv = _conv_after(node)
             site = by_node.get(node if conv is None else conv)
             if site is not None and site.kind == "linear" and alone(graph, site):
                 residual.linears.append(site)
@@ -156,7 +156,7 @@ def _is_constant(graph: Graph, node: fx.Node) -> bool:
     return graph.constant(node) is not None and held == [node]
 
 
-def _conv_behind(node: fx.Node) -> fx.Node | None:
+def _conv_after(node: fx.Node) -> fx.Node | None:
     """The convolution whose output [B, C, h, w] this node holds as tokens [B, h·w, C] or [B, h, w, C]."""
     chain = [node]
     while op_name(chain[-1]) in (*FLATTEN, "aten.transpose.int", "aten.permute.default"):
@@ -253,7 +253,7 @@ def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | No
     """Let a linear layer read x·diag(R, R, …) − t and undo it in its weight and bias, exactly: W ← W·diag(R, R, …),
     bias ← bias + W_new·t.
 
-    rotation: R [n, n], orthogonal. Where n does not divide the layer's input channels, channels of zeros are put behind
+    rotation: R [n, n], orthogonal. Where n does not divide the layer's input channels, channels of zeros are put after
     them. mean: of x, [C]; t is what the rotation makes of it (None: 0). The product is an operation of its own in front
     of the layer, at n multiplications per channel and token; its constant is one for all layers that get an equal
     matrix. It is no site: it stays in float. The caller calls :meth:`Graph.invalidate` when all is done.
