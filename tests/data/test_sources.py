@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quantlens.data import available_sources, open_source
+from quantlens.data import Preprocess, available_sources, load_images, open_source
 from quantlens.data.folders import imagenet_class_names, imagenet_wnids
-from quantlens.data.sources import calibration_source, with_sample
-from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.data.sources import open_calibration, with_sample
+from quantlens.errors import BadImageError, QuantlensError, UnknownNameError
 
 
 def names(spec: str) -> list[str]:
@@ -111,6 +111,27 @@ def test_missing_empty_and_not_a_folder(kind: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(QuantlensError, match="is a file"):
         open_source(f"{kind}:{tmp_path}/file")
+
+
+def test_a_link_that_leads_to_itself_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "loop").symlink_to("loop")
+    pre = Preprocess((3, 8, 8))
+    found = load_images(f"images:{tmp_path}", pre, cache_dir=False, skip_bad=True)
+    assert (found.names, [name for name, _ in found.skipped]) == (["a.png"], ["loop.png"])
+    with pytest.raises(BadImageError, match=r"loop\.png"):
+        load_images(f"images:{tmp_path}", pre, cache_dir=False)
+
+
+@pytest.mark.parametrize("name", ["im?n=3", "im[0:4]", "im[0:1]?n=1&seed=2"])
+def test_a_folder_whose_name_looks_like_a_slice_or_a_query(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    for i in range(5):
+        Image.new("RGB", (4, 4)).save(tmp_path / name / f"{i}.png")
+    assert len(open_source(f"images:{tmp_path / name}/")) == 5
+    assert open_source(f"images:{tmp_path / name}/[1:4]?n=3").names[:3]
+    assert len(open_source(f"images:{tmp_path}")) == 5
 
 
 def test_linked_folders_are_followed_once(folder: Path) -> None:
@@ -345,10 +366,20 @@ def test_a_sample_is_added_to_what_a_source_says():
     assert with_sample("cifar10:a?split=train", 32, 5) == "cifar10:a?split=train&n=32&seed=5"
 
 
-def test_calibration_images_are_a_sample_of_32_unless_said_otherwise():
-    assert calibration_source("images:a") == "images:a?n=32&seed=0"
-    assert calibration_source("images:a[:100]", 8, 3) == "images:a[:100]?n=8&seed=3"
-    for n in (None, 5):
-        assert calibration_source("images:a?n=5&seed=1", n, 3) == "images:a?n=5&seed=1"
+def test_calibration_images_are_a_sample_of_32_unless_said_otherwise(tmp_path):
+    for i in range(40):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    whole = f"images:{tmp_path}"
+    for text, n, seed, same in (
+        (whole, None, 0, f"{whole}?n=32&seed=0"),
+        (f"{whole}[:20]", None, 2, f"{whole}[:20]?n=20&seed=2"),  # there are no more
+        (f"{whole}[1::2]", 8, 3, f"{whole}[1::2]?n=8&seed=3"),
+        (f"{whole}?n=5&seed=1", None, 3, f"{whole}?n=5&seed=1"),
+        (f"{whole}?n=5&seed=1", 5, 3, f"{whole}?n=5&seed=1"),
+    ):
+        found = open_calibration(text, n, seed)
+        assert (found.spec, found.names) == (same, open_source(same).names)
     with pytest.raises(QuantlensError, match="leave one of them out"):
-        calibration_source("images:a?n=5", 6)
+        open_calibration(f"{whole}?n=5", 6)
+    with pytest.raises(QuantlensError, match="asks for 41 images and there are 40"):
+        open_calibration(whole, 41)

@@ -68,7 +68,7 @@ def quantize(
     """See HELP."""
     from quantlens.allocation import quantizing as api
     from quantlens.cli import _common
-    from quantlens.data.sources import calibration_source
+    from quantlens.data.sources import open_calibration
     from quantlens.files import check_writable
     from quantlens.methods import registry
     from quantlens.qmodel import Bits
@@ -80,7 +80,7 @@ def quantize(
     target = out or Path(f"{model.split('/')[-1]}-{api.spelled(wanted).lower()}.safetensors")
     check_writable(target)
     registry.get(method).options(settings)
-    source = calibration_source(calibration, n, seed)
+    source = open_calibration(calibration, n, seed)
     with _common.stages(quiet) as step:
         loaded, images = _common.open_run(model, weights, source, device, step, skip_bad=skip_bad, no_cache=no_cache)
         if not isinstance(wanted, Bits):
@@ -88,12 +88,12 @@ def quantize(
         told = partial(step, f"calibrating by {method}")
         quantized = api.quantize(loaded, images, method=method, bits=wanted, seed=seed, progress=told, **settings)
         quantized.save(target)
-    _common.say(f"{target}: {_summary(quantized, len(images))}")
+    _common.say(f"{target}: {_summary(quantized, len(images), target.stat().st_size)}")
 
 
-def _summary(quantized: QuantizedModel, images: int) -> str:
-    """Model, method, bits, size, and the time that calibration took."""
+def _summary(quantized: QuantizedModel, images: int, written: int) -> str:
+    """Model, method, bits, size (bytes written), and the time that calibration took."""
     seconds = quantized.provenance.seconds
     took = "" if seconds is None else f", calibrated in {seconds:.1f} s on {images} images"
-    size = f"{quantized.size_mb:.2f} MB, {quantized.size_ratio:.3f} of FP32"
+    size = f"{written / 1e6:.2f} MB (weights and scales {quantized.size_mb:.2f} MB, {quantized.size_ratio:.3f} of FP32)"
     return f"{quantized.name} {quantized.method} {quantized.bits}, {size}{took}"
