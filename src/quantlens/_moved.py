@@ -48,6 +48,8 @@ MODULES: dict[str, str] = {
     "quantlens.calibration.walk": "quantlens.calibration.passes",
     "quantlens.demo": "quantlens.report.demo",
     "quantlens.api": "quantlens.allocation.quantizing",
+    "quantlens.report.text": "quantlens.studies.text",
+    "quantlens.report.collect": "quantlens.studies.board",
 }
 """Old module -> new module."""
 
@@ -67,7 +69,6 @@ RENAMED: dict[str, str] = {
     "quantlens.reconstruction.centring.channel_means": "quantlens.calibration.transforming.channel_means",
     "quantlens.reconstruction.pixels.read_pixels": "quantlens.calibration.transforming.read_as_pixels",
     "quantlens.reconstruction.pixels.pixel_quantizer": "quantlens.formats.uniform.pixel_codes",
-    "quantlens.report.charts.Looks": "quantlens.report.charts.GroupStyles",
 }
 """Old name -> new name, where that has changed, too."""
 
@@ -88,9 +89,9 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.allocation.allocation": ("quantlens.allocation.choosing",),
     "quantlens.studies": ("quantlens.evaluation",),
     "quantlens.report.attention": (
-        "quantlens.plots.drift",
+        "quantlens.plots.attention",
         "quantlens.attention.association",
-        "quantlens.report.attention_drift",
+        "quantlens.studies.drift",
         "quantlens.report.attention_gallery",
     ),
     "quantlens.attention.lookup": (
@@ -99,7 +100,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "quantlens.attention.sets",
         "quantlens.attention.survey",
     ),
-    "quantlens.report.svg": ("quantlens.plots.svg", "quantlens.plots.histograms"),
 }
 """Old package, or module of which several were made -> where its names are looked for now; those that still exist ask
 here for what left them."""
