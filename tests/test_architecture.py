@@ -24,6 +24,7 @@ ORDER = (
     "methods",
     "sensitivity",
     "allocation",
+    "api",
     "attention",
     "export",
     "evaluation",
@@ -32,9 +33,10 @@ ORDER = (
     "report",
     "cli",
 )
+"""Packages, and one module: `api`, with which people quantize, and for which `attention` and all above it may ask."""
 BELOW_ALL = {"ambient", "errors", "files", "plugins", "_version", "_moved"}
-THROUGH_THE_REGISTRY = {("models", "zoo"), ("data", "zoo")}
-"""`zoo` holds the models and images that ship, and is built on `data` and `metrics`. `models` and `data` look names up
+THROUGH_THE_REGISTRY = {("models", "zoo")}
+"""`zoo` holds the models and images that ship, and is built on `data` and `metrics`. `models` looks names up
 in it, inside a function, when a person names one of them; nothing else of it is used there."""
 ZOO_FROM = ORDER.index("studies")
 """From here on packages may use `zoo` as they like."""
@@ -60,7 +62,7 @@ def _imports(path: Path) -> set[str]:
 def test_every_package_is_in_the_order():
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert packages <= {*ORDER, "zoo"}
-    assert {path.stem for path in PACKAGE.glob("*.py")} <= {*BELOW_ALL, "__init__", "__main__"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} <= {*BELOW_ALL, "api", "__init__", "__main__"}
 
 
 @pytest.mark.parametrize("package", ORDER)
@@ -69,7 +71,7 @@ def test_no_package_imports_a_higher_one(package):
     allowed = {*ORDER[: place + 1], *BELOW_ALL}
     if place >= ZOO_FROM:
         allowed.add("zoo")
-    for path in (PACKAGE / package).rglob("*.py"):
+    for path in [*(PACKAGE / package).rglob("*.py"), *PACKAGE.glob(f"{package}.py")]:
         for target in _imports(path) - allowed:
             assert (package, target) in THROUGH_THE_REGISTRY, f"{path.relative_to(PACKAGE)} imports {target}"
 

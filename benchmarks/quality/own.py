@@ -8,7 +8,7 @@ from typing import Any
 import quantlens as ql
 from benchmarks.quality.case import Case
 from benchmarks.quality.subjects import calibration, cost, digits, distance, letters, one_class, ratio, uneven
-from quantlens.methods._pipeline import RotateHeads, RotateInputs, RotateResidual, SubtractMeans, WeightFit
+from quantlens.methods.composition import RotateHeads, RotateInputs, RotateResidual, SubtractMeans, WeightFit
 from quantlens.methods.quantlens_fast import QuantlensFast
 
 FAST: dict[str, Any] = {"method": "quantlens-fast", "bits": "W3A3", "activation_granularity": "tensor"}

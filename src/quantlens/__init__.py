@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from quantlens import formats as formats
     from quantlens import methods as methods
     from quantlens.allocation import Allocation as Allocation
-    from quantlens.allocation.quantizing import allocate as allocate
-    from quantlens.allocation.quantizing import inspect as inspect
-    from quantlens.allocation.quantizing import quantize as quantize
+    from quantlens.api import allocate as allocate
+    from quantlens.api import inspect as inspect
+    from quantlens.api import quantize as quantize
     from quantlens.errors import QuantlensError as QuantlensError
     from quantlens.evaluation import evaluate as evaluate
     from quantlens.export.exported import Artefact as Artefact
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "load_model": "quantlens.models",
     "Model": "quantlens.models",
-    "quantize": "quantlens.allocation.quantizing",
-    "allocate": "quantlens.allocation.quantizing",
-    "inspect": "quantlens.allocation.quantizing",
+    "quantize": "quantlens.api",
+    "allocate": "quantlens.api",
+    "inspect": "quantlens.api",
     "Allocation": "quantlens.allocation",
     "Inspection": "quantlens.sensitivity",
     "QuantizedModel": "quantlens.qmodel",

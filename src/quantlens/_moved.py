@@ -51,7 +51,6 @@ MODULES: dict[str, str] = {
     "quantlens.reconstruction.latent": "quantlens.reconstruction.trained_tensors",
     "quantlens.studies.specs": "quantlens.studies.cell_labels",
     "quantlens.demo": "quantlens.report.demo",
-    "quantlens.api": "quantlens.allocation.quantizing",
     "quantlens.report.text": "quantlens.studies.text",
     "quantlens.report.collect": "quantlens.studies.board",
 }
@@ -68,6 +67,8 @@ RENAMED: dict[str, str] = {
     "quantlens.quantizers.SquaredRows": "quantlens.formats.SqrtSoftmax",
     "quantlens.quantizers.block_scaled.BlockScaled": "quantlens.formats.GroupScaled",
     "quantlens.quantizers.rows.SquaredRows": "quantlens.formats.SqrtSoftmax",
+    "quantlens.deploy.guard.guard_figures": "quantlens.export.threshold.guard_metrics",
+    "quantlens.calibration.Transform": "quantlens.calibration.Replacement",
     "quantlens.reconstruction.find_massive": "quantlens.calibration.measured_transforms.find_outlier_channels",
     "quantlens.reconstruction.split_massive": "quantlens.calibration.measured_transforms.split_outlier_channels",
     "quantlens.reconstruction.massive.find_massive": "quantlens.calibration.measured_transforms.find_outlier_channels",

@@ -138,7 +138,7 @@ def test_mp6_is_the_nuclear_norm_s_allocation(vit, pictures, chosen, tmp_path):
 
 
 def test_methods_share_an_allocation_on_the_same_images_alone(vit, pictures, monkeypatch):
-    from quantlens.allocation import quantizing as api
+    from quantlens import api
 
     made = []
     monkeypatch.setattr(api, "choose_widths", lambda *a, **k: made.append(a) or "stands for one")

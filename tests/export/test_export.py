@@ -14,7 +14,7 @@ from quantlens.errors import BadWeightsError, QuantlensError, UnknownNameError, 
 from quantlens.export.export import export
 from quantlens.export.exported import Artefact
 from quantlens.export.parity import parity
-from quantlens.export.threshold import guard_figures, guard_score, looks_unknown
+from quantlens.export.threshold import _threshold, guard_metrics, guard_score, looks_unknown
 from quantlens.formats import GroupScaled, Uniform
 from quantlens.metrics import METRICS
 from quantlens.qmodel import float_model
@@ -204,18 +204,26 @@ def test_the_guard(guard, ending, loaded, pictures, tmp_path):
     assert (scores >= threshold["value"] - 1e-5).mean() == 0.75
 
 
+@pytest.mark.parametrize("count", [1, 7, 24, 150, 997])
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.95, 0.99, 1.0])
+def test_at_least_the_share_promised_reaches_the_threshold(count, keep):
+    scores = np.random.default_rng(0).normal(size=count)
+    kept = (scores >= _threshold(scores, keep)).mean()
+    assert keep <= kept < keep + 1 / count + 1e-9 or (keep == 0 and kept == 1 / count)
+
+
 def test_how_often_the_guard_is_right():
     guard = {"score": "maxlogit", "keep": 0.75, "threshold": {"value": 2.0, "n": 9}}
     known = looks_unknown(guard, np.array([[3.0, 0.0], [0.0, 2.0], [1.0, 1.5], [9.0, 0.0]]))
     other = looks_unknown(guard, np.array([[1.0, 0.0], [2.5, 2.0]]))
     assert known.tolist() == [False, False, True, False], "a score on the threshold is known"
-    found = guard_figures(guard, known, {"far": other})
+    found = guard_metrics(guard, known, {"far": other})
     assert found["id"] == {"n": 4, "kept": 0.75}
     assert found["ood"]["far"] == {"n": 2, "flagged": 0.5, "balanced_accuracy": 0.625}
     assert found["threshold"] == guard["threshold"]
     bare = {**guard, "threshold": None}
     assert looks_unknown(bare, np.zeros((1, 2))) is None
-    assert guard_figures(bare, None, {}) is None
+    assert guard_metrics(bare, None, {}) is None
     assert looks_unknown(None, np.zeros((1, 2))) is None
 
 

@@ -9,7 +9,7 @@ import quantlens as ql
 from quantlens.errors import QuantlensError
 from quantlens.formats import GroupScaled, SqrtSoftmax, Uniform
 from quantlens.graph import graph_of
-from quantlens.methods._pipeline import RotateHeads, RotateInputs, RotateResidual, WeightFit
+from quantlens.methods.composition import RotateHeads, RotateInputs, RotateResidual, WeightFit
 from quantlens.methods.quantlens_fast import QuantlensFast
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantlens.attention import pictures
-from quantlens.attention.selection import class_names, name_of, photograph
+from quantlens.attention.selection import name_of, photograph
 from quantlens.attention.sets import FP32, SetView
+from quantlens.models.class_names import class_names
 
 if TYPE_CHECKING:
     from PIL import Image

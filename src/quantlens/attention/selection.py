@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,31 +30,6 @@ def photograph(images: Any, position: int, preprocess: Any = None) -> Any:
     return pictures.picture(images.values[position].numpy(), images.preprocess or preprocess)
 
 
-def class_names(images: Any, model: Any) -> list[str] | None:
-    """Names of a model's classes: its own, those of its images, or ImageNet's for a thousand classes; None if nobody
-    knows them."""
-    count = int(model.num_classes)
-    for holder in (model, images):
-        names = getattr(holder, "class_names", None)
-        if names is not None and len(names) == count and not all(_is_code(n) for n in names):
-            return [str(n) for n in names]
-    return _imagenet_names() if count == 1000 else None
-
-
-@cache
-def _imagenet_names() -> list[str]:
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo()
-    return [info.index_to_description(i) for i in range(1000)]
-
-
 def name_of(names: list[str] | None, index: int) -> str | None:
     """The first of a class's names: "tench" of "tench, Tinca tinca"."""
     return None if names is None else names[index].split(",")[0]
-
-
-def _is_code(name: Any) -> bool:
-    """Whether a name is a WordNet number, which says nothing to a reader."""
-    text = str(name)
-    return len(text) == 9 and text[0] == "n" and text[1:].isdigit()

@@ -9,8 +9,9 @@ from typing import Any
 from quantlens.attention import pictures
 from quantlens.attention.maps import MapSettings
 from quantlens.attention.recording import Lens
-from quantlens.attention.selection import class_names, evenly, name_of, photograph
+from quantlens.attention.selection import evenly, name_of, photograph
 from quantlens.attention.sets import FP32, SetView, look_at
+from quantlens.models.class_names import class_names
 from quantlens.qmodel import float_model
 
 THUMBNAIL = 96

@@ -4,7 +4,7 @@ from quantlens import _moved
 from quantlens.calibration.cache import MEMORY, ActivationStore, StoredTensor
 from quantlens.calibration.images import CHUNK, Calibration
 from quantlens.calibration.observers import Observation, Observer, as_rows
-from quantlens.calibration.passes import CalibrationPass, EdgeView, ObservationCache, Transform
+from quantlens.calibration.passes import CalibrationPass, EdgeView, ObservationCache, Replacement
 
 __all__ = [
     "CHUNK",
@@ -16,8 +16,8 @@ __all__ = [
     "Observation",
     "ObservationCache",
     "Observer",
+    "Replacement",
     "StoredTensor",
-    "Transform",
     "as_rows",
 ]
 

@@ -14,7 +14,9 @@ from quantlens.calibration.process_memory import return_memory
 from quantlens.errors import QuantlensError
 from quantlens.graph import Edge, Graph
 
-Transform = Callable[[Tensor], Tensor]
+Replacement = Callable[[Tensor], Tensor]
+"""What is computed with in place of an edge's value from then on, made of that value: a quantizer, a rounded weight."""
+
 ObservationCache = dict[tuple[str, int | None], tuple[float, Observation]]
 """(edge key, axis) -> (tail, observation) of the float model on one set of calibration images, without samples of the
 values: what every width and every method that asks for no more can share (some 10 kB per edge)."""
@@ -61,7 +63,7 @@ class EdgeView:
         return _Pieces(self._images, value)
 
 
-OnEdge = Callable[[Edge, EdgeView], Transform | None]
+OnEdge = Callable[[Edge, EdgeView], Replacement | None]
 
 
 class CalibrationPass:
@@ -124,7 +126,7 @@ class _ImageStream:
         self._place = {node: place for place, node in enumerate(self._nodes)}
         self._last_use = {source: place for place, node in enumerate(self._nodes) for source in node.all_input_nodes}
         self._done = 0  # so many nodes have run
-        self._activations: dict[str, Transform] = {}
+        self._activations: dict[str, Replacement] = {}
         self._weights: dict[str, Tensor] = {}
 
     def advance_to(self, edge: Edge) -> None:
@@ -147,7 +149,7 @@ class _ImageStream:
         if len(self.chunks) > 1:
             return_memory()
 
-    def apply(self, edge: Edge, transform: Transform) -> None:
+    def apply(self, edge: Edge, transform: Replacement) -> None:
         """From now on, ``edge`` carries what ``transform`` makes of its values."""
         if edge.is_weight:
             self._weights[edge.key] = transform(self.graph.tensor(str(edge.value.target)))

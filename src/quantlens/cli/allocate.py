@@ -90,7 +90,7 @@ def allocate(
 ) -> None:
     """See HELP."""
     from quantlens.allocation import parse_target, sensitivity_options
-    from quantlens.allocation.quantizing import allocate as choose_widths
+    from quantlens.api import allocate as choose_widths
     from quantlens.cli import _common
     from quantlens.data.sources import open_calibration
     from quantlens.files import check_writable

@@ -139,7 +139,7 @@ def _checkpoint(name: str, weights: str | None, device: str, given: set[str | No
 
 def _widths(bits: str | None, method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Label -> precision. Raises QuantlensError for bits, a method or options that do not exist."""
-    from quantlens.allocation.quantizing import read_bits, spelled
+    from quantlens.api import read_bits, spelled
     from quantlens.cli import _common
     from quantlens.methods import registry
 
@@ -162,7 +162,7 @@ def _quantized(
     reference: Any, images: Any, widths: dict[str, Any], method: str, seed: int, options: dict[str, Any], step: Any
 ) -> dict[str, Any]:
     """Label -> quantized model."""
-    from quantlens.allocation.quantizing import quantize
+    from quantlens.api import quantize
 
     return {
         label: quantize(

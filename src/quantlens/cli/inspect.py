@@ -69,7 +69,7 @@ def inspect(
     settings: dict[str, Any],
 ) -> None:
     """See HELP."""
-    from quantlens.allocation import quantizing as api
+    from quantlens import api
     from quantlens.cli import _common
     from quantlens.data.sources import open_calibration
     from quantlens.files import check_writable

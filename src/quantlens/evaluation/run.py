@@ -116,7 +116,7 @@ class _Run:
 
     def measure(self, model: Any, sets: EvaluationImages, keep: bool | str = False) -> dict[str, Any]:
         """{"id", "ood", "ood_mean", "histograms", "scores_unavailable", "guard", "outputs"} of a result."""
-        from quantlens.export.threshold import guard_figures, looks_unknown
+        from quantlens.export.threshold import guard_metrics, looks_unknown
         from quantlens.metrics import mean_over_sets, score_histograms
 
         logits, features = self.forward(model, sets.id, "the ID set")
@@ -146,7 +146,7 @@ class _Run:
             "ood_mean": plain(mean_over_sets(ood_part)) if ood_part else {},
             "histograms": {name: score_histograms(values, scores.ood[name]) for name, values in scores.id.items()},
             "scores_unavailable": unavailable,
-            "guard": plain(guard_figures(guard, known, unknown)),
+            "guard": plain(guard_metrics(guard, known, unknown)),
             "outputs": images and gather(model, images, scores.id, scores.ood, id_part, ood_part, self.n_bins),
         }
 
@@ -158,6 +158,8 @@ class _Run:
                 f"{model.name} gives {logits.shape[1]} logits but says it has {model.num_classes} classes; "
                 "load it with the right number of classes"
             )
+        from quantlens.models.class_names import class_names  # late: it imports torch
+
         names = class_names(sets.id, model)
         metrics = classification_metrics(logits, sets.labels, n_bins=self.n_bins, class_names=names)
         return {**describe(sets.id), "num_classes": int(model.num_classes), **metrics}
@@ -272,15 +274,6 @@ def device_of(model: Any) -> Any:
     parameters = getattr(model, "parameters", None)
     first = next(iter(parameters()), None) if callable(parameters) else None
     return "cpu" if first is None else first.device
-
-
-def class_names(images: Any, model: Any) -> Sequence[str] | None:
-    """The names of the model's classes, from the images or from the model, where one of them knows all."""
-    for holder in (images, model):
-        names = getattr(holder, "class_names", None)
-        if names is not None and len(names) == int(model.num_classes):
-            return list(names)
-    return None
 
 
 def _array(tensor: Any) -> np.ndarray:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from quantlens.metrics.ood_scores.logits import energy, maxlogit, msp
 from quantlens.qmodel import QuantizedModel
 
-GUARDS = ("msp", "energy", "maxlogit")
+GUARDS = {"msp": msp, "energy": energy, "maxlogit": maxlogit}
 """Scores that a file can carry; larger means more in-distribution."""
 
 KEEP = 0.95
@@ -18,7 +19,7 @@ KEEP = 0.95
 
 
 def guard_threshold(qmodel: QuantizedModel, images: Any, guard: str, keep: float = KEEP) -> dict[str, Any]:
-    """{"value", "n"}: the score that the share ``keep`` of in-distribution images reaches."""
+    """{"value", "n"}: the score that at least the share ``keep`` of the in-distribution images reaches."""
     import torch
 
     from quantlens.calibration import Calibration
@@ -28,16 +29,17 @@ def guard_threshold(qmodel: QuantizedModel, images: Any, guard: str, keep: float
         for batch in Calibration.of(images, qmodel.preprocess, device=qmodel.device):
             found.append(guard_score(qmodel(batch).cpu().numpy(), guard))
     scores = np.concatenate(found)
-    return {"value": float(np.quantile(scores, 1 - keep)), "n": len(scores)}
+    return {"value": _threshold(scores, keep), "n": len(scores)}
+
+
+def _threshold(scores: np.ndarray, keep: float) -> float:
+    """The largest of the scores [n] that at least the share ``keep`` of them reaches."""
+    return float(np.sort(scores)[min(int(len(scores) * (1 - keep)), len(scores) - 1)])
 
 
 def guard_score(logits: np.ndarray, guard: str) -> np.ndarray:
     """The guard's score of logits [n, K]: [n], larger is more in-distribution."""
-    largest = logits.max(axis=1)
-    if guard == "maxlogit":
-        return largest
-    total = np.exp(logits - largest[:, None]).sum(axis=1)
-    return 1 / total if guard == "msp" else largest + np.log(total)
+    return GUARDS[guard](logits)
 
 
 def looks_unknown(guard: Mapping[str, Any] | None, logits: np.ndarray) -> np.ndarray | None:
@@ -51,7 +53,7 @@ def looks_unknown(guard: Mapping[str, Any] | None, logits: np.ndarray) -> np.nda
     return guard_score(logits, str(guard["score"])) < float(threshold["value"])
 
 
-def guard_figures(
+def guard_metrics(
     guard: Mapping[str, Any] | None, known: np.ndarray | None, others: Mapping[str, np.ndarray | None]
 ) -> dict[str, Any] | None:
     """How often a guard is right on images that it was not set on; None for a guard without a threshold.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Transform
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Replacement
 from quantlens.calibration.products import patches
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
@@ -50,7 +50,7 @@ def fit_layers(graph: Graph, calibration: Calibration, plan: Plan, fit: Fit, run
     found: dict[str, Fitted] = {}
     shifts: dict[str, Tensor] = {}
 
-    def on_edge(edge: Edge, view: EdgeView) -> Transform | None:
+    def on_edge(edge: Edge, view: EdgeView) -> Replacement | None:
         if not edge.is_weight:
             return plan.quantizers.get(edge.key)
         site, name = graph.sites[edge.site], str(edge.value.target)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Transform
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Replacement
 from quantlens.calibration.ranges import affine, clipping, mse, quantile_mse
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, ShiftedLog
@@ -166,7 +166,7 @@ def activation_quantizers(
     quantizers: dict[str, Quantizer] = {}
     norms: dict[str, tuple[NormGroup, Reparameterization]] = {}
 
-    def on_edge(edge: Edge, view: EdgeView) -> Transform | None:
+    def on_edge(edge: Edge, view: EdgeView) -> Replacement | None:
         width = bits.of(graph, edge)
         if edge.key in groups:
             group = groups[edge.key]

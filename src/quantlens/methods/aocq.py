@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Observer, Transform
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Observer, Replacement
 from quantlens.calibration.ranges import affine, clipping, log_by_quantile, mse
 from quantlens.calibration.ranges.power_of_two import token_weights
 from quantlens.calibration.ranges.rules import REPQ_QUANTILES
@@ -258,7 +258,7 @@ def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, 
         by_token |= {s.edges["input"].key for s in graph.sites.of_kind("layer_norm")}
     quantizers: dict[str, Quantizer] = {}
 
-    def on_edge(edge: Edge, view: EdgeView) -> Transform | None:
+    def on_edge(edge: Edge, view: EdgeView) -> Replacement | None:
         width, group = bits.of(graph, edge), groups[edge.key]
         axis = -1 if all(e.key in residual for e in group) else shift_axis(graph, group) if run["operator"] else None
         if axis is not None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Transform
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Replacement
 from quantlens.calibration.products import patches
 from quantlens.calibration.sampling import ProductSampler
 from quantlens.errors import QuantlensError
@@ -113,7 +113,7 @@ class BitSplit(Method):
         stitched: dict[str, tuple[Uniform, Tensor]] = {}
         generator = torch.Generator().manual_seed(run.seed)
 
-        def on_edge(edge: Edge, view: EdgeView) -> Transform | None:
+        def on_edge(edge: Edge, view: EdgeView) -> Replacement | None:
             width = bits.of(graph, edge)
             if width == FLOAT:
                 return None

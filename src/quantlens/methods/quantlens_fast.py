@@ -23,7 +23,8 @@ from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, SqrtSoftmax, Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
-from quantlens.methods._pipeline import (
+from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
+from quantlens.methods.composition import (
     ALL,
     AUTO,
     COARSE,
@@ -41,7 +42,6 @@ from quantlens.methods._pipeline import (
     Work,
     apply,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
 from quantlens.qmodel import Plan
 from quantlens.transforms.rotation import LARGEST, SMALLEST
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Transform
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Replacement
 from quantlens.calibration.ranges import affine, log_by_quantile, quantile_mse
 from quantlens.calibration.ranges.rules import REPQ_QUANTILES
 from quantlens.formats import Quantizer, Uniform, affine_parameters
@@ -98,7 +98,7 @@ class RepQViT(Method):
         quantizers: dict[str, Quantizer] = {}
         found: dict[str, Reparameterization] = {}
 
-        def on_edge(edge: Edge, view: EdgeView) -> Transform:
+        def on_edge(edge: Edge, view: EdgeView) -> Replacement:
             width, site = bits.of(graph, edge), edge.site
             group = groups.get(site)
             repar = found.get(group.norm.name) if group is not None else None

@@ -14,6 +14,7 @@ from quantlens.ambient import isolated
 from quantlens.data import Preprocess
 from quantlens.errors import BadWeightsError, QuantlensError, UnknownNameError
 from quantlens.models import weights as files
+from quantlens.models.class_names import imagenet_names
 
 
 class Model(nn.Module):
@@ -205,7 +206,7 @@ def _from_timm(
         preprocess=own,
         checkpoint=path.name if path else ("pretrained" if pretrained else "random"),
         checkpoint_sha256=files.file_sha256(path) if path else files.state_sha256(module.state_dict()),
-        class_names=_imagenet_names(module),
+        class_names=imagenet_names(getattr(module, "num_classes", None)),
         weights_path=str(path) if path else None,
     )
 
@@ -258,15 +259,3 @@ def _classes_in(state: dict[str, Tensor], module: Any) -> int | None:
     first = names if isinstance(names, str) else names[0]
     weight = state.get(f"{first}.weight")
     return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() == 2 else None
-
-
-def _imagenet_names(module: Any) -> list[str] | None:
-    if getattr(module, "num_classes", None) != 1000:
-        return None
-    try:
-        from timm.data import ImageNetInfo
-
-        info = ImageNetInfo("imagenet-1k")
-        return [info.index_to_description(i) for i in range(1000)]
-    except Exception:
-        return None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import MEMORY, Calibration, CalibrationPass, EdgeView, Transform
+from quantlens.calibration import MEMORY, Calibration, CalibrationPass, EdgeView, Replacement
 from quantlens.formats import Quantizer
 from quantlens.formats.operators import Operator
 from quantlens.graph import Edge, Graph
@@ -117,7 +117,7 @@ def correct_biases(
     layers = {site.name for site in corrected_layers(twin)}
     shifts: dict[str, Tensor] = {}
 
-    def on_edge(edge: Edge, view: EdgeView) -> Transform | None:
+    def on_edge(edge: Edge, view: EdgeView) -> Replacement | None:
         quantizer = quantizers.get(edge.key)
         if edge.name != "output" or edge.site not in layers:
             return quantizer

@@ -70,7 +70,7 @@ class Backend:
         self, model: Any, calibration: Any, choice: MethodChoice, bits: str, seed: int, progress: Steps | None
     ) -> Any:
         """The quantized model."""
-        from quantlens.allocation.quantizing import quantize
+        from quantlens.api import quantize
 
         return quantize(
             model, calibration, method=choice.name, bits=bits, seed=seed, progress=progress, **choice.options
@@ -119,7 +119,7 @@ class Backend:
     ) -> dict[str, Any]:
         """The sensitivity of every layer: `Inspection.to_dict`, by site and by block, in six digits (the last ones of a
         sum differ with the threads that added it up)."""
-        from quantlens.allocation.quantizing import inspect
+        from quantlens.api import inspect
 
         found = inspect(model, images, bits, method=choice.name, seed=seed, progress=progress, **choice.options)
         return dict(_six_digits(found.to_dict()))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Transform
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Replacement
 from quantlens.calibration.measured_transforms import subtract_means
 from quantlens.calibration.ranges import mse
 from quantlens.formats import GroupScaled, Quantizer
@@ -243,14 +243,14 @@ class SequentialPass:
         kinds = [self.plan.quantizers[e.key].granularity for e in edges if not e.is_weight]
         self.plan.notes["activations"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
-    def _on_edge(self, edge: Edge, view: EdgeView) -> Transform:
+    def _on_edge(self, edge: Edge, view: EdgeView) -> Replacement:
         width, site = self.bits.of(self.graph, edge), self.graph.sites[edge.site]
         if edge.is_weight:
             return self._weight(site, edge, view, width)
         self.plan.quantizers[edge.key] = made = self.ranges(site, edge, view, width)
         return made
 
-    def _weight(self, site: Site, edge: Edge, view: EdgeView, width: int) -> Transform:
+    def _weight(self, site: Site, edge: Edge, view: EdgeView, width: int) -> Replacement:
         weight = self.graph.tensor(str(site.weight))
         own = self.plan.quantizers.get(f"{site.name}.input")
         # a weight that two layers share is left as it is
