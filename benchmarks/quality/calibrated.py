@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ import quantlens as ql
 from benchmarks.quality.case import Case, Quantity
 from benchmarks.quality.subjects import (
     calibration,
-    cost,
     digits,
     held_out,
     loaded,
@@ -59,10 +57,6 @@ def _lost(method: str) -> Quantity:
 
 def _lost_top1(method: str) -> Quantity:
     return lambda seed: _figures(seed)[0] - _figures(seed, method=method, bits="W8A8")[0]
-
-
-def _erq(seed: int, weights: str, activations: str) -> float:
-    return cost(seed, method="erq", bits="W3A3", weight_error=weights, activation_error=activations)
 
 
 def _gap(method: str) -> Quantity:
@@ -114,40 +108,6 @@ def _uneven_norms(one: str, other: str) -> Quantity:
     return quantity
 
 
-def _uneven_stream(ptf: str) -> Quantity:
-    """fq-ptq on a residual stream with channels of very different size: dB of powers of two above one scale."""
-
-    def quantity(seed: int) -> float:
-        network: Any = copy.deepcopy(small_network("vit", seed))
-        size = torch.exp(0.6 * torch.randn(32, generator=torch.Generator().manual_seed(seed)))
-        even = 0.4 * size.square().mean().sqrt() / size
-        network.pos_embed.data *= size
-        network.cls_token.data *= size
-        network.patch_embed.proj.weight.data *= size[:, None, None, None]
-        network.patch_embed.proj.bias.data *= size
-        for block in network.blocks:
-            for linear in (block.attn.proj, block.mlp.fc2):
-                linear.weight.data *= size[:, None]
-                linear.bias.data *= size
-            block.norm1.weight.data *= even
-            block.norm2.weight.data *= even
-        network.norm.weight.data *= even
-        model, images = loaded(network), pictures(seed)
-        common: dict[str, Any] = {"method": "fq-ptq", "bits": "W8A8", "largest_exponent": 3, "lis": False}
-        return noise(model, images, ptf=ptf, **common) - noise(model, images, ptf="none", **common)
-
-    return quantity
-
-
-def _gelu_inputs(seed: int) -> float:
-    network: Any = small_network("vit", seed)
-    for block in network.blocks:
-        block.mlp.fc1.bias.data[:3] = torch.tensor([-40.0, -30.0, -20.0])
-    model, images = loaded(network), pictures(seed)
-    found = [noise(model, images, method="fq-ptq", bits="W8A8", lis=False, ptf=ptf) for ptf in ("all", "residual")]
-    return found[0] - found[1]
-
-
 def _massive(seed: int) -> float:
     """KL with the massive channel split off to KL with it kept."""
     network: Any = small_network("vit", seed)
@@ -157,7 +117,7 @@ def _massive(seed: int) -> float:
     expected = model(images).double().log_softmax(1)
     found = []
     for how in ("split", "keep"):
-        qmodel = ql.quantize(model, images, method="minmax", bits="W8A5", massive_channels=how, seed=seed)
+        qmodel = ql.quantize(model, images, method="minmax", bits="W8A5", outlier_channels=how, seed=seed)
         found.append(float((expected.exp() * (expected - qmodel(images).double().log_softmax(1))).sum(1).mean()))
     return found[0] / found[1]
 
@@ -198,30 +158,6 @@ SHORT = {"method": "adalog", "bits": "W3A3", "rounds": 1, "steps": 1, "candidate
 W4A4 = {"bits": "W4A4"}
 
 CASES = (
-    Case(
-        "erq/both",
-        "KL with both steps to the activation step alone",
-        lambda seed: _erq(seed, "halves", "ridge") / _erq(seed, "none", "ridge"),
-        below=0.7,
-    ),
-    Case(
-        "erq/both-weights",
-        "KL with both steps to the weight step alone",
-        lambda seed: _erq(seed, "halves", "ridge") / _erq(seed, "halves", "none"),
-        below=1.1,
-    ),
-    Case(
-        "erq/activations",
-        "KL with the activation step to none",
-        lambda seed: _erq(seed, "none", "ridge") / _erq(seed, "none", "none"),
-        below=1,
-    ),
-    Case(
-        "erq/weights",
-        "KL with the weight step to none",
-        lambda seed: _erq(seed, "halves", "none") / _erq(seed, "none", "none"),
-        below=0.8,
-    ),
     Case(
         "erq/repq", "KL to repq-vit's, W3A3", ratio({"method": "erq"}, {"method": "repq-vit"}, bits="W3A3"), below=0.6
     ),
@@ -286,11 +222,6 @@ CASES = (
         above=0,
     ),
     Case("vt-ptq/all", "dB of all parts above none, W5A5", _search_pays(), above=0.5),
-    *(
-        Case(f"fq/{ptf}", "dB of powers of two above one scale, uneven stream", _uneven_stream(ptf), above=2.5)
-        for ptf in ("residual", "layernorm")
-    ),
-    Case("fq/gelu-inputs", "dB of powers of two at GELU inputs too, far-out channels", _gelu_inputs, above=-1),
     Case(
         "fq/softmax",
         "dB of a uniform softmax above powers of two, W8A10",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -140,6 +140,31 @@ def tell(old: str, new: str) -> None:
     where = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "")
     registry = frame.f_globals.setdefault("__warningregistry__", {})
     warnings.warn_explicit(message, DeprecationWarning, *where, registry=registry)
+
+
+ARGUMENTS = ("patch_bits", "head_bits", "outlier_channels", "image", "target")
+"""What every method takes; these were options of methods."""
+
+RENAMED_ARGUMENTS = {"massive_channels": "outlier_channels"}
+
+
+def arguments_apart(options: Mapping[str, Any], written: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(:data:`ARGUMENTS`, the method's own) of options that may hold both; a DeprecationWarning says how the former are
+    ``written`` now, with the name for {}."""
+    known = {**dict(zip(ARGUMENTS, ARGUMENTS, strict=True)), **RENAMED_ARGUMENTS}
+    shared = {known[name]: value for name, value in options.items() if name in known}
+    for name in shared:
+        how = f"write {written.format(name)}. quantlens {DROPPED} drops the old place"
+        warn(f"quantlens: {name} is no option of a method any more; {how}")
+    return shared, {name: value for name, value in options.items() if name not in known}
+
+
+def warn(message: str) -> None:
+    """A DeprecationWarning for the first caller outside of the package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, DeprecationWarning, stacklevel=level)
 
 
 def find(package: str, name: str) -> Any:

@@ -95,63 +95,38 @@ def test_patch_merging_reads_channels_four_times(loaded, pictures):
 def test_power_of_two_factors_follow_uneven_channels(uneven, pictures):
     """A residual stream with channels of different size: steps of its sums differ by channel, and the finest is far
     below the one scale that all would share."""
-    plans = {
-        ptf: _fq(uneven, pictures, ptf=ptf, largest_exponent=3, lis=False).plan.quantizers
-        for ptf in ("residual", "layernorm", "none")
-    }
-    key = next(k for k, q in plans["residual"].items() if isinstance(q, PowerOfTwo) and k.endswith("add1.output"))
-    one = plans["none"][key]
-    assert isinstance(one, Uniform)
-    for ptf in ("residual", "layernorm"):
-        assert isinstance(plans[ptf][key], PowerOfTwo)
-        assert float(plans[ptf][key].scales.min()) < 0.5 * float(one.scale), ptf
-        assert len(plans[ptf][key].exponents.unique()) > 1
+    plan = _fq(uneven, pictures, lis=False).plan.quantizers
+    key = next(k for k, q in plan.items() if isinstance(q, PowerOfTwo) and k.endswith("add1.output"))
+    seen = uneven_values(uneven, pictures, key)
+    one = affine(seen.min(), seen.max(), 8)
+    for variant in ("ours", "paper"):
+        found = _fq(uneven, pictures, variant=variant, lis=False).plan.quantizers[key]
+        assert isinstance(found, PowerOfTwo)
+        assert float(found.scales.min()) < 0.5 * float(one.scale), variant
+        assert len(found.exponents.unique()) > 1
 
 
-def test_scope_and_size_of_power_of_two_factors(loaded, pictures):
-    def plan(**options):
-        return _fq(loaded["vit"], pictures, "W4A8", **options).plan.quantizers
+def uneven_values(model, images, key):
+    """The float values that cross an edge."""
+    graph, seen = float_model(model).graph, {}
+    calls = [n for n in graph.fx.nodes if n.op == "call_function"]
+    graph.run(calls, {graph.input: images}, hook=lambda k, v: seen.setdefault(k, v), keep=[graph.output])
+    return seen[key]
+
+
+def test_the_papers_factors(loaded, pictures):
+    """2^0 to 2^3, on what LayerNorms read, at the zero point of the whole range."""
+
+    def plan(variant):
+        return _fq(loaded["vit"], pictures, "W4A8", variant=variant).plan.quantizers
 
     branch, total = "blocks.0.mlp.fc2.output", "blocks.0.add2.output"
-    kinds = {ptf: [type(plan(ptf=ptf)[key]) for key in (branch, total)] for ptf in ("residual", "layernorm", "none")}
-    assert kinds == {
-        "residual": [PowerOfTwo, PowerOfTwo],
-        "layernorm": [Uniform, PowerOfTwo],
-        "none": [Uniform, Uniform],
-    }
-    assert int(plan(largest_exponent=1)[total].exponents.max()) <= 1
-
-
-def test_factors_at_gelu_inputs_and_the_patch_embedding(small_models, pictures):
-    """ptf=all: also where a layer's output goes to a GELU or into the token sequence, never to a product."""
-    network = copy.deepcopy(small_models["vit"])
-    for block in network.blocks:
-        block.mlp.fc1.bias.data[:3] = torch.tensor([-40.0, -30.0, -20.0])  # GELU gives 0
-    model = ql.load_model(network, input_size=(3, 32, 32))
-    plans = {ptf: _fq(model, pictures, ptf=ptf, lis=False) for ptf in ("residual", "all")}
-    quantizers = plans["all"].plan.quantizers
-    assert isinstance(quantizers["blocks.0.mlp.fc1.output"], PowerOfTwo)
-    assert quantizers["patch_embed.proj.output"].axis == 1
-    for key in ("blocks.0.attn.qkv.output", "blocks.0.attn.context.output", "blocks.0.mlp.act.output", "head.output"):
-        assert not isinstance(quantizers[key], PowerOfTwo), key
-    one = plans["residual"].plan.quantizers["blocks.0.mlp.fc1.output"]
-    assert isinstance(one, Uniform)
-    steps = quantizers["blocks.0.mlp.fc1.output"].scales
-    assert float(steps[3:].max()) < 0.5 * float(one.scale), "the three extreme channels leave the others their codes"
-    assert float(steps[0]) >= 0.5 * float(one.scale), "and are covered themselves"
-
-
-def test_exponents_by_token(small_models, pictures):
-    """``exponents=token`` counts at sums, and only there."""
-    model = ql.load_model(small_models["vit"], input_size=(3, 32, 32))
-    plans = {e: _fq(model, pictures, "W8A4", exponents=e).plan.quantizers for e in ("squared", "token")}
-    differ = {
-        key
-        for key, q in plans["token"].items()
-        if isinstance(q, PowerOfTwo) and not torch.equal(q.exponents, plans["squared"][key].exponents)
-    }
-    assert differ
-    assert all(key.endswith(("add1.output", "add2.output", "norm1.input", "add1.lhs", "add1.rhs")) for key in differ)
+    kinds = {variant: [type(plan(variant)[key]) for key in (branch, total)] for variant in ("ours", "paper")}
+    assert kinds == {"ours": [PowerOfTwo, PowerOfTwo], "paper": [Uniform, PowerOfTwo]}
+    paper, values = plan("paper")[total], uneven_values(loaded["vit"], pictures, total)
+    assert int(paper.exponents.max()) <= 3
+    low, high = float(values.min()), float(values.max())
+    assert int(paper.zero_point) == round(-low / ((high - low) / 255))
 
 
 def test_options_of_softmax(loaded, pictures):
@@ -168,8 +143,6 @@ def test_options_of_softmax(loaded, pictures):
     for wrong in (1, 17, "four"):
         with pytest.raises(QuantlensError, match="2 to 16"):
             _fq(loaded["vit"], pictures, softmax_bits=wrong)
-    with pytest.raises(QuantlensError, match="largest_exponent"):
-        _fq(loaded["vit"], pictures, largest_exponent=16)
 
 
 def test_float_layer_norm_is_an_option(loaded, pictures):

@@ -12,27 +12,21 @@ from quantlens.methods.base import SHARED_OPTIONS
 NONSENSE = {
     "adalog": [({"rounds": 0}, "rounds"), ({"steps": 0}, "rounds"), ({"candidates": 3}, "rounds")],
     "aocq": [({"iterations": -1}, "iterations")],
-    "aphq-vit": [({"step": 0}, "step"), ({"mlp_iterations": -3}, "mlp_iterations")],
+    "aphq-vit": [({"mlp_iterations": -3}, "mlp_iterations")],
     "bit-split": [({"rounds": 0}, "rounds")],
     "erq": [
         ({"activation_damping": 0.0}, "damping"),
         ({"weight_damping": -1.0}, "damping"),
-        ({"flips": -1}, "damping"),
     ],
-    "fima-q": [({"rank": 0}, "rank"), ({"damping": 0}, "damping")],
-    "gptq": [({"damping": 0.0}, "damping"), ({"damping": -1.0}, "damping"), ({"block": 0}, "damping")],
+    "fima-q": [({"rank": 0}, "rank")],
+    "gptq": [({"damping": 0.0}, "damping"), ({"damping": -1.0}, "damping")],
     "i-and-s-vit": [({"iterations": 2.5}, "iterations")],
     "percentile": [({"p": 0.3}, "0.5")],
-    "ptq4vit": [({name: 0}, "alpha") for name in ("alpha", "candidates", "rounds")] + [({"alpha": 2.0}, "alpha")],
-    "qdrop": [({"iterations": -1}, "iterations"), ({"batch_size": 0}, "batch_size"), ({"drop": 1.5}, "drop")],
+    "ptq4vit": [({name: 0}, name) for name in ("candidates", "rounds")],
+    "qdrop": [({"iterations": -1}, "iterations"), ({"batch_size": 0}, "batch_size")],
     "quantlens-best": [({"views_per_image": -1}, "views_per_image"), ({"ood_view_share": 1.5}, "ood_view_share")],
     "quantlens-fast": [({"damping": 0}, "damping")],
-    "vt-ptq": [
-        ({"ranking_weight": -1.0}, "ranking_weight"),
-        ({"ranking_margin": -0.1}, "ranking_margin"),
-        ({"ranking_pairs": 0}, "ranking_pairs"),
-        ({"alpha": 2.0}, "alpha"),
-    ],
+    "vt-ptq": [({"candidates": 0}, "candidates")],
 }  # fmt: skip
 """Numbers of the right kind that make no sense, and a word of what is said."""
 

@@ -10,14 +10,19 @@ from quantlens.calibration.gradients import sample_products
 from quantlens.calibration.products import find_products
 from quantlens.calibration.ranges.guided import HEADS, Side, alternate, sample_rows, search, weighted_error
 from quantlens.calibration.sampling import ProductSampler
-from quantlens.methods import _gradients as gradients
-from quantlens.methods.ptq4vit import GELU_MINIMUM, fused_projections, gelu_steps
+from quantlens.methods.ptq4vit import GELU_MINIMUM, fisher, fused_projections, gelu_steps
+from quantlens.metrics.divergence import kl_of_logits
 from quantlens.qmodel import float_model
 
 
 @pytest.fixture(scope="module")
 def model(loaded):
     return loaded["vit"]
+
+
+def own_label(logits, reference, generator):
+    """Cross-entropy against the float model's own top-1."""
+    return torch.nn.functional.cross_entropy(logits, reference.argmax(-1), reduction="sum")
 
 
 def _sampler(**sizes):
@@ -34,7 +39,7 @@ def _collect(model, pictures, loss, sampler=None, **settings):
 # -- the gradient ---------------------------------------------------------------------------------------------------
 def test_the_probe_has_the_hessian_of_the_divergence():
     logits = torch.tensor([1.0, 0.0, -1.0, 0.5]).double().repeat(40_000, 1).requires_grad_(True)
-    gradients.fisher(logits, logits.detach(), torch.Generator().manual_seed(0)).backward()
+    fisher(logits, logits.detach(), torch.Generator().manual_seed(0)).backward()
     p = logits.detach()[0].softmax(-1)
     expected = torch.diag(p) - p[:, None] * p
     torch.testing.assert_close(logits.grad.mT @ logits.grad / len(logits), expected, rtol=0, atol=5e-3)
@@ -43,17 +48,18 @@ def test_the_probe_has_the_hessian_of_the_divergence():
 def test_the_papers_gradient_is_zero_and_ours_is_not():
     """KL of the float model against itself has its minimum there; what the authors store is rounding."""
     logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-    sizes = {}
-    for loss in (gradients.divergence, gradients.fisher, gradients.own_label):
-        (found,) = torch.autograd.grad(loss(logits, logits.detach(), torch.Generator().manual_seed(1)), logits)
-        sizes[loss.__name__] = float(found.abs().amax())
-    assert sizes["divergence"] < 1e-6
-    assert min(sizes["fisher"], sizes["own_label"]) > 0.05
+    losses = {
+        "paper": kl_of_logits(logits.detach(), logits, "sum"),
+        "ours": fisher(logits, logits.detach(), torch.Generator().manual_seed(1)),
+    }
+    sizes = {name: float(torch.autograd.grad(loss, logits)[0].abs().amax()) for name, loss in losses.items()}
+    assert sizes["paper"] < 1e-6
+    assert sizes["ours"] > 0.05
 
 
 def test_every_product_has_a_gradient(architecture, loaded, pictures):
     model = loaded[architecture]
-    for name, sample in _collect(model, pictures, gradients.fisher).items():
+    for name, sample in _collect(model, pictures, fisher).items():
         assert sample.joined, name
         assert sample.gradient is not None, name
         a, b = sample.operands
@@ -74,7 +80,7 @@ def test_inputs_and_gradients_are_of_the_same_rows(rows, model, pictures):
 
 def test_the_floor_adds_squared_error(model, pictures):
     """Σ (g² + mean g²)·e² = Σ (g·e)² + mean g²·Σ e²."""
-    plain, raised = (_collect(model, pictures, gradients.own_label, floor=f)["blocks.0.mlp.fc1"] for f in (0.0, 1.0))
+    plain, raised = (_collect(model, pictures, own_label, floor=f)["blocks.0.mlp.fc1"] for f in (0.0, 1.0))
     squares = plain.gradient.square() + plain.gradient.square().mean()
     torch.testing.assert_close(raised.gradient.square(), squares / squares.max(), rtol=1e-3, atol=1e-6)
 
@@ -94,9 +100,9 @@ def test_pairs_and_gradients_are_of_the_same_rows(shape):
 
 def test_samples_do_not_depend_on_how_many_images_fit(model, pictures, monkeypatch):
     """Where every row is kept, batches change the order of the rows and nothing else."""
-    whole = _collect(model, pictures, gradients.own_label)
+    whole = _collect(model, pictures, own_label)
     monkeypatch.setattr(calibration_images, "BACKWARD_MEMORY", 1)
-    single = _collect(model, pictures, gradients.own_label)
+    single = _collect(model, pictures, own_label)
     for name, sample in whole.items():
         assert sample.largest.keys() == single[name].largest.keys()
         for key, value in sample.largest.items():
@@ -261,11 +267,9 @@ def test_options_change_what_they_name(model, pictures):
         return kinds["blocks.0.attn.probs.output"], kinds["blocks.0.mlp.fc2.input"], quantizers
 
     assert formats()[:2] == ("magnitude", "sign")
-    assert formats(twin="softmax")[:2] == ("magnitude", "uniform")
-    assert formats(twin="gelu")[:2] == ("uniform", "sign")
-    assert formats(twin="none")[:2] == ("uniform", "uniform")
-    free = formats(gelu_steps="free")[2]["blocks.0.mlp.fc2.input"]
-    assert float(free.steps[0]) == pytest.approx(GELU_MINIMUM / 8)
+    plan = formats(variant="paper")[2]
+    assert float(plan["blocks.0.mlp.fc2.input"].steps[0]) == pytest.approx(GELU_MINIMUM / 8)
+    assert "patch_embed.proj.input" not in plan, "the image stays in float"
     weight = formats(weight_granularity="channel")[2]["blocks.0.mlp.fc2.weight"]
     assert (weight.granularity, weight.axis) == ("channel", 0)
 
@@ -276,7 +280,7 @@ def test_saved_and_read_back(model, pictures, tmp_path):
     assert torch.equal(again(pictures), qmodel(pictures))
 
 
-@pytest.mark.parametrize("how", ["fisher", "quantized", "label", "none"])
+@pytest.mark.parametrize("how", ["ours", "paper"])
 def test_two_bits_and_dead_layers_are_finite(how, small_models, pictures):
     import copy
 
@@ -284,5 +288,5 @@ def test_two_bits_and_dead_layers_are_finite(how, small_models, pictures):
     network.blocks[0].mlp.fc1.weight.data.zero_()
     network.blocks[1].attn.proj.weight.data.zero_()
     model = ql.load_model(network, input_size=(3, 32, 32))
-    logits = ql.quantize(model, pictures, method="ptq4vit", bits="W2A2", gradient=how, candidates=20)(pictures)
+    logits = ql.quantize(model, pictures, method="ptq4vit", bits="W2A2", variant=how, candidates=20)(pictures)
     assert bool(torch.isfinite(logits).all())

@@ -173,10 +173,26 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate():
 def test_flips_lower_the_error_of_a_half():
     inputs, _, weight = _problem(width=64, out=30)
     grid, gram = _grid(weight), _second(inputs)
-    errors = [
-        float(_error(weight, round_halves(weight, gram, grid, damping=0.01, flips=n), gram).sum()) for n in (0, 2, 100)
-    ]
+    errors = []
+    for flips in (0, 2, 100):
+        error = refine(weight, grid, gram.float(), flips=flips)
+        errors.append(float(((error @ gram.float()) * error).sum()))
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_halves_in_another_order_and_judged_by_their_own_error():
+    inputs, _, weight = _problem(width=64, out=30)
+    grid, gram = _grid(weight), _second(inputs)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    usual = round_halves(weight, gram, grid, damping=0.01)
+    as_it_stands = round_halves(weight, gram, grid, damping=0.01, order=torch.arange(64))
+    assert torch.equal(as_it_stands, usual)
+    nearest = float(_error(weight, grid.round(weight), gram).sum())
+    for how in ({"order": order}, {"own": True}, {"order": order, "own": True}):
+        found = round_halves(weight, gram, grid, damping=0.01, **how)
+        torch.testing.assert_close(grid.round(found), found)
+        assert not torch.equal(found, usual)
+        assert float(_error(weight, found, gram).sum()) < nearest
 
 
 def test_refined_to_the_end_no_single_flip_is_better():

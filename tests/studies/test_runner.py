@@ -80,7 +80,7 @@ def test_keys_are_stable(log: Path, tmp_path: Path) -> None:
         {"index": 5},
         {"models": [{"name": "fake2"}]},
         {"models": [{"name": "fake", "options": {"num_classes": 8}}]},
-        {"methods": [{"name": "minmax", "options": {"head_bits": 8}}]},
+        {"methods": [{"name": "minmax", "head_bits": 8}]},
         {"seeds": [1]},
         {"bits": ["W7A7"]},
         {"calibration": {"source": "embedded:digits-calibration", "n": 15}},

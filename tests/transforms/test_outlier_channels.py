@@ -33,7 +33,7 @@ def test_ordinary_models_are_left_alone(architecture, loaded, pictures):
 def test_splitting_restores_the_other_channels(small_models, pictures, tmp_path):
     model = _with_massive_channel(small_models["vit"])
     kept = ql.quantize(model, pictures, method="minmax", bits="W8A5")
-    split = ql.quantize(model, pictures, method="minmax", bits="W8A5", massive_channels="split")
+    split = ql.quantize(model, pictures, method="minmax", bits="W8A5", outlier_channels="split")
     steps = [float(q.plan.quantizers["blocks.1.mlp.fc2.input"].scale) for q in (split, kept)]
     assert steps[0] < 0.1 * steps[1], "the other channels have a range without the massive one"
     torch.testing.assert_close(split.graph(pictures), model(pictures), rtol=1e-3, atol=1e-3)
@@ -53,7 +53,7 @@ def test_splitting_restores_the_other_channels(small_models, pictures, tmp_path)
 def test_what_quantizes_everything_gives_each_part_a_range_of_its_own(small_models, pictures, method):
     model = _with_massive_channel(small_models["vit"])
     options = {"scales": False, "rounding": False} if method == "aocq" else {}
-    q = ql.quantize(model, pictures, method=method, bits="W8A8", massive_channels="split", **options)
+    q = ql.quantize(model, pictures, method=method, bits="W8A8", outlier_channels="split", **options)
     plan = q.plan.quantizers
     assert "blocks.1.mlp.act.output" not in plan, "the parts are quantized where they are read"
     rest, massive = (plan[f"blocks.1.mlp.fc2{part}.input"] for part in ("", ".massive"))
@@ -66,7 +66,7 @@ def test_an_exported_part_is_a_slice(small_models, pictures, tmp_path):
     onnx = pytest.importorskip("onnx", reason="the deploy extra is not installed")
     model = _with_massive_channel(small_models["vit"])
     q = ql.quantize(model, pictures, method="minmax", bits="W8A8", target="openvino-cpu")
-    kept = ql.quantize(model, pictures, method="minmax", bits="W8A8", target="openvino-cpu", massive_channels="keep")
+    kept = ql.quantize(model, pictures, method="minmax", bits="W8A8", target="openvino-cpu", outlier_channels="keep")
     counts = [
         [n.op_type for n in onnx.load(ql.export(x, tmp_path / f"{i}.onnx")).graph.node] for i, x in enumerate((q, kept))
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +26,11 @@ def quantize(
     bits: str | Path | Bits | Allocation | Mapping[str, Any] = "W8A8",
     seed: int = 0,
     *,
+    patch_bits: int | None = None,
+    head_bits: int | None = None,
+    outlier_channels: Literal["keep", "split"] | None = None,
+    image: Literal["range", "pixels"] | None = None,
+    target: str | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> QuantizedModel:
@@ -35,12 +40,15 @@ def quantize(
     calibration: float images [N, 3, H, W] prepared as the model wants them, an iterable of such batches, or a SOURCE;
     32 is the usual number. bits: ``W4A8``-style or ``FP32``; for mixed precision a mapping from module names to widths
     with a "default", ``MP6`` (widths chosen by :func:`allocate` for the size of W6A6), an Allocation, or the .json file
-    of one. options: the method's own (``quantlens methods`` lists them).
+    of one. patch_bits, head_bits, outlier_channels, image, target: :data:`quantlens.methods.base.SHARED_OPTIONS`; None
+    is the method's default. options: the method's own (``quantlens methods`` lists them).
 
     Returns a :class:`~quantlens.qmodel.QuantizedModel`. Raises QuantlensError subclasses on anything the caller
     can mend.
     """
     model, wanted = _loaded(model, calibration), read_bits(bits)
+    options |= {"patch_bits": patch_bits, "head_bits": head_bits, "outlier_channels": outlier_channels}
+    options |= {"image": image, "target": target}
     allocation = None
     if not isinstance(wanted, Bits):
         registry.get(method).options(options)  # a mistake there is better told before the widths are chosen

@@ -14,7 +14,6 @@ from quantlens.calibration.images import CHUNK, Calibration, images_together
 from quantlens.calibration.products import Product, check_finite, patches
 from quantlens.calibration.sampling import ProductSampler
 from quantlens.errors import QuantlensError
-from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.graph.graph import EdgeHook
 
@@ -27,8 +26,8 @@ class ProductSample:
     """What a product's candidates are judged on.
 
     operands: both sides as they are searched [..., rows, k], the weight of a layer first. gradient [..., rows of the
-    first, rows of the second]: gradients times √(1/π) of the rows' probabilities, largest 1; ``None`` without a loss
-    or where all gradients are zero. joined: whether the operands form a product (else each is matched alone).
+    first, rows of the second]: gradients times √(1/π) of the rows' probabilities, largest 1;
+    ``None`` where all gradients are zero. joined: whether the operands form a product (else each is matched alone).
     largest: largest magnitude by read edge, of all images, [] or, of operands with heads, [heads].
     """
 
@@ -43,35 +42,31 @@ def sample_products(
     calibration: Calibration,
     products: list[Product],
     sampler: ProductSampler,
-    loss: Loss | None,
+    loss: Loss,
     *,
-    coarse: dict[str, Quantizer] | None = None,
     floor: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, ProductSample]:
-    """Samples of ``products`` by site name. Operands are those of the float model; ``None`` for loss: no gradients.
+    """Samples of ``products`` by site name, operands and gradients those of the float model.
 
-    coarse: quantizers by edge key under which the loss is evaluated (its gradients are then those of the quantized
-    model), ``None`` for the float model. floor: squared gradients are raised by so many times their layer's mean, which
+    floor: squared gradients are raised by so many times their layer's mean, which
     adds plain squared error to the weighted one (what is kept are magnitudes then, without sign).
 
     Memory: the sample, and the activations of as many images as :func:`images_together` allows. Raises
     QuantlensError naming the edge where values are not finite.
     """
-    if loss is not None and (
-        torch.is_inference_mode_enabled() or any(t.is_inference() for t in graph.tensors().values())
-    ):
+    if torch.is_inference_mode_enabled() or any(t.is_inference() for t in graph.tensors().values()):
         raise QuantlensError(
             "this method needs gradients: load and quantize the model outside torch.inference_mode() (torch.no_grad() "
             "does no harm)"
         )
-    together = images_together(graph, 1 if coarse is None else 2)
+    together = images_together(graph, 1)
     pieces = sum(math.ceil(min(CHUNK, len(calibration) - i * CHUNK) / together) for i in range(calibration.pieces))
     collector = _Collector(graph, products, sampler, pieces, floor)
     done = 0
     for chunk in calibration:
         for images in chunk.chunk(math.ceil(len(chunk) / together)):
-            collector.batch(images, loss, coarse)
+            collector.batch(images, loss)
             done += 1
             if progress is not None:
                 progress(done, pieces)
@@ -102,16 +97,14 @@ class _Collector:
         return weight
 
     # -- one batch --------------------------------------------------------------------------------------------------
-    def batch(self, images: Tensor, loss: Loss | None, coarse: dict[str, Quantizer] | None) -> None:
+    def batch(self, images: Tensor, loss: Loss) -> None:
         """Take the samples of one batch of images."""
         self.seen = {}
-        logits = self._run(images, self._look) if loss is None or coarse is not None else None
-        if loss is not None:
-            with torch.enable_grad():
-                out = self._run(images.clone().requires_grad_(True), self._listen(coarse))
-                loss(out, out.detach() if logits is None else logits, self.sampler.generator).backward()
+        with torch.enable_grad():
+            out = self._run(images.clone().requires_grad_(True), self._listen)
+            loss(out, out.detach(), self.sampler.generator).backward()
         for product in self.products:
-            if loss is None or len(product.read) == 1:
+            if len(product.read) == 1:
                 self._take(product, None)
 
     def _run(self, images: Tensor, hook: EdgeHook) -> Tensor:
@@ -130,17 +123,11 @@ class _Collector:
             self.seen[key] = kept
         return value
 
-    def _listen(self, coarse: dict[str, Quantizer] | None) -> EdgeHook:
-        """A hook that takes a product's rows when the gradient at its output arrives."""
-
-        def hook(key: str, value: Tensor) -> Tensor:
-            if key in self.makes:
-                value.register_hook(lambda g: self._take(self.makes[key], g))
-            if coarse is None:
-                return self._look(key, value)
-            return coarse[key](value) if key in coarse else value
-
-        return hook
+    def _listen(self, key: str, value: Tensor) -> Tensor:
+        """Look at an operand, and take a product's rows when the gradient at its output arrives."""
+        if key in self.makes:
+            value.register_hook(lambda g: self._take(self.makes[key], g))
+        return self._look(key, value)
 
     # -- one product ------------------------------------------------------------------------------------------------
     def _take(self, product: Product, gradient: Tensor | None) -> None:

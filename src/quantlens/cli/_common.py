@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from quantlens._moved import arguments_apart
 from quantlens.cli import _options
 from quantlens.errors import QuantlensError
 from quantlens.plugins import load_all
@@ -36,14 +37,24 @@ class ReaderGone(Exception):
 
 
 def command(app: Any, name: str, help: str, function: Callable[..., None], *, plugins: bool = True) -> None:
-    """Add a command to the program. plugins: it has the option --plugin, which is obeyed before it runs."""
+    """Add a command to the program. plugins: it has the option --plugin, which is obeyed before it runs. A function
+    with a parameter ``settings`` gets what a method is called with, from --option and from what every method takes."""
     import functools
+
+    own = inspect.signature(function, eval_str=True)
+    shared = {key: kind for key, kind in _options.ARGUMENTS.items() if key not in own.parameters}
+    added = {"plugin": _options.Plugins} if plugins else {}
+    if "settings" in own.parameters:
+        added = {"option": _options.MethodOptions, **shared, **added}
 
     @functools.wraps(function)
     def guarded(*arguments: Any, **options: Any) -> None:
         try:
             if plugins:
                 load_all(names(options.pop("plugin", None)) or [])
+            if "settings" in own.parameters:
+                given = {key: options.pop(key, None) for key in shared}
+                options["settings"] = method_settings(options.pop("option", None), **given)
             function(*arguments, **options)
             sys.stdout.flush()
         except KeyboardInterrupt as error:
@@ -51,11 +62,11 @@ def command(app: Any, name: str, help: str, function: Callable[..., None], *, pl
         except BrokenPipeError as error:
             raise ReaderGone from error
 
-    if plugins:
-        own = inspect.signature(function, eval_str=True)
-        option = inspect.Parameter("plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_options.Plugins)
-        guarded.__signature__ = own.replace(parameters=[*own.parameters.values(), option])  # type: ignore[attr-defined]
-        guarded.__annotations__ = {**function.__annotations__, "plugin": _options.Plugins}
+    kept = [parameter for key, parameter in own.parameters.items() if key != "settings"]
+    by_name = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, default=None)
+    more = [by_name(key, annotation=kind) for key, kind in added.items()]
+    guarded.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
+    guarded.__annotations__ = {**function.__annotations__, **added}
     app.command(name, help=unwrap(help))(guarded)
 
 
@@ -135,6 +146,12 @@ def settings(values: Sequence[str] | None) -> dict[str, Any]:
             return text
 
     return {name.replace("-", "_"): read(text) for name, text in pairs(values, "--option", "KEY=VALUE").items()}
+
+
+def method_settings(option: Sequence[str] | None, **arguments: Any) -> dict[str, Any]:
+    """What a method is called with: its own options (`--option`), and what every method takes."""
+    shared, own = arguments_apart(settings(option), "--{} (with dashes)")
+    return {**own, **shared, **{name: value for name, value in arguments.items() if value is not None}}
 
 
 def cache_argument(no_cache: bool) -> bool | None:

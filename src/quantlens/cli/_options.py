@@ -32,6 +32,25 @@ MethodName = Annotated[str, typer.Option(help="The method (`quantlens methods`).
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the method.")
 ]
+PatchBits = Annotated[
+    int | None, typer.Option(help="Width of the image that the patch embedding reads (8; 32: float).")
+]
+HeadBits = Annotated[int | None, typer.Option(help="Width of the classifier (as everywhere).")]
+OutlierChannels = Annotated[
+    str | None, typer.Option(metavar="keep|split", help="Give outlier channels a layer of their own, exactly: split.")
+]
+Image = Annotated[str | None, typer.Option(metavar="range|pixels", help="Codes of an 8-bit image; pixels is exact.")]
+Target = Annotated[
+    str | None, typer.Option(help="Stay inside a runtime's integers: openvino-cpu, onnxruntime-cpu or tensorrt.")
+]
+ARGUMENTS = {
+    "patch_bits": PatchBits,
+    "head_bits": HeadBits,
+    "outlier_channels": OutlierChannels,
+    "image": Image,
+    "target": Target,
+}
+"""What every method takes."""
 Seed = Annotated[int, typer.Option(min=0, help="Draws the calibration images, and all else that is random.")]
 
 # -- the run

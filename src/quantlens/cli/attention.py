@@ -83,12 +83,13 @@ def attention(
     limit: Limit = 64,
     show: Show = 8,
     choose: Choose = "first",
-    option: _options.MethodOptions = None,
     seed: _options.Seed = 0,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
     no_cache: _options.NoCache = False,
     quiet: _options.Quiet = False,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """See HELP."""
     from quantlens.attention.comparison import check_choice, check_names, compare
@@ -100,8 +101,8 @@ def attention(
     from quantlens.files import check_writable
 
     check_writable(out / "drift.json")
-    sets, options = _common.pairs(ood, "--ood", "NAME=SOURCE"), _common.settings(option)
-    settings = MapSettings(map, target, discard, fusion, compat)
+    sets = _common.pairs(ood, "--ood", "NAME=SOURCE")
+    maps = MapSettings(map, target, discard, fusion, compat)
     check_choice(choose)
     check_names(sets)
     reading: dict[str, Any] = {"cache_dir": _common.cache_argument(no_cache), "skip_bad": skip_bad}
@@ -109,12 +110,12 @@ def attention(
         if model.endswith(".safetensors"):
             quantized, reference = _checkpoint(model, weights, choose_device(device), {bits, calibration})
         else:
-            widths, source = _widths(bits, method, options), _calibration(calibration, n, seed)
+            widths, source = _widths(bits, method, settings), _calibration(calibration, n, seed)
             reference, _ = open_models(model, weights, choose_device(device))
             told = partial(step, "decoding calibration images")
             learnt = as_image_set(source, reference.preprocess, progress=told, **reading)
-            quantized = _quantized(reference, learnt, widths, method, seed, options, step)
-        found = compare(reference, quantized, images, ood=sets, map=settings, limit=limit, progress=step, **reading)
+            quantized = _quantized(reference, learnt, widths, method, seed, settings, step)
+        found = compare(reference, quantized, images, ood=sets, map=maps, limit=limit, progress=step, **reading)
         written = [*found.save(out, show=show, choose=choose), *_chart(found, out)]
     for name in found.sets:
         _common.stdout().print(_table(name, found))

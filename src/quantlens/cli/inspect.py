@@ -61,11 +61,12 @@ def inspect(
     json: Json = None,
     html: Html = None,
     seed: Seed = 0,
-    option: _options.MethodOptions = None,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
     no_cache: _options.NoCache = False,
     quiet: _options.Quiet = False,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """See HELP."""
     from quantlens.allocation import quantizing as api
@@ -77,7 +78,7 @@ def inspect(
 
     check_writable(json)
     check_writable(html)
-    settings, parts = _common.settings(option), _common.names([by]) or []
+    parts = _common.names([by]) or []
     check_names(parts, rank)
     registry.get(method).options(settings)
     widths = api.read_bits(bits)

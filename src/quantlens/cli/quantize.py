@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,10 +37,6 @@ MODEL is a timm name (`quantlens models` lists them) or a model that ships with 
 Widths = Annotated[
     str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations; MP6 or a file of `quantlens allocate`.")
 ]
-Runtime = Annotated[
-    str | None,
-    typer.Option("--target", help="Stay inside a runtime's integers: openvino-cpu, onnxruntime-cpu or tensorrt."),
-]
 Out = Annotated[Path | None, typer.Option(help="The file to write (default: MODEL-BITS.safetensors).")]
 
 
@@ -56,14 +52,14 @@ def quantize(
     n: _options.CalibrationCount = None,
     method: _options.MethodName = "quantlens-fast",
     bits: Widths = "W8A8",
-    runtime: Runtime = None,
     seed: _options.Seed = 0,
     out: Out = None,
-    option: _options.MethodOptions = None,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
     no_cache: _options.NoCache = False,
     quiet: _options.Quiet = False,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """See HELP."""
     from quantlens.allocation import quantizing as api
@@ -73,12 +69,9 @@ def quantize(
     from quantlens.methods import registry
     from quantlens.qmodel import Bits
 
-    settings = _common.settings(option)
-    if runtime is not None:
-        settings["target"] = runtime
     wanted = api.read_bits(bits)
-    target = out or Path(f"{model.split('/')[-1]}-{api.spelled(wanted).lower()}.safetensors")
-    check_writable(target)
+    file = out or Path(f"{model.split('/')[-1]}-{api.spelled(wanted).lower()}.safetensors")
+    check_writable(file)
     registry.get(method).options(settings)
     source = calibration_source(calibration, n, seed)
     with _common.stages(quiet) as step:
@@ -87,8 +80,8 @@ def quantize(
             wanted = api.allocation_of(loaded, images, wanted, seed, progress=partial(step, "choosing widths"))
         told = partial(step, f"calibrating by {method}")
         quantized = api.quantize(loaded, images, method=method, bits=wanted, seed=seed, progress=told, **settings)
-        quantized.save(target)
-    _common.say(f"{target}: {_summary(quantized, len(images))}")
+        quantized.save(file)
+    _common.say(f"{file}: {_summary(quantized, len(images))}")
 
 
 def _summary(quantized: QuantizedModel, images: int) -> str:

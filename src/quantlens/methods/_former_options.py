@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from quantlens._moved import DROPPED
+from quantlens._moved import DROPPED, RENAMED_ARGUMENTS, warn
 from quantlens.errors import QuantlensError
 
 RENAMED_OPTIONS: dict[str, dict[str, str]] = {
@@ -56,15 +53,55 @@ REMOVED_OPTIONS: dict[str, dict[str, str]] = {
 }
 """Method -> option -> the page that tells what it gave."""
 
-REMOVED_IN = "0.3"
+_OPTIONS = "research/2026-11-29-options-of-methods.md"
 
-_PACKAGE = str(Path(__file__).parents[1])
+_START = {"layernorm": "reparameterized", "attention": "head", "softmax": "uniform", "token_scales": False}
+_DROPPING = {"lr_rounding": 0.03, "lr_scales": 0.01, "drop": 0.5, "input_drop": 0.5, "rounding": "straight-through"}
+_SEARCH = {"alpha": 0.5, "beta": 1.2}
+
+FIXED: dict[str, dict[str, Any]] = {
+    "adalog": {"log": "both", "layernorm": "reparameterized", "attention_granularity": "head"},
+    "aocq": {"softmax": "auto", "lr_rounding": 0.03, "lr_scales": 0.003},
+    "aphq-vit": {**_START, **_DROPPING, "loss": "aph", "step": 0.01, "mlp": "relu", "lr_mlp": 0.02},
+    "base-ptq": {**_SEARCH, "nonnegative": "signed"},
+    "bit-split": {"weights": "response", "inputs": "quantized"},
+    "easyquant": {**_SEARCH, "beta": 2.0, "nonnegative": "unsigned"},
+    "erq": {"activation_error": "ridge", "weight_error": "halves", "flips": 100},
+    "fima-q": {**_START, **_DROPPING, "loss": "dplr", "damping": 0.001},
+    "fq-ptq": {"ptf": "residual", "exponents": "squared", "largest_exponent": 7},
+    "gptq": {"block": 128, "inputs": "network", "weight_range": "quantile"},
+    "i-and-s-vit": {
+        **_START,
+        "attention": "tensor",
+        "softmax": "shifted-log2",
+        "smooth": True,
+        "lr_float": 0.002,
+        "lr_weights": 0.02,
+    },
+    "ptq4vit": {"gradient": "fisher", "floor": 1.0, "twin": "both", "gelu_steps": "shift", "alpha": 0.01, "beta": 1.2},
+    "qdrop": {**_START, **_DROPPING},
+    "vt-ptq": {
+        **_SEARCH,
+        "ranking_weight": 1.0,
+        "ranking_margin": 0.1,
+        "ranking_pairs": None,
+        "nonnegative": "unsigned",
+    },
+}
+"""Method -> option -> its default, which is what the method does since the option is gone (or what its variant ``ours``
+does)."""
+
+for _method, _values in FIXED.items():
+    REMOVED_OPTIONS.setdefault(_method, {}).update(dict.fromkeys(_values, _OPTIONS))
+
+REMOVED_IN = "0.3"
 
 
 def current_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` options of a method under the names of today; an old name gets a DeprecationWarning. Raises
     QuantlensError for an option that is gone, and for one that is given under both names."""
-    renamed, removed, found = RENAMED_OPTIONS.get(method, {}), REMOVED_OPTIONS.get(method, {}), dict(given)
+    renamed = RENAMED_ARGUMENTS | RENAMED_OPTIONS.get(method, {})
+    removed, found = REMOVED_OPTIONS.get(method, {}), dict(given)
     for old in given:
         if old in removed:
             raise QuantlensError(
@@ -74,12 +111,12 @@ def current_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
             new = renamed[old]
             if new in given:
                 raise QuantlensError(f"{method}: {old} is the old name of {new}; give one of them")
-            _warn(f"quantlens: option {old} of {method} is {new} now; quantlens {DROPPED} drops the old name")
+            warn(f"quantlens: option {old} of {method} is {new} now; quantlens {DROPPED} drops the old name")
             found[new] = found.pop(old)
     for option, values in RENAMED_VALUES.get(method, {}).items():
         old_value = found.get(option)
         if isinstance(old_value, str) and old_value in values:
-            _warn(
+            warn(
                 f"quantlens: {option}={old_value} of {method} is {option}={values[old_value]} now; quantlens {DROPPED} "
                 "drops the old value"
             )
@@ -87,9 +124,12 @@ def current_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _warn(message: str) -> None:
-    """Warn the first caller outside of the package."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, DeprecationWarning, stacklevel=level)
+def former_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All ``options`` of a method as keys of cells spell them, so that a change of names runs no cell again: with names
+    and options of the release before they changed."""
+    found = {**FIXED.get(method, {}), **options}
+    for old, new in RENAMED_ARGUMENTS.items():
+        found[old] = found.pop(new)
+    if found.get("variant") == "ours":
+        del found["variant"]
+    return found

@@ -3,8 +3,7 @@ samples of the float model's tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -17,44 +16,35 @@ from quantlens.calibration.sampling import ProductSampler
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Graph
-from quantlens.methods.base import (
-    Option,
-    Run,
-    Widths,
-    matmul_operand_edges,
-)
+from quantlens.methods.base import Departure, Option, Run, Widths, matmul_operand_edges
 from quantlens.qmodel import Plan
 from quantlens.qmodel.bits import FLOAT
 
+ALPHA = 0.5
+"""Smallest candidate, as a multiple of the scale that the largest magnitude gives."""
 
-@dataclass(frozen=True)
-class SearchSettings:
-    """What differs between methods that search scales by similarity.
+IMAGE = Departure("patch_bits", 8, 32, "the image is quantized; the authors leave it in float")
 
-    margin: Δ0 = max|x|/(2ᵇ⁻¹ − margin). weight_channels: site kinds whose weights have a scale per output channel.
-    """
-
-    alpha: float
-    beta: float
-    candidates: int
-    rounds: int
-    margin: float
-    weight_channels: frozenset[str]
-    unsigned: bool
-
-    def check(self) -> None:
-        """Raises QuantlensError for numbers that make no search."""
-        if not 0 < self.alpha < self.beta or self.candidates < 1 or self.rounds < 1:
-            raise QuantlensError(
-                f"alpha={self.alpha}, beta={self.beta}, candidates={self.candidates}, rounds={self.rounds}:"
-                " 0 < alpha < beta, and at least one candidate and round (for example 0.5, 1.2, 100, 1)"
-            )
+UNSIGNED = Departure(
+    "unsigned", True, False, "tensors without negative values (softmax outputs) get unsigned codes 0 … 2^b − 1"
+)
 
 
-SEARCH_OPTIONS = {
-    "candidates": Option(100, "candidates per scale"),
-    "alpha": Option(0.5, "smallest candidate, as a multiple of the scale that the largest magnitude gives"),
-}
+def search_options(rounds: int) -> dict[str, Option]:
+    """Options of every search."""
+    return {
+        "candidates": Option(100, "candidates per scale"),
+        "rounds": Option(rounds, "most times that both scales of a product are searched"),
+    }
+
+
+def factors_of(run: Run, beta: float, alpha: float = ALPHA) -> tuple[list[float], int]:
+    """What the scale that the largest magnitude gives is multiplied by, and the number of rounds. Raises QuantlensError
+    for numbers that make no search."""
+    candidates, rounds = int(run["candidates"]), int(run["rounds"])
+    if candidates < 1 or rounds < 1:
+        raise QuantlensError(f"candidates={candidates}, rounds={rounds}: give at least one of each (100, 3)")
+    return candidate_factors(alpha, beta, candidates), rounds
 
 
 def search_scales(
@@ -63,21 +53,17 @@ def search_scales(
     bits: Widths,
     run: Run,
     *,
+    beta: float,
     margin: float,
-    weight_channels: frozenset[str],
+    unsigned: bool,
+    weight_channels: Collection[str],
 ) -> Plan:
-    """Scales of all matmul operands by alternating search, one site after the other, on the float model's tensors."""
-    settings = SearchSettings(
-        float(run["alpha"]),
-        float(run["beta"]),
-        int(run["candidates"]),
-        int(run["rounds"]),
-        margin,
-        weight_channels,
-        run["nonnegative"] == "unsigned",
-    )
-    settings.check()
-    factors = candidate_factors(settings.alpha, settings.beta, settings.candidates)
+    """Scales of all matmul operands by alternating search, one site after the other, on the float model's tensors.
+
+    beta: end of the candidates, as :data:`ALPHA`. margin, unsigned: of :func:`operand`. weight_channels: site kinds
+    whose weights have a scale per output channel.
+    """
+    factors, rounds = factors_of(run, beta)
     quantizers: dict[str, Quantizer] = {}
     sampler = ProductSampler(torch.Generator().manual_seed(run.seed))
 
@@ -89,12 +75,12 @@ def search_scales(
         sides = []
         for edge, parts, value in zip(product.quantized, tensors, values, strict=True):
             if edge.key in wanted:
-                channels = together and edge.is_weight and product.site.kind in settings.weight_channels
-                sides.append(operand(value, parts, bits.of(graph, edge), settings, channels=channels))
+                channels = together and edge.is_weight and product.site.kind in weight_channels
+                sides.append(operand(value, parts, bits.of(graph, edge), margin, unsigned, channels=channels))
             else:
                 sides.append(Operand(value))
         if together:
-            sides = list(alternate(sides[0], sides[1], factors, settings.rounds)[:2])
+            sides = list(alternate(sides[0], sides[1], factors, rounds)[:2])
         else:
             sides = [search(s, Operand(torch.eye(s.values.shape[-1]).to(s.values)), factors) for s in sides]
         for edge, side in zip(product.quantized, sides, strict=True):
@@ -140,16 +126,17 @@ def quantizer_of(side: Operand, bits: int) -> Uniform:
 
 
 def operand(
-    values: Tensor, parts: Sequence[Tensor], bits: int, settings: SearchSettings, *, channels: bool = False
+    values: Tensor, parts: Sequence[Tensor], bits: int, margin: float, unsigned: bool, *, channels: bool = False
 ) -> Operand:
-    """An operand at its starting scale, which the largest magnitude of all its values gives."""
-    unsigned = settings.unsigned and all(bool((part >= 0).all()) for part in parts)
+    """An operand at its starting scale max|x|/(2ᵇ⁻¹ − margin), which the largest magnitude of all its values gives.
+    unsigned: codes of tensors without negative values."""
+    unsigned = unsigned and all(bool((part >= 0).all()) for part in parts)
     if channels:
         largest = values.abs().amax(dim=1)
     else:
         largest = torch.stack([part.abs().max() for part in parts]).max()
     low, high = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    steps = high if unsigned else max(2 ** (bits - 1) - settings.margin, 0.5)
+    steps = high if unsigned else max(2 ** (bits - 1) - margin, 0.5)
     start = largest.double() / steps
     # nothing to represent: any scale does
     start = torch.where(start > torch.finfo(torch.float32).tiny * 1e6, start, torch.ones_like(start)).float()

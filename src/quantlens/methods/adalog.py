@@ -12,22 +12,6 @@
   output, for one operand and the other in turn (weight, input; q, k; softmax, v), three rounds.
 
 All products are searched on the float network's tensors, none waits for another.
-
-Where the authors' code differs from this file, or is silent:
-
-1. Their log format has 2ᵇ magnitudes and zero; ours has 2ᵇ codes in all. Their table of powers has multiples of
-   1/(2ᵇ⁺¹ − 2), ours 8 fractional bits.
-2. q: theirs 10 … 137; here 1 … 137, because at 6 and 8 bits the best base is finer than 2^(10/37).
-3. The shift stays in the quantizer, which subtracts it; folded into the bias by Ŵ, as theirs, it gives the same sums.
-4. Uniform grids: zero points lie around the one with which the codes cover the range that goes with the scale, so that
-   ranges that exclude zero have candidates too; theirs lie around the middle code.
-5. Layers are judged on 2048 tokens (weights: all of them, through their Gram matrix; inputs: 256 of them), attention
-   products on 64 query rows of some images. Of a step's candidates, the best eighth by the Gram matrix's diagonal is
-   judged by the output, 8 are kept (theirs: all, 16), and a search ends when a step gains less than 0.5 %.
-6. Their LayerNorm rewrite is off when weights and activations differ in width, by a condition of their code; here it is
-   always on.
-7. The image, which they leave in float, follows ``patch_bits``.
-8. Their calibration images are augmented as for training; here they are as given.
 """
 
 from __future__ import annotations
@@ -56,12 +40,20 @@ from quantlens.errors import QuantlensError
 from quantlens.formats import AdaLog as AdaLogFormat
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Edge, Graph
-from quantlens.methods._scale_search import visit_products
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
+from quantlens.methods._scale_search import IMAGE, visit_products
+from quantlens.methods.base import (
+    MATMUL_OPERANDS,
+    Departure,
+    Method,
+    MethodInfo,
+    Option,
+    Run,
+    Widths,
+    matmul_operand_edges,
+)
 from quantlens.methods.ptq4vit import GELU_MINIMUM, behind_gelu
-from quantlens.methods.repq_vit import Reparameterization, norm_groups, reparameterize
+from quantlens.methods.repq_vit import Reparameterization, norm_groups, reparameterize, rescale_norms
 from quantlens.qmodel import Plan
-from quantlens.transforms import rescale_norm
 
 ROWS = 2048
 """Rows of a layer's input that weights are judged on."""
@@ -69,16 +61,11 @@ ROWS = 2048
 FEWER = 256
 """Rows of them that the input itself is judged on."""
 
-NUMERATORS = range(1, 138)
-"""q: bases from 2^(1/37) to 2^(137/37)."""
-
 ELEMENTS = 1 << 18
 """Elements of the larger operand of an attention product that both are judged on."""
 
 BASES = 8
 """Bases that go on from the first step of a GELU output's search, with 16 scales each."""
-
-LOGARITHMIC = {"both": ("softmax", "gelu"), "softmax": ("softmax",), "gelu": ("gelu",), "none": ()}
 
 
 class AdaLog(Method):
@@ -91,17 +78,29 @@ class AdaLog(Method):
         url="https://arxiv.org/abs/2407.12951",
         quantizes=MATMUL_OPERANDS,
         summary="log formats with a searched base for softmax and GELU; scale and zero point together, by output error",
-        departures="2^b codes in all; finer bases; candidates ranked by the Gram matrix's diagonal first; early stop",
+        departures=(
+            IMAGE,
+            Departure(
+                "smallest_base",
+                1,
+                10,
+                "q of the base 2^(q/37) goes up to 137 from here: at 6 and 8 bits the best is finer than 2^(10/37)",
+            ),
+        ),
+        readings=(
+            "the log format has 2^b codes in all; theirs 2^b magnitudes and zero. Its table of powers has 8 fractional "
+            "bits; theirs multiples of 1/(2^(b+1) − 2)",
+            "the shift stays in the quantizer, which subtracts it; folded into the bias, as theirs, it gives the same",
+            "zero points of uniform grids lie around the one with which the codes cover the range that goes with the "
+            "scale; theirs lie around the middle code",
+            "layers are judged on 2048 tokens, attention products on 64 query rows of some images. Of a step's "
+            "candidates the best eighth by the Gram matrix's diagonal is judged by the output, 8 are kept (theirs: "
+            "all, 16), and a search ends when a step gains less than 0.5 %",
+            "their LayerNorm rewrite is off where weights and activations differ in width, by a condition of their "
+            "code",
+            "their calibration images are augmented as for training; here they are as given",
+        ),
         options={
-            "log": Option("both", "adaptive log formats: both (the paper), softmax, gelu or none", tuple(LOGARITHMIC)),
-            "layernorm": Option(
-                "reparameterized",
-                "LayerNorm outputs: reparameterized (the paper) or tensor",
-                ("reparameterized", "tensor"),
-            ),
-            "attention_granularity": Option(
-                "head", "q, k and v: one scale per head (the paper) or tensor", ("head", "tensor")
-            ),
             "rounds": Option(3, "most times that both operands of a product are searched"),
             "candidates": Option(128, "points of the first grid of scales and zero points"),
             "steps": Option(6, "most steps of a search, each finer than the one before"),
@@ -118,11 +117,7 @@ class AdaLog(Method):
         search = _Search(graph, bits, run)
         visit_products(graph, calibration, bits, run, search.settle)
         done = {group.norm.name: group for group in search.groups.values() if group.norm.name in search.found}
-        for name, group in done.items():
-            rescale_norm(graph, group, search.found[name].scale, search.found[name].shift)
-        rewrites = (
-            [f"LayerNorm outputs reparameterized from channel- to layer-wise at {len(done)} norms"] if done else []
-        )
+        rewrites = rescale_norms(graph, {name: (group, search.found[name]) for name, group in done.items()})
         order = [e.key for e in matmul_operand_edges(graph)]
         return Plan({key: search.quantizers[key] for key in order if key in search.quantizers}, rewrites)
 
@@ -186,7 +181,7 @@ class _Search:
     def __init__(self, graph: Graph, bits: Widths, run: Run):
         self.graph, self.bits, self.run = graph, bits, run
         self.sampler = ProductSampler(torch.Generator().manual_seed(run.seed), rows=ROWS)
-        self.groups = norm_groups(graph) if run["layernorm"] == "reparameterized" else {}
+        self.groups = norm_groups(graph)
         self.found: dict[str, Reparameterization] = {}
         self.quantizers: dict[str, Quantizer] = {}
 
@@ -250,12 +245,12 @@ class _Search:
 
     def _format(self, product: Product, edge: Edge, values: Tensor) -> Format:
         """The format of one operand with its candidates."""
-        bits, logarithmic = self.bits.of(self.graph, edge), LOGARITHMIC[self.run["log"]]
-        if edge.name == "output" and "softmax" in logarithmic:
-            return _logarithmic(values, bits, "softmax")
-        if edge.name == "input" and "gelu" in logarithmic and behind_gelu(edge.value):
-            return _logarithmic(values, bits, "gelu")
-        by_head = self.run["attention_granularity"] == "head" and edge.name in ("q", "k", "v")
+        bits, smallest = self.bits.of(self.graph, edge), self.run["smallest_base"]
+        if edge.name == "output":
+            return _logarithmic(values, bits, "softmax", smallest)
+        if edge.name == "input" and behind_gelu(edge.value):
+            return _logarithmic(values, bits, "gelu", smallest)
+        by_head = edge.name in ("q", "k", "v")
         if edge.is_weight:
             return self._uniform(values, values, bits, min(16, 2 ** (bits - 1)), torch.arange(len(values)))
         if by_head and values.dim() == 4 and values.shape[1] > 1:
@@ -274,7 +269,7 @@ def _shift(kind: str) -> float:
     return GELU_MINIMUM if kind == "gelu" else 0.0
 
 
-def _logarithmic(values: Tensor, bits: int, kind: str) -> Format:
+def _logarithmic(values: Tensor, bits: int, kind: str, smallest: int) -> Format:
     """Softmax outputs: scale 1, all bases. GELU outputs: 16 scales between the quantile 0.9 and the largest of the
     positive values, plus the shift."""
     scales, shift = torch.ones(1, device=values.device), _shift(kind)
@@ -282,7 +277,7 @@ def _logarithmic(values: Tensor, bits: int, kind: str) -> Format:
         positive = values[values > 0] if bool((values > 0).any()) else scales
         low = positive.kthvalue(round(0.9 * (len(positive) - 1)) + 1).values
         scales = torch.lerp(low, positive.max(), torch.linspace(0, 1, 16, device=values.device)) + shift
-    bases = torch.tensor([float(q) for q in NUMERATORS], device=values.device)
+    bases = torch.tensor([float(q) for q in range(smallest, 138)], device=values.device)
     pairs = torch.cartesian_prod(scales, bases)[:, None]
     start = torch.stack([scales[-1], bases.new_tensor(37.0)])[None]
     spacing = ((scales[-1] - scales[0]) / max(len(scales) - 1, 1))[None]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,18 +30,9 @@ from quantlens.formats.base import bounded_
 from quantlens.formats.uniform import MAX_ZERO_POINT
 from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import VIEWS, op_name
-from quantlens.methods._reconstruction import FULL, portion, weight_quantizers
+from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, weight_quantizers
 from quantlens.methods._shifts import shift_axis
-from quantlens.methods.base import (
-    EVERYTHING,
-    SHARED_OPTIONS,
-    Method,
-    MethodInfo,
-    Option,
-    Run,
-    Widths,
-    everything_edges,
-)
+from quantlens.methods.base import EVERYTHING, Method, MethodInfo, Option, Run, Widths, everything_edges
 from quantlens.qmodel import Plan
 from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction import Report, Settings, reconstruct
@@ -59,7 +49,7 @@ EXPONENTS = 7
 ROUNDS = 4
 """s₀ → s₄."""
 
-DEPARTURES = (
+READINGS = (
     "only the idea is public: the formulas of all three levels are derived (docs/aocq.md)",
     "LN_α: LN(x) becomes LN(x)/α − t, the linear layers after it take up both exactly. t centres every channel; α is "
     "a power of the half-range, or SmoothQuant's factor: of these candidates the one with the least squared error of "
@@ -89,26 +79,19 @@ class AOCQ(Method):
         quantizes=EVERYTHING,
         summary="channels balanced at LayerNorm and residual adds; learned activation scales, then learned rounding; "
         "block loss per token",
-        departures=DEPARTURES,
+        readings=READINGS,
         aliases=("adaptive-outlier-correction",),
         version=2,
+        arguments={"outlier_channels": "split"},
         options={
             "operator": Option(True, "level one: LN_α and Add_α balance the channels", (True, False)),
             "scales": Option(True, "level two, stage one: activation scales refined, s₀ → s₄", (True, False)),
             "rounding": Option(True, "level two, stage two: rounding of the weights learned", (True, False)),
             "loss": Option("token-norm", "level three: token-norm, or plain mse", ("token-norm", "mse")),
-            "softmax": Option(
-                "auto",
-                "softmax outputs: auto (the smaller squared error), uniform or log-sqrt2",
-                ("auto", "uniform", "log-sqrt2"),
-            ),
             "iterations": Option(80, f"steps per block in stage two, with {FULL} or more calibration images"),
             "scale_iterations": Option(32, f"steps per block in stage one, over all {ROUNDS} rounds; likewise"),
             "batch_size": Option(8, "images per step"),
-            "lr_rounding": Option(0.03, "learning rate (Adam) of the rounding, falling to 0"),
-            "lr_scales": Option(0.003, "learning rate (Adam) of the scales, relative to the scale, halved every round"),
-            "massive_channels": replace(SHARED_OPTIONS["massive_channels"], default="split"),
-            "checkpoint": Option(None, "folder where finished blocks are stored, so that a killed run goes on"),
+            "checkpoint": CHECKPOINT,
         },
     )
 
@@ -145,12 +128,8 @@ def stage_settings(stage: str, images: int, run: Run) -> Settings:
     steps = math.ceil(steps * min(1.0, images / FULL))
     common: dict[str, Any] = {"loss": run["loss"], "batch_size": run["batch_size"], "iterations": steps}
     if stage == "scales":
-        return Settings(
-            optimise=("scales",), inputs="quantized", rounds=ROUNDS, lr_scales=float(run["lr_scales"]), **common
-        )
-    return Settings(
-        optimise=("rounding",), inputs="mixed", straight_through=True, lr_rounding=float(run["lr_rounding"]), **common
-    )
+        return Settings(optimise=("scales",), inputs="quantized", rounds=ROUNDS, lr_scales=0.003, **common)
+    return Settings(optimise=("rounding",), inputs="mixed", straight_through=True, lr_rounding=0.03, **common)
 
 
 # -- level one: LN_α -----------------------------------------------------------------------------------------------
@@ -233,29 +212,24 @@ def residual_edges(graph: Graph) -> set[str]:
     return found
 
 
-def add_alpha(
-    seen: Observation, bits: int, *, axis: int = -1, shift: bool = True, weights: Tensor | None = None
-) -> Quantizer:
+def add_alpha(seen: Observation, bits: int, *, axis: int = -1, weights: Tensor | None = None) -> Quantizer:
     """The power-of-two format with the least squared error: seen by channel -> one scale, a shift per channel, and a
-    zero point per channel that centres its range (``shift``; else one for all).
+    zero point per channel that centres its range.
 
     weights: [m] of the sample's columns (:func:`token_weights`; None: all equal). Candidates of the scale: the largest
     channel's range over the codes and 2⁷, times 2^(i/4).
     """
     low, high, values = seen.low, seen.high, seen.values
     last = 2**bits - 1
-    largest = torch.maximum(low.abs(), high.abs()).max()
-    half = (high - low).max() / 2 if shift else largest
+    half, middle = (high - low).max() / 2, (low + high) / 2
     if not half > 0:
         return affine(low.min(), high.max(), bits)
-    middle = (low + high) / 2
-    zero = torch.tensor(0 if bool((low >= 0).all()) else last if bool((high <= 0).all()) else 2 ** (bits - 1))
-    reach = last / 2 if shift else max(int(zero), last - int(zero))
-    finest = max(float(half) / reach / 2**EXPONENTS, float(largest) / MAX_ZERO_POINT)
+    largest = torch.maximum(low.abs(), high.abs()).max()
+    finest = max(float(half) / (last / 2) / 2**EXPONENTS, float(largest) / MAX_ZERO_POINT)
     mean = torch.full_like(values[0], 1 / values.shape[1]) if weights is None else weights / len(weights)
 
     def zeros(step: Tensor | float) -> Tensor:
-        return (last / 2 - middle / step).round() if shift else zero.to(low.device).expand_as(low)
+        return (last / 2 - middle / step).round()
 
     best, least = (finest, torch.zeros_like(low)), math.inf
     for scale in (finest * 2 ** (i / 4) for i in range(-3, 2)):
@@ -269,7 +243,7 @@ def add_alpha(
         if float(error.sum()) < least:
             best, least = (scale, exponents), float(error.sum())
     scale, exponents = best
-    z = zeros(scale * torch.exp2(exponents.float())) if shift else zero
+    z = zeros(scale * torch.exp2(exponents.float()))
     return PowerOfTwo(torch.tensor(scale, device=low.device), exponents, z, bits, axis=axis)
 
 
@@ -294,7 +268,7 @@ def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, 
         elif edge.key.endswith(".probs.input"):
             made = scores_quantizer(view, width)
         elif edge.key.endswith(".probs.output"):
-            made = probs_quantizer(view, width, run["softmax"])
+            made = probs_quantizer(view, width)
         else:
             made = affine(*clipping(view(), width), width)
         quantizers.update({e.key: made for e in group})
@@ -315,13 +289,10 @@ def scores_quantizer(view: EdgeView, bits: int) -> Uniform:
     return affine(*mse(observer.result(), bits), bits)
 
 
-def probs_quantizer(view: EdgeView, bits: int, how: str) -> Quantizer:
-    """Softmax outputs: uniform or log√2."""
+def probs_quantizer(view: EdgeView, bits: int) -> Quantizer:
+    """Softmax outputs: uniform or log√2, whichever has the smaller squared error."""
     seen = view(tail=1.0 - min(REPQ_QUANTILES))
-    uniform = affine(*mse(seen, bits), bits)
-    if how == "uniform":
-        return uniform
-    log = log_by_quantile(seen, bits)
-    if how == "log-sqrt2":
-        return log
-    return min((uniform, log), key=lambda q: float((q(seen.values) - seen.values).square().sum()))
+    return min(
+        (affine(*mse(seen, bits), bits), log_by_quantile(seen, bits)),
+        key=lambda q: float((q(seen.values) - seen.values).square().sum()),
+    )

@@ -13,41 +13,29 @@ Block reconstruction as in QDrop (:mod:`quantlens.methods.qdrop`: AdaRound, LSQ,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from quantlens.calibration import Calibration
-from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
-    DROPPING_DEPARTURES,
-    START_OPTIONS,
-    dropping,
+    DEPARTURES,
+    READINGS,
+    Start,
+    drop_and_reconstruct,
     portion,
-    start,
+    started,
     step_options,
     steps,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
+from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Option, Run, Widths
 from quantlens.qmodel import Plan
-from quantlens.reconstruction import Metric, MetricLoss, find_units, perturbation_metrics, reconstruct
-from quantlens.reconstruction.block_metrics import STEP
+from quantlens.reconstruction import Metric, MetricLoss, find_units, perturbation_metrics
 from quantlens.reconstruction.mlp import Fit, find_mlps, replace_gelu
 
 QUANTILES = {2: 0.98, 3: 0.99, 4: 0.98}
 """Where hidden values are clipped, by width of the second layer's input."""
-
-DEPARTURES = (
-    *DROPPING_DEPARTURES,
-    "the perturbation has random signs and 0.01 standard deviations of the output (step). The authors' code adds 1e-6 "
-    "to every element: float32 cannot add this to values above 16, and any one number added to all channels of a "
-    "token is taken away again by every later LayerNorm, so that in exact arithmetic their two gradients are equal",
-    "100 steps per MLP instead of 20 000; its second layer starts from ridge regression",
-    "the target of all blocks is the model with GELU, as it was given",
-    "hidden values are clipped at the quantile 0.98, at 3 bits 0.99, as in their configurations, and 0.99 at all "
-    "widths that they do not name",
-    "no scale for every token position; their configuration for 2 bits has it (token_scales=True)",
-    "an MLP whose hidden values something else reads (massive_channels=split) keeps its GELU",
-)
 
 
 class APHQViT(Method):
@@ -62,66 +50,41 @@ class APHQViT(Method):
         quantizes=MATMUL_OPERANDS,
         summary="GELU made ReLU and MLPs refitted; block reconstruction with random dropping, weighted by a "
         "perturbation Hessian",
-        departures=DEPARTURES,
+        departures=(*DEPARTURES, Departure("mlp_iterations", 100, 20_000, "steps per MLP")),
+        readings=(
+            *READINGS,
+            "the perturbation has random signs and 0.01 standard deviations of the output. The authors' code adds 1e-6 "
+            "to every element: float32 cannot add this to values above 16, and any one number added to all channels of "
+            "a token is taken away again by every later LayerNorm",
+            "an MLP's second layer starts from ridge regression",
+            "the target of all blocks is the model with GELU, as it was given",
+            "hidden values are clipped at the quantile 0.98, at 3 bits 0.99, as in their configurations, and 0.99 at "
+            "all widths that they do not name",
+            "no scale for every token position; their configuration for 2 bits has it",
+            "an MLP whose hidden values something else reads (outlier_channels=split) keeps its GELU",
+        ),
         aliases=("aphq",),
         options={
-            **START_OPTIONS,
-            "loss": Option(
-                "aph", "weights of the squared error: average perturbation Hessian (aph) or none (mse)", ("aph", "mse")
-            ),
-            "step": Option(STEP, "size of the perturbation, in standard deviations of a block's output"),
-            "mlp": Option("relu", "MLPs: relu (refitted, the paper), or gelu (as they are)", ("relu", "gelu")),
             "mlp_iterations": Option(100, "steps per MLP of 1024 tokens (the paper: 20000 of 32 images)"),
-            "lr_mlp": Option(0.02, "learning rate (Adam) of the refitting, in standard deviations of the weights"),
-            **step_options("the paper: 20000, with 1024 images"),
+            **step_options(20_000, 32),
         },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        if not float(run["step"]) > 0:
-            raise QuantlensError(f"aphq-vit: step={run['step']} perturbs nothing; give a number above 0, such as 0.01")
         original, plan = graph.clone(share=True), Plan()
-        metrics: dict[str, Metric] = {}
-        if run["loss"] == "aph":
-            metrics = perturbation_metrics(graph, calibration, step=float(run["step"]), seed=run.seed)
-        if run["mlp"] == "relu" and find_mlps(graph):
-            errors = self._refit(graph, calibration, bits, run, metrics)
+        metrics = perturbation_metrics(graph, calibration, seed=run.seed)
+        if mlps := find_mlps(graph):
+            width = bits.of(graph, mlps[0].second.edges["input"])
+            fit = Fit(steps("aphq-vit", run, calibration.count, "mlp_iterations"), quantile=QUANTILES.get(width, 0.99))
+            weights, told = block_weights(graph, metrics), portion(run.progress, 0, 2)
+            errors = replace_gelu(graph, calibration, fit, weights, seed=run.seed, progress=told)
             plan.rewrites.append(f"GELU replaced by ReLU and the layers refitted in {len(errors)} MLPs (not exact)")
             plan.notes["mlp"] = {name: [round(e, 6) for e in pair] for name, pair in errors.items()}
-        plan.quantizers, rewrites = start(graph, calibration, bits, run)
+        plan.quantizers, rewrites = started(graph, calibration, bits, run, Start())
         plan.rewrites += rewrites
-        report = reconstruct(
-            graph,
-            plan,
-            calibration,
-            dropping("aphq-vit", run, calibration.count, MetricLoss(metrics)),
-            seed=run.seed,
-            reference=original,
-            progress=portion(run.progress, 1, 2),
-            checkpoint=run["checkpoint"],
-        )
-        plan.notes["reconstruction"] = report.info()
+        second = replace(run, progress=portion(run.progress, 1, 2))
+        drop_and_reconstruct("aphq-vit", graph, plan, calibration, second, MetricLoss(metrics), reference=original)
         return plan
-
-    def _refit(
-        self, graph: Graph, calibration: Calibration, bits: Widths, run: Run, metrics: dict[str, Metric]
-    ) -> dict[str, tuple[float, float]]:
-        """MLPs with ReLU; see :func:`replace_gelu`."""
-        mlps = find_mlps(graph)
-        width = bits.of(graph, mlps[0].second.edges["input"])
-        fit = Fit(
-            steps("aphq-vit", run, calibration.count, "mlp_iterations"),
-            lr=float(run["lr_mlp"]),
-            quantile=QUANTILES.get(width, 0.99),
-        )
-        return replace_gelu(
-            graph,
-            calibration,
-            fit,
-            block_weights(graph, metrics),
-            seed=run.seed,
-            progress=portion(run.progress, 0, 2),
-        )
 
 
 def block_weights(graph: Graph, metrics: dict[str, Metric]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -36,27 +36,47 @@ from quantlens.transforms import fold_layer_scale
 Progress = Callable[[int, int], None]
 """Called with (done, total) steps."""
 
-MATMUL_OPERANDS = "matmul operands"
-EVERYTHING = "everything"
+MATMUL_OPERANDS, EVERYTHING = "partially", "fully"
+"""What a method quantizes: operands of matrix products (LayerNorm, softmax, GELU and sums stay float), or all."""
+
+OURS, PAPER = "ours", "paper"
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a method: its default (the paper's), what it means, and the values allowed (None: any of the
-    type)."""
+    """An option of a method: its default, what it means, the values allowed (None: any of the type), and the name of
+    the type, which a default or a choice tells by itself."""
 
     default: Any
     help: str
     choices: tuple[Any, ...] | None = None
+    type: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.type:
+            values = (value for value in (self.default, *(self.choices or ())) if value is not None)
+            object.__setattr__(self, "type", type(next(values, "")).__name__)
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Where a method departs from its paper: the value of a setting (or option) here, and in the paper's form."""
+
+    setting: str
+    ours: Any
+    paper: Any
+    what: str
 
 
 @dataclass(frozen=True)
 class MethodInfo:
     """A method's identity: where it comes from and what it does.
 
-    quantizes: :data:`MATMUL_OPERANDS` (LayerNorm, softmax, GELU and sums stay float) or :data:`EVERYTHING`.
-    departures: where the paper is silent or the authors' code differs, and what was chosen: one sentence for each.
-    version: part of every result's identity; raise it when the method's numbers change.
+    quantizes: :data:`MATMUL_OPERANDS` or :data:`EVERYTHING`. departures: where it departs from its paper; a method that
+    has any gets the option ``variant``, which undoes them all, with :attr:`better` as its default. readings: what was
+    chosen where the paper is silent or leaves a choice, or the authors' code does something else; a sentence each.
+    arguments: defaults of :data:`SHARED_OPTIONS` that are not the usual ones. version: part of every result's identity;
+    raise it when the method's numbers change.
     """
 
     name: str
@@ -67,22 +87,52 @@ class MethodInfo:
     url: str
     quantizes: str
     summary: str
-    departures: tuple[str, ...] | str = ()
+    departures: tuple[Departure, ...] = ()
     aliases: tuple[str, ...] = ()
     options: dict[str, Option] = field(default_factory=dict)
     version: int = 1
+    readings: tuple[str, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)
+    better: str = OURS
 
     def __post_init__(self) -> None:
-        if isinstance(self.departures, str):
-            object.__setattr__(self, "departures", tuple(filter(None, self.departures.split("; "))))
+        if self.departures and "variant" not in self.options:
+            help = f"{OURS}: as its departures say; {PAPER}: none of them. The better one is {self.better}, the default"
+            variant = {"variant": Option(self.better, help, (OURS, PAPER))}
+            object.__setattr__(self, "options", {**variant, **self.options})
+
+    @property
+    def citation(self) -> str:
+        if not self.paper:
+            return self.title or "–"
+        return ", ".join(part for part in (self.paper, self.venue, str(self.year or "")) if part)
+
+    @property
+    def shared(self) -> dict[str, Option]:
+        """:data:`SHARED_OPTIONS` with this method's defaults."""
+        return {name: replace(o, default=self.arguments.get(name, o.default)) for name, o in SHARED_OPTIONS.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data; options and arguments of ``quantize`` are lists of name, type, default, choices, help."""
+
+        def listed(options: Mapping[str, Option]) -> list[dict[str, Any]]:
+            return [{"name": name, **asdict(option)} for name, option in options.items()]
+
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "better"}
+        return kept | {
+            "citation": self.citation,
+            "departures": [asdict(departure) for departure in self.departures],
+            "options": listed(self.options),
+            "arguments": listed(self.shared),
+        }
 
 
 SHARED_OPTIONS = {
     "patch_bits": Option(8, "width of the image that the patch embedding reads (32: not quantized)"),
-    "head_bits": Option(None, "width of the classifier's weight and input (None: as everywhere)"),
-    "massive_channels": Option(
+    "head_bits": Option(None, "width of the classifier's weight and input (None: as everywhere)", type="int"),
+    "outlier_channels": Option(
         "keep",
-        "input channels behind an activation function that are 16 times larger than the median one: keep (as in the "
+        "input channels after an activation function that are 16 times larger than the median one: keep (as in the "
         "papers) or split (a linear layer of their own, which is exact)",
         ("keep", "split"),
     ),
@@ -96,9 +146,9 @@ SHARED_OPTIONS = {
         None, "runtime whose integers the model must suit, for export (None: any format)", (None, *sorted(TARGETS))
     ),
 }
-"""Options every method has, with equal defaults, because they explain many differences between published figures."""
+"""What every method takes, as arguments of ``quantize``: they explain many differences between published figures."""
 
-FOR_TARGETS = {"massive_channels": "split", "image": "pixels"}
+FOR_TARGETS = {"outlier_channels": "split", "image": "pixels"}
 """Shared options that a target has by default: exact rewrites that every method gains from, at next to no cost."""
 
 
@@ -141,10 +191,11 @@ class Method(ABC):
             graph = graph_of(model).clone()
             check_names(graph, widths)
             folded = fold_layer_scale(graph)
-            split = split_outlier_channels(graph, images) if settings["massive_channels"] == "split" else []
+            split = split_outlier_channels(graph, images) if settings["outlier_channels"] == "split" else []
             pixels = self._pixels(graph, model, images, settings)
             seen = None if split or pixels or images.fingerprint is None else _seen(model, images.fingerprint)
-            plan = self.build(graph, images, Widths(widths, settings), Run(settings, seed, progress, seen))
+            run = Run(self.settings(settings) | settings, seed, progress, seen)
+            plan = self.build(graph, images, Widths(widths, settings), run)
         if not isinstance(plan, Plan):
             raise QuantlensError(f"the method {self.info.name} gave {type(plan).__name__}; its `build` returns a Plan")
         graph.invalidate()
@@ -178,11 +229,13 @@ class Method(ABC):
             return []
         return read_as_pixels(graph, model.preprocess, images)
 
-    def options(self, given: dict[str, Any]) -> dict[str, Any]:
-        """All options with their values: defaults (with a target also :data:`FOR_TARGETS`) overridden by ``given``.
-        Raises on unknown or removed names and values not allowed; old names get a DeprecationWarning."""
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All options with their values, shared ones too: defaults (those of the variant; with a target also
+        :data:`FOR_TARGETS`) overridden by ``given``, but for shared ones that are None. Raises on unknown or removed
+        names and values not allowed; old names get a DeprecationWarning."""
+        given = {name: value for name, value in given.items() if value is not None or name not in SHARED_OPTIONS}
         given = current_options(self.info.name, given)
-        known = {**SHARED_OPTIONS, **self.info.options}
+        known = {**self.info.shared, **self.info.options}
         for name, value in given.items():
             if name not in known:
                 raise UnknownNameError(f"option of {self.info.name}", name, known)
@@ -192,7 +245,13 @@ class Method(ABC):
                     f"{self.info.name}: option {name}={value!r}; choose one of {', '.join(map(str, choices))}"
                 )
         usual = {name: option.default for name, option in known.items()}
+        usual |= {name: value for name, value in self.settings({**usual, **given}).items() if name in known}
         return {**usual, **(FOR_TARGETS if given.get("target") is not None else {}), **given}
+
+    def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that departures are about, with the values of the variant in ``options``."""
+        paper = options.get("variant") == PAPER
+        return {d.setting: d.paper if paper else d.ours for d in self.info.departures}
 
 
 def _seen(model: Any, fingerprint: str) -> ObservationCache:

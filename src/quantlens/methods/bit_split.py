@@ -26,7 +26,16 @@ from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
+from quantlens.methods.base import (
+    MATMUL_OPERANDS,
+    Departure,
+    Method,
+    MethodInfo,
+    Option,
+    Run,
+    Widths,
+    matmul_operand_edges,
+)
 from quantlens.qmodel import Plan
 from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction.bias import LAYERS, correct_biases, output_means
@@ -44,24 +53,6 @@ STARTS = 40
 BLOCK = 32
 CONVERGED = 1e-2
 
-DEPARTURES = (
-    "the alternation for activation scales starts from the best of 40 scales down to 1/40 of the largest, on a random "
-    "sample of 2^17 values; the authors' starts from the largest magnitude and stops at the first fixed point, which "
-    "in a transformer is close to min-max",
-    "a layer stops after 10 rounds over all bits (rounds), or when a round gains less than 1 % of what all rounds "
-    "gained; theirs takes 100",
-    "inputs are the float network's through the layer's own quantizer; theirs as the quantized network makes them "
-    "(inputs=network), where weights of a transformer shrink from layer to layer",
-    "the distance to the float weights is part of the objective: λ·I is added to H and λ·w to t, λ the mean of H's "
-    "diagonal times damping; a few images of a transformer leave directions in which nearly nothing was seen",
-    "a layer with fewer than 8 rows per input channel (the classifier) is fitted to its weights instead, as every "
-    "fully connected layer in their code; so is a convolution with groups, or with padding given as a word",
-    "operands of the attention's products, which have no weights, get scales of least squared error alone",
-    "first and last layer have the bits asked for (patch_bits, head_bits); theirs 8",
-    "bias_correction=true stands in for their new estimate of batch-norm statistics; off by default",
-    "up to 8192 tokens (positions) are used per layer; layers that share one weight share the quantizer of the first",
-)
-
 
 class BitSplit(Method):
     info = MethodInfo(
@@ -73,21 +64,39 @@ class BitSplit(Method):
         url="https://proceedings.mlr.press/v119/wang20c.html",
         quantizes=MATMUL_OPERANDS,
         summary="weights bit by bit against the layer's output, on quantized inputs; activations by squared error",
-        departures=DEPARTURES,
+        departures=(
+            Departure("rounds", 10, 100, "most rounds over all bits of a layer"),
+            Departure(
+                "inputs",
+                "quantized",
+                "network",
+                "weights are fitted on the float network's inputs through the layer's own quantizer; the paper's on "
+                "what the quantized network makes of them, where weights of a transformer shrink from layer to layer",
+            ),
+            Departure(
+                "damping",
+                1.0,
+                0.0,
+                "the distance to the float weights is part of the objective; a few images of a transformer leave "
+                "directions in which nearly nothing was seen",
+            ),
+            Departure("head_bits", None, 8, "the last layer has the bits asked for, as the others; the paper's has 8"),
+        ),
+        readings=(
+            "the alternation for activation scales starts from the best of 40 scales down to 1/40 of the largest, on a "
+            "random sample of 2^17 values; the authors' starts from the largest magnitude and stops at the first fixed "
+            "point, which in a transformer is close to min-max",
+            "a layer stops when a round gains less than 1 % of what all rounds gained",
+            "a layer with fewer than 8 rows per input channel (the classifier) is fitted to its weights instead, as "
+            "every fully connected layer in their code; so is a convolution with groups, or with padding given as a "
+            "word",
+            "operands of the attention's products, which have no weights, get scales of least squared error alone",
+            "bias_correction stands in for their new estimate of batch-norm statistics; off by default",
+            "up to 8192 tokens (positions) are used per layer; layers that share one weight share the quantizer",
+        ),
         aliases=("bitsplit",),
         options={
             "rounds": Option(10, "most rounds over all bits of a layer (the authors: 100)"),
-            "weights": Option(
-                "response",
-                "weights: response (bit by bit against the output, the paper), weight (bit by bit against W) or round",
-                ("response", "weight", "round"),
-            ),
-            "inputs": Option(
-                "quantized",
-                "what weights are fitted on, to float outputs: quantized (float activations through the layer's own "
-                "quantizer), network (as the quantized network makes them) or float (no compensation)",
-                ("quantized", "network", "float"),
-            ),
             "damping": Option(
                 1.0, "weight of the distance to the float weights, as a multiple of the inputs' mean square"
             ),
@@ -101,7 +110,7 @@ class BitSplit(Method):
         if int(run["rounds"]) < 1:
             raise QuantlensError(f"rounds={run['rounds']}: give at least 1 (10)")
         edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
-        fitted = {e.site for e in edges if e.is_weight} if run["weights"] == "response" else set()
+        fitted = {e.site for e in edges if e.is_weight}
         means = output_means(graph, calibration) if run["bias_correction"] else None
         targets = _targets(graph, calibration, fitted, run.seed)
         quantizers: dict[str, Quantizer] = {}
@@ -122,8 +131,7 @@ class BitSplit(Method):
             name = str(edge.value.target)
             if name not in stitched:
                 site = graph.sites[edge.site]
-                own = quantizers.get(f"{site.name}.input") if run["inputs"] != "float" else None
-                rows = None
+                own, rows = quantizers.get(f"{site.name}.input"), None
                 if site.name in targets:
                     rows = _rows(site, view.tensors(site.edges["input"]), graph, run.seed)
                 stitched[name] = _stitch(graph.tensor(name), width, rows, targets.pop(site.name, None), own, run)
@@ -211,7 +219,7 @@ def _stitch(
         gram.diagonal().add_(damping)
         cross.add_(flat * damping)
         codes, scale, _ = bit_split(cross, gram, codes, scale, bits, int(run["rounds"]))
-    elif run["weights"] != "round":
+    else:
         codes, scale, _ = bit_split(flat, None, codes, scale, bits, int(run["rounds"]))
     quantizer = Uniform(scale, None, bits, signed=True, granularity="channel", axis=0)
     return quantizer, (codes * quantizer.scale[:, None]).reshape(weight.shape)

@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
 from quantlens.calibration.ranges import affine, mse
 from quantlens.calibration.ranges.moving import moving_average
-from quantlens.calibration.ranges.power_of_two import power_of_two_factors, token_weights
+from quantlens.calibration.ranges.power_of_two import power_of_two_factors
 from quantlens.errors import QuantlensError
 from quantlens.formats import (
     IntegerLayerNorm,
@@ -39,13 +39,11 @@ from quantlens.formats import (
     Quantizer,
     Uniform,
 )
-from quantlens.formats.power_of_two import MAX_EXPONENT
 from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.layout import axes_of_last
 from quantlens.graph.sites import SCALINGS, Site
-from quantlens.methods._shifts import shift_axis
-from quantlens.methods.base import EVERYTHING, Method, MethodInfo, Option, Run, Widths, everything_edges
+from quantlens.methods.base import EVERYTHING, Departure, Method, MethodInfo, Option, Run, Widths, everything_edges
 from quantlens.qmodel import Plan
 from quantlens.qmodel.bits import FLOAT
 
@@ -68,12 +66,25 @@ class FQViT(Method):
         quantizes=EVERYTHING,
         summary="fully quantized: power-of-two factors for LayerNorm inputs, integer LayerNorm, log-int-softmax",
         departures=(
+            Departure(
+                "sums",
+                True,
+                False,
+                "power-of-two factors on all that LayerNorms and sums read; the paper's: LayerNorms",
+            ),
+            Departure("largest_exponent", 7, 3, "K of the power-of-two factors 2^0 to 2^K"),
+            Departure(
+                "zero_points",
+                8,
+                1,
+                "the best of so many zero points of power-of-two factors; 1: that of the whole range",
+            ),
+        ),
+        readings=(
             "calibration images: as many as are given; a moving average takes them in 10 batches (theirs: 10 of 100)",
             "errors (OMSE, exponents) are measured on samples of all images, not on the last batch",
             "zero is taken into every range, where theirs clamps zero points and cuts off values; not at the softmax's "
             "input, whose zero point cancels",
-            "power-of-two factors: 2^0 to 2^7 on all that LayerNorms and sums read, the best of eight zero points; "
-            "ptf=layernorm and largest_exponent=3 are the paper's choice",
             "integer LayerNorm: one multiplier per channel, rounded to nearest; sigma = 0 gives beta, theirs NaN",
             "integer exponential on a grid of 2^-8, where theirs takes the softmax input's; n is 20, not 30",
             "log2: zero is one of the 2^b codes, where theirs has 2^b powers and zero",
@@ -88,19 +99,6 @@ class FQViT(Method):
                 "ranges of activations: minmax (the paper's FQ-ViT), ema, percentile or omse",
                 ("minmax", "ema", "percentile", "omse"),
             ),
-            "ptf": Option(
-                "residual",
-                "power-of-two factors: residual (all that LayerNorms and sums read), layernorm (what LayerNorms read: "
-                "the paper), all (GELU inputs and the patch embedding's output too) or none",
-                ("residual", "layernorm", "all", "none"),
-            ),
-            "exponents": Option(
-                "squared",
-                "error that decides a channel's exponent: squared (the paper), or token (every token's error over "
-                "its variance where a LayerNorm reads it)",
-                ("squared", "token"),
-            ),
-            "largest_exponent": Option(7, "K of the power-of-two factors 2^0 to 2^K, 0 to 15 (the paper: 3)"),
             "lis": Option(
                 True, "log-int-softmax (False: float softmax with uniform codes of its output)", (True, False)
             ),
@@ -112,7 +110,7 @@ class FQViT(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        softmax_bits = None if run["softmax_bits"] is None else _whole("softmax_bits", run["softmax_bits"], 2, 16)
+        softmax_bits = None if run["softmax_bits"] is None else _softmax_bits(run["softmax_bits"])
         tensors = [Shared.of(graph, group, bits, softmax_bits) for group in everything_edges(graph)]
         chosen = _Choice(graph, bits, run, [tensor for tensor in tensors if tensor.width != FLOAT])
         images = calibration
@@ -134,7 +132,6 @@ class _Choice:
     def __init__(self, graph: Graph, bits: Widths, run: Run, tensors: list[Shared]):
         self.graph, self.bits, self.run = graph, bits, run
         self.tensors = {edge.key: tensor for tensor in tensors for edge in tensor.edges}
-        self.largest = _whole("largest_exponent", run["largest_exponent"], 0, MAX_EXPONENT)
         self.quantizers: dict[str, Quantizer] = {}
         self.masked: set[str] = set()
 
@@ -167,17 +164,12 @@ class _Choice:
 
     def _activation(self, tensor: Shared, view: EdgeView) -> Quantizer:
         """Power-of-two factors per channel where they cost nothing, else one scale for the tensor."""
-        run, axis = self.run, None
-        if run["ptf"] != "none":
-            axis = tensor.channel_axis(sums=run["ptf"] != "layernorm")
-        if axis is None and run["ptf"] == "all":
-            axis = shift_axis(self.graph, tensor.edges)
+        run, axis = self.run, tensor.channel_axis(sums=self.run["sums"])
         if axis is None:
             return affine(*with_zero(*observed(view, run["observer"], tensor.width)), tensor.width)
-        seen = view(axis=axis)
-        by_token = run["exponents"] == "token" and any(site.kind == "layer_norm" for site, _ in tensor.readers)
-        weights = token_weights(seen) if by_token else None
-        return power_of_two_factors(seen, tensor.width, largest=self.largest, axis=axis, weights=weights)
+        return power_of_two_factors(
+            view(axis=axis), tensor.width, largest=run["largest_exponent"], zero_points=run["zero_points"], axis=axis
+        )
 
 
 # -- which tensors -------------------------------------------------------------------------------------------------
@@ -371,7 +363,7 @@ def _quantizer_of(graph: Graph, edge: Edge, quantizers: dict[str, Quantizer]) ->
     return None if found is None else (found, factor)
 
 
-def _whole(name: str, value: object, low: int, high: int) -> int:
-    if not isinstance(value, int | str) or not str(value).isdigit() or not low <= int(value) <= high:
-        raise QuantlensError(f"fq-ptq: {name}={value!r}; give a whole number from {low} to {high}")
-    return int(value)
+def _softmax_bits(value: object) -> int:
+    if not isinstance(value, int) or not 2 <= value <= 16:
+        raise QuantlensError(f"fq-ptq: softmax_bits={value!r}; give a whole number from 2 to 16")
+    return value

@@ -15,42 +15,31 @@ transformers (Zhong et al., arXiv 2311.10126, 2023).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from quantlens.calibration import Calibration
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
-    CHECKPOINT,
     FULL,
-    START_OPTIONS,
+    GUARDED,
+    Start,
     activation_quantizers,
     portion,
-    rewrite,
+    step_options,
     steps,
     weight_quantizers,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.methods.repq_vit import Reparameterization
+from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Run, Widths
+from quantlens.methods.repq_vit import Reparameterization, rescale_norms
 from quantlens.qmodel import Plan
 from quantlens.reconstruction import Settings, reconstruct
 from quantlens.transforms import NormGroup
 
-DEPARTURES = (
-    "80 steps per block and stage, in batches of 8, on what images are given, instead of 1000 (200 at 6 bits) in "
-    "batches of 64 with 1024 images; the learning rate is in units of the weight's scale (stage 3) or standard "
-    "deviation (stage 1), theirs is 4e-5",
-    "the target of both stages is the model as it was given: stage 1 changes the float weights, so that it is no "
-    "longer the float model of the quantized one",
-    "2^b softmax codes. Their forward pass has 2^b + 1, one more than b bits hold, their search 2^b",
-    "η does not change once chosen; they store it as a parameter to be trained",
-    "activation ranges have the least squared error, LayerNorm outputs RepQ-ViT's quantile ranges; so have the "
-    "weights in stage 3 (theirs: nine percentiles)",
-    "biases and LayerNorm parameters are not trained",
-    "a unit whose loss on all calibration images did not fall keeps its start",
-    "the zero point after the rewriting is an integer, as in our repq-vit; the reduction layers of Swin are rewritten "
-    "too",
-)
+SMOOTH, QUANTIZED = "smooth", "quantized"
+"""Stages 1 and 3."""
+
+RATES = {SMOOTH: 0.002, QUANTIZED: 0.02}
+"""Learning rates (Adam), in standard deviations of the weight (stage 1) or its scale (stage 3)."""
 
 
 class IAndSViT(Method):
@@ -64,59 +53,62 @@ class IAndSViT(Method):
         quantizes=MATMUL_OPERANDS,
         summary="shift-uniform-log2 softmax; float weights trained first for channel-wise, then for layer-wise "
         "quantized activations and quantized weights",
-        departures=DEPARTURES,
-        aliases=("i&s-vit", "ias-vit"),
-        options={
-            **START_OPTIONS,
-            "attention": replace(START_OPTIONS["attention"], default="tensor"),
-            "softmax": replace(START_OPTIONS["softmax"], default="shifted-log2"),
-            "smooth": Option(True, "stage 1, on float weights and channel-wise activations (the paper)", (True, False)),
-            "iterations": Option(
-                80, f"steps per block and stage, with {FULL} or more calibration images (the paper: 1000, with 1024)"
+        departures=(
+            Departure(
+                "iterations", 80, 1000, f"steps per block and stage, here fewer in proportion below {FULL} images"
             ),
-            "batch_size": Option(8, "images per step (the paper: 64)"),
-            "lr_float": Option(0.002, "learning rate (Adam) of stage 1, in standard deviations of the weight"),
-            "lr_weights": Option(0.02, "learning rate (Adam) of stage 3, in scales of the weight"),
-            "checkpoint": CHECKPOINT,
-        },
+            Departure("batch_size", 8, 64, "images per step"),
+            GUARDED,
+        ),
+        readings=(
+            "the images are those that are given, theirs 1024; the learning rate is in units of the weight's scale "
+            "(stage 3) or standard deviation (stage 1), theirs is 4e-5",
+            "the target of both stages is the model as it was given: stage 1 changes the float weights, so that it is "
+            "no longer the float model of the quantized one",
+            "2^b softmax codes. Their forward pass has 2^b + 1, one more than b bits hold, their search 2^b",
+            "η does not change once chosen; they store it as a parameter to be trained",
+            "activation ranges have the least squared error, LayerNorm outputs RepQ-ViT's quantile ranges; so have the "
+            "weights in stage 3 (theirs: nine percentiles)",
+            "biases and LayerNorm parameters are not trained",
+            "the zero point after the rewriting is an integer, as in our repq-vit; the reduction layers of Swin are "
+            "rewritten too",
+        ),
+        aliases=("i&s-vit", "ias-vit"),
+        options=step_options(1000, 64),
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         original, plan, reports = graph.clone(share=True), Plan(), {}
-        activations, norms = activation_quantizers(graph, calibration, bits, run)
-        stages = ["smooth", "quantized"] if run["smooth"] else ["quantized"]
-        for number, stage in enumerate(stages):
+        start = Start(by_head=False, shifted=True)
+        activations, norms = activation_quantizers(graph, calibration, bits, run, start)
+        for number, stage in enumerate(RATES):
             plan.quantizers = dict(activations)
-            if stage == "smooth":
+            if stage == SMOOTH:
                 plan.quantizers |= channelwise(norms)
             else:
-                plan.rewrites = rewrite(graph, norms)
+                plan.rewrites = rescale_norms(graph, norms)
                 plan.quantizers |= weight_quantizers(graph, bits)
+            settings = Settings(
+                ("weights",),
+                inputs="float" if stage == SMOOTH else "quantized",
+                iterations=steps("i-and-s-vit", run, calibration.count),
+                batch_size=run["batch_size"],
+                lr_weights=RATES[stage],
+                float_weights=stage == SMOOTH,
+                guarded=run["guarded"],
+            )
             reports[stage] = reconstruct(
                 graph,
                 plan,
                 calibration,
-                stage_settings(stage, calibration.count, run),
+                settings,
                 seed=run.seed,
                 reference=original,
-                progress=portion(run.progress, number, len(stages)),
+                progress=portion(run.progress, number, len(RATES)),
                 checkpoint=f"{run['checkpoint']}/{stage}" if run["checkpoint"] else None,
             )
         plan.notes["reconstruction"] = {name: report.info() for name, report in reports.items()}
         return plan
-
-
-def stage_settings(stage: str, images: int, run: Run) -> Settings:
-    """Settings of stage 1 ("smooth") or 3 ("quantized")."""
-    smooth = stage == "smooth"
-    return Settings(
-        ("weights",),
-        inputs="float" if smooth else "quantized",
-        iterations=steps("i-and-s-vit", run, images),
-        batch_size=run["batch_size"],
-        lr_weights=float(run["lr_float" if smooth else "lr_weights"]),
-        float_weights=smooth,
-    )
 
 
 def channelwise(norms: Mapping[str, tuple[NormGroup, Reparameterization]]) -> dict[str, Quantizer]:

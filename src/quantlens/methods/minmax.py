@@ -28,7 +28,7 @@ class MinMax(Method):
         url="https://arxiv.org/abs/1712.05877",
         quantizes=MATMUL_OPERANDS,
         summary="whole range seen; weights per output channel, activations per tensor, asymmetric uniform",
-        departures="the paper trains with moving averages; here the range is that of all calibration images",
+        readings=("the paper trains with moving averages; here the range is that of all calibration images",),
         aliases=("min-max",),
     )
 

@@ -31,7 +31,7 @@ class Percentile(Method):
         url="https://openaccess.thecvf.com/content_CVPR_2019/html/Li_Fully_Quantized_Network_for_Object_Detection_CVPR_2019_paper.html",
         quantizes=MATMUL_OPERANDS,
         summary="range between the quantiles 1 − p and p; weights per output channel, activations per tensor",
-        departures="p is not stated for transformers; 0.9999 here, for weights and activations",
+        readings=("p is not stated for transformers; 0.9999 here, for weights and activations",),
         options={
             "p": Option(0.9999, "order of the upper quantile, above 0.5 and at most 1"),
             "format": Option(

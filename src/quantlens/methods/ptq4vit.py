@@ -9,32 +9,6 @@
 * Search (section 3.4): candidates Δ0·(α + i(β − α)/n), Δ0 = max|x|/(2ᵇ⁻¹ − ½), α = 0.01, β = 1.2, n = 100; s = 2⁻ⁱ, i =
   0 … 19. For every product the weight's scale (the left operand's) given the other one's, then the input's (the right
   operand's); 3 rounds. All products on the float model's tensors, none waits for another.
-
-Where the authors' code differs from this file, or is silent:
-
-1. The gradient. Theirs is that of KL(float ‖ model) at the float model itself, where it is zero: what they store is
-   rounding. Here it is that of a random linear function of the logits whose squared gradients are, in expectation, the
-   diagonal of the Fisher matrix, the Hessian of that KL (see :func:`quantlens.methods._gradients.fisher`): one backward
-   pass through the float model. Also tried: KL between the float model and a min-max quantized one of the same widths
-   (``gradient=quantized``), cross-entropy to the float model's own top-1 (``label``), no gradient (``none``).
-2. Half of the weight is plain squared error: squared gradients are raised by the mean of their layer (``floor=1``; 0
-   leaves the gradients alone). The expansion behind the metric holds for small errors. At 4 bits, errors are not
-   small, and bare gradients did worse than none. DeiT-Tiny, logit KL on 143 ImageNet images, one seed: W6A6 0.121
-   (none), 0.056 (fisher), 0.058 (quantized), 0.059 (label), 0.057 (fisher with the floor); W4A4 1.25 (none), 1.70
-   (fisher), 2.63 (quantized), 1.31 (fisher with the floor). The floor was chosen on these images.
-3. The two ranges of softmax outputs are disjoint, as in the paper; the code adds what it makes of both. The boundary is
-   half way between the ranges' neighbouring levels, so that every value goes to the nearest level.
-4. Steps are a power of two apart, as the paper asks of its hardware and the code does not do for GELU: for every
-   candidate of the positive step, the negative one that just covers [−0.17, 0], and half of it. ``gelu_steps=free``
-   fixes it at 0.17/2ᵇ⁻¹, as theirs.
-5. Candidates are judged on a sample: 512 rows of a layer's input, 1024 query rows of an attention product, at most 64
-   of one image. Rows are drawn in proportion to their squared gradients, and weighted by the inverse, so that the sum
-   is estimated without bias; the class token of the last block, which alone has gradients there, is always in. Rounds
-   after the first try the 10 candidates on either side of the chosen one.
-6. Their first search of s has v in float; here v is at Δ0.
-7. The image, which they leave in float, follows the option ``patch_bits``, as in every method. GELU is found by
-   following the graph. A convolution with groups, or with padding given as a word, has no such product: its operands
-   are matched alone, without gradient.
 """
 
 from __future__ import annotations
@@ -48,18 +22,23 @@ from torch import Tensor, fx
 from quantlens.calibration import Calibration
 from quantlens.calibration.gradients import sample_products
 from quantlens.calibration.products import Product, find_products
-from quantlens.calibration.ranges import minmax
 from quantlens.calibration.ranges.guided import HEADS, Side, alternate
-from quantlens.calibration.ranges.similarity import candidate_factors
 from quantlens.calibration.sampling import ProductSampler
-from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, Twin, Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
-from quantlens.methods._gradients import divergence, fisher, own_label
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
-from quantlens.methods.minmax import uniform_everywhere
+from quantlens.methods._scale_search import IMAGE, factors_of, search_options
+from quantlens.methods.base import (
+    MATMUL_OPERANDS,
+    Departure,
+    Method,
+    MethodInfo,
+    Option,
+    Run,
+    Widths,
+    matmul_operand_edges,
+)
 from quantlens.qmodel import Plan
 from quantlens.qmodel.bits import FLOAT
 
@@ -70,7 +49,16 @@ GELU_MINIMUM = 0.16997124254703522
 """−min GELU(x)."""
 
 
-LOSSES = {"fisher": fisher, "quantized": divergence, "label": own_label}
+ALPHA, BETA = 0.01, 1.2
+
+
+def fisher(logits: Tensor, reference: Tensor, generator: torch.Generator) -> Tensor:
+    """A linear function of the logits whose gradient v at them is random with E[v·vᵀ] = diag(p) − p·pᵀ, the Hessian of
+    KL(p ‖ softmax(logits)): v = √p∘ξ − p·Σ√p∘ξ, ξ normal. At any value before the logits, the squared gradient is
+    then the Fisher matrix's diagonal in expectation."""
+    p = reference.softmax(-1)
+    noise = torch.randn(p.shape, generator=generator).to(p) * p.sqrt()
+    return (logits * (noise - p * noise.sum(-1, keepdim=True))).sum()
 
 
 class PTQ4ViT(Method):
@@ -83,50 +71,49 @@ class PTQ4ViT(Method):
         url="https://arxiv.org/abs/2111.12293",
         quantizes=MATMUL_OPERANDS,
         summary="twin uniform formats for softmax and GELU; alternating scale search weighted by squared gradients",
-        departures="disjoint softmax ranges; gradients of a Fisher probe, with a floor; a sample of rows; GELU steps a "
-        "power of two apart",
+        departures=(
+            IMAGE,
+            Departure(
+                "floor",
+                1.0,
+                0.0,
+                "squared gradients are raised by so many times their layer's mean, which adds plain squared error: the "
+                "expansion behind the metric holds for small errors",
+            ),
+            Departure(
+                "aligned_steps",
+                True,
+                False,
+                "the two steps of GELU outputs are a power of two apart, as the paper asks of its hardware; in the "
+                "authors' code, whose results it reports, the negative one is fixed at 0.17/2^(b−1)",
+            ),
+        ),
+        readings=(
+            "the authors' gradient is that of KL(float ‖ model) at the float model itself, where it is zero: what they "
+            "store is rounding. Here it is that of a random linear function of the logits whose squared gradients are, "
+            "in expectation, the diagonal of the Fisher matrix, the Hessian of that KL",
+            "the two ranges of softmax outputs are disjoint, as in the paper; the code adds what it makes of both. The "
+            "boundary is half way between the ranges' neighbouring levels",
+            "candidates are judged on a sample: 512 rows of a layer's input, 1024 query rows of an attention product, "
+            "at most 64 of one image, drawn in proportion to their squared gradients and weighted by the inverse. "
+            "Rounds after the first try the 10 candidates on either side of the chosen one",
+            "their first search of s has v in float; here v is at Δ0",
+            "a convolution with groups, or with padding given as a word, has its operands matched alone",
+        ),
         aliases=("ptq4-vit",),
         options={
-            "gradient": Option(
-                "fisher",
-                "whose squares weight the output's errors: fisher, of the divergence from min-max quantized models "
-                "(quantized), of the cross-entropy to the own top-1 (label), or none (squared error)",
-                ("fisher", "quantized", "label", "none"),
-            ),
-            "floor": Option(1.0, "added to squared gradients, in units of their layer's mean (0: the paper)"),
-            "twin": Option(
-                "both", "twin formats: both (the paper), softmax, gelu or none", ("both", "softmax", "gelu", "none")
-            ),
-            "gelu_steps": Option(
-                "shift",
-                "the two steps of GELU outputs: a power of two apart (shift) or the negative one fixed (free)",
-                ("shift", "free"),
-            ),
             "weight_granularity": Option(
                 "tensor",
                 "weights of linear layers: one scale per tensor, three for qkv (the paper), or per output channel",
                 ("tensor", "channel"),
             ),
-            "rounds": Option(3, "most times that both scales of a product are searched"),
-            "candidates": Option(100, "candidates per scale"),
-            "alpha": Option(0.01, "smallest candidate, as a multiple of the scale that the largest magnitude gives"),
-            "beta": Option(1.2, "end of the candidates, as alpha"),
+            **search_options(3),
         },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        alpha, beta, count, rounds = (
-            float(run["alpha"]),
-            float(run["beta"]),
-            int(run["candidates"]),
-            int(run["rounds"]),
-        )
-        if not 0 < alpha < beta or count < 1 or rounds < 1:
-            raise QuantlensError(
-                f"alpha={alpha}, beta={beta}, candidates={count}, rounds={rounds}: 0 < alpha < beta, and at least one "
-                "candidate and round (for example 0.01, 1.2, 100, 3)"
-            )
-        factors = torch.tensor(candidate_factors(alpha, beta, count), dtype=torch.float64)
+        found, rounds = factors_of(run, BETA, ALPHA)
+        factors = torch.tensor(found, dtype=torch.float64)
         wanted = {e.key for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT}
         products = [p for p in find_products(graph) if any(e.key in wanted for e in p.quantized)]
         samples = sample_products(
@@ -134,9 +121,8 @@ class PTQ4ViT(Method):
             calibration,
             products,
             ProductSampler(torch.Generator().manual_seed(run.seed)),
-            LOSSES.get(run["gradient"]),
-            coarse=self._coarse(graph, calibration, bits, run),
-            floor=float(run["floor"]),
+            fisher,
+            floor=run["floor"],
         )
         fused = fused_projections(graph)
         quantizers: dict[str, Quantizer] = {}
@@ -158,15 +144,6 @@ class PTQ4ViT(Method):
             if run.progress is not None:
                 run.progress(done, len(products))
         return Plan({e.key: quantizers[e.key] for e in matmul_operand_edges(graph) if e.key in quantizers})
-
-    @staticmethod
-    def _coarse(graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> dict[str, Quantizer] | None:
-        """Plain min-max quantizers at the same widths."""
-        if run["gradient"] != "quantized":
-            return None
-        quiet = Run(run.options, run.seed)
-        plan = uniform_everywhere(graph, calibration, bits, quiet, lambda seen, _: minmax(seen), tail=0.0)
-        return dict(plan.quantizers)
 
 
 # -- formats --------------------------------------------------------------------------------------------------------
@@ -215,7 +192,7 @@ def _format(
     """
     if bits == FLOAT:
         return Format(Side(values), bits)
-    if edge.name == "output" and run["twin"] in ("both", "softmax"):
+    if edge.name == "output":
         return _softmax_format(values, bits)
     groups: str | Tensor | None = None
     if edge.is_weight:
@@ -233,8 +210,8 @@ def _format(
     # nothing to represent: any scale does
     start = torch.where(start > torch.finfo(torch.float32).tiny * 1e6, start, torch.ones_like(start)).float()
     steps = factors.to(start)[:, None] * start
-    if edge.name == "input" and run["twin"] in ("both", "gelu") and behind_gelu(edge.value):
-        return _gelu_format(values, start, steps[:, 0], bits, aligned=run["gelu_steps"] == "shift")
+    if edge.name == "input" and behind_gelu(edge.value):
+        return _gelu_format(values, start, steps[:, 0], bits, aligned=run["aligned_steps"])
 
     def uniform(x: Tensor, step: Tensor) -> Tensor:
         return (x / step).round_().clamp_(-half, half - 1).mul_(step)

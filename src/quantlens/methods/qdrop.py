@@ -17,19 +17,11 @@ from __future__ import annotations
 
 from quantlens.calibration import Calibration
 from quantlens.graph import Graph
-from quantlens.methods._reconstruction import DROPPING_DEPARTURES, START_OPTIONS, dropping, start, step_options
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Run, Widths
+from quantlens.methods._reconstruction import DEPARTURES, READINGS, Start, drop_and_reconstruct, started, step_options
+from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Run, Widths
 from quantlens.qmodel import Plan
-from quantlens.reconstruction import reconstruct
 
-DEPARTURES = (
-    *DROPPING_DEPARTURES,
-    "LayerNorm outputs are rewritten as by RepQ-ViT at the start (layernorm), the attention's operands have one scale "
-    "per head (attention), in the manner of the re-implementations of APHQ-ViT and FIMA-Q; the paper is about "
-    "convolutions",
-    "ranges at the start have the least squared error; the paper's exponent is 2.4",
-    "first and last layer: the image at patch_bits, all else as asked for; the paper: 8 bits (head_bits=8)",
-)
+WHERE = "as in the re-implementations of APHQ-ViT and FIMA-Q; the paper is about convolutions"
 
 
 class QDrop(Method):
@@ -42,22 +34,21 @@ class QDrop(Method):
         url="https://arxiv.org/abs/2203.05740",
         quantizes=MATMUL_OPERANDS,
         summary="block reconstruction with activation quantization dropped at random; learned rounding and scales",
-        departures=DEPARTURES,
+        departures=(
+            *DEPARTURES,
+            Departure(
+                "reparameterized", True, False, f"LayerNorm outputs are rewritten as by RepQ-ViT at first, {WHERE}"
+            ),
+            Departure("by_head", True, False, f"the attention's operands have one scale per head, {WHERE}"),
+            Departure("head_bits", None, 8, "the last layer has the bits asked for, as the others; the paper's has 8"),
+        ),
+        readings=(*READINGS, "ranges at the start have the least squared error; the authors' exponent is 2.4"),
         aliases=("q-drop",),
-        options={**START_OPTIONS, **step_options("the paper: 20000, with 1024 images")},
+        options=step_options(20_000, 32),
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        quantizers, rewrites = start(graph, calibration, bits, run)
-        plan = Plan(quantizers, rewrites)
-        report = reconstruct(
-            graph,
-            plan,
-            calibration,
-            dropping("qdrop", run, calibration.count, "mse"),
-            seed=run.seed,
-            progress=run.progress,
-            checkpoint=run["checkpoint"],
-        )
-        plan.notes["reconstruction"] = report.info()
+        start = Start(run["reparameterized"], run["by_head"])
+        plan = Plan(*started(graph, calibration, bits, run, start))
+        drop_and_reconstruct("qdrop", graph, plan, calibration, run)
         return plan

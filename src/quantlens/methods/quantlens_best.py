@@ -46,8 +46,8 @@ class QuantlensBest(Method):
         url="docs/methods.md",
         quantizes=MATMUL_OPERANDS,
         summary="quantlens-fast, then every block trained for a short time, on the images and views of them",
-        departures="our own",
         aliases=("best",),
+        arguments=QuantlensFast.info.arguments,
         version=7,
         options={
             "activation_granularity": FAST["activation_granularity"],
@@ -66,7 +66,6 @@ class QuantlensBest(Method):
                 0.5, "share of the views that are out-of-distribution images made of the image; the rest are crops"
             ),
             "checkpoint": CHECKPOINT,
-            "massive_channels": FAST["massive_channels"],
         },
     )
 

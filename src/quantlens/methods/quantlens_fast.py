@@ -15,8 +15,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from quantlens.calibration import Calibration, EdgeView
@@ -43,7 +41,7 @@ from quantlens.methods._pipeline import (
     Work,
     apply,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, SHARED_OPTIONS, Method, MethodInfo, Option, Run, Widths
+from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
 from quantlens.qmodel import Plan
 from quantlens.transforms.rotation import LARGEST, SMALLEST
 
@@ -67,8 +65,8 @@ class QuantlensFast(Method):
         quantizes=MATMUL_OPERANDS,
         version=5,
         summary="exact rotations, clipped ranges, weights fitted and rounded in closed form on quantized inputs",
-        departures="our own; each part can be switched off",
         aliases=("fast",),
+        arguments={"outlier_channels": "split"},
         options={
             "rotate": Option(ALL, "rotations: all (as the next two options say) or none", (ALL, NONE)),
             "rotate_norm_outputs": Option(
@@ -102,7 +100,6 @@ class QuantlensFast(Method):
                 ("sqrt", "uniform"),
             ),
             "damping": Option(0.1, "damping of the weight fit, in units of the mean squared input"),
-            "massive_channels": replace(SHARED_OPTIONS["massive_channels"], default="split"),
         },
     )
 

@@ -12,25 +12,11 @@ Complex quantizers are calibrated, simple ones are shipped (section 3):
 
 Calibration is sequential (each layer sees activations as the quantized layers before it make them), 32 images, the
 image itself at 8 bits.
-
-Where the authors' code differs from this file, or is silent:
-
-1. The layer-wise zero point z̃ is the rounded mean of the channels'; theirs is not an integer. With an integer z̃ the
-   layer-wise codes are the channel-wise ones up to an offset, so the rewrite costs nothing but the change of W.
-2. They calibrate the whole model first, rewrite then, and search W's ranges again in a second pass, so that
-   activations behind a rewritten layer were calibrated against another weight than the one used. Here a layer is
-   rewritten when it is reached.
-3. Their log√2 format has 2ᵇ + 1 levels; ours has 2ᵇ, with another boundary to zero: see
-   :mod:`quantlens.formats.log`.
-4. Channels whose values are constant (LayerNorm weight 0) make their code divide by zero. Here such a channel is
-   represented exactly; its scale, which is arbitrary, does not take part in the mean s̃, and its r is 1.
-5. Their Swin scales q before its quantizer; here the product's operand is quantized wherever the model scales it.
-6. Norms are found by following the graph, not by the substring "norm" in a name; the final norm → head is left alone,
-   as theirs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +69,15 @@ class RepQViT(Method):
         quantizes=MATMUL_OPERANDS,
         version=2,
         summary="LayerNorm outputs from channel- to tensor-wise by exact rewriting; log√2 softmax; MSE quantile ranges",
-        departures="integer zero points; layers rewritten during calibration; zero is one of the 2^b log codes",
+        readings=(
+            "the layer-wise zero point is the rounded mean of the channels', an integer that is a code; theirs is not",
+            "a layer is rewritten when it is reached; theirs calibrate once more in a second pass",
+            "log√2: zero is one of the 2^b codes, where theirs has 2^b + 1",
+            "a channel that is constant (LayerNorm weight 0), where theirs divides by zero, is represented exactly and "
+            "does not take part in the mean scale",
+            "the products' operands are quantized wherever the model scales them; theirs scales Swin's q before",
+            "the last norm, before the classifier, is left alone, as theirs",
+        ),
         aliases=("repq", "repqvit"),
         options={
             "layernorm": Option(
@@ -138,12 +132,7 @@ class RepQViT(Method):
         edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
         CalibrationPass(graph, calibration, sequential=True, seed=run.seed).run(edges, on_edge, run.progress)
         done = {group.norm.name: group for group in groups.values() if group.norm.name in found}
-        for name, group in done.items():
-            rescale_norm(graph, group, found[name].scale, found[name].shift)
-        rewrites = (
-            [f"LayerNorm outputs reparameterized from channel- to layer-wise at {len(done)} norms"] if done else []
-        )
-        return Plan(quantizers, rewrites)
+        return Plan(quantizers, rescale_norms(graph, {name: (group, found[name]) for name, group in done.items()}))
 
 
 def norm_groups(graph: Graph) -> dict[str, NormGroup]:
@@ -151,6 +140,13 @@ def norm_groups(graph: Graph) -> dict[str, NormGroup]:
     heads = {site.name for site in graph.sites.head}
     groups = [g for g in find_norm_groups(graph) if not any(linear.name in heads for linear in g.linears)]
     return {linear.name: group for group in groups for linear in group.linears}
+
+
+def rescale_norms(graph: Graph, norms: Mapping[str, tuple[NormGroup, Reparameterization]]) -> list[str]:
+    """Rewrite LayerNorms, by name; sentences for the plan."""
+    for group, found in norms.values():
+        rescale_norm(graph, group, found.scale, found.shift)
+    return [f"LayerNorm outputs reparameterized from channel- to layer-wise at {len(norms)} norms"] if norms else []
 
 
 def reparameterize(low: Tensor, high: Tensor, bits: int) -> Reparameterization:

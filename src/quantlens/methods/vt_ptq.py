@@ -21,16 +21,16 @@ from torch import Tensor
 
 from quantlens.calibration import Calibration
 from quantlens.calibration.products import Product
-from quantlens.calibration.ranges.similarity import Objective, Operand, Ranking, alternate_pair, candidate_factors
+from quantlens.calibration.ranges.similarity import Objective, Operand, Ranking, alternate_pair
 from quantlens.calibration.sampling import ProductSampler
-from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.methods._scale_search import (
-    SEARCH_OPTIONS,
-    SearchSettings,
+    UNSIGNED,
+    factors_of,
     operand,
     quantizer_of,
+    search_options,
     visit_products,
 )
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
@@ -41,22 +41,11 @@ RANKED_ROWS = 64
 """Queries whose keys are compared in pairs."""
 
 ALL_PAIRS = 256
-"""Keys up to which all pairs are compared when ``ranking_pairs`` is not given."""
+"""Keys up to which all pairs are compared; beyond, as many are drawn."""
 
-DEPARTURES = (
-    "γ and θ are not published: L_ranking is the mean over pairs and rows, in units of the standard deviation σ of a "
-    "query's scores, so that both mean the same at any sequence length and scale; θ = 0.1 σ, because a hinge without "
-    "a margin does not see two scores that fall together, and γ = 1, which makes both terms relative errors",
-    "100 candidates, and Δ itself, which wins a tie; a round that lowers the objective by less than a thousandth of "
-    "it is the last, one that raises it is taken back",
-    "a sample is one image for a layer, one (image, head) matrix for a product of the attention; the objective is "
-    "measured on up to 32 of them: 512 tokens of a layer, 32 queries of each matrix, 64 queries for the ranking",
-    "all pairs of keys are compared up to 256 keys, beyond that 32 640 pairs drawn with the seed (ranking_pairs)",
-    "layers that share a bias are left out of the bias correction",
-    "softmax outputs, never negative, get unsigned codes 0 … 2^b − 1; nonnegative=signed is eq. 8 as written",
-    "the classifier, which the paper does not name, is quantized as every linear layer, the pixels at 8 bits "
-    "(patch_bits); a convolution with groups, or with padding given as a word, has its operands matched separately",
-)
+BETA = 1.2
+WEIGHT, MARGIN = 1.0, 0.1
+"""γ and θ, the latter in standard deviations of a query's scores."""
 
 
 class VTPTQ(Method):
@@ -69,23 +58,28 @@ class VTPTQ(Method):
         url="https://arxiv.org/abs/2106.14156",
         quantizes=MATMUL_OPERANDS,
         summary="alternating scale search by Pearson similarity and the order of attention scores; bias correction",
-        departures=DEPARTURES,
+        departures=(UNSIGNED,),
+        readings=(
+            "γ and θ are not published: L_ranking is the mean over pairs and rows, in units of the standard deviation "
+            "σ of a query's scores, so that both mean the same at any sequence length and scale; θ = 0.1 σ, because a "
+            "hinge without a margin does not see two scores that fall together, and γ = 1, which makes both terms "
+            "relative errors",
+            "100 candidates, and Δ itself, which wins a tie; a round that lowers the objective by less than a "
+            "thousandth of it is the last, one that raises it is taken back",
+            "a sample is one image for a layer, one (image, head) matrix for a product of the attention; the objective "
+            "is measured on up to 32 of them: 512 tokens of a layer, 32 queries of each matrix, 64 queries for the "
+            "ranking",
+            "all pairs of keys are compared up to 256 keys, beyond that 32 640 pairs drawn with the seed",
+            "layers that share a bias are left out of the bias correction",
+            "the classifier, which the paper does not name, is quantized as every linear layer, the pixels at 8 bits; "
+            "a convolution with groups, or with padding given as a word, has its operands matched separately",
+        ),
         aliases=("vtptq", "liu2021"),
         options={
-            **SEARCH_OPTIONS,
-            "beta": Option(1.2, "end of the candidates, as alpha"),
-            "rounds": Option(20, "most times that both scales of a layer are searched"),
+            **search_options(20),
             "similarity": Option(True, "search scales by Pearson similarity (Table 3)", (True, False)),
             "ranking": Option(True, "ranking loss on attention scores (Table 3)", (True, False)),
             "bias_correction": Option(True, "correct biases after each round (Table 3)", (True, False)),
-            "ranking_weight": Option(1.0, "γ, weight of the ranking loss"),
-            "ranking_margin": Option(0.1, "θ, margin of the ranking loss, in standard deviations of a query's scores"),
-            "ranking_pairs": Option(
-                None, f"pairs of keys compared per query (None: all up to {ALL_PAIRS} keys, as many drawn beyond)"
-            ),
-            "nonnegative": Option(
-                "unsigned", "codes of tensors without negative values: unsigned or signed", ("unsigned", "signed")
-            ),
         },
     )
 
@@ -98,34 +92,12 @@ class VTPTQ(Method):
         return Plan(found, done if search.shifts else [])
 
 
-def _settings(run: Run) -> SearchSettings:
-    """The search's settings. Raises QuantlensError for options out of range."""
-    settings = SearchSettings(
-        float(run["alpha"]),
-        float(run["beta"]),
-        int(run["candidates"]),
-        int(run["rounds"]),
-        1.0,
-        frozenset(),
-        run["nonnegative"] == "unsigned",
-    )
-    settings.check()
-    drawn = run["ranking_pairs"]
-    if run["ranking_weight"] < 0 or run["ranking_margin"] < 0 or (drawn is not None and drawn < 1):
-        raise QuantlensError(
-            f"ranking_weight={run['ranking_weight']}, ranking_margin={run['ranking_margin']}, "
-            f"ranking_pairs={run['ranking_pairs']}: give none below 0, and at least one pair (1.0, 0.1, None)"
-        )
-    return settings
-
-
 class _Search:
     """The scales of all products, found one after the other. quantizers: by edge key. shifts: E[ŴX̂ − WX] by layer."""
 
     def __init__(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run):
         self.graph, self.images, self.bits, self.run = graph, calibration.count, bits, run
-        self.settings = _settings(run)
-        self.factors = candidate_factors(self.settings.alpha, self.settings.beta, self.settings.candidates)
+        self.factors, self.rounds = factors_of(run, BETA)
         self.generator = torch.Generator().manual_seed(run.seed)
         self.sampler = ProductSampler(self.generator)
         self.corrected = {site.name for site in corrected_layers(graph)} if run["bias_correction"] else set()
@@ -140,7 +112,7 @@ class _Search:
         else:
             values = list(reversed(pair)) if product.site.kind in LAYERS else list(pair)
         sides = [
-            operand(value, parts, self.bits.of(self.graph, edge), self.settings)
+            operand(value, parts, self.bits.of(self.graph, edge), 1.0, self.run["unsigned"])
             if edge.key in wanted
             else Operand(value)
             for edge, parts, value in zip(product.quantized, tensors, values, strict=True)
@@ -171,7 +143,7 @@ class _Search:
             left,
             right,
             self.factors,
-            self.settings.rounds,
+            self.rounds,
             first="right" if layer else "left",
             correct=correct if product.site.name in self.corrected else None,
         )
@@ -188,16 +160,14 @@ def _objective(
         flat = expected.flatten(0, -2)
         rows = torch.randperm(len(flat), generator=generator)[:RANKED_ROWS].to(flat.device)
         unit = float(flat[rows].var(-1, correction=0).mean().sqrt())
-        pairs = None if run["ranking_pairs"] is None else int(run["ranking_pairs"])
-        if pairs is None and flat.shape[-1] > ALL_PAIRS:
-            pairs = ALL_PAIRS * (ALL_PAIRS - 1) // 2
+        pairs = ALL_PAIRS * (ALL_PAIRS - 1) // 2 if flat.shape[-1] > ALL_PAIRS else None
         if unit > 0:
             ranking = Ranking.of(
                 expected,
-                float(run["ranking_margin"]) * unit,
+                MARGIN * unit,
                 pairs=pairs,
                 rows=rows,
-                weight=float(run["ranking_weight"]) / unit,
+                weight=WEIGHT / unit,
                 generator=generator,
             )
     if ranking is None and not run["similarity"]:

@@ -57,7 +57,7 @@ def reconstruct(
     units; a later call with equal graph, plan, images, settings and seed goes on after the last of them, bit-equal.
     memory: bytes of cached activations kept in memory, the rest goes to a temporary file.
 
-    A unit whose loss on all calibration images did not fall keeps its start. Random numbers come from a CPU generator,
+    Random numbers come from a CPU generator,
     seeded per unit. Raises UnsupportedError for a plan with integer operators (train before they are put in).
     """
     settings = settings or Settings()
@@ -145,12 +145,12 @@ class _UnitTraining:
             result, new = self._frozen(best.report)
             after = self._measure(new)
             history.append(after)
-            if after < lowest:
+            if after < lowest or not self.settings.guarded:
                 new, outputs, lowest, best, state = outputs, new, after, result, self.learners.state()
             for cache in new.values():
                 cache.free()
         seconds = round(time.perf_counter() - started, 3)
-        best.report = UnitReport(self.unit.name, before, lowest, tuple(history), lowest < before, trained, seconds)
+        best.report = UnitReport(self.unit.name, before, lowest, tuple(history), best.changes, trained, seconds)
         return outputs, best
 
     def _frozen(self, report: UnitReport) -> tuple[Result, Outputs]:

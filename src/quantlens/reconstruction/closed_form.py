@@ -188,20 +188,26 @@ def round_columns(
     return rounded if back is None else rounded[:, back]
 
 
-def round_halves(weight: Tensor, gram: Tensor, grid: Grid, *, damping: float, flips: int = FLIPS) -> Tensor:
+def round_halves(
+    weight: Tensor, gram: Tensor, grid: Grid, *, damping: float, order: Tensor | None = None, own: bool = False
+) -> Tensor:
     """Ŵ [out, in] on the grid: half of the columns that remain are rounded and refined, the others take up their error,
     and so on to the last one (ERQ's weight error reduction).
 
-    Arguments as of :func:`round_columns`; flips: see :func:`refine`. The rounding of a half is judged by what is left
-    of its error once the other half has taken it up.
+    Arguments as of :func:`round_columns`. The rounding of a half is judged by what is left of its error once the other
+    half has taken it up, or (own) by its error before that.
     """
+    if order is not None:
+        halves = round_halves(weight[:, order], gram[order][:, order], grid, damping=damping, own=own)
+        return halves[:, order.argsort()]
     factor = inverse_factor(gram, damping).to(weight.dtype)
     weight, start, count = weight.clone(), 0, weight.shape[1]
     while start < count:
         stop = start + max((count - start) // 2, 1)
         inner = factor[start:stop, start:stop]
         upright = torch.linalg.solve_triangular(inner, torch.eye(stop - start).to(inner), upper=True)
-        error = refine(weight[:, start:stop], grid, upright @ upright.T, flips)
+        curvature = gram[start:stop, start:stop].to(weight) if own else upright @ upright.T
+        error = refine(weight[:, start:stop], grid, curvature)
         taken = torch.linalg.solve_triangular(inner, error, upper=True, left=False)
         weight[:, stop:].addmm_(taken, factor[start:stop, stop:])
         weight[:, start:stop] += error

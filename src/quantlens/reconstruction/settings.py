@@ -34,6 +34,7 @@ class Settings:
     straight_through, regularisation, beta, warmup: see :class:`.rounding.AdaRound` and :func:`.rounding.annealed_beta`;
         the regulariser is the mean over a unit's weights times ``regularisation``.
     float_weights: with "weights", weights that are not quantized are trained too.
+    guarded: a unit whose loss on all images did not fall keeps its start.
     """
 
     optimise: tuple[str, ...] = (ROUNDING, SCALES)
@@ -53,6 +54,7 @@ class Settings:
     beta: tuple[float, float] = (20.0, 2.0)
     warmup: float = 0.2
     float_weights: bool = False
+    guarded: bool = True
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.optimise if name not in (ROUNDING, SCALES, WEIGHTS, VECTORS)]
@@ -111,3 +113,7 @@ class Result:
     report: UnitReport
     tensors: dict[str, Tensor] = field(default_factory=dict)
     quantizers: dict[str, Quantizer] = field(default_factory=dict)
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.tensors or self.quantizers)

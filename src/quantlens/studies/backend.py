@@ -22,11 +22,16 @@ Steps = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """A method of the registry with all its options, defaults filled in."""
+    """A method of the registry with all its options, defaults filled in. key: the options as keys of cells spell them
+    (None: the same)."""
 
     name: str
     version: int
     options: dict[str, Any]
+    key: dict[str, Any] | None = None
+
+    def spelled(self) -> dict[str, Any]:
+        return self.options if self.key is None else self.key
 
 
 class Backend:
@@ -35,9 +40,11 @@ class Backend:
     def method(self, name: str, options: Mapping[str, Any]) -> MethodChoice:
         """Look a method up by name or alias; unknown names and options raise."""
         from quantlens.methods import registry
+        from quantlens.methods._former_options import former_options
 
         method = registry.get(name)
-        return MethodChoice(method.info.name, int(method.info.version), dict(method.options(dict(options))))
+        chosen, found = method.info.name, dict(method.options(options))
+        return MethodChoice(chosen, int(method.info.version), found, former_options(chosen, found))
 
     def check_model(self, name: str, weights: str | None) -> None:
         """Raise at once for a name or a weights file that cannot be right, before any model is loaded."""

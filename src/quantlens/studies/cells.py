@@ -63,10 +63,10 @@ def plan_study(config: StudyConfig, backend: Backend | None = None) -> list[Plan
     Raises for methods and options that do not exist."""
     backend = backend or Backend()
     load_all(config.plugins)
-    methods = [(backend.method(spec.name, spec.options), spec.label) for spec in config.methods]
+    methods = [(backend.method(spec.name, spec.settings()), spec.label) for spec in config.methods]
     quantized = [bits for bits in config.bits if bits != FP32]
     asked = config.inspect
-    inspected = None if asked is None else backend.method(asked.method.name, asked.method.options)
+    inspected = None if asked is None else backend.method(asked.method.name, asked.method.settings())
     cells: list[PlannedCell] = []
     for model in config.models:
         cells.append(PlannedCell(model, None, "fp32", FP32, 0))
@@ -173,7 +173,7 @@ def _determinants(cell: PlannedCell, config: StudyConfig, images: StudyImages) -
     method = cell.method
     if cell.inspects:
         assert method is not None
-        chosen = [method.name, method.version, method.options]
+        chosen = [method.name, method.version, method.spelled()]
         mark = images.mark(images.inspected)
         return {"inspection": INSPECTION_FORMAT, "method": chosen, "bits": cell.bits, "seed": cell.seed, "images": mark}
     looks = {} if config.attention is None else {"attention": [LENS_FORMAT, *config.attention.model_dump().values()]}
@@ -185,7 +185,7 @@ def _determinants(cell: PlannedCell, config: StudyConfig, images: StudyImages) -
     return {
         **looks,
         **mixed,
-        "method": None if method is None else [method.name, method.version, method.options],
+        "method": None if method is None else [method.name, method.version, method.spelled()],
         "bits": cell.bits,
         "seed": cell.seed,
         "calibration": None if method is None else images.mark(images.calibration[cell.seed]),

@@ -4,7 +4,7 @@
     models:
       - name: deit_tiny_patch16_224          # any name that `load_model` takes
         weights: ${WEIGHTS}/deit_tiny.safetensors
-    methods: [repq-vit, {name: percentile, options: {percentile: 99.99}}]
+    methods: [repq-vit, {name: percentile, head_bits: 8, options: {p: 0.999}}]
     bits: [FP32, W8A8, W4A4, MP6]          # MP6: mixed precision, the size of W6A6
     seeds: [0, 13, 37]
     calibration: {source: "imagenet:data/train", n: 32}     # drawn anew for every seed
@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from quantlens._moved import ARGUMENTS, arguments_apart
 from quantlens.errors import QuantlensError
 from quantlens.studies.study_file import first_problem, read_yaml, resolve_path, resolve_source
 
@@ -73,17 +74,33 @@ class ModelSpec(_Strict):
 
 
 class MethodSpec(_Strict):
-    """One method with its options (the paper's defaults where none is given)."""
+    """One method with its options, what every method takes (as `quantize` does; None: the method's default), and a
+    label for tables."""
 
     name: str = Field(min_length=1)
     options: dict[str, Any] = {}
     label: str = ""
+    patch_bits: int | None = None
+    head_bits: int | None = None
+    outlier_channels: Literal["keep", "split"] | None = None
+    image: Literal["range", "pixels"] | None = None
+    target: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _label_is_name(cls, value: Any) -> Any:
         value = _named(value)
-        return {"label": value.get("name", ""), **value} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        if isinstance(options := value.get("options"), dict):
+            shared, own = arguments_apart(options, "`{}` beside `options`")
+            value = {**shared, **value, "options": own}
+        return {"label": value.get("name", ""), **value}
+
+    def settings(self) -> dict[str, Any]:
+        """What a method is called with."""
+        given = {name: getattr(self, name) for name in ARGUMENTS}
+        return {**self.options, **{name: value for name, value in given.items() if value is not None}}
 
 
 class CalibrationSpec(_Strict):

@@ -33,37 +33,34 @@ def token_weights(seen: Observation) -> Tensor:
 
 
 def power_of_two_factors(
-    seen: Observation, bits: int, *, largest: int = LARGEST, axis: int = -1, weights: Tensor | None = None
+    seen: Observation, bits: int, *, largest: int = LARGEST, zero_points: int = ZERO_POINTS, axis: int = -1
 ) -> PowerOfTwo:
     """The format whose channels' exponents have the least squared error each (eq. 8 and 9 of the paper).
 
-    seen: one row per channel. weights: [m] of the sample's columns (:func:`token_weights`; None: all equal).
-
-    For a zero point, the scale of exponent ``largest`` is the smallest that covers the whole range [low, high], zero
-    taken in, over all channels; that of exponent 0 is 2^(−largest) of it. Of the zero point of the whole range and
-    :data:`ZERO_POINTS` − 1 others, the one with the least squared error over all channels is taken: the whole range is
-    often that of one channel, to one side, and its zero point leaves the other side of all
-    other channels a few codes (in ViT-Tiny, 4 of 256).
+    seen: one row per channel. For a zero point, the scale of exponent ``largest`` is the smallest that covers the whole
+    range [low, high], zero taken in, over all channels; that of exponent 0 is 2^(−largest) of it. Of the zero point of
+    the whole range and ``zero_points`` − 1 others, the one with the least squared error over all channels is taken: the
+    whole range is often that of one channel, to one side, and its zero point leaves the other side of all other
+    channels a few codes.
     """
     low, high = seen.low.min().double().clamp_max(0.0), seen.high.max().double().clamp_min(0.0)
     top = 2**bits - 1
     whole = int(affine_parameters(low, high, bits)[1])
     choices: list[tuple[float, Tensor, int, Tensor]] = []
-    for zero in dict.fromkeys([whole, *(round(top * i / ZERO_POINTS) for i in range(1, ZERO_POINTS))]):
-        if (zero == 0 and low < 0) or (zero == top and high > 0):
+    for zero in dict.fromkeys([whole, *(round(top * i / zero_points) for i in range(1, zero_points))]):
+        if zero_points > 1 and ((zero == 0 and low < 0) or (zero == top and high > 0)):
             continue  # no code for that side
         scale = torch.maximum(high / max(top - zero, 1), -low / max(zero, 1))
         base = (torch.where(scale > 0, scale, torch.ones_like(scale)) * 2.0**-largest).float()
         base = base.clamp_min(torch.finfo(torch.float32).tiny * 4)
         values, bounds = seen.values * (1.0 / base), (float(-zero), float(top - zero))
-        errors = torch.stack([_error(values, 2.0**k, bounds, weights) for k in range(largest + 1)])
+        errors = torch.stack([_error(values, 2.0**k, bounds) for k in range(largest + 1)])
         least, exponents = errors.min(0)
         choices.append((float(least.double().sum()) * float(base) ** 2, base, zero, exponents))
     _, base, zero, exponents = min(choices, key=lambda choice: choice[0])
     return PowerOfTwo(base, exponents, torch.tensor(zero, device=base.device), bits, signed=False, axis=axis)
 
 
-def _error(values: Tensor, factor: float, bounds: tuple[float, float], weights: Tensor | None) -> Tensor:
-    """[G] mean squared error of rows [G, m] in units of the base scale, columns weighted."""
-    error = (values * (1.0 / factor)).round_().clamp_(*bounds).mul_(factor).sub_(values).square_()
-    return error.mean(1) if weights is None else error @ weights / len(weights)
+def _error(values: Tensor, factor: float, bounds: tuple[float, float]) -> Tensor:
+    """[G] mean squared error of rows [G, m] in units of the base scale."""
+    return (values * (1.0 / factor)).round_().clamp_(*bounds).mul_(factor).sub_(values).square_().mean(1)
