@@ -30,7 +30,7 @@ MODULES: dict[str, str] = {
     "quantlens.quantizers.rows": "quantlens.formats.sqrt_softmax",
     **_of("quantizers", "qmodel", "bits", "model", "targets"),
     **_of("ranges", "calibration", "observers"),
-    **_of("ranges", "calibration.ranges", "guided", "moving", "power_of_two", "progressive", "rules", "similarity"),
+    **_of("ranges", "calibration.ranges", "guided", "power_of_two", "progressive", "rules", "similarity"),
     **_of("graph", "transforms", "rotation"),
     **_of("reconstruction", "transforms", "equalisation", "heads"),
     "quantlens.reconstruction.massive": "quantlens.transforms.outlier_channels",

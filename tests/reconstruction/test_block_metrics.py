@@ -107,7 +107,7 @@ def _damage(probe, batch, index):
 
 
 def test_gradients_are_those_of_the_divergence(probe, small, pictures):
-    batch = next(probe.batches(Calibration.of(pictures, small["vit"].preprocess), None))
+    batch = next(probe.batches(Calibration.of(pictures, small["vit"].preprocess)))
     for index, unit in enumerate(probe.measured):
         value = batch.values[unit.results[0]]
         changed = value + 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(index))
@@ -121,7 +121,7 @@ def test_the_difference_of_gradients_is_the_hessian(small, pictures):
     graph, calibration = graph_of(model), Calibration.of(one, model.preprocess)
     found = perturbation_metrics(graph, calibration, seed=5)
     probe, generator = _Probe(graph, 20.0), torch.Generator().manual_seed(5)
-    batch = next(probe.batches(calibration, None))
+    batch = next(probe.batches(calibration))
     for index, unit in enumerate(probe.measured):
         value = batch.values[unit.results[0]]
         signs = (torch.rand(value.shape, generator=generator) < 0.5).float() * 2 - 1
@@ -133,7 +133,7 @@ def test_the_difference_of_gradients_is_the_hessian(small, pictures):
 
 def test_one_number_for_all_channels_changes_nothing(probe, small, pictures):
     """Why the perturbation has random signs: LayerNorm takes a constant away, and its direction has no curvature."""
-    batch = next(probe.batches(Calibration.of(pictures[:1], small["vit"].preprocess), None))
+    batch = next(probe.batches(Calibration.of(pictures[:1], small["vit"].preprocess)))
     index = next(i for i, u in enumerate(probe.measured) if u.name == "blocks.0")
     value = batch.values[probe.measured[index].results[0]]
     generator = torch.Generator().manual_seed(0)
@@ -159,7 +159,7 @@ def test_fisher_metrics_use_every_unit_quantized_alone(small, pictures):
     assert set(found) == {u.name for u in probe.measured}
     rows = []
     for half in (pictures[:4], pictures[4:]):
-        batch = next(probe.batches(Calibration.of(half, model.preprocess), None))
+        batch = next(probe.batches(Calibration.of(half, model.preprocess)))
         unit = probe.measured[1]
         sources = {n: batch.values[n] for n in unit.sources}
         changed = run_unit(q.graph, unit, sources, 4, frozen_hook(q.graph, unit, q.plan.quantizers))[0]

@@ -45,7 +45,6 @@ def sample_products(
     loss: Loss,
     *,
     floor: float = 0.0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, ProductSample]:
     """Samples of ``products`` by site name, operands and gradients those of the float model.
 
@@ -63,13 +62,9 @@ def sample_products(
     together = images_together(graph, 1)
     pieces = sum(math.ceil(min(CHUNK, len(calibration) - i * CHUNK) / together) for i in range(calibration.pieces))
     collector = _Collector(graph, products, sampler, pieces, floor)
-    done = 0
     for chunk in calibration:
         for images in chunk.chunk(math.ceil(len(chunk) / together)):
             collector.batch(images, loss)
-            done += 1
-            if progress is not None:
-                progress(done, pieces)
     return collector.result()
 
 

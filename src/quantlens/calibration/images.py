@@ -93,10 +93,6 @@ class Calibration:
         """The first ``count`` images (all, if there are fewer)."""
         return self._same(count=min(count, self.count), fingerprint=None if count < self.count else self.fingerprint)
 
-    def in_chunks(self, size: int) -> Calibration:
-        """The same images in chunks of another size."""
-        return self._same(size=size)
-
     def _same(self, **changes: Any) -> Calibration:
         same = {"count": self.count, "source": self.source, "fingerprint": self.fingerprint, "device": self.device}
         return Calibration(self._images, **{**same, "size": self.size, **changes})

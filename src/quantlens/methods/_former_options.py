@@ -64,11 +64,11 @@ FIXED: dict[str, dict[str, Any]] = {
     "aocq": {"softmax": "auto", "lr_rounding": 0.03, "lr_scales": 0.003},
     "aphq-vit": {**_START, **_DROPPING, "loss": "aph", "step": 0.01, "mlp": "relu", "lr_mlp": 0.02},
     "base-ptq": {**_SEARCH, "nonnegative": "signed"},
-    "bit-split": {"weights": "response", "inputs": "quantized"},
+    "bit-split": {"weights": "response", "inputs": "quantized", "bias_correction": False},
     "easyquant": {**_SEARCH, "beta": 2.0, "nonnegative": "unsigned"},
     "erq": {"activation_error": "ridge", "weight_error": "halves", "flips": 100},
     "fima-q": {**_START, **_DROPPING, "loss": "dplr", "damping": 0.001},
-    "fq-ptq": {"ptf": "residual", "exponents": "squared", "largest_exponent": 7},
+    "fq-ptq": {"observer": "minmax", "ptf": "residual", "exponents": "squared", "largest_exponent": 7},
     "gptq": {"block": 128, "inputs": "network", "weight_range": "quantile"},
     "i-and-s-vit": {
         **_START,

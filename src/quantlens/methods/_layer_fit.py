@@ -54,7 +54,7 @@ def fit_layers(graph: Graph, calibration: Calibration, plan: Plan, fit: Fit, run
         weight = graph.tensor(name)
         if name not in found:
             own = plan.quantizers.get(f"{site.name}.input")
-            moments = _moments(site, weight, view.tensors(site.edges["input"]), own, network)
+            moments = input_moments(site, weight, view.tensors(site.edges["input"]), own, network=network)
             if moments is None:
                 return plan.quantizers[edge.key]
             fitted = fit(weight.flatten(1), moments, plan.quantizers[edge.key].bits, site.name in free)
@@ -75,10 +75,11 @@ def fit_layers(graph: Graph, calibration: Calibration, plan: Plan, fit: Fit, run
     return len(found)
 
 
-def _moments(
-    site: Site, weight: Tensor, pieces: Sequence[Tensor], own: Quantizer | None, network: bool
+def input_moments(
+    site: Site, weight: Tensor, pieces: Sequence[Tensor], own: Quantizer | None, *, network: bool = False
 ) -> Moments | None:
-    """Moments of a layer's inputs; ``None`` for a convolution that is no product."""
+    """Moments of a layer's inputs after its own quantizer and before it (network: after it alone); ``None`` for a
+    convolution that is no product."""
     if patches(site, weight, pieces[0][:1]) is None:
         return None
 

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Transform
 from quantlens.calibration.measured_transforms import subtract_means
-from quantlens.calibration.products import patches
 from quantlens.calibration.ranges import mse
-from quantlens.errors import QuantlensError
 from quantlens.formats import GroupScaled, Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
+from quantlens.methods._layer_fit import input_moments
 from quantlens.methods.base import Widths, matmul_operand_edges
 from quantlens.qmodel import Plan
 from quantlens.qmodel.bits import FLOAT
@@ -248,7 +247,8 @@ class SequentialPass:
         weight = self.graph.tensor(str(site.weight))
         own = self.plan.quantizers.get(f"{site.name}.input")
         # a weight that two layers share is left as it is
-        moments = _moments(site, weight, view, own) if self.names.count(site.weight) == 1 else None
+        alone = self.names.count(site.weight) == 1
+        moments = input_moments(site, weight, view.tensors(site.edges["input"]), own) if alone else None
         target = self.weights.target(weight.flatten(1), moments, own)
         quantizer = self.bits.weights(*mse(Observation.of(target), width), width)
         self.plan.quantizers[edge.key] = quantizer
@@ -263,22 +263,3 @@ class SequentialPass:
         self.targets[str(site.weight)] = target.reshape(weight.shape)
         self.values[str(site.weight)] = value
         return lambda _: value
-
-
-def _moments(site: Site, weight: Tensor, view: EdgeView, own: Quantizer | None) -> Moments | None:
-    """Moments of a layer's inputs after its own quantizer, and before it; None for a convolution that is no product."""
-    pieces = view.tensors(site.edges["input"])
-    if patches(site, weight, pieces[0][:1]) is None:
-        return None
-
-    def pair(piece: Tensor) -> tuple[Tensor, Tensor]:
-        plain = patches(site, weight, piece)
-        quantized = plain if own is None else patches(site, weight, own(piece))
-        assert plain is not None
-        assert quantized is not None
-        return quantized, plain
-
-    try:
-        return Moments.of(pair(piece) for piece in pieces)
-    except ValueError as error:
-        raise QuantlensError(f"{site.name}.input: {error}; check the weights and the calibration images") from error

@@ -38,7 +38,7 @@ from quantlens.methods.base import (
 )
 from quantlens.qmodel import Plan
 from quantlens.qmodel.bits import FLOAT
-from quantlens.reconstruction.bias import LAYERS, correct_biases, output_means
+from quantlens.reconstruction.bias import LAYERS
 
 ROWS = 8192
 """Tokens (positions) that a layer's weights are fitted on."""
@@ -91,7 +91,7 @@ class BitSplit(Method):
             "every fully connected layer in their code; so is a convolution with groups, or with padding given as a "
             "word",
             "operands of the attention's products, which have no weights, get scales of least squared error alone",
-            "bias_correction stands in for their new estimate of batch-norm statistics; off by default",
+            "a transformer has no batch norm, whose statistics they estimate anew",
             "up to 8192 tokens (positions) are used per layer; layers that share one weight share the quantizer",
         ),
         aliases=("bitsplit",),
@@ -99,9 +99,6 @@ class BitSplit(Method):
             "rounds": Option(10, "most rounds over all bits of a layer (the authors: 100)"),
             "damping": Option(
                 1.0, "weight of the distance to the float weights, as a multiple of the inputs' mean square"
-            ),
-            "bias_correction": Option(
-                False, "bring every layer's mean output to the float network's at the end", (True, False)
             ),
         },
     )
@@ -111,7 +108,6 @@ class BitSplit(Method):
             raise QuantlensError(f"rounds={run['rounds']}: give at least 1 (10)")
         edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
         fitted = {e.site for e in edges if e.is_weight}
-        means = output_means(graph, calibration) if run["bias_correction"] else None
         targets = _targets(graph, calibration, fitted, run.seed)
         quantizers: dict[str, Quantizer] = {}
         stitched: dict[str, tuple[Uniform, Tensor]] = {}
@@ -147,9 +143,6 @@ class BitSplit(Method):
         for name, (_, value) in stitched.items():
             graph.set_tensor(name, value)
         rewrites = [f"weights of {len(stitched)} layers replaced by their stitched values"] if stitched else []
-        if means is not None:
-            shifts = correct_biases(graph, quantizers, calibration, means=means)
-            rewrites.append(f"biases of {len(shifts)} layers corrected to the float network's mean outputs")
         return Plan({e.key: quantizers[e.key] for e in matmul_operand_edges(graph) if e.key in quantizers}, rewrites)
 
 

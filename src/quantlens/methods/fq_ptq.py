@@ -8,8 +8,8 @@ from pixels to logits:
   integers (:class:`~quantlens.formats.IntegerLayerNorm`).
 * softmax runs on integers too, with I-BERT's exponential, and puts out powers of two (section 3.3, Log-Int-Softmax;
   :class:`~quantlens.formats.LogIntSoftmax`).
-* everything else: activations per tensor, asymmetric uniform, ranges by one of four observers (min-max, moving
-  average, percentile, OMSE); weights per output channel, symmetric, s = max|w|/(2ᵇ⁻¹ − ½).
+* everything else: activations per tensor, asymmetric uniform, min-max ranges; weights per output channel, symmetric, s
+  = max|w|/(2ᵇ⁻¹ − ½).
 
 All ranges are those of the float model. Biases, γ, β, class token and position embedding are constants of the
 accumulators that they are added to and are not quantized by themselves.
@@ -17,16 +17,14 @@ accumulators that they are added to and are not quantized by themselves.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
-from quantlens.calibration.ranges import affine, mse
-from quantlens.calibration.ranges.moving import moving_average
+from quantlens.calibration.ranges import affine
 from quantlens.calibration.ranges.power_of_two import power_of_two_factors
 from quantlens.errors import QuantlensError
 from quantlens.formats import (
@@ -47,10 +45,6 @@ from quantlens.methods.base import EVERYTHING, Departure, Method, MethodInfo, Op
 from quantlens.qmodel import Plan
 from quantlens.qmodel.bits import FLOAT
 
-BATCHES = 10
-"""Batches that a moving average takes the calibration images in."""
-PERCENTILE = 0.99999
-OMSE_VALUES = 1 << 17
 MASKED = 50.0
 """An entry of the attention this far below its row's largest is masked."""
 
@@ -81,8 +75,9 @@ class FQViT(Method):
             ),
         ),
         readings=(
-            "calibration images: as many as are given; a moving average takes them in 10 batches (theirs: 10 of 100)",
-            "errors (OMSE, exponents) are measured on samples of all images, not on the last batch",
+            "calibration images: as many as are given, theirs 10 batches of 100; ranges are the whole ones (min-max), "
+            "as for the paper's FQ-ViT",
+            "errors of exponents are measured on samples of all images, not on the last batch",
             "zero is taken into every range, where theirs clamps zero points and cuts off values; not at the softmax's "
             "input, whose zero point cancels",
             "integer LayerNorm: one multiplier per channel, rounded to nearest; sigma = 0 gives beta, theirs NaN",
@@ -94,11 +89,6 @@ class FQViT(Method):
         ),
         aliases=("fq-vit", "fqvit", "fq"),
         options={
-            "observer": Option(
-                "minmax",
-                "ranges of activations: minmax (the paper's FQ-ViT), ema, percentile or omse",
-                ("minmax", "ema", "percentile", "omse"),
-            ),
             "lis": Option(
                 True, "log-int-softmax (False: float softmax with uniform codes of its output)", (True, False)
             ),
@@ -113,10 +103,7 @@ class FQViT(Method):
         softmax_bits = None if run["softmax_bits"] is None else _softmax_bits(run["softmax_bits"])
         tensors = [Shared.of(graph, group, bits, softmax_bits) for group in everything_edges(graph)]
         chosen = _Choice(graph, bits, run, [tensor for tensor in tensors if tensor.width != FLOAT])
-        images = calibration
-        if run["observer"] in ("ema", "percentile"):
-            images = calibration.in_chunks(math.ceil(calibration.count / BATCHES))
-        CalibrationPass(graph, images, sequential=False, seed=run.seed).run(
+        CalibrationPass(graph, calibration, sequential=False, seed=run.seed).run(
             chosen.edges(), chosen.on_edge, run.progress
         )
         quantizers, operators = chosen.quantizers, integer_operators(graph, chosen, run)
@@ -153,7 +140,7 @@ class _Choice:
         if edge is not tensor.edges[0]:
             self.quantizers[edge.key] = self.quantizers[tensor.edges[0].key]
         elif self.graph.sites[edge.site].kind == "probs" and edge.position is not None:
-            quantizer, has_mask = softmax_input(view.tensors(), self.run["observer"], tensor.width)
+            quantizer, has_mask = softmax_input(view.tensors(), tensor.width)
             self.quantizers[edge.key] = quantizer
             if has_mask:
                 self.masked.add(edge.site)
@@ -166,7 +153,8 @@ class _Choice:
         """Power-of-two factors per channel where they cost nothing, else one scale for the tensor."""
         run, axis = self.run, tensor.channel_axis(sums=self.run["sums"])
         if axis is None:
-            return affine(*with_zero(*observed(view, run["observer"], tensor.width)), tensor.width)
+            seen = view()
+            return affine(*with_zero(seen.low, seen.high), tensor.width)
         return power_of_two_factors(
             view(axis=axis), tensor.width, largest=run["largest_exponent"], zero_points=run["zero_points"], axis=axis
         )
@@ -233,35 +221,12 @@ def _readers(graph: Graph, node: fx.Node) -> list[tuple[Site, fx.Node]]:
 
 
 # -- ranges -------------------------------------------------------------------------------------------------------
-def observed(view: EdgeView, observer: str, bits: int) -> tuple[Tensor, Tensor]:
-    """[1], [1]: the range of a tensor by one of the paper's observers."""
-    if observer in ("ema", "percentile"):
-        return batch_range(view.tensors(), observer)
-    seen = view()
-    if observer == "minmax":
-        return seen.low, seen.high
-    low, high = with_zero(seen.low, seen.high)
-    step = -(-seen.values.shape[1] // OMSE_VALUES)
-    return mse(replace(seen, low=low, high=high, values=seen.values[:, ::step]), bits)
-
-
-def batch_range(batches: Sequence[Tensor], observer: str) -> tuple[Tensor, Tensor]:
-    """Moving average of the batches' extremes (ema) or extreme quantiles (percentile): [1], [1]."""
-    lows, highs = [], []
-    for batch in batches:
-        tail = 1.0 - PERCENTILE if observer == "percentile" else 0.0
-        seen = Observation.of(batch.reshape(1, -1), tail)
-        lows.append(seen.quantile(1.0 - PERCENTILE) if tail else seen.low)
-        highs.append(seen.quantile(PERCENTILE) if tail else seen.high)
-    return moving_average(torch.stack(lows)), moving_average(torch.stack(highs))
-
-
 def with_zero(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """The range with zero taken in, so that the zero point is one of the codes."""
     return low.clamp_max(0.0), high.clamp_min(0.0)
 
 
-def softmax_input(pieces: Sequence[Tensor], observer: str, bits: int) -> tuple[Uniform, bool]:
+def softmax_input(pieces: Sequence[Tensor], bits: int) -> tuple[Uniform, bool]:
     """The quantizer in front of a softmax, and whether attention is masked there.
 
     pieces: [..., k] values behind bias and mask, softmax over the last dimension. If some entries are masked, code 0 is
@@ -275,15 +240,8 @@ def softmax_input(pieces: Sequence[Tensor], observer: str, bits: int) -> tuple[U
         complete = bool(seen.all())
         kept.append((piece if complete else piece[seen]).reshape(1, -1))
         has_mask |= not complete
-    if observer in ("ema", "percentile"):
-        low, high = batch_range(kept, observer)
-    else:
-        low = torch.stack([p.amin() for p in kept]).amin().reshape(1)
-        high = torch.stack([p.amax() for p in kept]).amax().reshape(1)
-        if observer == "omse":
-            values = torch.cat(kept, 1)
-            step = -(-values.shape[1] // OMSE_VALUES)
-            low, high = mse(Observation(low, high, values.shape[1], values[:, ::step], low, high), bits)
+    low = torch.stack([p.amin() for p in kept]).amin().reshape(1)
+    high = torch.stack([p.amax() for p in kept]).amax().reshape(1)
     if has_mask:
         low = low - (high - low) / (2**bits - 2)
     return affine(low, high, bits), has_mask

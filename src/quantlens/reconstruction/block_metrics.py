@@ -13,14 +13,14 @@ Fisher matrix F of that output, so that ∂L/∂ŷ ≈ F·(ŷ − y).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import CHUNK, Calibration
+from quantlens.calibration import Calibration
 from quantlens.calibration.images import images_together
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
@@ -41,8 +41,6 @@ images, are nearly parallel."""
 STEP = 0.01
 """Size of the perturbation in standard deviations of the output."""
 
-Progress = Callable[[int, int], None]
-
 
 def fisher_metrics(
     graph: Graph,
@@ -52,7 +50,6 @@ def fisher_metrics(
     rank: int = 5,
     damping: float = DAMPING,
     temperature: float = TEMPERATURE,
-    progress: Progress | None = None,
 ) -> dict[str, Metric]:
     """Diagonal plus low-rank metrics by unit, for units with one result that is not the logits.
 
@@ -63,7 +60,7 @@ def fisher_metrics(
     """
     rows: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     probe = _Probe(graph, temperature)
-    for batch in probe.batches(calibration, progress, least=rank):
+    for batch in probe.batches(calibration, least=rank):
         for index, unit in enumerate(probe.measured):
             changed = run_unit(graph, unit, batch.sources(unit), batch.count, frozen_hook(graph, unit, quantizers))[0]
             gradient, error = probe.gradient(batch, index, changed), changed - batch.values[unit.results[0]]
@@ -91,7 +88,6 @@ def perturbation_metrics(
     step: float = STEP,
     temperature: float = TEMPERATURE,
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> dict[str, Metric]:
     """Diagonal metrics by unit, for units with one result that is not the logits.
 
@@ -104,7 +100,7 @@ def perturbation_metrics(
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
     probe = _Probe(graph, temperature)
-    for batch in probe.batches(calibration, progress):
+    for batch in probe.batches(calibration):
         for index, unit in enumerate(probe.measured):
             value = batch.values[unit.results[0]]
             signs = (torch.rand(value.shape, generator=generator) < 0.5).to(value.device)
@@ -145,11 +141,9 @@ class _Probe:
         self.graph, self.temperature, self.units = graph, temperature, find_units(graph)
         self.measured = [u for u in self.units if len(u.results) == 1 and u.results[0] is not graph.output]
 
-    def batches(self, calibration: Calibration, progress: Progress | None, least: int = 1) -> Iterator[_Batch]:
+    def batches(self, calibration: Calibration, least: int = 1) -> Iterator[_Batch]:
         """All images, as many together as memory allows, in at least ``least`` batches if there are as many images."""
         most = min(images_together(self.graph, 1), max(1, calibration.count // least))
-        total = sum(math.ceil(min(CHUNK, calibration.count - i * CHUNK) / most) for i in range(calibration.pieces))
-        done = 0
         for chunk in calibration:
             for images in chunk.chunk(math.ceil(len(chunk) / most)):
                 values: dict[fx.Node, Tensor] = {self.graph.input: images}
@@ -158,9 +152,6 @@ class _Probe:
                     values.update(zip(unit.results, run_unit(self.graph, unit, env, len(images), None), strict=True))
                 expected = (values[self.graph.output] / self.temperature).log_softmax(-1)
                 yield _Batch(len(images), values, expected)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
 
     def gradient(self, batch: _Batch, index: int, changed: Tensor) -> Tensor:
         """∂L/∂ŷ for ``changed`` = ŷ, the result of measured unit number ``index``, L summed over the images."""
