@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from quantlens.calibration import Calibration
-from quantlens.calibration.products import Product, find_products
-from quantlens.calibration.products import visit_products as products_pass
+from quantlens.calibration.products import Product, find_products, visit_products
 from quantlens.calibration.ranges.similarity import Operand, alternate, candidate_factors, search
 from quantlens.calibration.sampling import ProductSampler
 from quantlens.errors import QuantlensError
@@ -87,11 +86,11 @@ def search_scales(
             if side.scale is not None:
                 quantizers[edge.key] = quantizer_of(side, bits.of(graph, edge))
 
-    visit_products(graph, calibration, bits, run, settle)
+    settle_products(graph, calibration, bits, run, settle)
     return Plan({e.key: quantizers[e.key] for e in matmul_operand_edges(graph) if e.key in quantizers})
 
 
-def visit_products(
+def settle_products(
     graph: Graph,
     calibration: Calibration,
     bits: Widths,
@@ -109,7 +108,7 @@ def visit_products(
     def on_product(product: Product, tensors: list[Sequence[Tensor]]) -> None:
         settle(product, tensors, wanted)
 
-    products_pass(graph, calibration, products, on_product, seed=run.seed, progress=run.progress)
+    visit_products(graph, calibration, products, on_product, seed=run.seed, progress=run.progress)
 
 
 def quantizer_of(side: Operand, bits: int) -> Uniform:

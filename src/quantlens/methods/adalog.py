@@ -40,7 +40,7 @@ from quantlens.errors import QuantlensError
 from quantlens.formats import AdaLog as AdaLogFormat
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Edge, Graph
-from quantlens.methods._scale_search import IMAGE, visit_products
+from quantlens.methods._scale_search import IMAGE, settle_products
 from quantlens.methods.base import (
     MATMUL_OPERANDS,
     Departure,
@@ -115,7 +115,7 @@ class AdaLog(Method):
                 "candidates (3, 6 and 128)"
             )
         search = _Search(graph, bits, run)
-        visit_products(graph, calibration, bits, run, search.settle)
+        settle_products(graph, calibration, bits, run, search.settle)
         done = {group.norm.name: group for group in search.groups.values() if group.norm.name in search.found}
         rewrites = rescale_norms(graph, {name: (group, search.found[name]) for name, group in done.items()})
         order = [e.key for e in matmul_operand_edges(graph)]
@@ -186,7 +186,7 @@ class _Search:
         self.quantizers: dict[str, Quantizer] = {}
 
     def settle(self, product: Product, tensors: list[Sequence[Tensor]], wanted: set[str]) -> None:
-        """Find the quantizers of a product's operands; see :func:`visit_products`."""
+        """Find the quantizers of a product's operands; see :func:`settle_products`."""
         values, joined = self._operands(product, tensors)
         values = self._reparameterized(product, values, wanted)
         steps, rounds = int(self.run["steps"]), int(self.run["rounds"])

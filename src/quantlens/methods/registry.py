@@ -15,7 +15,7 @@ from quantlens.plugins import Registry
 DEFAULT = "quantlens-fast"
 """What quantizes a model where no method is named."""
 
-_HELPERS = {"base", "calibration", "registry"}
+_HELPERS = {"base", "composition", "registry"}
 
 
 def register(method: type[Method]) -> type[Method]:

@@ -31,7 +31,7 @@ from quantlens.methods._scale_search import (
     operand,
     quantizer_of,
     search_options,
-    visit_products,
+    settle_products,
 )
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
 from quantlens.qmodel import Plan
@@ -85,7 +85,7 @@ class VTPTQ(Method):
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         search = _Search(graph, calibration, bits, run)
-        visit_products(graph, calibration, bits, run, search.settle)
+        settle_products(graph, calibration, bits, run, search.settle)
         subtract_from_biases(graph, search.shifts)
         done = [f"biases of {len(search.shifts)} layers take up the mean error of their outputs"]
         found = {e.key: search.quantizers[e.key] for e in matmul_operand_edges(graph) if e.key in search.quantizers}

@@ -18,7 +18,7 @@ from quantlens.studies.store import Store, now, packed, to_json, unpacked
 
 @dataclass(frozen=True)
 class Timed:
-    """A timing of a run: the figures of `deploy.bench.Timing`, the machine and time of the run, what was timed, and its
+    """A timing of a run: the fields of `export.bench.Timing`, the machine and time of the run, what was timed, and its
     evaluation (`Result.to_dict()`; None: not evaluated)."""
 
     run: str
