@@ -153,8 +153,7 @@ def reparameterize(low: Tensor, high: Tensor, bits: int) -> Reparameterization:
     """From the channels' ranges [C] to one scale and zero point (section 3.2).
 
     s̃ = mean(s), z̃ = round(mean(z)) over the channels that vary; r = s/s̃, t = s̃(z̃ − z). z̃ is brought into the
-    range of codes: t makes up for any choice of it. A channel that is constant keeps r = 1 and is shifted to 0, which is
-    exact.
+    range of codes: t makes up for any choice of it. A constant channel keeps r = 1 and is shifted to 0, which is exact.
     """
     scale, zero = affine_parameters(low, high, bits)
     alive = ~is_constant(low, high, bits)
