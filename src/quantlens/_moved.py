@@ -101,7 +101,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.studies": ("quantlens.evaluation",),
     "quantlens.report.attention": (
         "quantlens.plots.attention",
-        "quantlens.attention.association",
+        "quantlens.metrics.correlation",
         "quantlens.studies.drift",
         "quantlens.report.attention_gallery",
     ),

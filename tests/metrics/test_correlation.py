@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
-from quantlens.attention.association import associate
+from quantlens.metrics.correlation import associate
 
 
 def test_association_is_scipys():

@@ -1,7 +1,7 @@
-"""How far one figure goes with another over the cells of a study: pure functions of arrays.
+"""How far one metric goes with another over the cells of a study: pure functions of arrays.
 
-Cells are no independent draws: seeds of one model, method and precision are nearly one point, and both figures grow as
-bits fall. So the interval resamples whole conditions, and the correlation within precisions stands beside the plain
+Cells are no independent draws: seeds of one model, method and precision are nearly one point, and both metrics grow as
+bits fall. So the interval resamples whole conditions, and the correlation within precisions is given beside the plain
 one: it asks whether, at the same bits, the model or method that drifts more also loses more.
 """
 
@@ -20,7 +20,7 @@ FEWEST = 4
 
 @dataclass(frozen=True)
 class Association:
-    """Correlations of n points from so many conditions; None where they are not defined (a constant figure, too few
+    """Correlations of n points from so many conditions; None where they are not defined (a constant metric, too few
     points). low, high: 95 % bootstrap interval of ``spearman``. within: Spearman's within strata of equal precision."""
 
     n: int
@@ -35,7 +35,7 @@ class Association:
 def associate(
     x: Sequence[float], y: Sequence[float], conditions: Sequence[Hashable], strata: Sequence[Hashable], *, seed: int = 0
 ) -> Association:
-    """Association of two figures, one value of each per cell.
+    """Association of two metrics, one value of each per cell.
 
     conditions: what cells that differ only in their seed share; the bootstrap draws conditions. strata: the precision
     of each cell. The bootstrap weighs the ranks of the whole sample (2000 draws, percentiles).
