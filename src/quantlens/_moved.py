@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -149,13 +149,13 @@ ARGUMENTS = ("patch_bits", "head_bits", "outlier_channels", "image", "target")
 RENAMED_ARGUMENTS = {"massive_channels": "outlier_channels"}
 
 
-def arguments_apart(options: Mapping[str, Any], written: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def arguments_apart(options: Mapping[str, Any], written: Callable[[str], str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(:data:`ARGUMENTS`, the method's own) of options that may hold both; a DeprecationWarning says how the former are
-    ``written`` now, with the name for {}."""
+    ``written`` now."""
     known = {**dict(zip(ARGUMENTS, ARGUMENTS, strict=True)), **RENAMED_ARGUMENTS}
     shared = {known[name]: value for name, value in options.items() if name in known}
     for name in shared:
-        how = f"write {written.format(name)}. quantlens {DROPPED} drops the old place"
+        how = f"write {written(name)}. quantlens {DROPPED} drops the old place"
         warn(f"quantlens: {name} is no option of a method any more; {how}")
     return shared, {name: value for name, value in options.items() if name not in known}
 

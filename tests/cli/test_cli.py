@@ -172,6 +172,32 @@ def test_methods(run) -> None:
     code, out, _ = run("methods", "repq")
     assert "repq-vit" in out
     assert "head_bits" in out
+    _, out, _ = run("methods", "qdrop")
+    assert "departs from its paper: steps per block" in out
+    assert "(iterations=80, the paper's form 20000)" in out
+
+
+def test_methods_as_json(run) -> None:
+    import json
+
+    from quantlens.methods import registry
+
+    code, out, err = run("methods", "--json")
+    assert (code, err) == (0, "")
+    told = {method["name"]: method for method in json.loads(out)}
+    assert told.keys() == registry.available().keys()
+    for name, info in registry.available().items():
+        assert [option["name"] for option in told[name]["options"]] == list(info.options)
+        assert told[name]["quantizes"] in ("partially", "fully")
+        assert told[name]["citation"]
+    _, out, _ = run("methods", "repq", "--json")
+    assert json.loads(out) == told["repq-vit"]
+
+
+def test_what_every_method_takes() -> None:
+    assert _common.method_settings(["p=0.5"], head_bits=8, image=None) == {"p": 0.5, "head_bits": 8}
+    with pytest.warns(DeprecationWarning, match="write --head-bits"):
+        assert _common.method_settings(["head-bits=4"], head_bits=None) == {"head_bits": 4}
 
 
 def test_models(run) -> None:

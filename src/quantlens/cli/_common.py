@@ -150,7 +150,7 @@ def settings(values: Sequence[str] | None) -> dict[str, Any]:
 
 def method_settings(option: Sequence[str] | None, **arguments: Any) -> dict[str, Any]:
     """What a method is called with: its own options (`--option`), and what every method takes."""
-    shared, own = arguments_apart(settings(option), "--{} (with dashes)")
+    shared, own = arguments_apart(settings(option), lambda name: f"--{name.replace('_', '-')}")
     return {**own, **shared, **{name: value for name, value in arguments.items() if value is not None}}
 
 

@@ -53,6 +53,9 @@ DEPARTURES = (
 )
 """Where all methods with random dropping depart from their papers."""
 
+HOURS = "which takes minutes on a CPU; the paper's steps take hours"
+"""Why methods that train are not as in their papers by default."""
+
 READINGS = (
     "the images are those that are given; the papers take 1024",
     "learning rates of scales are relative to the scale; their gradient has LSQ's factor",

@@ -21,6 +21,7 @@ from quantlens.calibration import Calibration
 from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
     DEPARTURES,
+    HOURS,
     READINGS,
     Start,
     drop_and_reconstruct,
@@ -63,6 +64,7 @@ class APHQViT(Method):
             "no scale for every token position; their configuration for 2 bits has it",
             "an MLP whose hidden values something else reads (outlier_channels=split) keeps its GELU",
         ),
+        because=HOURS,
         aliases=("aphq",),
         options={
             "mlp_iterations": Option(100, "steps per MLP of 1024 tokens (the paper: 20000 of 32 images)"),

@@ -74,7 +74,7 @@ class MethodInfo:
     """A method's identity: where it comes from and what it does.
 
     quantizes: :data:`MATMUL_OPERANDS` or :data:`EVERYTHING`. departures: where it departs from its paper; a method that
-    has any gets the option ``variant``, which undoes them all, with :attr:`better` as its default. readings: what was
+    has any gets the option ``variant``, which undoes them all; because: why it does not by default. readings: what was
     chosen where the paper is silent or leaves a choice, or the authors' code does something else; a sentence each.
     arguments: defaults of :data:`SHARED_OPTIONS` that are not the usual ones. version: part of every result's identity;
     raise it when the method's numbers change.
@@ -94,12 +94,12 @@ class MethodInfo:
     version: int = 1
     readings: tuple[str, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
-    better: str = OURS
+    because: str = "the better one"
 
     def __post_init__(self) -> None:
         if self.departures and "variant" not in self.options:
-            help = f"{OURS}: as its departures say; {PAPER}: none of them. The better one is {self.better}, the default"
-            variant = {"variant": Option(self.better, help, (OURS, PAPER))}
+            help = f"{OURS}: as its departures say; {PAPER}: none of them. The default is {OURS}, {self.because}"
+            variant = {"variant": Option(OURS, help, (OURS, PAPER))}
             object.__setattr__(self, "options", {**variant, **self.options})
 
     @property
@@ -119,7 +119,7 @@ class MethodInfo:
         def listed(options: Mapping[str, Option]) -> list[dict[str, Any]]:
             return [{"name": name, **asdict(option)} for name, option in options.items()]
 
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "better"}
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "because"}
         return kept | {
             "citation": self.citation,
             "departures": [asdict(departure) for departure in self.departures],

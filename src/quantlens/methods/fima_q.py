@@ -17,7 +17,15 @@ from __future__ import annotations
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
-from quantlens.methods._reconstruction import DEPARTURES, READINGS, Start, drop_and_reconstruct, started, step_options
+from quantlens.methods._reconstruction import (
+    DEPARTURES,
+    HOURS,
+    READINGS,
+    Start,
+    drop_and_reconstruct,
+    started,
+    step_options,
+)
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
 from quantlens.qmodel import Plan
 from quantlens.reconstruction import MetricLoss, fisher_metrics
@@ -44,6 +52,7 @@ class FIMAQ(Method):
             "for every token position",
             "ranges at the start have the least squared error; theirs the least error of each layer's output",
         ),
+        because=HOURS,
         aliases=("fimaq", "fima"),
         options={
             "rank": Option(5, "rank of the low-rank part, and groups of images that it is made of"),

@@ -22,6 +22,7 @@ from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
     FULL,
     GUARDED,
+    HOURS,
     Start,
     activation_quantizers,
     portion,
@@ -73,6 +74,7 @@ class IAndSViT(Method):
             "the zero point after the rewriting is an integer, as in our repq-vit; the reduction layers of Swin are "
             "rewritten too",
         ),
+        because=HOURS,
         aliases=("i&s-vit", "ias-vit"),
         options=step_options(1000, 64),
     )

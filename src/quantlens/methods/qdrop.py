@@ -17,7 +17,15 @@ from __future__ import annotations
 
 from quantlens.calibration import Calibration
 from quantlens.graph import Graph
-from quantlens.methods._reconstruction import DEPARTURES, READINGS, Start, drop_and_reconstruct, started, step_options
+from quantlens.methods._reconstruction import (
+    DEPARTURES,
+    HOURS,
+    READINGS,
+    Start,
+    drop_and_reconstruct,
+    started,
+    step_options,
+)
 from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Run, Widths
 from quantlens.qmodel import Plan
 
@@ -43,6 +51,7 @@ class QDrop(Method):
             Departure("head_bits", None, 8, "the last layer has the bits asked for, as the others; the paper's has 8"),
         ),
         readings=(*READINGS, "ranges at the start have the least squared error; the authors' exponent is 2.4"),
+        because=HOURS,
         aliases=("q-drop",),
         options=step_options(20_000, 32),
     )

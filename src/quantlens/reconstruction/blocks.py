@@ -200,9 +200,9 @@ class _UnitTraining:
                 expected = self.streams.float[node].pick(images, self.device)
                 total = total + self.loss(got, expected, self._context(node, images))
             total = total / start
-            beta = annealed_beta(share, start=settings.beta[0], end=settings.beta[1], warmup=settings.warmup)
+            beta = annealed_beta(share)
             if soft and beta is not None:
-                total = total + sum(m.regulariser(beta) for m in soft) * (settings.regularisation / weights)
+                total = total + sum(m.regulariser(beta) for m in soft) / weights
             return total
 
         Trainer(self._groups(factor)).run(last - first, loss, lambda done: tell(first + done))

@@ -81,12 +81,10 @@ class AdaRound(nn.Module):
         return (self.floor + (self.h() >= 0.5)).clamp(self.low, self.high) * self.scale
 
 
-def annealed_beta(progress: float, *, start: float = 20.0, end: float = 2.0, warmup: float = 0.2) -> float | None:
-    """β of the regulariser at ``progress`` (0 … 1 of the iterations): ``None`` during the warm-up, when the
-    regulariser is off, then falling linearly from ``start`` to ``end`` (BRECQ's schedule)."""
-    if progress < warmup:
-        return None
-    return start + (end - start) * (progress - warmup) / max(1.0 - warmup, 1e-12)
+def annealed_beta(progress: float) -> float | None:
+    """β of the regulariser at ``progress`` (0 … 1 of the iterations): ``None`` in the first fifth, when the regulariser
+    is off, then falling linearly from 20 to 2 (BRECQ's schedule)."""
+    return None if progress < 0.2 else 20.0 - 18.0 * (progress - 0.2) / 0.8
 
 
 __all__ = ["GAMMA", "ZETA", "AdaRound", "annealed_beta"]

@@ -22,7 +22,7 @@ class Settings:
         with "rounding"), "vectors" (biases, scale and shift of LayerNorms). Weights that are not quantized and formats
         that cannot learn stay as they are.
     loss: a name of :data:`LOSSES` or a function (:data:`Loss`). It is divided by its value at the start, so that
-        ``regularisation`` means the same everywhere.
+        the regulariser means the same everywhere.
     inputs: what the unit reads in training: "quantized" (the quantized prefix's output), "float", or "mixed" (element
         by element, the float one with probability ``input_drop``).
     drop: probability that an activation's element is left in float in training (QDrop uses 0.5).
@@ -31,8 +31,8 @@ class Settings:
     batch_size: images per step. lr_*: learning rates of Adam; scales are learned as multiples of their start, weights
         in units of their scale (of their standard deviation without a quantizer), vectors of their root mean square.
         They fall to zero along a cosine, but for soft rounding.
-    straight_through, regularisation, beta, warmup: see :class:`.rounding.AdaRound` and :func:`.rounding.annealed_beta`;
-        the regulariser is the mean over a unit's weights times ``regularisation``.
+    straight_through: see :class:`.rounding.AdaRound`; without it, the mean of the regulariser over a unit's weights is
+        added to the loss.
     float_weights: with "weights", weights that are not quantized are trained too.
     guarded: a unit whose loss on all images did not fall keeps its start.
     """
@@ -50,9 +50,6 @@ class Settings:
     lr_weights: float = 0.02
     lr_vectors: float = 0.003
     straight_through: bool = False
-    regularisation: float = 1.0
-    beta: tuple[float, float] = (20.0, 2.0)
-    warmup: float = 0.2
     float_weights: bool = False
     guarded: bool = True
 

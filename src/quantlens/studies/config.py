@@ -93,7 +93,7 @@ class MethodSpec(_Strict):
         if not isinstance(value, dict):
             return value
         if isinstance(options := value.get("options"), dict):
-            shared, own = arguments_apart(options, "`{}` beside `options`")
+            shared, own = arguments_apart(options, lambda name: f"`{name}` beside `options`")
             value = {**shared, **value, "options": own}
         return {"label": value.get("name", ""), **value}
 
