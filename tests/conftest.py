@@ -12,7 +12,10 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent / "studies"))  # study_fakes
+sys.path[:0] = [
+    str(Path(__file__).parent / "studies"),
+    str(Path(__file__).parent / "report"),
+]  # study_fakes, report_fakes
 torch.set_num_threads(int(os.environ.get("QUANTLENS_TEST_THREADS", "1")))
 
 LIMIT = "ONEDNN_MAX_CPU_ISA"

@@ -43,13 +43,11 @@ OLD_NAMES = [
     ("quantlens.studies.evaluate", "Result", "quantlens.evaluation.result"),
     ("quantlens.studies.evaluate", "choose_scores", "quantlens.evaluation.scoring"),
     ("quantlens.studies.evaluate", "measurable", "quantlens.evaluation.run"),
-    ("quantlens.report.svg", "line_chart", "quantlens.plots.svg"),
-    ("quantlens.report.attention", "drift_svg", "quantlens.plots.drift"),
+    ("quantlens.report.attention", "write_drift", "quantlens.plots.attention"),
     ("quantlens.attention.lookup", "survey", "quantlens.attention.study_cell"),
     ("quantlens.attention.lookup", "drifts", "quantlens.attention.sets"),
     ("quantlens.attention.lookup", "maps_of", "quantlens.attention.maps"),
     ("quantlens.attention.lookup", "evenly", "quantlens.attention.selection"),
-    ("quantlens.report.svg", "histogram", "quantlens.plots.histograms"),
 ]
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from quantlens.export.exported import Artefact as Artefact
     from quantlens.models import Model as Model
     from quantlens.models import load_model as load_model
+    from quantlens.plots import plot as plot
     from quantlens.plugins import load_plugin as load_plugin
     from quantlens.qmodel import QuantizedModel as QuantizedModel
     from quantlens.qmodel.checkpoint import load as load
@@ -51,6 +52,7 @@ _HOMES = {
     "evaluate": "quantlens.evaluation",
     "compare": "quantlens.studies.compare",
     "results": "quantlens.studies.results",
+    "plot": "quantlens.plots",
     "QuantlensError": "quantlens.errors",
     "load_plugin": "quantlens.plugins",
 }

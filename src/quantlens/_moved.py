@@ -52,6 +52,8 @@ MODULES: dict[str, str] = {
     "quantlens.studies.specs": "quantlens.studies.cell_labels",
     "quantlens.demo": "quantlens.report.demo",
     "quantlens.api": "quantlens.allocation.quantizing",
+    "quantlens.report.text": "quantlens.studies.text",
+    "quantlens.report.collect": "quantlens.studies.board",
 }
 """Old module -> new module."""
 
@@ -76,7 +78,6 @@ RENAMED: dict[str, str] = {
     "quantlens.reconstruction.centring.channel_means": "quantlens.calibration.measured_transforms.channel_means",
     "quantlens.reconstruction.pixels.read_pixels": "quantlens.calibration.measured_transforms.read_as_pixels",
     "quantlens.reconstruction.pixels.pixel_quantizer": "quantlens.formats.uniform.pixel_codes",
-    "quantlens.report.charts.Looks": "quantlens.report.charts.GroupStyles",
 }
 """Old name -> new name, where that has changed, too."""
 
@@ -98,9 +99,9 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.allocation.allocation": ("quantlens.allocation.choosing",),
     "quantlens.studies": ("quantlens.evaluation",),
     "quantlens.report.attention": (
-        "quantlens.plots.drift",
+        "quantlens.plots.attention",
         "quantlens.attention.association",
-        "quantlens.report.attention_drift",
+        "quantlens.studies.drift",
         "quantlens.report.attention_gallery",
     ),
     "quantlens.attention.lookup": (
@@ -109,7 +110,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "quantlens.attention.sets",
         "quantlens.attention.study_cell",
     ),
-    "quantlens.report.svg": ("quantlens.plots.svg", "quantlens.plots.histograms"),
 }
 """Old package, or module of which several were made -> where its names are looked for now; those that still exist ask
 here for what left them."""

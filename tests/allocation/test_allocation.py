@@ -191,7 +191,7 @@ def test_same_seed_same_choice(vit, pictures):
 
 def test_a_quantized_model_remembers_the_front(vit, pictures):
     """Enough of it to draw: the ends, the uniform models and the choice, as plain data."""
-    from quantlens.report.frontier import front_chart
+    from quantlens.plots.mixed import front
 
     frontier = ql.quantize(vit, pictures, method="minmax", bits="MP6").plan.info["allocation"]["frontier"]
     whole = ql.allocate(vit, pictures, "MP6", front=True)
@@ -201,6 +201,8 @@ def test_a_quantized_model_remembers_the_front(vit, pictures):
     assert frontier["chosen"] == [whole.total, whole.loss]
     assert frontier["chosen"] in whole.frontier()["points"]
     assert [6, whole.budget, whole.loss_of(6)] in frontier["uniform"]
-    drawn = front_chart(frontier)
-    assert drawn.count("<title>") >= len(frontier["points"])
-    assert "W6A6" in drawn
+    drawn = front(frontier, "front").rows
+    assert [r["y"] for r in drawn if r["line"] == "Pareto front"] == [
+        loss for _, loss in frontier["points"] if loss > 0
+    ]
+    assert any(r["said"].startswith("W6A6, ") for r in drawn)

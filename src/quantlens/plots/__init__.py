@@ -1,2 +1,7 @@
-"""Results -> figures: drawings that the report shows and that can be files of their own. Nothing is computed here that
-is not in the results."""
+"""Results -> figures, drawn by Altair (Vega-Lite): in the report, and as PDF, PNG and SVG. Nothing is computed here
+that is not in the results but shares of stored counts."""
+
+from quantlens.plots.figures import FIGURES, available, check_figure, draw, plot
+from quantlens.plots.files import Figure
+
+__all__ = ["FIGURES", "Figure", "available", "check_figure", "draw", "plot"]

@@ -1,21 +1,148 @@
-"""The one style of all charts: CSS for a page, and the same with plain colours for an SVG file."""
+"""The one style of all figures, and how they stand together."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-_CSS = Path(__file__).with_name("charts.css")
+import altair as alt
+
+COLOURS = ("#0b62a4", "#c9500c", "#00795a", "#a8478a", "#9a6a00", "#3a8fc4", "#44494f")
+"""Of the light theme; they differ in lightness too, and are told apart with the usual colour blindnesses."""
+INK, MUTED, FAINT, PAPER = "#1c2126", "#5a646e", "#e9ecef", "#ffffff"
+VARIABLES = {
+    **{colour: f"var(--c{i})" for i, colour in enumerate(COLOURS)},
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    FAINT: "var(--faint)",
+    PAPER: "var(--bg)",
+}
+"""What stands for each colour in a page, so that figures follow its theme."""
+SHAPES = ("circle", "square", "diamond", "triangle-up")
+GLYPHS = ("●", "■", "◆", "▲")
+DASHES = ([1, 0], [7, 3], [2, 3], [9, 3, 2, 3])
+SIDE, COLUMNS = 330, 3
+"""Width of a panel in a file, and how many stand side by side."""
 
 
-def chart_style() -> str:
-    """CSS of charts in a page, with the colours of the light theme as variables."""
-    return _CSS.read_text(encoding="utf-8")
+@dataclass(frozen=True)
+class Look:
+    """The numbers of a line's colour, and of its dash and marker."""
+
+    colour: int
+    form: int = 0
+
+    @staticmethod
+    def numbered(index: int) -> Look:
+        """The look of the index-th of many lines: colours cycle, then dashes and markers change."""
+        return Look(index % len(COLOURS), index // len(COLOURS) % len(SHAPES))
 
 
-def file_style() -> str:
-    """The same for an SVG file: many viewers know no variables, so their values stand in their place."""
-    text = chart_style()
-    variables = dict(re.findall(r"(--[\w-]+): ([^;]+);", text))
-    rules = re.sub(r"/\*.*?\*/|:root \{.*?\}", "", text, flags=re.DOTALL)
-    return re.sub(r"var\((--[\w-]+)\)", lambda found: variables[found[1]], rules).strip()
+def encodings(looks: Mapping[str, Look]) -> dict[str, Any]:
+    """Colour, marker and dash of the field "line", whose values are the names of `looks`."""
+    names = list(looks)
+
+    def scale(values: Iterable[Any]) -> Any:
+        return alt.Scale(domain=names, range=list(values))
+
+    return {
+        "color": alt.Color("line:N", scale=scale(COLOURS[look.colour] for look in looks.values())),
+        "shape": alt.Shape("line:N", scale=scale(SHAPES[look.form] for look in looks.values())),
+        "strokeDash": alt.StrokeDash("line:N", scale=scale(DASHES[look.form] for look in looks.values())),
+    }
+
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart, the rows it shows, its caption and a second, smaller line. kind: what it is, a class on a page. group:
+    the number of the board's group that it is of."""
+
+    chart: Any
+    rows: Rows
+    caption: str
+    detail: str = ""
+    kind: str = "lines"
+    group: str = ""
+
+    def spec(self) -> dict[str, Any]:
+        """As Vega-Lite, without configuration and parameters."""
+        words = ", ".join(filter(None, [self.caption, self.detail]))
+        return {**bare(self.chart), "data": {"values": self.rows}, "description": words}
+
+
+@dataclass
+class PanelRow:
+    """Panels under one heading; `note` says what is missing."""
+
+    heading: str
+    panels: list[Panel] = field(default_factory=list)
+    note: str = ""
+    large: bool = False
+
+
+def bare(chart: Any) -> dict[str, Any]:
+    """A chart as Vega-Lite, without what belongs to a whole figure and without the data that Altair puts in the place
+    of none."""
+    spec = chart.to_dict(validate=False)
+    for part in (spec, *spec.get("layer", [])):
+        if part.get("data") == {"name": "empty"}:
+            del part["data"]
+    return {key: value for key, value in spec.items() if key not in ("config", "$schema", "datasets")}
+
+
+def finished(spec: Mapping[str, Any], score: str = "", bits: str = "", **config: Any) -> dict[str, Any]:
+    """A whole Vega-Lite specification in the style of all, of a score and a precision; no line is hidden."""
+    values = {"score": score, "bits": bits, "hidden": []}
+    return {
+        "$schema": alt.SCHEMA_URL,
+        "config": theme() | config,
+        "params": [{"name": name, "value": value} for name, value in values.items()],
+        **spec,
+    }
+
+
+def composed(rows: Sequence[PanelRow]) -> dict[str, Any]:
+    """All panels of a figure side by side, under their headings."""
+    parts = []
+    for row in (r for r in rows if r.panels):
+        charts = [{**p.spec(), "width": SIDE, "title": {"text": p.caption, "subtitle": p.detail}} for p in row.panels]
+        parts.append({"concat": charts, "columns": COLUMNS, "title": {"text": row.heading, "fontSize": 15}})
+    return {"vconcat": parts}
+
+
+def theme() -> dict[str, Any]:
+    """The configuration of Vega-Lite."""
+    words = {"labelColor": MUTED, "titleColor": MUTED, "labelFontSize": 11, "titleFontSize": 12}
+    return {
+        "background": PAPER,
+        "font": "system-ui, -apple-system, Segoe UI, Roboto, Helvetica Neue, Liberation Sans, Arial, sans-serif",
+        "view": {"stroke": None},
+        "axis": {**words, "titleFontWeight": "normal", "domainColor": MUTED, "tickColor": MUTED, "gridColor": FAINT},
+        "axisX": {"grid": False},
+        "axisY": {
+            "domain": False,
+            "ticks": False,
+            "labelPadding": 6,
+            "tickCount": 5,
+            "titleAngle": 0,
+            "titleAlign": "left",
+            "titleAnchor": "end",
+            "titleX": -28,
+            "titleY": -10,
+        },
+        "axisXPoint": {"domain": True},
+        "legend": {
+            **words,
+            "labelColor": INK,
+            "symbolStrokeWidth": 0,
+            "title": None,
+            "orient": "bottom",
+            "columns": 2,
+            "labelLimit": 400,
+        },
+        "title": {"anchor": "start", "color": INK, "fontSize": 13, "subtitleColor": MUTED, "subtitleFontSize": 11},
+    }

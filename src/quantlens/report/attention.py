@@ -8,12 +8,22 @@ from dataclasses import dataclass, field
 
 from quantlens import _moved
 from quantlens.attention.metrics import OUTLIERS, TABLED, WHERE, DriftMetric, summaries
-from quantlens.report.attention_drift import LINK_COLUMNS, correlations, curves, stat_of
+from quantlens.plots.precisions import PART_NAMES
 from quantlens.report.attention_gallery import Galleries, galleries
-from quantlens.report.charts import GroupStyles, Panel, PanelRow
-from quantlens.report.collect import Board, dig
 from quantlens.report.tables import Row, Table, Value, seeds_text
-from quantlens.report.text import MISSING, fixed, number
+from quantlens.studies.board import Board, dig
+from quantlens.studies.drift import Link, drift_of, links
+from quantlens.studies.text import MISSING, count, fixed, number, score_label
+
+LINK_COLUMNS = [
+    "Drift",
+    "Measured on",
+    "Cells",
+    "Pearson",
+    "Spearman",
+    "95 % interval",
+    "Spearman within precisions",
+]
 
 
 @dataclass
@@ -21,16 +31,14 @@ class Attention:
     """Everything of the section; ``reasons`` says of models without metrics why they have none."""
 
     pictures: Galleries = field(default_factory=Galleries)
-    curves: list[PanelRow] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    scatter: list[Panel] = field(default_factory=list)
     links: list[list[str]] = field(default_factory=list)
     linked: str = ""
     n: str = ""
     reasons: list[str] = field(default_factory=list)
 
 
-def attention(board: Board, styles: GroupStyles) -> Attention | None:
+def attention(board: Board) -> Attention | None:
     """The section, or None for a study that did not ask for it."""
     results = [r for r in board.results if isinstance(r.get("attention"), Mapping)]
     if not results:
@@ -48,9 +56,10 @@ def attention(board: Board, styles: GroupStyles) -> Attention | None:
     sizes = sorted({int(n) for r in results if (n := number(dig(r, ("attention", "id", "n")))) is not None})
     found.n = " to ".join(str(n) for n in dict.fromkeys((sizes[0], sizes[-1])))
     found.pictures = galleries(board)
-    found.curves = curves(board, styles)
     found.tables = [t for t in (table_of(board, m) for m in (OUTLIERS, *TABLED)) if t is not None]
-    found.scatter, found.links, found.linked = correlations(board, styles)
+    found.links = [_link(link) for link in links(board)]
+    if found.links:
+        found.linked = f"AUPR-out by {score_label(board.score or '')}, {PART_NAMES[board.parts()[0]]}"
     return found
 
 
@@ -62,10 +71,9 @@ def table_of(board: Board, metric: DriftMetric) -> Table | None:
         values = []
         for where in WHERE:
             for bits in precisions:
-                stat = stat_of(group, bits, where, metric)
-                scaled = None if stat is None else stat.scaled(metric.factor)
-                spread = "" if scaled is None or scaled.std is None else fixed(scaled.std, metric.digits)
-                values.append(Value(fixed(None if scaled is None else scaled.mean, metric.digits), spread))
+                stat = drift_of(group, bits, where, metric)
+                spread = "" if stat is None or stat.std is None else fixed(stat.std, metric.digits)
+                values.append(Value(fixed(stat.mean if stat else None, metric.digits), spread))
         rows.append(Row(group.model, group.method, seeds_text(group), values))
     if all(v.text == MISSING for row in rows for v in row.values):
         return None
@@ -73,9 +81,19 @@ def table_of(board: Board, metric: DriftMetric) -> Table | None:
     return Table(metric.title, heads, rows, more=metric is not OUTLIERS)
 
 
+def _link(link: Link) -> list[str]:
+    found = link.found
+    return [
+        link.metric.title,
+        "ID" if link.where == "id" else "OOD",
+        f"{found.n} ({count(found.conditions, 'condition')})",
+        fixed(found.pearson, 2),
+        fixed(found.spearman, 2),
+        MISSING if found.low is None else f"{fixed(found.low, 2)} to {fixed(found.high, 2)}",
+        fixed(found.within, 2),
+    ]
+
+
 def __getattr__(name: str) -> object:
     """Names that have moved are found where they are now, with a warning."""
     return _moved.find(__name__, name)
-
-
-__all__ = ["LINK_COLUMNS", "Attention", "attention"]

@@ -10,8 +10,8 @@ import numpy as np
 
 from quantlens.attention import pictures
 from quantlens.errors import QuantlensError
-from quantlens.report.collect import Board, Group, dig
-from quantlens.report.text import BASELINE, fixed, number
+from quantlens.studies.board import Board, Group, dig
+from quantlens.studies.text import BASELINE, fixed, number
 
 PICTURE_BYTES = 9_000_000
 """All pictures together, so that the file stays under 15 MB; further images are left out and counted."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from quantlens.report.text import count
+from quantlens.studies.text import count
 
 SIGN = " ○"
 

@@ -1,46 +1,54 @@
-"""The frame of a page that stands alone: one self-contained HTML file in the report's style, without a script."""
+"""A page: one self-contained HTML file. Style and scripts are inlined and pinned by hash in a strict content policy."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
 from quantlens._version import __version__
-from quantlens.plots.svg import esc
+from quantlens.report.charts import Charts, library
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title} · quantlens</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<section>
-<p class="kicker">quantlens · {kicker}</p>
-<h1>{title}</h1>
-<p class="lead">{lead}</p>
-{body}
-</section>
-</main>
-<footer>Written by quantlens {version}.</footer>
-</body>
-</html>
-"""
+HERE = Path(__file__).parent
 
 
-def page(title: str, kicker: str, lead: str, body: str) -> str:
-    """The HTML text. ``title``, ``kicker`` and ``lead`` are plain text; ``body`` is HTML whose texts are escaped."""
-    from quantlens.report.build import content_policy, page_style
+def render(template: str, charts: Charts, **context: Any) -> str:
+    """The HTML text of a template, whose `chart(panel)` places a panel's chart."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    style = page_style()
-    return PAGE.format(
-        policy=content_policy(style, ""),
-        style=style,
-        title=esc(title),
-        kicker=esc(kicker),
-        lead=esc(lead),
-        body=body,
-        version=__version__,
+    environment = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.globals |= {"chart": charts, "version": __version__}
+    style, script = (_asset(name) for name in ("report.css", "charts.js"))
+    script += _asset("report.js")
+    return environment.get_template(template).render(
+        policy=content_policy(style, script, library()), style=Markup(style), script=Markup(script), **context
+    )
+
+
+def _asset(name: str) -> str:
+    return (HERE / "assets" / name).read_text(encoding="utf-8")
+
+
+def content_policy(style: str, *scripts: str) -> str:
+    """Nothing is loaded from anywhere; only this style and these scripts run."""
+    pins = [f"'sha256-{base64.b64encode(hashlib.sha256(t.encode()).digest()).decode()}'" for t in (style, *scripts)]
+    return (
+        f"default-src 'none'; style-src {pins[0]}; script-src {' '.join(pins[1:])}; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def safe_json(value: Any) -> Markup:
+    """JSON that can stand inside a script element whatever text it holds."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

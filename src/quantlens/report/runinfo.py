@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantlens.report.collect import Board, dig
-from quantlens.report.text import (
+from quantlens.studies.board import Board, dig
+from quantlens.studies.text import (
     BASELINE,
     MISSING,
     Stat,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantlens.report.charts import PART_NAMES
-from quantlens.report.collect import Board, Group, Path, dig
+from quantlens.plots.precisions import PART_NAMES
 from quantlens.report.runinfo import cells_text
-from quantlens.report.text import (
+from quantlens.studies.board import Board, Group, Path, dig
+from quantlens.studies.text import (
     BASELINE,
     Stat,
     count,

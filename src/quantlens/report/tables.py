@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlens.metrics import METRICS, Metric, names_of
-from quantlens.report.collect import Board, Group, Path, dig
 from quantlens.report.marks import signed
-from quantlens.report.text import (
+from quantlens.studies.board import Board, Group, Path, dig
+from quantlens.studies.text import (
     BASELINE,
     MISSING,
     Stat,

@@ -1,12 +1,12 @@
-"use strict";
 document.documentElement.classList.add("js");
 document.addEventListener("DOMContentLoaded", () => {
   const root = document.documentElement;
   const all = (selector, inside = document) => Array.from(inside.querySelectorAll(selector));
-  const data = JSON.parse(document.getElementById("data").textContent);
+  const block = document.getElementById("data");
+  const data = block ? JSON.parse(block.textContent) : { deltas: {} };
 
   // Theme: the system's, until the reader chooses; the choice is kept where the browser allows it.
-  const theme = document.getElementById("theme");
+  const theme = document.getElementById("theme") || document.createElement("button");
   const system = matchMedia("(prefers-color-scheme: dark)");
   const store = (value) => {
     try {
@@ -34,6 +34,7 @@ document.addEventListener("DOMContentLoaded", () => {
   const chosen = (name) => (choices[name] ? choices[name].value : "");
   const fits = (element, name) => !element.dataset[name] || !chosen(name) || element.dataset[name] === chosen(name);
   const showChoices = () => {
+    charts.choose(Object.fromEntries(["score", "bits"].filter(chosen).map((name) => [name, chosen(name)])));
     for (const element of all("[data-score], [data-bits], [data-group], [data-picture]")) {
       element.classList.toggle("alt", !names.every((name) => fits(element, name)));
     }
@@ -125,9 +126,11 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const button of all(".legend button")) {
     button.addEventListener("click", () => {
       const off = button.getAttribute("aria-pressed") === "true";
-      const key = button.dataset.key;
-      for (const twin of all(`.legend button[data-key="${key}"]`)) twin.setAttribute("aria-pressed", String(!off));
-      for (const line of all(`.lines .s[data-s="${key}"]`)) line.classList.toggle("off", off);
+      for (const twin of all(".legend button")) {
+        if (twin.dataset.line === button.dataset.line) twin.setAttribute("aria-pressed", String(!off));
+      }
+      const hidden = all('.legend button[aria-pressed="false"]').map((one) => one.dataset.line);
+      charts.choose({ hidden: [...new Set(hidden)] });
     });
   }
 

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from quantlens.report.text import (
+from quantlens.studies.text import (
     Stat,
     count,
     duration,

@@ -11,9 +11,9 @@ from quantlens.metrics import METRICS, available_scores
 from quantlens.metrics import Spread as Stat
 from quantlens.metrics import score_label as score_label
 from quantlens.metrics.spread import number as number
-from quantlens.plots.svg import MINUS
 
 MISSING = "–"
+MINUS = "−"
 BASELINE = "FP32"
 
 _BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)

@@ -4,20 +4,17 @@ each precision."""
 from __future__ import annotations
 
 import json
+import os
+import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantlens.report.text import (
-    BASELINE,
-    Stat,
-    number,
-    plain,
-    precision_order,
-    score_order,
-)
-from quantlens.studies.benchmarks import Timed
+from quantlens.errors import QuantlensError, StorageError
+from quantlens.studies.benchmarks import Timed, evaluated, timed
+from quantlens.studies.store import Store
+from quantlens.studies.text import BASELINE, Stat, number, plain, precision_order, score_order
 
 Path = tuple[str, ...]
 
@@ -135,6 +132,31 @@ class Board:
         present = {name for r in self.results for name, entry in _items(r.get("ood_mean")) if entry}
         chosen: list[str] = [p for p in ("far", "near") if p in present]
         return chosen or (["all"] if "all" in present else [])
+
+
+def open_store(store_or_dir: Any) -> tuple[Any, pathlib.Path | None]:
+    """(store, its directory or None) of a directory or an object with `.cells()` and `.study()`. Raises StorageError
+    for a directory without a store."""
+    if isinstance(store_or_dir, str | os.PathLike):
+        folder = pathlib.Path(store_or_dir)
+        if not (folder / "store.sqlite").is_file():
+            raise StorageError(f"{folder} holds no store.sqlite; give the --out directory of a `quantlens study`")
+        return Store(folder), folder
+    return store_or_dir, store_or_dir.directory if isinstance(store_or_dir, Store) else None
+
+
+def board_of(store_or_dir: Any) -> Board:
+    """The board of a study. Raises QuantlensError for an empty store, StorageError for a directory without one."""
+    store, folder = open_store(store_or_dir)
+    cells = list(store.cells())
+    more: tuple[Any, Any, Any] = ((), (), ())
+    if isinstance(store, Store):
+        more = timed(store), evaluated(store), store.inspections()
+    if not cells and not any(more):
+        raise QuantlensError(
+            f"{folder or 'the store'} holds no cell yet, so there is nothing to show; run `quantlens study` first"
+        )
+    return collect(cells, store.study(), *more)
 
 
 def change_of(group: Group, result: Mapping[str, Any], path: Path) -> float | None:

@@ -1,0 +1,165 @@
+"""Figures of single cells (the lowest seed): histograms of OOD scores, reliability diagrams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import altair as alt
+
+from quantlens.plots.lines import SCORED, GroupLines
+from quantlens.plots.style import COLOURS, MUTED, PAPER, Panel, PanelRow
+from quantlens.studies.board import Board, Group, dig
+from quantlens.studies.text import BASELINE, number, percent, score_label
+
+HISTOGRAMS = 3000
+"""Histograms of a page at most; what comes after them is left out, and a note says so."""
+CHOSEN = f"(datum.bits == bits || datum.bits == '{BASELINE}')"
+
+
+def numbers(values: Any) -> list[float] | None:
+    """A list of finite numbers, or None where it is not one."""
+    found = [number(v) for v in values] if isinstance(values, list | tuple) else []
+    return None if not found or None in found else [v for v in found if v is not None]
+
+
+def outline(result: Mapping[str, Any] | None, score: str, name: str | None) -> dict[str, Any] | None:
+    """The outline of the histogram of the ID scores (name None) or of an OOD set, as densities: "edge" and "height",
+    with the outline's ends on the axis. None where it is absent or empty."""
+    tree = dig(result, ("histograms", score))
+    edges = numbers(dig(tree, ("edges",)))
+    counts = numbers(dig(tree, ("id",)) if name is None else dig(tree, ("ood", name)))
+    if edges is None or counts is None or len(edges) != len(counts) + 1 or not sum(counts) > 0:
+        return None
+    widths = [max(b - a, 1e-12) * sum(counts) for a, b in pairwise(edges)]
+    heights = [float(f"{c / w:.4g}") for c, w in zip(counts, widths, strict=True)]
+    return {"edge": [float(f"{e:.5g}") for e in (edges[0], *edges)], "height": [0.0, *heights, 0.0]}
+
+
+def shown_histograms(board: Board) -> tuple[list[tuple[str, str]], str]:
+    """(precision, score) of the histograms that a page holds, and a sentence on what was left out: the first score at
+    all precisions, then every score at the lowest, then the rest."""
+    rank = {bits: i for i, bits in enumerate(reversed(board.quantized))}
+    order = sorted(
+        ((b, s) for s in board.scores for b in board.quantized),
+        key=lambda bs: (bs[1] != board.score, bs[0] != board.lowest, board.scores.index(bs[1]), rank[bs[0]]),
+    )
+    each = 4 * max(len(board.groups) * len(board.sets), 1)
+    kept = order[: max(1, HISTOGRAMS // each)]
+    left_out = [f"{score_label(score)} at {bits}" for bits, score in order[len(kept) :]]
+    if not left_out:
+        return kept, ""
+    shown = ", ".join(left_out[:4]) + (f" and {len(left_out) - 4} more" if len(left_out) > 4 else "")
+    return kept, f"Left out to keep the file small: {shown}; the store has them."
+
+
+def histograms(board: Board) -> list[PanelRow]:
+    """Scores of ID images and of one OOD set's, at FP32 and quantized: a panel per group and set."""
+    kept, note = shown_histograms(board)
+    row = PanelRow("", note=note)
+    for group in board.groups:
+        for name in board.sets:
+            rows = [one for bits, score in kept for one in histogram_rows(group, bits, score, name)]
+            if rows:
+                row.panels.append(
+                    Panel(histogram_chart(), rows, f"{group.method} · {name}", group.model, "hist", str(group.index))
+                )
+    return [row] if row.panels else []
+
+
+def histogram_rows(group: Group, bits: str, score: str, name: str) -> Iterator[dict[str, Any]]:
+    """ID and OOD outlines at `bits` and at FP32; none without those at `bits`."""
+    for precision, label in ((bits, "quantized"), (BASELINE, BASELINE)):
+        for kind, who in (("ID", None), ("OOD", name)):
+            found = outline(group.first(precision), score, who) if group.first(bits) is not None else None
+            if found:
+                yield {"kind": kind, "precision": label, "bits": bits, "score": score, **found}
+
+
+def histogram_chart() -> Any:
+    """Overlaid outlines: filled where quantized, dashed at FP32."""
+    legend = alt.Legend(
+        title=None, orient="top", symbolType="stroke", symbolSize=200, symbolStrokeWidth=1.6, symbolOpacity=1, offset=2
+    )
+    base = alt.Chart().encode(
+        x=alt.X("edge:Q", title="score (more = more like ID)", scale=alt.Scale(zero=False, nice=False)),
+        y=alt.Y("height:Q", title=None, stack=None, axis=alt.Axis(labels=False, grid=False)),
+        color=alt.Color("kind:N", scale=alt.Scale(domain=["ID", "OOD"], range=list(COLOURS[:2])), legend=legend),
+    )
+    filled = base.mark_area(interpolate="step-after", opacity=0.16).transform_filter("datum.precision == 'quantized'")
+    dash = alt.Scale(domain=["quantized", BASELINE], range=[[1, 0], [4, 2.5]])
+    edged = base.mark_line(interpolate="step-after", strokeWidth=1.4).encode(
+        strokeDash=alt.StrokeDash("precision:N", scale=dash, legend=legend),
+        order=alt.Order("place:Q"),
+        tooltip=[alt.Tooltip(f"{key}:N") for key in ("kind", "precision")],
+    )
+    return (
+        alt.layer(filled, edged)
+        .transform_filter(f"datum.bits == bits && {SCORED}")
+        .transform_flatten(["edge", "height"])
+        .transform_window(place="row_number()", groupby=["kind", "precision"])
+        .properties(height=150)
+    )
+
+
+def reliability_bins(result: Mapping[str, Any] | None) -> list[tuple[float, float, float]]:
+    """(confidence, accuracy, share of images) of the bins that hold images."""
+    tree = dig(result, ("id", "reliability"))
+    counts, confidence, accuracy = (dig(tree, (k,)) for k in ("count", "confidence", "accuracy"))
+    if not all(isinstance(v, list | tuple) for v in (counts, confidence, accuracy)):
+        return []
+    rows = [(number(c), number(a), number(n)) for c, a, n in zip(confidence, accuracy, counts, strict=False)]
+    total = sum(n for _, _, n in rows if n)
+    return [(c, a, n / total) for c, a, n in rows if n and c is not None and a is not None]
+
+
+def reliability(board: Board) -> list[PanelRow]:
+    """Accuracy against confidence at FP32 (grey) and quantized, a panel per group, with both ECEs."""
+    lines, row = GroupLines(board), PanelRow("")
+    for group in board.groups:
+        rows = [one for bits in board.precisions for one in reliability_rows(group, bits)]
+        if any(one["bits"] != BASELINE for one in rows):
+            colour = COLOURS[lines.looks[lines.name(group)].colour]
+            row.panels.append(
+                Panel(reliability_chart(colour), rows, group.method, group.model, "reliability", str(group.index))
+            )
+    return [row] if row.panels else []
+
+
+def reliability_rows(group: Group, bits: str) -> Iterator[dict[str, Any]]:
+    """A row per bin, in percent, and the ECE in words."""
+    result = group.first(bits)
+    ece = f"ECE {bits} {percent(number(dig(result, ('id', 'ece'))))} %"
+    for confidence, accuracy, share in reliability_bins(result):
+        percents = {"confidence": 100 * confidence, "accuracy": 100 * accuracy, "share": 100 * share}
+        yield {"bits": bits, "ece": ece, **{key: round(value, 3) for key, value in percents.items()}}
+
+
+def reliability_chart(colour: str) -> Any:
+    """Below the diagonal a model is overconfident; the area of a marker grows with the share of images in its bin."""
+    axis = {"scale": alt.Scale(domain=[0, 100]), "axis": alt.Axis(tickCount=6)}
+    x = alt.X("confidence:Q", title="confidence %", **axis)
+    y = alt.Y("accuracy:Q", title="accuracy %", **axis)
+    shade = alt.condition(f"datum.bits == '{BASELINE}'", alt.value(MUTED), alt.value(colour))
+    base = alt.Chart().encode(x=x, y=y, detail="bits:N")
+    diagonal = alt.Chart(alt.Data(values=[{"at": 0}, {"at": 100}])).mark_line(strokeDash=[5, 4], color=MUTED)
+    columns = [("bits", "bits"), ("confidence", "confidence %"), ("accuracy", "accuracy %"), ("share", "% of images")]
+    words = (
+        alt.Chart()
+        .mark_text(align="right", fontSize=11)
+        .transform_aggregate(ece="min(ece)", groupby=["bits"])
+        .transform_calculate(line=f"datum.bits == '{BASELINE}' ? 12 : 5")
+        .encode(x=alt.value("width"), y="line:Q", text="ece:N", color=shade)
+    )
+    layers = [
+        diagonal.encode(x=alt.X("at:Q"), y=alt.Y("at:Q")),
+        base.mark_line(strokeWidth=1.1, opacity=0.55).encode(color=shade),
+        base.mark_point(filled=True, opacity=0.8, stroke=PAPER, strokeWidth=0.8).encode(
+            color=shade,
+            size=alt.Size("share:Q", scale=alt.Scale(domain=[0, 100], range=[12, 500]), legend=None),
+            tooltip=[alt.Tooltip(f"{key}:N", title=title) for key, title in columns],
+        ),
+        words,
+    ]
+    return alt.layer(*layers).transform_filter(CHOSEN).properties(height=240)
