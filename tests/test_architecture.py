@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,10 +89,20 @@ def test_metrics_know_nothing_of_models():
         assert _imports(path) <= {"errors", "metrics", "plugins"}, path
 
 
+def test_plots_draw_and_the_report_does_not():
+    """Altair and vl-convert are used in `plots` alone, but for the script that vl-convert brings for a page."""
+    for path in PACKAGE.rglob("*.py"):
+        text, room = path.read_text(encoding="utf-8"), path.relative_to(PACKAGE).parts[0]
+        if room != "plots":
+            assert not re.search(r"^\s*(import|from) altair", text, re.M), path
+            assert not re.search(r"<svg|<path|vegalite_to", text), path
+            assert "vl_convert" not in text or path.relative_to(PACKAGE).as_posix() == "report/charts.py", path
+
+
 def test_importing_quantlens_is_light():
     code = (
         "import quantlens, quantlens.cli.main, sys;"
-        "print([m for m in ('torch', 'timm', 'scipy', 'sklearn') if m in sys.modules])"
+        "print([m for m in ('torch', 'timm', 'scipy', 'sklearn', 'altair', 'vl_convert') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,11 @@ import pytest
 from quantlens.report import write_report
 
 ATTENTION_BITS = ("FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4")
+
+DEIT = "deit_tiny_patch16_224"
+POINTS = """[...document.querySelectorAll('#ood .chart [aria-roledescription="point"]')]
+    .map(e => e.getAttribute('aria-label')).join('; ')"""
+"""What the marks of the first figure are, as a screen reader has it."""
 
 EVIL = '"><script>alert(1)</script>'
 
@@ -47,6 +53,15 @@ class Browser:
         command("Emulation.setDeviceMetricsOverride", size)
         command("Emulation.setEmulatedMedia", {"features": [scheme]})
         self.driver.get(path.as_uri())
+        self.wait(
+            "![...document.querySelectorAll('.js [data-chart]')].some(e => e.checkVisibility() && !e.matches('.drawn'))"
+        )
+
+    def wait(self, condition: str) -> None:
+        """Until a condition of the page holds, such as that every chart that is displayed is drawn."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.driver, 120).until(lambda _: self.run(f"return {condition}"))
 
     def problems(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser")]
@@ -90,12 +105,12 @@ def test_opens_without_errors_and_shows_its_plots(browser, report):
     browser.open(report)
     assert browser.problems() == []
     for kind in ("lines", "bars", "hist", "reliability"):
-        boxes = browser.shown(f"svg.{kind}")
+        boxes = browser.shown(f".chart.{kind} svg")
         assert len(boxes) >= 3, kind
         assert all(b["width"] > 200 and b["height"] > 30 for b in boxes), kind
     assert browser.run("return document.querySelector('h1').getBoundingClientRect().height") > 20
     colours = browser.run(
-        """return [...document.querySelectorAll('#ood .panel:not(.alt) .l')]
+        """return [...document.querySelectorAll('#ood [aria-roledescription="line mark"]')]
                .map(e => getComputedStyle(e).stroke)"""
     )
     assert len(set(colours)) >= 3
@@ -142,14 +157,15 @@ def test_sorting_by_keyboard_with_missing_figures_last(browser, report):
 
 def test_score_selector_switches_everything(browser, report):
     browser.open(report)
-    before = browser.column("#delta-table", 7)
+    before, points = browser.column("#delta-table", 7), browser.run(f"return {POINTS}")
     assert set(browser.column("#set-table", 5)) == {"MSP"}
     browser.run("""const s = document.getElementById('choose-score'); s.value = 'vim';
                    s.dispatchEvent(new Event('change'))""")
     visible = browser.run("""return [...document.querySelectorAll('figure[data-score]')]
                              .filter(e => e.checkVisibility()).map(e => e.dataset.score)""")
-    assert len(visible) > 10
     assert set(visible) == {"vim"}
+    browser.wait(f"{POINTS} !== {json.dumps(points)}")
+    assert f"{DEIT} · minmax" in browser.run(f"return {POINTS}")
     assert browser.column("#delta-table", 7) != before
     assert set(browser.column("#set-table", 5)) == {"ViM"}
     assert set(browser.run("return [...document.querySelectorAll('[data-score-name]')].map(e => e.textContent)")) == {
@@ -161,9 +177,10 @@ def test_precision_selector_and_filters(browser, report):
     browser.open(report)
     browser.run("""const s = document.getElementById('choose-bits'); s.value = 'W8A4';
                    s.dispatchEvent(new Event('change'))""")
-    visible = browser.run("""return [...document.querySelectorAll('.panel[data-bits]')]
-                             .filter(e => e.checkVisibility()).map(e => e.dataset.bits)""")
-    assert set(visible) == {"W8A4"}
+    browser.wait("document.querySelector('#distributions .reliability svg').textContent.includes('ECE W8A4')")
+    assert set(browser.run("return [...document.querySelectorAll('[data-bits-name]')].map(e => e.textContent)")) == {
+        "W8A4"
+    }
     browser.driver.find_element("id", "search").send_keys("flowers w4a4 repq")
     assert browser.column("#set-table", 2) == ["W4A4", "W4A4"]
     assert set(browser.column("#set-table", 3)) == {"flowers"}
@@ -198,25 +215,40 @@ def test_the_image_selector_switches_the_maps(browser, attention_store, tmp_path
 
 def test_legend_hides_a_line_and_classes_unfold(browser, report):
     browser.open(report)
-    lines = "#ood .panel:not(.alt) .s[data-s='0']"
-    assert browser.shown(lines)
-    browser.run("document.querySelector('.legend button[data-key=\"0\"]').click()")
-    assert browser.shown(lines) == []
+    assert f"{DEIT} · minmax" in browser.run(f"return {POINTS}")
+    browser.run("document.querySelector('.legend button').click()")
+    browser.wait(f"!{POINTS}.includes('{DEIT} · minmax')")
+    assert f"{DEIT} · percentile" in browser.run(f"return {POINTS}")
     rows = "details.classes[open] tbody tr"
     assert len(browser.shown(rows)) == 10
     browser.run("document.querySelector('button.more').click()")
     assert len(browser.shown(rows)) == 40
 
 
+def test_a_mark_says_its_value_when_pointed_at(browser, report):
+    from selenium.webdriver import ActionChains
+
+    browser.open(report)
+    mark = browser.driver.find_element("css selector", '#ood .chart [aria-roledescription="point"]')
+    browser.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", mark)
+    ActionChains(browser.driver).move_to_element(mark).perform()
+    browser.wait("document.querySelector('#vg-tooltip-element.visible') !== null")
+    text = browser.driver.find_element("id", "vg-tooltip-element").text
+    assert DEIT in text or "vit_tiny" in text
+    assert re.search(r"AUPR-out %:? *\d+\.\d( ± \d+\.\d)? %", text), text
+    assert browser.problems() == []
+
+
 def test_phone_has_no_sideways_scroll(browser, report):
-    browser.open(report, 380)
-    assert browser.run("return document.documentElement.scrollWidth") <= 380
+    browser.open(report, 360)
+    assert browser.problems() == []
+    assert browser.run("return document.documentElement.scrollWidth") <= 360
     outside = browser.run("""return [...document.querySelectorAll('main *')].filter(e => e.checkVisibility()
-        && !e.closest('.scroll') && e.getBoundingClientRect().right > 381)
+        && !e.closest('.scroll') && e.getBoundingClientRect().right > 361)
         .map(e => e.outerHTML.slice(0, 80))""")
     assert outside == []
-    assert all(b["width"] > 250 for b in browser.shown("svg.chart"))
-    size = browser.run("""const t = document.querySelector('#ood .panel:not(.alt) .t');
+    assert all(b["width"] > 250 for b in browser.shown(".chart svg"))
+    size = browser.run("""const t = document.querySelector('#ood .chart .role-axis-label text');
         return t.getBoundingClientRect().height""")
     assert size > 9, "axis labels stay legible"
 
@@ -228,10 +260,14 @@ def test_dark_mode_follows_the_system_and_the_button(browser, report):
     background, ink = browser.run(script)
     assert background < 60
     assert ink > 180
+    words = "return getComputedStyle(document.querySelector('#ood .chart .role-axis-label text')).fill"
+    lines = "return getComputedStyle(document.querySelector('#ood .chart [aria-roledescription=\"line mark\"]')).stroke"
+    dark = browser.run(words), browser.run(lines)
     browser.run("document.getElementById('theme').click()")
     background, ink = browser.run(script)
     assert background > 230
     assert ink < 80
+    assert all(light != there for light, there in zip((browser.run(words), browser.run(lines)), dark, strict=True))
     browser.run("localStorage.clear()")
     browser.open(report)
     assert browser.run(script)[0] > 230
@@ -260,7 +296,7 @@ def test_layers_show_and_sort(browser, make, tmp_path):
     assert browser.problems() == []
     assert browser.run("return document.documentElement.scrollWidth") <= 380
     assert browser.run("return document.querySelector('#layers h3').textContent") == EVIL
-    assert browser.shown("#layers svg.chart")
+    assert browser.shown("#layers .chart svg")
     table = "#layers > .scroll table"
     assert browser.column(table, 0) == ["blocks.0.b", "blocks.0.c", "blocks.0.a"]
     browser.run(f"document.querySelectorAll('{table} th')[7].querySelector('button').click()")
@@ -278,7 +314,8 @@ def test_readable_without_scripts(browser, report, tmp_path):
     browser.open(bare)
     assert "js" not in browser.run("return document.documentElement.className")
     assert len(browser.shown("#set-table tbody tr")) == 864
-    assert len(browser.shown("#ood svg.chart")) == 20
+    said = browser.run("return getComputedStyle(document.querySelector('#ood .chart'), '::before').content")
+    assert "needs JavaScript; the tables hold its values" in said
     assert browser.shown("#choose-score") == []
 
 
@@ -301,4 +338,4 @@ def test_edge_cases_open_without_errors(browser, make, tmp_path, case):
     assert browser.problems() == []
     assert browser.run("return document.documentElement.scrollWidth") <= 380
     if case not in ("all failed", "no OOD"):
-        assert browser.shown("svg.chart.lines")
+        assert browser.shown(".chart.lines svg")

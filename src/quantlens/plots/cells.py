@@ -57,14 +57,12 @@ def shown_histograms(board: Board) -> tuple[list[tuple[str, str]], str]:
 def histograms(board: Board) -> list[PanelRow]:
     """Scores of ID images and of one OOD set's, at FP32 and quantized: a panel per group and set."""
     kept, note = shown_histograms(board)
-    row = PanelRow("", note=note)
+    row, chart = PanelRow("", note=note), histogram_chart()
     for group in board.groups:
         for name in board.sets:
             rows = [one for bits, score in kept for one in histogram_rows(group, bits, score, name)]
             if rows:
-                row.panels.append(
-                    Panel(histogram_chart(), rows, f"{group.method} · {name}", group.model, "hist", str(group.index))
-                )
+                row.panels.append(Panel(chart, rows, f"{group.method} · {name}", group.model, "hist", str(group.index)))
     return [row] if row.panels else []
 
 

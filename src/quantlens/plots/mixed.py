@@ -35,7 +35,7 @@ def front(frontier: Mapping[str, Any], caption: str, detail: str = "") -> Panel 
         return None
     looks = {"Pareto front": Look(0), "one width everywhere": Look(1, 1), chosen: Look(2, 2)}
     x = alt.X("x:Q", title=f"{what}, {name}", scale=alt.Scale(zero=False))
-    y = alt.Y("y:Q", title="total sensitivity", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e"))
+    y = alt.Y("y:Q", title="total sensitivity", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e", tickCount=4))
     shown = marks(rows, looks, x=x, y=y, order=alt.Order("x:Q"))
     line = alt.Chart().transform_filter("datum.line == 'Pareto front'").mark_line(strokeWidth=1, color=COLOURS[0])
     chart = alt.layer(line.encode(x=x, y=y), shown).properties(height=260)

@@ -123,6 +123,7 @@ def theme() -> dict[str, Any]:
         "view": {"stroke": None},
         "axis": {**words, "titleFontWeight": "normal", "domainColor": MUTED, "tickColor": MUTED, "gridColor": FAINT},
         "axisX": {"grid": False},
+        "axisQuantitative": {"tickCount": 6},
         "axisY": {
             "domain": False,
             "ticks": False,
@@ -134,7 +135,6 @@ def theme() -> dict[str, Any]:
             "titleX": -28,
             "titleY": -10,
         },
-        "axisXPoint": {"domain": True},
         "legend": {
             **words,
             "labelColor": INK,
