@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlens.errors import QuantlensError, StorageError
+from quantlens.metrics import metric_of
 from quantlens.studies.benchmarks import Timed, evaluated, timed
 from quantlens.studies.store import Store
 from quantlens.studies.text import BASELINE, Stat, number, plain, precision_order, score_order
@@ -126,6 +127,16 @@ class Board:
     def change(self, group: Group, bits: str, path: Path) -> Stat | None:
         """What quantization changed (quantized less FP32), over seeds."""
         return Stat.of(change_of(group, result, path) for result in group.cells.get(bits, ()))
+
+    def shown(self, group: Group, bits: str, path: Path, *, change: bool = False) -> Stat | None:
+        """A metric, or its change, as it is shown: a fraction as a percentage."""
+        stat = self.change(group, bits, path) if change else self.stat(group, bits, path)
+        return None if stat is None else stat.scaled(metric_of(path[-1]).factor)
+
+    def level(self, path: Path) -> float | None:
+        """A metric that is the same for every cell on the same images: its mean over the cells, as it is shown."""
+        found = Stat.of(s.mean for g in self.groups for b in self.precisions if (s := self.shown(g, b, path)))
+        return None if found is None else found.mean
 
     def parts(self) -> list[str]:
         """Which of the stored means over OOD sets there are: far, near; all only where neither is."""

@@ -10,8 +10,8 @@ from quantlens.studies.board import Board, Group, Path, change_of
 from quantlens.studies.text import BASELINE, Stat
 
 
-def drift_of(group: Group, bits: str, where: str, metric: DriftMetric) -> Stat | None:
-    """Mean and standard deviation over seeds, in the unit of the metric's label."""
+def drift_of(where: str, metric: DriftMetric, group: Group, bits: str, score: str = "") -> Stat | None:
+    """Mean and standard deviation over seeds, in the unit of the metric's label; it depends on no score."""
     results = [group.fp32] if bits == BASELINE else group.cells.get(bits, [])
     stat = Stat.of(value_in(r, where, metric) for r in results)
     return None if stat is None else stat.scaled(metric.factor)
