@@ -14,7 +14,7 @@ from quantlens.report.attention_gallery import Galleries, galleries
 from quantlens.report.tables import Column, Table, by_precision
 from quantlens.studies.board import Board, dig
 from quantlens.studies.drift import Link, drift_of, links
-from quantlens.studies.text import MISSING, count, fixed, number, score_label
+from quantlens.studies.text import BASELINE, MISSING, count, fixed, number, score_label
 
 LINK_COLUMNS = [
     "Drift",
@@ -47,7 +47,7 @@ def attention(board: Board) -> Attention | None:
     found = Attention()
     reasons: dict[str, str] = {}
     for group in board.groups:
-        for result in [r for rs in group.cells.values() for r in rs] + [group.fp32 or {}]:
+        for result in (*group.quantized, *group.results(BASELINE)):
             why = dig(result, ("attention", "unavailable"))
             if why:
                 reasons[group.model] = str(why)

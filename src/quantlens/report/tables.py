@@ -288,10 +288,10 @@ class ClassTable:
 def class_tables(board: Board) -> list[ClassTable]:
     """Top-1 per class (mean over seeds) at every precision."""
     tables = []
-    having = [g for g in board.groups if any(class_figures(board, g, b) for b in board.precisions)]
+    having = [g for g in board.groups if any(class_figures(g, b) for b in board.precisions)]
     keep = max(20, CLASS_ROWS // max(len(having), 1))
     for group in having:
-        figures = {b: class_figures(board, group, b) for b in board.precisions}
+        figures = {b: class_figures(group, b) for b in board.precisions}
         precisions = [b for b in board.precisions if figures[b]]
         last = precisions[-1]
         names = {c: entry for b in precisions for c, entry in figures[b].items()}
@@ -320,22 +320,14 @@ def class_tables(board: Board) -> list[ClassTable]:
     return tables
 
 
-def class_figures(board: Board, group: Group, bits: str) -> dict[str, tuple[str, float | None, float | None]]:
+def class_figures(group: Group, bits: str) -> dict[str, tuple[str, float | None, float | None]]:
     """class → (name, images, mean top-1 over seeds)."""
-    results = [group.fp32] if bits == BASELINE else group.cells.get(bits, [])
     found: dict[str, list[Mapping[str, Any]]] = {}
-    for result in results:
-        entries = dig(result, ("id", "per_class"))
-        for entry in entries if isinstance(entries, list | tuple) else ():
-            if isinstance(entry, Mapping):
-                found.setdefault(plain(entry.get("class")), []).append(entry)
-    out = {}
+    for result in group.results(bits):
+        for entry in dig(result, ("id", "per_class")) or ():
+            found.setdefault(plain(entry.get("class")), []).append(entry)
+    figures = {}
     for key, entries in found.items():
         top1 = Stat.of(e.get("top1") for e in entries)
-        name = entries[0].get("name")
-        out[key] = (
-            "" if name is None else str(name),
-            number(entries[0].get("n")),
-            top1.mean if top1 else None,
-        )
-    return out
+        figures[key] = str(entries[0].get("name") or ""), number(entries[0].get("n")), top1.mean if top1 else None
+    return figures
