@@ -74,7 +74,7 @@ def test_tables_and_curves_are_the_stores_means(store):
     assert float(row.values[at].text) == pytest.approx(expected, abs=0.06)
     assert row.values[0].text == "20.0"
     ood = np.mean([np.mean([s["row_kl"] for s in r["attention"]["ood"].values()]) for r in results])
-    assert drift_of(board.groups[0], "W4A4", "ood", metrics.KL).mean == pytest.approx(ood)
+    assert drift_of("ood", metrics.KL, board.groups[0], "W4A4").mean == pytest.approx(ood)
     curves = FIGURES["drift"][1](board)
     assert len(curves) == 3, "both, weights alone, activations alone"
     assert all(len(row.panels) % 6 == 0 for row in curves)

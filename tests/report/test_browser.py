@@ -275,6 +275,7 @@ def test_dark_mode_follows_the_system_and_the_button(browser, report):
 
 def test_layers_show_and_sort(browser, make, tmp_path):
     """The section "Which layer hurts" of a real store: no errors, also where the model's name is hostile."""
+    from quantlens.report.inspection import write_inspection
     from quantlens.sensitivity import Inspection
     from quantlens.sensitivity.alone import Effect
     from quantlens.sensitivity.inspection import Part
@@ -292,6 +293,13 @@ def test_layers_show_and_sort(browser, make, tmp_path):
         for cell in make[0](("deit_tiny_patch16_224",), ("minmax",), ("FP32", "W8A8"), (0,)):
             store.put(cell.key, cell.spec, "done", cell.result)
         store.put(f"{INSPECTION}x", {"model": EVIL, "inspects": True}, "done", {"inspection": found.to_dict()})
+    browser.open(write_inspection(found, tmp_path / "page.html"), 380)
+    assert browser.problems() == []
+    assert browser.shown(".chart.effects svg")
+    sites_table = "table:has(th:nth-child(8))"
+    assert browser.column(sites_table, 0) == ["blocks.0.b", "blocks.0.c", "blocks.0.a"]
+    browser.run(f"document.querySelectorAll('{sites_table} th')[7].querySelector('button').click()")
+    assert browser.column(sites_table, 7) == ["9.5", "25", "10000"]
     browser.open(write_report(tmp_path), 380)
     assert browser.problems() == []
     assert browser.run("return document.documentElement.scrollWidth") <= 380

@@ -18,15 +18,13 @@ Summary = Mapping[str, Any]
 class DriftMetric:
     """A metric of a drift summary, or a number derived from some.
 
-    name: its key in a summary and in METRICS. digits: decimals shown. floor, ceiling: limits of its axis. derived: how
+    name: its key in a summary and in METRICS. digits: decimals shown. derived: how
     it is computed where it is no key of a summary, in which case title, label (of its axis) and factor say what METRICS
     says of the others.
     """
 
     name: str
     digits: int = 3
-    floor: float | None = 0.0
-    ceiling: float | None = None
     title: str = ""
     label: str = ""
     factor: float = 1.0
@@ -37,11 +35,11 @@ class DriftMetric:
         return self.derived(summary) if self.derived else number(summary.get(self.name))
 
 
-def _metric(name: str, digits: int = 3, floor: float | None = 0.0, ceiling: float | None = None) -> DriftMetric:
+def _metric(name: str, digits: int = 3) -> DriftMetric:
     """A metric with the title, label and factor of METRICS."""
     known = METRICS[name]
     title = known.heading[0].upper() + known.heading[1:]
-    return DriftMetric(name, digits, floor, ceiling, title, known.label, known.factor)
+    return DriftMetric(name, digits, title, known.label, known.factor)
 
 
 def _rank_distance(summary: Summary) -> float | None:
@@ -54,7 +52,7 @@ def _outlier_change(summary: Summary) -> float | None:
     return None if here is None or there is None else abs(here - there)
 
 
-RANK = _metric("rollout_spearman", 3, None, 1.0)
+RANK = _metric("rollout_spearman")
 OVERLAP = _metric("rollout_overlap", 1)
 CENTRE = _metric("centre_movement", 1)
 KL = _metric("row_kl")
@@ -68,10 +66,10 @@ TABLED = (
     CENTRE,
     KL,
     _metric("row_cosine"),
-    _metric("entropy_change", 3, None),
+    _metric("entropy_change"),
     _metric("outlier_overlap", 1),
     CHANGED,
-    _metric("confidence_change", 1, None),
+    _metric("confidence_change", 1),
     OUTPUT_KL,
 )
 """The tables of a report, after that of the outlier tokens."""

@@ -18,19 +18,12 @@ HISTOGRAMS = 3000
 CHOSEN = f"(datum.bits == bits || datum.bits == '{BASELINE}')"
 
 
-def numbers(values: Any) -> list[float] | None:
-    """A list of finite numbers, or None where it is not one."""
-    found = [number(v) for v in values] if isinstance(values, list | tuple) else []
-    return None if not found or None in found else [v for v in found if v is not None]
-
-
 def outline(result: Mapping[str, Any] | None, score: str, name: str | None) -> dict[str, Any] | None:
     """The outline of the histogram of the ID scores (name None) or of an OOD set, as densities: "edge" and "height",
     with the outline's ends on the axis. None where it is absent or empty."""
     tree = dig(result, ("histograms", score))
-    edges = numbers(dig(tree, ("edges",)))
-    counts = numbers(dig(tree, ("id",)) if name is None else dig(tree, ("ood", name)))
-    if edges is None or counts is None or len(edges) != len(counts) + 1 or not sum(counts) > 0:
+    edges, counts = dig(tree, ("edges",)), dig(tree, ("id",) if name is None else ("ood", name))
+    if not edges or not counts or not sum(counts):
         return None
     widths = [max(b - a, 1e-12) * sum(counts) for a, b in pairwise(edges)]
     heights = [float(f"{c / w:.4g}") for c, w in zip(counts, widths, strict=True)]
@@ -103,13 +96,10 @@ def histogram_chart() -> Any:
 
 def reliability_bins(result: Mapping[str, Any] | None) -> list[tuple[float, float, float]]:
     """(confidence, accuracy, share of images) of the bins that hold images."""
-    tree = dig(result, ("id", "reliability"))
-    counts, confidence, accuracy = (dig(tree, (k,)) for k in ("count", "confidence", "accuracy"))
-    if not all(isinstance(v, list | tuple) for v in (counts, confidence, accuracy)):
-        return []
-    rows = [(number(c), number(a), number(n)) for c, a, n in zip(confidence, accuracy, counts, strict=False)]
-    total = sum(n for _, _, n in rows if n)
-    return [(c, a, n / total) for c, a, n in rows if n and c is not None and a is not None]
+    tree = dig(result, ("id", "reliability")) or {"confidence": [], "accuracy": [], "count": []}
+    filled = [row for row in zip(tree["confidence"], tree["accuracy"], tree["count"], strict=True) if row[2]]
+    total = sum(n for *_, n in filled)
+    return [(confidence, accuracy, n / total) for confidence, accuracy, n in filled]
 
 
 def reliability(board: Board) -> list[PanelRow]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import altair as alt
 
-from quantlens.plots.style import MUTED, PAPER, Look, Rows, encodings
+from quantlens.plots.style import MUTED, PAPER, Look, Panel, Rows, encodings
 from quantlens.studies.board import Board, Group
 from quantlens.studies.text import BASELINE, Stat, mean_std, parse_bits
 
@@ -117,6 +117,45 @@ def line_chart(
             ),
         ]
     return alt.layer(*layers).transform_filter(kept).properties(height=210)
+
+
+Values = Mapping[str, Callable[[Group, str, str], Stat | None]]
+"""Detail of a panel -> the value of a group at a precision by a score."""
+
+
+def panels_of(
+    lines: GroupLines,
+    places: Sequence[tuple[str, str]],
+    order: Sequence[str],
+    values: Values,
+    *,
+    caption: str,
+    label: str,
+    unit: str = "",
+    digits: int = 1,
+    x_label: str = "",
+    scores: Sequence[str] = ("",),
+    chance: Rows = (),
+) -> Iterator[Panel]:
+    """A panel for each of `values`, and for each model where those stand in panels of their own; all have one range.
+
+    places: (label, precision) of every point. label, unit: of the y axis and of values in words.
+    """
+    found = []
+    for detail, of in values.items():
+        for name, groups in lines.facets():
+            rows = drawn(
+                point(lines.name(g), x, of(g, bits, score), digits, unit, **({"score": score} if score else {}))
+                for score in scores
+                for g in groups
+                for x, bits in places
+            )
+            found.append((" · ".join(filter(None, [name, detail])), rows))
+    everything = [row for _, rows in found for row in rows] if len(found) > 1 else []
+    for detail, rows in found:
+        if rows:
+            options: dict[str, Any] = {"y_label": label, "x_label": x_label, "chance": chance, "range_of": everything}
+            yield Panel(line_chart(rows, lines.looks, order, **options), rows, caption, detail)
 
 
 FAMILIES: list[tuple[str, str, Callable[[int, int], int | None]]] = [

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import altair as alt
 
 from quantlens.metrics import METRICS
-from quantlens.plots.lines import FAMILIES, SCORED, GroupLines, drawn, family_widths, line_chart, point, width_places
+from quantlens.plots.lines import FAMILIES, SCORED, GroupLines, family_widths, panels_of, point, width_places
 from quantlens.plots.style import COLOURS, INK, MUTED, Panel, PanelRow
-from quantlens.studies.board import Board, Group, Path
-from quantlens.studies.text import Stat, fixed, join_words, mean_std, metric_title
+from quantlens.studies.board import Board, Path
+from quantlens.studies.text import fixed, join_words, mean_std, metric_title
 
 PART_TITLES = {"far": "Far sets, mean", "near": "Near sets, mean", "all": "All OOD sets, mean"}
 PART_NAMES = {"far": "mean of the far sets", "near": "mean of the near sets", "all": "mean of all OOD sets"}
@@ -19,25 +19,12 @@ FULL_RANGE = range(2, 9)
 MAX_BARS = 20
 
 
-def rows_of(
-    board: Board, lines: GroupLines, groups: Iterable[Group], places: Sequence[tuple[str, str]], path: Path, digits: int
-) -> list[dict[str, Any]]:
-    """A row per group and place (label, precision); of every score where `path` names the place of one ("")."""
-    metric = METRICS[path[-1]]
-    unit = " %" if metric.percent else ""
-    found = []
-    for score in board.scores if "" in path else [None]:
-        where = tuple(score or "" if part == "" else part for part in path)
-        more = {} if score is None else {"score": score}
-        for group in groups:
-            for x, bits in places:
-                stat = board.stat(group, bits, where)
-                scaled = None if stat is None else stat.scaled(metric.factor)
-                found.append(point(lines.name(group), x, scaled, digits, unit, **more))
-    return drawn(found)
+def at(path: Path, score: str) -> Path:
+    """The path with the score where it names the place of one ("")."""
+    return tuple(score if part == "" else part for part in path)
 
 
-def panels_of(
+def metric_panels(
     board: Board,
     lines: GroupLines,
     places: Sequence[tuple[str, str]],
@@ -48,27 +35,22 @@ def panels_of(
     x_label: str = "",
     digits: int = 1,
 ) -> Iterator[Panel]:
-    """A metric by precision: one panel, or one per model with the same range."""
-    by_facet = [(name, rows_of(board, lines, groups, places, path, digits)) for name, groups in lines.facets()]
-    chance = list(chance_levels(board, path)) if path[-1] == "aupr_out" else []
-    everything = [row for _, rows in by_facet for row in rows] if lines.split else []
-    for name, rows in by_facet:
-        if rows:
-            label = METRICS[path[-1]].label
-            chart = line_chart(
-                rows, lines.looks, order, y_label=label, x_label=x_label, chance=chance, range_of=everything
-            )
-            yield Panel(chart, rows, caption, " · ".join(filter(None, [name, detail])))
-
-
-def chance_levels(board: Board, path: Path) -> Iterator[dict[str, Any]]:
-    """The chance level of every score: the same for every cell on the same images, so the mean over the cells."""
-    for score in board.scores:
-        where = (*(score if part == "" else part for part in path[:-1]), "chance_aupr_out")
-        stats = [board.stat(g, b, where) for g in board.groups for b in board.precisions]
-        level = Stat.of(s.mean for s in stats if s is not None)
-        if level is not None:
-            yield {"score": score, "chance": 100 * level.mean, "said": f"chance {fixed(100 * level.mean, 1)}"}
+    """A metric at `places` (label, precision), of every score where `path` names the place of one."""
+    metric, scores = METRICS[path[-1]], board.scores if "" in path else [""]
+    levels = {s: board.level((*at(path[:-1], s), f"chance_{metric.name}")) for s in scores if s}
+    return panels_of(
+        lines,
+        places,
+        order,
+        {detail: lambda group, bits, score: board.shown(group, bits, at(path, score))},
+        caption=caption,
+        label=metric.label,
+        unit=" %" if metric.percent else "",
+        digits=digits,
+        x_label=x_label,
+        scores=scores,
+        chance=[{"score": s, "chance": v, "said": f"chance {fixed(v, 1)}"} for s, v in levels.items() if v is not None],
+    )
 
 
 def aupr(board: Board) -> list[PanelRow]:
@@ -78,10 +60,10 @@ def aupr(board: Board) -> list[PanelRow]:
     means = PanelRow("Far and near sets", large=not lines.split)
     for part in board.parts():
         path: Path = ("ood_mean", part, "", "aupr_out")
-        means.panels += panels_of(board, lines, places, order, path, PART_TITLES[part])
+        means.panels += metric_panels(board, lines, places, order, path, PART_TITLES[part])
     each = PanelRow("Every OOD set")
     for name, kind in board.sets.items():
-        each.panels += panels_of(board, lines, places, order, ("ood", name, "", "aupr_out"), name, kind)
+        each.panels += metric_panels(board, lines, places, order, ("ood", name, "", "aupr_out"), name, kind)
     return [row for row in (means, each) if row.panels]
 
 
@@ -102,7 +84,7 @@ def sensitivity(board: Board) -> list[PanelRow]:
                 title = f"{metric_title('aupr_out')}, {PART_NAMES[part]}"
                 kinds.append((title, ("ood_mean", part, "", "aupr_out"), 1))
             for caption, path, digits in kinds:
-                row.panels += panels_of(board, lines, places, order, path, caption, x_label=x_label, digits=digits)
+                row.panels += metric_panels(board, lines, places, order, path, caption, x_label=x_label, digits=digits)
             row.large = not lines.split and len(row.panels) != 3
         rows.append(row)
     return rows
@@ -141,17 +123,15 @@ def changes(board: Board) -> list[PanelRow]:
 def change_rows(board: Board, path: Path, digits: int) -> Iterator[dict[str, Any]]:
     """A row per group, precision and, where `path` names the place of one, score."""
     lines = GroupLines(board)
-    factor = METRICS[path[-1]].factor
     for score in board.scores if "" in path else [""]:
-        where = tuple(score if part == "" else part for part in path)
         for group in board.groups:
+            colour = COLOURS[lines.looks[lines.name(group)].colour]
+            name = group.name if len(board.models) > 1 else group.method
             for bits in board.quantized:
-                stat = board.change(group, bits, where)
+                stat = board.shown(group, bits, at(path, score), change=True)
                 if stat is not None:
-                    name = group.name if len(board.models) > 1 else group.method
-                    row = point(name, bits, stat.scaled(factor), digits, bits=bits, score=score, n=stat.n)
-                    row["said"] = mean_std(stat.scaled(factor), digits, sign=True)
-                    yield row | {"colour": COLOURS[lines.looks[lines.name(group)].colour]}
+                    more = {"bits": bits, "score": score, "n": stat.n, "colour": colour}
+                    yield point(name, bits, stat, digits, **more) | {"said": mean_std(stat, digits, sign=True)}
 
 
 def bar_chart(bars: int, kept: str, title: str, *, falling: bool) -> Any:

@@ -110,7 +110,9 @@ def composed(rows: Sequence[PanelRow]) -> dict[str, Any]:
     parts = []
     for row in (r for r in rows if r.panels):
         charts = [{**p.spec(), "width": SIDE, "title": {"text": p.caption, "subtitle": p.detail}} for p in row.panels]
-        parts.append({"concat": charts, "columns": COLUMNS, "title": {"text": row.heading, "fontSize": 15}})
+        parts.append(
+            {"concat": charts, "columns": 2 if row.large else COLUMNS, "title": {"text": row.heading, "fontSize": 15}}
+        )
     return {"vconcat": parts}
 
 

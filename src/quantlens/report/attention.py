@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from quantlens import _moved
 from quantlens.attention.metrics import OUTLIERS, TABLED, WHERE, DriftMetric, summaries
 from quantlens.plots.precisions import PART_NAMES
 from quantlens.report.attention_gallery import Galleries, galleries
-from quantlens.report.tables import Row, Table, Value, seeds_text
+from quantlens.report.tables import Column, Table, by_precision
 from quantlens.studies.board import Board, dig
 from quantlens.studies.drift import Link, drift_of, links
-from quantlens.studies.text import MISSING, count, fixed, number, score_label
+from quantlens.studies.text import BASELINE, MISSING, count, fixed, number, score_label
 
 LINK_COLUMNS = [
     "Drift",
@@ -46,7 +47,7 @@ def attention(board: Board) -> Attention | None:
     found = Attention()
     reasons: dict[str, str] = {}
     for group in board.groups:
-        for result in [r for rs in group.cells.values() for r in rs] + [group.fp32 or {}]:
+        for result in (*group.quantized, *group.results(BASELINE)):
             why = dig(result, ("attention", "unavailable"))
             if why:
                 reasons[group.model] = str(why)
@@ -65,20 +66,11 @@ def attention(board: Board) -> Attention | None:
 
 def table_of(board: Board, metric: DriftMetric) -> Table | None:
     """A metric by precision, on ID and on OOD images."""
-    precisions = board.precisions
-    rows = []
-    for group in board.groups:
-        values = []
-        for where in WHERE:
-            for bits in precisions:
-                stat = drift_of(group, bits, where, metric)
-                spread = "" if stat is None or stat.std is None else fixed(stat.std, metric.digits)
-                values.append(Value(fixed(stat.mean if stat else None, metric.digits), spread))
-        rows.append(Row(group.model, group.method, seeds_text(group), values))
-    if all(v.text == MISSING for row in rows for v in row.values):
-        return None
-    heads = [(title, precisions) for title in WHERE.values()]
-    return Table(metric.title, heads, rows, more=metric is not OUTLIERS)
+    columns = [Column(title, partial(drift_of, where, metric), metric.digits) for where, title in WHERE.items()]
+    table = by_precision(board, metric.title, columns)
+    if table is not None:
+        table.alternative, table.more = False, metric is not OUTLIERS
+    return table
 
 
 def _link(link: Link) -> list[str]:

@@ -139,7 +139,7 @@ def checkpoints(board: Board) -> Listing:
     """Each checkpoint with the FP32 metrics measured on the very images of this study."""
     rows: dict[str, list[str]] = {}
     for group in board.groups:
-        sample = group.fp32 if group.fp32_own else next((r for rs in group.cells.values() for r in rs), group.fp32)
+        sample = group.fp32 if group.fp32_own else next(iter(group.quantized), group.fp32)
         ids = dig(group.fp32, ("id",)) or {}
         metrics = [percent(number(ids.get(k))) for k in ("top1", "top5")]
         metrics += [
@@ -173,7 +173,7 @@ def preprocessing(board: Board) -> Listing:
     keys = ["input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"]
     rows: dict[str, list[str]] = {}
     for group in board.groups:
-        for result in [r for rs in group.cells.values() for r in rs[:1]] + ([group.fp32] if group.fp32 else []):
+        for result in (*group.quantized, *group.results(BASELINE)):
             found = result.get("preprocess")
             if isinstance(found, Mapping):
                 rows.setdefault(group.model, [group.model, *(_short(found.get(k)) for k in keys)])
@@ -188,7 +188,7 @@ def calibration(board: Board) -> Listing:
     """Method, options and calibration images of every group; the options are those of its first cell."""
     rows = []
     for group in board.groups:
-        first = next((r for rs in group.cells.values() for r in rs), None)
+        first = next(iter(group.quantized), None)
         if first is None:
             continue
         options = first.get("options")
@@ -242,7 +242,7 @@ def times(board: Board) -> Listing:
     """Mean seconds of a cell by group, and the sum over all cells."""
     rows = []
     for group in board.groups:
-        cells = [r for rs in group.cells.values() for r in rs]
+        cells = group.quantized
         stats = [Stat.of(dig(r, ("seconds", key)) for r in cells) for key in ("calibration", "evaluation")]
         if any(stats):
             rows.append(

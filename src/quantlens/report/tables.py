@@ -3,11 +3,11 @@ classes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantlens.metrics import METRICS, Metric, names_of
+from quantlens.metrics import METRICS, names_of
 from quantlens.report.marks import signed
 from quantlens.studies.board import Board, Group, Path, dig
 from quantlens.studies.text import (
@@ -30,20 +30,23 @@ CLASS_ROWS = 8000
 
 @dataclass(frozen=True)
 class Column:
-    """A metric of the result by its path, whose last part is its name in METRICS; the decimals shown, and a title of
-    its own where the metric's does not say enough."""
+    """A column for every precision: its title, the value of a group at a precision as it is shown, and its decimals.
+    sign: +1 where larger is better, -1 where smaller is, 0 where the best is not marked. spread: whether the standard
+    deviation is shown."""
 
-    path: Path
+    title: str
+    of: Callable[[Group, str], Stat | None]
     digits: int = 3
-    own_title: str = ""
+    sign: int = 0
+    spread: bool = True
 
-    @property
-    def metric(self) -> Metric:
-        return METRICS[self.path[-1]]
 
-    @property
-    def title(self) -> str:
-        return self.own_title or metric_heading(self.metric.name)
+def metric_column(board: Board, path: Path, digits: int = 3, title: str = "") -> Column:
+    """A metric of the result by its path, whose last part is its name in METRICS."""
+    metric = METRICS[path[-1]]
+    rated = metric.family != "size"
+    title = title or metric_heading(metric.name)
+    return Column(title, lambda g, b: board.shown(g, b, path), digits, metric.sign if rated else 0, rated)
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,8 @@ class Table:
 def value_of(stat: Stat | None, column: Column, best: bool = False) -> Value:
     if stat is None:
         return Value(MISSING)
-    scaled = stat.scaled(column.metric.factor)
-    spread = "" if scaled.std is None or column.metric.family == "size" else fixed(scaled.std, column.digits)
-    return Value(fixed(scaled.mean, column.digits), spread, count(stat.n, "seed") if stat.n > 1 else "", best)
+    spread = fixed(stat.std, column.digits) if column.spread and stat.std is not None else ""
+    return Value(fixed(stat.mean, column.digits), spread, count(stat.n, "seed") if stat.n > 1 else "", best)
 
 
 def seeds_text(group: Group) -> str:
@@ -97,37 +99,20 @@ def seeds_text(group: Group) -> str:
 
 def by_precision(board: Board, caption: str, columns: Sequence[Column], score: str = "") -> Table | None:
     """A table of groups × (metric, precision); None where the store has none of the figures."""
-    stats = {
-        (g.index, c.path, b): board.stat(g, b, c.path) for g in board.groups for c in columns for b in board.precisions
-    }
+    stats = {(g.index, c, b): c.of(g, b) for g in board.groups for c in columns for b in board.precisions}
     if not any(stats.values()):
         return None
-    best: set[tuple[int, Path, str]] = set()
-    for model in board.models:
-        rivals = [g for g in board.groups if g.model == model]
-        for column in (c for c in columns if c.metric.sign and c.metric.family != "size" and len(rivals) > 1):
+    best: set[tuple[int, Column, str]] = set()
+    for rivals in ([g.index for g in board.groups if g.model == model] for model in board.models):
+        for column in (c for c in columns if c.sign):
             for bits in board.quantized:
-                found = [
-                    (column.metric.sign * s.mean, g.index)
-                    for g in rivals
-                    if (s := stats[g.index, column.path, bits]) is not None
-                ]
+                found = [(column.sign * s.mean, i) for i in rivals if (s := stats[i, column, bits]) is not None]
                 if len(found) > 1:
-                    top = max(found)[0]
-                    best.update((i, column.path, bits) for value, i in found if value == top)
-    rows = [
-        Row(
-            g.model,
-            g.method,
-            seeds_text(g),
-            [
-                value_of(stats[g.index, c.path, b], c, (g.index, c.path, b) in best)
-                for c in columns
-                for b in board.precisions
-            ],
-        )
-        for g in board.groups
-    ]
+                    best.update((i, column, bits) for value, i in found if value == max(found)[0])
+    rows = []
+    for g in board.groups:
+        keys = [(g.index, c, b) for c in columns for b in board.precisions]
+        rows.append(Row(g.model, g.method, seeds_text(g), [value_of(stats[k], k[1], k in best) for k in keys]))
     return Table(
         caption,
         [(c.title, board.precisions) for c in columns],
@@ -141,7 +126,7 @@ def by_precision(board: Board, caption: str, columns: Sequence[Column], score: s
 def accuracy_columns(board: Board) -> list[Column]:
     sizes = [n for r in board.results if (n := number(dig(r, ("id", "n")))) is not None]
     digits = 2 if sizes and min(sizes) >= 5000 else 1
-    return [Column(("id", "top1"), digits), Column(("id", "nll"))]
+    return [metric_column(board, ("id", "top1"), digits), metric_column(board, ("id", "nll"))]
 
 
 def table_1(board: Board) -> list[Table]:
@@ -151,15 +136,15 @@ def table_1(board: Board) -> list[Table]:
         ("Table 1. Accuracy and negative log-likelihood on the ID images", accuracy_columns(board)),
         (
             "Expected calibration error on the ID images; size of the packed weights",
-            [Column(("id", "ece"), 1), Column(("size_mb",), 2)],
+            [metric_column(board, ("id", "ece"), 1), metric_column(board, ("size_mb",), 2)],
         ),
         (
             "Top-5 accuracy and Brier score",
-            [Column(("id", "top5"), 1), Column(("id", "brier"))],
+            [metric_column(board, ("id", "top5"), 1), metric_column(board, ("id", "brier"))],
         ),
         (
             "Adaptive ECE (bins of equal count); packed size as a share of FP32",
-            [Column(("id", "ece_adaptive"), 1), Column(("size_ratio",), 1)],
+            [metric_column(board, ("id", "ece_adaptive"), 1), metric_column(board, ("size_ratio",), 1)],
         ),
     ]
     tables = []
@@ -179,7 +164,7 @@ def table_2(board: Board) -> list[Table]:
     tables = []
     for score in board.scores:
         columns = [
-            Column(("ood_mean", p, score, "aupr_out"), 1, f"{metric_heading('aupr_out')}, {PARTS[p]}")
+            metric_column(board, ("ood_mean", p, score, "aupr_out"), 1, f"{metric_heading('aupr_out')}, {PARTS[p]}")
             for p in board.parts()
         ]
         table = by_precision(
@@ -205,29 +190,18 @@ def delta_table(board: Board) -> DeltaTable:
     """Quantized less FP32, mean ± standard deviation over seeds; top-1, ECE and AUPR-out in points. The largest loss of
     top-1 comes first."""
     parts = board.parts()
-    columns = [delta_title(name) for name in ("top1", "nll", "ece")]
-    columns += [f"{delta_title('aupr_out')}, {PARTS[p]}" for p in parts]
+    names = ("top1", "nll", "ece")
+    columns = [*map(delta_title, names), *(f"{delta_title('aupr_out')}, {PARTS[p]}" for p in parts)]
     entries = []
     for group in board.groups:
-        for bits in board.quantized:
-            if not group.cells.get(bits):
-                continue
-            top1, nll, ece = (board.change(group, bits, ("id", key)) for key in ("top1", "nll", "ece"))
-            rank = top1.mean if top1 else float("inf")
-            seeds = str(len(group.cells[bits]))
-            head = [
-                group.model,
-                group.method,
-                bits,
-                seeds,
-                signed(board, group, bits, ("id", "top1"), mean_std(top1, 1, factor=100, sign=True)),
-                signed(board, group, bits, ("id", "nll"), mean_std(nll, 3, sign=True)),
-                signed(board, group, bits, ("id", "ece"), mean_std(ece, 1, factor=100, sign=True)),
-            ]
+        for bits in (b for b in board.quantized if group.cells.get(b)):
+            top1 = board.change(group, bits, ("id", "top1"))
+            head = [group.model, group.method, bits, str(len(group.cells[bits]))]
+            head += [delta_text(board, group, bits, ("id", name)) for name in names]
             oods = {
                 s: [delta_text(board, group, bits, ("ood_mean", p, s, "aupr_out")) for p in parts] for s in board.scores
             }
-            entries.append((rank, head, oods))
+            entries.append((top1.mean if top1 else float("inf"), head, oods))
     entries.sort(key=lambda entry: entry[0])
     shown = board.score or ""
     table = DeltaTable(columns, parts, [head + oods.get(shown, [MISSING] * len(parts)) for _, head, oods in entries])
@@ -242,8 +216,9 @@ def delta_title(name: str) -> str:
 
 
 def delta_text(board: Board, group: Group, bits: str, path: Path) -> str:
-    """A change in points, marked where it is not significant."""
-    return signed(board, group, bits, path, mean_std(board.change(group, bits, path), 1, factor=100, sign=True))
+    """A change as it is shown, marked where it is not significant."""
+    digits = 1 if METRICS[path[-1]].percent else 3
+    return signed(board, group, bits, path, mean_std(board.shown(group, bits, path, change=True), digits, sign=True))
 
 
 SET_SHARES = names_of("ood")
@@ -313,10 +288,10 @@ class ClassTable:
 def class_tables(board: Board) -> list[ClassTable]:
     """Top-1 per class (mean over seeds) at every precision."""
     tables = []
-    having = [g for g in board.groups if any(class_figures(board, g, b) for b in board.precisions)]
+    having = [g for g in board.groups if any(class_figures(g, b) for b in board.precisions)]
     keep = max(20, CLASS_ROWS // max(len(having), 1))
     for group in having:
-        figures = {b: class_figures(board, group, b) for b in board.precisions}
+        figures = {b: class_figures(group, b) for b in board.precisions}
         precisions = [b for b in board.precisions if figures[b]]
         last = precisions[-1]
         names = {c: entry for b in precisions for c, entry in figures[b].items()}
@@ -345,22 +320,14 @@ def class_tables(board: Board) -> list[ClassTable]:
     return tables
 
 
-def class_figures(board: Board, group: Group, bits: str) -> dict[str, tuple[str, float | None, float | None]]:
+def class_figures(group: Group, bits: str) -> dict[str, tuple[str, float | None, float | None]]:
     """class → (name, images, mean top-1 over seeds)."""
-    results = [group.fp32] if bits == BASELINE else group.cells.get(bits, [])
     found: dict[str, list[Mapping[str, Any]]] = {}
-    for result in results:
-        entries = dig(result, ("id", "per_class"))
-        for entry in entries if isinstance(entries, list | tuple) else ():
-            if isinstance(entry, Mapping):
-                found.setdefault(plain(entry.get("class")), []).append(entry)
-    out = {}
+    for result in group.results(bits):
+        for entry in dig(result, ("id", "per_class")) or ():
+            found.setdefault(plain(entry.get("class")), []).append(entry)
+    figures = {}
     for key, entries in found.items():
         top1 = Stat.of(e.get("top1") for e in entries)
-        name = entries[0].get("name")
-        out[key] = (
-            "" if name is None else str(name),
-            number(entries[0].get("n")),
-            top1.mean if top1 else None,
-        )
-    return out
+        figures[key] = str(entries[0].get("name") or ""), number(entries[0].get("n")), top1.mean if top1 else None
+    return figures

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlens.errors import QuantlensError, StorageError
+from quantlens.metrics import metric_of
 from quantlens.studies.benchmarks import Timed, evaluated, timed
 from quantlens.studies.store import Store
 from quantlens.studies.text import BASELINE, Stat, number, plain, precision_order, score_order
@@ -51,12 +52,20 @@ class Group:
     def name(self) -> str:
         return f"{self.model} · {self.method}"
 
+    @property
+    def quantized(self) -> list[dict[str, Any]]:
+        """The results at all precisions but FP32."""
+        return [result for results in self.cells.values() for result in results]
+
+    def results(self, bits: str) -> list[dict[str, Any]]:
+        """The results at a precision, in order of seed."""
+        if bits == BASELINE:
+            return [] if self.fp32 is None else [self.fp32]
+        return self.cells.get(bits, [])
+
     def first(self, bits: str) -> dict[str, Any] | None:
         """The result of the lowest seed at this precision."""
-        if bits == BASELINE:
-            return self.fp32
-        results = self.cells.get(bits)
-        return results[0] if results else None
+        return next(iter(self.results(bits)), None)
 
 
 @dataclass
@@ -82,8 +91,8 @@ class Board:
         self.quantized = sorted(quantized, key=precision_order)
         has_baseline = any(g.fp32 is not None for g in self.groups)
         self.precisions = ([BASELINE] if has_baseline else []) + self.quantized
-        self.results = [r for g in self.groups for rs in g.cells.values() for r in rs]
-        self.results += [g.fp32 for g in self.groups if g.fp32 is not None]
+        self.results = [r for g in self.groups for r in g.quantized]
+        self.results += [r for g in self.groups for r in g.results(BASELINE)]
         self.seeds = sorted(
             {s for r in self.results if r.get("bits") != BASELINE and (s := number(r.get("seed"))) is not None}
         )
@@ -119,13 +128,21 @@ class Board:
 
     def stat(self, group: Group, bits: str, path: Path) -> Stat | None:
         """Mean and standard deviation over seeds of a stored figure."""
-        if bits == BASELINE:
-            return Stat.of([dig(group.fp32, path)])
-        return Stat.of(dig(result, path) for result in group.cells.get(bits, ()))
+        return Stat.of(dig(result, path) for result in group.results(bits))
 
     def change(self, group: Group, bits: str, path: Path) -> Stat | None:
         """What quantization changed (quantized less FP32), over seeds."""
         return Stat.of(change_of(group, result, path) for result in group.cells.get(bits, ()))
+
+    def shown(self, group: Group, bits: str, path: Path, *, change: bool = False) -> Stat | None:
+        """A metric, or its change, as it is shown: a fraction as a percentage."""
+        stat = self.change(group, bits, path) if change else self.stat(group, bits, path)
+        return None if stat is None else stat.scaled(metric_of(path[-1]).factor)
+
+    def level(self, path: Path) -> float | None:
+        """A metric that is the same for every cell on the same images: its mean over the cells, as it is shown."""
+        found = Stat.of(s.mean for g in self.groups for b in self.precisions if (s := self.shown(g, b, path)))
+        return None if found is None else found.mean
 
     def parts(self) -> list[str]:
         """Which of the stored means over OOD sets there are: far, near; all only where neither is."""
@@ -215,7 +232,7 @@ def _attach_baselines(groups: dict[str, Group], baselines: dict[str, dict[str, A
             group.fp32, group.fp32_own = baselines[key], True
             used.add(key)
             continue
-        carried = [r["fp32"] for rs in group.cells.values() for r in rs if isinstance(r.get("fp32"), Mapping)]
+        carried = [r["fp32"] for r in group.quantized if isinstance(r.get("fp32"), Mapping)]
         group.fp32 = dict(carried[-1]) if carried else None
     for key, result in baselines.items():
         if key not in used:

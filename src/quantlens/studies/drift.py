@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantlens.attention.metrics import CAUSES, WHERE, DriftMetric, value_in
 from quantlens.metrics.correlation import Association, associate
+from quantlens.attention.metrics import CAUSES, WHERE, DriftMetric, value_in
 from quantlens.studies.board import Board, Group, Path, change_of
-from quantlens.studies.text import BASELINE, Stat
+from quantlens.studies.text import Stat
 
 
-def drift_of(group: Group, bits: str, where: str, metric: DriftMetric) -> Stat | None:
-    """Mean and standard deviation over seeds, in the unit of the metric's label."""
-    results = [group.fp32] if bits == BASELINE else group.cells.get(bits, [])
-    stat = Stat.of(value_in(r, where, metric) for r in results)
+def drift_of(where: str, metric: DriftMetric, group: Group, bits: str, score: str = "") -> Stat | None:
+    """Mean and standard deviation over seeds, in the unit of the metric's label; it depends on no score."""
+    stat = Stat.of(value_in(r, where, metric) for r in group.results(bits))
     return None if stat is None else stat.scaled(metric.factor)
 
 
