@@ -31,7 +31,7 @@ ORDER = (
     "report",
     "cli",
 )
-BELOW_ALL = {"errors", "files", "plugins", "_version", "_moved"}
+BELOW_ALL = {"ambient", "errors", "files", "plugins", "_version", "_moved"}
 THROUGH_THE_REGISTRY = {("models", "zoo"), ("data", "zoo")}
 """`zoo` holds the models and images that ship, and is built on `data` and `metrics`. `models` and `data` look names up
 in it, inside a function, when a person names one of them; nothing else of it is used there."""

@@ -10,6 +10,7 @@ import torch
 
 from quantlens.allocation import Allocation, is_target, parse_target
 from quantlens.allocation import allocate as choose_widths
+from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
 from quantlens.methods import registry
 from quantlens.methods.base import Progress
@@ -19,6 +20,7 @@ from quantlens.sensitivity import Inspection
 from quantlens.sensitivity import inspect as inspect_parts
 
 
+@isolated
 def quantize(
     model: Model | torch.nn.Module,
     calibration: Any,
@@ -53,6 +55,7 @@ def quantize(
     return quantized
 
 
+@isolated
 def allocate(
     model: Model | torch.nn.Module, calibration: Any, target: str | int = "MP6", **settings: Any
 ) -> Allocation:
@@ -68,6 +71,7 @@ def allocate(
     return choose_widths(_loaded(model, calibration), calibration, target, **settings)
 
 
+@isolated
 def inspect(
     model: Model | torch.nn.Module,
     images: Any,

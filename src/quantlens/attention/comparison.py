@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from quantlens.ambient import isolated
 from quantlens.attention import figures, pictures
 from quantlens.attention.maps import MapSettings
 from quantlens.attention.recording import Lens
@@ -30,6 +31,7 @@ CHOICES = ("first", "most-changed")
 Progress = Callable[[str, int, int], None]
 
 
+@isolated
 def compare(
     model: Model | torch.nn.Module,
     quantized: QuantizedModel | Iterable[QuantizedModel] | Mapping[str, QuantizedModel],

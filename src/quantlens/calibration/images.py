@@ -84,7 +84,8 @@ class Calibration:
         start, stop = index * self.size, min((index + 1) * self.size, self.count)
         given = isinstance(self._images, Tensor)
         images = self._images[start:stop] if given else self._images.tensor(start, stop)
-        return images.to(self.device, torch.float32, copy=given)  # a method may write into what it is shown
+        # a method may write into what it is shown
+        return images.to(self.device, torch.float32, copy=given, memory_format=torch.contiguous_format)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self.chunk(i) for i in range(self.pieces))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from quantlens.ambient import isolated
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.images import EvaluationImages, ImageProgress, check_labels, describe, source_name
 from quantlens.evaluation.outputs import check_keep, gather, of_images
@@ -20,6 +21,7 @@ from quantlens.evaluation.result import Result, check_same_images, plain
 from quantlens.evaluation.scoring import SetScores, choose_scores, fit_scores
 
 
+@isolated
 def evaluate(
     model: Any,
     id: Any,

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from quantlens.ambient import isolated
 from quantlens.errors import QuantlensError
 from quantlens.export.exported import Artefact, files_of
 
@@ -95,6 +96,7 @@ def eager(model: Any, label: str = "PyTorch eager FP32") -> Contender:
     return Contender(label, make, facts=facts)
 
 
+@isolated
 def bench(
     contenders: Sequence[Contender],
     *,
@@ -166,6 +168,7 @@ class Race:
         return [timing.to_dict() for timing in self.timings]
 
 
+@isolated
 def race(
     paths: Sequence[str | Path],
     *,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from quantlens._version import __version__
+from quantlens.ambient import isolated
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError, UnsupportedError
 from quantlens.export.onnx_file import Initializer, check, pieces
 from quantlens.export.threshold import GUARDS, KEEP, guard_threshold
@@ -24,6 +25,7 @@ from quantlens.files import write_whole
 from quantlens.qmodel import QuantizedModel, float_model
 
 
+@isolated
 def export(
     model: Any,
     path: str | Path,

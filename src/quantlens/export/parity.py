@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
 from quantlens.metrics.divergence import sqnr_db
@@ -33,6 +34,7 @@ class Parity:
         )
 
 
+@isolated
 def parity(model: Any, artefact: Any, images: Any, *, progress: Callable[[int, int], None] | None = None) -> Parity:
     """Run both on the same images (a SOURCE, an image set or a tensor). Raises QuantlensError for no images."""
     qmodel = float_model(model)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from quantlens.ambient import isolated
 from quantlens.errors import CaptureError
 from quantlens.graph.graph import Graph, op_name, put_tensor, replace_argument
 
@@ -40,6 +41,7 @@ IDENTITIES = {
 EFFECTS = ("aten._assert", "aten.sym_constrain", "aten._check", "profiler.")
 
 
+@isolated
 def capture(model: nn.Module, images: Tensor) -> Graph:
     """Capture ``model`` in evaluation mode.
 
@@ -100,7 +102,7 @@ def _flatten(program: Any) -> Graph:
         value = node.meta.get("val")
         if node.op == "placeholder":
             if node.name in lifted:
-                put_tensor(root, lifted[node.name], values[node.name].clone())
+                put_tensor(root, lifted[node.name], values[node.name].clone(memory_format=torch.contiguous_format))
                 new = graph.get_attr(lifted[node.name])
             elif node.name in signature.user_inputs:
                 if any(n.op == "placeholder" for n in graph.nodes):

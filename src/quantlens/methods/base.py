@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from quantlens.ambient import isolated
 from quantlens.calibration import Calibration, ObservationCache
 from quantlens.calibration.measured_transforms import read_as_pixels, split_outlier_channels
 from quantlens.calibration.ranges import affine
@@ -115,6 +116,7 @@ class Method(ABC):
         progress.
         """
 
+    @isolated
     def apply(
         self,
         model: Any,
@@ -135,9 +137,8 @@ class Method(ABC):
         if widths.is_float:
             return float_copy(model)
         started = time.perf_counter()
-        # a caller in inference mode would leave tensors that no gradient can pass
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with torch.no_grad():
+            torch.default_generator.manual_seed(seed)
             graph = graph_of(model).clone()
             check_names(graph, widths)
             folded = fold_layer_scale(graph)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantlens.ambient import isolated
 from quantlens.data import Preprocess
 from quantlens.errors import BadWeightsError, QuantlensError, UnknownNameError
 from quantlens.models import weights as files
@@ -63,6 +64,7 @@ class Model(nn.Module):
         return self
 
 
+@isolated
 def load_model(
     model: str | nn.Module,
     weights: str | Path | None = None,
@@ -226,9 +228,8 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any], seed: int) -> A
         if tag and tag not in tags:
             raise UnknownNameError(f"pretrained tag of {base}", tag, tags)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return timm.create_model(name if is_hub else plain, pretrained=pretrained, **kwargs)
+        torch.default_generator.manual_seed(seed)
+        return timm.create_model(name if is_hub else plain, pretrained=pretrained, **kwargs)
     except Exception as error:
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if pretrained or is_hub:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quantlens._version import __version__
+from quantlens.ambient import isolated
 from quantlens.data import Preprocess
 from quantlens.errors import BadWeightsError, StorageError
 from quantlens.files import write_whole
@@ -56,6 +57,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -
     return torch.from_numpy(codes.astype(np.int32)).reshape(shape)
 
 
+@isolated
 def save(qmodel: QuantizedModel, path: str | Path) -> Path:
     """Write ``qmodel`` to a .safetensors file, whole or not at all. Returns the path.
 
@@ -158,7 +160,7 @@ def _check_digest(path: Path, tensors: dict[str, Tensor]) -> None:
     release that kept no digest."""
     metadata = _metadata(path)
     if "sha256" not in metadata:
-        warnings.warn(f"{path} was saved without a digest (quantlens 0.2 or earlier): not checked", stacklevel=3)
+        warnings.warn(f"{path} was saved without a digest (quantlens 0.2 or earlier): not checked", stacklevel=4)
     elif metadata["sha256"] != digest_of(metadata["header"], tensors):
         raise BadWeightsError(f"{path} is damaged: its content does not match its digest; copy or make it again")
 
@@ -172,6 +174,7 @@ def is_quantized_checkpoint(path: str | Path) -> bool:
     return True
 
 
+@isolated
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedModel:
     """Read a quantized checkpoint. Logits are bit-equal to those of the model that was saved (on the same device).
 

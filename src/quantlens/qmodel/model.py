@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from quantlens.ambient import plain_arithmetic
 from quantlens.errors import UnknownNameError
 from quantlens.formats.base import Quantizer
 from quantlens.graph.capture import graph_of
@@ -62,11 +63,12 @@ class QuantizedModel(nn.Module):
     # -- running ----------------------------------------------------------------------------------------------------
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] float32, normalised -> logits [B, K]."""
-        return self.simulation()(images)[0]
+        return self.outputs(images).logits
 
     def outputs(self, images: Tensor) -> Outputs:
         """Logits and the features that the classifier reads (before its own input quantizer)."""
-        return Outputs(*self.simulation()(images))
+        with plain_arithmetic():
+            return Outputs(*self.simulation()(images.contiguous()))
 
     def simulation(self) -> fx.GraphModule:
         """The graph with weights replaced by their quantized values and quantizers on the other edges (built once)."""

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from quantlens.ambient import isolated
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.plugins import given
 from quantlens.studies.backend import Backend
@@ -32,6 +33,7 @@ class StudyInterrupted(KeyboardInterrupt):
     """Ctrl-C during a study. `str()` says what is in the store and how to carry on."""
 
 
+@isolated
 def run_study(
     config: StudyConfig | Mapping[str, Any],
     out_dir: str | os.PathLike[str],

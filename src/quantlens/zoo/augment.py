@@ -57,7 +57,7 @@ def mix(
     # ours.
     seed = int(torch.randint(2**31, (1,), generator=generator))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         weight = float(torch.distributions.Beta(alpha, alpha).sample())
     partner = torch.randperm(len(images), generator=generator)
     return weight * images + (1 - weight) * images[partner], weight * targets + (1 - weight) * targets[partner]

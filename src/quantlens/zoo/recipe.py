@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quantlens.ambient import isolated
 from quantlens.data import Preprocess, load_images
 from quantlens.zoo.augment import Augmentation, augment, mix
 
@@ -92,6 +93,7 @@ RECIPES = {recipe.name: recipe for recipe in (DIGITS_VIT,)}
 Report = Callable[[int, int, float], None]  # (epochs done, epochs in all, mean loss of the epoch)
 
 
+@isolated
 def train(recipe: Recipe, report: Report | None = None) -> nn.Module:
     """Follow the recipe on the CPU and return the model in evaluation mode.
 
@@ -107,30 +109,29 @@ def train(recipe: Recipe, report: Report | None = None) -> nn.Module:
     targets = F.one_hot(labels, recipe.num_classes).to(torch.float32)
     targets = targets * (1 - recipe.label_smoothing) + recipe.label_smoothing / recipe.num_classes
     generator = torch.Generator().manual_seed(recipe.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        model = recipe.build()
-        optimiser = torch.optim.AdamW(_groups(model, recipe.weight_decay), lr=recipe.learning_rate)
-        per_epoch = len(pixels) // recipe.batch_size
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, _cosine(recipe.warmup_epochs * per_epoch, recipe.epochs * per_epoch)
-        )
-        model.train()
-        for epoch in range(recipe.epochs):
-            total = 0.0
-            order = torch.randperm(len(pixels), generator=generator)[: per_epoch * recipe.batch_size]
-            for rows in order.split(recipe.batch_size):
-                changed = augment(pixels[rows], recipe.augmentation, generator)
-                x, y = mix(changed, targets[rows], recipe.augmentation.mixup, generator)
-                loss = F.cross_entropy(model((x - mean) / std), y)
-                optimiser.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-                optimiser.step()
-                schedule.step()
-                total += float(loss.detach())
-            if report is not None:
-                report(epoch + 1, recipe.epochs, total / per_epoch)
+    torch.default_generator.manual_seed(recipe.seed)
+    model = recipe.build()
+    optimiser = torch.optim.AdamW(_groups(model, recipe.weight_decay), lr=recipe.learning_rate)
+    per_epoch = len(pixels) // recipe.batch_size
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, _cosine(recipe.warmup_epochs * per_epoch, recipe.epochs * per_epoch)
+    )
+    model.train()
+    for epoch in range(recipe.epochs):
+        total = 0.0
+        order = torch.randperm(len(pixels), generator=generator)[: per_epoch * recipe.batch_size]
+        for rows in order.split(recipe.batch_size):
+            changed = augment(pixels[rows], recipe.augmentation, generator)
+            x, y = mix(changed, targets[rows], recipe.augmentation.mixup, generator)
+            loss = F.cross_entropy(model((x - mean) / std), y)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            optimiser.step()
+            schedule.step()
+            total += float(loss.detach())
+        if report is not None:
+            report(epoch + 1, recipe.epochs, total / per_epoch)
     return model.eval()
 
 
