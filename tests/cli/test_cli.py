@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from quantlens.cli import _common
+from quantlens.data import load_images
 from quantlens.errors import QuantlensError
 
 COMMANDS = (
@@ -230,7 +232,11 @@ def test_quantize_evaluate(run, tmp_path: Path) -> None:
         "--method", "minmax", "--bits", "w4a8", "--out", str(file),
     )  # fmt: skip
     assert code == 0, err
-    assert re.search(r"q\.safetensors: digits-vit minmax W4A8, [\d.]+ MB, 0\.\d+ of FP32, calibrated in", out)
+    size = f"{file.stat().st_size / 1e6:.2f} MB"
+    said = (
+        rf"q\.safetensors: digits-vit minmax W4A8, {size} \(weights and scales [\d.]+ MB, 0\.\d+ of FP32\), calibrated"
+    )
+    assert re.search(said, out)
     code, out, err = run(
         "evaluate", str(file), "--weights", "pretrained", "--id", "embedded:digits-test[0:100]",
         "--ood", "letters=embedded:letters[0:40]", "--ood", "8-9=embedded:digits-held-out[0:40]", "--near", "letters",
@@ -253,6 +259,29 @@ def test_quantize_evaluate(run, tmp_path: Path) -> None:
     assert json.loads(out)["id"]["top1"] == data["fp32"]["id"]["top1"]
     code, _, err = run("evaluate", str(file), "--weights", str(file), "--id", "embedded:digits-test[0:10]")
     assert code == 2
+
+
+def test_python_and_the_command_line_draw_the_same_images(run, tmp_path: Path) -> None:
+    import quantlens as ql
+
+    file, source = tmp_path / "q.safetensors", "embedded:digits-calibration"
+    settings = ("--method", "minmax", "--seed", "3", "--out", str(file))
+    assert run("quantize", "digits-vit", "--calibration", source, *settings)[0] == 0
+    made = ql.quantize(ql.load_model("digits-vit"), source, method="minmax", seed=3)
+    written = ql.load(file)
+    assert made.calibration == written.calibration
+    assert made.calibration["n"] == 32
+    images = load_images("embedded:digits-test[0:8]", made.preprocess, cache_dir=False).tensor()
+    assert torch.equal(made(images), written(images))
+    assert ql.quantize(ql.load_model("digits-vit"), f"{source}?n=5", method="minmax").calibration["n"] == 5
+
+
+def test_the_names_of_scores_are_in_the_help(run) -> None:
+    from quantlens.metrics import available_scores
+
+    code, out, _ = run("evaluate", "--help")
+    assert code == 0
+    assert [name for name in available_scores(own=True) if not re.search(rf"\b{name}\b", out)] == []
 
 
 def test_demo_in_small(run, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from study_fakes import PREPROCESS, FakeModel, quantized
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.evaluation import Result, evaluate
+from quantlens.evaluation.scoring import choose_scores
 from quantlens.metrics import FitData, classification_metrics, make_scorer, ood_metrics
 
 ID, LETTERS, NEAR, FIT = (
@@ -116,6 +117,24 @@ def test_every_image_goes_through_the_model_once() -> None:
     model = FakeModel()
     evaluate(model, ID, OOD, fit=FIT, batch_size=10_000)
     assert model.batches_seen == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ("MSP", "msp"),
+        ("relative-mahalanobis", "rmahalanobis"),
+        ("Max Logit", "maxlogit"),
+        ("mahalanobis-l2", "mahalanobis_l2"),
+    ],
+)
+def test_scores_are_found_by_their_usual_spellings(asked: str, name: str) -> None:
+    assert list(choose_scores([asked])) == [name]
+
+
+def test_a_score_that_does_not_exist_is_told_with_those_that_look_alike() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'mahalanobis'"):
+        choose_scores(["mahalonobis"])
 
 
 def test_scores_without_fit_are_named() -> None:

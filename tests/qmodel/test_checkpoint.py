@@ -133,6 +133,26 @@ def test_a_file_that_was_changed_is_refused(loaded, pictures, tmp_path):
     assert torch.isfinite(ql.load(path)(pictures)).all()
 
 
+def test_a_header_takes_a_small_part_of_a_file(loaded, pictures, tmp_path):
+    qmodel = ql.quantize(loaded["vit"], pictures, method="minmax", bits="W4A8")
+    path = qmodel.save(tmp_path / "q.safetensors")
+    assert path.stat().st_size - qmodel.size_bytes() < len(json.dumps(read_header(path))) / 5
+
+
+def test_a_file_of_version_2_is_read(loaded, pictures, tmp_path):
+    """Its header lies in the metadata, and every tensor has an entry of its own."""
+    from safetensors.torch import save_file
+
+    from quantlens.qmodel import checkpoint
+
+    qmodel, path = ql.quantize(loaded["vit"], pictures, method="minmax", bits="W4A8"), tmp_path / "q.safetensors"
+    tensors, header = checkpoint._content(qmodel)
+    text = json.dumps({**{k: v for k, v in header.items() if k != "small"}, "version": 2})
+    metadata = {"format": checkpoint.FORMAT, "header": text, "sha256": checkpoint.digest_of(text, tensors)}
+    save_file(tensors, path, metadata)
+    assert torch.equal(ql.load(path)(pictures), qmodel(pictures))
+
+
 def test_a_file_without_a_digest_loads_with_one_line_said(loaded, pictures, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file

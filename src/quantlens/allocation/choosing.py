@@ -75,7 +75,7 @@ def allocate(
     settings = sensitivity_options(sensitivity, options)
     if cost not in COSTS:
         raise UnknownNameError("cost", cost, COSTS)
-    images = Calibration.of(calibration, model.preprocess, device=model.device)
+    images = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)
     graph = _folded(model)
     groups = find_groups(graph)
     table = cost_table(graph, groups, widths, width)

@@ -34,10 +34,11 @@ def quantize(
     """Quantize a float model after training.
 
     model: from :func:`load_model`, or an ``nn.Module`` (images [B, 3, H, W] -> logits [B, K]).
-    calibration: float images [N, 3, H, W] prepared as the model wants them, an iterable of such batches, or a SOURCE;
-    32 is the usual number. bits: ``W4A8``-style or ``FP32``; for mixed precision a mapping from module names to widths
-    with a "default", ``MP6`` (widths chosen by :func:`allocate` for the size of W6A6), an Allocation, or the .json file
-    of one. options: the method's own (``quantlens methods`` lists them).
+    calibration: float images [N, 3, H, W] prepared as the model wants them, an iterable of such batches, or a SOURCE,
+    of which ``seed`` draws 32 (``?n=64``: 64), as on the command line. bits: ``W4A8``-style or ``FP32``; for mixed
+    precision a mapping from module names to widths with a "default", ``MP6`` (widths chosen by :func:`allocate` for the
+    size of W6A6), an Allocation, or the .json file of one. options: the method's own (``quantlens methods`` lists
+    them).
 
     Returns a :class:`~quantlens.qmodel.QuantizedModel`. Raises QuantlensError subclasses on anything the caller
     can mend.
@@ -46,7 +47,7 @@ def quantize(
     allocation = None
     if not isinstance(wanted, Bits):
         registry.get(method).options(options)  # a mistake there is better told before the widths are chosen
-        calibration = Calibration.of(calibration, model.preprocess, device=model.device)
+        calibration = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)
         allocation = allocation_of(model, calibration, wanted, seed, progress=progress)
         wanted = allocation.bits()
     quantized = registry.get(method).apply(model, calibration, wanted, seed=seed, progress=progress, **options)
@@ -91,7 +92,7 @@ def inspect(
     """
     model, wanted = _loaded(model, images), read_bits(bits)
     if not isinstance(wanted, Bits):
-        images = Calibration.of(images, model.preprocess, device=model.device)
+        images = Calibration.of(images, model.preprocess, device=model.device, seed=seed)
         wanted = allocation_of(model, images, wanted, seed).bits()
     return inspect_parts(model, images, wanted, seed=seed, **settings)
 
@@ -121,7 +122,7 @@ def allocation_of(
     if isinstance(bits, Allocation):
         bits.check(model)
         return bits
-    images = Calibration.of(calibration, model.preprocess, device=model.device)
+    images = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)
     key = f"allocation {bits}, seed {seed}, images {images.fingerprint}"
     if images.fingerprint is None or key not in model.derived:
         model.derived[key] = choose_widths(model, images, bits, front=True, seed=seed, progress=progress)

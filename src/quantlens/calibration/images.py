@@ -48,9 +48,11 @@ class Calibration:
         self.source, self.fingerprint, self.device = source, fingerprint, device
 
     @classmethod
-    def of(cls, images: Any, preprocess: Any, *, device: torch.device | str = "cpu") -> Calibration:
+    def of(
+        cls, images: Any, preprocess: Any, *, device: torch.device | str = "cpu", seed: int | None = None
+    ) -> Calibration:
         """From a float tensor [N, 3, H, W], an iterable of tensors or (tensor, labels) batches, an image set, or a
-        source.
+        source. seed: draws the images of a SOURCE text, 32 unless it says how many; None takes all.
 
         Raises QuantlensError: no images, wrong shape, values that are not finite.
         """
@@ -66,7 +68,10 @@ class Calibration:
             _check(images, tuple(preprocess.input_size))
             return cls(images, len(images), source="tensor", fingerprint=_fingerprint(images), device=device)
         from quantlens.data import as_image_set
+        from quantlens.data.sources import calibration_source
 
+        if isinstance(images, str) and seed is not None:
+            images = calibration_source(images, seed=seed)
         found = as_image_set(images, preprocess)
         if len(found) == 0:
             raise QuantlensError("no calibration images: give at least one, 32 is the usual number")

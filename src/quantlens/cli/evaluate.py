@@ -37,7 +37,14 @@ those evaluated.
 Id = Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")]
 Near = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Which of these sets are near; may be repeated.")]
 Fit = Annotated[str | None, typer.Option(metavar="SOURCE", help="ID images, not evaluated, that scores are fitted on.")]
-Scores = Annotated[list[str] | None, typer.Option(metavar="NAMES", help="OOD scores (default: all).")]
+Scores = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAMES",
+        help="OOD scores (default: all): msp, maxlogit, energy, entropy, gen, knn, vim, mahalanobis, rmahalanobis "
+        "(relative), mahalanobis_l2, rmahalanobis_l2, react.",
+    ),
+]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")]
 Keep = Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Keep per-image outputs, for `quantlens compare`.")]
 InStore = Annotated[

@@ -88,12 +88,12 @@ def quantize(
         told = partial(step, f"calibrating by {method}")
         quantized = api.quantize(loaded, images, method=method, bits=wanted, seed=seed, progress=told, **settings)
         quantized.save(target)
-    _common.say(f"{target}: {_summary(quantized, len(images))}")
+    _common.say(f"{target}: {_summary(quantized, len(images), target.stat().st_size)}")
 
 
-def _summary(quantized: QuantizedModel, images: int) -> str:
-    """Model, method, bits, size, and the time that calibration took."""
+def _summary(quantized: QuantizedModel, images: int, written: int) -> str:
+    """Model, method, bits, size (bytes written), and the time that calibration took."""
     seconds = quantized.provenance.seconds
     took = "" if seconds is None else f", calibrated in {seconds:.1f} s on {images} images"
-    size = f"{quantized.size_mb:.2f} MB, {quantized.size_ratio:.3f} of FP32"
+    size = f"{written / 1e6:.2f} MB (weights and scales {quantized.size_mb:.2f} MB, {quantized.size_ratio:.3f} of FP32)"
     return f"{quantized.name} {quantized.method} {quantized.bits}, {size}{took}"

@@ -13,14 +13,24 @@ from quantlens.metrics import FitData, ScoreInfo, Scorer, available_scores, make
 
 
 def choose_scores(names: Sequence[str] | None) -> dict[str, ScoreInfo]:
-    """name -> ScoreInfo of the scores asked for, in that order (None: all of quantlens' own)."""
+    """name -> ScoreInfo of the scores asked for, in that order (None: all of quantlens' own). A score is found by its
+    name, label or title; case and what stands between words do not matter. Raises UnknownNameError."""
     if names is None:
         return available_scores(own=True)
     known = available_scores()
-    for name in names:
-        if name not in known:
-            raise UnknownNameError("OOD score", str(name), known)
-    return {name: known[name] for name in names}
+    spellings = {_letters(text): name for name, info in known.items() for text in (info.title, info.label)}
+    spellings |= {_letters(name): name for name in known}
+    found = {}
+    for asked in names:
+        name = asked if asked in known else spellings.get(_letters(asked))
+        if name is None:
+            raise UnknownNameError("OOD score", str(asked), known)
+        found[name] = known[name]
+    return found
+
+
+def _letters(text: str) -> str:
+    return "".join(c for c in str(text).lower() if c.isalnum())
 
 
 def why_not(info: ScoreInfo, *, features: bool, fit: bool, classifier: bool) -> str | None:

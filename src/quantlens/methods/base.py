@@ -133,7 +133,7 @@ class Method(ABC):
         set or a source. Raises UnknownNameError for an option the method does not have.
         """
         widths, settings = Bits.parse(bits), self.options(options)
-        images = Calibration.of(calibration, model.preprocess, device=model.device)
+        images = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)
         if widths.is_float:
             return float_copy(model)
         started = time.perf_counter()

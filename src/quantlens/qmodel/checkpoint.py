@@ -1,10 +1,11 @@
 """Packed checkpoints: integer codes at their bit width, scales, what stays in float, and a header that describes
 itself.
 
-The file is safetensors. Its metadata holds one JSON header: format version, the graph, the sites' quantizers, the
-rewrites done, the plan's info (method, options, seed, calibration images, checkpoint SHA-256) and the preprocessing.
-Loading needs neither timm nor the model's class, executes nothing from the file, and gives bit-equal logits. A digest
-of header and tensors stands beside the header: a file that does not match it is rejected.
+The file is safetensors. Its tensor ``header`` is JSON, compressed: format version, the graph, the sites' quantizers,
+the rewrites done, the plan's info (method, options, seed, calibration images, checkpoint SHA-256), the preprocessing,
+and which tensors lie one after the other in the tensor ``small``. Loading needs neither timm nor the model's class,
+executes nothing from the file, and gives bit-equal logits. Its metadata holds a digest of header and tensors: a file
+that does not match it is rejected.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,11 @@ from quantlens.qmodel.model import QuantizedModel
 from quantlens.qmodel.plan import Plan
 
 FORMAT = "quantlens"
-VERSION = 2
-"""1 had no integer operators; files of version 1 are read."""
+VERSION = 3
+"""1 had no integer operators; 2 had its header in the metadata, and no tensor ``small``. Both are read."""
+
+SMALL = 1 << 16
+"""Bytes below which a tensor shares one with others: its entry of its own would take as much room as its values."""
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -70,7 +75,12 @@ def save(qmodel: QuantizedModel, path: str | Path) -> Path:
         raise StorageError(f"{path}: quantized checkpoints end in .safetensors")
     tensors, header = _content(qmodel)
     text = json.dumps(header)
-    content = to_bytes(tensors, {"format": FORMAT, "header": text, "sha256": digest_of(text, tensors)})
+    packed = {name: value for name, value in tensors.items() if name not in header["small"]}
+    if header["small"]:
+        packed["small"] = torch.cat([_as_bytes(tensors[name]) for name in header["small"]])
+    packed["header"] = torch.frombuffer(bytearray(zlib.compress(text.encode(), 9)), dtype=torch.uint8)
+    version = json.dumps({"version": VERSION})  # what earlier releases look for
+    content = to_bytes(packed, {"format": FORMAT, "header": version, "sha256": digest_of(text, tensors)})
     write_whole(path, content)
     return path
 
@@ -81,8 +91,24 @@ def digest_of(header: str, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        digest.update(_as_bytes(value).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU as uint8 [bytes]."""
+    return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+
+
+def _split(small: Tensor, about: dict[str, list[Any]]) -> dict[str, Tensor]:
+    """The tensors that lie one after the other in ``small`` uint8 [bytes]. about: name -> [type, shape]. Raises
+    ValueError where they do not."""
+    sizes = [getattr(torch, kind).itemsize * int(np.prod(shape, dtype=np.int64)) for kind, shape in about.values()]
+    parts = small.split(sizes)
+    return {
+        name: part.clone().view(getattr(torch, kind)).reshape(shape)
+        for (name, (kind, shape)), part in zip(about.items(), parts, strict=True)
+    }
 
 
 def _content(qmodel: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -117,16 +143,38 @@ def _content(qmodel: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]
         "info": dict(qmodel.plan.info),
         "preprocess": qmodel.preprocess.to_dict(),
     }
-    return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, header
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    small = {k: [str(v.dtype).removeprefix("torch."), list(v.shape)] for k, v in tensors.items() if v.nbytes < SMALL}
+    return tensors, header | {"small": small}
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """The header of a quantized checkpoint, without its tensors. Raises BadWeightsError if the file is none."""
-    path = Path(path)
-    metadata = _metadata(path)
+    header: dict[str, Any] = json.loads(_described(Path(path))[0])
+    return header
+
+
+def _described(path: Path) -> tuple[str, str | None]:
+    """The text of a checkpoint's header, and its digest (None: earlier releases kept none)."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise BadWeightsError(f"no quantized checkpoint at {path}")
     try:
-        header = json.loads(metadata["header"]) if metadata.get("format") == FORMAT else None
-    except (KeyError, ValueError) as error:
+        with path.open("rb"):
+            pass
+        with safe_open(path, "pt") as stream:
+            metadata = stream.metadata() or {}
+            text = metadata.get("header", "")
+            if metadata.get("format") == FORMAT and "header" in stream.keys():  # noqa: SIM118
+                text = zlib.decompress(stream.get_tensor("header").numpy().tobytes()).decode()
+    except PermissionError as error:
+        raise BadWeightsError(f"{path} cannot be read: you have no permission to") from error
+    except Exception as error:
+        raise BadWeightsError(f"{path} is damaged or no safetensors file: {error}") from error
+    try:
+        header = json.loads(text) if metadata.get("format") == FORMAT else None
+    except ValueError as error:
         raise BadWeightsError(f"{path} is damaged: its header cannot be read ({error})") from error
     if not isinstance(header, dict):
         raise BadWeightsError(
@@ -136,33 +184,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
         raise BadWeightsError(
             f"{path} has checkpoint version {header.get('version')}; this quantlens reads versions 1 to {VERSION}"
         )
-    return header
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    if not path.is_file():
-        raise BadWeightsError(f"no quantized checkpoint at {path}")
-    try:
-        with path.open("rb"):
-            pass
-        with safe_open(path, "pt") as stream:
-            return stream.metadata() or {}
-    except PermissionError as error:
-        raise BadWeightsError(f"{path} cannot be read: you have no permission to") from error
-    except Exception as error:
-        raise BadWeightsError(f"{path} is damaged or no safetensors file: {error}") from error
-
-
-def _check_digest(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raises BadWeightsError where header and tensors are not those that were saved; warns where the file is of a
-    release that kept no digest."""
-    metadata = _metadata(path)
-    if "sha256" not in metadata:
-        warnings.warn(f"{path} was saved without a digest (quantlens 0.2 or earlier): not checked", stacklevel=4)
-    elif metadata["sha256"] != digest_of(metadata["header"], tensors):
-        raise BadWeightsError(f"{path} is damaged: its content does not match its digest; copy or make it again")
+    return text, metadata.get("sha256")
 
 
 def is_quantized_checkpoint(path: str | Path) -> bool:
@@ -183,12 +205,18 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
     from safetensors.torch import load_file
 
     path = Path(path)
-    header = read_header(path)
+    text, digest = _described(path)
+    header = json.loads(text)
     try:
         tensors = load_file(path)
+        tensors.pop("header", None)
+        tensors |= _split(tensors.pop("small", torch.empty(0, dtype=torch.uint8)), header.get("small", {}))
     except Exception as error:
         raise BadWeightsError(f"{path} is damaged: {type(error).__name__} {error}") from error
-    _check_digest(path, tensors)
+    if digest is None:
+        warnings.warn(f"{path} was saved without a digest (quantlens 0.2 or earlier): not checked", stacklevel=3)
+    elif digest != digest_of(text, tensors):
+        raise BadWeightsError(f"{path} is damaged: its content does not match its digest; copy or make it again")
     try:
         own = _by_owner(tensors)
         quantizers = {k: restore(config, own.get(f"quantizer/{k}", {})) for k, config in header["quantizers"].items()}

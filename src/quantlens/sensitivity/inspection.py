@@ -158,7 +158,7 @@ def inspect(
     a method whose parts cannot be taken one by one: one that trains weights, or computes in integers throughout.
     """
     by, step = _granularities(by), progress or (lambda what, done, total: None)
-    calibration = Calibration.of(images, model.preprocess, device=model.device)
+    calibration = Calibration.of(images, model.preprocess, device=model.device, seed=seed)
     quantized = _quantized(model, calibration, Bits.parse(bits), method, seed, options, step)
     graph, plan = quantized.graph, quantized.plan
     members = {kind: _members(graph, plan.quantizers, kind) for kind in by}
