@@ -15,7 +15,7 @@ from PIL import Image
 
 from quantlens.data import available_sources, open_source
 from quantlens.data.folders import imagenet_class_names, imagenet_wnids
-from quantlens.data.sources import calibration_source, with_sample
+from quantlens.data.sources import open_calibration, with_sample
 from quantlens.errors import QuantlensError, UnknownNameError
 
 
@@ -345,10 +345,20 @@ def test_a_sample_is_added_to_what_a_source_says():
     assert with_sample("cifar10:a?split=train", 32, 5) == "cifar10:a?split=train&n=32&seed=5"
 
 
-def test_calibration_images_are_a_sample_of_32_unless_said_otherwise():
-    assert calibration_source("images:a") == "images:a?n=32&seed=0"
-    assert calibration_source("images:a[:100]", 8, 3) == "images:a[:100]?n=8&seed=3"
-    for n in (None, 5):
-        assert calibration_source("images:a?n=5&seed=1", n, 3) == "images:a?n=5&seed=1"
+def test_calibration_images_are_a_sample_of_32_unless_said_otherwise(tmp_path):
+    for i in range(40):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    whole = f"images:{tmp_path}"
+    for text, n, seed, same in (
+        (whole, None, 0, f"{whole}?n=32&seed=0"),
+        (f"{whole}[:20]", None, 2, f"{whole}[:20]?n=20&seed=2"),  # there are no more
+        (f"{whole}[1::2]", 8, 3, f"{whole}[1::2]?n=8&seed=3"),
+        (f"{whole}?n=5&seed=1", None, 3, f"{whole}?n=5&seed=1"),
+        (f"{whole}?n=5&seed=1", 5, 3, f"{whole}?n=5&seed=1"),
+    ):
+        found = open_calibration(text, n, seed)
+        assert (found.spec, found.names) == (same, open_source(same).names)
     with pytest.raises(QuantlensError, match="leave one of them out"):
-        calibration_source("images:a?n=5", 6)
+        open_calibration(f"{whole}?n=5", 6)
+    with pytest.raises(QuantlensError, match="asks for 41 images and there are 40"):
+        open_calibration(whole, 41)

@@ -68,10 +68,10 @@ class Calibration:
             _check(images, tuple(preprocess.input_size))
             return cls(images, len(images), source="tensor", fingerprint=_fingerprint(images), device=device)
         from quantlens.data import as_image_set
-        from quantlens.data.sources import calibration_source
+        from quantlens.data.sources import open_calibration
 
         if isinstance(images, str) and seed is not None:
-            images = calibration_source(images, seed=seed)
+            images = open_calibration(images, seed=seed)
         found = as_image_set(images, preprocess)
         if len(found) == 0:
             raise QuantlensError("no calibration images: give at least one, 32 is the usual number")

@@ -145,7 +145,7 @@ def cache_argument(no_cache: bool) -> bool | None:
 def open_run(
     model: str,
     weights: str | None,
-    source: str,
+    source: Any,
     device: str,
     step: Callable[[str, int, int], None],
     *,
@@ -155,18 +155,18 @@ def open_run(
 ) -> tuple[Any, Any]:
     """(float model, images as it reads them) of a command line: what `quantize`, `allocate` and `inspect` begin with.
 
-    source: a SOURCE, opened first, as a mistake in it is told at once. step: of :func:`stages`. what: the images.
+    source: an opened Source. step: of :func:`stages`. what: the images.
     """
-    from quantlens.data import as_image_set, open_source
+    from quantlens.data import as_image_set
     from quantlens.evaluation.environment import choose_device
     from quantlens.evaluation.open_models import weights_named
     from quantlens.models import load_model
 
-    opened, place = open_source(source), choose_device(device)
+    place = choose_device(device)
     loaded = load_model(model, weights_named(weights), device=place)
     told = partial(step, f"decoding {what}")
     cache = cache_argument(no_cache)
-    return loaded, as_image_set(opened, loaded.preprocess, cache_dir=cache, skip_bad=skip_bad, progress=told)
+    return loaded, as_image_set(source, loaded.preprocess, cache_dir=cache, skip_bad=skip_bad, progress=told)
 
 
 def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None:

@@ -92,7 +92,7 @@ def allocate(
     from quantlens.allocation import parse_target, sensitivity_options
     from quantlens.allocation.quantizing import allocate as choose_widths
     from quantlens.cli import _common
-    from quantlens.data.sources import calibration_source
+    from quantlens.data.sources import open_calibration
     from quantlens.files import check_writable
 
     check_writable(out, what="the allocation")
@@ -101,7 +101,7 @@ def allocate(
     settings |= _budget(bops_target, size_mb, bops)
     settings["candidates"] = _common.whole_numbers([candidates] if candidates else None, "--candidates")
     parse_target(target)
-    source = calibration_source(calibration, n, seed)
+    source = open_calibration(calibration, n, seed)
     with _common.stages(quiet) as step:
         loaded, images = _common.open_run(model, weights, source, device, step, skip_bad=skip_bad, no_cache=no_cache)
         told = partial(step, f"sensitivity by {sensitivity}")

@@ -149,13 +149,12 @@ def _widths(bits: str | None, method: str, options: dict[str, Any]) -> dict[str,
 
 def _calibration(source: str | None, n: int | None, seed: int) -> Any:
     """The calibration images, not decoded yet."""
-    from quantlens.data import open_source
-    from quantlens.data.sources import calibration_source
+    from quantlens.data.sources import open_calibration
     from quantlens.errors import QuantlensError
 
     if source is None:
         raise QuantlensError("quantizing takes calibration images: give --calibration SOURCE (`quantlens sources`)")
-    return open_source(calibration_source(source, n, seed))
+    return open_calibration(source, n, seed)
 
 
 def _quantized(

@@ -70,7 +70,7 @@ def inspect(
     """See HELP."""
     from quantlens.allocation import quantizing as api
     from quantlens.cli import _common
-    from quantlens.data.sources import calibration_source
+    from quantlens.data.sources import open_calibration
     from quantlens.files import check_writable
     from quantlens.methods import registry
     from quantlens.sensitivity.inspection import check_names
@@ -81,7 +81,7 @@ def inspect(
     check_names(parts, rank)
     registry.get(method).options(settings)
     widths = api.read_bits(bits)
-    source = calibration_source(images or _shipped_images(model), n, seed)
+    source = open_calibration(images or _shipped_images(model), n, seed)
     opening: dict[str, Any] = {"skip_bad": skip_bad, "no_cache": no_cache, "what": "images"}
     with _common.stages(quiet) as step:
         loaded, opened = _common.open_run(model, weights, source, device, step, **opening)

@@ -68,7 +68,7 @@ def quantize(
     """See HELP."""
     from quantlens.allocation import quantizing as api
     from quantlens.cli import _common
-    from quantlens.data.sources import calibration_source
+    from quantlens.data.sources import open_calibration
     from quantlens.files import check_writable
     from quantlens.methods import registry
     from quantlens.qmodel import Bits
@@ -80,7 +80,7 @@ def quantize(
     target = out or Path(f"{model.split('/')[-1]}-{api.spelled(wanted).lower()}.safetensors")
     check_writable(target)
     registry.get(method).options(settings)
-    source = calibration_source(calibration, n, seed)
+    source = open_calibration(calibration, n, seed)
     with _common.stages(quiet) as step:
         loaded, images = _common.open_run(model, weights, source, device, step, skip_bad=skip_bad, no_cache=no_cache)
         if not isinstance(wanted, Bits):

@@ -82,15 +82,18 @@ def with_sample(text: str, n: int, seed: int) -> str:
     return f"{text}{'&' if parse_spec(text).options else '?'}n={n}&seed={seed}"
 
 
-def calibration_source(text: str, n: int | None = None, seed: int = 0) -> str:
-    """The SOURCE of calibration images: `n` (by default 32) that `seed` draws from the SOURCE `text`, unless that draws
-    a sample itself. Raises QuantlensError where both say how many and differ."""
+def open_calibration(text: str, n: int | None = None, seed: int = 0) -> Source:
+    """The calibration images of a SOURCE: `n` that `seed` draws (by default 32, or all where there are fewer), unless
+    it draws a sample itself. Raises QuantlensError where both say how many and differ, and as :func:`open_source`."""
     sample = parse_spec(text).sample
-    if sample is None:
-        return with_sample(text, n or CALIBRATION_IMAGES, seed)
-    if n is not None and n != sample:
+    if sample is not None and n not in (None, sample):
         raise QuantlensError(f"--n {n} and {text!r} ask for different numbers of images; leave one of them out")
-    return text
+    source = open_source(text)
+    if sample is None:
+        n = min(CALIBRATION_IMAGES, len(source)) if n is None else n
+        source = source.select(_drawn(text, np.arange(len(source)), n, seed))
+        source.spec = with_sample(text, n, seed)
+    return source
 
 
 def _query(text: str, query: str | None, options: Iterable[str]) -> tuple[int | None, int, dict[str, str]]:
@@ -295,13 +298,17 @@ def open_source(spec: str) -> Source:
     if not len(rows):
         raise QuantlensError(f"source {spec!r}: the slice is empty, there are {len(source)} images; choose other ends")
     if parsed.sample is not None:
-        if parsed.sample > len(rows):
-            raise QuantlensError(
-                f"source {spec!r} asks for {parsed.sample} images and there are {len(rows)}; write "
-                f"n={len(rows)} or less"
-            )
-        rows = np.random.RandomState(parsed.seed % 2**32).permutation(rows)[: parsed.sample]
+        rows = _drawn(spec, rows, parsed.sample, parsed.seed)
     return source.select(rows)
+
+
+def _drawn(text: str, rows: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """`n` of the rows, drawn with the seed. Raises QuantlensError where there are fewer."""
+    if n > len(rows):
+        raise QuantlensError(
+            f"source {text!r} asks for {n} images and there are {len(rows)}; write n={len(rows)} or less"
+        )
+    return np.random.RandomState(seed % 2**32).permutation(rows)[:n]
 
 
 @dataclass(frozen=True)
