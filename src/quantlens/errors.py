@@ -36,6 +36,10 @@ class UnknownNameError(QuantlensError):
         self.name = name
 
 
+class QuantlensWarning(UserWarning):
+    """Something that a person should know of. The command line prints it in one line."""
+
+
 class BadImageError(QuantlensError):
     """An image file cannot be read."""
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-from quantlens.errors import QuantlensError, UnknownNameError, debugging
+from quantlens.errors import QuantlensError, QuantlensWarning, UnknownNameError, debugging
 
 GROUPS = ("quantlens.methods", "quantlens.formats", "quantlens.scores", "quantlens.transforms")
 """Groups of entry points. One names a module, or what is to be registered itself."""
@@ -33,7 +33,7 @@ VARIABLE = "QUANTLENS_PLUGINS"
 T = TypeVar("T")
 
 
-class PluginWarning(UserWarning):
+class PluginWarning(QuantlensWarning):
     """An installed plugin cannot be used; the others can."""
 
 

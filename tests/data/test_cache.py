@@ -15,7 +15,7 @@ import pytest
 from quantlens.data import Preprocess, cache_info, clear_cache, load_images, open_source
 from quantlens.data import cache as cache_module
 from quantlens.data.sources import FileSource
-from quantlens.errors import BadImageError, StorageError
+from quantlens.errors import BadImageError, QuantlensWarning, StorageError
 
 PRE = Preprocess((3, 24, 24), crop_pct=0.9)
 
@@ -139,6 +139,25 @@ def test_a_cache_folder_that_cannot_be_made(folder: Path, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="cannot be written"):
         load_images(f"images:{folder}", PRE, cache_dir=tmp_path / "file")
+
+
+def test_a_default_folder_that_may_not_be_written_is_a_warning(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *given: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.delenv("QUANTLENS_CACHE", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *given, **options: str(tmp_path / "cache"))
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.warns(QuantlensWarning, match="kept in memory; set QUANTLENS_CACHE"):
+        found = load_images(f"images:{folder}", PRE)
+    assert np.array_equal(found.pixels, load_images(f"images:{folder}", PRE, cache_dir=False).pixels)
+    with pytest.raises(StorageError, match="cannot be written"):
+        load_images(f"images:{folder}", PRE, cache_dir=tmp_path / "own")
+    monkeypatch.setenv("QUANTLENS_CACHE", str(tmp_path / "own"))
+    with pytest.raises(StorageError, match="cannot be written"):
+        load_images(f"images:{folder}", PRE)
 
 
 def test_environment_variable_and_no_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quantlens.data import available_sources, open_source
+from quantlens.data import Preprocess, available_sources, load_images, open_source
 from quantlens.data.folders import imagenet_class_names, imagenet_wnids
 from quantlens.data.sources import open_calibration, with_sample
-from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.errors import BadImageError, QuantlensError, UnknownNameError
 
 
 def names(spec: str) -> list[str]:
@@ -111,6 +111,27 @@ def test_missing_empty_and_not_a_folder(kind: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(QuantlensError, match="is a file"):
         open_source(f"{kind}:{tmp_path}/file")
+
+
+def test_a_link_that_leads_to_itself_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "loop").symlink_to("loop")
+    pre = Preprocess((3, 8, 8))
+    found = load_images(f"images:{tmp_path}", pre, cache_dir=False, skip_bad=True)
+    assert (found.names, [name for name, _ in found.skipped]) == (["a.png"], ["loop.png"])
+    with pytest.raises(BadImageError, match=r"loop\.png"):
+        load_images(f"images:{tmp_path}", pre, cache_dir=False)
+
+
+@pytest.mark.parametrize("name", ["im?n=3", "im[0:4]", "im[0:1]?n=1&seed=2"])
+def test_a_folder_whose_name_looks_like_a_slice_or_a_query(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    for i in range(5):
+        Image.new("RGB", (4, 4)).save(tmp_path / name / f"{i}.png")
+    assert len(open_source(f"images:{tmp_path / name}/")) == 5
+    assert open_source(f"images:{tmp_path / name}/[1:4]?n=3").names[:3]
+    assert len(open_source(f"images:{tmp_path}")) == 5
 
 
 def test_linked_folders_are_followed_once(folder: Path) -> None:

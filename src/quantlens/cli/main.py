@@ -37,7 +37,7 @@ from quantlens.cli import (
     study,
 )
 from quantlens.cli._common import ReaderGone, Stopped
-from quantlens.errors import QuantlensError, debugging
+from quantlens.errors import QuantlensError, QuantlensWarning, debugging
 
 # The base of "no such option" and the like. Some versions of typer bring a click of their own, so it is found by name.
 CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -166,12 +166,12 @@ def _unexpected(error: Exception, sentence: str | None = None) -> int:
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Inside, what keeps a plugin from being used is told in one line on stderr."""
+    """Inside, warnings of quantlens are told in one line on stderr."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
         def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
-            if issubclass(category, plugins.PluginWarning):
+            if issubclass(category, QuantlensWarning):
                 _complain(str(message), prefix="warning: ")
             else:
                 usual(message, category, *place, **more)

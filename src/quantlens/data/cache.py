@@ -15,6 +15,7 @@ The folder is `cache_dir`, else the environment variable QUANTLENS_CACHE, else t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -44,6 +45,10 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{32}\.tmp")
 CURE = (
     "free some space, set QUANTLENS_CACHE to a folder on another disk, or use --no-cache to keep the images in memory"
 )
+
+
+class ReadOnlyError(StorageError):
+    """The cache folder may not be written."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,8 @@ class EntryWriter:
 
     def _failure(self, error: OSError) -> StorageError:
         reason = (error.strerror or str(error)).lower()
-        return StorageError(f"the image cache {self.directory} cannot be written ({reason}); {CURE}")
+        kind = ReadOnlyError if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else StorageError
+        return kind(f"the image cache {self.directory} cannot be written ({reason}); {CURE}")
 
 
 def cache_info(cache_dir: str | os.PathLike[str] | None = None) -> CacheInfo:

@@ -29,6 +29,13 @@ def existing_directory(spec: SourceSpec) -> Path:
     raise QuantlensError(f"source {spec.text!r}: there is no folder {root}; check the path (seen from {Path.cwd()})")
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
 def list_images(root: Path) -> list[str]:
     """Relative paths (forward slashes) of all image files below `root`, sorted; hidden files and folders are
     left out.
@@ -47,7 +54,7 @@ def list_images(root: Path) -> list[str]:
             for entry in sorted(entries, key=lambda e: e.name):
                 if entry.name.startswith(".") or entry.name == "__MACOSX":
                     continue
-                if entry.is_dir():
+                if _is_folder(entry):
                     walk(entry.path, f"{prefix}{entry.name}/")
                 elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                     found.append(prefix + entry.name)

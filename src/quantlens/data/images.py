@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,13 +17,14 @@ import numpy as np
 from quantlens.data import cache
 from quantlens.data.preprocess import Preprocess
 from quantlens.data.sources import FINGERPRINT_DIGITS, Source, open_source
-from quantlens.errors import BadImageError, QuantlensError
+from quantlens.errors import BadImageError, QuantlensError, QuantlensWarning
 
 if TYPE_CHECKING:
     import torch
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 CacheDir = str | os.PathLike[str] | bool | None
+Decoded = Iterator[tuple[int, np.ndarray | str]]  # (position, uint8 [3,H,W] or why it cannot be read)
 
 
 @dataclass(eq=False, repr=False)
@@ -125,8 +128,8 @@ def load_images(
     there are processors by default).
 
     Raises BadImageError, naming the file, for an image that cannot be read; with `skip_bad` it is left out
-    and recorded in `skipped`. Raises StorageError where the cache cannot be written; nothing falls back to
-    memory by itself.
+    and recorded in `skipped`. Raises StorageError where the cache cannot be written: the disk is full, or a
+    folder of your own may not be written; with the user's default one that is a warning, and there is no cache.
     """
     if isinstance(source, str):
         source = open_source(source)
@@ -134,15 +137,10 @@ def load_images(
         if limit < 1:
             raise QuantlensError(f"limit {limit} leaves no image of {source.spec}; give 1 or more")
         source = source.select(range(min(limit, len(source))))
-    shape = preprocess.input_size
     identity = source.identity() if cache_dir is not False else None
-    if identity is None:
-        entry = _decode_to_memory(source, preprocess, skip_bad, progress, workers)
-    else:
-        directory = cache.cache_directory(None if isinstance(cache_dir, bool) else cache_dir)
-        key = cache.cache_key(identity, preprocess.image_key())
-        found = cache.read_entry(directory, key, len(source), shape)
-        entry = found or _decode_to_cache(source, preprocess, directory, key, skip_bad, progress, workers)
+    key = None if identity is None else cache.cache_key(identity, preprocess.image_key())
+    decoded = _decoded(source, preprocess, skip_bad, progress, workers)
+    entry = _entry(decoded, len(source), preprocess.input_size, cache_dir, key)
     if entry.skipped and not skip_bad:
         raise _bad_image(source, *entry.skipped[0])
     skipped = [(source.names[k], reason) for k, reason in entry.skipped]
@@ -167,13 +165,27 @@ def load_images(
     )
 
 
-def _decode_to_memory(
-    source: Source, preprocess: Preprocess, skip_bad: bool, progress: Progress | None, workers: int | None
-) -> cache.Entry:
-    pixels = np.empty((len(source), *preprocess.input_size), dtype=np.uint8)
+def _entry(decoded: Decoded, total: int, shape: tuple[int, ...], cache_dir: CacheDir, key: str | None) -> cache.Entry:
+    """The images of `decoded`, or of the cache where they are there. key: theirs in the cache, None for no cache."""
+    if key is None:
+        return _decode_to_memory(decoded, total, shape)
+    directory = cache.cache_directory(None if isinstance(cache_dir, bool) else cache_dir)
+    found = cache.read_entry(directory, key, total, shape)
+    try:
+        return found or _decode_to_cache(decoded, directory, key, total, shape)
+    except cache.ReadOnlyError:
+        if not isinstance(cache_dir, bool | None) or os.environ.get("QUANTLENS_CACHE"):
+            raise
+        text = f"{directory} may not be written: images are kept in memory; set QUANTLENS_CACHE to another folder"
+        warnings.warn(text, QuantlensWarning, stacklevel=3)
+        return _decode_to_memory(decoded, total, shape)
+
+
+def _decode_to_memory(decoded: Decoded, total: int, shape: tuple[int, ...]) -> cache.Entry:
+    pixels = np.empty((total, *shape), dtype=np.uint8)
     skipped: list[tuple[int, str]] = []
     kept = 0
-    for k, result in _decoded(source, preprocess, skip_bad, progress, workers):
+    for k, result in decoded:
         if isinstance(result, str):
             skipped.append((k, result))
         else:
@@ -182,24 +194,16 @@ def _decode_to_memory(
     return cache.Entry(pixels[:kept], skipped)
 
 
-def _decode_to_cache(
-    source: Source,
-    preprocess: Preprocess,
-    directory: Any,
-    key: str,
-    skip_bad: bool,
-    progress: Progress | None,
-    workers: int | None,
-) -> cache.Entry:
+def _decode_to_cache(decoded: Decoded, directory: Path, key: str, total: int, shape: tuple[int, ...]) -> cache.Entry:
     skipped: list[tuple[int, str]] = []
-    with cache.EntryWriter(directory, key, len(source), preprocess.input_size) as writer:
-        for k, result in _decoded(source, preprocess, skip_bad, progress, workers):
+    with cache.EntryWriter(directory, key, total, shape) as writer:
+        for k, result in decoded:
             if isinstance(result, str):
                 skipped.append((k, result))
             else:
                 writer.add(result)
         writer.commit(skipped)
-    entry = cache.read_entry(directory, key, len(source), preprocess.input_size)
+    entry = cache.read_entry(directory, key, total, shape)
     if entry is None:
         raise cache.StorageError(f"the image cache {directory} did not keep what was written to it; {cache.CURE}")
     return entry
@@ -207,7 +211,7 @@ def _decode_to_cache(
 
 def _decoded(
     source: Source, preprocess: Preprocess, skip_bad: bool, progress: Progress | None, workers: int | None
-) -> Iterator[tuple[int, np.ndarray | str]]:
+) -> Decoded:
     """(position, uint8 [3,H,W]) in order, or (position, reason) for a bad image; a few images ahead are in
     memory.
 

@@ -4,6 +4,7 @@
     KIND:PATH[a:b]               images a to b (b excluded) in sorted order, as in Python: ends may be open or negative
     KIND:PATH[a:b:s]             every s-th of them: [::2] and [1::2] are two halves that share no image
     KIND:PATH?n=200&seed=0       a random sample of 200 (seed 0 where none is given), from the slice if there is one
+    KIND:PATH/                   a folder whose name ends like one of these: what stands before a slash is its name
 
 Images are sorted by their path below DIR, compared character by character. A sample keeps the order in which
 it was drawn, so that the sample of 32 images is the beginning of the sample of 64 with the same seed.
@@ -60,7 +61,7 @@ def parse_spec(text: str) -> SourceSpec:
         )
     if kind not in KINDS:
         raise UnknownNameError("source kind", kind, KINDS, hint="a source is written KIND:PATH")
-    path, question, query = rest.rpartition("?") if "?" in rest else (rest, "", "")
+    path, question, query = rest.rpartition("?") if "?" in rest.rpartition("/")[2] else (rest, "", "")
     sample, seed, options = _query(text, query if question else None, KINDS[kind].options)
     start = stop = step = None
     if (bracket := re.search(r"\[([^\[\]/\\]*)\]$", path)) and re.fullmatch(r"[-+\d:\s]*", bracket[1]):

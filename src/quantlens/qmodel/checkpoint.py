@@ -24,7 +24,7 @@ from torch import Tensor
 from quantlens._version import __version__
 from quantlens.ambient import isolated
 from quantlens.data import Preprocess
-from quantlens.errors import BadWeightsError, StorageError
+from quantlens.errors import BadWeightsError, QuantlensWarning, StorageError
 from quantlens.files import write_whole
 from quantlens.formats import restore, restore_operator
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
@@ -214,7 +214,8 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
     except Exception as error:
         raise BadWeightsError(f"{path} is damaged: {type(error).__name__} {error}") from error
     if digest is None:
-        warnings.warn(f"{path} was saved without a digest (quantlens 0.2 or earlier): not checked", stacklevel=3)
+        text = f"{path} was saved without a digest (quantlens 0.2 or earlier): not checked"
+        warnings.warn(text, QuantlensWarning, stacklevel=3)
     elif digest != digest_of(text, tensors):
         raise BadWeightsError(f"{path} is damaged: its content does not match its digest; copy or make it again")
     try:
