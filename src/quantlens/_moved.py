@@ -3,12 +3,12 @@ with a DeprecationWarning that names both."""
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +16,7 @@ DROPPED = "0.4"
 """The release without the old names."""
 
 
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = os.path.dirname(__file__)
 
 
 def _of(old: str, new: str, *names: str) -> dict[str, str]:

@@ -8,21 +8,21 @@ for all its names: what quantlens has itself is found without running anybody el
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from quantlens.errors import QuantlensError, QuantlensWarning, UnknownNameError, debugging
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUPS = ("quantlens.methods", "quantlens.formats", "quantlens.scores", "quantlens.transforms")
 """Groups of entry points. One names a module, or what is to be registered itself."""
@@ -204,6 +204,8 @@ def load_installed() -> None:
     global _scanned
     if _scanned:
         return
+    from importlib.metadata import entry_points
+
     load_all()
     _scanned = True
     for group in GROUPS:
@@ -237,6 +239,8 @@ def forget() -> None:
 
 def _run(path: Path, place: str) -> ModuleType:
     """The module of a file, run if it has not been run as it is now."""
+    from hashlib import sha256
+
     name = f"quantlens_plugins.{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
     source = path.read_bytes()
     digest = sha256(source).hexdigest()
@@ -310,6 +314,8 @@ def _note(place: str, error: BaseException) -> None:
 
 def _tell_problems() -> None:
     """Warn of what keeps installed plugins from being used, once; a worker process leaves that to its parent."""
+    import multiprocessing
+
     for sentence, told in _problems.items():
         if not told and multiprocessing.parent_process() is None:
             warnings.warn(sentence, PluginWarning, stacklevel=4)
