@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.neighbour import neighbour
 from benchmarks.studies import ray_workers, studies
 
 DEIT = "deit_tiny_patch16_224"
@@ -296,6 +297,7 @@ BENCHMARKS = {
         allocation,
         attention,
         inspection,
+        neighbour,
         studies,
         ray_workers,
     )

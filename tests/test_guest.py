@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 import quantlens as ql
 from quantlens import ambient
+from quantlens.attention.gradients import class_activation, gradient_rollout
 from quantlens.data import load_images
 
 CALIBRATION, IMAGES, OOD = (
@@ -135,6 +136,9 @@ CALLS = {
     "inspect": lambda place: told(ql.inspect(place.model, place.calibration, "W4A4", method="minmax").to_dict()),
     "evaluate": evaluated,
     "attention": attended,
+    "lens": lambda place: digest(ql.attention.Lens(place.quantized).rollout(place.images)),
+    "class activation": lambda place: digest(class_activation(place.quantized, place.images)),
+    "gradient rollout": lambda place: digest(gradient_rollout(place.model, place.images)),
     "onnx": lambda place: exported(place, ".onnx"),
     "openvino": lambda place: exported(place, ".xml"),
     "pt2": exported_to_torch,

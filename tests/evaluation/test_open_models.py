@@ -6,8 +6,7 @@ import pytest
 
 import quantlens as ql
 from quantlens.errors import BadWeightsError
-from quantlens.evaluation import open_models
-from quantlens.evaluation.open_models import weights_named
+from quantlens.evaluation.open_models import open_models, weights_named
 
 
 def test_words_for_weights():

@@ -15,6 +15,16 @@ from quantlens.qmodel.checkpoint import is_quantized_checkpoint, pack, read_head
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 16), st.integers(0, 50), st.booleans(), st.integers(0, 2**31))
+def test_codes_follow_each_other_bit_by_bit(bits, count, signed, seed):
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)
+    codes = np.random.default_rng(seed).integers(low, high, size=count)
+    whole = sum((int(code) % 2**bits) << (place * bits) for place, code in enumerate(codes))
+    expected = whole.to_bytes(-(-count * bits // 8), "little")
+    assert pack(torch.from_numpy(codes), bits).numpy().tobytes() == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 16), st.integers(0, 50), st.booleans(), st.integers(0, 2**31))
 def test_packing_is_lossless(bits, count, signed, seed):
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)
     codes = torch.from_numpy(np.random.default_rng(seed).integers(low, high, size=(count, 3)).astype(np.int32))

@@ -8,7 +8,6 @@ from torch.func import grad, hessian, jvp
 
 import quantlens as ql
 from quantlens.calibration import Calibration
-from quantlens.errors import QuantlensError
 from quantlens.graph import graph_of
 from quantlens.qmodel import Plan
 from quantlens.reconstruction import (
@@ -183,12 +182,6 @@ def test_every_architecture_has_metrics(small, architecture, pictures):
         for metric in found.values():
             assert bool(torch.isfinite(metric.diagonal).all())
             assert bool((metric.diagonal >= 0).all())
-
-
-def test_no_gradients_in_inference_mode(small, pictures):
-    calibration = Calibration.of(pictures, small["vit"].preprocess)
-    with torch.inference_mode(), pytest.raises(QuantlensError, match="inference_mode"):
-        perturbation_metrics(graph_of(small["vit"]), calibration)
 
 
 # -- in reconstruction -----------------------------------------------------------------------------------------------

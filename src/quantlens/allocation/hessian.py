@@ -91,7 +91,7 @@ class Traces:
         generator = torch.Generator(device=graph.device).manual_seed(seed)
         pieces = [part for chunk in calibration for part in chunk.split(self.piece)]
         total, done = len(pieces) * self.probes * (2 if self.by_products else 1), 0
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             for images in pieces:
                 note = partial(self._note, len(images))
                 logits, leaves = with_leaves(graph, images.clone(), self.weights, self.inputs, note)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantlens.ambient import isolated
 from quantlens.attention.recording import Lens
 from quantlens.attention.rollout import rollout
 from quantlens.errors import QuantlensError, UnknownNameError
@@ -38,6 +39,7 @@ def default_layer(model: Any) -> str:
     raise QuantlensError(f"{last.name} has no LayerNorm: name the layer to look at (a site of the graph)")
 
 
+@isolated
 def class_activation(
     model: Any, images: Tensor, *, target: int | Tensor | None = None, layer: str | None = None, kind: str = "grad-cam"
 ) -> Tensor:
@@ -64,6 +66,7 @@ def class_activation(
     return (weights * tokens).sum(-1).clamp_min(0)
 
 
+@isolated
 def gradient_rollout(
     model: Any, images: Tensor, *, target: int | Tensor | None = None, discard: float = 0.9, compat: str | None = None
 ) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from quantlens.ambient import isolated, plain_arithmetic
 from quantlens.attention.rollout import rollout
 from quantlens.errors import UnsupportedError
 from quantlens.graph import Graph
@@ -57,9 +58,11 @@ class Lens:
 
     def __call__(self, images: Tensor) -> View:
         """images [B, 3, H, W], prepared as the model wants them. Gradients pass (straight through quantizers)."""
-        logits, _, taps = self._module(images)
+        with plain_arithmetic():
+            logits, _, taps = self._module(images.contiguous())
         return View(logits, tuple(taps[: self._count]), tuple(taps[self._count :]))
 
+    @isolated
     def rollout(self, images: Tensor, **settings: Any) -> Tensor:
         """Rollout maps [B, P]; see :func:`~quantlens.attention.rollout.rollout` for the settings."""
         with torch.no_grad():

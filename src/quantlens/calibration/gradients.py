@@ -13,7 +13,6 @@ from torch import Tensor
 from quantlens.calibration.images import CHUNK, Calibration, images_together
 from quantlens.calibration.products import Product, check_finite, patches
 from quantlens.calibration.sampling import ProductSampler
-from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.graph.graph import EdgeHook
 
@@ -54,11 +53,6 @@ def sample_products(
     Memory: the sample, and the activations of as many images as :func:`images_together` allows. Raises
     QuantlensError naming the edge where values are not finite.
     """
-    if torch.is_inference_mode_enabled() or any(t.is_inference() for t in graph.tensors().values()):
-        raise QuantlensError(
-            "this method needs gradients: load and quantize the model outside torch.inference_mode() (torch.no_grad() "
-            "does no harm)"
-        )
     together = images_together(graph, 1)
     pieces = sum(math.ceil(min(CHUNK, len(calibration) - i * CHUNK) / together) for i in range(calibration.pieces))
     collector = _Collector(graph, products, sampler, pieces, floor)

@@ -83,9 +83,9 @@ def evaluate(
     from quantlens.cli import _common
     from quantlens.errors import QuantlensError
     from quantlens.evaluation import evaluate as measure
-    from quantlens.evaluation import open_models
     from quantlens.evaluation.environment import choose_device
     from quantlens.evaluation.images import groups_of
+    from quantlens.evaluation.open_models import open_models
     from quantlens.evaluation.scoring import choose_scores
     from quantlens.files import check_writable
 

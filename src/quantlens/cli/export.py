@@ -67,7 +67,7 @@ def export(
     """See HELP."""
     from quantlens.cli import _common
     from quantlens.data import as_image_set, open_source
-    from quantlens.evaluation import open_models
+    from quantlens.evaluation.open_models import open_models
     from quantlens.export.export import export as write
     from quantlens.export.exported import Artefact
     from quantlens.export.parity import parity

@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantlens.evaluation.open_models import open_models
     from quantlens.evaluation.result import Result
     from quantlens.evaluation.run import evaluate
 
-_HOMES = {"Result": "result", "evaluate": "run", "open_models": "opening"}
+_HOMES = {"Result": "result", "evaluate": "run"}
 
-__all__ = ["Result", "evaluate", "open_models"]
+__all__ = ["Result", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

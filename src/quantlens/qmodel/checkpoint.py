@@ -43,6 +43,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Integer codes (any shape, signed or not) -> uint8 [ceil(n·bits/8)], each code in ``bits`` bits, least
     significant first."""
     flat = codes.reshape(-1).to(torch.int64).cpu().numpy() & ((1 << bits) - 1)
+    if 8 % bits == 0:  # a byte holds whole codes
+        each = 8 // bits
+        packed = np.zeros(-(-len(flat) // each), np.uint8)
+        for place in range(each):
+            part = flat[place::each].astype(np.uint8)
+            packed[: len(part)] |= part << np.uint8(place * bits)
+        return torch.from_numpy(packed)
     shifts = np.arange(bits, dtype=np.int64)
     stream = ((flat[:, None] >> shifts) & 1).astype(np.uint8).reshape(-1)
     return torch.from_numpy(np.packbits(stream, bitorder="little"))
@@ -55,8 +62,14 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -
         raise BadWeightsError(
             f"packed codes of length {packed.numel()} do not hold {count} codes of {bits} bits; the file is damaged"
         )
-    stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
-    codes = stream.astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))
+    if 8 % bits == 0:
+        codes, each = np.empty(packed.numel() * 8 // bits, np.int32), 8 // bits
+        for place in range(each):
+            codes[place::each] = packed.cpu().numpy() >> np.uint8(place * bits) & np.uint8((1 << bits) - 1)
+        codes = codes[:count]
+    else:
+        stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+        codes = stream.astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))
     if signed:
         codes = np.where(codes >= 1 << (bits - 1), codes - (1 << bits), codes)
     return torch.from_numpy(codes.astype(np.int32)).reshape(shape)
@@ -78,7 +91,7 @@ def save(qmodel: QuantizedModel, path: str | Path) -> Path:
     packed = {name: value for name, value in tensors.items() if name not in header["small"]}
     if header["small"]:
         packed["small"] = torch.cat([_as_bytes(tensors[name]) for name in header["small"]])
-    packed["header"] = torch.frombuffer(bytearray(zlib.compress(text.encode(), 9)), dtype=torch.uint8)
+    packed["header"] = torch.frombuffer(bytearray(zlib.compress(text.encode())), dtype=torch.uint8)
     version = json.dumps({"version": VERSION})  # what earlier releases look for
     content = to_bytes(packed, {"format": FORMAT, "header": version, "sha256": digest_of(text, tensors)})
     write_whole(path, content)
@@ -150,12 +163,11 @@ def _content(qmodel: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """The header of a quantized checkpoint, without its tensors. Raises BadWeightsError if the file is none."""
-    header: dict[str, Any] = json.loads(_described(Path(path))[0])
-    return header
+    return _described(Path(path))[0]
 
 
-def _described(path: Path) -> tuple[str, str | None]:
-    """The text of a checkpoint's header, and its digest (None: earlier releases kept none)."""
+def _described(path: Path) -> tuple[dict[str, Any], str, str | None]:
+    """A checkpoint's header, as it is and as text, and its digest (None: earlier releases kept none)."""
     from safetensors import safe_open
 
     if not path.is_file():
@@ -184,7 +196,7 @@ def _described(path: Path) -> tuple[str, str | None]:
         raise BadWeightsError(
             f"{path} has checkpoint version {header.get('version')}; this quantlens reads versions 1 to {VERSION}"
         )
-    return text, metadata.get("sha256")
+    return header, text, metadata.get("sha256")
 
 
 def is_quantized_checkpoint(path: str | Path) -> bool:
@@ -205,8 +217,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
     from safetensors.torch import load_file
 
     path = Path(path)
-    text, digest = _described(path)
-    header = json.loads(text)
+    header, text, digest = _described(path)
     try:
         tensors = load_file(path)
         tensors.pop("header", None)

@@ -22,7 +22,6 @@ from torch import Tensor, fx
 
 from quantlens.calibration import Calibration
 from quantlens.calibration.images import images_together
-from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.metrics.divergence import kl_divergence
@@ -133,11 +132,6 @@ class _Probe:
     """Gradients of the damage at the output of any unit."""
 
     def __init__(self, graph: Graph, temperature: float):
-        if torch.is_inference_mode_enabled() or any(t.is_inference() for t in graph.tensors().values()):
-            raise QuantlensError(
-                "this method needs gradients: load and quantize the model outside torch.inference_mode() "
-                "(torch.no_grad() does no harm)"
-            )
         self.graph, self.temperature, self.units = graph, temperature, find_units(graph)
         self.measured = [u for u in self.units if len(u.results) == 1 and u.results[0] is not graph.output]
 

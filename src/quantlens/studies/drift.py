@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantlens.metrics.correlation import Association, associate
 from quantlens.attention.metrics import CAUSES, WHERE, DriftMetric, value_in
+from quantlens.metrics.correlation import Association, associate
 from quantlens.studies.board import Board, Group, Path, change_of
 from quantlens.studies.text import Stat
 
