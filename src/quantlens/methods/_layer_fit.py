@@ -17,7 +17,10 @@ from quantlens.graph.sites import Site
 from quantlens.methods.base import Run, matmul_operand_edges
 from quantlens.qmodel import Plan
 from quantlens.reconstruction.bias import LAYERS, corrected_layers, subtract_from_biases
-from quantlens.reconstruction.closed_form import Moments
+from quantlens.reconstruction.closed_form import ROWS, Moments
+
+PATCHES = 256
+"""Patches that a convolution reads of an image, roughly: how many images are quantized together follows from it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def fit_layers(graph: Graph, calibration: Calibration, plan: Plan, fit: Fit, run
         weight = graph.tensor(name)
         if name not in found:
             own = plan.quantizers.get(f"{site.name}.input")
-            moments = _moments(site, weight, view.tensors(site.edges["input"]), own, network)
+            moments = layer_moments(site, weight, view.tensors(site.edges["input"]), own, network)
             if moments is None:
                 return plan.quantizers[edge.key]
             fitted = fit(weight.flatten(1), moments, plan.quantizers[edge.key].bits, site.name in free)
@@ -75,15 +78,17 @@ def fit_layers(graph: Graph, calibration: Calibration, plan: Plan, fit: Fit, run
     return len(found)
 
 
-def _moments(
+def layer_moments(
     site: Site, weight: Tensor, pieces: Sequence[Tensor], own: Quantizer | None, network: bool
 ) -> Moments | None:
-    """Moments of a layer's inputs; ``None`` for a convolution that is no product."""
+    """Moments of a layer's inputs after and (unless ``network``) before its own quantizer, for its weight; ``None`` for
+    a convolution that is no product. Raises QuantlensError naming the layer where values are not finite."""
     if patches(site, weight, pieces[0][:1]) is None:
         return None
 
     def rows() -> Iterator[tuple[Tensor, Tensor]]:
-        for piece in pieces:
+        tokens = pieces[0][0].numel() // pieces[0].shape[-1] if site.kind == "linear" else PATCHES
+        for piece in (part for whole in pieces for part in whole.split(max(1, ROWS // max(tokens, 1)))):
             quantized = patches(site, weight, piece if own is None else own(piece))
             plain = quantized if network or own is None else patches(site, weight, piece)
             assert quantized is not None
@@ -91,6 +96,6 @@ def _moments(
             yield quantized, plain
 
     try:
-        return Moments.of(rows())
+        return Moments.of(rows(), weight.flatten(1))
     except ValueError as error:
         raise QuantlensError(f"{site.name}.input: {error}; check the weights and the calibration images") from error

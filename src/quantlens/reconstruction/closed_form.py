@@ -5,14 +5,12 @@ A layer is y = W·x with x its float input and x̄ what it reads once quantized.
 moments over calibration rows (tokens, positions), :class:`Moments`:
 
 * :func:`ridge`: the weights W' with the least ‖W'·X̄ − W·X‖² + λ‖W' − W‖². With X̄ = X they are W.
-* :func:`round_columns`: rounding column by column; the error of each goes into the later columns so that the
+* :func:`round_columns`: rounding column by column; the error of each goes into the columns after it so that the
   output ‖(Ŵ − W)·X̄‖² changes least (OBQ's update for all rows at once: Frantar et al., GPTQ, ICLR 2023, section 3).
 * :func:`round_halves`: the same with the first half of what remains at a time, whose rounding :func:`refine` improves
   by flips to the other neighbour (Zhong et al., ERQ, ICML 2024, section 4.2).
 
-Both kinds of rounding use the matrix U, upper triangular, with (X̄ᵀX̄ + λI)⁻¹ = UᵀU. If columns 0 … k − 1 are
-off by δ (rounded less unrounded), the best change of all others is δ·U₁₁⁻¹·U₁₂, and what is left of the problem has the
-factor U₂₂: one Cholesky factorisation serves every block of every size.
+Behind all of them is one Cholesky factorisation, :class:`Factor`: X̄ᵀX̄ + λI = VVᵀ with V upper triangular, U = V⁻¹.
 
 λ is ``damping`` times the mean of X̄ᵀX̄'s diagonal, so that it means the same for every layer and any number of rows, and
 so that a few images, which leave directions unseen, suffice. All functions treat all rows of W at once.
@@ -30,68 +28,131 @@ from quantlens.errors import UnsupportedError
 from quantlens.formats import Quantizer, Uniform
 from quantlens.formats.base import bounded_
 
-BLOCK = 128
-"""Columns whose errors reach the later columns in one product."""
+BLOCK = 64
+"""Columns whose errors reach the columns after them in one product."""
 
 FLIPS = 100
 """Most flips of :func:`refine` per row and block."""
 
+ROWS, TOGETHER, SQUARE = 2048, 8192, 192
+"""Rows of inputs that are multiplied together; rows whose products are summed in float32; columns of a Gram matrix, of
+whose two equal halves one is computed."""
+
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of n rows of quantized inputs x̄ and float inputs x, float64.
+    """Moments of n rows of quantized inputs x̄ and float inputs x, float64, about their means.
 
-    count: n. mean, float_mean [in]: of x̄ and x. gram [in, in]: Σ (x̄ − mean)(x̄ − mean)ᵀ. cross [in, in]: Σ (x̄ − mean)
-    (x − float_mean)ᵀ.
+    count: n. mean, float_mean [in]: of x̄ and x. gram [in, in]: Σ x̄x̄ᵀ. error: Σ (x − x̄)x̄ᵀ [in, in]; or of the outputs
+    of a weight W, Σ W(x − x̄)·x̄ᵀ [out, in], with ``weight`` W; ``None`` where x̄ is x.
     """
 
     count: int
     mean: Tensor
     float_mean: Tensor
     gram: Tensor
-    cross: Tensor
+    error: Tensor | None = None
+    weight: Tensor | None = None
 
     @classmethod
-    def of(cls, pieces: Iterable[tuple[Tensor, Tensor]]) -> Moments:
-        """From pieces of rows (x̄ [m, in], x [m, in]); the same tensor twice where x̄ is x. Raises ValueError for no
-        rows, or values that are not finite."""
-        count = 0
+    def of(cls, pieces: Iterable[tuple[Tensor, Tensor]], weight: Tensor | None = None) -> Moments:
+        """From pieces of rows (x̄ [m, in], x [m, in]); the same tensor twice where x̄ is x.
+
+        weight [out, in]: the only one that the moments are for; if it has far fewer rows than columns, less is computed
+        and kept. Raises ValueError for no rows, or values that are not finite.
+        """
+        sums: _Sums | None = None
         for quantized, plain in pieces:
-            same = quantized is plain
-            quantized, plain = quantized.float(), plain.float()
-            if count == 0:
-                width = quantized.shape[1]
-                # rows are taken less a first guess of their mean, so that float32 products keep their digits
-                guess, float_guess = (x.mean(0) for x in (quantized, plain))
-                total, float_total = (quantized.new_zeros(width, dtype=torch.float64) for _ in range(2))
-                gram, cross = (quantized.new_zeros(width, width, dtype=torch.float64) for _ in range(2))
-            quantized = quantized - guess
-            plain = quantized if same else plain - float_guess
-            own = (quantized.T @ quantized).double()
-            gram += own
-            cross += own if same else (quantized.T @ plain).double()
-            total += quantized.sum(0, dtype=torch.float64)
-            float_total += plain.sum(0, dtype=torch.float64)
-            count += len(quantized)
-        if count == 0:
+            if sums is None:
+                few = weight is not None and 2 * weight.shape[0] < weight.shape[1]
+                sums = _Sums(quantized, plain, weight if few else None)
+            sums.add(quantized, plain)
+        if sums is None or sums.count == 0:
             raise ValueError("no rows to fit weights on")
-        offset, float_offset = total / count, float_total / count
-        gram -= count * torch.outer(offset, offset)
-        cross -= count * torch.outer(offset, float_offset)
-        if not bool(torch.isfinite(gram).all() & torch.isfinite(cross).all()):
-            raise ValueError("values are not finite")
-        return cls(count, guess.double() + offset, float_guess.double() + float_offset, gram, cross)
+        return sums.result()
+
+    @property
+    def cross(self) -> Tensor:
+        """[in, in] Σ x̄xᵀ. Raises ValueError for moments that are for one weight."""
+        if self.weight is not None:
+            raise ValueError("these moments are for one weight")
+        return self.gram if self.error is None else self.gram + self.error.T
 
     @property
     def second(self) -> Tensor:
-        """[in, in] Σ x̄x̄ᵀ, not centred: the Gram matrix of a layer whose bias stays."""
+        """[in, in] Σ x̄x̄ᵀ, not about the mean: the Gram matrix of a layer whose bias stays."""
         return self.gram + self.count * torch.outer(self.mean, self.mean)
 
     def uncentred(self) -> Moments:
         """The moments about 0: for a layer whose bias must stay as it is."""
-        cross = self.cross + self.count * torch.outer(self.mean, self.float_mean)
-        zero = torch.zeros_like(self.mean)
-        return Moments(self.count, zero, zero, self.second, cross)
+        shift, zero = self.float_mean - self.mean, torch.zeros_like(self.mean)
+        shift = shift if self.weight is None else self.weight.double() @ shift
+        error = None if self.error is None else self.error + self.count * torch.outer(shift, self.mean)
+        return Moments(self.count, zero, zero, self.second, error, self.weight)
+
+
+class _Sums:
+    """What :class:`Moments` are made of, while rows come: sums of x̄, of x − x̄ and of their products with x̄, less a
+    first guess of both means, so that float32 products keep their digits."""
+
+    def __init__(self, quantized: Tensor, plain: Tensor, weight: Tensor | None):
+        width = quantized.shape[1]
+        self.count, self.weight = 0, None if weight is None else weight.float()
+        self.guess = quantized.float().mean(0)
+        self.error_guess = plain.float().mean(0) - self.guess
+        self.total, self.error_total = (self.guess.new_zeros(width, dtype=torch.float64) for _ in range(2))
+        self.gram = self.guess.new_zeros(width, width, dtype=torch.float64)
+        self.waiting, self.gram32 = 0, torch.zeros_like(self.gram, dtype=torch.float32)
+        self.errors: tuple[Tensor, Tensor] | None = None  # float64, float32; None as long as x̄ is x
+
+    def add(self, quantized: Tensor, plain: Tensor) -> None:
+        """Add rows."""
+        for rows, exact in zip(quantized.split(ROWS), plain.split(ROWS), strict=True):
+            rows = rows.float()
+            change = None if quantized is plain else exact.float() - rows
+            rows = rows - self.guess
+            self.total += rows.sum(0)
+            for start in range(0, len(self.gram), SQUARE):  # on and above the diagonal
+                block = slice(start, start + SQUARE)
+                self.gram32[block, start:].addmm_(rows[:, block].T, rows[:, start:])
+            if change is not None:
+                self._add_error(change, rows)
+            self.count += len(rows)
+            self.waiting += len(rows)
+            if self.waiting >= TOGETHER:
+                self._settle()
+
+    def _add_error(self, change: Tensor, rows: Tensor) -> None:
+        change -= self.error_guess
+        self.error_total += change.sum(0)
+        outputs = change if self.weight is None else change @ self.weight.T
+        if self.errors is None:
+            error = self.gram.new_zeros(outputs.shape[1], len(self.gram))
+            self.errors = error, torch.zeros_like(error, dtype=torch.float32)
+        self.errors[1].addmm_(outputs.T, rows)
+
+    def _settle(self) -> None:
+        """Add the float32 products to their float64 sums."""
+        for total, part in ((self.gram, self.gram32), *([self.errors] if self.errors is not None else [])):
+            total += part
+            part.zero_()
+        self.waiting = 0
+
+    def result(self) -> Moments:
+        self._settle()
+        gram, error = self.gram, None if self.errors is None else self.errors[0]
+        for start in range(SQUARE, len(gram), SQUARE):  # the half that was left out
+            gram[start : start + SQUARE, :start] = gram[:start, start : start + SQUARE].T
+        offset, error_offset = self.total / self.count, self.error_total / self.count
+        gram.addr_(offset, offset, alpha=-self.count)
+        if error is not None:
+            shift = error_offset if self.weight is None else self.weight.double() @ error_offset
+            error.addr_(shift, offset, alpha=-self.count)
+        if not all(bool(torch.isfinite(x).all()) for x in (self.total, self.error_total, gram.diagonal())):
+            raise ValueError("values are not finite")
+        mean = self.guess.double() + offset
+        float_mean = mean + self.error_guess.double() + error_offset
+        return Moments(self.count, mean, float_mean, gram, error, None if error is None else self.weight)
 
 
 @dataclass(frozen=True)
@@ -123,33 +184,73 @@ class Grid:
 # -- the matrices -------------------------------------------------------------------------------------------------
 def damped(gram: Tensor, damping: float) -> Tensor:
     """gram + λI with λ = damping · mean of its diagonal; gram [in, in], float64. All zeros become the identity."""
-    mean = gram.diagonal().mean()
-    amount = damping * mean if bool(mean > 0) else torch.ones_like(mean)
-    return gram + amount * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    made = gram.clone()
+    made.diagonal().add_(_amount(gram.diagonal(), damping))
+    return made
+
+
+def _amount(diagonal: Tensor, damping: float) -> Tensor:
+    """[] λ of a Gram matrix with this diagonal."""
+    mean = diagonal.mean()
+    return damping * mean if bool(mean > 0) else torch.ones_like(mean)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The Cholesky factorisation of a damped Gram matrix whose columns stand in the order in which they are rounded.
+
+    places int64 [in]: the columns, the last one to be rounded first. lower [in, in], float64, lower triangular: V of
+    the matrix with its columns in order, both dimensions turned round.
+    """
+
+    places: Tensor
+    lower: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor, damping: float, order: Tensor | None = None) -> Factor:
+        """order: int64 [in], the columns in the order in which they are rounded (as they stand by default). A damping
+        too small for float64 is raised tenfold until the matrix is positive definite."""
+        order = torch.arange(len(gram), device=gram.device) if order is None else order
+        places = order.flip(0)
+        turned = gram[places[:, None], places]
+        diagonal = turned.diagonal().clone()
+        for _ in range(20):
+            turned.diagonal().copy_(diagonal + _amount(diagonal, damping))
+            lower, info = torch.linalg.cholesky_ex(turned)
+            if not bool(info.any()):
+                return cls(places, lower)
+            damping = max(10 * damping, 1e-12)
+        raise ValueError("the second moments are not finite or not symmetric")
+
+    def solve(self, right: Tensor) -> Tensor:
+        """right·(gram + λI)⁻¹, [out, in] float64."""
+        solved = torch.cholesky_solve(right.T[self.places], self.lower)
+        return torch.empty_like(solved).index_copy_(0, self.places, solved).T
+
+    def feedback(self, dtype: torch.dtype) -> Tensor:
+        """V_ij / V_jj, [in, in] upper triangular, columns in order: which part of the error of column i is taken up by
+        column j > i. With δ the error of a row, δ·(gram + λI)·δᵀ is Σ V_jj²·(δ_j + Σ_{i<j} δ_i·V_ij/V_jj)²."""
+        made = self.lower.to(dtype)
+        made /= made.diagonal().clone()
+        return made.flip(0, 1)
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """U [in, in], upper triangular, float64, with (gram + λI)⁻¹ = UᵀU.
-
-    From the Cholesky factor of the matrix read backwards, gram + λI = VVᵀ with V upper triangular, U = V⁻¹; no inverse
-    of the whole is formed. A damping too small for float64 is raised tenfold until the matrix is positive definite.
-    """
-    for _ in range(20):
-        lower, info = torch.linalg.cholesky_ex(damped(gram, damping).flip(0, 1))
-        if not bool(info.any()):
-            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-        damping = max(10 * damping, 1e-12)
-    raise ValueError("the second moments are not finite or not symmetric")
+    """U [in, in], upper triangular, float64, with (gram + λI)⁻¹ = UᵀU. See :class:`Factor`."""
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(Factor.of(gram, damping).lower.flip(0, 1), eye, upper=True)
 
 
-def ridge(weight: Tensor, moments: Moments, damping: float) -> Tensor:
+def ridge(weight: Tensor, moments: Moments, damping: float, factor: Factor | None = None) -> Tensor:
     """W' [out, in] with the least ‖W'(X̄ − mean) − W(X − mean)‖² + λ‖W' − W‖², float32; the bias takes up the means (see
-    :func:`output_shift`). weight: [out, in]. λ as in :func:`damped`.
+    :func:`output_shift`). weight: [out, in]. λ as in :func:`damped`. factor: that of ``moments.gram``, if there is one.
     """
-    left = damped(moments.gram, damping)
-    change = torch.linalg.solve(left, moments.cross + (left - moments.gram))
-    return (weight.double() @ change.T).float()
+    if moments.error is None:
+        return weight.float()
+    factor = Factor.of(moments.gram, damping) if factor is None else factor
+    if moments.weight is None:  # the same for every weight
+        return weight.float() + weight.float() @ factor.solve(moments.error).float()
+    return (weight.double() + factor.solve(moments.error)).float()
 
 
 def output_shift(weight: Tensor, fitted: Tensor, moments: Moments) -> Tensor:
@@ -160,32 +261,37 @@ def output_shift(weight: Tensor, fitted: Tensor, moments: Moments) -> Tensor:
 
 # -- rounding -----------------------------------------------------------------------------------------------------
 def round_columns(
-    weight: Tensor, gram: Tensor, grid: Grid, *, damping: float, order: Tensor | None = None, block: int = BLOCK
+    weight: Tensor,
+    gram: Tensor,
+    grid: Grid,
+    *,
+    damping: float,
+    order: Tensor | None = None,
+    block: int = BLOCK,
+    factor: Factor | None = None,
 ) -> Tensor:
-    """Ŵ [out, in] on the grid, column by column, each column's error taken up by the later ones.
+    """Ŵ [out, in] on the grid, column by column, each column's error taken up by those after it.
 
     weight: [out, in]. gram: [in, in] float64, Σ x̄x̄ᵀ (centred if the bias is fitted too). order: int64 [in], the columns
     in the order in which they are rounded (``gram.diagonal().argsort(descending=True)`` is GPTQ's act-order); as they
-    stand by default. block: columns whose errors go to the rest together; the result does not depend on it.
+    stand by default. block: columns whose errors go to the rest together; the result does not depend on it. factor:
+    that of ``gram`` in that order, if there is one.
     """
-    back = None
-    if order is not None:
-        weight, gram, back = weight[:, order], gram[order][:, order], order.argsort()
-    factor = inverse_factor(gram, damping).to(weight.dtype)
-    weight, rounded = weight.clone(), torch.empty_like(weight)
-    diagonal = factor.diagonal().tolist()
-    for start in range(0, weight.shape[1], block):
-        stop = min(start + block, weight.shape[1])
-        local, inner = weight[:, start:stop].clone(), factor[start:stop, start:stop]
-        errors = torch.empty_like(local)
+    factor = Factor.of(gram, damping, order) if factor is None else factor
+    feedback, places = factor.feedback(weight.dtype), factor.places.flip(0)
+    # columns are rows here, in units of the scale
+    wanted = (weight * (1.0 / grid.scale)).T[places]
+    low, high = grid.low[:, 0], grid.high[:, 0]
+    levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
+    for start in range(0, len(wanted), block):
+        stop = min(start + block, len(wanted))
+        local = torch.addmm(wanted[start:stop], feedback[:start, start:stop].T, errors[:start])
         for i in range(stop - start):
-            column = local[:, i : i + 1]
-            value = grid.round(column)
-            rounded[:, start + i] = value[:, 0]
-            errors[:, i] = (column - value)[:, 0] / diagonal[start + i]
-            local[:, i + 1 :].addr_(errors[:, i], inner[i, i + 1 :], alpha=-1)
-        weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    return rounded if back is None else rounded[:, back]
+            level, error = levels[start + i], errors[start + i]
+            bounded_(torch.round(local[i], out=level), low, high)
+            torch.sub(wanted[start + i], level, out=error)
+            local[i + 1 :].addr_(feedback[start + i, start + i + 1 : stop], error)
+    return torch.empty_like(levels).index_copy_(0, places, levels).T * grid.scale
 
 
 def round_halves(weight: Tensor, gram: Tensor, grid: Grid, *, damping: float, flips: int = FLIPS) -> Tensor:
@@ -239,6 +345,7 @@ def refine(weight: Tensor, grid: Grid, curvature: Tensor, flips: int = FLIPS) ->
 
 
 __all__ = [
+    "Factor",
     "Grid",
     "Moments",
     "damped",
