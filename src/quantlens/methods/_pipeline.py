@@ -11,17 +11,16 @@ from torch import Tensor
 
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Transform
 from quantlens.calibration.measured_transforms import subtract_means
-from quantlens.calibration.products import patches
 from quantlens.calibration.ranges import mse
-from quantlens.errors import QuantlensError
 from quantlens.formats import GroupScaled, Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
+from quantlens.methods._layer_fit import layer_moments
 from quantlens.methods.base import Widths, matmul_operand_edges
 from quantlens.qmodel import Plan
 from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction.bias import corrected_layers
-from quantlens.reconstruction.closed_form import Grid, Moments, output_shift, ridge, round_columns
+from quantlens.reconstruction.closed_form import Factor, Grid, Moments, output_shift, ridge, round_columns
 from quantlens.transforms.heads import find_score_pairs, find_value_pairs, rotate_scores, rotate_values
 from quantlens.transforms.layers import alone, ensure_bias
 from quantlens.transforms.norms import find_norm_groups
@@ -192,19 +191,28 @@ class WeightFit:
     fit: bool | str = AUTO
     columns: bool = True
 
-    def target(self, weight: Tensor, moments: Moments | None, own: Quantizer | None) -> Tensor:
-        """The weight [out, in] before rounding."""
-        fit = not isinstance(own, GroupScaled) if self.fit == AUTO else self.fit
-        return ridge(weight, moments, self.damping) if fit and moments is not None else weight
+    def __call__(
+        self,
+        weight: Tensor,
+        moments: Moments,
+        own: Quantizer | None,
+        grid: Callable[[Tensor], Quantizer],
+        own_bias: bool,
+    ) -> tuple[Tensor, Quantizer, Tensor]:
+        """(the weight [out, in] before rounding, its quantizer, its values on that).
 
-    def rounded(self, target: Tensor, moments: Moments, quantizer: Quantizer, *, own_bias: bool) -> Tensor:
-        """The weight on the grid of its quantizer. own_bias: the layer's bias takes up the mean error."""
-        grid = Grid.of(quantizer)
-        if not self.columns:
-            return grid.round(target)
+        own: the quantizer of the layer's input. grid: weight -> its quantizer. own_bias: the layer's bias takes up the
+        mean error.
+        """
         gram = moments.gram if own_bias else moments.second
-        order = gram.diagonal().argsort(descending=True)
-        return round_columns(target, gram, grid, damping=self.damping, order=order)
+        factor = Factor.of(gram, self.damping, gram.diagonal().argsort(descending=True))
+        fit = not isinstance(own, GroupScaled) if self.fit == AUTO else self.fit
+        target = ridge(weight, moments, self.damping, factor if own_bias else None) if fit else weight
+        quantizer = grid(target)
+        if not self.columns:
+            return target, quantizer, Grid.of(quantizer).round(target)
+        value = round_columns(target, gram, Grid.of(quantizer), damping=self.damping, factor=factor)
+        return target, quantizer, value
 
 
 class SequentialPass:
@@ -216,8 +224,7 @@ class SequentialPass:
         self.free = {site.name for site in corrected_layers(graph)}
         """layers whose bias is their own"""
         self.names = [site.weight for site in graph.sites.of_kind("linear", "conv")]
-        self.targets: dict[str, Tensor] = {}
-        self.values: dict[str, Tensor] = {}
+        self.rounded = True
 
     def run(
         self,
@@ -229,10 +236,9 @@ class SequentialPass:
     ) -> None:
         """Put quantizers into the plan, with a note of what shares a scale in how many activations, and fitted weights
         and biases into the graph: rounded, or as they are before rounding."""
+        self.rounded = rounded
         edges = [e for e in matmul_operand_edges(self.graph) if self.bits.of(self.graph, e) != FLOAT]
         CalibrationPass(self.graph, calibration, sequential=True, seed=seed).run(edges, self._on_edge, progress)
-        for name, value in (self.values if rounded else self.targets).items():
-            self.graph.set_tensor(name, value)
         self.graph.invalidate()
         kinds = [self.plan.quantizers[e.key].granularity for e in edges if not e.is_weight]
         self.plan.notes["activations"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
@@ -248,37 +254,21 @@ class SequentialPass:
         weight = self.graph.tensor(str(site.weight))
         own = self.plan.quantizers.get(f"{site.name}.input")
         # a weight that two layers share is left as it is
-        moments = _moments(site, weight, view, own) if self.names.count(site.weight) == 1 else None
-        target = self.weights.target(weight.flatten(1), moments, own)
-        quantizer = self.bits.weights(*mse(Observation.of(target), width), width)
-        self.plan.quantizers[edge.key] = quantizer
+        moments, flat, free = None, weight.flatten(1), site.name in self.free
+        if self.names.count(site.weight) == 1:
+            moments = layer_moments(site, weight, view.tensors(site.edges["input"]), own, network=False)
         if moments is None:
-            return quantizer
-        value = self.weights.rounded(target, moments, quantizer, own_bias=site.name in self.free)
-        if site.name in self.free:
+            self.plan.quantizers[edge.key] = self._grid(flat, width)
+            return self.plan.quantizers[edge.key]
+        target, quantizer, value = self.weights(flat, moments, own, lambda w: self._grid(w, width), free)
+        self.plan.quantizers[edge.key] = quantizer
+        if free:
             bias = ensure_bias(self.graph, site)
-            shift = output_shift(weight.flatten(1), value, moments)
+            shift = output_shift(flat, value, moments)
             self.graph.set_tensor(bias, (self.graph.tensor(bias).double() - shift).to(weight.dtype))
         value = value.reshape(weight.shape)
-        self.targets[str(site.weight)] = target.reshape(weight.shape)
-        self.values[str(site.weight)] = value
+        self.graph.set_tensor(str(site.weight), value if self.rounded else target.reshape(weight.shape))
         return lambda _: value
 
-
-def _moments(site: Site, weight: Tensor, view: EdgeView, own: Quantizer | None) -> Moments | None:
-    """Moments of a layer's inputs after its own quantizer, and before it; None for a convolution that is no product."""
-    pieces = view.tensors(site.edges["input"])
-    if patches(site, weight, pieces[0][:1]) is None:
-        return None
-
-    def pair(piece: Tensor) -> tuple[Tensor, Tensor]:
-        plain = patches(site, weight, piece)
-        quantized = plain if own is None else patches(site, weight, own(piece))
-        assert plain is not None
-        assert quantized is not None
-        return quantized, plain
-
-    try:
-        return Moments.of(pair(piece) for piece in pieces)
-    except ValueError as error:
-        raise QuantlensError(f"{site.name}.input: {error}; check the weights and the calibration images") from error
+    def _grid(self, weight: Tensor, width: int) -> Quantizer:
+        return self.bits.weights(*mse(Observation.of(weight), width), width)
