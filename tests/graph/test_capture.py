@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from quantlens.errors import CaptureError
-from quantlens.graph import Graph, capture
+from quantlens.graph import Graph, capture, graph_of
 from quantlens.graph.graph import op_name
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
+from quantlens.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +164,17 @@ def test_no_two_sites_share_a_name() -> None:
 
     graph = capture(Twice().eval(), torch.randn(2, 4, 8, 8))
     assert [site.name for site in graph.sites] == ["fc3", "fc1", "fc4", "fc2"]
+
+
+def test_a_capture_copies_and_the_graph_of_a_model_takes_no_memory(small_models, pictures):
+    module = small_models["vit"]
+    captured = capture(module, pictures)
+    assert not _addresses(captured.tensors().values()) & _addresses(module.parameters())
+    model = load_model(module, input_size=tuple(pictures.shape[1:]))
+    held = graph_of(model).tensors()
+    assert _addresses(model.module.parameters()) <= _addresses(held.values())
+    assert all(torch.equal(tensor, captured.tensor(name)) for name, tensor in held.items())
+
+
+def _addresses(tensors) -> set[int]:
+    return {tensor.data_ptr() for tensor in tensors}

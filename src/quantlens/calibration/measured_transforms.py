@@ -10,10 +10,14 @@ from torch import Tensor
 
 from quantlens.calibration.images import Calibration
 from quantlens.calibration.passes import CalibrationPass, EdgeView
+from quantlens.calibration.process_memory import return_memory
 from quantlens.graph import Edge, Graph
 from quantlens.transforms.mean_subtraction import MeanSubtraction
 from quantlens.transforms.outlier_channels import RATIO, outlier_candidates, outlier_channels, split_outliers
 from quantlens.transforms.pixels import pixel_readers, read_pixels
+
+ROWS = 256
+"""Tokens that are summed together."""
 
 NEAR = 1e-3
 """Images whose values lie this far (in units of 0 … 1) outside of a picture's, or off its 256 values, are none."""
@@ -25,7 +29,7 @@ def find_outlier_channels(graph: Graph, calibration: Calibration, ratio: float =
     found: dict[str, Tensor] = {}
 
     def on_edge(edge: Edge, view: EdgeView) -> None:
-        seen = view(axis=-1)
+        seen = view(axis=-1, sample=False)
         channels = outlier_channels(torch.maximum(seen.high.abs(), seen.low.abs()), ratio)
         if len(channels):
             found[sites[edge.key].name] = channels
@@ -46,14 +50,16 @@ def channel_means(graph: Graph, calibration: Calibration, keys: Iterable[str]) -
 
     def hook(key: str, value: Tensor) -> Tensor:
         if key in wanted:
-            part = value.flatten(0, -2).sum(0, dtype=torch.float64)
+            rows = value.flatten(0, -2).split(ROWS)  # whole, they would be copied in float64
+            part = torch.stack([part.sum(0, dtype=torch.float64) for part in rows]).sum(0)
             sums[key] = sums[key] + part if key in sums else part
             counts[key] = counts.get(key, 0) + value.numel() // value.shape[-1]
         return value
 
     nodes = [node for node in graph.fx.nodes if node.op == "call_function"]
     for chunk in calibration:
-        graph.run(nodes, {graph.input: chunk}, hook=hook, keep=[graph.output])
+        graph.run(nodes, {graph.input: chunk}, hook=hook)
+    return_memory()
     return {key: total / counts[key] for key, total in sums.items()}
 
 

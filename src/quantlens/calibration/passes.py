@@ -102,6 +102,7 @@ class CalibrationPass:
                 self._visit(edge, images, on_edge)
                 if progress is not None:
                     progress(done, len(edges))
+        return_memory()
 
     def _visit(self, edge: Edge, images: _ImageStream, on_edge: OnEdge) -> None:
         if self.sequential and not edge.is_weight:

@@ -40,12 +40,13 @@ IDENTITIES = {
 EFFECTS = ("aten._assert", "aten.sym_constrain", "aten._check", "profiler.")
 
 
-def capture(model: nn.Module, images: Tensor) -> Graph:
+def capture(model: nn.Module, images: Tensor, *, share: bool = False) -> Graph:
     """Capture ``model`` in evaluation mode.
 
     images: [B, 3, H, W] float, an example of the input; its size is fixed, its batch is not (B = 1 is repeated to 2).
     Raises CaptureError when ``torch.export`` cannot trace the model or its output is not one tensor of logits.
-    The model itself is left as it was; the graph holds copies of its tensors.
+    The model itself is left as it was; the graph holds copies of its tensors (``share``: the tensors themselves, at no
+    memory, for a graph that is only read).
     """
     training = model.training
     model.eval()
@@ -63,7 +64,7 @@ def capture(model: nn.Module, images: Tensor) -> Graph:
         ) from error
     finally:
         model.train(training)
-    graph = _flatten(program)
+    graph = _flatten(program, share)
     _normalise(graph)
     _fold_constants(graph)
     _open_attention(graph)
@@ -76,14 +77,15 @@ def capture(model: nn.Module, images: Tensor) -> Graph:
 
 def graph_of(model: Any) -> Graph:
     """The graph of a :class:`quantlens.models.Model`, captured at its first use and kept on the model: to
-    be read; who wants to change it takes a :meth:`~quantlens.graph.graph.Graph.clone`."""
+    be read, since it holds the model's own tensors; who wants to change it takes a
+    :meth:`~quantlens.graph.graph.Graph.clone`."""
     if "graph" not in model.derived:
         size = model.preprocess.input_size
-        model.derived["graph"] = capture(model.module, torch.zeros(2, *size, device=model.device))
+        model.derived["graph"] = capture(model.module, torch.zeros(2, *size, device=model.device), share=True)
     return model.derived["graph"]
 
 
-def _flatten(program: Any) -> Graph:
+def _flatten(program: Any, share: bool) -> Graph:
     """The exported program as a Graph: parameters become ``get_attr`` nodes under their ``state_dict`` names."""
     signature = program.graph_signature
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -100,7 +102,7 @@ def _flatten(program: Any) -> Graph:
         value = node.meta.get("val")
         if node.op == "placeholder":
             if node.name in lifted:
-                put_tensor(root, lifted[node.name], values[node.name].clone())
+                put_tensor(root, lifted[node.name], values[node.name] if share else values[node.name].clone())
                 new = graph.get_attr(lifted[node.name])
             elif node.name in signature.user_inputs:
                 if any(n.op == "placeholder" for n in graph.nodes):
