@@ -10,6 +10,7 @@ from quantlens.calibration.ranges import affine, minmax
 from quantlens.errors import UnsupportedError
 from quantlens.formats import Log, Uniform
 from quantlens.reconstruction.closed_form import (
+    Factor,
     Grid,
     Moments,
     inverse_factor,
@@ -65,9 +66,31 @@ def test_moments_in_pieces_are_those_of_the_whole():
     assert moments.count == len(inputs)
     x, y = (t.double() - t.double().mean(0) for t in (inputs, rough))
     torch.testing.assert_close(moments.gram, y.T @ y, rtol=1e-5, atol=1e-2)
-    torch.testing.assert_close(moments.cross, y.T @ x, rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(moments.error, (x - y).T @ y, rtol=1e-5, atol=1e-2)
     torch.testing.assert_close(moments.second, _second(rough), rtol=1e-5, atol=1e-2)
-    torch.testing.assert_close(moments.uncentred().cross, rough.double().T @ inputs.double(), rtol=1e-5, atol=1e-2)
+    change = (inputs - rough).double()
+    torch.testing.assert_close(moments.uncentred().error, change.T @ rough.double(), rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("outputs", [50, 300])
+def test_moments_of_many_columns_for_one_weight(outputs):
+    """Half of a large Gram matrix is computed, and for few outputs the products of their errors alone."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = (torch.randn(n, 500, generator=generator) + 1 for n in (900, outputs))
+    rough = (inputs * 2).round() / 2
+    moments, general = Moments.of([(rough, inputs)], weight), Moments.of([(rough, inputs)])
+    y = rough.double() - rough.double().mean(0)
+    for one in (moments, general):
+        torch.testing.assert_close(one.gram, y.T @ y, rtol=1e-5, atol=1e-2)
+        torch.testing.assert_close(one.uncentred().gram, _second(rough), rtol=1e-5, atol=1e-2)
+    for one, other in ((moments, general), (moments.uncentred(), general.uncentred())):
+        torch.testing.assert_close(ridge(weight, one, 0.1), ridge(weight, other, 0.1), rtol=1e-5, atol=1e-5)
+    gram, grid = general.gram, _grid(weight)
+    order = gram.diagonal().argsort()
+    factor = Factor.of(gram, 0.1, order)
+    torch.testing.assert_close(ridge(weight, general, 0.1, factor), ridge(weight, general, 0.1), rtol=1e-5, atol=1e-5)
+    alone = round_columns(weight, gram, grid, damping=0.1, order=order)
+    assert torch.equal(round_columns(weight, gram, grid, damping=0.1, factor=factor), alone)
 
 
 def test_moments_keep_their_digits_far_from_zero():

@@ -72,13 +72,6 @@ class Moments:
         return sums.result()
 
     @property
-    def cross(self) -> Tensor:
-        """[in, in] Σ x̄xᵀ. Raises ValueError for moments that are for one weight."""
-        if self.weight is not None:
-            raise ValueError("these moments are for one weight")
-        return self.gram if self.error is None else self.gram + self.error.T
-
-    @property
     def second(self) -> Tensor:
         """[in, in] Σ x̄x̄ᵀ, not about the mean: the Gram matrix of a layer whose bias stays."""
         return self.gram + self.count * torch.outer(self.mean, self.mean)
