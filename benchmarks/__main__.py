@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cost import cost
 from benchmarks.studies import ray_workers, studies
 
 DEIT = "deit_tiny_patch16_224"
@@ -298,6 +299,7 @@ BENCHMARKS = {
         inspection,
         studies,
         ray_workers,
+        cost,
     )
 }
 
