@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cost import cost
 from benchmarks.neighbour import neighbour
 from benchmarks.studies import ray_workers, studies
 
@@ -300,6 +301,7 @@ BENCHMARKS = {
         neighbour,
         studies,
         ray_workers,
+        cost,
     )
 }
 
