@@ -174,7 +174,7 @@ def test_real_figures_and_the_report(digits, tmp_path: Path, monkeypatch: pytest
     worst = stored.ranked()[0]
     assert "<h3>Digits</h3>" in section
     assert f"At W4A4 {worst.name} alone hurts most: {worst.effect.sqnr_db:.1f} dB" in section
-    positions = [section.index(f"<td class=text>{part.name}</td>") for part in stored.ranked()]
+    positions = [section.index(f'<td class="text">{part.name}</td>') for part in stored.ranked()]
     assert positions == sorted(positions)
     for title in ("ratio A", "kurtosis W", "token norm", "Stands out", "Blocks, ranked"):
         assert title in section
