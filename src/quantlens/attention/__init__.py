@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from quantlens.attention.maps import MapSettings as MapSettings
     from quantlens.attention.recording import Lens as Lens
 
-_HOMES = {"AttentionResult": "comparison", "Lens": "lens", "MapSettings": "maps", "compare": "comparison"}
+_HOMES = {"AttentionResult": "comparison", "Lens": "recording", "MapSettings": "maps", "compare": "comparison"}
 
 __all__ = ["AttentionResult", "Lens", "MapSettings", "compare"]
 
