@@ -54,3 +54,15 @@ def test_evaluate_takes_tensors_and_batches(pictures):
     assert whole["id"]["nll"] == parts["id"]["nll"]
     assert whole["ood"]["noise"]["n"] == parts["ood"]["noise"]["n"] == 6
     assert (whole["method"], whole["bits"]) == ("fp32", "FP32")
+
+
+def test_the_tests_that_the_page_on_quality_names_exist():
+    page = README.parent / "benchmarks" / "quality" / "README.md"
+    tests = {p: p.read_text(encoding="utf-8") for p in Path(__file__).parent.rglob("test_*.py")}
+    named = re.findall(r"`([^`]*test_[^`]*)`", page.read_text(encoding="utf-8"))
+    assert len(named) > 40
+    for place, _, name in (one.partition("::") for one in named):
+        if place.endswith(".py"):
+            assert Path(__file__).parent / place in tests, place
+        name = name or (place if not place.endswith(".py") else "")
+        assert not name or any(f"def {name}(" in text for text in tests.values()), name

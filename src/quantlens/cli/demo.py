@@ -12,7 +12,7 @@ from quantlens.cli._common import command
 
 HELP = """Quantize the embedded model at several precisions, evaluate it on embedded images, and write the report.
 
-Nothing is downloaded. It takes about three minutes on two cores, can be stopped with Ctrl-C, and goes on where it was.
+Nothing is downloaded. It takes about two minutes on two cores, can be stopped with Ctrl-C, and goes on where it was.
 
 [bold]Examples[/bold]
 
