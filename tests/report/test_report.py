@@ -217,8 +217,8 @@ def test_fp32_missing_altogether(make):
     for cell in cells:
         cell.result["fp32"] = cell.result["change"] = None
     words = words_of(fake_store(cells))
-    assert "The FP32 figures are missing" in words
-    assert "No FP32 figures are in the store, so no change can be drawn." in words
+    assert "The FP32 metrics are missing" in words
+    assert "No FP32 metrics are in the store, so no change can be drawn." in words
 
 
 def test_fp32_only(make):

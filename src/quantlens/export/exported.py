@@ -151,7 +151,7 @@ class Artefact:
         return self._runtime.version
 
     def advice(self) -> list[str]:
-        """Sentences on what must be set to get these figures where the file is loaded without quantlens."""
+        """Sentences on what must be set to get these numbers where the file is loaded without quantlens."""
         said = []
         if self.path.suffix == ".xml":
             said.append(

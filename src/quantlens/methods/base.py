@@ -147,7 +147,7 @@ SHARED_OPTIONS = {
         None, "runtime whose integers the model must suit, for export (None: any format)", (None, *sorted(TARGETS))
     ),
 }
-"""What every method takes, as arguments of ``quantize``: they explain many differences between published figures."""
+"""What every method takes, as arguments of ``quantize``: they explain many differences between published results."""
 
 FOR_TARGETS = {"outlier_channels": "split", "image": "pixels"}
 """Shared options that a target has by default: exact rewrites that every method gains from, at next to no cost."""

@@ -91,7 +91,7 @@ def mean_over_sets(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Mean of each metric over the OOD sets of a group, every set weighing the same.
 
-    `ood` is {set: {score: figures, …}} as in a result; entries of a set that are not a dict are passed over.
+    `ood` is {set: {score: metrics, …}} as in a result; entries of a set that are not a dict are passed over.
     `groups` is {set: "far" | "near" | None}; without it the group is read from each set's own "group" entry.
     Returns {group: {score: {metric: mean, …, "n_sets": int}}} for every group that has a set, and "all" for
     all sets together (also those without a group). Counts are left out; `n_sets` says how many sets the mean

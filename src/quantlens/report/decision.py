@@ -76,7 +76,7 @@ def _note(choices: Sequence[Choice]) -> str:
     missing = [c.name for c in choices if c.losses() is None]
     if missing:
         names = join_words(missing, limit=4)
-        notes.append(f"Not weighed for the front, as a figure is missing: {names}.")
+        notes.append(f"Not weighed for the front, as a metric is missing: {names}.")
     return " ".join(notes)
 
 

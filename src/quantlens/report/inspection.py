@@ -18,9 +18,9 @@ RANKED = {"sqnr": "by the noise of the logits", "kl": "by the KL divergence"}
 Row = tuple[str, ...]
 
 
-def _largest(part: Any, figure: str, weights: bool | None = None) -> float | None:
-    """The largest of a figure over the edges of a part: all of them, its weights, or its activations."""
-    values = [getattr(e, figure) for e in part.edges if weights is None or e.is_weight is weights]
+def _largest(part: Any, metric: str, weights: bool | None = None) -> float | None:
+    """The largest of a metric over the edges of a part: all of them, its weights, or its activations."""
+    values = [getattr(e, metric) for e in part.edges if weights is None or e.is_weight is weights]
     return max((v for v in values if v is not None), default=None)
 
 

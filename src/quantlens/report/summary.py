@@ -1,4 +1,4 @@
-"""The first paragraph and the tiles: what was compared, and the headline, in words made from the figures."""
+"""The first paragraph and the tiles: what was compared, and the headline, in words made from the metrics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A group's loss at the lowest precision (positive = worse), with its figures at FP32 and quantized."""
+    """A group's loss at the lowest precision (positive = worse), with its metrics at FP32 and quantized."""
 
     group: Group
     loss: Stat
@@ -51,7 +51,7 @@ def ranked(board: Board, path: Path) -> list[Ranked]:
 
 
 def ood_path(board: Board) -> tuple[str, Path] | None:
-    """(its words, path) of the headline OOD figure: AUPR-out of the far mean, else of all or near sets."""
+    """(its words, path) of the headline OOD metric: AUPR-out of the far mean, else of all or near sets."""
     if board.score is None or not board.parts():
         return None
     part = board.parts()[0]
@@ -64,7 +64,7 @@ def ood_path(board: Board) -> tuple[str, Path] | None:
 def sentences(board: Board) -> list[str]:
     """The findings, in words."""
     if not board.groups:
-        return ["No cell of this study has finished, so there is no figure to show; the errors are listed below."]
+        return ["No cell of this study has finished, so there is nothing to show; the errors are listed below."]
     parts = []
     bits = board.lowest
     if bits is None:
@@ -73,7 +73,7 @@ def sentences(board: Board) -> list[str]:
     ood = ood_path(board)
     oods = ranked(board, ood[1]) if ood else []
     if not top1 and not oods:
-        parts.append("The FP32 figures are missing, so what quantization changed cannot be given.")
+        parts.append("The FP32 metrics are missing, so what quantization changed cannot be given.")
     if top1:
         parts.append(largest(f"At {bits}, the lowest precision, ", "top-1", top1))
     if oods and ood:
@@ -110,7 +110,7 @@ def scope(board: Board) -> str:
     text += "."
     if quantized and len(board.seeds) > 1:
         seeds = join_words([fixed(s, 0) for s in board.seeds], limit=12)
-        text += f" Quantized figures are means over seeds {seeds}."
+        text += f" Quantized metrics are means over seeds {seeds}."
     elif quantized and board.seeds:
         text += f" There is one seed ({fixed(board.seeds[0], 0)}), so no spread over seeds is given."
     return text
@@ -158,7 +158,7 @@ def points(loss: Stat) -> str:
 
 
 def tiles(board: Board) -> list[Tile]:
-    """The figures at a glance."""
+    """The metrics at a glance."""
     done, _, rest = cells_text(board).partition(", ")
     cells = Tile("Cells", done, rest)
     bits = board.lowest

@@ -1,4 +1,4 @@
-"""The tables: figures by precision (the paper's Table 1), changes ranked, one row per OOD set and score,
+"""The tables: metrics by precision (the paper's Table 1), changes ranked, one row per OOD set and score,
 classes."""
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def seeds_text(group: Group) -> str:
 
 
 def by_precision(board: Board, caption: str, columns: Sequence[Column], score: str = "") -> Table | None:
-    """A table of groups × (metric, precision); None where the store has none of the figures."""
+    """A table of groups × (metric, precision); None where the store has none of the metrics."""
     stats = {(g.index, c, b): c.of(g, b) for g in board.groups for c in columns for b in board.precisions}
     if not any(stats.values()):
         return None
@@ -130,7 +130,7 @@ def accuracy_columns(board: Board) -> list[Column]:
 
 
 def table_1(board: Board) -> list[Table]:
-    """The paper's Table 1 (top-1 and NLL by precision), then ECE and packed size, then further figures
+    """The paper's Table 1 (top-1 and NLL by precision), then ECE and packed size, then further metrics
     (`more`)."""
     wanted = [
         ("Table 1. Accuracy and negative log-likelihood on the ID images", accuracy_columns(board)),
@@ -160,7 +160,7 @@ PARTS = {"far": "far sets", "near": "near sets", "all": "all sets"}
 
 
 def table_2(board: Board) -> list[Table]:
-    """The figures of Figure 1: mean AUPR-out of far and near sets by precision, one table per score."""
+    """The metrics of Figure 1: mean AUPR-out of far and near sets by precision, one table per score."""
     tables = []
     for score in board.scores:
         columns = [
@@ -177,7 +177,7 @@ def table_2(board: Board) -> list[Table]:
 
 @dataclass
 class DeltaTable:
-    """Rows (model, method, bits, seeds, figures …), worst top-1 loss first; `by_score` holds the last
+    """Rows (model, method, bits, seeds, metrics …), worst top-1 loss first; `by_score` holds the last
     columns per score."""
 
     columns: list[str]
@@ -259,7 +259,7 @@ def set_rows(board: Board) -> list[list[str]]:
 
 
 def set_row(board: Board, group: Group, bits: str, path: Path) -> list[str] | None:
-    """The figures of one row of the per-set table from "Seeds" on; None where the store has none."""
+    """The metrics of one row of the per-set table from "Seeds" on; None where the store has none."""
     stats = {key: board.stat(group, bits, (*path, key)) for key in (*SET_SHARES, *SET_CHANCES, "n_id", "n_ood")}
     if not any(stats.values()):
         return None
@@ -288,16 +288,16 @@ class ClassTable:
 def class_tables(board: Board) -> list[ClassTable]:
     """Top-1 per class (mean over seeds) at every precision."""
     tables = []
-    having = [g for g in board.groups if any(class_figures(g, b) for b in board.precisions)]
+    having = [g for g in board.groups if any(class_metrics(g, b) for b in board.precisions)]
     keep = max(20, CLASS_ROWS // max(len(having), 1))
     for group in having:
-        figures = {b: class_figures(group, b) for b in board.precisions}
-        precisions = [b for b in board.precisions if figures[b]]
+        found = {b: class_metrics(group, b) for b in board.precisions}
+        precisions = [b for b in board.precisions if found[b]]
         last = precisions[-1]
-        names = {c: entry for b in precisions for c, entry in figures[b].items()}
+        names = {c: entry for b in precisions for c, entry in found[b].items()}
         rows = []
         for key, (label, n, _) in names.items():
-            values = [figures[b][key][2] if key in figures[b] else None for b in precisions]
+            values = [found[b][key][2] if key in found[b] else None for b in precisions]
             delta = None
             if precisions[0] == BASELINE and last != BASELINE and values[0] is not None and values[-1] is not None:
                 delta = values[-1] - values[0]
@@ -320,14 +320,14 @@ def class_tables(board: Board) -> list[ClassTable]:
     return tables
 
 
-def class_figures(group: Group, bits: str) -> dict[str, tuple[str, float | None, float | None]]:
+def class_metrics(group: Group, bits: str) -> dict[str, tuple[str, float | None, float | None]]:
     """class → (name, images, mean top-1 over seeds)."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for result in group.results(bits):
         for entry in dig(result, ("id", "per_class")) or ():
             found.setdefault(plain(entry.get("class")), []).append(entry)
-    figures = {}
+    metrics = {}
     for key, entries in found.items():
         top1 = Stat.of(e.get("top1") for e in entries)
-        figures[key] = str(entries[0].get("name") or ""), number(entries[0].get("n")), top1.mean if top1 else None
-    return figures
+        metrics[key] = str(entries[0].get("name") or ""), number(entries[0].get("n")), top1.mean if top1 else None
+    return metrics

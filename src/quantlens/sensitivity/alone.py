@@ -3,7 +3,7 @@
 The float model runs once on the images, a few at a time. Where a part begins, the values that wait there are its cached
 input: the part is run from there with its own quantizers, to the end of its block. The results of several parts of one
 block are then stacked along the batch, and what is left of the model runs once for all of them. Nothing in front of a
-part is ever computed for it, and the figures are those of whole forwards of the model with that part quantized.
+part is ever computed for it, and the effects are those of whole forwards of the model with that part quantized.
 """
 
 from __future__ import annotations

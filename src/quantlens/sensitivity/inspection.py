@@ -123,7 +123,7 @@ class Inspection:
     def save(self, path: str | Path) -> Path:
         """Write :meth:`to_dict` as JSON; an existing file is replaced at once or not at all. Raises StorageError."""
         target = Path(path)
-        write_whole(target, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", what="the figures")
+        write_whole(target, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", what="the inspection")
         return target
 
 

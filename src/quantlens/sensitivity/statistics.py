@@ -25,7 +25,7 @@ class EdgeStatistics:
     kurtosis: E(x − μ)⁴ / σ⁴ of all values (3 for a normal distribution); None for a constant tensor.
     sqnr_db: 10·log₁₀(Σ x² / Σ (x − x̂)²) of its own quantizer; None where that loses nothing.
     channels: their number; None for a tensor without channels (attention scores and probabilities), which then has
-    no figure below. Channels of a weight are its output channels; those of q, k and v count through the heads.
+    no metric below. Channels of a weight are its output channels; those of q, k and v count through the heads.
     range_ratio: range (largest less smallest value) of the widest channel over that of the median one; None where the
     median channel is dead.
     dead: channels with one value only, whatever the image and token. massive: channels whose largest magnitude is more

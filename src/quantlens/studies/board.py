@@ -70,7 +70,7 @@ class Group:
 
 @dataclass
 class Board:
-    """Everything the report shows, with look-ups; no figure is made here but means and differences."""
+    """Everything the report shows, with look-ups; no number is made here but means and differences."""
 
     groups: list[Group]
     done: list[Any]
@@ -127,7 +127,7 @@ class Board:
         return (widths or self.quantized or [None])[-1]
 
     def stat(self, group: Group, bits: str, path: Path) -> Stat | None:
-        """Mean and standard deviation over seeds of a stored figure."""
+        """Mean and standard deviation over seeds of a stored metric."""
         return Stat.of(dig(result, path) for result in group.results(bits))
 
     def change(self, group: Group, bits: str, path: Path) -> Stat | None:
@@ -223,7 +223,7 @@ def collect(
 
 
 def _attach_baselines(groups: dict[str, Group], baselines: dict[str, dict[str, Any]]) -> None:
-    """Give every group its FP32 figures; a model that was only measured at FP32 becomes a group of its
+    """Give every group its FP32 metrics; a model that was only measured at FP32 becomes a group of its
     own."""
     used = set()
     for group in groups.values():

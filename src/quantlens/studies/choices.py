@@ -13,7 +13,7 @@ from quantlens.studies.text import BASELINE, number
 
 @dataclass(frozen=True)
 class Choice:
-    """One file at one place (processor, batch size, threads): its figures, and the words that stand where one is
+    """One file at one place (processor, batch size, threads): its metrics, and the words that stand where one is
     missing."""
 
     timed: Timed
@@ -36,7 +36,7 @@ class Choice:
         return str(self.timed.timing["label"])
 
     def losses(self) -> tuple[float, ...] | None:
-        """The four figures of the front, each so that less is better; None where one is missing."""
+        """The four metrics of the front, each so that less is better; None where one is missing."""
         if self.top1 is None or self.aupr is None or self.size is None:
             return None
         return (-self.top1, -self.aupr, self.latency, self.size)
@@ -45,7 +45,7 @@ class Choice:
 @dataclass(frozen=True)
 class Place:
     """What was timed on one processor with one batch size and thread count. front: for each choice its own index where
-    it is on the Pareto front, the index of a better one where it is not, None where a figure is missing."""
+    it is on the Pareto front, the index of a better one where it is not, None where a metric is missing."""
 
     heading: str
     choices: list[Choice]
@@ -73,7 +73,7 @@ def choice_score(board: Board) -> str:
 
 def pareto(losses: Sequence[tuple[float, ...] | None]) -> list[int | None]:
     """For each point its own index where nothing dominates it, else the index of one that does (at least as good in
-    all, better in one); None for a point without figures. Less is better."""
+    all, better in one); None for a point without metrics. Less is better."""
     found: list[int | None] = []
     for i, own in enumerate(losses):
         if own is None:
@@ -95,7 +95,7 @@ def _images(result: Mapping[str, Any]) -> Any:
 
 
 def _measured(board: Board, one: Timed) -> tuple[Mapping[str, Any] | None, str]:
-    """(figures, words where there are none or where they come from elsewhere) of a timed model. The figures are of the
+    """(metrics, words where there are none or where they come from elsewhere) of a timed model. The metrics are of the
     images of the newest evaluation."""
     wanted = _images(board.artefacts[-1][1]) if board.artefacts else None
     if one.result is not None:

@@ -33,7 +33,7 @@ FORMAT = 3
 the first write brings them to 3."""
 
 INSPECTION = "inspection-"
-"""How the keys of inspections begin; those of cells with figures are hashes alone."""
+"""How the keys of inspections begin; those of cells with metrics are hashes alone."""
 
 COMPRESS_ABOVE = 64 * 1024
 """Results whose JSON is longer than this many bytes are stored as zlib-compressed JSON."""
@@ -242,7 +242,7 @@ class Store(Database):
 
 
 def relabelled(result: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A result under the labels and sources of a spec; its figures are untouched."""
+    """A result under the labels and sources of a spec; its metrics are untouched."""
     if spec.get("inspects"):
         found = result["inspection"]
         images = {**found["images"], "source": spec["images"]["source"]}

@@ -61,7 +61,7 @@ class ZooEntry:
         return self.weights.with_suffix(".json")
 
     def card(self) -> dict[str, Any]:
-        """Recipe, versions, SHA-256 of the weights and the figures measured on the embedded sets."""
+        """Recipe, versions, SHA-256 of the weights and the metrics measured on the embedded sets."""
         import json
 
         return json.loads(self.card_path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Train a model of the zoo again: `python -m quantlens.zoo.train digits-vit` (also `make zoo`).
 
 Writes the weights (safetensors, with the recipe and versions in its header) and a card (JSON: SHA-256,
-recipe, figures measured on the embedded sets) to the package's own `zoo/weights`, or to the folder given with
+recipe, metrics measured on the embedded sets) to the package's own `zoo/weights`, or to the folder given with
 --out.
 """
 
@@ -36,7 +36,7 @@ def logits_of(model: nn.Module, source: str, preprocess: Preprocess) -> tuple[np
 
 
 def measure(model: nn.Module, entry: zoo.ZooEntry) -> dict[str, Any]:
-    """FP32 figures on the entry's own images: n, top-1, NLL, ECE; AUPR-out and AUROC by MSP for each OOD set
+    """FP32 metrics on the entry's own images: n, top-1, NLL, ECE; AUPR-out and AUROC by MSP for each OOD set
     (fractions).
     """
     score = make_scorer("msp", None)
