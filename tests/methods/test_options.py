@@ -53,3 +53,22 @@ def test_misspelt_options_and_choices_are_named(method):
 def test_a_misspelt_option_reaches_the_caller(loaded, pictures):
     with pytest.raises(QuantlensError, match="layernorm"):
         ql.quantize(loaded["vit"], pictures, method="repq-vit", layernrom="tensor")
+
+
+@pytest.mark.parametrize("option", ["patch_bits", "head_bits"])
+@pytest.mark.parametrize("value", [0, 1, 2.5, 17, "a", True])
+def test_widths_that_there_are_not(option, value):
+    with pytest.raises(QuantlensError, match="give 2 to 16 bits, or 32 for float"):
+        registry.get("minmax").options({option: value})
+
+
+def test_numbers_are_numbers_in_every_method():
+    for name, info in registry.available().items():
+        for key, option in info.options.items():
+            if option.choices is None and type(option.default) in (int, float):
+                for value in ("x", True, [1]):
+                    with pytest.raises(QuantlensError, match="number, such as"):
+                        registry.get(name).options({key: value})
+            if type(option.default) is int and option.choices is None:
+                with pytest.raises(QuantlensError, match="whole number, such as"):
+                    registry.get(name).options({key: 2.5})

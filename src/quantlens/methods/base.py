@@ -240,11 +240,9 @@ class Method(ABC):
         for name, value in given.items():
             if name not in known:
                 raise UnknownNameError(f"option of {self.info.name}", name, known)
-            choices = known[name].choices
-            if choices is not None and value not in choices:
-                raise QuantlensError(
-                    f"{self.info.name}: option {name}={value!r}; choose one of {', '.join(map(str, choices))}"
-                )
+            wanted = _unlike(name, known[name], value)
+            if wanted:
+                raise QuantlensError(f"{self.info.name}: option {name}={value!r}; {wanted}")
         usual = {name: option.default for name, option in known.items()}
         usual |= {name: value for name, value in self.settings({**usual, **given}).items() if name in known}
         return {**usual, **(FOR_TARGETS if given.get("target") is not None else {}), **given}
@@ -253,6 +251,20 @@ class Method(ABC):
         """The settings that departures are about, with the values of the variant in ``options``."""
         paper = options.get("variant") == PAPER
         return {d.setting: d.paper if paper else d.ours for d in self.info.departures}
+
+
+def _unlike(name: str, option: Option, value: Any) -> str:
+    """What to give instead of a value that an option cannot have; "" where it can."""
+    if option.choices is not None:
+        return "" if value in option.choices else f"choose one of {', '.join(map(str, option.choices))}"
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if name in ("patch_bits", "head_bits"):
+        return "" if whole and (2 <= value <= 16 or value == FLOAT) else f"give 2 to 16 bits, or {FLOAT} for float"
+    if option.type not in ("int", "float") or (value is None and option.default is None):
+        return ""
+    fits = whole or (option.type == "float" and isinstance(value, float))
+    such = "" if option.default is None else f", such as {option.default}"
+    return "" if fits else f"give a {'whole ' * (option.type == 'int')}number{such}"
 
 
 def _seen(model: Any, fingerprint: str) -> ObservationCache:

@@ -92,7 +92,9 @@ class FQViT(Method):
             "lis": Option(
                 True, "log-int-softmax (False: float softmax with uniform codes of its output)", (True, False)
             ),
-            "softmax_bits": Option(None, "width of the softmax's output, 2 to 16 (None: as other activations)"),
+            "softmax_bits": Option(
+                None, "width of the softmax's output, 2 to 16 (None: as other activations)", type="int"
+            ),
             "integer_layernorm": Option(
                 True, "LayerNorm on integers (False: in float, between quantizers)", (True, False)
             ),

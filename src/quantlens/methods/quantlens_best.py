@@ -56,6 +56,7 @@ class QuantlensBest(Method):
                 None,
                 f"steps per block, with {FULL} or more calibration images; 0: none (None: {STEPS}, or {LONG} where a "
                 f"weight or an activation has {NARROW} bits or fewer)",
+                type="int",
             ),
             "batch_size": Option(8, "images per step of a block"),
             "train_norms_and_biases": Option(
