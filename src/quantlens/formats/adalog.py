@@ -6,7 +6,7 @@ fixed-point numbers, and a level is a table entry shifted right:
     x̂ = δ·T[(c·q) mod 37]·2^(−⌊c·q/37⌋),     c = 0 … 2ᵇ − 2;     the last code, 2ᵇ − 1, is zero.
 
 q = 37 is base 2 and q = 18 close to √2; a smaller q is finer, and reaches less deep. With a shift t the format holds
-values from −t: x + t is coded, and t subtracted (GELU outputs, t = 0.17). Behind the product with a weight Ŵ, t is one
+values from −t: x + t is coded, and t subtracted (GELU outputs, t = 0.17). After the product with a weight Ŵ, t is one
 number per output channel, −t·Σ Ŵ, which a runtime adds to the bias once (the paper's bias reparametrisation).
 
 Here the table has 8 fractional bits at any width of codes; the authors' has multiples of 1/(2ᵇ⁺¹ − 2), which at 2 and 3

@@ -3,7 +3,7 @@
 
 * Softmax outputs and GELU outputs have logarithmic codes whose base 2^(q/37) is searched
   (:mod:`quantlens.formats.adalog`, section 3.2). GELU outputs are shifted by 0.17 first, so that none is negative;
-  behind the layer the shift is one number per output channel, which goes into the bias.
+  after the layer the shift is one number per output channel, which goes into the bias.
 * All other operands are asymmetric uniform: weights per output channel, q, k and v per head, other activations per
   tensor. LayerNorm outputs are made channel-wise first and rewritten to one scale, as in ``repq-vit``.
 * The two parameters of a format (scale and zero point, scale and base) are found together, by fast progressive
@@ -229,7 +229,7 @@ class _Search:
         return self.sampler.each_alone(tensors), False
 
     def _reparameterized(self, product: Product, values: list[Tensor], wanted: set[str]) -> list[Tensor]:
-        """The operands of a layer behind a LayerNorm as the rewrite makes them: W·diag(r), x/r − t."""
+        """The operands of a layer after a LayerNorm as the rewrite makes them: W·diag(r), x/r − t."""
         group = self.groups.get(product.site.name)
         if group is None:
             return values

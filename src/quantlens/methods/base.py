@@ -356,7 +356,7 @@ def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
     Every value is quantized where it is made: at the ``output`` edge of the site that made it, and from there through
     operations that move values or multiply them by one number. What no site made (pixels, the sum with the position
     embedding, a concatenation, pooled tokens) is quantized at the edges that read it, which form one group. A softmax
-    reads its own ``input`` edge, behind bias and mask; where neither stands between it and the scores, that edge
+    reads its own ``input`` edge, after bias and mask; where neither stands between it and the scores, that edge
     alone is quantized, the scores being the same tensor up to one number. Channels that are chosen out of a tensor (a
     layer split in two) are quantized where they are read, each part by itself. The classifier's output counts too.
     """

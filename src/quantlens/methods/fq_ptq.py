@@ -231,7 +231,7 @@ def with_zero(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 def softmax_input(pieces: Sequence[Tensor], bits: int) -> tuple[Uniform, bool]:
     """The quantizer in front of a softmax, and whether attention is masked there.
 
-    pieces: [..., k] values behind bias and mask, softmax over the last dimension. If some entries are masked, code 0 is
+    pieces: [..., k] values after bias and mask, softmax over the last dimension. If some entries are masked, code 0 is
     theirs and the range of the others begins at code 1.
     """
     kept, has_mask = [], False

@@ -78,7 +78,7 @@ class PTQ4ViT(Method):
                 1.0,
                 0.0,
                 "squared gradients are raised by so many times their layer's mean, which adds plain squared error: the "
-                "expansion behind the metric holds for small errors",
+                "expansion that the metric comes from holds for small errors",
             ),
             Departure(
                 "aligned_steps",

@@ -4,7 +4,7 @@
 Complex quantizers are calibrated, simple ones are shipped (section 3):
 
 * LayerNorm outputs get a scale and zero point per channel; an exact rewrite of the LayerNorm and of the linear layer
-  behind it (section 3.2, eq. 9–13) turns them into one scale s̃ and zero point z̃ for the tensor: with r = s/s̃ and t
+  after it (section 3.2, eq. 9–13) turns them into one scale s̃ and zero point z̃ for the tensor: with r = s/s̃ and t
   = s̃(z̃ − z), γ ← γ/r, β ← β/r − t, W ← W·diag(r), bias ← bias + W·t (the new W).
 * softmax outputs get log√2 codes (section 3.3), which shift and add can run.
 * everything else: weights per output channel and activations per tensor, asymmetric uniform; all ranges are quantile
@@ -136,7 +136,7 @@ class RepQViT(Method):
 
 
 def norm_groups(graph: Graph) -> dict[str, NormGroup]:
-    """The LayerNorms that are reparameterized, by the names of the linear layers behind them; not the classifier's."""
+    """The LayerNorms that are reparameterized, by the names of the linear layers after them; not the classifier's."""
     heads = {site.name for site in graph.sites.head}
     groups = [g for g in find_norm_groups(graph) if not any(linear.name in heads for linear in g.linears)]
     return {linear.name: group for group in groups for linear in group.linears}

@@ -10,7 +10,7 @@ moments over calibration rows (tokens, positions), :class:`Moments`:
 * :func:`round_halves`: the same with the first half of what remains at a time, whose rounding :func:`refine` improves
   by flips to the other neighbour (Zhong et al., ERQ, ICML 2024, section 4.2).
 
-Behind all of them is one Cholesky factorisation, :class:`Factor`: X̄ᵀX̄ + λI = VVᵀ with V upper triangular, U = V⁻¹.
+All of them use one Cholesky factorisation, :class:`Factor`: X̄ᵀX̄ + λI = VVᵀ with V upper triangular, U = V⁻¹.
 
 λ is ``damping`` times the mean of X̄ᵀX̄'s diagonal, so that it means the same for every layer and any number of rows, and
 so that a few images, which leave directions unseen, suffice. All functions treat all rows of W at once.
