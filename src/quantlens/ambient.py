@@ -54,6 +54,20 @@ def isolation() -> Iterator[None]:
 
 
 @contextmanager
+def _without_function_modes() -> Iterator[None]:
+    """Inside, no function mode is in force; a default device is one. (To set another one inside it is not enough: in the
+    oldest versions of torch that we take, the outer one wins.)"""
+    from torch import overrides
+
+    taken = [overrides._pop_mode() for _ in range(overrides._len_torch_function_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(taken):
+            overrides._push_mode(mode)
+
+
+@contextmanager
 def plain_arithmetic() -> Iterator[None]:
     """Inside, values have the precision and the device that the code says: no autocast; float32 and the CPU where
     nothing is said; float32 products without reduced precision."""
@@ -63,8 +77,8 @@ def plain_arithmetic() -> Iterator[None]:
         for device in ("cpu", "cuda", "mps", "xpu"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
+        if torch.empty(0).device.type != "cpu":  # get_default_device() does not see every one in torch 2.6
+            stack.enter_context(_without_function_modes())
         dtype = torch.get_default_dtype()
         if dtype != torch.float32:
             stack.callback(torch.set_default_dtype, dtype)
