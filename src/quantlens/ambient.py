@@ -55,7 +55,7 @@ def isolation() -> Iterator[None]:
 
 @contextmanager
 def _without_function_modes() -> Iterator[None]:
-    """Inside, no function mode is in force; a default device is one. (To set another one inside it is not enough: in the
+    """Inside, no function mode is in force; a default device is one. (To set another inside of it is not enough: in the
     oldest versions of torch that we take, the outer one wins.)"""
     from torch import overrides
 

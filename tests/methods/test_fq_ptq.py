@@ -141,7 +141,7 @@ def test_options_of_softmax(loaded, pictures):
     assert set(kinds.values()) == {MaskedSoftmax}, "the shifted windows, and they alone"
     assert all(".blocks.1." in name for name in kinds)
     for wrong in (1, 17, "four"):
-        with pytest.raises(QuantlensError, match="2 to 16|whole number"):
+        with pytest.raises(QuantlensError, match=r"2 to 16|whole number"):
             _fq(loaded["vit"], pictures, softmax_bits=wrong)
 
 

@@ -245,7 +245,7 @@ def test_narrow_activations_find_their_scales_at_run_time(digits):
     assert len(groups("W4A4", activation_granularity="group")[0]) > 0.8 * len(narrow)
     assert {f.group_size for f in groups("W4A3", group_size=16)[0].values()} == {16}
     for wrong in (4, 24, "all"):
-        with pytest.raises(QuantlensError, match="power of two|whole number"):
+        with pytest.raises(QuantlensError, match=r"power of two|whole number"):
             groups("W4A3", group_size=wrong)
 
 
