@@ -31,6 +31,15 @@ ENDED_WITHIN = 10.0
 """Seconds after the end of a driver in which its workers end."""
 
 
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """Ctrl-C works here and in what is started here, also where the tests were started in the background of a shell,
+    which has its children ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "study"
