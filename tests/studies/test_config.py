@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantlens.errors import QuantlensError
-from quantlens.studies.config import load_config, parse_config
+from quantlens.studies.config import StudyConfig, load_config, parse_config
 
 GOOD = """
 models:
@@ -115,3 +115,14 @@ def test_examples_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv(name, "/data")
     config = load_config(path)
     assert config.calibration is not None
+
+
+def test_the_page_on_the_study_file_has_every_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "study.md").read_text(encoding="utf-8")
+    text = page.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "study.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "my_method.py").write_text("", encoding="utf-8")
+    monkeypatch.setenv("WEIGHTS", str(tmp_path))
+    study = load_config(tmp_path / "study.yaml")
+    assert study.model_fields_set == set(StudyConfig.model_fields)
+    assert study.scores == ("msp", "energy", "knn")

@@ -2,19 +2,11 @@
 
     Â = row-normalised (fuse(A) with its smallest entries discarded + I),   R = Â_L · … · Â₁
 
-(Abnar and Zuidema, ACL 2020, section 3.2; heads fused by their maximum and 90 % of the entries discarded as in
-Gildenblat's vit-explain, the settings of Kuang and Wong, 2026, section 2). The map is the class token's row over the
-patches, divided by its largest value.
+(Abnar and Zuidema, ACL 2020, section 3.2; settings of Kuang and Wong, 2026, section 2.) The map is the class token's
+row over the patches, divided by its largest value; a vector times a matrix at every block, from the last to the first.
 
-Where vit-explain's code differs, which ``compat="vit-explain"`` reproduces:
-
-1. It protects only the entry (class, class) from being discarded. Here the entries that the class tokens give or get
-   are kept, which is what its comment says.
-2. It divides column j by the sum of row j. Here each row is divided by its own sum, so that rows remain distributions.
-3. It handles one image at a time and one class token; here whole batches, and any number of class and register tokens.
-
-The product is not formed: the class token's row is taken from the last block down to the first, a vector times a matrix
-at every block.
+``compat="vit-explain"`` reproduces Gildenblat's code: of the discarded entries it keeps (class, class) alone, and it
+divides column j by the sum of row j. Here what class tokens give or get is kept, and rows are divided by their own sum.
 """
 
 from __future__ import annotations

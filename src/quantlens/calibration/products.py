@@ -37,7 +37,7 @@ class Product:
 
 
 def find_products(graph: Graph) -> list[Product]:
-    """All products of a graph; a softmax output that no product reads stands alone."""
+    """All products of a graph; a softmax output that no product reads is one by itself."""
     probs = {site.node: site for site in graph.sites.of_kind("probs")}
     found = []
     for site in graph.sites:

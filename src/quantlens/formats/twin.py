@@ -1,25 +1,14 @@
 """Twin uniform quantization: two uniform ranges in one code of b bits (Yuan et al., ECCV 2022, section 3.2).
 
-One bit selects the range, b − 1 bits are the magnitude. Every value is coded in exactly one of the two ranges.
+One bit selects the range, b − 1 bits are the magnitude; every value is coded in exactly one range.
 
-split by magnitude (softmax outputs), M = 2ᵇ⁻¹ − 1:
+By magnitude (softmax outputs, codes unsigned): Δ1·(0 … 2ᵇ⁻¹ − 1) up to s, then Δ2·(j … 2ᵇ⁻¹ − 1) up to the top, j the
+first step beyond s, Δ2 = 2ᵐ·Δ1. A value goes to the nearest level of both; with the paper's boundary at s, what lies
+just above s would be rounded below it.
 
-    range 1   Δ1·(0 … M) = [0, s]          code = magnitude
-    range 2   Δ2·(j … M) = (s, top]        code = 2ᵇ⁻¹ + magnitude,   j the first step beyond s
+By sign (GELU outputs, codes two's complement): Δ1·(−2ᵇ⁻¹ … −1) and Δ2·(0 … 2ᵇ⁻¹ − 1).
 
-with Δ2 = 2ᵐ·Δ1, so s = top·2⁻ᵐ; top = 1 for a softmax. Codes are unsigned, the highest bit selects. A value goes to
-the nearest level of the two ranges together: the boundary lies half way between s and j·Δ2. (With the boundary at s, as
-the paper draws it, what lies just above s would be rounded to a level below s, even to zero.)
-
-split by sign (GELU outputs):
-
-    range 1   Δ1·(−2ᵇ⁻¹ … −1)              negative values
-    range 2   Δ2·(0 … 2ᵇ⁻¹ − 1)            the others
-
-Codes are two's complement; the sign bit selects.
-
-``shift`` is m where Δ2 = 2ᵐ·Δ1: a product sums the two ranges' integers after a shift by m. It is required of the split
-by magnitude and may be missing (``None``) in the split by sign.
+``shift`` is m, by which a product shifts one range's integers before it sums both; by sign it may be missing (None).
 """
 
 from __future__ import annotations

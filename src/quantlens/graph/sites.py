@@ -1,24 +1,8 @@
 """Sites: the places of a graph that quantizers can sit at, named as a person would name them; and blocks.
 
-========== ============================= ======================== =========================================
-kind       operation                     edges                    name
-========== ============================= ======================== =========================================
-linear     ``aten.linear``               input, weight, output    the module (``blocks.3.attn.qkv``)
-conv       ``aten.conv2d`` …             input, weight, output    the module (``patch_embed.proj``)
-scores     q·kᵀ                          q, k, output             ``blocks.3.attn.scores``
-probs      softmax over the scores       input, output            ``blocks.3.attn.probs``
-context    probs·v                       probs, v, output         ``blocks.3.attn.context``
-layer_norm ``aten.layer_norm``           input, output            the module (``blocks.3.norm1``)
-gelu       ``aten.gelu``                 input, output            the module (``blocks.3.mlp.act``)
-add        sum of two activations        lhs, rhs, output         ``blocks.3.add1``
-matmul     any other product             lhs, rhs, output         ``<module>.matmul``
-========== ============================= ======================== =========================================
-
-A product with a constant called ``…_rotation`` is no site: it stays in float
-(:func:`quantlens.transforms.rotation.rotate_input`).
-
 An edge's key is ``<site>.<edge>``. An edge with a position is the value as that one operation reads it; ``output`` is
-the value as everybody reads it.
+the value as everybody reads it. A product with a constant called ``…_rotation`` is no site: it stays in float
+(:func:`quantlens.transforms.rotation.rotate_input`).
 """
 
 from __future__ import annotations
@@ -178,6 +162,16 @@ def _numbered(found: list[tuple[str, str]]) -> list[str]:
     return names
 
 
+# kind       operation                     edges                    name
+# linear     ``aten.linear``               input, weight, output    the module (``blocks.3.attn.qkv``)
+# conv       ``aten.conv2d`` …             input, weight, output    the module (``patch_embed.proj``)
+# scores     q·kᵀ                          q, k, output             ``blocks.3.attn.scores``
+# probs      softmax over the scores       input, output            ``blocks.3.attn.probs``
+# context    probs·v                       probs, v, output         ``blocks.3.attn.context``
+# layer_norm ``aten.layer_norm``           input, output            the module (``blocks.3.norm1``)
+# gelu       ``aten.gelu``                 input, output            the module (``blocks.3.mlp.act``)
+# add        sum of two activations        lhs, rhs, output         ``blocks.3.add1``
+# matmul     any other product             lhs, rhs, output         ``<module>.matmul``
 def _describe(
     graph: Graph,
     node: fx.Node,

@@ -112,7 +112,7 @@ def latency_chart(rows: list[dict[str, Any]], label: str) -> Any:
 
 # -- which layer hurts ------------------------------------------------------------------------------------------------
 def inspected(board: Board) -> list[Any]:
-    """The inspections of a study. Raises QuantlensError for one without figures, or of a newer quantlens."""
+    """The inspections of a study. Raises QuantlensError for one without metrics, or of a newer quantlens."""
     from quantlens.sensitivity import Inspection
 
     found = []

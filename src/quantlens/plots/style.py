@@ -1,4 +1,4 @@
-"""The one style of all figures, and how they stand together."""
+"""The one style of all figures, and how panels are arranged."""
 
 from __future__ import annotations
 

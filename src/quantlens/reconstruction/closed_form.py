@@ -1,19 +1,13 @@
-"""Closed-form fitting of a layer's weights: ridge regression against quantized inputs, and rounding whose errors the
-weights not yet rounded take up.
+"""Closed-form fitting of a layer's weights from second moments of its inputs over calibration rows (:class:`Moments`).
 
-A layer is y = W·x with x its float input and x̄ what it reads once quantized. Everything here follows from second
-moments over calibration rows (tokens, positions), :class:`Moments`:
+A layer is y = W·x with x its float input and x̄ what it reads once quantized.
 
 * :func:`ridge`: the weights W' with the least ‖W'·X̄ − W·X‖² + λ‖W' − W‖². With X̄ = X they are W.
-* :func:`round_columns`: rounding column by column; the error of each goes into the columns after it so that the
-  output ‖(Ŵ − W)·X̄‖² changes least (OBQ's update for all rows at once: Frantar et al., GPTQ, ICLR 2023, section 3).
-* :func:`round_halves`: the same with the first half of what remains at a time, whose rounding :func:`refine` improves
-  by flips to the other neighbour (Zhong et al., ERQ, ICML 2024, section 4.2).
+* :func:`round_columns`: column by column, the error of each taken up by later ones (Frantar et al., GPTQ, section 3).
+* :func:`round_halves`: the first half of what remains at a time, improved by flips (Zhong et al., ERQ, section 4.2).
 
-All of them use one Cholesky factorisation, :class:`Factor`: X̄ᵀX̄ + λI = VVᵀ with V upper triangular, U = V⁻¹.
-
-λ is ``damping`` times the mean of X̄ᵀX̄'s diagonal, so that it means the same for every layer and any number of rows, and
-so that a few images, which leave directions unseen, suffice. All functions treat all rows of W at once.
+All use one Cholesky factorisation, :class:`Factor`: X̄ᵀX̄ + λI = VVᵀ with V upper triangular, and treat all rows of W
+at once. λ is ``damping`` times the mean of X̄ᵀX̄'s diagonal: it means the same for every layer and number of rows.
 """
 
 from __future__ import annotations

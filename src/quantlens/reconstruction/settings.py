@@ -16,42 +16,39 @@ ROUNDING, SCALES, WEIGHTS, VECTORS = "rounding", "scales", "weights", "vectors"
 
 @dataclass(frozen=True)
 class Settings:
-    """How units are reconstructed.
-
-    optimise: any of "rounding" (AdaRound), "scales" (LSQ), "weights" (the float weights, straight through; not together
-        with "rounding"), "vectors" (biases, scale and shift of LayerNorms). Weights that are not quantized and formats
-        that cannot learn stay as they are.
-    loss: a name of :data:`LOSSES` or a function (:data:`Loss`). It is divided by its value at the start, so that
-        the regulariser means the same everywhere.
-    inputs: what the unit reads in training: "quantized" (the quantized prefix's output), "float", or "mixed" (element
-        by element, the float one with probability ``input_drop``).
-    drop: probability that an activation's element is left in float in training (QDrop uses 0.5).
-    iterations: steps per unit, split evenly over ``rounds``. After each round the unit is frozen and measured on all
-        images; the next round starts from the best result so far with half the learning rate.
-    batch_size: images per step. lr_*: learning rates of Adam; scales are learned as multiples of their start, weights
-        in units of their scale (of their standard deviation without a quantizer), vectors of their root mean square.
-        They fall to zero along a cosine, but for soft rounding.
-    straight_through: see :class:`.rounding.AdaRound`; without it, the mean of the regulariser over a unit's weights is
-        added to the loss.
-    float_weights: with "weights", weights that are not quantized are trained too.
-    guarded: a unit whose loss on all images did not fall keeps its start.
-    """
+    """How units are reconstructed. Raises UnknownNameError or QuantlensError for what there is not, or does not fit."""
 
     optimise: tuple[str, ...] = (ROUNDING, SCALES)
+    """Any of "rounding" (AdaRound), "scales" (LSQ), "weights" (float, straight through; not with "rounding"), "vectors"
+    (biases, scale and shift of LayerNorms). Weights not quantized and formats that cannot learn stay as they are."""
     loss: str | Loss = "mse"
+    """A name of :data:`LOSSES` or a function; it is divided by its value at the start (for the regulariser)."""
     inputs: str = "mixed"
+    """What the unit reads: "quantized" (the quantized prefix's output), "float", or "mixed" (element by element)."""
     input_drop: float = 0.5
+    """With "mixed": probability of the float one."""
     drop: float = 0.0
+    """Probability that an activation's element is left in float (QDrop uses 0.5)."""
     iterations: int = 200
+    """Steps per unit, split evenly over the rounds."""
     rounds: int = 1
+    """After each the unit is measured on all images; the next starts from the best with half the learning rate."""
     batch_size: int = 16
+    """Images per step."""
     lr_rounding: float = 0.02
+    """Learning rates are Adam's; they fall to zero along a cosine, but for soft rounding."""
     lr_scales: float = 1e-3
+    """In multiples of their start."""
     lr_weights: float = 0.02
+    """In units of their scale, or of their standard deviation without a quantizer."""
     lr_vectors: float = 0.003
+    """In units of their root mean square."""
     straight_through: bool = False
+    """See :class:`.rounding.AdaRound`; without it, its regulariser's mean over the weights is added to the loss."""
     float_weights: bool = False
+    """With "weights": those that are not quantized are trained, too."""
     guarded: bool = True
+    """A unit whose loss on all images did not fall keeps its start."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.optimise if name not in (ROUNDING, SCALES, WEIGHTS, VECTORS)]

@@ -1,22 +1,4 @@
-"""The study file: models x methods x bits x seeds, and the images they are measured on.
-
-    name: my-study
-    models:
-      - name: deit_tiny_patch16_224          # any name that `load_model` takes
-        weights: ${WEIGHTS}/deit_tiny.safetensors
-    methods: [repq-vit, {name: percentile, head_bits: 8, options: {p: 0.999}}]
-    bits: [FP32, W8A8, W4A4, MP6]          # MP6: mixed precision, the size of W6A6
-    seeds: [0, 13, 37]
-    calibration: {source: "imagenet:data/train", n: 32}     # drawn anew for every seed
-    id: imagenet:data/val
-    ood:
-      textures: images:data/textures
-      ssb_hard: {source: "images:data/ssb_hard", group: near}
-    attention: {images: 64, show: 4}       # or true: what the models look at (docs/attention.md)
-    inspect: {bits: W8A8, images: 16}      # or true: which layer hurts, once per model (docs/inspect.md)
-    outputs: true                          # per-image outputs for `quantlens compare`; scores: without logits; false
-    plugins: [my_method.py]                # methods and scores of your own: files or modules (docs/extending.md)
-    resources: {cpu: 4, gpu: 0.25}         # of each worker on a Ray cluster (docs/scaling.md)
+"""The study file: models x methods x bits x seeds, and the images they are measured on (docs/study.md has every key).
 
 A path is relative to the study file; `${NAME}` and `${NAME:-default}` in paths are taken from the environment.
 Every mistake a person can make in the file raises `QuantlensError` with one sentence.
