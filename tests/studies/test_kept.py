@@ -58,6 +58,9 @@ def test_its_results_have_todays_sign(results: dict[str, dict], method: str) -> 
 def test_its_report_has_todays_sign(store: Path, results: dict[str, dict]) -> None:
     page = write_report(store).read_text(encoding="utf-8")
     assert "Δ = quantized − FP32" in page
+    assert not re.search(r"FP32 (less|−|minus) quantized", page), "one sign, in every caption"
+    if "Top-1 per class" in page:
+        assert "Δ is quantized − FP32" in page
     table = re.search(r'<table[^>]* id="delta-table">.*?</table>', page, re.S)[0]
     columns = re.findall(r'<th scope="col" data-sort="num"[^>]*>([^<]*)', table)
     assert columns == ["Seeds", "Δ top-1 ↑", "Δ NLL ↓", "Δ ECE ↓", "Δ AUPR-out ↑, far sets", "Δ AUPR-out ↑, near sets"]
