@@ -126,7 +126,7 @@ class _Pilots:
         self.found.models[spec.label] = cost
         keys = [cell_key(c, self.config, self.images, str(work.checkpoint_sha256), work.preprocess) for c in cells]
         with Store(directory) as store:
-            finished = store.statuses(keys) if store.exists() else {}
+            finished = store.statuses(keys) if store.path.is_file() else {}
         left = [cell for cell, key in zip(cells, keys, strict=True) if key not in finished]
         self.found.finished += len(cells) - len(left)
         for kind in dict.fromkeys(cell.kind for cell in left):
