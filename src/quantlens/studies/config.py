@@ -254,13 +254,11 @@ class StudyConfig(_Strict):
             raise ValueError("`inspect` has no images: give it a `source`, or the study `calibration`")
         return self
 
-    def inspected(self) -> str:
-        """The source of the images that `inspect` draws; the study must have it."""
-        from quantlens.data.sources import with_sample
-
+    def inspected(self) -> CalibrationSpec:
+        """Where the images of `inspect` come from, and how many of them; the study must have it."""
         assert self.inspect is not None
         source = self.inspect.source or (self.calibration.source if self.calibration else "")
-        return with_sample(source, self.inspect.images, self.inspect.seed)
+        return CalibrationSpec(source=source, n=self.inspect.images)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it is kept in the store."""

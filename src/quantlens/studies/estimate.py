@@ -12,10 +12,9 @@ from typing import Any
 
 from quantlens.evaluation.environment import cores
 from quantlens.studies.backend import Backend
-from quantlens.studies.cell_labels import reason
 from quantlens.studies.cells import PlannedCell, StudyImages, cell_key, plan_study
 from quantlens.studies.config import ModelSpec, StudyConfig
-from quantlens.studies.measuring import ModelWork, Outcome
+from quantlens.studies.measuring import ModelWork, Outcome, reason
 from quantlens.studies.progress import Quiet, display, duration
 from quantlens.studies.store import Store, packed
 

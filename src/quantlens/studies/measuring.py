@@ -6,6 +6,7 @@ Executors put this where they like: in the process that holds the store, or in a
 from __future__ import annotations
 
 import errno
+import re
 import time
 import traceback
 from dataclasses import dataclass
@@ -32,10 +33,6 @@ class Outcome:
     error: str | None
     seconds: float
     outputs: bytes | None = None
-
-    @property
-    def status(self) -> str:
-        return "done" if self.error is None else "failed"
 
 
 class ModelWork:
@@ -91,9 +88,12 @@ class ModelWork:
 
     def measure(self, cell: PlannedCell) -> tuple[dict[str, Any], bytes | None]:
         """The result dict of a cell, not compared with FP32 yet, and its per-image outputs packed."""
-        if cell.inspects:
-            return self._inspect(cell), None
         config, step = self.config, self.shown.step
+        if cell.inspects:
+            images = self._load(self.images.inspected, "the inspected images")
+            return {
+                "inspection": self.backend.inspect(self.model, images, cell.method, cell.bits, cell.seed, step)
+            }, None
         started = time.perf_counter()
         measured = self.model
         if cell.method is not None:
@@ -125,13 +125,6 @@ class ModelWork:
             data |= self.backend.attention(measured, self.model, self.id, self.ood, config.attention, step)
             data["seconds"] = {**data["seconds"], "attention": time.perf_counter() - started}
         return data, outputs
-
-    def _inspect(self, cell: PlannedCell) -> dict[str, Any]:
-        """The result of an inspection: what `Inspection.to_dict` gives, under "inspection"."""
-        images = self._load(self.images.inspected, "the inspected images")
-        assert cell.method is not None
-        found = self.backend.inspect(self.model, images, cell.method, cell.bits, cell.seed, self.shown.step)
-        return {"inspection": found}
 
     def attempt(self, cell: PlannedCell) -> Outcome:
         """Measure a cell; what it raises is its outcome, unless it would stop every other cell too (see `stops`)."""
@@ -167,11 +160,12 @@ def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def full_disk(error: BaseException) -> str:
-    """The sentence for a disk that is full where a worker runs."""
-    return f"the disk is full ({error}); free some space and run the same command again"
-
-
 def told(problem: BaseException) -> str:
     """The traceback as text."""
     return "".join(traceback.format_exception(problem))
+
+
+def reason(error: str | None) -> str:
+    """The last line of a traceback, without the module of quantlens' exceptions."""
+    last = ((error or "").strip().splitlines() or ["unknown reason"])[-1]
+    return re.sub(r"^quantlens\.errors\.\w+: ", "", last)

@@ -15,10 +15,18 @@ from quantlens.errors import QuantlensError, StorageError
 from quantlens.evaluation.outputs import path_of
 from quantlens.files import write_whole
 from quantlens.studies.backend import Backend
-from quantlens.studies.cell_labels import label, reason, spec_of
-from quantlens.studies.cells import PlannedCell, StudyImages, cell_key, identity, plan_study, weights_of
+from quantlens.studies.cells import (
+    PlannedCell,
+    StudyImages,
+    cell_key,
+    identity,
+    label,
+    plan_study,
+    spec_of,
+    weights_of,
+)
 from quantlens.studies.config import ModelSpec, StudyConfig
-from quantlens.studies.measuring import Outcome, told
+from quantlens.studies.measuring import Outcome, reason, told
 from quantlens.studies.progress import Quiet
 from quantlens.studies.store import INSPECTION, Store, relabelled
 
@@ -183,7 +191,9 @@ class Session:
         result = None if outcome.result is None else relabelled(outcome.result, task.spec)
         if outcome.outputs is not None:
             write_whole(path_of(self.directory, task.key), outcome.outputs, what="the per-image outputs")
-        self.store.put(task.key, task.spec, outcome.status, result, outcome.error, outcome.seconds)
+        self.store.put(
+            task.key, task.spec, "done" if outcome.error is None else "failed", result, outcome.error, outcome.seconds
+        )
         self.ran += 1
         error = None if outcome.error is None else reason(outcome.error)
         self.shown.finished(task.cell.kind, str(task.cell), outcome.seconds, error)

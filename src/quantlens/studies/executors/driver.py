@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from quantlens.errors import QuantlensError
-from quantlens.studies.executors.worker import Loaded, Stop
+from quantlens.studies.executors.local import Here, Process
+from quantlens.studies.executors.ray import Actor
+from quantlens.studies.executors.worker import Stop
 from quantlens.studies.measuring import Outcome, told
 from quantlens.studies.session import Group, Session, Task
 
@@ -27,27 +29,12 @@ WAIT_SECONDS = 60.0
 """After so long without a worker the person is told what the study waits for."""
 
 
-class Slot(Protocol):
-    """Room for one worker at a time."""
-
-    def submit(self, method: str, *arguments: Any) -> Future[Any]:
-        """Call a method of the `Worker` there."""
-        ...
-
-    def death(self, error: BaseException) -> str:
-        """How the worker died, if that is what an answer's exception says, else ""."""
-        ...
-
-    def replace(self) -> None:
-        """Put a fresh worker in the place of one that died."""
-        ...
-
-
 @dataclass(eq=False)
 class Place:
-    """A slot, the model its worker has loaded, and the seeds of that model it has calibration images of."""
+    """Room for one worker at a time, the model that it has loaded, and the seeds of that model it has calibration
+    images of."""
 
-    slot: Slot
+    slot: Here | Process | Actor
     group: Group | None = None
     seeds: set[int] = field(default_factory=set)
 
@@ -64,7 +51,7 @@ class Job:
 class Driver:
     """Keeps every worker busy. what: the workers in words ("2 processes"), for the person."""
 
-    def __init__(self, session: Session, slots: Sequence[Slot], what: str = "") -> None:
+    def __init__(self, session: Session, slots: Sequence[Here | Process | Actor], what: str = "") -> None:
         self.session, self.what = session, what
         self.places = [Place(slot) for slot in slots]
         self.idle: list[Place] = []
@@ -155,35 +142,25 @@ class Driver:
 
     def receive(self, job: Job, answer: Future[Any]) -> None:
         """Note what a worker answered, and keep the cell."""
-        error, found = answer.exception(), None
-        if error is None:
-            found = answer.result()
-        else:
-            died = job.place.slot.death(error)
-            if died:
-                self.replace(job, died)
-                return
-            found = Outcome(None, told(error), 0.0)
-        if job.group is None and isinstance(found, Outcome):
+        error = answer.exception()
+        if error is not None and (died := job.place.slot.death(error)):
+            self.replace(job, died)
+            return
+        if error is not None and job.group is None:
             raise QuantlensError(f"a worker could not be started: {str(error).splitlines()[-1]}") from error
+        found = answer.result() if error is None else Outcome(None, told(error), 0.0)
         if isinstance(found, Stop):
             raise QuantlensError(found.message)
-        if job.group is not None and job.task is None:
-            self.loaded(job.group, found)
-        elif job.task is not None:
+        if job.task is not None:
             self.finished(job, found)
             return
+        if job.group is not None and not job.group.known:
+            if isinstance(found, Outcome):
+                self.session.not_loaded(job.group, str(found.error))
+            else:
+                self.session.know(job.group, *found)
+                self.give_up(job.group)
         self.idle.append(job.place)
-
-    def loaded(self, group: Group, found: Loaded | Outcome) -> None:
-        """A worker has a model, or the error of one that cannot be loaded."""
-        if group.known:
-            return
-        if isinstance(found, Outcome):
-            self.session.not_loaded(group, str(found.error))
-        else:
-            self.session.know(group, found.checkpoint_sha256, found.preprocess)
-            self.give_up(group)
 
     def finished(self, job: Job, outcome: Outcome) -> None:
         """Keep a cell, once the FP32 cell it is compared with is there; the worker is idle again."""
