@@ -31,7 +31,7 @@ LINK_COLUMNS = [
 class Attention:
     """Everything of the section; ``reasons`` says of models without metrics why they have none."""
 
-    pictures: Galleries = field(default_factory=Galleries)
+    pictures: Galleries | None = None
     tables: list[Table] = field(default_factory=list)
     links: list[list[str]] = field(default_factory=list)
     linked: str = ""
@@ -67,10 +67,7 @@ def attention(board: Board) -> Attention | None:
 def table_of(board: Board, metric: DriftMetric) -> Table | None:
     """A metric by precision, on ID and on OOD images."""
     columns = [Column(title, partial(drift_of, where, metric), metric.digits) for where, title in WHERE.items()]
-    table = by_precision(board, metric.title, columns)
-    if table is not None:
-        table.alternative, table.more = False, metric is not OUTLIERS
-    return table
+    return by_precision(board, metric.title, columns, more=metric is not OUTLIERS)
 
 
 def _link(link: Link) -> list[str]:

@@ -68,14 +68,26 @@ def score_order(score: str) -> tuple[int, str]:
 
 def metric_heading(name: str) -> str:
     """A metric as a column's title, with its unit and the better direction: "Top-1 % ↑"."""
-    text = METRICS[name].heading
-    return text[0].upper() + text[1:]
+    return _capital(METRICS[name].heading)
 
 
 def metric_title(name: str) -> str:
     """A metric's name in running text and as a chart's title: "Top-1"."""
-    text = METRICS[name].title
+    return _capital(METRICS[name].title)
+
+
+def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def metric_digits(name: str) -> int:
+    """Decimals of a metric in the report: percentages have one."""
+    return 1 if METRICS[name].percent else METRICS[name].digits
+
+
+def metric_text(name: str, value: float | None) -> str:
+    """A metric as it is shown: a fraction as a percentage, without the percent sign."""
+    return fixed(None if value is None else value * METRICS[name].factor, metric_digits(name))
 
 
 def join_words(words: Sequence[str], *, limit: int = 8) -> str:
