@@ -3,7 +3,6 @@ what is lost out of distribution. Everything from the results' "attention" and "
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,7 +13,7 @@ from quantlens.report.attention_gallery import Galleries, galleries
 from quantlens.report.tables import Column, Table, by_precision
 from quantlens.studies.board import Board, dig
 from quantlens.studies.drift import Link, drift_of, links
-from quantlens.studies.text import BASELINE, MISSING, count, fixed, number, score_label
+from quantlens.studies.text import MISSING, count, fixed, number, score_label, span
 
 LINK_COLUMNS = [
     "Drift",
@@ -31,36 +30,29 @@ LINK_COLUMNS = [
 class Attention:
     """Everything of the section; ``reasons`` says of models without metrics why they have none."""
 
+    reasons: list[str]
+    n: str = ""
     pictures: Galleries | None = None
     tables: list[Table] = field(default_factory=list)
     links: list[list[str]] = field(default_factory=list)
     linked: str = ""
-    n: str = ""
-    reasons: list[str] = field(default_factory=list)
 
 
 def attention(board: Board) -> Attention | None:
     """The section, or None for a study that did not ask for it."""
-    results = [r for r in board.results if isinstance(r.get("attention"), Mapping)]
+    results = [r for r in board.results if r.get("attention")]
     if not results:
         return None
-    found = Attention()
-    reasons: dict[str, str] = {}
-    for group in board.groups:
-        for result in (*group.quantized, *group.results(BASELINE)):
-            why = dig(result, ("attention", "unavailable"))
-            if why:
-                reasons[group.model] = str(why)
-    found.reasons = [f"{model}: {why}." for model, why in reasons.items()]
+    reasons = {r["model"]: r["attention"]["unavailable"] for r in results if "unavailable" in r["attention"]}
+    found = Attention([f"{model}: {why}." for model, why in reasons.items()])
     if not any(summaries(r, "id") for r in results):
         return found
-    sizes = sorted({int(n) for r in results if (n := number(dig(r, ("attention", "id", "n")))) is not None})
-    found.n = " to ".join(str(n) for n in dict.fromkeys((sizes[0], sizes[-1])))
+    found.n = span(int(n) for r in results if (n := number(dig(r, ("attention", "id", "n")))) is not None)
     found.pictures = galleries(board)
-    found.tables = [t for t in (table_of(board, m) for m in (OUTLIERS, *TABLED)) if t is not None]
+    found.tables = [table for metric in (OUTLIERS, *TABLED) if (table := table_of(board, metric)) is not None]
     found.links = [_link(link) for link in links(board)]
-    if found.links:
-        found.linked = f"AUPR-out by {score_label(board.score or '')}, {PART_NAMES[board.parts()[0]]}"
+    if board.ood_path is not None:
+        found.linked = f"AUPR-out by {score_label(board.ood_path[2])}, {PART_NAMES[board.ood_path[1]]}"
     return found
 
 

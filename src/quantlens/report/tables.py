@@ -24,6 +24,7 @@ from quantlens.studies.text import (
     percent,
     plain,
     score_label,
+    span,
 )
 
 CLASS_ROWS = 8000
@@ -98,14 +99,6 @@ def value_of(stat: Stat | None, column: Column, best: bool = False) -> Value:
     return Value(fixed(stat.mean, column.digits), spread, count(stat.n, "seed") if stat.n > 1 else "", best)
 
 
-def seeds_text(group: Group) -> str:
-    """How many seeds the group's precisions have: "3", or "1 to 3" where they differ."""
-    counts = sorted({len(results) for results in group.cells.values()})
-    if not counts:
-        return MISSING
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-
-
 def by_precision(
     board: Board, caption: str, columns: Sequence[Column], score: str = "", more: bool = False
 ) -> Table | None:
@@ -123,7 +116,14 @@ def by_precision(
     rows = []
     for g in board.groups:
         keys = [(g.index, c, b) for c in columns for b in board.precisions]
-        rows.append(Row(g.model, g.method, seeds_text(g), [value_of(stats[k], k[1], k in best) for k in keys]))
+        rows.append(
+            Row(
+                g.model,
+                g.method,
+                span(len(results) for results in g.cells.values()),
+                [value_of(stats[k], k[1], k in best) for k in keys],
+            )
+        )
     heads = [(c.title, board.precisions) for c in columns]
     return Table(caption, heads, rows, score, score not in ("", board.score), bool(best), more)
 

@@ -113,6 +113,12 @@ class Board:
         return self.scores[0] if self.scores else None
 
     @property
+    def ood_path(self) -> Path | None:
+        """Path of the headline OOD metric: AUPR-out of the far sets, else of all or near ones."""
+        found = [("ood_mean", part, score, "aupr_out") for part in self.parts() for score in self.scores]
+        return found[0] if found else None
+
+    @property
     def lowest(self) -> str | None:
         """The lowest precision among the quantized cells."""
         widths = [b for b in self.quantized if precision_order(b)[0] == 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from quantlens.metrics import METRICS, available_scores
@@ -98,6 +98,12 @@ def join_words(words: Sequence[str], *, limit: int = 8) -> str:
     if len(shown) <= 1:
         return "".join(shown)
     return ", ".join(shown[:-1]) + " and " + shown[-1]
+
+
+def span(values: Iterable[int]) -> str:
+    """ "3" where all are the same, else "1 to 3"; the missing mark without any."""
+    found = sorted(values)
+    return " to ".join(map(str, dict.fromkeys((found[0], found[-1])))) if found else MISSING
 
 
 def count(n: int, noun: str, plural: str = "") -> str:
