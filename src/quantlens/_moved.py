@@ -50,6 +50,8 @@ MODULES: dict[str, str] = {
     "quantlens.studies.work": "quantlens.studies.measuring",
     "quantlens.reconstruction.latent": "quantlens.reconstruction.trained_tensors",
     "quantlens.studies.specs": "quantlens.studies.cells",
+    "quantlens.report.charts": "quantlens.report.page",
+    "quantlens.report.marks": "quantlens.studies.significance",
     "quantlens.studies.cell_labels": "quantlens.studies.cells",
     "quantlens.studies.database": "quantlens.studies.store",
     "quantlens.studies.study_file": "quantlens.studies.config",

@@ -8,7 +8,6 @@ from typing import Any
 
 from quantlens.files import write_whole
 from quantlens.plots.mixed import UNITS, front, mixed_cells, widths_of
-from quantlens.report.charts import Charts
 from quantlens.report.page import render
 from quantlens.studies.board import Board
 
@@ -50,7 +49,6 @@ def front_page(allocation: Any) -> str:
     ]
     return render(
         "front.html.j2",
-        Charts(),
         title=f"{allocation.model} {allocation.name}",
         kicker="mixed precision",
         lead=lead,

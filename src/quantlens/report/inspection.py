@@ -133,12 +133,10 @@ def verdict(found: Any) -> str:
 def inspection_page(found: Any, rank: str = "sqnr") -> str:
     """One self-contained HTML page of a :class:`quantlens.sensitivity.Inspection`."""
     from quantlens.plots.points import effects
-    from quantlens.report.charts import Charts
     from quantlens.report.page import render
 
     return render(
         "inspection.html.j2",
-        Charts(),
         title=f"{found.model} {found.bits}: which layer hurts",
         kicker="inspection",
         lead=explanation(found),

@@ -9,8 +9,8 @@ from itertools import product
 from typing import Any
 
 from quantlens.metrics import METRICS, names_of
-from quantlens.report.marks import signed
 from quantlens.studies.board import Board, Group, Path, dig
+from quantlens.studies.significance import SIGN
 from quantlens.studies.text import (
     BASELINE,
     MISSING,
@@ -202,7 +202,7 @@ def delta_title(name: str) -> str:
 def delta_text(board: Board, group: Group, bits: str, path: Path) -> str:
     """A change as it is shown, marked where it is not significant."""
     text = mean_std(board.shown(group, bits, path, change=True), metric_digits(path[-1]), sign=True)
-    return signed(board, group, bits, path, text)
+    return text + SIGN if (group.index, bits, ".".join(path)) in board.unsure else text
 
 
 SET_SHARES = names_of("ood")
