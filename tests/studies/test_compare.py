@@ -15,8 +15,7 @@ from quantlens.evaluation import evaluate
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.bootstrap import ID_METRICS, OOD_METRICS, Wanted, point
 from quantlens.evaluation.compare import NOT_SIGNIFICANT, SIGNIFICANT, UNCORRECTED
-from quantlens.studies.compare import compare
-from quantlens.studies.pairing import match, open_side
+from quantlens.studies.compare import compare, match, open_side
 from quantlens.studies.runner import run_study
 from quantlens.studies.store import Store
 

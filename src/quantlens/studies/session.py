@@ -133,7 +133,7 @@ class Session:
                 plan = [(task.identity, task.spec) for task in self.tasks]
                 environment = self.backend.environment(self.device)
                 self.store.begin(self.config.name, self.config.to_dict(), environment, plan)
-                self.shown.start(len(self.tasks), 0)
+                self.shown.start(len(self.tasks))
                 yield
         finally:
             self.shown.stop()
