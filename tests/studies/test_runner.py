@@ -51,7 +51,7 @@ def key(log: Path, index: int = 1, sha: str = "abc", preprocess: object = "p", *
     backend = FakeBackend(log)
     study = config(**changes)
     cell = plan_study(study, backend)[index]
-    return cell_key(cell, study, StudyImages.open(study, backend), sha, {"p": preprocess})
+    return cell_key(cell, study, StudyImages.open(study), sha, {"p": preprocess})
 
 
 def test_keys_are_stable(log: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from quantlens.data import open_source
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.images import fingerprint, groups_of, refuse_overlap, source_name
 from quantlens.plugins import load_all
@@ -130,18 +131,18 @@ class StudyImages:
         return next((self.marks[name] for name, one in self.named.items() if one is source), None)
 
     @staticmethod
-    def open(config: StudyConfig, backend: Backend) -> StudyImages:
+    def open(config: StudyConfig) -> StudyImages:
         """Open every source; calibration and fit images must not be among those evaluated."""
-        evaluated = {"the ID set": backend.open_source(config.id)}
-        ood = {name: backend.open_source(spec.source) for name, spec in config.ood.items()}
+        evaluated = {"the ID set": open_source(config.id)}
+        ood = {name: open_source(spec.source) for name, spec in config.ood.items()}
         evaluated |= {f"OOD set {name}": source for name, source in ood.items()}
-        fit = None if config.fit is None else backend.open_source(config.fit)
+        fit = None if config.fit is None else open_source(config.fit)
         calibration: dict[int, Any] = {}
         learnt = {} if fit is None else {"the fit set": fit}
         if config.calibration is not None and any(bits != FP32 for bits in config.bits):
             given = config.calibration
-            learnt["the calibration images"] = _enough(backend, given.source, given.n, "calibration", "n")
-            calibration = {seed: backend.open_source(given.drawn(seed)) for seed in config.seeds}
+            learnt["the calibration images"] = _enough(given.source, given.n, "calibration", "n")
+            calibration = {seed: open_source(given.drawn(seed)) for seed in config.seeds}
         for what, source in learnt.items():
             for name, other in evaluated.items():
                 refuse_overlap(source, what, other, name)
@@ -149,14 +150,14 @@ class StudyImages:
         inspected = None
         if config.inspect is not None:
             drawn = config.inspected()
-            _enough(backend, drawn.source, drawn.n, "inspect", "images")
-            inspected = backend.open_source(drawn.drawn(config.inspect.seed))
+            _enough(drawn.source, drawn.n, "inspect", "images")
+            inspected = open_source(drawn.drawn(config.inspect.seed))
         return StudyImages(evaluated["the ID set"], ood, fit, calibration, groups, inspected)
 
 
-def _enough(backend: Backend, spec: str, count: int, what: str, key: str) -> Any:
+def _enough(spec: str, count: int, what: str, key: str) -> Any:
     """The Source, if it has as many images as `what` asks for under the key `key`."""
-    pool = backend.open_source(spec)
+    pool = open_source(spec)
     if len(pool) < count:
         raise QuantlensError(
             f"{what} asks for {count} images, but {spec} has {len(pool)}; lower `{key}` or give a larger source"

@@ -15,6 +15,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+from quantlens.data import load_images
 from quantlens.errors import QuantlensError, StorageError
 from quantlens.evaluation.images import source_name
 from quantlens.evaluation.outputs import pack
@@ -141,7 +142,7 @@ class ModelWork:
 
     def _load(self, source: Any, what: str) -> Any:
         cache = self.config.cache
-        return self.backend.load_images(
+        return load_images(
             source,
             self.model.preprocess,
             cache_dir=None if cache is True else cache,

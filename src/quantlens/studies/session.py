@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.errors import QuantlensError, StorageError
+from quantlens.evaluation.environment import choose_device, environment
 from quantlens.evaluation.outputs import path_of
 from quantlens.files import write_whole
 from quantlens.studies.backend import Backend
@@ -116,8 +117,8 @@ class Session:
             choose_scores(config.scores)
         for model in config.models:
             backend.check_model(model.name, weights_of(model))
-        self.device = backend.device(config.device if device is None else device)
-        self.images = StudyImages.open(config, backend)
+        self.device = choose_device(config.device if device is None else device)
+        self.images = StudyImages.open(config)
         self.tasks = [Task(c, identity(c, config, self.images), spec_of(c, config, self.images)) for c in cells]
         self.groups = [
             Group(i, model, [t for t in self.tasks if t.cell.model == model]) for i, model in enumerate(config.models)
@@ -131,8 +132,7 @@ class Session:
         try:
             with self.store.driving():
                 plan = [(task.identity, task.spec) for task in self.tasks]
-                environment = self.backend.environment(self.device)
-                self.store.begin(self.config.name, self.config.to_dict(), environment, plan)
+                self.store.begin(self.config.name, self.config.to_dict(), environment(self.device), plan)
                 self.shown.start(len(self.tasks))
                 yield
         finally:

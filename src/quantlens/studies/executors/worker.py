@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from quantlens.errors import QuantlensError
+from quantlens.evaluation.environment import choose_device
 from quantlens.plugins import load_all
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import PlannedCell, StudyImages
@@ -56,9 +59,9 @@ class Worker:
         """List the images on this node."""
         load_all(self.config.plugins)
         if self.threads is not None:
-            self.backend.set_threads(self.threads)
+            torch.set_num_threads(self.threads)
         if self.images is None:
-            self.images = StudyImages.open(self.config, self.backend)
+            self.images = StudyImages.open(self.config)
             for name, mark in self.marks.items():
                 if self.images.marks.get(name) != mark:
                     raise QuantlensError(
@@ -70,7 +73,7 @@ class Worker:
         """Load the model with that number in the study: its checkpoint and preprocessing, which the keys of its cells
         are made of; an Outcome is the error of one that cannot be loaded."""
         assert self.images is not None
-        spec, device = self.config.models[index], self.backend.device(self.config.device)
+        spec, device = self.config.models[index], choose_device(self.config.device)
         try:
             if self.work is None or self.work.label != spec.label:
                 if self.work is not None:
