@@ -53,6 +53,7 @@ MODULES: dict[str, str] = {
     "quantlens.report.charts": "quantlens.report.page",
     "quantlens.report.marks": "quantlens.studies.significance",
     "quantlens.studies.pairing": "quantlens.studies.compare",
+    "quantlens.studies.executors.worker": "quantlens.studies.measuring",
     "quantlens.studies.cell_labels": "quantlens.studies.cells",
     "quantlens.studies.database": "quantlens.studies.store",
     "quantlens.studies.study_file": "quantlens.studies.config",

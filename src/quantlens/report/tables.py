@@ -243,7 +243,7 @@ def set_row(board: Board, group: Group, bits: str, path: Path) -> list[str] | No
     stats = {key: board.stat(group, bits, (*path, key)) for key in (*SET_SHARES, *SET_CHANCES, "n_id", "n_ood")}
     if not any(stats.values()):
         return None
-    means = {key: stat and stat.mean for key, stat in stats.items()}
+    means = {key: None if stat is None else stat.mean for key, stat in stats.items()}
     seeds, delta = MISSING, MISSING
     if bits != BASELINE:
         seeds = str(max(stat.n for stat in stats.values() if stat))

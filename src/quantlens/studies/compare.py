@@ -40,8 +40,16 @@ def compare(
     """
     first, second = open_side(a), open_side(b)
     matches, unpaired = match(first, second)
-    how = {"scores": scores, "resamples": resamples, "seed": seed, "progress": progress}
-    return compare_matches(matches, a=first.name, b=second.name, unpaired=unpaired, **how)
+    return compare_matches(
+        matches,
+        a=first.name,
+        b=second.name,
+        unpaired=unpaired,
+        scores=scores,
+        resamples=resamples,
+        seed=seed,
+        progress=progress,
+    )
 
 
 # ---- sides -----------------------------------------------------------------------------------------------------------

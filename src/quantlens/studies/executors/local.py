@@ -14,7 +14,7 @@ from multiprocessing.context import SpawnContext
 from typing import Any
 
 from quantlens.evaluation.environment import cores
-from quantlens.studies.executors.worker import Worker
+from quantlens.studies.measuring import Worker
 from quantlens.studies.session import Session
 
 PATIENCE = 5.0

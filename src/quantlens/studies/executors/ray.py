@@ -16,7 +16,7 @@ from quantlens.errors import QuantlensError
 from quantlens.evaluation.environment import cores
 from quantlens.studies.config import ResourcesSpec
 from quantlens.studies.executors.local import environment
-from quantlens.studies.executors.worker import Worker
+from quantlens.studies.measuring import Worker
 from quantlens.studies.session import Session
 
 LOCAL = "local"
