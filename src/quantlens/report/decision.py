@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from quantlens.metrics import METRICS
 from quantlens.plots.points import latency
-from quantlens.plots.style import Panel
 from quantlens.report.runinfo import Listing
 from quantlens.studies.board import Board, dig
 from quantlens.studies.choices import Choice, choice_score, places
@@ -29,20 +29,11 @@ TEXT_COLUMNS = frozenset({1, 2, 3, 4})
 
 
 @dataclass(frozen=True)
-class Section:
-    """One processor, batch size and thread count: its table, charts and what must be said of them."""
-
-    heading: str
-    table: Listing
-    panels: list[Panel]
-    note: str
-
-
-@dataclass(frozen=True)
 class Decision:
-    """The section of the report; guards: how often the thresholds of the files are right."""
+    """The section of the report. places: heading, table, panels and a note of each processor, batch size and thread
+    count. guards: how often the thresholds of the files are right."""
 
-    places: list[Section]
+    places: list[dict[str, Any]]
     guards: Listing | None
     score: str
     sentence: str
@@ -61,7 +52,8 @@ def decision(board: Board) -> Decision | None:
             [_row(i, c, best) for i, (c, best) in enumerate(zip(place.choices, place.front, strict=True), 1)],
             frozenset(range(len(COLUMNS))) - TEXT_COLUMNS,
         )
-        sections.append(Section(place.heading, table, panels.get(place.heading, []), _note(place.choices)))
+        about = {"heading": place.heading, "note": _note(place.choices)}
+        sections.append({**about, "table": table, "panels": panels.get(place.heading, [])})
     files = {facts["fingerprint"] for facts in (*(t.facts for t in board.timings), *(f for f, _ in board.artefacts))}
     sentence = f"The store holds {len(files)} exported or float models, timed or evaluated in their runtimes."
     return Decision(sections, guards(board), score, sentence)
