@@ -345,6 +345,11 @@ def matmul_operand_edges(graph: Graph) -> list[Edge]:
     return [site.edges[name] for site in graph.sites for name in chosen.get(site.kind, ())]
 
 
+def quantized_edges(graph: Graph, bits: Widths) -> list[Edge]:
+    """:func:`matmul_operand_edges` that do not stay in float."""
+    return [edge for edge in matmul_operand_edges(graph) if bits.of(graph, edge) != FLOAT]
+
+
 CHOICES = {"aten.index_select.default"}
 """Operations that choose some channels of a tensor."""
 
