@@ -208,6 +208,8 @@ class Method(ABC):
                 for k, q in plan.quantizers.items()
             }
         plan.quantizers |= {key: pixel_codes(images.device) for key in pixels if key in plan.quantizers}
+        order = {key: place for place, key in enumerate(graph.sites.edges)}
+        plan.quantizers = dict(sorted(plan.quantizers.items(), key=lambda item: order.get(item[0], -1)))
         plan.rewrites[:0] = [*split, *(["the image is read as pixel/255, whose codes are exact"] if pixels else [])]
         if folded:
             plan.rewrites.insert(0, f"LayerScale folded into {len(folded)} linear layers")
