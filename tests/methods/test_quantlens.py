@@ -189,7 +189,7 @@ def test_best_trains_norms_and_biases_and_sees_views_where_asked(digits):
 
 
 def test_best_trains_narrow_networks_longer(loaded, pictures, monkeypatch):
-    from quantlens.methods import quantlens_best
+    from quantlens.methods import _reconstruction, quantlens_best
     from quantlens.reconstruction import Report
 
     asked = []
@@ -198,7 +198,7 @@ def test_best_trains_narrow_networks_longer(loaded, pictures, monkeypatch):
         asked.append(arguments[3].iterations)
         return Report(())
 
-    monkeypatch.setattr(quantlens_best, "reconstruct", recorded)
+    monkeypatch.setattr(_reconstruction, "reconstruct", recorded)
     monkeypatch.setattr(quantlens_best, "STEPS", 8)
     monkeypatch.setattr(quantlens_best, "LONG", 16)
     narrow = {"default": "W4A4", "blocks.0": "W3A4"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -397,3 +397,16 @@ def _origin(value: fx.Node, *, scalings: bool = True) -> fx.Node:
     ):
         value = value.args[0]  # type: ignore[assignment]
     return value
+
+
+def readers(graph: Graph, node: fx.Node, through: Collection[str] = VIEWS | SCALINGS) -> list[tuple[fx.Node, fx.Node]]:
+    """What reads a value after the operations ``through``, each with the node whose value it reads; sites end a way."""
+    sites, found, queue = {site.node for site in graph.sites}, [], [node]
+    while queue:
+        value = queue.pop()
+        for user in value.users:
+            if op_name(user) in through and user not in sites:
+                queue.append(user)
+            else:
+                found.append((user, value))
+    return found

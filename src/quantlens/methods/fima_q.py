@@ -21,7 +21,6 @@ from quantlens.methods._reconstruction import (
     DEPARTURES,
     HOURS,
     READINGS,
-    Start,
     drop_and_reconstruct,
     started,
     step_options,
@@ -64,7 +63,7 @@ class FIMAQ(Method):
         rank = run["rank"]
         if not isinstance(rank, int) or rank < 1:
             raise QuantlensError(f"fima-q: rank={rank}: give a rank of at least 1")
-        plan = Plan(*started(graph, calibration, bits, run, Start()))
+        plan = started(graph, calibration, bits, run)
         metrics = fisher_metrics(graph, plan.quantizers, calibration, rank=rank)
         drop_and_reconstruct("fima-q", graph, plan, calibration, run, MetricLoss(metrics))
         return plan

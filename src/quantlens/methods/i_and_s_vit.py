@@ -23,17 +23,16 @@ from quantlens.methods._reconstruction import (
     FULL,
     GUARDED,
     HOURS,
-    Start,
     activation_quantizers,
-    portion,
     step_options,
     steps,
+    train,
     weight_quantizers,
 )
 from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Run, Widths
 from quantlens.methods.repq_vit import Reparameterization, rescale_norms
 from quantlens.qmodel import Plan
-from quantlens.reconstruction import Settings, reconstruct
+from quantlens.reconstruction import Settings
 from quantlens.transforms import NormGroup
 
 SMOOTH, QUANTIZED = "smooth", "quantized"
@@ -80,16 +79,14 @@ class IAndSViT(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        original, plan, reports = graph.clone(share=True), Plan(), {}
-        start = Start(by_head=False, shifted=True)
-        activations, norms = activation_quantizers(graph, calibration, bits, run, start)
+        original, plan, told = graph.clone(share=True), Plan(), {}
+        activations, norms = activation_quantizers(graph, calibration, bits, run, by_head=False, shifted=True)
         for number, stage in enumerate(RATES):
-            plan.quantizers = dict(activations)
             if stage == SMOOTH:
-                plan.quantizers |= channelwise(norms)
+                plan.quantizers = activations | channelwise(norms)
             else:
                 plan.rewrites = rescale_norms(graph, norms)
-                plan.quantizers |= weight_quantizers(graph, bits)
+                plan.quantizers = activations | weight_quantizers(graph, bits)
             settings = Settings(
                 ("weights",),
                 inputs="float" if stage == SMOOTH else "quantized",
@@ -99,17 +96,9 @@ class IAndSViT(Method):
                 float_weights=stage == SMOOTH,
                 guarded=run["guarded"],
             )
-            reports[stage] = reconstruct(
-                graph,
-                plan,
-                calibration,
-                settings,
-                seed=run.seed,
-                reference=original,
-                progress=portion(run.progress, number, len(RATES)),
-                checkpoint=f"{run['checkpoint']}/{stage}" if run["checkpoint"] else None,
-            )
-        plan.notes["reconstruction"] = {name: report.info() for name, report in reports.items()}
+            part = number, len(RATES)
+            told[stage] = train(graph, plan, calibration, run, settings, reference=original, stage=stage, part=part)
+        plan.notes["reconstruction"] = told
         return plan
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from quantlens.calibration import Calibration
 from quantlens.calibration.gradients import sample_products
@@ -245,9 +245,7 @@ def fused_projections(graph: Graph) -> set[str]:
     linears = {site.node: site.name for site in graph.sites.of_kind("linear")}
 
     def origin(value: Any) -> str | None:
-        while isinstance(value, fx.Node) and value not in linears:
-            if op_name(value) not in VIEWS and op_name(value) not in SCALINGS:
-                return None
+        while op_name(value) in VIEWS | SCALINGS:
             value = value.args[0]
         return linears.get(value)
 

@@ -21,7 +21,6 @@ from quantlens.methods._reconstruction import (
     DEPARTURES,
     HOURS,
     READINGS,
-    Start,
     drop_and_reconstruct,
     started,
     step_options,
@@ -57,7 +56,7 @@ class QDrop(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        start = Start(run["reparameterized"], run["by_head"])
-        plan = Plan(*started(graph, calibration, bits, run, start))
+        settings = {name: run[name] for name in ("reparameterized", "by_head")}
+        plan = started(graph, calibration, bits, run, **settings)
         drop_and_reconstruct("qdrop", graph, plan, calibration, run)
         return plan
