@@ -10,7 +10,6 @@ from torch import Tensor
 
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
 from quantlens.calibration.ranges import affine, clipping, mse, quantile_mse
-from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, ShiftedLog
 from quantlens.graph import Edge, Graph
 from quantlens.methods.base import PAPER, Departure, Option, Progress, Run, Widths, quantized_edges
@@ -69,8 +68,10 @@ CHECKPOINT = Option(None, "folder where finished blocks are stored, so that a ki
 def step_options(iterations: int, batch_size: int) -> dict[str, Option]:
     """Options of every reconstruction, whose paper has these."""
     return {
-        "iterations": Option(80, f"steps per block, with {FULL} or more calibration images (the paper: {iterations})"),
-        "batch_size": Option(8, f"images per step (the paper: {batch_size})"),
+        "iterations": Option(
+            80, f"steps per block, with {FULL} or more calibration images (the paper: {iterations})", least=0
+        ),
+        "batch_size": Option(8, f"images per step (the paper: {batch_size})", least=1),
         "checkpoint": CHECKPOINT,
     }
 
@@ -82,12 +83,9 @@ def portion(progress: Progress | None, number: int, of: int) -> Progress | None:
     return lambda done, total: progress(number * total + done, of * total)
 
 
-def steps(method: str, run: Run, images: int, option: str = "iterations") -> int:
-    """Steps per block: what was asked for; but for a paper's form in proportion to the images up to :data:`FULL`.
-    Raises QuantlensError for numbers that are none."""
-    count, size = run[option], run["batch_size"]
-    if not isinstance(count, int) or count < 0 or not isinstance(size, int) or size < 1:
-        raise QuantlensError(f"{method}: {option} is a whole number from 0 on, batch_size from 1 on")
+def steps(run: Run, images: int, option: str = "iterations") -> int:
+    """Steps per block: what was asked for; but for a paper's form in proportion to the images up to :data:`FULL`."""
+    count = run[option]
     return count if run.options.get("variant") == PAPER else math.ceil(count * min(1.0, images / FULL))
 
 
@@ -113,7 +111,6 @@ def train(
 
 
 def drop_and_reconstruct(
-    method: str,
     graph: Graph,
     plan: Plan,
     calibration: Calibration,
@@ -130,7 +127,7 @@ def drop_and_reconstruct(
         inputs="mixed",
         input_drop=DROP,
         drop=DROP,
-        iterations=steps(method, run, calibration.count),
+        iterations=steps(run, calibration.count),
         batch_size=run["batch_size"],
         lr_rounding=run["lr_rounding"],
         lr_scales=LR_SCALES,

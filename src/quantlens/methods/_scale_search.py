@@ -12,7 +12,6 @@ from quantlens.calibration.products import Product, find_products, visit_product
 from quantlens.calibration.ranges.guided import HEADS
 from quantlens.calibration.ranges.similarity import Operand, alternate, candidate_factors, search
 from quantlens.calibration.sampling import ProductSampler
-from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Graph
 from quantlens.methods.base import Departure, Option, Run, Widths
@@ -32,18 +31,14 @@ UNSIGNED = Departure(
 def search_options(rounds: int) -> dict[str, Option]:
     """Options of every search."""
     return {
-        "candidates": Option(100, "candidates per scale"),
-        "rounds": Option(rounds, "most times that both scales of a product are searched"),
+        "candidates": Option(100, "candidates per scale", least=1),
+        "rounds": Option(rounds, "most times that both scales of a product are searched", least=1),
     }
 
 
-def factors_of(run: Run, beta: float, alpha: float = ALPHA) -> tuple[list[float], int]:
-    """What the scale that the largest magnitude gives is multiplied by, and the number of rounds. Raises QuantlensError
-    for numbers that make no search."""
-    candidates, rounds = int(run["candidates"]), int(run["rounds"])
-    if candidates < 1 or rounds < 1:
-        raise QuantlensError(f"candidates={candidates}, rounds={rounds}: give at least one of each (100, 3)")
-    return candidate_factors(alpha, beta, candidates), rounds
+def factors_of(run: Run, beta: float, alpha: float = ALPHA) -> list[float]:
+    """What the scale that the largest magnitude gives is multiplied by."""
+    return candidate_factors(alpha, beta, run["candidates"])
 
 
 def quantized_products(graph: Graph, bits: Widths) -> list[Product]:
@@ -87,7 +82,7 @@ def search_scales(
     beta: end of the candidates, as :data:`ALPHA`. margin, unsigned: of :func:`operand`. weight_channels: site kinds
     whose weights have a scale per output channel.
     """
-    factors, rounds = factors_of(run, beta)
+    factors = factors_of(run, beta)
     sampler = ProductSampler(torch.Generator().manual_seed(run.seed))
 
     def settle(product: Product, tensors: list[Sequence[Tensor]]) -> list[Quantizer | None]:
@@ -102,7 +97,7 @@ def search_scales(
         if joined is None:
             sides = [search(s, Operand(torch.eye(s.values.shape[-1]).to(s.values)), factors) for s in sides]
         else:
-            sides = list(alternate(sides[0], sides[1], factors, rounds)[:2])
+            sides = list(alternate(sides[0], sides[1], factors, run["rounds"])[:2])
         return [quantizer_of(side, width) for side, width in zip(sides, widths, strict=True)]
 
     return settle_products(graph, calibration, bits, run, settle)

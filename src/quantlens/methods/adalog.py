@@ -35,7 +35,6 @@ from quantlens.calibration.ranges.progressive import (
     ranked,
 )
 from quantlens.calibration.sampling import ProductSampler
-from quantlens.errors import QuantlensError
 from quantlens.formats import AdaLog as AdaLogFormat
 from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
@@ -93,19 +92,13 @@ class AdaLog(Method):
             "their calibration images are augmented as for training; here they are as given",
         ),
         options={
-            "rounds": Option(3, "most times that both operands of a product are searched"),
-            "candidates": Option(128, "points of the first grid of scales and zero points"),
-            "steps": Option(6, "most steps of a search, each finer than the one before"),
+            "rounds": Option(3, "most times that both operands of a product are searched", least=1),
+            "candidates": Option(128, "points of the first grid of scales and zero points", least=16),
+            "steps": Option(6, "most steps of a search, each finer than the one before", least=1),
         },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        rounds, candidates, steps = int(run["rounds"]), int(run["candidates"]), int(run["steps"])
-        if rounds < 1 or steps < 1 or candidates < 16:
-            raise QuantlensError(
-                f"adalog: rounds={rounds}, steps={steps}, candidates={candidates}: at least one round, one step and 16 "
-                "candidates (3, 6 and 128)"
-            )
         search = _Search(graph, bits, run)
         plan = settle_products(graph, calibration, bits, run, search.settle)
         plan.rewrites = rescale_norms(graph, search.norms)
@@ -170,7 +163,7 @@ class _Search:
         """Find the quantizers of a product's operands; see :func:`settle_products`."""
         values, joined = self._operands(product, tensors)
         values = self._reparameterized(product, values)
-        steps, rounds = int(self.run["steps"]), int(self.run["rounds"])
+        steps, rounds = self.run["steps"], self.run["rounds"]
         rows = [FEWER if edge.name == "input" else None for edge in product.quantized]
         formats: dict[int, Format] = {}
         for i, (edge, x) in enumerate(zip(product.quantized, values, strict=True)):
@@ -213,7 +206,7 @@ class _Search:
         if group.norm.name not in self.norms and bits != FLOAT:
             channels = values[1].T.contiguous()
             format = self._uniform(channels, channels, bits, min(16, 2**bits), torch.arange(len(channels)))
-            scale, zero = format.improved(OutputError.own(), int(self.run["steps"])).parameters.unbind(-1)
+            scale, zero = format.improved(OutputError.own(), self.run["steps"]).parameters.unbind(-1)
             found = reparameterize(-zero * scale, (2**bits - 1 - zero) * scale, bits)
             self.norms[group.norm.name] = group, found
         if group.norm.name not in self.norms:
@@ -236,7 +229,7 @@ class _Search:
         return self._uniform(values, values.reshape(1, -1), bits, zeros, None)
 
     def _uniform(self, values: Tensor, rows: Tensor, bits: int, zeros: int, groups: str | Tensor | None) -> Format:
-        grid = asymmetric_grid(rows, bits, zeros=zeros, candidates=int(self.run["candidates"]))
+        grid = asymmetric_grid(rows, bits, zeros=zeros, candidates=self.run["candidates"])
         groups = groups.to(values.device) if isinstance(groups, Tensor) else groups
         side = Side(values, partial(asymmetric, bits=bits), grid.candidates, grid.start, groups)
         return Format(side, grid.spacing, bits)

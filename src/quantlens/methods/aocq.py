@@ -86,9 +86,11 @@ class AOCQ(Method):
             "scales": Option(True, "level two, stage one: activation scales refined, s₀ → s₄", (True, False)),
             "rounding": Option(True, "level two, stage two: rounding of the weights learned", (True, False)),
             "loss": Option("token-norm", "level three: token-norm, or plain mse", ("token-norm", "mse")),
-            "iterations": Option(80, f"steps per block in stage two, with {FULL} or more calibration images"),
-            "scale_iterations": Option(32, f"steps per block in stage one, over all {ROUNDS} rounds; likewise"),
-            "batch_size": Option(8, "images per step"),
+            "iterations": Option(80, f"steps per block in stage two, with {FULL} or more calibration images", least=0),
+            "scale_iterations": Option(
+                32, f"steps per block in stage one, over all {ROUNDS} rounds; likewise", least=0
+            ),
+            "batch_size": Option(8, "images per step", least=1),
             "checkpoint": CHECKPOINT,
         },
     )
@@ -107,7 +109,7 @@ class AOCQ(Method):
             inputs="quantized",
             rounds=ROUNDS,
             lr_scales=0.003,
-            iterations=steps("aocq", run, count, "scale_iterations"),
+            iterations=steps(run, count, "scale_iterations"),
             **common,
         )
         rounded = Settings(
@@ -115,7 +117,7 @@ class AOCQ(Method):
             inputs="mixed",
             straight_through=True,
             lr_rounding=0.03,
-            iterations=steps("aocq", run, count),
+            iterations=steps(run, count),
             **common,
         )
         stages = {stage: each for stage, each in (("scales", refined), ("rounding", rounded)) if run[stage]}

@@ -64,7 +64,7 @@ class APHQViT(Method):
         because=HOURS,
         aliases=("aphq",),
         options={
-            "mlp_iterations": Option(100, "steps per MLP of 1024 tokens (the paper: 20000 of 32 images)"),
+            "mlp_iterations": Option(100, "steps per MLP of 1024 tokens (the paper: 20000 of 32 images)", least=0),
             **step_options(20_000, 32),
         },
     )
@@ -75,7 +75,7 @@ class APHQViT(Method):
         rewrites, notes = [], {}
         if mlps:
             width = bits.of(graph, mlps[0].second.edges["input"])
-            fit = Fit(steps("aphq-vit", run, calibration.count, "mlp_iterations"), quantile=QUANTILES.get(width, 0.99))
+            fit = Fit(steps(run, calibration.count, "mlp_iterations"), quantile=QUANTILES.get(width, 0.99))
             weights, told = block_weights(graph, metrics), portion(run.progress, 0, 2)
             errors = replace_gelu(graph, calibration, fit, weights, seed=run.seed, progress=told)
             rewrites = [f"GELU replaced by ReLU and the layers refitted in {len(errors)} MLPs (not exact)"]
@@ -83,7 +83,7 @@ class APHQViT(Method):
         plan = started(graph, calibration, bits, run)
         plan.rewrites[:0], plan.notes = rewrites, notes
         loss = MetricLoss(metrics)
-        drop_and_reconstruct("aphq-vit", graph, plan, calibration, run, loss, reference=original, part=(1, 2))
+        drop_and_reconstruct(graph, plan, calibration, run, loss, reference=original, part=(1, 2))
         return plan
 
 

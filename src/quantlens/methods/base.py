@@ -7,6 +7,7 @@ edge it quantizes. Everything else (options, bits, folding LayerScale, the recor
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
@@ -31,7 +32,7 @@ from quantlens.qmodel import Bits, Plan, QuantizedModel
 from quantlens.qmodel.bits import FLOAT
 from quantlens.qmodel.model import float_copy
 from quantlens.qmodel.plan import Provenance
-from quantlens.qmodel.targets import TARGETS, target_named
+from quantlens.qmodel.targets import TARGETS, Target, target_named
 from quantlens.transforms import fold_layer_scale
 
 Progress = Callable[[int, int], None]
@@ -46,17 +47,38 @@ OURS, PAPER = "ours", "paper"
 @dataclass(frozen=True)
 class Option:
     """An option of a method: its default, what it means, the values allowed (None: any of the type), and the name of
-    the type, which a default or a choice tells by itself."""
+    the type, which a default or a choice tells by itself. A number lies above ``above``, and from ``least`` to
+    ``most``."""
 
     default: Any
     help: str
     choices: tuple[Any, ...] | None = None
     type: str = ""
+    above: float = -math.inf
+    least: float = -math.inf
+    most: float = math.inf
 
     def __post_init__(self) -> None:
         if not self.type:
             values = (value for value in (self.default, *(self.choices or ())) if value is not None)
             object.__setattr__(self, "type", type(next(values, "")).__name__)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("default", "help", "choices", "type")}
+
+    def instead_of(self, value: Any) -> str:
+        """What to give instead of a value that the option cannot have; "" where it can."""
+        if self.choices is not None:
+            return "" if value in self.choices else f"choose one of {', '.join(map(str, self.choices))}"
+        if self.type not in ("int", "float") or (value is None and self.default is None):
+            return ""
+        is_number = isinstance(value, int if self.type == "int" else int | float) and not isinstance(value, bool)
+        if is_number and self.above < value and self.least <= value <= self.most and math.isfinite(value):
+            return ""
+        ends = {"above": self.above, "of at least": self.least, "of at most": self.most}
+        limits = " and ".join(f"{word} {end}" for word, end in ends.items() if math.isfinite(end))
+        such = "" if self.default is None else f", such as {self.default}"
+        return f"give a {'whole ' * (self.type == 'int')}number{limits and ' '}{limits}{such}"
 
 
 @dataclass(frozen=True)
@@ -116,16 +138,11 @@ class MethodInfo:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data; options and arguments of ``quantize`` are lists of name, type, default, choices, help."""
 
-        def listed(options: Mapping[str, Option]) -> list[dict[str, Any]]:
-            return [{"name": name, **asdict(option)} for name, option in options.items()]
-
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "because"}
-        return kept | {
-            "citation": self.citation,
-            "departures": [asdict(departure) for departure in self.departures],
-            "options": listed(self.options),
-            "arguments": listed(self.shared),
-        }
+        kept["departures"] = [asdict(departure) for departure in self.departures]
+        for key, options in (("options", self.options), ("arguments", self.shared)):
+            kept[key] = [{"name": name, **option.to_dict()} for name, option in options.items()]
+        return kept | {"citation": self.citation}
 
 
 SHARED_OPTIONS = {
@@ -190,11 +207,18 @@ class Method(ABC):
         with torch.no_grad():
             torch.default_generator.manual_seed(seed)
             graph = graph_of(model).clone()
-            check_names(graph, widths)
+            for name, _ in widths.modules:
+                if not any(f"{site.name}.".startswith(f"{name}.") for site in graph.sites):
+                    raise UnknownNameError("module or site", name, [site.name for site in graph.sites])
             folded = fold_layer_scale(graph)
             split = split_outlier_channels(graph, images) if settings["outlier_channels"] == "split" else []
-            pixels = self._pixels(graph, model, images, settings)
-            seen = None if split or pixels or images.fingerprint is None else _seen(model, images.fingerprint)
+            as_pixels = (
+                settings["image"] == "pixels" and settings["patch_bits"] == 8 and self.info.quantizes != EVERYTHING
+            )
+            pixels = read_as_pixels(graph, model.preprocess, images) if as_pixels else []
+            seen: ObservationCache | None = None
+            if not split and not pixels and images.fingerprint is not None:
+                seen = model.derived.setdefault(f"seen, images {images.fingerprint}", {})
             run = Run(self.settings(settings) | settings, seed, progress, seen)
             plan = self.build(graph, images, Widths(widths, settings), run)
         if not isinstance(plan, Plan):
@@ -226,12 +250,6 @@ class Method(ABC):
         )
         return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model)
 
-    def _pixels(self, graph: Graph, model: Any, images: Calibration, settings: dict[str, Any]) -> list[str]:
-        """Keys of the edges that read the image as pixels from now on; see :mod:`quantlens.transforms.pixels`."""
-        if settings["image"] != "pixels" or int(settings["patch_bits"]) != 8 or self.info.quantizes == EVERYTHING:
-            return []
-        return read_as_pixels(graph, model.preprocess, images)
-
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options with their values, shared ones too: defaults (those of the variant; with a target also
         :data:`FOR_TARGETS`) overridden by ``given``, but for shared ones that are None. Raises on unknown or removed
@@ -242,7 +260,10 @@ class Method(ABC):
         for name, value in given.items():
             if name not in known:
                 raise UnknownNameError(f"option of {self.info.name}", name, known)
-            wanted = _unlike(name, known[name], value)
+            wanted = known[name].instead_of(value)
+            if name in ("patch_bits", "head_bits"):
+                fits = type(value) is int and (2 <= value <= 16 or value == FLOAT)
+                wanted = "" if fits else f"give 2 to 16 bits, or {FLOAT} for float"
             if wanted:
                 raise QuantlensError(f"{self.info.name}: option {name}={value!r}; {wanted}")
         usual = {name: option.default for name, option in known.items()}
@@ -253,26 +274,6 @@ class Method(ABC):
         """The settings that departures are about, with the values of the variant in ``options``."""
         paper = options.get("variant") == PAPER
         return {d.setting: d.paper if paper else d.ours for d in self.info.departures}
-
-
-def _unlike(name: str, option: Option, value: Any) -> str:
-    """What to give instead of a value that an option cannot have; "" where it can."""
-    if option.choices is not None:
-        return "" if value in option.choices else f"choose one of {', '.join(map(str, option.choices))}"
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if name in ("patch_bits", "head_bits"):
-        return "" if whole and (2 <= value <= 16 or value == FLOAT) else f"give 2 to 16 bits, or {FLOAT} for float"
-    if option.type not in ("int", "float") or (value is None and option.default is None):
-        return ""
-    fits = whole or (option.type == "float" and isinstance(value, float))
-    such = "" if option.default is None else f", such as {option.default}"
-    return "" if fits else f"give a {'whole ' * (option.type == 'int')}number{such}"
-
-
-def _seen(model: Any, fingerprint: str) -> ObservationCache:
-    """What was seen of a model on the images with that fingerprint; it lives as long as the model is loaded."""
-    found: ObservationCache = model.derived.setdefault(f"seen, images {fingerprint}", {})
-    return found
 
 
 @dataclass(frozen=True)
@@ -296,41 +297,33 @@ class Widths:
     bits: Bits
     options: dict[str, Any]
 
+    @property
+    def target(self) -> Target | None:
+        return target_named(self.options["target"])
+
     def of(self, graph: Graph, edge: Edge) -> int:
         """Width of an edge; 32 means that it stays in float. Raises UnsupportedError for a width that the target (an
         option) has no kernels for."""
-        width, target = self._asked(graph, edge), target_named(self.options["target"])
-        if target is None or width == FLOAT:
+        site, head, widths = graph.sites[edge.site], self.options["head_bits"], self.bits.of(edge.site)
+        width = widths.weights if edge.is_weight else widths.activations
+        if head is not None and any(site.name == h.name for h in graph.sites.head):
+            width = int(head)
+        elif width != FLOAT and not edge.is_weight and site.kind == "conv" and graph.is_image(edge.value):
+            width = int(self.options["patch_bits"])
+        if self.target is None or width == FLOAT:
             return width
-        if not target.takes(graph.sites[edge.site].kind, edge.name):
+        if not self.target.takes(site.kind, edge.name):
             return FLOAT
-        target.check_width(width, weight=edge.is_weight)
+        self.target.check_width(width, weight=edge.is_weight)
         return width
 
     def weights(self, low: Tensor, high: Tensor, width: int) -> Uniform:
         """The grid of a weight's rows [out] over [low, high]: asymmetric, or what the target (an option) makes of it,
         so that weights are fitted and rounded on the grid that ships."""
-        made, target = affine(low, high, width, granularity="channel", axis=0), target_named(self.options["target"])
-        if target is None or not target.symmetric_weights:
+        made = affine(low, high, width, granularity="channel", axis=0)
+        if self.target is None or not self.target.symmetric_weights:
             return made
-        return target.symmetric(torch.maximum(low.abs(), high.abs()), made)
-
-    def _asked(self, graph: Graph, edge: Edge) -> int:
-        site = graph.sites[edge.site]
-        head = self.options["head_bits"]
-        if head is not None and any(site.name == h.name for h in graph.sites.head):
-            return int(head)
-        if not edge.is_weight and site.kind == "conv" and graph.is_image(edge.value):
-            return FLOAT if self.bits.of(edge.site).activations == FLOAT else int(self.options["patch_bits"])
-        widths = self.bits.of(edge.site)
-        return widths.weights if edge.is_weight else widths.activations
-
-
-def check_names(graph: Graph, bits: Bits) -> None:
-    """Raises UnknownNameError for a module that mixed precision names and the graph does not have."""
-    for name, _ in bits.modules:
-        if not any(site.name == name or site.name.startswith(f"{name}.") for site in graph.sites):
-            raise UnknownNameError("module or site", name, [site.name for site in graph.sites])
+        return self.target.symmetric(torch.maximum(low.abs(), high.abs()), made)
 
 
 def matmul_operand_edges(graph: Graph) -> list[Edge]:

@@ -21,7 +21,6 @@ from torch import Tensor
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Replacement
 from quantlens.calibration.products import check_finite, patches
 from quantlens.calibration.sampling import ProductSampler
-from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
@@ -88,7 +87,7 @@ class BitSplit(Method):
         ),
         aliases=("bitsplit",),
         options={
-            "rounds": Option(10, "most rounds over all bits of a layer (the authors: 100)"),
+            "rounds": Option(10, "most rounds over all bits of a layer (the authors: 100)", least=1),
             "damping": Option(
                 1.0, "weight of the distance to the float weights, as a multiple of the inputs' mean square"
             ),
@@ -96,8 +95,6 @@ class BitSplit(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        if int(run["rounds"]) < 1:
-            raise QuantlensError(f"rounds={run['rounds']}: give at least 1 (10)")
         edges = quantized_edges(graph, bits)
         network = run["inputs"] == "network"
         exact = float_rows(graph, calibration, {e.site for e in edges if e.is_weight}, run.seed) if network else {}
@@ -162,10 +159,10 @@ def _stitch(
     if rows is not None and exact is not None:
         inputs = rows if own is None else own(rows)
         gram, cross = inputs.T @ inputs, (exact @ flat.T).T @ inputs
-        damping = float(run["damping"]) * gram.diagonal().mean()
+        damping = run["damping"] * gram.diagonal().mean()
         gram.diagonal().add_(damping)
         cross.add_(flat * damping)
-    codes, scale, _ = bit_split(cross, gram, codes, scale, bits, int(run["rounds"]))
+    codes, scale, _ = bit_split(cross, gram, codes, scale, bits, run["rounds"])
     quantizer = Uniform(scale, None, bits, signed=True, granularity="channel", axis=0)
     return quantizer, (codes * quantizer.scale[:, None]).reshape(weight.shape)
 

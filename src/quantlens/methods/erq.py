@@ -18,7 +18,6 @@ from dataclasses import replace
 
 from quantlens.calibration import Calibration, Observation
 from quantlens.calibration.ranges import quantile_mse
-from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods._scale_search import IMAGE
 from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Option, Run, Widths
@@ -69,17 +68,15 @@ class ERQ(Method):
         readings=READINGS,
         options={
             **RepQViT.info.options,
-            "activation_damping": Option(0.1, "λ of the activations' error, as a multiple of the inputs' mean square"),
-            "weight_damping": Option(0.1, "λ of the weights' error, as a multiple of the inputs' mean square"),
+            "activation_damping": Option(
+                0.1, "λ of the activations' error, as a multiple of the inputs' mean square", above=0
+            ),
+            "weight_damping": Option(0.1, "λ of the weights' error, as a multiple of the inputs' mean square", above=0),
         },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        first, second = float(run["activation_damping"]), float(run["weight_damping"])
-        if not (first > 0 and second > 0):
-            raise QuantlensError(
-                f"erq: activation_damping={first}, weight_damping={second}: give numbers above 0, such as 0.1"
-            )
+        first, second = run["activation_damping"], run["weight_damping"]
 
         def fit(layer: Layer) -> Fitted:
             moments = layer.moments(network=False)

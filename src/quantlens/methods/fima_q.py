@@ -15,7 +15,6 @@ knows what an error at a block's output does to the model's output:
 from __future__ import annotations
 
 from quantlens.calibration import Calibration
-from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
     DEPARTURES,
@@ -54,16 +53,13 @@ class FIMAQ(Method):
         because=HOURS,
         aliases=("fimaq", "fima"),
         options={
-            "rank": Option(5, "rank of the low-rank part, and groups of images that it is made of"),
+            "rank": Option(5, "rank of the low-rank part, and groups of images that it is made of", least=1),
             **step_options(20_000, 32),
         },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        rank = run["rank"]
-        if not isinstance(rank, int) or rank < 1:
-            raise QuantlensError(f"fima-q: rank={rank}: give a rank of at least 1")
         plan = started(graph, calibration, bits, run)
-        metrics = fisher_metrics(graph, plan.quantizers, calibration, rank=rank)
-        drop_and_reconstruct("fima-q", graph, plan, calibration, run, MetricLoss(metrics))
+        metrics = fisher_metrics(graph, plan.quantizers, calibration, rank=run["rank"])
+        drop_and_reconstruct(graph, plan, calibration, run, MetricLoss(metrics))
         return plan

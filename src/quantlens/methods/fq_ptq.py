@@ -102,7 +102,11 @@ class FQViT(Method):
                 True, "log-int-softmax (False: float softmax with uniform codes of its output)", (True, False)
             ),
             "softmax_bits": Option(
-                None, "width of the softmax's output, 2 to 16 (None: as other activations)", type="int"
+                None,
+                "width of the softmax's output, 2 to 16 (None: as other activations)",
+                type="int",
+                least=2,
+                most=16,
             ),
             "integer_layernorm": Option(
                 True, "LayerNorm on integers (False: in float, between quantizers)", (True, False)
@@ -111,10 +115,7 @@ class FQViT(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        softmax_bits = run["softmax_bits"]
-        if softmax_bits is not None and not (isinstance(softmax_bits, int) and 2 <= softmax_bits <= 16):
-            raise QuantlensError(f"fq-ptq: softmax_bits={softmax_bits!r}; give a whole number from 2 to 16")
-        widths = {group: tensor_width(graph, group, bits, softmax_bits) for group in everything_edges(graph)}
+        widths = {group: tensor_width(graph, group, bits, run["softmax_bits"]) for group in everything_edges(graph)}
         groups = {group[0].key: group for group, width in widths.items() if width != FLOAT}
         plan, masked = Plan(), set[str]()
 

@@ -17,7 +17,6 @@ from dataclasses import replace
 
 from quantlens.calibration import Calibration, Observation
 from quantlens.calibration.ranges import minmax, quantile_mse
-from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Option, Run, Widths
 from quantlens.methods.composition import Fitted, Layer, fit_layers
@@ -56,15 +55,11 @@ class GPTQ(Method):
                 "columns in the order of falling mean square of their inputs (else as they stand)",
                 (True, False),
             ),
-            "damping": Option(0.01, "λ, as a multiple of the inputs' mean square"),
+            "damping": Option(0.01, "λ, as a multiple of the inputs' mean square", above=0),
         },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        damping = float(run["damping"])
-        if not damping > 0:
-            raise QuantlensError(f"gptq: damping={damping}; give a number above 0, such as 0.01")
-
         def fit(layer: Layer) -> Fitted:
             moments = layer.moments(network=True)
             if moments is None:
@@ -74,7 +69,7 @@ class GPTQ(Method):
             quantizer, gram = bits.weights(low, high, layer.width), moments.second
             order = gram.diagonal().argsort(descending=True) if run["act_order"] else None
             return Fitted(
-                quantizer, round_columns(layer.weight, gram, Grid.of(quantizer), damping=damping, order=order)
+                quantizer, round_columns(layer.weight, gram, Grid.of(quantizer), damping=run["damping"], order=order)
             )
 
         plan = RepQViT().build(graph, calibration, bits, replace(run, progress=None))

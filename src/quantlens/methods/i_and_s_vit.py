@@ -90,7 +90,7 @@ class IAndSViT(Method):
             settings = Settings(
                 ("weights",),
                 inputs="float" if stage == SMOOTH else "quantized",
-                iterations=steps("i-and-s-vit", run, calibration.count),
+                iterations=steps(run, calibration.count),
                 batch_size=run["batch_size"],
                 lr_weights=RATES[stage],
                 float_weights=stage == SMOOTH,

@@ -109,8 +109,7 @@ class PTQ4ViT(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        found, rounds = factors_of(run, BETA, ALPHA)
-        factors = torch.tensor(found, dtype=torch.float64)
+        factors = torch.tensor(factors_of(run, BETA, ALPHA), dtype=torch.float64)
         products, fused, plan = quantized_products(graph, bits), fused_projections(graph), Plan()
         sampler = ProductSampler(torch.Generator().manual_seed(run.seed))
         samples = sample_products(graph, calibration, products, sampler, fisher, floor=run["floor"])
@@ -124,7 +123,7 @@ class PTQ4ViT(Method):
                 )
             ]
             if sample.joined:
-                sides = list(alternate(sides[0], sides[1], sample.gradient, rounds))
+                sides = list(alternate(sides[0], sides[1], sample.gradient, run["rounds"]))
             else:
                 ones = [Side(torch.eye(s.values.shape[-1]).to(s.values)) for s in sides]
                 sides = [alternate(s, one, None, 1)[0] for s, one in zip(sides, ones, strict=True)]

@@ -58,5 +58,5 @@ class QDrop(Method):
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         settings = {name: run[name] for name in ("reparameterized", "by_head")}
         plan = started(graph, calibration, bits, run, **settings)
-        drop_and_reconstruct("qdrop", graph, plan, calibration, run)
+        drop_and_reconstruct(graph, plan, calibration, run)
         return plan

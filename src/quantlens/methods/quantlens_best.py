@@ -13,11 +13,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from quantlens.calibration import Calibration
-from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps, train
 from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
@@ -57,31 +55,30 @@ class QuantlensBest(Method):
                 f"steps per block, with {FULL} or more calibration images; 0: none (None: {STEPS}, or {LONG} where a "
                 f"weight or an activation has {NARROW} bits or fewer)",
                 type="int",
+                least=0,
             ),
-            "batch_size": Option(8, "images per step of a block"),
+            "batch_size": Option(8, "images per step of a block", least=1),
             "train_norms_and_biases": Option(
                 True, "biases and LayerNorms' parameters are trained with every block", (True, False)
             ),
-            "views_per_image": Option(1.0, "views that blocks are trained on beside every calibration image (0: none)"),
+            "views_per_image": Option(
+                1.0, "views that blocks are trained on beside every calibration image (0: none)", least=0
+            ),
             "ood_view_share": Option(
-                0.5, "share of the views that are out-of-distribution images made of the image; the rest are crops"
+                0.5,
+                "share of the views that are out-of-distribution images made of the image; the rest are crops",
+                least=0,
+                most=1,
             ),
             "checkpoint": CHECKPOINT,
         },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        ratio, share = float(run["views_per_image"]), float(run["ood_view_share"])
-        if not 0 <= ratio < math.inf:
-            raise QuantlensError(
-                f"quantlens-best: views_per_image={ratio}; give 0 (none) or more per calibration image"
-            )
-        if not 0 <= share <= 1:
-            raise QuantlensError(f"quantlens-best: ood_view_share={share}; give a share from 0 to 1")
         if run["iterations"] is None:
             narrow = any(bits.of(graph, edge) <= NARROW for edge in matmul_operand_edges(graph))
             run = replace(run, options={**run.options, "iterations": LONG if narrow else STEPS})
-        iterations, fitted = steps("quantlens-best", run, calibration.count), calibration.head(FITTED)
+        iterations, fitted = steps(run, calibration.count), calibration.head(FITTED)
         options = {name: option.default for name, option in FAST.items()} | run.options
         start = Run(options, run.seed, portion(run.progress, 0, 2 if iterations else 1))
         fast = QuantlensFast()
@@ -101,7 +98,8 @@ class QuantlensBest(Method):
                 lr_scales=0.01,
                 straight_through=True,
             )
-            images = with_views(calibration, round(ratio * calibration.count), share, run.seed)
+            views = round(run["views_per_image"] * calibration.count)
+            images = with_views(calibration, views, run["ood_view_share"], run.seed)
             told = train(graph, plan, images, run, settings, reference=original, part=(1, 2))
             plan.notes |= {"reconstruction": told, "iterations": iterations}
         return plan

@@ -186,7 +186,7 @@ def activation_quantizer(run: Run, site: Site, edge: Edge, view: EdgeView, width
     axis = -2 if edge.name == "k" else -1
     values = view.tensors()[0][:SAMPLE]
     channels = values.shape[axis]
-    size = min(int(run["group_size"]), channels & -channels)
+    size = min(run["group_size"], channels & -channels)
     if size < SMALLEST:
         return uniform
     groups = block_scaled(values, width, size, axis=axis)
@@ -232,13 +232,13 @@ class QuantlensFast(Method):
                 f"channels), or auto (group where it has {NARROW} bits or fewer)",
                 (AUTO, "tensor", "group"),
             ),
-            "group_size": Option(LARGEST, "channels of a group, at most: a power of two"),
+            "group_size": Option(LARGEST, "channels of a group, at most: a power of two", least=SMALLEST),
             "softmax": Option(
                 "sqrt",
                 "softmax outputs: sqrt (squares of the codes, every row by its own peak and sum) or uniform",
                 ("sqrt", "uniform"),
             ),
-            "damping": Option(0.1, "damping of the weight fit, in units of the mean squared input"),
+            "damping": Option(0.1, "damping of the weight fit, in units of the mean squared input", above=0),
         },
     )
 
@@ -254,7 +254,7 @@ class QuantlensFast(Method):
 
     def weight_fit(self, run: Run) -> WeightFit:
         """How a weight is fitted and rounded."""
-        return WeightFit(float(run["damping"]))
+        return WeightFit(run["damping"])
 
     def rewrite(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> list[str]:
         """Apply the transforms; returns one sentence per kind."""
@@ -289,10 +289,8 @@ class QuantlensFast(Method):
         plan.notes["activations"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        if not float(run["damping"]) > 0:
-            raise QuantlensError(f"quantlens-fast: damping={run['damping']}; give a number above 0, such as 0.1")
         size = run["group_size"]
-        if not isinstance(size, int) or size < SMALLEST or size & (size - 1):
+        if size & (size - 1):
             raise QuantlensError(
                 f"quantlens-fast: group_size={size}; give a power of two from {SMALLEST} on, such as {LARGEST}"
             )

@@ -85,7 +85,7 @@ class VTPTQ(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        factors, rounds = factors_of(run, BETA)
+        factors = factors_of(run, BETA)
         generator = torch.Generator().manual_seed(run.seed)
         sampler = ProductSampler(generator)
         corrected = {site.name for site in corrected_layers(graph)} if run["bias_correction"] else set()
@@ -114,7 +114,7 @@ class VTPTQ(Method):
                         left,
                         right,
                         factors,
-                        rounds,
+                        run["rounds"],
                         first="right" if layer else "left",
                         correct=correct if product.site.name in corrected else None,
                     )
