@@ -11,10 +11,8 @@ from torch import Tensor
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
 from quantlens.calibration.ranges import affine, clipping, mse, quantile_mse
 from quantlens.formats import Quantizer, ShiftedLog
-from quantlens.graph import Edge, Graph
-from quantlens.methods.base import PAPER, Departure, Option, Progress, Run, Widths, quantized_edges
+from quantlens.methods.base import PAPER, Departure, Edge, Graph, Option, Plan, Progress, Run, Widths, quantized_edges
 from quantlens.methods.repq_vit import TAIL, Reparameterization, norm_groups, reparameterize, rescale_norms
-from quantlens.qmodel import Plan
 from quantlens.reconstruction import Loss, Settings, reconstruct
 from quantlens.transforms import NormGroup
 

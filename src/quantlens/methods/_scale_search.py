@@ -7,16 +7,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration
 from quantlens.calibration.products import Product, find_products, visit_products
 from quantlens.calibration.ranges.guided import HEADS
 from quantlens.calibration.ranges.similarity import Operand, alternate, candidate_factors, search
 from quantlens.calibration.sampling import ProductSampler
 from quantlens.formats import Quantizer, Uniform
-from quantlens.graph import Graph
-from quantlens.methods.base import Departure, Option, Run, Widths
-from quantlens.qmodel import Plan
-from quantlens.qmodel.bits import FLOAT
+from quantlens.methods.base import FLOAT, Calibration, Departure, Graph, Option, Plan, Run, Widths
 
 ALPHA = 0.5
 """Smallest candidate, as a multiple of the scale that the largest magnitude gives."""

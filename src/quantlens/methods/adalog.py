@@ -23,7 +23,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration
 from quantlens.calibration.products import Product, patches
 from quantlens.calibration.ranges.guided import HEADS, Side
 from quantlens.calibration.ranges.progressive import (
@@ -37,13 +36,23 @@ from quantlens.calibration.ranges.progressive import (
 from quantlens.calibration.sampling import ProductSampler
 from quantlens.formats import AdaLog as AdaLogFormat
 from quantlens.formats import Quantizer
-from quantlens.graph import Edge, Graph
 from quantlens.methods._scale_search import IMAGE, grouped_uniform, settle_products
-from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Option, Run, Widths
+from quantlens.methods.base import (
+    FLOAT,
+    MATMUL_OPERANDS,
+    Calibration,
+    Departure,
+    Edge,
+    Graph,
+    Method,
+    MethodInfo,
+    Option,
+    Plan,
+    Run,
+    Widths,
+)
 from quantlens.methods.ptq4vit import GELU_MINIMUM, after_gelu
 from quantlens.methods.repq_vit import Reparameterization, norm_groups, reparameterize, rescale_norms
-from quantlens.qmodel import Plan
-from quantlens.qmodel.bits import FLOAT
 from quantlens.transforms import NormGroup
 
 ROWS = 2048

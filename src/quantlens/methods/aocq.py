@@ -27,12 +27,22 @@ from quantlens.calibration.ranges.rules import REPQ_QUANTILES
 from quantlens.formats import PowerOfTwo, Quantizer, Uniform
 from quantlens.formats.base import bounded_
 from quantlens.formats.uniform import MAX_ZERO_POINT
-from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, steps, train, weight_quantizers
-from quantlens.methods.base import EVERYTHING, Method, MethodInfo, Option, Run, Widths, everything_edges, readers
-from quantlens.qmodel import Plan
-from quantlens.qmodel.bits import FLOAT
+from quantlens.methods.base import (
+    EVERYTHING,
+    FLOAT,
+    Edge,
+    Graph,
+    Method,
+    MethodInfo,
+    Option,
+    Plan,
+    Run,
+    Widths,
+    everything_edges,
+    readers,
+)
 from quantlens.reconstruction import Settings
 from quantlens.transforms import NormGroup, find_norm_groups
 from quantlens.transforms.equalisation import Factors, balance, columns, equalise_norms, smooth_factors

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quantlens.calibration import Calibration
-from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
     DEPARTURES,
     HOURS,
@@ -27,8 +25,18 @@ from quantlens.methods._reconstruction import (
     step_options,
     steps,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Option, Run, Widths
-from quantlens.qmodel import Plan
+from quantlens.methods.base import (
+    MATMUL_OPERANDS,
+    Calibration,
+    Departure,
+    Graph,
+    Method,
+    MethodInfo,
+    Option,
+    Plan,
+    Run,
+    Widths,
+)
 from quantlens.reconstruction import Metric, MetricLoss, find_units, perturbation_metrics
 from quantlens.reconstruction.mlp import Fit, find_mlps, replace_gelu
 

@@ -2,7 +2,8 @@
 
 A method is one file in this folder with one class: its paper as data (:class:`MethodInfo`) and one verb,
 :meth:`Method.build`, which reads calibration images, may rewrite the graph exactly, and returns a quantizer for every
-edge it quantizes. Everything else (options, bits, folding LayerScale, the record of what was done) is here.
+edge it quantizes. Everything else (options, bits, folding LayerScale, the record of what was done) is here; methods
+import what `build` is written in (Calibration, Graph, Edge, Plan, FLOAT) from here, too.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Option:
         is_number = isinstance(value, int if self.type == "int" else int | float) and not isinstance(value, bool)
         if is_number and self.above < value and self.least <= value <= self.most and math.isfinite(value):
             return ""
-        ends = {"above": self.above, "of at least": self.least, "of at most": self.most}
+        ends = {"above": self.above, "of at least": self.least, "of at most": self.most} if is_number else {}
         limits = " and ".join(f"{word} {end}" for word, end in ends.items() if math.isfinite(end))
         such = "" if self.default is None else f", such as {self.default}"
         return f"give a {'whole ' * (self.type == 'int')}number{limits and ' '}{limits}{such}"

@@ -22,10 +22,18 @@ from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Replac
 from quantlens.calibration.products import check_finite, patches
 from quantlens.calibration.sampling import ProductSampler
 from quantlens.formats import Quantizer, Uniform
-from quantlens.graph import Edge, Graph
-from quantlens.graph.sites import Site
-from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Option, Run, Widths, quantized_edges
-from quantlens.qmodel import Plan
+from quantlens.graph import Edge, Graph, Site
+from quantlens.methods.base import (
+    MATMUL_OPERANDS,
+    Departure,
+    Method,
+    MethodInfo,
+    Option,
+    Plan,
+    Run,
+    Widths,
+    quantized_edges,
+)
 from quantlens.reconstruction.bias import LAYERS
 
 ROWS = 8192

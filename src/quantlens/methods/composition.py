@@ -12,10 +12,8 @@ from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Replac
 from quantlens.calibration.products import patches
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
-from quantlens.graph import Edge, Graph
-from quantlens.graph.sites import Site
-from quantlens.methods.base import Run, Widths, quantized_edges
-from quantlens.qmodel import Plan
+from quantlens.graph import Edge, Graph, Site
+from quantlens.methods.base import Plan, Run, Widths, quantized_edges
 from quantlens.reconstruction.bias import corrected_layers, subtract_from_biases
 from quantlens.reconstruction.closed_form import ROWS, Moments
 

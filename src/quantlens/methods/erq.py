@@ -18,12 +18,10 @@ from dataclasses import replace
 
 from quantlens.calibration import Calibration, Observation
 from quantlens.calibration.ranges import quantile_mse
-from quantlens.graph import Graph
 from quantlens.methods._scale_search import IMAGE
-from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Option, Run, Widths
+from quantlens.methods.base import MATMUL_OPERANDS, Departure, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 from quantlens.methods.composition import Fitted, Layer, fit_layers
 from quantlens.methods.repq_vit import RepQViT
-from quantlens.qmodel import Plan
 from quantlens.reconstruction.closed_form import Grid, output_shift, ridge, round_halves
 
 QUANTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999, 1.0)

@@ -14,8 +14,6 @@ knows what an error at a block's output does to the model's output:
 
 from __future__ import annotations
 
-from quantlens.calibration import Calibration
-from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
     DEPARTURES,
     HOURS,
@@ -24,8 +22,7 @@ from quantlens.methods._reconstruction import (
     started,
     step_options,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.qmodel import Plan
+from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 from quantlens.reconstruction import MetricLoss, fisher_metrics
 
 

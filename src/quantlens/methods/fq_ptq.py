@@ -36,23 +36,24 @@ from quantlens.formats import (
     Quantizer,
     Uniform,
 )
-from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import VIEWS, argument, op_name
 from quantlens.graph.layout import axes_of_last
 from quantlens.graph.sites import SCALINGS, Site
 from quantlens.methods.base import (
     EVERYTHING,
+    FLOAT,
     Departure,
+    Edge,
+    Graph,
     Method,
     MethodInfo,
     Option,
+    Plan,
     Run,
     Widths,
     everything_edges,
     readers,
 )
-from quantlens.qmodel import Plan
-from quantlens.qmodel.bits import FLOAT
 
 MASKED = 50.0
 """An entry of the attention this far below its row's largest is masked."""

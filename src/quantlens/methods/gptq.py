@@ -17,11 +17,9 @@ from dataclasses import replace
 
 from quantlens.calibration import Calibration, Observation
 from quantlens.calibration.ranges import minmax, quantile_mse
-from quantlens.graph import Graph
-from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Option, Run, Widths
+from quantlens.methods.base import MATMUL_OPERANDS, Departure, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 from quantlens.methods.composition import Fitted, Layer, fit_layers
 from quantlens.methods.repq_vit import TAIL, RepQViT
-from quantlens.qmodel import Plan
 from quantlens.reconstruction.closed_form import Grid, round_columns
 
 

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantlens.calibration import Calibration
 from quantlens.formats import Quantizer
-from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
     FULL,
     GUARDED,
@@ -29,9 +27,8 @@ from quantlens.methods._reconstruction import (
     train,
     weight_quantizers,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Run, Widths
+from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Departure, Graph, Method, MethodInfo, Plan, Run, Widths
 from quantlens.methods.repq_vit import Reparameterization, rescale_norms
-from quantlens.qmodel import Plan
 from quantlens.reconstruction import Settings
 from quantlens.transforms import NormGroup
 

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
 from quantlens.calibration.ranges import affine, minmax, symmetric
-from quantlens.graph import Edge, Graph
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Run, Widths, quantized_edges
-from quantlens.qmodel import Plan
+from quantlens.methods.base import MATMUL_OPERANDS, Edge, Graph, Method, MethodInfo, Plan, Run, Widths, quantized_edges
 
 
 class MinMax(Method):

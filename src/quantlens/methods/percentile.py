@@ -14,12 +14,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from quantlens.calibration import Calibration
 from quantlens.calibration.ranges import percentile
-from quantlens.graph import Graph
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
+from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 from quantlens.methods.minmax import uniform_everywhere
-from quantlens.qmodel import Plan
 
 
 class Percentile(Method):

@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration
 from quantlens.calibration.gradients import sample_products
 from quantlens.calibration.products import Product
 from quantlens.calibration.ranges.guided import HEADS, Side, alternate
 from quantlens.calibration.sampling import ProductSampler
 from quantlens.formats import Quantizer, Twin
-from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
 from quantlens.methods._scale_search import (
@@ -35,9 +33,20 @@ from quantlens.methods._scale_search import (
     search_options,
     starting_scale,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Option, Run, Widths
-from quantlens.qmodel import Plan
-from quantlens.qmodel.bits import FLOAT
+from quantlens.methods.base import (
+    FLOAT,
+    MATMUL_OPERANDS,
+    Calibration,
+    Departure,
+    Edge,
+    Graph,
+    Method,
+    MethodInfo,
+    Option,
+    Plan,
+    Run,
+    Widths,
+)
 
 SPLITS = 20
 """Candidates 2⁰, 2⁻¹ … for the end of the first range of softmax outputs."""

@@ -15,8 +15,6 @@ model's output (BRECQ, section 3.2), by squared error:
 
 from __future__ import annotations
 
-from quantlens.calibration import Calibration
-from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
     DEPARTURES,
     HOURS,
@@ -25,8 +23,7 @@ from quantlens.methods._reconstruction import (
     started,
     step_options,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Run, Widths
-from quantlens.qmodel import Plan
+from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Departure, Graph, Method, MethodInfo, Plan, Run, Widths
 
 WHERE = "as in the re-implementations of APHQ-ViT and FIMA-Q; the paper is about convolutions"
 

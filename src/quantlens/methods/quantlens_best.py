@@ -15,12 +15,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quantlens.calibration import Calibration
-from quantlens.graph import Graph
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps, train
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
+from quantlens.methods.base import (
+    MATMUL_OPERANDS,
+    Calibration,
+    Graph,
+    Method,
+    MethodInfo,
+    Option,
+    Plan,
+    Run,
+    Widths,
+    matmul_operand_edges,
+)
 from quantlens.methods.quantlens_fast import QuantlensFast
-from quantlens.qmodel import Plan
 from quantlens.reconstruction import MetricLoss, Settings, perturbation_metrics
 from quantlens.reconstruction.views import with_views
 

@@ -27,12 +27,19 @@ from quantlens.calibration.measured_transforms import subtract_means
 from quantlens.calibration.ranges import affine, block_scaled, clipping, mse
 from quantlens.errors import QuantlensError
 from quantlens.formats import GroupScaled, Quantizer, SqrtSoftmax
-from quantlens.graph import Edge, Graph
-from quantlens.graph.sites import Site
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, quantized_edges
+from quantlens.graph import Edge, Graph, Site
+from quantlens.methods.base import (
+    FLOAT,
+    MATMUL_OPERANDS,
+    Method,
+    MethodInfo,
+    Option,
+    Plan,
+    Run,
+    Widths,
+    quantized_edges,
+)
 from quantlens.methods.composition import Fitted, Layer, RangeRule, fit_layers
-from quantlens.qmodel import Plan
-from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction.bias import subtract_from_biases
 from quantlens.reconstruction.closed_form import Factor, Grid, Moments, output_shift, ridge, round_columns
 from quantlens.transforms.heads import find_score_pairs, find_value_pairs, rotate_scores, rotate_values

@@ -20,12 +20,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration
 from quantlens.calibration.products import Product
 from quantlens.calibration.ranges.similarity import Objective, Operand, Ranking, alternate_pair
 from quantlens.calibration.sampling import ProductSampler
 from quantlens.formats import Quantizer
-from quantlens.graph import Graph
 from quantlens.methods._scale_search import (
     UNSIGNED,
     factors_of,
@@ -34,8 +32,7 @@ from quantlens.methods._scale_search import (
     search_options,
     settle_products,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.qmodel import Plan
+from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 from quantlens.reconstruction.bias import LAYERS, corrected_layers, mean_output, subtract_from_biases
 
 RANKED_ROWS = 64
