@@ -200,50 +200,45 @@ class Method(ABC):
         calibration: float images [N, 3, H, W] prepared as the model wants them, an iterable of such batches, an image
         set or a source. Raises UnknownNameError for an option the method does not have.
         """
-        widths, settings = Bits.parse(bits), self.options(options)
+        asked, settings = Bits.parse(bits), self.options(options)
+        widths = Widths(asked, settings)
         images = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)
-        if widths.is_float:
+        if asked.is_float:
             return float_copy(model)
         started = time.perf_counter()
         with torch.no_grad():
             torch.default_generator.manual_seed(seed)
             graph = graph_of(model).clone()
-            for name, _ in widths.modules:
-                if not any(f"{site.name}.".startswith(f"{name}.") for site in graph.sites):
-                    raise UnknownNameError("module or site", name, [site.name for site in graph.sites])
+            names = [site.name for site in graph.sites]
+            for module, _ in asked.modules:
+                if not any(f"{name}.".startswith(f"{module}.") for name in names):
+                    raise UnknownNameError("module or site", module, names)
             folded = fold_layer_scale(graph)
+            done = [f"LayerScale folded into {len(folded)} linear layers"] if folded else []
             split = split_outlier_channels(graph, images) if settings["outlier_channels"] == "split" else []
-            as_pixels = (
-                settings["image"] == "pixels" and settings["patch_bits"] == 8 and self.info.quantizes != EVERYTHING
-            )
-            pixels = read_as_pixels(graph, model.preprocess, images) if as_pixels else []
+            pixels: list[str] = []
+            if settings["image"] == "pixels" and settings["patch_bits"] == 8 and self.info.quantizes != EVERYTHING:
+                pixels = read_as_pixels(graph, model.preprocess, images)
+            done += [*split, *(["the image is read as pixel/255, whose codes are exact"] if pixels else [])]
             seen: ObservationCache | None = None
             if not split and not pixels and images.fingerprint is not None:
                 seen = model.derived.setdefault(f"seen, images {images.fingerprint}", {})
             run = Run(self.settings(settings) | settings, seed, progress, seen)
-            plan = self.build(graph, images, Widths(widths, settings), run)
+            plan = self.build(graph, images, widths, run)
         if not isinstance(plan, Plan):
             raise QuantlensError(f"the method {self.info.name} gave {type(plan).__name__}; its `build` returns a Plan")
         graph.invalidate()
-        target = target_named(settings["target"])
-        if target is not None:
-            edges = graph.sites.edges
-            plan.quantizers = {
-                k: target.conform(k, q, graph.tensor(str(edges[k].value.target)) if edges[k].is_weight else None)
-                for k, q in plan.quantizers.items()
-            }
+        widths.conform(graph, plan)
         plan.quantizers |= {key: pixel_codes(images.device) for key in pixels if key in plan.quantizers}
         order = {key: place for place, key in enumerate(graph.sites.edges)}
         plan.quantizers = dict(sorted(plan.quantizers.items(), key=lambda item: order.get(item[0], -1)))
-        plan.rewrites[:0] = [*split, *(["the image is read as pixel/255, whose codes are exact"] if pixels else [])]
-        if folded:
-            plan.rewrites.insert(0, f"LayerScale folded into {len(folded)} linear layers")
+        plan.rewrites[:0] = done
         plan.provenance = Provenance.of(
             model,
             method=self.info.name,
             method_version=self.info.version,
-            bits=str(widths),
-            widths=widths.to_mapping() if widths.is_mixed else None,
+            bits=str(asked),
+            widths=asked.to_mapping() if asked.is_mixed else None,
             seed=seed,
             options=settings,
             calibration=images.info(),
@@ -326,6 +321,14 @@ class Widths:
             return made
         return self.target.symmetric(torch.maximum(low.abs(), high.abs()), made)
 
+    def conform(self, graph: Graph, plan: Plan) -> None:
+        """Bring a plan's quantizers inside the target (an option)."""
+        if self.target is not None:
+            for key, quantizer in plan.quantizers.items():
+                edge = graph.sites.edges[key]
+                weight = graph.tensor(str(edge.value.target)) if edge.is_weight else None
+                plan.quantizers[key] = self.target.conform(key, quantizer, weight)
+
 
 def matmul_operand_edges(graph: Graph) -> list[Edge]:
     """The edges that methods of the RepQ-ViT family quantize, in graph order: weights and inputs of linear and conv
@@ -344,10 +347,6 @@ def matmul_operand_edges(graph: Graph) -> list[Edge]:
 def quantized_edges(graph: Graph, bits: Widths) -> list[Edge]:
     """:func:`matmul_operand_edges` that do not stay in float."""
     return [edge for edge in matmul_operand_edges(graph) if bits.of(graph, edge) != FLOAT]
-
-
-CHOICES = {"aten.index_select.default"}
-"""Operations that choose some channels of a tensor."""
 
 
 def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
@@ -370,18 +369,15 @@ def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
             if edge.is_weight:
                 continue
             if edge.position is None:
-                if site.node not in passed_on and not all(op_name(u) in CHOICES for u in site.node.users):
+                if site.node not in passed_on and not set(map(op_name, site.node.users)) <= {
+                    "aten.index_select.default"
+                }:
                     groups.setdefault(site.node, []).append(edge)
             elif site.kind == "probs":
                 groups[edge.key] = [edge]
             elif _origin(edge.value) not in by_node:
                 groups.setdefault(_origin(edge.value, scalings=False), []).append(edge)
-    order = {node: i for i, node in enumerate(graph.fx.nodes)}
-
-    def place(edge: Edge) -> tuple[int, bool, int]:
-        return order[edge.node], edge.position is None, edge.position or 0
-
-    return sorted((tuple(sorted(g, key=place)) for g in groups.values()), key=lambda g: place(g[0]))
+    return [tuple(edges) for edges in groups.values()]
 
 
 def _origin(value: fx.Node, *, scalings: bool = True) -> fx.Node:
