@@ -106,4 +106,3 @@ def _check(images: Tensor, size: tuple[int, ...]) -> None:
         )
     if not bool(torch.isfinite(images).all()):
         raise QuantlensError("calibration images hold NaN or infinity")
-
