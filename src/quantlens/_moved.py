@@ -48,7 +48,8 @@ MODULES: dict[str, str] = {
     "quantlens.calibration.walk": "quantlens.calibration.passes",
     "quantlens.attention.lens": "quantlens.attention.recording",
     "quantlens.studies.work": "quantlens.studies.measuring",
-    "quantlens.reconstruction.latent": "quantlens.reconstruction.trained_tensors",
+    **dict.fromkeys(_of("reconstruction", "", "latent", "trained_tensors"), "quantlens.reconstruction.learners"),
+    "quantlens.reconstruction.streams": "quantlens.reconstruction.units",
     "quantlens.studies.specs": "quantlens.studies.cell_labels",
     "quantlens.demo": "quantlens.report.demo",
     "quantlens.report.text": "quantlens.studies.text",
@@ -122,6 +123,10 @@ REMOVED: dict[str, str] = {
         _of("reconstruction", "", "distillation", "distil", "Distillation", "DistillationReport"),
         f"{_DISTILLATION} tells what it gave",
     ),
+    "quantlens.reconstruction.Trainer": "removed in quantlens 0.3; Trainer(groups).run(steps, loss) is "
+    "train(groups, steps, loss)",
+    "quantlens.reconstruction.expected_error": "removed in quantlens 0.3; mean_output (in quantlens.reconstruction.bias) "
+    "of the quantized operands less that of the float ones is the same",
     "quantlens.reconstruction.optimise_scales": "removed in quantlens 0.3; reconstruct with "
     'Settings(("scales",), inputs="quantized") does the same',
 }

@@ -2,23 +2,83 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Edge, Graph
+from quantlens.graph.graph import op_name
+from quantlens.graph.sites import dynamic_nodes
 from quantlens.reconstruction.rounding import AdaRound
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
 from quantlens.reconstruction.settings import ROUNDING, SCALES, VECTORS, WEIGHTS, Settings
-from quantlens.reconstruction.streams import Hook
-from quantlens.reconstruction.trained_tensors import Latent, Vector, trained_vectors
-from quantlens.reconstruction.units import Unit
+from quantlens.reconstruction.units import Hook, Unit, quantized_weights
+
+AFFINE = ("aten.layer_norm.default", "aten.linear.default", "aten.conv2d.default")
+"""Operations whose vectors (biases, scale and shift) are trained."""
 
 Keep = Callable[[torch.Size], Tensor | None]
 """Shape -> which elements of an activation stay in float (bool of that shape), or None."""
+
+
+class Latent(nn.Module):
+    """A trained float weight, used straight through its quantizer.
+
+    quantizer: of the weight, or None for a weight that stays in float. weight: where it starts, float32. :attr:`step`
+    is the parameter: the distance from the start in units of ``scale`` (by default that of the quantizer, or the
+    weight's standard deviation for a format without one scale or no quantizer), so that one learning rate suits
+    weights of any size.
+    """
+
+    def __init__(self, quantizer: Any, weight: Tensor, scale: Tensor | None = None):
+        super().__init__()
+        self.quantizer = quantizer
+        if scale is None:
+            uniform = isinstance(quantizer, Uniform)
+            scale = quantizer.spread(quantizer.scale, weight.dim()) if uniform else weight.std()
+        self.register_buffer("scale", scale.detach().clone())
+        self.register_buffer("start", weight.detach().clone())
+        self.step = nn.Parameter(torch.zeros_like(weight))
+
+    def latent(self) -> Tensor:
+        """The float weight now."""
+        return self.start + self.step * self.scale
+
+    def forward(self) -> Tensor:
+        """The weight as the layer uses it, with its gradient."""
+        return self.latent() if self.quantizer is None else fake_quantize(self.quantizer, self.latent())
+
+    @torch.no_grad()
+    def harden(self) -> Tensor:
+        """The weight as the layer uses it: on the grid of its quantizer, or in float without one."""
+        return self.latent() if self.quantizer is None else self.quantizer(self.latent())
+
+
+class Vector(Latent):
+    """A trained vector (bias, LayerNorm's scale or shift), in units of its root mean square (1 for one of zeros)."""
+
+    def __init__(self, vector: Tensor):
+        size = vector.square().mean().sqrt()
+        super().__init__(None, vector, torch.where(size > 0, size, torch.ones_like(size)))
+
+
+def trained_vectors(graph: Graph) -> list[fx.Node]:
+    """Float vectors (biases, LayerNorms' scale and shift) that one operation of :data:`AFFINE` alone reads."""
+    dynamic = dynamic_nodes(graph)
+    nodes = [node for node in graph.fx.nodes if node.op == "get_attr"]
+    uses = Counter(node.target for node in nodes)
+    found = []
+    for node in nodes:
+        tensor, readers = graph.tensor(str(node.target)), list(node.users)
+        if uses[node.target] == len(readers) == tensor.dim() == 1 and tensor.is_floating_point():
+            if readers[0] in dynamic and op_name(readers[0]) in AFFINE and bool(torch.isfinite(tensor).all()):
+                found.append(node)
+    return found
 
 
 @dataclass
@@ -34,17 +94,18 @@ class Learners:
         """Learners for what ``settings.optimise`` names in a unit: weights that one layer alone reads, scales that can
         be learned and that no other unit shares, vectors that the unit alone reads."""
         found, inside = cls(), {edge.key for edge in unit.edges}
-        uses, owners = _readers(graph), _owners(quantizers)
+        uses = Counter(str(edge.value.target) for edge in graph.sites.edges.values() if edge.is_weight)
+        shared = {id(quantizer) for key, quantizer in quantizers.items() if key not in inside}
         scales: dict[int, LearnedScale] = {}
         for edge in unit.edges:
             quantizer = quantizers.get(edge.key)
             if edge.is_weight:
-                if uses[str(edge.value.target)] == 1:
-                    learner = _weight(graph.tensor(str(edge.value.target)), quantizer, settings)
-                    found.by_edge |= {} if learner is None else {edge.key: learner}
-            elif quantizer is None or SCALES not in settings.optimise or not learnable(quantizer):
+                learner = _weight(graph.tensor(str(edge.value.target)), quantizer, settings)
+                if learner is not None and uses[str(edge.value.target)] == 1:
+                    found.by_edge[edge.key] = learner
+            elif quantizer is None or SCALES not in settings.optimise:
                 continue
-            elif owners[id(quantizer)] <= inside:
+            elif learnable(quantizer) and id(quantizer) not in shared:
                 found.by_edge[edge.key] = scales.setdefault(id(quantizer), LearnedScale(quantizer))
         if VECTORS in settings.optimise:
             own = set(unit.nodes)
@@ -54,7 +115,7 @@ class Learners:
 
     def modules(self) -> list[nn.Module]:
         """All modules, each once."""
-        return list({id(m): m for m in (*self.by_edge.values(), *self.vectors.values())}.values())
+        return list(dict.fromkeys((*self.by_edge.values(), *self.vectors.values())))
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for module in self.modules() for p in module.parameters()]
@@ -74,10 +135,8 @@ class Learners:
     def hook(self, graph: Graph, unit: Unit, quantizers: Mapping[str, Quantizer], keep: Keep | None = None) -> Hook:
         """Quantizes the values of a unit with gradients: by the learners in their present state, elsewhere by
         ``quantizers``. keep: elements of activations that stay in float."""
-        weights: dict[str, Tensor] = {}
-        for edge in unit.edges:
-            if edge.is_weight and edge.key in quantizers and edge.key not in self.by_edge:
-                weights[edge.key] = quantizers[edge.key](graph.tensor(str(edge.value.target)))
+        frozen = {key: quantizer for key, quantizer in quantizers.items() if key not in self.by_edge}
+        weights = quantized_weights(graph, unit, frozen, {})
 
         def hook(key: str, value: Tensor) -> Tensor:
             if key in weights:
@@ -95,35 +154,11 @@ class Learners:
 
     def freeze(self, edges: Mapping[str, Edge]) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
         """What training made: tensors of the graph by name, quantizers by edge key. edges: all of the graph, by key."""
-        tensors: dict[str, Tensor] = {}
-        quantizers: dict[str, Quantizer] = {}
-        frozen: dict[int, Quantizer] = {}
-        for key, learner in self.by_edge.items():
-            if isinstance(learner, LearnedScale):
-                if id(learner) not in frozen:
-                    frozen[id(learner)] = learner.freeze()
-                quantizers[key] = frozen[id(learner)]
-            else:
-                tensors[str(edges[key].value.target)] = learner.harden()
-        tensors |= {str(node.target): vector.detach() for node, vector in self.constants().items()}
-        return tensors, quantizers
-
-
-def _readers(graph: Graph) -> dict[str, int]:
-    """How many layers read a weight, by its name."""
-    uses: dict[str, int] = {}
-    for edge in graph.sites.edges.values():
-        if edge.is_weight:
-            uses[str(edge.value.target)] = uses.get(str(edge.value.target), 0) + 1
-    return uses
-
-
-def _owners(quantizers: Mapping[str, Quantizer]) -> dict[int, set[str]]:
-    """Keys of the edges that share a quantizer, by its id."""
-    owners: dict[int, set[str]] = {}
-    for key, quantizer in quantizers.items():
-        owners.setdefault(id(quantizer), set()).add(key)
-    return owners
+        frozen = {module: module.freeze() for module in self.modules() if isinstance(module, LearnedScale)}
+        quantizers = {key: frozen[learner] for key, learner in self.by_edge.items() if learner in frozen}
+        weights = {key: learner for key, learner in self.by_edge.items() if key not in quantizers}
+        tensors = {str(edges[key].value.target): learner.harden() for key, learner in weights.items()}
+        return tensors | {str(node.target): vector.harden() for node, vector in self.vectors.items()}, quantizers
 
 
 def _weight(weight: Tensor, quantizer: Quantizer | None, settings: Settings) -> AdaRound | Latent | None:

@@ -51,24 +51,23 @@ class Settings:
     """A unit whose loss on all images did not fall keeps its start."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.optimise if name not in (ROUNDING, SCALES, WEIGHTS, VECTORS)]
-        if unknown:
-            raise UnknownNameError("part to optimise", unknown[0], (ROUNDING, SCALES, WEIGHTS, VECTORS))
+        loss = [self.loss] if isinstance(self.loss, str) else []
+        for what, names, known in (
+            ("part to optimise", self.optimise, (ROUNDING, SCALES, WEIGHTS, VECTORS)),
+            ("reconstruction loss", loss, tuple(LOSSES)),
+            ("inputs of reconstruction", [self.inputs], ("quantized", "float", "mixed")),
+        ):
+            for name in names:
+                if name not in known:
+                    raise UnknownNameError(what, name, known)
         if ROUNDING in self.optimise and WEIGHTS in self.optimise:
             raise QuantlensError("either the rounding or the weights themselves can be optimised, not both")
         if self.float_weights and WEIGHTS not in self.optimise:
             raise QuantlensError('float_weights says which weights are trained; name "weights" in optimise too')
-        if isinstance(self.loss, str) and self.loss not in LOSSES:
-            raise UnknownNameError("reconstruction loss", self.loss, LOSSES)
-        if self.inputs not in ("quantized", "float", "mixed"):
-            raise UnknownNameError("inputs of reconstruction", self.inputs, ("quantized", "float", "mixed"))
         if self.iterations < 0 or self.rounds < 1 or self.batch_size < 1:
             raise QuantlensError("reconstruction needs iterations >= 0, rounds >= 1 and a batch size >= 1")
         if not (0 <= self.input_drop <= 1 and 0 <= self.drop < 1):
             raise QuantlensError("drop probabilities lie in 0 … 1 (drop below 1)")
-
-    def function(self) -> Loss:
-        return LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class UnitReport:
     unit: str
     before: float
     after: float
-    rounds: tuple[float, ...]
+    rounds: list[float]
     accepted: bool
     trained: int
     seconds: float
@@ -97,7 +96,7 @@ class Report:
 
     def info(self) -> list[dict[str, Any]]:
         """As JSON-able data."""
-        return [{**asdict(u), "rounds": list(u.rounds)} for u in self.units]
+        return [asdict(unit) for unit in self.units]
 
 
 @dataclass
@@ -107,7 +106,3 @@ class Result:
     report: UnitReport
     tensors: dict[str, Tensor] = field(default_factory=dict)
     quantizers: dict[str, Quantizer] = field(default_factory=dict)
-
-    @property
-    def changes(self) -> bool:
-        return bool(self.tensors or self.quantizers)
