@@ -125,8 +125,8 @@ REMOVED: dict[str, str] = {
     ),
     "quantlens.reconstruction.Trainer": "removed in quantlens 0.3; Trainer(groups).run(steps, loss) is "
     "train(groups, steps, loss)",
-    "quantlens.reconstruction.expected_error": "removed in quantlens 0.3; mean_output (in quantlens.reconstruction.bias) "
-    "of the quantized operands less that of the float ones is the same",
+    "quantlens.reconstruction.expected_error": "removed in quantlens 0.3; mean_output of the quantized operands less "
+    "that of the float ones is the same",
     "quantlens.reconstruction.optimise_scales": "removed in quantlens 0.3; reconstruct with "
     'Settings(("scales",), inputs="quantized") does the same',
 }

@@ -75,9 +75,9 @@ def trained_vectors(graph: Graph) -> list[fx.Node]:
     found = []
     for node in nodes:
         tensor, readers = graph.tensor(str(node.target)), list(node.users)
-        if uses[node.target] == len(readers) == tensor.dim() == 1 and tensor.is_floating_point():
-            if readers[0] in dynamic and op_name(readers[0]) in AFFINE and bool(torch.isfinite(tensor).all()):
-                found.append(node)
+        alone = uses[node.target] == len(readers) == 1 and readers[0] in dynamic and op_name(readers[0]) in AFFINE
+        if alone and tensor.dim() == 1 and tensor.is_floating_point() and bool(torch.isfinite(tensor).all()):
+            found.append(node)
     return found
 
 

@@ -99,9 +99,9 @@ class LearnedScale(nn.Module):
         return self.quantizer.scale * self.ratio.clamp(SMALLEST, LARGEST)
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        q, scale = self.freeze(), self.scale
+        scale = self.scale
         count = x.numel() // max(scale.numel(), 1)
-        return _through(q, x, kept, scale, 1.0 / math.sqrt(max(count, 1) * max(q.qmax, 1)))
+        return _through(self.quantizer, x, kept, scale, 1.0 / math.sqrt(max(count, 1) * max(self.quantizer.qmax, 1)))
 
     @torch.no_grad()
     def freeze(self) -> Quantizer:
@@ -115,21 +115,26 @@ def learnable(quantizer: Any) -> bool:
 
 
 def _through(q: Any, x: Tensor, kept: Tensor | None, scale: Tensor, factor: float = 0.0) -> Tensor:
-    """x̂ on the grid of a quantizer, straight through the rounding. scale: the quantizer's, with its gradient path."""
+    """x̂ on the grid of a quantizer whose scale is ``scale``, straight through the rounding."""
+    now, dims = scale.detach(), x.dim()
     if isinstance(q, GroupScaled):
         # a group's scale is as a constant times the learned one: the gradient does not see that it is rounded, nor
         # that it depends on x
         groups = q.groups(x)
         with torch.no_grad():
-            scales = q.scales(q.exponents(groups))
+            scales = q.scales(q.exponents(groups, now))
         kept = None if kept is None else q.groups(kept)
-        spread = scales * (scale / q.scale) if scale.requires_grad else scales
+        spread = scales * (scale / now) if scale.requires_grad else scales
         ends = float(q.qmin), float(q.qmax)
         return q.whole(_Quantize.apply(groups, spread, scales.reciprocal(), *ends, kept, factor, 0.5))
+    inverse, ends = 1.0 / now, q.bounds(dims)
     if isinstance(q, PowerOfTwo):
-        scale = scale * torch.exp2(q.exponents.to(scale.dtype))
-    dims = x.dim()
-    return _Quantize.apply(x, q.spread(scale, dims), q.spread(q.inverse, dims), *q.bounds(dims), kept, factor)
+        powers = torch.exp2(q.exponents.to(scale.dtype))
+        scale, inverse = scale * powers, inverse / powers
+        if q.zero_point.dim():
+            zero = moved_zero(q, now).to(scale.dtype)
+            ends = q.spread(q.qmin - zero, dims), q.spread(q.qmax - zero, dims)
+    return _Quantize.apply(x, q.spread(scale, dims), q.spread(inverse, dims), *ends, kept, factor)
 
 
 def moved_zero(quantizer: PowerOfTwo, scale: Tensor) -> Tensor:
