@@ -117,10 +117,6 @@ class StoredTensor:
     def __len__(self) -> int:
         return self.shape[0]
 
-    @property
-    def in_memory(self) -> bool:
-        return self._value is not None
-
     def read(self) -> Tensor:
         """The whole tensor."""
         return self._read(0, self.shape) if self._value is None else self._value

@@ -78,9 +78,6 @@ def _tails(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     if rows.shape[0] == 1 and rows.shape[1] > 4 * _PROBE and k * 16 < rows.shape[1]:
         return _far(rows[0], k, largest=False)[None], _far(rows[0], k, largest=True)[None]
-    if k * 8 > rows.shape[1]:
-        ordered = rows.sort(dim=1).values
-        return ordered[:, :k].contiguous(), ordered[:, -k:].flip(1)
     return rows.topk(k, dim=1, largest=False).values, rows.topk(k, dim=1).values
 
 

@@ -24,7 +24,6 @@ from quantlens.calibration.images import images_together
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.metrics.divergence import kl_divergence
-from quantlens.reconstruction.closed_form import damped
 from quantlens.reconstruction.losses import Metric
 from quantlens.reconstruction.units import Unit, find_units, frozen_hook, run_unit
 
@@ -72,7 +71,9 @@ def low_rank(gradients: Tensor, errors: Tensor, damping: float = DAMPING) -> Met
     g, d = gradients.flatten(1).double(), errors.flatten(1).double()
     if not bool(g.any()) or not bool(d.any()):
         return None
-    factors = torch.linalg.solve_triangular(torch.linalg.cholesky(damped(d @ d.T, damping)), g, upper=False)
+    inner = d @ d.T
+    inner.diagonal().add_(damping * inner.diagonal().mean())
+    factors = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), g, upper=False)
     diagonal = g.mean(0)
     factors /= (factors @ d.T).square().sum(0).mean().sqrt()
     diagonal /= (d.square() @ diagonal).mean()

@@ -60,9 +60,9 @@ def reconstruct(
     """
     settings = settings or Settings()
     units, originals = _units(graph, plan, reference or graph)
-    saved = (
-        Checkpoint(checkpoint, graph, plan, calibration, settings, seed, reference) if checkpoint is not None else None
-    )
+    saved = None
+    if checkpoint is not None:
+        saved = Checkpoint(checkpoint, graph, plan, calibration, settings, seed, reference)
     each, resumed = max(settings.iterations, 1), 0
     reports: list[UnitReport] = []
 
@@ -188,9 +188,8 @@ class _UnitTraining:
             env = self.streams.inputs(self.unit, images, settings.inputs, settings.input_drop, self.generator)
             env.update(self.learners.constants())
             total = torch.zeros((), device=self.device)
-            for node, got in zip(
-                self.unit.results, run_unit(self.graph, self.unit, env, len(images), hook), strict=True
-            ):
+            outputs = run_unit(self.graph, self.unit, env, len(images), hook)
+            for node, got in zip(self.unit.results, outputs, strict=True):
                 expected = self.streams.float[node].pick(images, self.device)
                 total = total + self.loss(got, expected, self._context(node, images))
             total = total / start

@@ -106,7 +106,10 @@ class LearnedScale(nn.Module):
     @torch.no_grad()
     def freeze(self) -> Quantizer:
         """The quantizer with the scale as learned, of the same format, width and granularity."""
-        return with_scale(self.quantizer, self.scale)
+        tensors = {**self.quantizer.tensors(), "scale": self.scale}
+        if isinstance(self.quantizer, PowerOfTwo):
+            tensors["zero_point"] = moved_zero(self.quantizer, self.scale)
+        return restore(self.quantizer.config(), tensors)
 
 
 def learnable(quantizer: Any) -> bool:
@@ -144,14 +147,6 @@ def moved_zero(quantizer: PowerOfTwo, scale: Tensor) -> Tensor:
         return quantizer.zero_point
     middle = (quantizer.qmin + quantizer.qmax) / 2
     return (middle + (quantizer.zero_point - middle) * (quantizer.scale / scale)).round()
-
-
-def with_scale(quantizer: Any, scale: Tensor) -> Quantizer:
-    """The same quantizer with another base scale (same shape, positive)."""
-    tensors = {**quantizer.tensors(), "scale": scale}
-    if isinstance(quantizer, PowerOfTwo):
-        tensors["zero_point"] = moved_zero(quantizer, scale)
-    return restore(quantizer.config(), tensors)
 
 
 def fake_quantize(quantizer: Any, x: Tensor, kept: Tensor | None = None) -> Tensor:
