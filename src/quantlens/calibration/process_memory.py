@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,19 +14,13 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 """Parameters of mallopt (malloc.h)."""
 
 
-def _libc() -> ctypes.CDLL | None:
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
-    except OSError:
-        return None
+_glibc = ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
 
 
 def return_memory() -> None:
     """Give freed memory back to the system: glibc keeps what large tensors leave behind."""
-    libc = _libc()
-    if libc is not None:
-        libc.malloc_trim(0)
+    if _glibc is not None:
+        _glibc.malloc_trim(0)
 
 
 @contextmanager
@@ -35,16 +30,15 @@ def held_memory() -> Iterator[None]:
     A training step makes and frees hundreds of tensors of some MB. glibc gives each back to the system and asks for it
     again, and touching fresh pages takes several times as long as the arithmetic on them.
     """
-    libc = _libc()
-    if libc is None:
+    if _glibc is None:
         yield
         return
-    libc.mallopt(MMAP_THRESHOLD, 1 << 25)  # the largest there is
-    libc.mallopt(TRIM_THRESHOLD, HELD)
-    libc.mallopt(TOP_PAD, HELD // 4)
+    _glibc.mallopt(MMAP_THRESHOLD, 1 << 25)  # the largest there is
+    _glibc.mallopt(TRIM_THRESHOLD, HELD)
+    _glibc.mallopt(TOP_PAD, HELD // 4)
     try:
         yield
     finally:
-        libc.mallopt(TRIM_THRESHOLD, 1 << 26)  # twice the largest mmap threshold, where glibc's own rule ends
-        libc.mallopt(TOP_PAD, 0)
-        libc.malloc_trim(0)
+        _glibc.mallopt(TRIM_THRESHOLD, 1 << 26)  # twice the largest mmap threshold, where glibc's own rule ends
+        _glibc.mallopt(TOP_PAD, 0)
+        _glibc.malloc_trim(0)

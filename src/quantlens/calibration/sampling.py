@@ -34,9 +34,12 @@ class ProductSampler:
     per_pair: int = 64
 
     # -- of one operand -------------------------------------------------------------------------------------------
-    def some_rows(self, pieces: Sequence[Tensor], rows_of: Callable[[Tensor], Any] = tokens) -> Tensor:
-        """At most ``rows`` rows [n, k] of pieces, as many from each, without repetition. rows_of: a piece's rows."""
-        share, picked = -(-self.rows // len(pieces)), []
+    def some_rows(
+        self, pieces: Sequence[Tensor], most: int | None = None, *, rows_of: Callable[[Tensor], Any] = tokens
+    ) -> Tensor:
+        """At most ``most`` (``rows``) rows of pieces, as many from each, without repetition. rows_of: piece -> its rows
+        [n, k]."""
+        share, picked = -(-(self.rows if most is None else most) // len(pieces)), []
         for piece in pieces:
             rows = rows_of(piece)
             if len(rows) > share:
@@ -64,7 +67,9 @@ class ProductSampler:
         site, (left, right) = product.site, tensors
         if "weight" in site.edges:
             rows_of = partial(patches, site, left[0])
-            return None if rows_of(right[0][:1]) is None else [left[0].flatten(1), self.some_rows(right, rows_of)]
+            if rows_of(right[0][:1]) is None:
+                return None
+            return [left[0].flatten(1), self.some_rows(right, rows_of=rows_of)]
         if not matrices(*tensors):
             return None
         pairs: list[list[Tensor]] = [[], []]

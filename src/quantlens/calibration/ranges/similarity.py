@@ -46,10 +46,6 @@ class Operand:
     def per_row(self) -> bool:
         return self.start is not None and self.start.dim() == 1
 
-    def tried(self, factors: list[float]) -> Tensor:
-        """The current scale, and all candidates: [1 + n, …]."""
-        return torch.stack([self.scale, *(self.start * factor for factor in factors)])  # type: ignore[operator]
-
     def quantized(self, scale: Tensor | None = None) -> Tensor:
         """The values on the grid of ``scale`` (the current one)."""
         scale = self.scale if scale is None else scale
@@ -62,6 +58,14 @@ class Operand:
 def candidate_factors(alpha: float, beta: float, count: int) -> list[float]:
     """α + i(β − α)/n, i = 0 … n − 1."""
     return [alpha + i * (beta - alpha) / count for i in range(count)]
+
+
+def _cheapest(moving: Operand, factors: list[float], cost: Callable[[Tensor], Tensor]) -> Operand:
+    """The operand with the scale, or one scale per row, whose quantized values cost least: the current one, or
+    factor·start."""
+    scales = torch.stack([moving.scale, *(moving.start * factor for factor in factors)])  # type: ignore[operator]
+    least = torch.stack([cost(moving.quantized(scale)) for scale in scales]).argmin(0, keepdim=True)
+    return replace(moving, scale=scales.gather(0, least)[0])
 
 
 def similarity(a: Operand, b: Operand) -> float:
@@ -89,9 +93,7 @@ def search(a: Operand, b: Operand, factors: list[float]) -> Operand:
         norm = ((values @ gram).mul_(values) if gram is not None else (values @ fixed.mT).square_()).sum(dims)
         return _cosine(values.mul_(pull).sum(dims).double(), norm.double(), whole)
 
-    scales = a.tried(factors)
-    best = torch.stack([cosine(a.quantized(scale)) for scale in scales]).argmax(0, keepdim=True)
-    return replace(a, scale=scales.gather(0, best)[0])
+    return _cheapest(a, factors, lambda values: -cosine(values))
 
 
 def alternate(a: Operand, b: Operand, factors: list[float], rounds: int) -> tuple[Operand, Operand, list[float]]:
@@ -230,7 +232,6 @@ def search_side(
     moving = left if side == "left" else right
     if moving.scale is None:
         return moving
-    scales = moving.tried(factors)
     judge = _through_gram(objective, left, right, offset) if side == "left" else None
     if judge is None:
         fixed = right.quantized() if side == "left" else left.quantized()
@@ -238,8 +239,7 @@ def search_side(
         def judge(values: Tensor) -> Tensor:
             return objective.of(values @ fixed.mT if side == "left" else fixed @ values.mT, offset)
 
-    costs = torch.stack([judge(moving.quantized(scale)) for scale in scales])
-    return replace(moving, scale=scales[costs.argmin()])
+    return _cheapest(moving, factors, judge)
 
 
 def _through_gram(
