@@ -100,6 +100,10 @@ def _units(graph: Graph, plan: Plan, reference: Graph) -> tuple[list[Unit], list
     return units, originals
 
 
+Made = tuple[dict[str, Tensor], dict[str, Quantizer]]
+"""Tensors of the graph by name, quantizers by edge key."""
+
+
 class _UnitTraining:
     """Training of one unit."""
 
@@ -118,41 +122,37 @@ class _UnitTraining:
         self.loss = LOSSES[settings.loss] if isinstance(settings.loss, str) else settings.loss
         self.generator = torch.Generator().manual_seed((seed << 20) + index)
         self.learners = Learners.of(graph, quantizers, unit, settings)
-        self.scale_of: dict[fx.Node, float] = {}
 
     def run(self, tell: Callable[[int], None]) -> tuple[Outputs, Result]:
         """Train in rounds, measure after each, keep the best. Returns the kept unit's results for all images, and what
         is to be changed; leaves graph and quantizers as they are. tell: called with the number of steps done."""
         started, trained = time.perf_counter(), len(self.learners.modules())
         outputs = self.streams.outputs(self.unit, frozen_hook(self.graph, self.unit, self.quantizers))
-        best = Result(UnitReport(self.unit.name, 0.0, 0.0, [], False, 0, 0.0))
-        if not trained or not self.unit.results:
-            return outputs, best
-        self.scale_of = {node: self._size(node) for node in self.unit.results}
-        before, history, state = self._measure(outputs), [], self.learners.state()
-        lowest, steps, rounds = before, self.settings.iterations, self.settings.rounds
+        self.scale_of = {node: self._size(node) for node in self.unit.results} if trained else {}
+        before = self._measure(outputs) if trained else 0.0
+        lowest, state, history = before, self.learners.state(), list[float]()
+        made: Made = ({}, {})
+        steps, rounds = self.settings.iterations, self.settings.rounds
         for number in range(rounds if math.isfinite(before) and before > 0 and steps > 0 else 0):
             first, last = steps * number // rounds, steps * (number + 1) // rounds
             self.learners.restore(state)
             self._train(before, first, last, 0.5**number, tell)
-            result, new = self._frozen(best.report)
-            after = self._measure(new)
-            history.append(after)
-            if after < lowest or not self.settings.guarded:
-                new, outputs, lowest, best, state = outputs, new, after, result, self.learners.state()
+            tried, new = self._frozen()
+            history.append(self._measure(new))
+            if history[-1] < lowest or not self.settings.guarded:
+                new, outputs, lowest, made, state = outputs, new, history[-1], tried, self.learners.state()
             for cache in new.values():
                 cache.free()
-        accepted = bool(best.tensors or best.quantizers)
         seconds = round(time.perf_counter() - started, 3)
-        best.report = UnitReport(self.unit.name, before, lowest, history, accepted, trained, seconds)
-        return outputs, best
+        report = UnitReport(self.unit.name, before, lowest, history, any(made), trained, seconds)
+        return outputs, Result(report, *made)
 
-    def _frozen(self, report: UnitReport) -> tuple[Result, Outputs]:
+    def _frozen(self) -> tuple[Made, Outputs]:
         """What training has made so far, and the unit's results with it."""
-        result = Result(report, *self.learners.freeze(self.graph.sites.edges))
-        hook = frozen_hook(self.graph, self.unit, {**self.quantizers, **result.quantizers}, result.tensors)
+        made = self.learners.freeze(self.graph.sites.edges)
+        hook = frozen_hook(self.graph, self.unit, {**self.quantizers, **made[1]}, made[0])
         constants = {node: value.detach() for node, value in self.learners.constants().items()}
-        return result, self.streams.outputs(self.unit, hook, constants)
+        return made, self.streams.outputs(self.unit, hook, constants)
 
     # -- the loss
     def _context(self, node: fx.Node, images: Tensor) -> Context:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -104,5 +104,5 @@ class Result:
     """What reconstruction made of one unit: float weights by name, quantizers by edge key."""
 
     report: UnitReport
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    quantizers: dict[str, Quantizer] = field(default_factory=dict)
+    tensors: dict[str, Tensor]
+    quantizers: dict[str, Quantizer]
