@@ -46,9 +46,13 @@ MODULES: dict[str, str] = {
     "quantlens.deploy.artefact": "quantlens.export.exported",
     "quantlens.deploy.guard": "quantlens.export.threshold",
     "quantlens.calibration.walk": "quantlens.calibration.passes",
+    "quantlens.calibration.process_memory": "quantlens.calibration.cache",
     "quantlens.attention.lens": "quantlens.attention.recording",
     "quantlens.studies.work": "quantlens.studies.measuring",
-    **dict.fromkeys(_of("reconstruction", "", "latent", "trained_tensors"), "quantlens.reconstruction.learners"),
+    **dict.fromkeys(
+        _of("reconstruction", "", "latent", "learners", "trained_tensors"), "quantlens.reconstruction.trainer"
+    ),
+    "quantlens.reconstruction.losses": "quantlens.reconstruction.settings",
     "quantlens.reconstruction.streams": "quantlens.reconstruction.units",
     "quantlens.studies.specs": "quantlens.studies.cell_labels",
     "quantlens.demo": "quantlens.report.demo",

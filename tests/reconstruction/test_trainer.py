@@ -10,7 +10,7 @@ import torch
 import quantlens as ql
 from quantlens.formats import Uniform
 from quantlens.reconstruction import AdaRound, Group, LearnedScale, Settings, find_units, train
-from quantlens.reconstruction.learners import Latent, Learners
+from quantlens.reconstruction.trainer import Latent, Learners
 
 
 def test_rates_fall_along_a_cosine_or_stay():

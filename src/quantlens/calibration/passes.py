@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from quantlens.calibration.cache import ActivationStore, StoredTensor
+from quantlens.calibration.cache import ActivationStore, StoredTensor, return_memory
 from quantlens.calibration.images import Calibration
 from quantlens.calibration.observers import Observation, Observer
-from quantlens.calibration.process_memory import return_memory
 from quantlens.errors import QuantlensError
 from quantlens.graph import Edge, Graph
 

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from quantlens.calibration.images import Calibration
-from quantlens.calibration.passes import CalibrationPass, EdgeView
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView
 from quantlens.errors import QuantlensError
-from quantlens.graph import Edge, Graph
+from quantlens.graph import Edge, Graph, Site
 from quantlens.graph.graph import argument
-from quantlens.graph.sites import Site
 
 OPERANDS = {
     "linear": ("weight", "input"),

@@ -4,10 +4,21 @@ from quantlens import _moved
 from quantlens.reconstruction.bias import correct_biases
 from quantlens.reconstruction.block_metrics import fisher_metrics, perturbation_metrics
 from quantlens.reconstruction.blocks import reconstruct
-from quantlens.reconstruction.losses import LOSSES, Context, Loss, Metric, MetricLoss, divergence, mse, token_norm
 from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale
-from quantlens.reconstruction.settings import Report, Settings, UnitReport
+from quantlens.reconstruction.settings import (
+    LOSSES,
+    Context,
+    Loss,
+    Metric,
+    MetricLoss,
+    Report,
+    Settings,
+    UnitReport,
+    divergence,
+    mse,
+    token_norm,
+)
 from quantlens.reconstruction.trainer import Group, train
 from quantlens.reconstruction.units import Unit, find_units
 

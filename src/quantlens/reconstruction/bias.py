@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Replacement
-from quantlens.formats import Quantizer
-from quantlens.formats.operators import Operator
-from quantlens.graph import Edge, Graph
-from quantlens.graph.sites import Site
+from quantlens.formats import Operator, Quantizer
+from quantlens.graph import Edge, Graph, Site
 from quantlens.transforms.layers import ensure_bias
 
 CHANNELS = {"linear": -1, "conv": -3}

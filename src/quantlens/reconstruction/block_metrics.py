@@ -24,7 +24,7 @@ from quantlens.calibration.images import images_together
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.metrics.divergence import kl_divergence
-from quantlens.reconstruction.losses import Metric
+from quantlens.reconstruction.settings import Metric
 from quantlens.reconstruction.units import Unit, find_units, frozen_hook, run_unit
 
 TEMPERATURE = 20.0

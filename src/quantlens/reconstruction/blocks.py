@@ -19,18 +19,16 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.calibration import CHUNK, MEMORY, ActivationStore, Calibration
-from quantlens.calibration.process_memory import held_memory
+from quantlens.calibration.cache import held_memory
 from quantlens.errors import UnsupportedError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.qmodel import Plan
 from quantlens.reconstruction.checkpoints import Checkpoint
-from quantlens.reconstruction.learners import Latent, Learners, Vector
-from quantlens.reconstruction.losses import LOSSES, Context
 from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale
-from quantlens.reconstruction.settings import Report, Result, Settings, UnitReport
-from quantlens.reconstruction.trainer import Group, train
+from quantlens.reconstruction.settings import LOSSES, Context, Report, Result, Settings, UnitReport
+from quantlens.reconstruction.trainer import Group, Latent, Learners, Vector, train
 from quantlens.reconstruction.units import Outputs, Streams, Unit, find_units, frozen_hook, random_mask, run_unit
 
 Progress = Callable[[int, int], None]
