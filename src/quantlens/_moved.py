@@ -46,9 +46,9 @@ MODULES: dict[str, str] = {
     "quantlens.deploy.artefact": "quantlens.export.exported",
     "quantlens.deploy.guard": "quantlens.export.threshold",
     "quantlens.calibration.walk": "quantlens.calibration.passes",
+    "quantlens.calibration.process_memory": "quantlens.calibration.cache",
     "quantlens.attention.lens": "quantlens.attention.recording",
     "quantlens.studies.work": "quantlens.studies.measuring",
-    "quantlens.reconstruction.latent": "quantlens.reconstruction.trained_tensors",
     "quantlens.studies.specs": "quantlens.studies.cells",
     "quantlens.report.charts": "quantlens.report.page",
     "quantlens.report.marks": "quantlens.studies.significance",
@@ -58,6 +58,11 @@ MODULES: dict[str, str] = {
     "quantlens.studies.database": "quantlens.studies.store",
     "quantlens.studies.study_file": "quantlens.studies.config",
     "quantlens.studies.executors.cluster": "quantlens.studies.executors.ray",
+    **dict.fromkeys(
+        _of("reconstruction", "", "latent", "learners", "trained_tensors"), "quantlens.reconstruction.trainer"
+    ),
+    "quantlens.reconstruction.losses": "quantlens.reconstruction.settings",
+    "quantlens.reconstruction.streams": "quantlens.reconstruction.units",
     "quantlens.demo": "quantlens.report.demo",
     "quantlens.report.text": "quantlens.studies.text",
     "quantlens.report.collect": "quantlens.studies.board",
@@ -130,6 +135,10 @@ REMOVED: dict[str, str] = {
         _of("reconstruction", "", "distillation", "distil", "Distillation", "DistillationReport"),
         f"{_DISTILLATION} tells what it gave",
     ),
+    "quantlens.reconstruction.Trainer": "removed in quantlens 0.3; Trainer(groups).run(steps, loss) is "
+    "train(groups, steps, loss)",
+    "quantlens.reconstruction.expected_error": "removed in quantlens 0.3; mean_output of the quantized operands less "
+    "that of the float ones is the same",
     "quantlens.reconstruction.optimise_scales": "removed in quantlens 0.3; reconstruct with "
     'Settings(("scales",), inputs="quantized") does the same',
 }
