@@ -47,6 +47,12 @@ MODULES: dict[str, str] = {
     "quantlens.deploy.guard": "quantlens.export.threshold",
     "quantlens.calibration.walk": "quantlens.calibration.passes",
     "quantlens.attention.lens": "quantlens.attention.recording",
+    "quantlens.attention.measure": "quantlens.attention.drift",
+    "quantlens.attention.tokens": "quantlens.attention.outlier_tokens",
+    "quantlens.attention.gradients": "quantlens.attention.maps",
+    "quantlens.attention.sets": "quantlens.attention.image_sets",
+    "quantlens.attention.selection": "quantlens.attention.image_sets",
+    "quantlens.attention.figures": "quantlens.attention.picture_grids",
     "quantlens.studies.work": "quantlens.studies.measuring",
     "quantlens.reconstruction.latent": "quantlens.reconstruction.trained_tensors",
     "quantlens.studies.specs": "quantlens.studies.cell_labels",
@@ -106,9 +112,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "quantlens.report.attention_gallery",
     ),
     "quantlens.attention.lookup": (
-        "quantlens.attention.selection",
         "quantlens.attention.maps",
-        "quantlens.attention.sets",
+        "quantlens.attention.image_sets",
         "quantlens.attention.study_cell",
     ),
 }

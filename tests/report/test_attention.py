@@ -51,7 +51,7 @@ def test_a_gallery_for_every_image_and_a_picture_for_every_cell(store):
     shot = gallery.maps[0][2][0]
     drawn = Image.open(io.BytesIO(base64.b64decode(shot.uri.removeprefix("data:image/webp;base64,")))).convert("RGB")
     values = pictures.relative(np.reshape(fp32["rollout"], (4, 4)))
-    expected = pictures.overlay(pictures.from_webp(fp32["thumbnail"]), values, scale=section.pictures.scale)
+    expected = pictures.overlay(pictures.from_webp(fp32["thumbnail"]), values, section.pictures.scale)
     assert np.abs(np.asarray(drawn, float) - np.asarray(expected, float)).mean() < 12
     assert (shot.label, shot.probability, shot.changed) == ("tench", "90 %", False)
     lowest = gallery.maps[0][2][-1]

@@ -20,7 +20,7 @@ CURVES = (RANK, KL, OUTLIERS)
 SHOWN = (RANK, KL, OUTLIERS, OVERLAP, CHANGED, OUTPUT_KL)
 
 Drifts = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""Precision -> image set -> summary (:meth:`quantlens.attention.measure.Drift.summary`)."""
+"""Precision -> image set -> summary (:meth:`quantlens.attention.drift.Drift.summary`)."""
 
 
 def drift(board: Board) -> list[PanelRow]:

@@ -66,7 +66,7 @@ class Galleries:
     @property
     def norm_bar(self) -> Shot:
         """The colours of the norms."""
-        return _bar(pictures.Scale(0.0, 1.0, "", "viridis"))
+        return _bar(pictures.Scale(colours=pictures.VIRIDIS))
 
 
 def galleries(board: Board) -> Galleries:
@@ -182,7 +182,7 @@ def map_shot(example: Example, base: Example | None, photo: Any, scale: pictures
     """A rollout map, divided by its mean, laid over the photograph."""
     values = _as_map(example, example["rollout"])
     assert values is not None
-    picture = pictures.overlay(photo, pictures.relative(values), scale=scale)
+    picture = pictures.overlay(photo, pictures.relative(values), scale)
     label = str(example.get("class_name") or f"class {example.get('label')}")
     probability = number(example.get("probability"))
     shown = "" if probability is None else f"{fixed(100 * probability, 0)} %"
@@ -198,12 +198,13 @@ def norm_shot(example: Example | None, base: Example | None, block: str, where: 
     reference = None if base is None else _as_map(base, (base.get("norms") or {}).get(block))
     scale = pictures.norm_scale(values if reference is None else reference)
     words = f"{fixed(float(np.min(values)), 1)} to {fixed(float(np.max(values)), 1)}"
-    uri = _uri(pictures.heat(values, scale=scale), lossless=True)
+    uri = _uri(pictures.heat(values, scale), lossless=True)
     return Shot(uri, f"Token norms after {block}, {where}: {words}", words)
 
 
 def _bar(scale: pictures.Scale) -> Shot:
-    return Shot(_uri(pictures.colour_bar(scale), lossless=True), "colours from low to high values", f"{scale.high:g}+")
+    colours = pictures.heat(np.linspace(scale.low, scale.high, 200)[None].repeat(12, 0), scale)
+    return Shot(_uri(colours, lossless=True), "colours from low to high values", f"{scale.high:g}+")
 
 
 def _uri(picture: Any, *, lossless: bool = False) -> str:
