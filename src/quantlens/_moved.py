@@ -57,6 +57,7 @@ MODULES: dict[str, str] = {
     "quantlens.reconstruction.latent": "quantlens.reconstruction.trained_tensors",
     "quantlens.studies.specs": "quantlens.studies.cell_labels",
     "quantlens.demo": "quantlens.report.demo",
+    "quantlens.report.attention_gallery": "quantlens.report.attention",
     "quantlens.report.text": "quantlens.studies.text",
     "quantlens.report.collect": "quantlens.studies.board",
 }
@@ -109,7 +110,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "quantlens.plots.attention",
         "quantlens.metrics.correlation",
         "quantlens.studies.drift",
-        "quantlens.report.attention_gallery",
     ),
     "quantlens.attention.lookup": (
         "quantlens.attention.maps",
