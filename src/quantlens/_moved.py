@@ -57,6 +57,9 @@ MODULES: dict[str, str] = {
     "quantlens.reconstruction.latent": "quantlens.reconstruction.trained_tensors",
     "quantlens.studies.specs": "quantlens.studies.cell_labels",
     "quantlens.demo": "quantlens.report.demo",
+    "quantlens.plots.attention": "quantlens.plots.precisions",
+    "quantlens.plots.lines": "quantlens.plots.precisions",
+    "quantlens.plots.files": "quantlens.plots.style",
     "quantlens.report.attention_gallery": "quantlens.report.attention",
     "quantlens.report.text": "quantlens.studies.text",
     "quantlens.report.collect": "quantlens.studies.board",
@@ -107,7 +110,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.allocation.allocation": ("quantlens.allocation.choosing",),
     "quantlens.studies": ("quantlens.evaluation",),
     "quantlens.report.attention": (
-        "quantlens.plots.attention",
+        "quantlens.plots.precisions",
         "quantlens.metrics.correlation",
         "quantlens.studies.drift",
     ),
