@@ -180,7 +180,7 @@ def _quantized(
 
 def _chart(found: Any, folder: Path) -> list[Path]:
     """The drift curves, where there are any."""
-    from quantlens.plots.attention import write_drift
+    from quantlens.plots.precisions import write_drift
 
     if found.unavailable:
         return []

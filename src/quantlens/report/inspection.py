@@ -16,50 +16,47 @@ from quantlens.studies.text import MISSING, count, fixed, percent
 
 RANKED = {"sqnr": "by the noise of the logits", "kl": "by the KL divergence"}
 
+Row = tuple[str, ...]
+
 
 def _largest(metric: str, weights: bool | None = None) -> Callable[[Any], str]:
-    """The largest of a metric over the edges of a part (all of them, its weights, or its activations) in three digits,
+    """The largest of a metric over the edges of a part (all of them, its weights, or its activations), in three digits
     without an exponent below a hundred thousand."""
 
-    def shown(part: Any) -> str:
+    def text(part: Any) -> str:
         values = [getattr(e, metric) for e in part.edges if weights is None or e.is_weight is weights]
         value = max((v for v in values if v is not None), default=None)
         if value is None:
             return MISSING
         return f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:.3g}"
 
-    return shown
+    return text
 
 
-_EFFECT: dict[str, Callable[[Any], str]] = {
+EFFECT: dict[str, Callable[[Any], str]] = {
     "bits": lambda p: p.bits,
     METRICS["sqnr_db"].heading: lambda p: fixed(p.effect.sqnr_db, 1),
     METRICS["kl"].heading: lambda p: f"{p.effect.kl:.2g}",
     METRICS["changed"].heading: lambda p: percent(p.effect.changed),
 }
-_COLUMNS = {
-    "block": _EFFECT,
-    "site": {
-        **_EFFECT,
-        "ratio A": _largest("range_ratio", False),
-        "ratio W": _largest("range_ratio", True),
-        "kurtosis A": _largest("kurtosis", False),
-        "kurtosis W": _largest("kurtosis", True),
-        "token norm": _largest("token_norm"),
-        "stands out": lambda p: p.remark(),
-    },
+OF_EDGES: dict[str, Callable[[Any], str]] = {
+    "ratio A": _largest("range_ratio", False),
+    "ratio W": _largest("range_ratio", True),
+    "kurtosis A": _largest("kurtosis", False),
+    "kurtosis W": _largest("kurtosis", True),
+    "token norm": _largest("token_norm"),
+    "stands out": lambda p: p.remark(),
 }
-"""What is said of every part of a kind: title -> cell. The last column of sites holds text."""
 
 
-def columns(by: str) -> list[str]:
-    """Titles of a table's columns; the first and, but for blocks, the last hold text."""
-    return [by, *_COLUMNS[by]]
+def columns(by: str) -> dict[str, Callable[[Any], str]]:
+    """Titles of a table's columns, and what gives their cells; the first and, but for blocks, the last hold text."""
+    return {by: lambda p: p.name, **EFFECT, **({} if by == "block" else OF_EDGES)}
 
 
-def table_rows(parts: Iterable[Any], by: str) -> list[tuple[str, ...]]:
+def table_rows(parts: Iterable[Any], by: str) -> list[Row]:
     """The cells of each part, in the order of :func:`columns`."""
-    return [(part.name, *(of(part) for of in _COLUMNS[by].values())) for part in parts]
+    return [tuple(cell(part) for cell in columns(by).values()) for part in parts]
 
 
 def explanation(found: Any) -> str:
@@ -73,18 +70,20 @@ def explanation(found: Any) -> str:
 
 
 def ranked(found: Any, by: str, rank: str) -> dict[str, Any]:
-    """The table of the parts of one kind, those that hurt most first: its name, (title, whether it holds text) of the
-    columns, and the rows."""
-    titles = columns(by)
-    text = {0} if by == "block" else {0, len(titles) - 1}
-    heads = [(title.capitalize() if i in text else title, i in text) for i, title in enumerate(titles)]
-    rows = table_rows(found.ranked(by, rank), by)
-    return {"name": f"{by.capitalize()}s, ranked {RANKED[rank]}", "columns": heads, "rows": rows}
+    """The parts of one kind, those that hurt most first: the table's name, (title, whether it holds text) of its
+    columns, and the cells."""
+    text = (by, "stands out")
+    heads = [(title.capitalize() if title in text else title, title in text) for title in columns(by)]
+    name = f"{by.capitalize()}s, ranked {RANKED[rank]}"
+    return {"name": name, "columns": heads, "rows": table_rows(found.ranked(by, rank), by)}
 
 
 def layers(board: Board) -> list[dict[str, Any]]:
     """What the report shows of each model that the study inspected: which layer hurts, in a sentence, a chart and the
-    ranked tables. Raises QuantlensError for an inspection of a newer quantlens."""
+    ranked tables; empty where there is none.
+
+    Raises QuantlensError for an inspection of a newer quantlens.
+    """
     return [
         {
             "model": found.model,
@@ -100,13 +99,13 @@ def layers(board: Board) -> list[dict[str, Any]]:
 def verdict(found: Any) -> str:
     """The part that hurts most and by how much, in one sentence."""
     by = "site" if found.sites else "block"
-    hurting = [part for part in found.ranked(by) if part.effect.sqnr_db is not None]
-    if not hurting:
+    ranked = [part for part in found.ranked(by) if part.effect.sqnr_db is not None]
+    if not ranked:
         return f"At {found.bits} no {by} alone changes the logits."
-    first = hurting[0]
+    first = ranked[0]
     said = f"At {found.bits} {first.name} alone hurts most: {fixed(first.effect.sqnr_db, 1)} dB"
-    for second in hurting[1:2]:
-        said += f", {fixed(second.effect.sqnr_db - first.effect.sqnr_db, 1)} dB below the next, {second.name}"
+    if len(ranked) > 1:
+        said += f", {fixed(ranked[1].effect.sqnr_db - first.effect.sqnr_db, 1)} dB below the next, {ranked[1].name}"
     return f"{said} ({first.remark()})." if first.remark() else f"{said}."
 
 

@@ -95,10 +95,9 @@ class Backend:
         from quantlens.errors import UnsupportedError
 
         try:
-            found = survey(reference, {"": model}, id, ood, images=spec.images, show=spec.show, progress=progress)
+            return survey(reference, model, id, ood, images=spec.images, show=spec.show, progress=progress)
         except UnsupportedError as error:
             return {"attention": {"unavailable": str(error)}}
-        return found[""]
 
     def inspect(
         self, model: Any, images: Any, choice: MethodChoice, bits: str, seed: int, progress: Any
