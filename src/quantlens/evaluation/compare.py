@@ -60,12 +60,12 @@ class Compared:
     seeds: list[list[int]]
     """[seed of A, seed of B] of every pair"""
     n_id: int | None
-    figures: list[Difference]
+    metrics: list[Difference]
     without_interval: str = ""
     """why there are no intervals"""
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "figures": [figure.to_dict() for figure in self.figures]}
+        return {**asdict(self), "metrics": [metric.to_dict() for metric in self.metrics]}
 
 
 @dataclass
@@ -263,12 +263,12 @@ def _corrected(groups: Sequence[Compared], resamples: int) -> list[str]:
     p = {
         f"{i} {figure.path}": figure.p
         for i, group in enumerate(groups)
-        for figure in group.figures
+        for figure in group.metrics
         if figure.p is not None
     }
     corrected = holm(p)
     for i, group in enumerate(groups):
-        group.figures = [replace(f, p_holm=corrected.get(f"{i} {f.path}")) for f in group.figures]
+        group.metrics = [replace(f, p_holm=corrected.get(f"{i} {f.path}")) for f in group.metrics]
     needed = round(2 * len(p) / (1 - LEVEL))
     if needed <= resamples:
         return []
