@@ -242,7 +242,7 @@ def test_option_values() -> None:
         "a": 1, "b": 0.5, "c": True, "d": None, "e": "log-sqrt2", "f_g": [1, 2], "h": "x=y",
     }  # fmt: skip
     assert _common.names(["a,b", " c "]) == ["a", "b", "c"]
-    assert _common.names(None) is None
+    assert _common.names(None) == []
     assert _common.whole_numbers(["0,13", "37"], "--seeds") == [0, 13, 37]
 
 

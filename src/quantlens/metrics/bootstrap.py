@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from quantlens.metrics.classification import equal_width_bins
 
 Array = NDArray[Any]
+Key = TypeVar("Key")
 
 ID = ""
 """The name of the ID images among the sets."""
@@ -138,8 +138,7 @@ def _running(counts: Array) -> Array:
 # ---- differences -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A percentile interval and a two-sided p-value of "the difference is 0"."""
 
     low: float
@@ -175,7 +174,7 @@ def interval(drawn: Array, level: float = 0.95) -> Interval:
     return Interval(float(low), float(high), min(1.0, 2 * (tail + 1) / (drawn.size + 1)))
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
+def holm(p: Mapping[Key, float]) -> dict[Key, float]:
     """p-values corrected for their number: the step-down of Holm, Scandinavian Journal of Statistics 6, 1979."""
     ordered = sorted(p, key=lambda name: p[name])
     raised = np.maximum.accumulate([p[name] * (len(p) - i) for i, name in enumerate(ordered)])
