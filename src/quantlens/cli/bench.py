@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from quantlens.cli import _common, _options
 from quantlens.errors import QuantlensError
 from quantlens.files import check_writable
-
-if TYPE_CHECKING:
-    from quantlens.export.bench import Race, Timing
-
 
 HELP = """Time exported models against each other, in one process with interleaved runs.
 
@@ -60,8 +56,11 @@ def bench(
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
+    from quantlens.evaluation.environment import environment
     from quantlens.evaluation.open_models import open_float
     from quantlens.export.bench import check_files, race
+    from quantlens.studies.benchmarks import put_timings
+    from quantlens.studies.store import Store
 
     check_writable(json)
     check_writable(store and store / "store.sqlite")
@@ -81,23 +80,14 @@ def bench(
             progress=partial(step, "timing"),
         )
     if store is not None:
-        _keep(found, store)
+        with Store(store) as kept:
+            put_timings(kept, found.to_list(), found.facts, environment())
     _common.show([_table(found.timings)], found.to_list(), json, "the timings")
     if store is not None:
         print(f"kept in {store}; `quantlens report {store}` shows them")
 
 
-def _keep(found: Race, directory: Path) -> None:
-    """Record the run in a study's store."""
-    from quantlens.evaluation.environment import environment
-    from quantlens.studies.benchmarks import put_timings
-    from quantlens.studies.store import Store
-
-    with Store(directory) as store:
-        put_timings(store, found.to_list(), found.facts, environment())
-
-
-def _table(found: list[Timing]) -> Any:
+def _table(found: list[Any]) -> Any:
     rows = [
         (
             t.label,

@@ -42,7 +42,7 @@ from quantlens.cli._common import Stopped, add_command
 from quantlens.errors import QuantlensError, QuantlensWarning, debugging
 
 # The base of "no such option" and the like. Some versions of typer bring a click of their own, so it is found by name.
-CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+CLICK_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="quantlens",
@@ -90,7 +90,7 @@ def options(
     """Options of the program itself."""
 
 
-def main(arguments: list[str] | None = None) -> NoReturn:
+def main() -> NoReturn:
     """Run a command and exit with its code."""
     # Threads of torch that wait for work otherwise spin, which makes it many times slower on a machine that does other
     # things too. Must stand in the environment before torch is imported.
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
 
     signal.signal(signal.SIGTERM, end)  # of a container or a batch system: all is left as after Ctrl-C
-    code = run(sys.argv[1:] if arguments is None else arguments)
+    code = run(sys.argv[1:])
     sys.exit(128 + ended[0] if ended else code)
 
 
@@ -131,8 +131,9 @@ def run(arguments: list[str]) -> int:
     except typer.Exit as error:
         return int(error.exit_code)
     except CLICK_ERROR as error:
-        _complain(_usage(error))
-        return int(getattr(error, "exit_code", 2))
+        path = getattr(getattr(error, "ctx", None), "command_path", "quantlens")
+        _complain(f"{error.format_message().rstrip('.')}; see `{path} --help`")
+        return error.exit_code
     except (BrokenPipeError, SystemExit) as error:  # rich and typer make the latter of the former
         if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
             raise
@@ -177,13 +178,3 @@ def _short_warnings() -> Iterator[None]:
 def _complain(text: str, prefix: str = "error: ") -> None:
     """One line on stderr."""
     print(prefix + " ".join(text.split()), file=sys.stderr)
-
-
-def _usage(error: Any) -> str:
-    """What click says of a wrong command line, with the command whose help tells more."""
-    path = getattr(getattr(error, "ctx", None), "command_path", "quantlens")
-    return f"{error.format_message().rstrip('.')}; see `{path} --help`"
-
-
-if __name__ == "__main__":
-    main()

@@ -52,7 +52,7 @@ def _metrics(outputs: Outputs, wanted: Wanted, counts: Mapping[str, Array]) -> d
     vectors = (outputs.rank, outputs.confidence, outputs.nll, outputs.brier)
     n_bins = int(outputs.about["n_bins"])
     metrics = classification(*vectors, counts[ID], n_bins=n_bins, wanted=wanted.metrics)
-    found = {f"id.{name}": values for name, values in metrics.items()}
+    found = {f"id.{name}": metrics[name] for name in ID_METRICS if name in metrics}
     groups = {
         group: [s for s in wanted.sets if group in ("all", outputs.groups[s])] for group in ("far", "near", "all")
     }

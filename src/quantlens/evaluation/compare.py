@@ -199,19 +199,17 @@ def _groups(one: Match, sets: Sequence[str]) -> dict[str, list[str]]:
 
 def _values(entry: Entry, wanted: Wanted, groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """The metrics of an entry: those of its result, else those of its per-image outputs; then the means over sets."""
-    tails = [f"{score}.{metric}" for score in wanted.scores for metric in OOD_METRICS]
-    paths = [f"id.{metric}" for metric in ID_METRICS]
-    paths += [f"ood.{name}.{score}.{m}" for score in wanted.scores for name in wanted.sets for m in OOD_METRICS]
     if entry.result is None:
         known = point(entry.outputs, wanted)
     else:
-        known = {f"id.{metric}": value for metric, value in entry.result["id"].items()}
-        for name in wanted.sets:
-            by_score = {score: entry.result["ood"][name].get(score, {}) for score in wanted.scores}
-            known |= {f"ood.{name}.{score}.{m}": v for score, found in by_score.items() for m, v in found.items()}
-    values = {path: known[path] for path in paths if known.get(path) is not None}
+        known = {f"id.{metric}": entry.result["id"].get(metric) for metric in ID_METRICS}
+        for score in wanted.scores:
+            for name in wanted.sets:
+                found = entry.result["ood"][name].get(score, {})
+                known |= {f"ood.{name}.{score}.{metric}": found.get(metric) for metric in OOD_METRICS}
+    values = {path: v for path, v in known.items() if v is not None and not path.startswith("ood_mean.")}
     for group, names in groups.items():
-        for tail in tails:
+        for tail in (f"{score}.{metric}" for score in wanted.scores for metric in OOD_METRICS):
             parts = [values[f"ood.{name}.{tail}"] for name in names if f"ood.{name}.{tail}" in values]
             if len(parts) == len(names):
                 values[f"ood_mean.{group}.{tail}"] = sum(parts) / len(parts)

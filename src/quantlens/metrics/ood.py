@@ -20,14 +20,6 @@ COUNTS = frozenset({"n", "n_id", "n_ood", "n_sets", "skipped", "num_classes"})
 """Keys that hold a number of things: they have no change by quantization and no mean over sets."""
 
 
-def _other_at_95(positive: Int, scores: Float) -> float:
-    """Share of the other images taken at the first threshold that takes at least 95 % of the positive ones."""
-    from sklearn.metrics import roc_curve
-
-    other, taken, _ = roc_curve(positive, scores, drop_intermediate=False)
-    return float(other[np.argmax(taken >= 0.95)])
-
-
 def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, Any]:
     """Metrics of one score on ID and OOD images, `id_scores` [N] and `ood_scores` [M].
 
@@ -44,7 +36,12 @@ def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, Any]:
 
     Raises QuantlensError for an empty set and for scores that are NaN or infinite.
     """
-    from sklearn.metrics import average_precision_score, roc_auc_score  # late: it takes a second to import
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # late: it takes a second to import
+
+    def other_at_95(positive: Int, scores: Float) -> float:
+        """Share of the other images taken at the first threshold that takes at least 95 % of the positive ones."""
+        other, taken, _ = roc_curve(positive, scores, drop_intermediate=False)
+        return float(other[np.argmax(taken >= 0.95)])
 
     ins, outs = as_vector(id_scores, "ID scores"), as_vector(ood_scores, "OOD scores")
     n, m = ins.size, outs.size
@@ -54,8 +51,8 @@ def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, Any]:
         "aupr_out": float(average_precision_score(1 - inside, -scores)),
         "aupr_in": float(average_precision_score(inside, scores)),
         "auroc": float(roc_auc_score(inside, scores)),
-        "fpr95_id": _other_at_95(inside, scores),
-        "fpr95_ood": _other_at_95(1 - inside, -scores),
+        "fpr95_id": other_at_95(inside, scores),
+        "fpr95_ood": other_at_95(1 - inside, -scores),
         "chance_aupr_out": m / (n + m),
         "chance_aupr_in": n / (n + m),
         "n_id": n,
