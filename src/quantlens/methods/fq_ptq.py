@@ -296,7 +296,7 @@ def integer_layer_norm(graph: Graph, site: Site, quantizers: dict[str, Quantizer
     if (gamma is None and args[0] is not None) or (beta is None and args[1] is not None):
         return None
     eps = float(args[2]) if args[2] is not None else float(site.node.kwargs.get("eps", 1e-5))  # type: ignore[arg-type]
-    return IntegerLayerNorm(
+    return IntegerLayerNorm.of(
         source.scale * abs(factor),
         ones if gamma is None else gamma,
         ones * 0 if beta is None else beta,

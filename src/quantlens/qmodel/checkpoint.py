@@ -26,7 +26,7 @@ from quantlens.ambient import isolated
 from quantlens.data import Preprocess
 from quantlens.errors import BadWeightsError, QuantlensWarning, StorageError
 from quantlens.files import write_whole
-from quantlens.formats import restore, restore_operator
+from quantlens.formats import restore
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
 from quantlens.qmodel.model import QuantizedModel
 from quantlens.qmodel.plan import Plan
@@ -233,8 +233,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
         own = _by_owner(tensors)
         quantizers = {k: restore(config, own.get(f"quantizer/{k}", {})) for k, config in header["quantizers"].items()}
         operators = {
-            k: restore_operator(config, own.get(f"operator/{k}", {}))
-            for k, config in header.get("operators", {}).items()
+            k: restore(config, own.get(f"operator/{k}", {})) for k, config in header.get("operators", {}).items()
         }
         values = {k.removeprefix("float/"): v for k, v in tensors.items() if k.startswith("float/")}
         for key, weight in header["weights"].items():
