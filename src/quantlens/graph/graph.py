@@ -72,15 +72,12 @@ def replace_argument(node: fx.Node, which: int | str, value: Any) -> None:
     """
     schema = _schema(node)
     names = [a.name for a in schema]
-    if isinstance(which, str) and which not in names and which not in node.kwargs:
+    if which not in (names if isinstance(which, str) else range(len(names))):
         raise ValueError(f"{op_name(node)} has no argument {which!r}")
-    name = which if isinstance(which, str) else (names[which] if which < len(names) else None)
-    position = names.index(name) if name in names else which
-    if name in node.kwargs or (isinstance(position, int) and position < len(names) and schema[position].kwarg_only):
-        node.update_kwarg(str(name), value)
+    position = names.index(which) if isinstance(which, str) else which
+    if schema[position].kwarg_only or names[position] in node.kwargs:
+        node.update_kwarg(names[position], value)
         return
-    if not isinstance(position, int) or position > max(len(node.args), len(names) - 1):
-        raise ValueError(f"{op_name(node)} has no argument {which!r}")
     args, kwargs = list(node.args), dict(node.kwargs)
     for missing in schema[len(args) : position]:
         if missing.name not in kwargs and not missing.has_default_value():
