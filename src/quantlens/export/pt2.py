@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from quantlens.errors import UnsupportedError
 from quantlens.files import write_whole
 from quantlens.formats import Quantizer, Uniform
-from quantlens.graph.graph import put_tensor, replace_argument
+from quantlens.graph.graph import put_tensor, replace_argument, tensor_tree
 from quantlens.qmodel import QuantizedModel
 
 
@@ -51,9 +51,7 @@ def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
         raise UnsupportedError("integer LayerNorm and softmax have no standard operators; export with --simulate")
     if qmodel.plan.operators:
         return _Logits(copy.deepcopy(qmodel).simulation())
-    root = nn.Module()
-    for name, value in graph.tensors().items():
-        put_tensor(root, name, value)
+    root = tensor_tree(graph.tensors())
     edges = graph.sites.edges
     for number, (key, quantizer) in enumerate(qmodel.plan.quantizers.items()):
         edge = edges[key]

@@ -260,7 +260,7 @@ def integer_layer_norm(graph: Graph, site: Site, quantizers: dict[str, Quantizer
         return None
     gamma = torch.ones(shape[0], device=graph.device) if gamma is None else gamma
     beta = torch.zeros(shape[0], device=graph.device) if beta is None else beta
-    return IntegerLayerNorm(source.scale * abs(factor), gamma, beta, float(argument(site.node, "eps")), output)
+    return IntegerLayerNorm.of(source.scale * abs(factor), gamma, beta, float(argument(site.node, "eps")), output)
 
 
 def _quantizer_of(graph: Graph, site: Site, quantizers: dict[str, Quantizer]) -> tuple[Quantizer | None, float]:
