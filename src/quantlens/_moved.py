@@ -53,6 +53,7 @@ MODULES: dict[str, str] = {
     "quantlens.demo": "quantlens.report.demo",
     "quantlens.report.text": "quantlens.studies.text",
     "quantlens.report.collect": "quantlens.studies.board",
+    "quantlens.zoo.augment": "quantlens.zoo.recipe",
 }
 """Old module -> new module."""
 
