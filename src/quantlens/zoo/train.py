@@ -39,7 +39,8 @@ def measure(model: nn.Module, entry: zoo.ZooEntry) -> dict[str, Any]:
         return torch.cat([model(x) for x, _ in batches]).numpy()
 
     score, logits = make_scorer("msp", None), logits_of(entry.sources.id)
-    figures = classification_metrics(logits, load_images(entry.sources.id, entry.preprocess).labels)
+    labels = load_images(entry.sources.id, entry.preprocess).check_labels(len(entry.class_names))
+    figures = classification_metrics(logits, labels)
     result: dict[str, Any] = {key: figures[key] for key in ("n", "top1", "nll", "ece")}
     result["ood"] = {}
     for name, ood in entry.sources.ood.items():
