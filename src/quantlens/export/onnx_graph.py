@@ -27,8 +27,8 @@ OPSET = 21
 IR_VERSION = 10
 
 CODE_TYPES = {(8, True): "INT8", (8, False): "UINT8", (4, True): "INT4", (4, False): "UINT4"}
-"""Width of codes and whether they are signed -> the type that QuantizeLinear and DequantizeLinear have for them (16 bits
-are no use to kernels)."""
+"""Width of codes and whether they are signed -> the type that Quantize- and DequantizeLinear have for them (16 bits are
+no use to kernels)."""
 
 WEIGHT_TYPES = CODE_TYPES | {(bits, True): "INT8" for bits in (5, 6, 7)}
 """The same for weights: codes of 5 to 7 bits are codes of 8. An activation's would have to be clipped apart."""
