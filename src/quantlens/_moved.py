@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -77,6 +77,7 @@ MODULES: dict[str, str] = {
     "quantlens.report.attention_gallery": "quantlens.report.attention",
     "quantlens.report.text": "quantlens.studies.text",
     "quantlens.report.collect": "quantlens.studies.board",
+    "quantlens.zoo.augment": "quantlens.zoo.recipe",
 }
 """Old module -> new module."""
 
@@ -156,19 +157,18 @@ REMOVED: dict[str, str] = {
 """Modules and names that are gone -> what to tell."""
 
 
-def _internal(file: str) -> bool:
-    return (file.startswith(_PACKAGE) and file.endswith(("_moved.py", "__init__.py"))) or "importlib" in file
-
-
-def tell(old: str, new: str) -> None:
-    """Warn whoever uses ``old``: the first line of code outside of this file and of the import system."""
+def warn(message: str) -> None:
+    """A DeprecationWarning for the first line of code outside of the package and of the import system."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and _internal(frame.f_code.co_filename):
+    while frame.f_back and (frame.f_code.co_filename.startswith(_PACKAGE) or "importlib" in frame.f_code.co_filename):
         frame = frame.f_back
-    message = f"quantlens: {old} is {new} now; quantlens {DROPPED} drops the old name"
     where = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "")
     registry = frame.f_globals.setdefault("__warningregistry__", {})
     warnings.warn_explicit(message, DeprecationWarning, *where, registry=registry)
+
+
+def _tell(old: str, new: str) -> None:
+    warn(f"quantlens: {old} is {new} now; quantlens {DROPPED} drops the old name")
 
 
 ARGUMENTS = ("patch_bits", "head_bits", "outlier_channels", "image", "target")
@@ -188,38 +188,22 @@ def arguments_apart(options: Mapping[str, Any], written: Callable[[str], str]) -
     return shared, {name: value for name, value in options.items() if name not in known}
 
 
-def warn(message: str) -> None:
-    """A DeprecationWarning for the first caller outside of the package."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, DeprecationWarning, stacklevel=level)
-
-
 def find(package: str, name: str) -> Any:
     """``name`` of an old package, from where it is now. Raises ImportError for a removed name, else AttributeError."""
-    if f"{package}.{name}" in REMOVED:
-        raise ImportError(f"quantlens: {package}.{name}: {REMOVED[f'{package}.{name}']}")
-    if f"{package}.{name}" in RENAMED:
-        new = RENAMED[f"{package}.{name}"]
-        tell(f"{package}.{name}", new)
-        place, _, renamed = new.rpartition(".")
-        return getattr(import_module(place), renamed)
-    for place in PACKAGES.get(package, ()):
-        module = import_module(place)
-        if not name.startswith("_") and hasattr(module, name):
-            tell(f"{package}.{name}", f"{place}.{name}")
-            return getattr(module, name)
+    old = f"{package}.{name}"
+    if old in REMOVED:
+        raise ImportError(f"quantlens: {old}: {REMOVED[old]}")
+    place, _, renamed = RENAMED.get(old, "").rpartition(".")
+    places = (place,) if place else PACKAGES.get(package, ())
+    for module in map(import_module, places):
+        if not name.startswith("_") and hasattr(module, renamed or name):
+            _tell(old, f"{module.__name__}.{renamed or name}")
+            return getattr(module, renamed or name)
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 
 class _Alias(ModuleType):
     """An old module: every attribute is the new module's."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        if name in PACKAGES:
-            self.__path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -228,28 +212,19 @@ class _Alias(ModuleType):
             return find(self.__name__, name)
         return getattr(import_module(MODULES[self.__name__]), name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("__") or self.__name__ not in MODULES or f"{self.__name__}.{name}" in MODULES:
-            super().__setattr__(name, value)
-        else:
-            setattr(import_module(MODULES[self.__name__]), name, value)
-
 
 class _Finder:
     """Finds old modules by their names; asked last, when nothing else was found."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name in REMOVED:
             raise ModuleNotFoundError(f"quantlens: {name}: {REMOVED[name]}", name=name)
-        if name not in MODULES and name not in PACKAGES:
-            return None
-        return ModuleSpec(name, self, is_package=name in PACKAGES)  # type: ignore[arg-type]
+        known = name in MODULES or name in PACKAGES
+        return ModuleSpec(name, self, is_package=name in PACKAGES) if known else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         if spec.name in MODULES:
-            tell(spec.name, MODULES[spec.name])
+            _tell(spec.name, MODULES[spec.name])
         return _Alias(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -258,5 +233,4 @@ class _Finder:
 
 def install() -> None:
     """Let old imports be found."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())  # type: ignore[arg-type]
+    sys.meta_path.append(_Finder())  # type: ignore[arg-type]
