@@ -97,7 +97,7 @@ def _show(found: Any, rank: str, top: int | None) -> None:
         ranked = found.ranked(by, rank)
         rows = inspection.table_rows(ranked[:top], by)
         size = f"all {len(ranked)}" if len(rows) == len(ranked) else f"{len(rows)} of {len(ranked)}"
-        heads = inspection.columns(by)
+        heads = list(inspection.columns(by))
         numbers = heads[1:] if by == "block" else heads[1:-1]
         print(f"{found.model} {found.bits}, {by}s {inspection.RANKED[rank]}: {size}")
         table = _common.table(heads, rows, right=numbers, whole=heads[:1], box=None, pad_edge=False)
