@@ -14,7 +14,6 @@ from PIL import Image
 from quantlens.attention import metrics, pictures
 from quantlens.plots import FIGURES
 from quantlens.report import attention as lens
-from quantlens.report import attention_gallery as gallery_part
 from quantlens.report.build import render
 from quantlens.studies.board import collect
 from quantlens.studies.drift import drift_of, links
@@ -137,7 +136,7 @@ def test_too_many_pictures_are_left_out_and_counted(store, monkeypatch):
     _, whole = _section(store)
     first = whole.pictures.shown[0]
     size = sum(len(s.uri) for rows in (first.maps, first.norms) for *_, cells in rows for s in cells)
-    monkeypatch.setattr(gallery_part, "PICTURE_BYTES", int(2.5 * size))
+    monkeypatch.setattr(lens, "PICTURE_BYTES", int(2.5 * size))
     board, section = _section(store)
     assert (len(section.pictures.shown), section.pictures.left_out) == (2, 2)
     assert "2 further images" in render(board)
