@@ -32,15 +32,12 @@ def render(template: str, *, shown: tuple[str, str] = ("", ""), **context: Any) 
         lstrip_blocks=True,
     )
     environment.globals |= {"chart": Charts(*shown), "version": __version__}
-    style, *scripts = (_asset(name) for name in ("report.css", "charts.js", "report.js"))
+    assets = ("report.css", "charts.js", "report.js")
+    style, *scripts = ((HERE / "assets" / name).read_text(encoding="utf-8") for name in assets)
     script = "".join(scripts)
     return environment.get_template(template).render(
         policy=content_policy(style, script, library()), style=Markup(style), script=Markup(script), **context
     )
-
-
-def _asset(name: str) -> str:
-    return (HERE / "assets" / name).read_text(encoding="utf-8")
 
 
 def content_policy(style: str, *scripts: str) -> str:
