@@ -60,6 +60,8 @@ MODULES: dict[str, str] = {
     "quantlens.report.marks": "quantlens.studies.significance",
     "quantlens.studies.pairing": "quantlens.studies.compare",
     "quantlens.studies.executors.worker": "quantlens.studies.measuring",
+    "quantlens.studies.executors.driver": "quantlens.studies.runner",
+    "quantlens.report.attention_gallery": "quantlens.report.attention",
     "quantlens.studies.cell_labels": "quantlens.studies.cells",
     "quantlens.studies.database": "quantlens.studies.store",
     "quantlens.studies.study_file": "quantlens.studies.config",
