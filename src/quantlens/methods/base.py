@@ -365,13 +365,10 @@ def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
     passed_on = {_origin(s.edges["input"].value) for s in softmaxes} & {s.node for s in graph.sites.of_kind("scores")}
     groups: dict[Any, list[Edge]] = {}
     for site in graph.sites:
-        for edge in site.edges.values():
-            if edge.is_weight:
-                continue
+        chosen = set(map(op_name, site.node.users)) <= {"aten.index_select.default"}
+        for edge in (edge for edge in site.edges.values() if not edge.is_weight):
             if edge.position is None:
-                if site.node not in passed_on and not set(map(op_name, site.node.users)) <= {
-                    "aten.index_select.default"
-                }:
+                if site.node not in passed_on and not chosen:
                     groups.setdefault(site.node, []).append(edge)
             elif site.kind == "probs":
                 groups[edge.key] = [edge]
