@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,7 +176,9 @@ def operand_side(
     if bits == FLOAT:
         return Side(values)
     if edge.name == "output":
-        return _softmax_side(values, bits)
+        # split by magnitude at 2⁻ⁱ; at first, where range 1 has about the step of 2b − 1 bits
+        shifts = torch.arange(SPLITS, dtype=torch.float32, device=values.device)[:, None, None]
+        return _twin_side(values, lambda shift: Twin.by_magnitude(int(shift), bits), shifts, shifts[bits])
     groups: str | Tensor | None = None
     if edge.is_weight:
         groups = _weight_groups(product, values, fused, run)
@@ -189,7 +193,8 @@ def operand_side(
     start = starting_scale(largest, half - 0.5)
     steps = factors.to(start)[:, None] * start
     if after_gelu(edge):
-        return _gelu_side(values, start, steps[:, 0], bits, aligned=run["aligned_steps"])
+        pairs, first = (gelu_steps(p, bits, aligned=run["aligned_steps"]) for p in (steps[:, 0], start))
+        return _twin_side(values, partial(Twin.by_sign, bits=bits), pairs, first[0])
 
     def uniform(x: Tensor, step: Tensor) -> Tensor:
         return (x / step).round_().clamp_(-half, half - 1).mul_(step)
@@ -205,25 +210,13 @@ def _weight_groups(product: Product, weight: Tensor, fused: set[str], run: Run) 
     return rows // (len(rows) // 3) if product.site.name in fused and len(rows) % 3 == 0 else None
 
 
-def _softmax_side(values: Tensor, bits: int) -> Side:
-    """Twin, split by magnitude at 2⁻ⁱ; at first, where range 1 has about the step of 2b − 1 bits."""
-    shifts = torch.arange(SPLITS, dtype=torch.float32, device=values.device)[:, None, None]
+def _twin_side(values: Tensor, make: Callable[..., Twin], candidates: Tensor, first: Tensor) -> Side:
+    """An operand in twin formats, each made of its parameters."""
 
-    def twin(x: Tensor, shift: Tensor) -> Tensor:
-        return torch.stack([Twin.by_magnitude(int(m), bits)(x) for m in shift.flatten()])
+    def twin(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.stack([make(*one)(x) for one in zip(*(p.flatten() for p in parameters), strict=True)])
 
-    return Side(values, twin, shifts, shifts[bits])
-
-
-def _gelu_side(values: Tensor, start: Tensor, positive: Tensor, bits: int, *, aligned: bool) -> Side:
-    """Twin, split by sign. start [1], positive [C]: steps of the values that are not negative."""
-
-    def twin(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        both = zip(low.flatten(), high.flatten(), strict=True)
-        return torch.stack([Twin.by_sign(one, two, bits)(x) for one, two in both])
-
-    pairs, first = (gelu_steps(p, bits, aligned=aligned) for p in (positive, start))
-    return Side(values, twin, pairs, first[0])
+    return Side(values, twin, candidates, first)
 
 
 def gelu_steps(positive: Tensor, bits: int, *, aligned: bool) -> Tensor:
