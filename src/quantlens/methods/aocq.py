@@ -251,10 +251,9 @@ def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, 
     """s₀: a quantizer for every group of :func:`everything_edges`, from the float model's activations."""
     groups = {g[0].key: g for g in everything_edges(graph) if bits.of(graph, g[0]) != FLOAT}
     residual = residual_edges(graph) if run["operator"] else set()
-    by_token: set[str] = set()
-    if run["loss"] == "token-norm":  # the values of residual sums, not of the branches that they add
-        by_token = {s.edges["output"].key for s in graph.sites.of_kind("add")}
-        by_token |= {s.edges["input"].key for s in graph.sites.of_kind("layer_norm")}
+    # the values of residual sums, not of the branches that they add
+    sums = {("add", "output"), ("layer_norm", "input")} if run["loss"] == "token-norm" else set()
+    by_token = {e.key for s in graph.sites for e in s.edges.values() if (s.kind, e.name) in sums}
     quantizers: dict[str, Quantizer] = {}
 
     def on_edge(edge: Edge, view: EdgeView) -> None:

@@ -129,11 +129,9 @@ def rotate_heads(work: Work) -> list[str]:
 def subtract_channel_means(work: Work) -> list[str]:
     """Take means of channels out of LayerNorm outputs, keys and attention outputs, and note those of the inputs that
     are rotated next."""
-    when, activations = (
-        work.run["subtract_mean"],
-        (e for e in quantized_edges(work.graph, work.bits) if not e.is_weight),
-    )
-    if when == NONE or (when == AUTO and not any(map(work.coarse, activations))):
+    when = work.run["subtract_mean"]
+    any_coarse = any(work.coarse(e) for e in quantized_edges(work.graph, work.bits) if not e.is_weight)
+    if when == NONE or (when == AUTO and not any_coarse):
         return []
     edges = (f"{site.name}.input" for site in work.after_activations())
     done, work.means = subtract_means(work.graph, work.calibration, edges)
