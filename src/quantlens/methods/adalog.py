@@ -52,8 +52,7 @@ from quantlens.methods.base import (
     Widths,
 )
 from quantlens.methods.ptq4vit import GELU_MINIMUM, after_gelu
-from quantlens.methods.repq_vit import Reparameterization, norm_groups, reparameterize, rescale_norms
-from quantlens.transforms import NormGroup
+from quantlens.methods.repq_vit import Norms, norm_groups, reparameterize, rescale_norms
 
 ROWS = 2048
 """Rows of a layer's input that weights are judged on."""
@@ -166,7 +165,7 @@ class _Search:
         self.graph, self.bits, self.run = graph, bits, run
         self.sampler = ProductSampler(torch.Generator().manual_seed(run.seed), rows=ROWS)
         self.groups = norm_groups(graph)
-        self.norms: dict[str, tuple[NormGroup, Reparameterization]] = {}
+        self.norms: Norms = {}
 
     def settle(self, product: Product, tensors: list[Sequence[Tensor]]) -> list[Quantizer | None]:
         """Find the quantizers of a product's operands; see :func:`settle_products`."""

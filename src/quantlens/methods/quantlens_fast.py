@@ -42,9 +42,8 @@ from quantlens.methods.base import (
 from quantlens.methods.composition import Fitted, Layer, RangeRule, fit_layers
 from quantlens.reconstruction.bias import subtract_from_biases
 from quantlens.reconstruction.closed_form import Factor, Grid, Moments, output_shift, ridge, round_columns
-from quantlens.transforms.heads import find_score_pairs, find_value_pairs, rotate_scores, rotate_values
+from quantlens.transforms import find_norm_groups, find_score_pairs, find_value_pairs, rotate_scores, rotate_values
 from quantlens.transforms.layers import alone
-from quantlens.transforms.norms import find_norm_groups
 from quantlens.transforms.rotation import (
     LARGEST,
     SMALLEST,

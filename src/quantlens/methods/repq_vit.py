@@ -16,7 +16,6 @@ image itself at 8 bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +57,10 @@ class Reparameterization:
     channel: Uniform
 
 
+Norms = dict[str, tuple[NormGroup, Reparameterization]]
+"""LayerNorms that are reparameterized, by name."""
+
+
 class RepQViT(Method):
     info = MethodInfo(
         name="repq-vit",
@@ -96,7 +99,7 @@ class RepQViT(Method):
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         groups = norm_groups(graph) if run["layernorm"] != "tensor" else {}
         rewritten = run["layernorm"] == "reparameterized"
-        plan, norms = Plan(), dict[str, tuple[NormGroup, Reparameterization]]()
+        plan, norms = Plan(), Norms()
 
         def on_edge(edge: Edge, view: EdgeView) -> Replacement:
             width, group = bits.of(graph, edge), groups.get(edge.site)
@@ -135,7 +138,7 @@ def norm_groups(graph: Graph) -> dict[str, NormGroup]:
     return {linear.name: group for group in groups for linear in group.linears}
 
 
-def rescale_norms(graph: Graph, norms: Mapping[str, tuple[NormGroup, Reparameterization]]) -> list[str]:
+def rescale_norms(graph: Graph, norms: Norms) -> list[str]:
     """Rewrite LayerNorms, by name; sentences for the plan."""
     for group, found in norms.values():
         rescale_norm(graph, group, found.scale, found.shift)
