@@ -12,7 +12,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -63,9 +63,6 @@ class Option:
         if not self.type:
             values = (value for value in (self.default, *(self.choices or ())) if value is not None)
             object.__setattr__(self, "type", type(next(values, "")).__name__)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("default", "help", "choices", "type")}
 
     def instead_of(self, value: Any) -> str:
         """What to give instead of a value that the option cannot have; "" where it can."""
@@ -139,10 +136,12 @@ class MethodInfo:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data; options and arguments of ``quantize`` are lists of name, type, default, choices, help."""
 
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "because"}
-        kept["departures"] = [asdict(departure) for departure in self.departures]
+        kept = {name: value for name, value in asdict(self).items() if name != "because"}
         for key, options in (("options", self.options), ("arguments", self.shared)):
-            kept[key] = [{"name": name, **option.to_dict()} for name, option in options.items()]
+            kept[key] = [
+                {"name": name, "default": o.default, "help": o.help, "choices": o.choices, "type": o.type}
+                for name, o in options.items()
+            ]
         return kept | {"citation": self.citation}
 
 

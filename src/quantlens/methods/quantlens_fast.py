@@ -79,16 +79,13 @@ class Work:
     generator: torch.Generator
     means: dict[str, Tensor] = field(default_factory=dict)
 
-    def coarse(self, edge: Edge) -> bool:
-        return self.bits.of(self.graph, edge) <= COARSE
-
     def rotated(self, sites: list[Site], wanted: str) -> list[Site]:
         """Layers whose input is rotated at run time: all that are quantized, none, or (auto) coarse ones."""
         if wanted == NONE or self.run["rotate"] == NONE:
             return []
-        inputs = [s.edges["input"] for s in sites if rotation_size(self.graph, s) >= SMALLEST]
-        found = [e for e in inputs if self.coarse(e) or (wanted == ALL and self.bits.of(self.graph, e) != FLOAT)]
-        return [self.graph.sites[edge.site] for edge in found]
+        graph, most = self.graph, FLOAT - 1 if wanted == ALL else COARSE
+        wide = [site for site in sites if rotation_size(graph, site) >= SMALLEST]
+        return [site for site in wide if self.bits.of(graph, site.edges["input"]) <= most]
 
     def after_norms(self) -> list[Site]:
         """Rotated layers after a LayerNorm: all or none, because the finer ones lose the residual stream's rotation."""
@@ -129,8 +126,9 @@ def subtract_channel_means(work: Work) -> list[str]:
     """Take means of channels out of LayerNorm outputs, keys and attention outputs, and note those of the inputs that
     are rotated next."""
     when = work.run["subtract_mean"]
-    any_coarse = any(work.coarse(e) for e in quantized_edges(work.graph, work.bits) if not e.is_weight)
-    if when == NONE or (when == AUTO and not any_coarse):
+    activations = [e for e in quantized_edges(work.graph, work.bits) if not e.is_weight]
+    coarse = any(work.bits.of(work.graph, edge) <= COARSE for edge in activations)
+    if when == NONE or (when == AUTO and not coarse):
         return []
     edges = (f"{site.name}.input" for site in work.after_activations())
     done, work.means = subtract_means(work.graph, work.calibration, edges)
