@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quantlens.calibration.gradients import sample_products
 from quantlens.calibration.products import Product
-from quantlens.calibration.ranges.guided import HEADS, Side, alternate
+from quantlens.calibration.ranges.guided import HEADS, Side, alternate, search
 from quantlens.calibration.sampling import ProductSampler
 from quantlens.formats import Quantizer, Twin
 from quantlens.graph.graph import VIEWS, op_name
@@ -136,8 +136,7 @@ class PTQ4ViT(Method):
             if sample.joined:
                 sides = list(alternate(sides[0], sides[1], sample.gradient, run["rounds"]))
             else:
-                ones = [Side(torch.eye(s.values.shape[-1]).to(s.values)) for s in sides]
-                sides = [alternate(s, one, None, 1)[0] for s, one in zip(sides, ones, strict=True)]
+                sides = [search(s, Side(torch.eye(s.values.shape[-1]).to(s.values)), None) for s in sides]
             for edge, side, width in zip(product.quantized, sides, widths, strict=True):
                 if side.current is not None:
                     plan.quantizers[edge.key] = quantizer_of(edge, side, width)
