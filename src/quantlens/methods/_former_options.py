@@ -24,12 +24,11 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {
 }
 """Method -> old option -> new option."""
 
-_GRANULARITY = {"activation_granularity": {"block": "group"}}
+_VALUES = {"activation_granularity": {"block": "group"}, "softmax": {"rows": "sqrt"}}
 RENAMED_VALUES: dict[str, dict[str, dict[Any, Any]]] = {
-    "quantlens-best": {**_GRANULARITY, "softmax": {"rows": "sqrt"}},
+    "quantlens-best": _VALUES,
     "quantlens-fast": {
-        **_GRANULARITY,
-        "softmax": {"rows": "sqrt"},
+        **_VALUES,
         "rotate_norm_outputs": {"residual": "none", "blocks": "all"},
     },
 }

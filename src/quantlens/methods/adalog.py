@@ -126,7 +126,6 @@ class Format:
     @property
     def parameters(self) -> Tensor:
         """[G, 2]."""
-        assert self.side.current is not None
         return self.side.current
 
     def quantizer(self) -> Quantizer:

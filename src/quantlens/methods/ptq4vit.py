@@ -148,8 +148,7 @@ class PTQ4ViT(Method):
 # -- formats --------------------------------------------------------------------------------------------------------
 def quantizer_of(edge: Edge, side: Side, bits: int) -> Quantizer:
     """The quantizer of an operand with the parameters found."""
-    found = side.current
-    assert found is not None
+    found: Tensor = side.current
     if edge.name == "output":
         return Twin.by_magnitude(int(found), bits)
     if after_gelu(edge):
@@ -179,13 +178,16 @@ def operand_side(
         shifts = torch.arange(SPLITS, dtype=torch.float32, device=values.device)[:, None, None]
         return _twin_side(values, lambda shift: Twin.by_magnitude(int(shift), bits), shifts, shifts[bits])
     groups: str | Tensor | None = None
-    if edge.is_weight:
-        groups = _weight_groups(product, values, fused, run)
+    rows = torch.arange(len(values), device=values.device)
+    if edge.is_weight and (product.site.kind == "conv" or run["weight_granularity"] == "channel"):
+        groups = rows
+    elif edge.is_weight and product.site.name in fused and len(rows) % 3 == 0:
+        groups = rows // (len(rows) // 3)
     elif edge.name in ("q", "k", "v") and largest.dim() == 1:
         groups = HEADS
     if isinstance(groups, Tensor):
-        rows = values.abs().amax(1)
-        largest = rows.new_zeros(int(groups[-1]) + 1).scatter_reduce(0, groups, rows, "amax")
+        by_row = values.abs().amax(1)
+        largest = by_row.new_zeros(int(groups[-1]) + 1).scatter_reduce(0, groups, by_row, "amax")
     elif groups is None:
         largest = largest.amax().reshape(1)
     half = 2 ** (bits - 1)
@@ -199,14 +201,6 @@ def operand_side(
         return (x / step).round_().clamp_(-half, half - 1).mul_(step)
 
     return Side(values, uniform, steps[..., None], start[:, None], groups)
-
-
-def _weight_groups(product: Product, weight: Tensor, fused: set[str], run: Run) -> Tensor | None:
-    """Which rows of a weight share a scale: each its own, the thirds of qkv, or (None) all."""
-    rows = torch.arange(len(weight), device=weight.device)
-    if product.site.kind == "conv" or run["weight_granularity"] == "channel":
-        return rows
-    return rows // (len(rows) // 3) if product.site.name in fused and len(rows) % 3 == 0 else None
 
 
 def _twin_side(values: Tensor, make: Callable[..., Twin], candidates: Tensor, first: Tensor) -> Side:
