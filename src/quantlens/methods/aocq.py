@@ -250,7 +250,7 @@ def add_alpha(seen: Observation, bits: int, *, axis: int = -1, weights: Tensor |
 def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> dict[str, Quantizer]:
     """s₀: a quantizer for every group of :func:`everything_edges`, from the float model's activations."""
     groups = {g[0].key: g for g in everything_edges(graph) if bits.of(graph, g[0]) != FLOAT}
-    residual = residual_edges(graph) if run["operator"] else set()
+    residual = residual_edges(graph)
     # the values of residual sums, not of the branches that they add
     sums = {("add", "output"), ("layer_norm", "input")} if run["loss"] == "token-norm" else set()
     by_token = {e.key for s in graph.sites for e in s.edges.values() if (s.kind, e.name) in sums}
@@ -258,8 +258,9 @@ def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, 
 
     def on_edge(edge: Edge, view: EdgeView) -> None:
         width, group = bits.of(graph, edge), groups[edge.key]
-        keys = {e.key for e in group}
-        axis = -1 if keys <= residual else shift_axis(graph, group) if run["operator"] else None
+        keys, axis = {e.key for e in group}, None
+        if run["operator"]:
+            axis = -1 if keys <= residual else shift_axis(graph, group)
         if axis is not None:
             seen = view(axis=axis)
             weights = token_weights(seen) if by_token & keys else None

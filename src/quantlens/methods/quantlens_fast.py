@@ -40,10 +40,9 @@ from quantlens.methods.base import (
     quantized_edges,
 )
 from quantlens.methods.composition import Fitted, Layer, RangeRule, fit_layers
-from quantlens.reconstruction.bias import subtract_from_biases
 from quantlens.reconstruction.closed_form import Factor, Grid, Moments, output_shift, ridge, round_columns
 from quantlens.transforms import find_norm_groups, find_score_pairs, find_value_pairs, rotate_scores, rotate_values
-from quantlens.transforms.layers import alone
+from quantlens.transforms.layers import alone, ensure_bias
 from quantlens.transforms.rotation import (
     LARGEST,
     SMALLEST,
@@ -283,7 +282,8 @@ class QuantlensFast(Method):
                 return Fitted(grid(layer.weight))
             target, quantizer, value = fit_weight(layer, moments, grid)
             if layer.free:  # at once: the layers after it see it
-                subtract_from_biases(graph, {layer.site.name: output_shift(layer.weight, value, moments)})
+                bias, shift = ensure_bias(graph, layer.site), output_shift(layer.weight, value, moments)
+                graph.set_tensor(bias, (graph.tensor(bias).double() - shift).to(value.dtype))
             return Fitted(quantizer, value, stored=None if rounded else target)
 
         fit_layers(graph, calibration, bits, plan, fit, run, sequential=True, ranges=self.ranges(run))
