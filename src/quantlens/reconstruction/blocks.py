@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import CHUNK, MEMORY, ActivationStore, Calibration
+from quantlens.calibration import MEMORY, ActivationStore, Calibration
 from quantlens.calibration.cache import held_memory
 from quantlens.errors import UnsupportedError
 from quantlens.formats import Quantizer
@@ -139,8 +139,8 @@ class _UnitTraining:
             history.append(self._measure(new))
             if history[-1] < lowest or not self.settings.guarded:
                 new, outputs, lowest, made, state = outputs, new, history[-1], tried, self.learners.state()
-            for cache in new.values():
-                cache.free()
+            for values in new.values():
+                values.free()
         seconds = round(time.perf_counter() - started, 3)
         report = UnitReport(self.unit.name, before, lowest, history, any(made), trained, seconds)
         return outputs, Result(report, *made)
@@ -160,17 +160,16 @@ class _UnitTraining:
         """The loss over all images."""
         total = 0.0
         for first, last in self.streams.chunks:
-            for node, cache in outputs.items():
-                got, expected = (c.slice(first, last, self.device) for c in (cache, self.streams.float[node]))
+            for node, values in outputs.items():
+                got, expected = (x.rows(first, last).flatten(0, 1) for x in (values, self.streams.float[node]))
                 loss = self.loss(got, expected, self._context(node, torch.arange(first, last)))
                 total += float(loss) * (last - first) / self.streams.count
         return total
 
     def _size(self, node: fx.Node) -> float:
         """Mean of ‖y_t‖² of a result of the float unit."""
-        values = self.streams.float[node].values
-        ends = [(i, min(i + CHUNK, len(values))) for i in range(0, len(values), CHUNK)]
-        parts = [float(values.rows(*pair).square().sum(dtype=torch.float64)) for pair in ends]
+        values = self.streams.float[node]
+        parts = [float(values.rows(*ends).square().sum(dtype=torch.float64)) for ends in self.streams.chunks]
         return sum(parts) / max(values.shape.numel() // values.shape[-1], 1)
 
     # -- the steps
@@ -188,7 +187,7 @@ class _UnitTraining:
             total = torch.zeros((), device=self.device)
             outputs = run_unit(self.graph, self.unit, env, len(images), hook)
             for node, got in zip(self.unit.results, outputs, strict=True):
-                expected = self.streams.float[node].pick(images, self.device)
+                expected = self.streams.float[node].pick(images).flatten(0, 1)
                 total = total + self.loss(got, expected, self._context(node, images))
             total = total / start
             beta = annealed_beta(share)
