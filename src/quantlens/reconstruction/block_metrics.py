@@ -104,7 +104,7 @@ def perturbation_metrics(
             signs = (torch.rand(value.shape, generator=generator) < 0.5).to(value.device)
             shift = torch.where(signs, step, -step) * value.std()
             gradients = [probe.gradient(batch, index, value + s) for s in (shift, -shift)]
-            total = (gradients[0] - gradients[1]).abs().mean(0, keepdim=True) * len(value)
+            total = (gradients[0] - gradients[1]).abs().mean(0, keepdim=True) * len(batch[graph.input])
             sums[unit.name] = sums[unit.name] + total if unit.name in sums else total
     means = {name: total / total.mean() for name, total in sums.items() if bool(total.any())}
     return {name: Metric(mean / mean.numel()) for name, mean in means.items()}
@@ -145,8 +145,6 @@ class _Probe:
     def _run(self, units: Sequence[Unit], values: Values) -> Values:
         """``values`` with the results of units added."""
         for unit in units:
-            env = {node: values[node] for node in unit.sources}
-            values.update(
-                zip(unit.results, run_unit(self.graph, unit, env, len(values[self.graph.input])), strict=True)
-            )
+            env, images = {node: values[node] for node in unit.sources}, len(values[self.graph.input])
+            values.update(zip(unit.results, run_unit(self.graph, unit, env, images), strict=True))
         return values

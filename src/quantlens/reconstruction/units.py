@@ -58,9 +58,8 @@ def _unit(graph: Graph, name: str, inside: list[fx.Node], dynamic: set[fx.Node])
         layers = list(dict.fromkeys(e.site for e in edges if e.is_weight)) or [inside[0].name, inside[-1].name]
         name = f"{layers[0]}…{layers[-1]}" if len(layers) > 1 else layers[0]
     needed = set(inside)
-    for node in reversed(
-        graph.fx.nodes
-    ):  # and what does not depend on the pixels: a class token repeated for the batch
+    # also what does not depend on the pixels, as a class token repeated for the batch
+    for node in reversed(graph.fx.nodes):
         if node.op == "call_function" and node not in dynamic and not needed.isdisjoint(node.users):
             needed.add(node)
     nodes = tuple(n for n in graph.fx.nodes if n in needed and not n.meta.get("symbolic"))
