@@ -29,7 +29,7 @@ from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale
 from quantlens.reconstruction.settings import LOSSES, Context, Report, Result, Settings, UnitReport
 from quantlens.reconstruction.trainer import Group, Latent, Learners, Vector, train
-from quantlens.reconstruction.units import Outputs, Streams, Unit, find_units, frozen_hook, random_mask, run_unit
+from quantlens.reconstruction.units import Outputs, Streams, Unit, find_units, frozen_hook, run_unit
 
 Progress = Callable[[int, int], None]
 
@@ -71,7 +71,7 @@ def reconstruct(
     with torch.no_grad(), held_memory(), ActivationStore(memory) as store:
         streams = Streams(graph, units, calibration, store)
         for index, (unit, original) in enumerate(zip(units, originals, strict=True)):
-            streams.advance_float(unit, reference or graph, original)
+            streams.float.update(streams.outputs(unit, original=(reference or graph, original)))
             outputs, result = None, saved.read(index, unit) if saved else None
             resumed += result is not None
             if result is None:
@@ -176,7 +176,7 @@ class _UnitTraining:
     def _train(self, start: float, first: int, last: int, factor: float, tell: Callable[[int], None]) -> None:
         """Steps ``first`` … ``last`` − 1, with ``factor`` times the rates, on the loss divided by ``start``."""
         settings, batches = self.settings, self._batches()
-        hook = self.learners.hook(self.graph, self.unit, self.quantizers, self._kept if settings.drop > 0 else None)
+        hook = self.learners.hook(self.graph, self.unit, self.quantizers, settings.drop, self.generator)
         soft = [m for m in self.learners.modules() if isinstance(m, AdaRound) and not m.straight_through]
         weights = sum(m.alpha.numel() for m in soft)
 
@@ -210,9 +210,6 @@ class _UnitTraining:
         }
         constant = () if settings.straight_through else (AdaRound,)
         return [Group(found[kind], rates[kind] * factor, falling=kind not in constant) for kind in found]
-
-    def _kept(self, shape: torch.Size) -> Tensor:
-        return random_mask(shape, self.settings.drop, self.generator, self.device)
 
     def _batches(self) -> Iterator[Tensor]:
         """Numbers of the images of each mini-batch: a shuffled pass over all images, again and again."""

@@ -133,29 +133,23 @@ class Streams:
         self.quantized = dict(self.float)
         self.last_use = {s: i for i, unit in enumerate(units) for s in unit.sources}
 
-    def outputs(self, unit: Unit, hook: Hook, constants: Mapping[fx.Node, Tensor] | None = None) -> Outputs:
-        """The quantized unit's results for all images. constants: what stands in for tensors of the graph."""
-        return self._outputs(self.quantized, unit, self.graph, unit, hook, constants or {})
-
-    def advance_float(self, unit: Unit, graph: Graph, same: Unit) -> None:
-        """Take the float stream through ``unit``, as its counterpart ``same`` in the float model ``graph`` has it."""
-        self.float.update(self._outputs(self.float, unit, graph, same, None, {}))
-
-    def _outputs(
+    def outputs(
         self,
-        inputs: Outputs,
         unit: Unit,
-        graph: Graph,
-        same: Unit,
-        hook: Hook | None,
-        constants: Mapping[fx.Node, Tensor],
+        hook: Hook | None = None,
+        constants: Mapping[fx.Node, Tensor] | None = None,
+        *,
+        original: tuple[Graph, Unit] | None = None,
     ) -> Outputs:
-        """Results of ``unit``, computed by its counterpart ``same`` in ``graph``."""
+        """The unit's results for all images, of the quantized stream; or of the float one, by the unit's ``original``
+        in the float model. constants: what stands in for tensors of the graph."""
+        graph, same = original or (self.graph, unit)
+        inputs = self.float if original else self.quantized
         found: Outputs = {}
         for first, last in self.chunks:
             pairs = zip(unit.sources, same.sources, strict=True)
             env: dict[fx.Node, Any] = {s: inputs[n].rows(first, last).flatten(0, 1) for n, s in pairs}
-            env.update(constants)
+            env.update(constants or {})
             for node, value in zip(unit.results, run_unit(graph, same, env, last - first, hook), strict=True):
                 self._put(found, node, first, last - first, value)
         return found
