@@ -102,10 +102,8 @@ class Learners:
                 learner = _weight(graph.tensor(str(edge.value.target)), quantizer, settings)
                 if learner is not None and uses[str(edge.value.target)] == 1:
                     found.by_edge[edge.key] = learner
-            elif quantizer is None or SCALES not in settings.optimise:
-                continue
-            elif learnable(quantizer) and id(quantizer) not in shared:
-                found.by_edge[edge.key] = scales.setdefault(id(quantizer), LearnedScale(quantizer))
+            elif SCALES in settings.optimise and learnable(quantizer) and id(quantizer) not in shared:
+                found.by_edge[edge.key] = scales.setdefault(id(quantizer), LearnedScale(quantizer))  # type: ignore[arg-type]
         if VECTORS in settings.optimise:
             own = set(unit.nodes)
             nodes = [node for node in trained_vectors(graph) if own.issuperset(node.users)]
