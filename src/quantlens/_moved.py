@@ -48,7 +48,7 @@ MODULES: dict[str, str] = {
     "quantlens.calibration.walk": "quantlens.calibration.passes",
     "quantlens.attention.lens": "quantlens.attention.recording",
     "quantlens.attention.measure": "quantlens.attention.drift",
-    "quantlens.attention.tokens": "quantlens.attention.outlier_tokens",
+    "quantlens.attention.tokens": "quantlens.attention.drift",
     "quantlens.attention.gradients": "quantlens.attention.maps",
     "quantlens.attention.sets": "quantlens.attention.image_sets",
     "quantlens.attention.selection": "quantlens.attention.image_sets",
@@ -58,6 +58,8 @@ MODULES: dict[str, str] = {
     "quantlens.studies.specs": "quantlens.studies.cell_labels",
     "quantlens.demo": "quantlens.report.demo",
     "quantlens.plots.attention": "quantlens.plots.precisions",
+    "quantlens.plots.mixed": "quantlens.plots.points",
+    "quantlens.sensitivity.graph_parts": "quantlens.sensitivity.alone",
     "quantlens.plots.lines": "quantlens.plots.precisions",
     "quantlens.plots.files": "quantlens.plots.style",
     "quantlens.report.attention_gallery": "quantlens.report.attention",
@@ -67,6 +69,9 @@ MODULES: dict[str, str] = {
 """Old module -> new module."""
 
 RENAMED: dict[str, str] = {
+    "quantlens.attention.tokens.outliers": "quantlens.attention.drift.outlier_tokens",
+    "quantlens.attention.tokens.large": "quantlens.attention.drift.large_tokens",
+    "quantlens.attention.tokens.overlap": "quantlens.attention.drift.token_overlap",
     "quantlens.calibration.Walk": "quantlens.calibration.CalibrationPass",
     "quantlens.calibration.Look": "quantlens.calibration.EdgeView",
     "quantlens.calibration.Seen": "quantlens.calibration.ObservationCache",

@@ -24,7 +24,7 @@ from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.methods.base import Progress, matmul_operand_edges
 from quantlens.metrics.divergence import kl_of_logits
-from quantlens.sensitivity.graph_parts import Ahead, Hook, Visit, part_between, visit_starts
+from quantlens.sensitivity.alone import Ahead, Hook, Visit, part_between, visit_starts
 
 DEPARTURES = (
     "formula=balanced, the default, is ours: both errors where the module adds to the residual stream, norms relative "
@@ -117,7 +117,7 @@ class Candidates:
 def visit_groups(
     candidates: Candidates, calibration: Calibration, visit: Visit, progress: Progress | None = None
 ) -> None:
-    """As :func:`~quantlens.sensitivity.graph_parts.visit_starts`, for the groups of ``candidates``."""
+    """As :func:`~quantlens.sensitivity.alone.visit_starts`, for the groups of ``candidates``."""
     nodes = [candidates.nodes(group) for group in range(len(candidates.groups))]
     visit_starts(candidates.graph, nodes, calibration, visit, progress)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from quantlens.attention.drift import CHUNK, Drift, joined, map_drift, observe
+from quantlens.attention.drift import CHUNK, Arrays, Drift, joined, map_drift, observe
 from quantlens.attention.maps import MapSettings, maps_of
 from quantlens.attention.recording import Lens
 from quantlens.errors import QuantlensError
@@ -18,8 +17,6 @@ from quantlens.errors import QuantlensError
 FP32 = "FP32"
 MAP_BATCH = 16
 """Images whose gradient maps are computed at once."""
-
-Told = Callable[[int, int], None]
 
 
 @dataclass(repr=False)
@@ -29,7 +26,7 @@ class SetView:
     positions: which images of the set. maps [n, rows, columns]; rollout maps have 1 as their largest value, gradient
     maps are as they are. predicted [n]: classes; confidence [n]: their probabilities. norms [n, L, P] of the patch
     tokens after each of L blocks; outliers and large [n, L, P]: which of them are
-    (:mod:`~quantlens.attention.outlier_tokens`). drift: of every quantized model. map_drift: of maps other than
+    (:func:`~quantlens.attention.drift.outlier_tokens`). drift: of every quantized model. map_drift: of maps other than
     rollout. norms, outliers, large and drift are empty where attention is not over all tokens.
     """
 
@@ -74,14 +71,19 @@ class SetView:
         columns |= {f"map_{k}": v for k, v in self.map_drift.get(label, {}).items()}
         return [{name: values[i].item() for name, values in columns.items()} for i in range(len(self))]
 
-    def keep(self, label: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Put what a model saw in its places."""
-        for name, values in arrays.items():
-            getattr(self, name)[label] = values
+    def keep(self, parts: Sequence[dict[str, Arrays]]) -> None:
+        """Put what models saw of successive images in its places: label -> name -> values."""
+        for label, arrays in joined(parts).items():
+            for name, values in arrays.items():
+                getattr(self, name)[label] = values
 
 
 def look_at(
-    models: Mapping[str, Any], images: Any, positions: list[int], settings: MapSettings, progress: Told | None = None
+    models: Mapping[str, Any],
+    images: Any,
+    positions: list[int],
+    settings: MapSettings,
+    progress: Callable[[int, int], None] | None = None,
 ) -> SetView:
     """What models see of some images of an :class:`~quantlens.data.ImageSet`.
 
@@ -90,47 +92,37 @@ def look_at(
     """
     if not positions:
         raise QuantlensError("there are no images to look at")
-    view, told = SetView(images, positions), progress or (lambda done, total: None)
-    if all(isinstance(lens, Lens) for lens in models.values()):
-        _fill_in_drift(view, models, settings.rollout if settings.kind == "rollout" else {}, told)
+    view = SetView(images, positions)
+    first, *others = models
+
+    def batches(size: int) -> Iterator[Tensor]:
+        for start in range(0, len(view), size):
+            yield chosen(images, positions[start : start + size]).to(models[first].device)
+            if progress is not None:
+                progress(min(start + size, len(view)), len(view))
+
+    if isinstance(models[first], Lens):
+        rollout = settings.rollout if settings.kind == "rollout" else {}
+        found = [observe(models, batch, rollout) for batch in batches(CHUNK)]
+        view.keep([seen for seen, _ in found])
+        view.drift = {label: Drift(**arrays) for label, arrays in joined([drifts for _, drifts in found]).items()}
     if settings.kind != "rollout":
-        _fill_in_maps(view, models, settings, told)
+        view.keep([_maps_of_classes(models, batch, settings) for batch in batches(MAP_BATCH)])
+        view.map_drift = {label: map_drift(view.maps[first], view.maps[label]) for label in others}
     return view
 
 
-def _fill_in_drift(view: SetView, lenses: Mapping[str, Lens], rollout: Mapping[str, Any], told: Told) -> None:
-    """What one pass without gradients gives."""
-    reference, *others = lenses
-    found = []
-    for batch in _batches(view, CHUNK, lenses[reference].device, told):
-        found.append(observe(lenses[reference], {label: lenses[label] for label in others}, batch, rollout))
-    for label, parts in zip(lenses, zip(*(seen for seen, _ in found), strict=True), strict=True):
-        view.keep(label, joined(parts))
-    view.drift = {label: Drift(**joined([drifts[label] for _, drifts in found])) for label in others}
-
-
-def _fill_in_maps(view: SetView, models: Mapping[str, Any], settings: MapSettings, told: Told) -> None:
-    """Maps of a class, and their drift."""
-    found: dict[str, list[dict[str, np.ndarray]]] = {label: [] for label in models}
-    first, *others = models
-    for batch in _batches(view, MAP_BATCH, models[first].device, told):
-        target: Any = settings.target
-        for label, model in models.items():
-            maps, probabilities = maps_of(model, batch, settings.kind, target=target, **settings.rollout)
-            if target is None:
-                target = probabilities.argmax(1)
-            p = probabilities.detach().cpu().numpy()
-            found[label].append({"maps": maps, "predicted": p.argmax(1), "confidence": p.max(1)})
-    for label, parts in found.items():
-        view.keep(label, joined(parts))
-    view.map_drift = {label: map_drift(view.maps[first], view.maps[label]) for label in others}
-
-
-def _batches(view: SetView, size: int, device: torch.device, told: Told) -> Iterator[Tensor]:
-    """The images of a view, ready for the model, a few at a time."""
-    for start in range(0, len(view), size):
-        yield chosen(view.images, view.positions[start : start + size]).to(device)
-        told(min(start + size, len(view)), len(view))
+def _maps_of_classes(models: Mapping[str, Any], images: Tensor, settings: MapSettings) -> dict[str, Arrays]:
+    """Maps of a class (by default the one that the first model predicts), and what models predict: label -> arrays."""
+    target: Any = settings.target
+    found = {}
+    for label, model in models.items():
+        maps, probabilities = maps_of(model, images, settings.kind, target=target, **settings.rollout)
+        if target is None:
+            target = probabilities.argmax(1)
+        p = probabilities.detach().cpu().numpy()
+        found[label] = {"maps": maps, "predicted": p.argmax(1), "confidence": p.max(1)}
+    return found
 
 
 def evenly(count: int, wanted: int) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.plots import cells, mixed, points, precisions
+from quantlens.plots import cells, points, precisions
 from quantlens.plots.style import Figure, PanelRow, composed, finished
 from quantlens.studies.board import Board, board_of
 
@@ -18,8 +18,8 @@ FIGURES: dict[str, tuple[str, Callable[[Board], list[PanelRow]]]] = {
     "reliability": ("accuracy against confidence", cells.reliability),
     "drift": ("drift of attention against bits", precisions.drift),
     "drift-aupr": ("change of AUPR-out against drift of attention", points.association),
-    "widths": ("widths that mixed precision chose", mixed.widths),
-    "fronts": ("Pareto fronts of mixed precision", mixed.fronts),
+    "widths": ("widths that mixed precision chose", points.widths),
+    "fronts": ("Pareto fronts of mixed precision", points.fronts),
     "layers": ("every layer alone", points.layers),
     "latency": ("top-1 and AUPR-out of exported files against latency", points.latency),
 }
