@@ -50,6 +50,7 @@ MODULES: dict[str, str] = {
     "quantlens.attention.measure": "quantlens.attention.drift",
     "quantlens.attention.tokens": "quantlens.attention.drift",
     "quantlens.attention.gradients": "quantlens.attention.maps",
+    "quantlens.attention.study_cell": "quantlens.attention.image_sets",
     "quantlens.attention.sets": "quantlens.attention.image_sets",
     "quantlens.attention.selection": "quantlens.attention.image_sets",
     "quantlens.attention.figures": "quantlens.attention.picture_grids",
@@ -61,6 +62,7 @@ MODULES: dict[str, str] = {
     "quantlens.plots.mixed": "quantlens.plots.points",
     "quantlens.sensitivity.graph_parts": "quantlens.sensitivity.alone",
     "quantlens.plots.lines": "quantlens.plots.precisions",
+    "quantlens.plots.figures": "quantlens.plots",
     "quantlens.plots.files": "quantlens.plots.style",
     "quantlens.report.attention_gallery": "quantlens.report.attention",
     "quantlens.report.text": "quantlens.studies.text",
@@ -122,7 +124,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.attention.lookup": (
         "quantlens.attention.maps",
         "quantlens.attention.image_sets",
-        "quantlens.attention.study_cell",
     ),
 }
 """Old package, or module of which several were made -> where its names are looked for now; those that still exist ask

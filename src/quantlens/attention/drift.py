@@ -47,25 +47,22 @@ class Drift(SimpleNamespace):
 
     def per_image(self) -> Arrays:
         """One value per image and metric [n]: means over blocks and heads, numbers of tokens over all blocks."""
-        found = {}
-        for name, values in vars(self).items():
-            inner = tuple(range(1, values.ndim))
-            if name in COUNTS:
-                values = values.sum(axis=inner)
-            elif inner:
-                values = values.mean(axis=inner, dtype=np.float64)
-            found[name] = values
-        return found
+        return {name: _per_image(name, values) for name, values in vars(self).items()}
 
     def summary(self) -> dict[str, Any]:
         """Means over images as JSON-able numbers, and per block (``blocks``) and head (``heads``, [L][H])."""
         values = vars(self)
-        found: dict[str, Any] = {"n": len(self.output_kl)}
-        for name, array in values.items():
-            found[name] = float((array.sum(axis=1) if name in COUNTS else array).mean(dtype=np.float64))
-        blocks = {name: values[name].mean(axis=2) if name in BY_HEAD else values[name] for name in BY_BLOCK}
+        totals = {name: values[name].sum(axis=1) for name in COUNTS}
+        means = {name: float(array.mean(dtype=np.float64)) for name, array in (values | totals).items()}
         heads = {name: values[name] for name in BY_HEAD}
-        return found | {"blocks": _mean_image(blocks), "heads": _mean_image(heads)}
+        blocks = {name: values[name] for name in BY_BLOCK} | {name: array.mean(axis=2) for name, array in heads.items()}
+        return {"n": len(self.output_kl), **means, "blocks": _mean_image(blocks), "heads": _mean_image(heads)}
+
+
+def _per_image(name: str, values: np.ndarray) -> np.ndarray:
+    if name in COUNTS:
+        return values.sum(axis=1)
+    return values if values.ndim == 1 else values.mean(axis=tuple(range(1, values.ndim)), dtype=np.float64)
 
 
 def _mean_image(arrays: Arrays) -> dict[str, list]:

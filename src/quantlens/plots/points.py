@@ -9,7 +9,6 @@ from typing import Any
 import altair as alt
 
 from quantlens.attention.metrics import CAUSES, WHERE
-from quantlens.errors import QuantlensError
 from quantlens.metrics import METRICS
 from quantlens.plots.precisions import SHOWN, GroupLines
 from quantlens.plots.style import COLOURS, INK, MUTED, PAPER, Look, Panel, PanelRow, Rows, encodings, one_row, tooltips
@@ -98,13 +97,7 @@ def inspected(board: Board) -> list[Any]:
     """The inspections of a study. Raises QuantlensError for one without metrics, or of a newer quantlens."""
     from quantlens.sensitivity import Inspection
 
-    found = []
-    for cell in board.inspections:
-        data = cell.result.get("inspection")
-        if not isinstance(data, dict):
-            raise QuantlensError(f"the inspection {cell.key[:24]} of the store holds no figures; run the study again")
-        found.append(Inspection.from_dict(data))
-    return found
+    return [Inspection.from_dict(cell.result.get("inspection") or {}) for cell in board.inspections]
 
 
 def layers(board: Board) -> list[PanelRow]:
@@ -116,17 +109,15 @@ def effects(found: Any) -> Panel | None:
     """SQNR of every site in execution order, a mark each; None where none has any noise."""
     looks = {name: Look(i, i) for i, name in enumerate([*KINDS, OTHER])}
     rows = []
-    starts: dict[str, int] = {}
     for i, part in enumerate(found.sites):
-        if part.block is not None:
-            starts.setdefault(part.block, i)
         if part.effect.sqnr_db is not None:
             kind = next((name for name, kinds in KINDS.items() if part.kind in kinds), OTHER)
             said = f"{part.name}, {part.bits}: {fixed(part.effect.sqnr_db, 1)} dB"
             rows.append({"line": kind, "x": i, "y": part.effect.sqnr_db, "said": said})
     if not rows:
         return None
-    at = list(starts.values())
+    blocks = [part.block for part in found.sites]
+    at = [blocks.index(block) for block in dict.fromkeys(blocks) if block is not None]
     axis = alt.Axis(values=at, labelExpr=f"indexof({at}, datum.value)", labelOverlap=True)
     x = alt.X(
         "x:Q", title="execution order, by block", axis=axis, scale=alt.Scale(domain=[-1, len(found.sites)], nice=False)

@@ -60,7 +60,7 @@ def render(board: Any, *, title: str | None = None) -> str:
 
 def page_context(board: Any) -> dict[str, Any]:
     """Every table, figure and sentence of the page, by its name in the templates."""
-    from quantlens.plots.figures import FIGURES
+    from quantlens.plots import FIGURES
     from quantlens.plots.precisions import GroupLines
     from quantlens.report import attention as lens
     from quantlens.report import charts, frontier, inspection, runinfo, summary, tables

@@ -128,6 +128,5 @@ def inspection_page(found: Any, rank: str = "sqnr") -> str:
 
 def write_inspection(found: Any, path: str | Path, rank: str = "sqnr") -> Path:
     """Write :func:`inspection_page`; an existing file is replaced at once or not at all. Raises StorageError."""
-    target = Path(path)
-    write_whole(target, inspection_page(found, rank), what="the page")
-    return target
+    write_whole(Path(path), inspection_page(found, rank), what="the page")
+    return Path(path)
