@@ -49,8 +49,9 @@ MODULES: dict[str, str] = {
     "quantlens.calibration.process_memory": "quantlens.calibration.cache",
     "quantlens.attention.lens": "quantlens.attention.recording",
     "quantlens.attention.measure": "quantlens.attention.drift",
-    "quantlens.attention.tokens": "quantlens.attention.outlier_tokens",
+    "quantlens.attention.tokens": "quantlens.attention.drift",
     "quantlens.attention.gradients": "quantlens.attention.maps",
+    "quantlens.attention.study_cell": "quantlens.attention.image_sets",
     "quantlens.attention.sets": "quantlens.attention.image_sets",
     "quantlens.attention.selection": "quantlens.attention.image_sets",
     "quantlens.attention.figures": "quantlens.attention.picture_grids",
@@ -74,7 +75,10 @@ MODULES: dict[str, str] = {
     "quantlens.allocation.spectra": "quantlens.allocation.sensitivity",
     "quantlens.demo": "quantlens.report.demo",
     "quantlens.plots.attention": "quantlens.plots.precisions",
+    "quantlens.plots.mixed": "quantlens.plots.points",
+    "quantlens.sensitivity.graph_parts": "quantlens.sensitivity.alone",
     "quantlens.plots.lines": "quantlens.plots.precisions",
+    "quantlens.plots.figures": "quantlens.plots",
     "quantlens.plots.files": "quantlens.plots.style",
     "quantlens.report.attention_gallery": "quantlens.report.attention",
     "quantlens.report.text": "quantlens.studies.text",
@@ -84,6 +88,9 @@ MODULES: dict[str, str] = {
 """Old module -> new module."""
 
 RENAMED: dict[str, str] = {
+    "quantlens.attention.tokens.outliers": "quantlens.attention.drift.outlier_tokens",
+    "quantlens.attention.tokens.large": "quantlens.attention.drift.large_tokens",
+    "quantlens.attention.tokens.overlap": "quantlens.attention.drift.token_overlap",
     "quantlens.calibration.Walk": "quantlens.calibration.CalibrationPass",
     "quantlens.calibration.Look": "quantlens.calibration.EdgeView",
     "quantlens.calibration.Seen": "quantlens.calibration.ObservationCache",
@@ -136,7 +143,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.attention.lookup": (
         "quantlens.attention.maps",
         "quantlens.attention.image_sets",
-        "quantlens.attention.study_cell",
     ),
 }
 """Old package, or module of which several were made -> where its names are looked for now; those that still exist ask

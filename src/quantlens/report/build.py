@@ -59,7 +59,7 @@ def render(board: Any, *, title: str | None = None) -> str:
 
 def page_context(board: Any) -> dict[str, Any]:
     """Every table, figure and sentence of the page, by its name in the templates."""
-    from quantlens.plots.figures import FIGURES
+    from quantlens.plots import FIGURES
     from quantlens.plots.precisions import GroupLines
     from quantlens.plots.style import GLYPHS
     from quantlens.report import attention as lens
