@@ -79,33 +79,40 @@ def evaluate(
     if isinstance(reference, Result):
         check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
     measured = run.measure(model, sets, keep)
-    seconds = {"evaluation": time.perf_counter() - started}
+    result = Result(
+        **_facts(model),
+        fit=None if sets.fit is None else {"source": sets.fit.source, "n": len(sets.fit)},
+        seconds={"evaluation": time.perf_counter() - started},
+        **measured,
+    )
     calibrating = getattr(getattr(model, "provenance", None), "seconds", None)
     if calibrating is not None:
-        seconds["calibration"] = float(calibrating)
+        result.seconds["calibration"] = float(calibrating)
     if isinstance(reference, Result):
-        measured["fp32"] = metrics_only(vars(reference))
+        result.fp32 = metrics_only(vars(reference))
     elif reference is not None and reference is not False:
         reference = measurable(reference, device)
         _check_same_preprocess(reference, model)
-        measured["fp32"] = metrics_only(run.measure(reference, sets))
-    return Result(
-        model=model.name,
-        checkpoint_sha256=model.checkpoint_sha256,
-        method=model.method,
-        bits=model.bits,
-        seed=model.seed,
-        size_mb=model.size_mb,
-        size_ratio=model.size_ratio,
-        num_parameters=model.num_parameters,
-        options=plain(model.options),
-        calibration=plain(model.calibration),
-        preprocess=None if model.preprocess is None else plain(model.preprocess.to_dict()),
-        environment=environment(_device_of(model)),
-        fit=None if sets.fit is None else {"source": sets.fit.source, "n": len(sets.fit)},
-        seconds=seconds,
-        **measured,
-    )
+        result.fp32 = metrics_only(run.measure(reference, sets))
+    return result
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    """What a result says of the model itself."""
+    return {
+        "model": model.name,
+        "checkpoint_sha256": model.checkpoint_sha256,
+        "method": model.method,
+        "bits": model.bits,
+        "seed": model.seed,
+        "size_mb": model.size_mb,
+        "size_ratio": model.size_ratio,
+        "num_parameters": model.num_parameters,
+        "options": plain(model.options),
+        "calibration": plain(model.calibration),
+        "preprocess": None if model.preprocess is None else plain(model.preprocess.to_dict()),
+        "environment": environment(_device_of(model)),
+    }
 
 
 # ---- running a model -------------------------------------------------------------------------------------------------
