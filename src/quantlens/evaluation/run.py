@@ -111,7 +111,7 @@ def _facts(model: Any) -> dict[str, Any]:
         "options": plain(model.options),
         "calibration": plain(model.calibration),
         "preprocess": None if model.preprocess is None else plain(model.preprocess.to_dict()),
-        "environment": environment(_device_of(model)),
+        "environment": environment(getattr(model, "device", "cpu")),
     }
 
 
@@ -143,7 +143,8 @@ class _Run:
         ood_scores = {}
         for name, others in sets.ood.items():
             logits, features = self.forward(model, others, f"OOD set {name}")
-            ood_scores[name] = found = scored(scorers, logits, features)
+            found = scored(scorers, logits, features)
+            ood_scores[name] = found
             by_score = {score: ood_metrics(id_scores[score], values) for score, values in found.items()}
             ood_part[name] = {**describe(others), "group": sets.groups[name], **by_score}
             unknown[name] = looks_unknown(guard, logits)
@@ -185,7 +186,7 @@ class _Run:
         logits, features, done = [], [], 0
         size = min(self.batch_size, getattr(model, "images_together", None) or self.batch_size)
         with torch.inference_mode():
-            for pixels, _ in images.batches(batch_size=size, device=_device_of(model)):
+            for pixels, _ in images.batches(batch_size=size, device=getattr(model, "device", "cpu")):
                 outputs = model.outputs(pixels)
                 logits.append(outputs.logits.float().cpu().numpy())
                 if outputs.features is not None:
@@ -227,8 +228,3 @@ def _check_same_preprocess(reference: Any, model: Any) -> None:
             f"the FP32 reference {reference.name} takes other images than {model.name} (its preprocessing differs); "
             "give the model that was quantized"
         )
-
-
-def _device_of(model: Any) -> Any:
-    """The device that a model's images are to be on: the CPU for exported files."""
-    return getattr(model, "device", "cpu")
