@@ -1,7 +1,7 @@
 """Number formats: x → integer codes → x̂, as value objects with their parameters."""
 
 from quantlens.formats.adalog import AdaLog
-from quantlens.formats.base import Quantizer, formats, restore, round_ste
+from quantlens.formats.base import Quantizer, restore, round_ste
 from quantlens.formats.group_scaled import GroupScaled
 from quantlens.formats.integer_ops import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax
 from quantlens.formats.log import Log
@@ -27,7 +27,6 @@ __all__ = [
     "Twin",
     "Uniform",
     "affine_parameters",
-    "formats",
     "restore",
     "round_ste",
     "symmetric_parameters",

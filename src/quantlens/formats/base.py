@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -148,11 +149,6 @@ def restore(config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     return _KINDS.get(str(config.get("kind")), suggest=False).restore(config, tensors)
 
 
-def formats() -> dict[str, type[Quantizer]]:
-    """Number formats by name, those of plugins included."""
-    return {name: kind for name, kind in _KINDS.all().items() if issubclass(kind, Quantizer)}
-
-
 def parameter(name: str, value: Tensor | float, *, dims: int = 0, positive: bool = True) -> Tensor:
     """A parameter of a format as a float32 tensor of its own. Raises ValueError unless it has so many dimensions and
     all of its numbers are finite (and positive)."""
@@ -176,9 +172,7 @@ class RoundSTE(torch.autograd.Function):
         return grad
 
 
-def round_ste(x: Tensor) -> Tensor:
-    """:class:`RoundSTE` as a function."""
-    return RoundSTE.apply(x)
+round_ste: Callable[[Tensor], Tensor] = RoundSTE.apply
 
 
 def bounded_(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:

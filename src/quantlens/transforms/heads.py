@@ -236,14 +236,3 @@ def _one_per_channel(numbers: Any, *, heads: bool = True) -> Tensor | None:
     first = numbers.reshape(-1, *numbers.shape[-3:])[0, :, 0, :]
     same = bool((numbers == first[:, None, :]).all())
     return first if same and len(first.unique()) == first.numel() else None
-
-
-__all__ = [
-    "ScorePair",
-    "ValuePair",
-    "find_score_pairs",
-    "find_value_pairs",
-    "rescale_values",
-    "rotate_scores",
-    "rotate_values",
-]

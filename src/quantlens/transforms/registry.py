@@ -26,8 +26,7 @@ def register(name: str) -> Callable[[Transform], Transform]:
 
 def available() -> dict[str, Transform]:
     """All transforms by name, in alphabetical order."""
-    found = _TRANSFORMS.all()
-    return {name: found[name] for name in sorted(found)}
+    return dict(sorted(_TRANSFORMS.all().items()))
 
 
 def get(name: str) -> Transform:
