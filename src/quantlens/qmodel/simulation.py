@@ -125,12 +125,11 @@ def classifier_of(graph: Graph, quantizers: Mapping[str, Quantizer]) -> tuple[Te
     terms = classifier_terms(graph)
     if not terms:
         return None
-    by_node = {s.node: s for s in graph.sites}
     weights: dict[fx.Node, Tensor] = {}
     bias: Tensor | float = 0.0
     with torch.no_grad():
         for node, factor in terms:
-            site = by_node[node]
+            site = graph.sites.by_node[node]
             weight = graph.tensor(site.weight)  # type: ignore[arg-type]
             quantizer = quantizers.get(f"{site.name}.weight")
             weight = factor * (quantizer(weight) if quantizer is not None else weight)

@@ -55,13 +55,13 @@ def fold_layer_scale(graph: Graph) -> list[str]:
 
     Returns the names of the linears changed. Exact to float rounding; the multiplication disappears from the graph.
     """
-    by_node = {s.node: s for s in graph.sites}
+    by_node: Any = graph.sites.by_node
     changed = []
     for node in list(graph.fx.nodes):
         if op_name(node) != "aten.mul.Tensor" or len(node.args) != 2:
             continue
         for value, factor in (node.args, node.args[::-1]):
-            linear, gamma = by_node.get(value), graph.constant(factor)  # type: ignore[arg-type]
+            linear, gamma = by_node.get(value), graph.constant(factor)
             if linear is None or gamma is None or linear.kind != "linear" or len(linear.node.users) != 1:
                 continue
             if gamma.shape != linear.node.meta["shape"][-1:] or not alone(graph, linear):
@@ -143,8 +143,14 @@ def hidden_source(graph: Graph, linear: Site) -> Site | None:
     node: Any = linear.node.args[0]
     while op_name(node) in ACTIVATIONS and len(node.users) == 1:
         node = node.args[0]
-    source = {site.node: site for site in graph.sites.of_kind("linear")}.get(node)
-    own = source is not None and len(node.users) == 1 and alone(graph, source) and alone(graph, linear)
+    source = graph.sites.by_node.get(node)
+    own = (
+        source is not None
+        and source.kind == "linear"
+        and len(node.users) == 1
+        and alone(graph, source)
+        and alone(graph, linear)
+    )
     return source if own else None
 
 

@@ -71,7 +71,6 @@ def find_residuals(graph: Graph) -> list[Residual]:
     convolutions and constants of their own, read by LayerNorms alone that feed linear layers alone. A stream that
     anything else reads or writes (Swin's, whose channels are joined between stages) is left out."""
     groups = {group.norm.node: group for group in find_norm_groups(graph)}
-    by_node = {site.node: site for site in graph.sites}
     found: list[Residual] = []
     seen: set[fx.Node] = set()
     for norm in groups:
@@ -85,7 +84,7 @@ def find_residuals(graph: Graph) -> list[Residual]:
 
         stream = list(walk([norm.args[0]], onward))  # type: ignore[list-item]
         seen.update(stream)
-        residual = _residual(graph, stream, channels, groups, by_node)
+        residual = _residual(graph, stream, channels, groups)
         if residual is not None:
             found.append(residual)
     return found
@@ -96,7 +95,6 @@ def _residual(
     stream: list[fx.Node],
     channels: int,
     groups: dict[fx.Node, NormGroup],
-    by_node: dict[fx.Node, Site],
 ) -> Residual | None:
     """What writes and reads all nodes of a stream; None if something keeps it from being rotated."""
     residual, inside = Residual(channels), set(stream)
@@ -109,7 +107,7 @@ def _residual(
         if _sources(channels, node) is not None:
             continue
         layer = node if op_name(node) == "aten.linear.default" else _conv_after(node)
-        site = by_node.get(layer)  # type: ignore[arg-type]
+        site = graph.sites.by_node.get(layer)  # type: ignore[arg-type]
         if site is not None and alone(graph, site):
             residual.layers.append(site)
         elif _is_constant(graph, node) and node.meta["shape"][-1:] == (channels,):
