@@ -45,14 +45,13 @@ class QuantizedModel(nn.Module):
 
     def __init__(self, graph: Graph, plan: Plan, *, preprocess: Any, reference: Any = None):
         super().__init__()
-        unknown = [key for key in plan.quantizers if key not in graph.sites.edges]
-        if unknown:
-            raise UnknownNameError("quantization site edge", unknown[0], graph.sites.edges)
-        self.graph = graph
-        self.plan = plan
-        absent = [name for name in plan.operators if name not in graph.sites]
-        if absent:
-            raise UnknownNameError("quantization site", absent[0], [site.name for site in graph.sites])
+        sites = {site.name: site for site in graph.sites}
+        named = (("site edge", plan.quantizers, graph.sites.edges), ("site", plan.operators, sites))
+        for what, names, known in named:
+            for name in names:
+                if name not in known:
+                    raise UnknownNameError(f"quantization {what}", name, known)
+        self.graph, self.plan = graph, plan
         self.quantizers = nn.ModuleList(plan.quantizers.values())
         self.operators = nn.ModuleList(plan.operators.values())
         self.preprocess = preprocess
