@@ -1,11 +1,10 @@
 """Number formats: x → integer codes → x̂, as value objects with their parameters."""
 
 from quantlens.formats.adalog import AdaLog
-from quantlens.formats.base import Quantizer, restore, round_ste
+from quantlens.formats.base import Operator, Quantizer, restore, round_ste
 from quantlens.formats.group_scaled import GroupScaled
 from quantlens.formats.integer_ops import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax
 from quantlens.formats.log import Log
-from quantlens.formats.operators import Operator
 from quantlens.formats.power_of_two import PowerOfTwo
 from quantlens.formats.shifted_log import ShiftedLog
 from quantlens.formats.sqrt_softmax import SqrtSoftmax

@@ -1,4 +1,5 @@
-"""What every number format is: a frozen rule x → integer codes → x̂ with its parameters as buffers."""
+"""What every number format is: a frozen rule x → integer codes → x̂ with its parameters as buffers. And what every
+operator in integer arithmetic is."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from quantlens.errors import UnsupportedError
 from quantlens.plugins import Registry
 
 _KINDS: Registry[type[Described]] = Registry(
-    "number format or operator",
+    "number format",
     "quantlens.formats",
     hint="it may be a plugin's, which --plugin MODULE_OR_FILE and ql.load_plugin load",
 )
@@ -141,6 +142,37 @@ class Quantizer(Described):
         shape = [1] * dims
         shape[self.axis] = -1
         return parameter.reshape(shape)
+
+
+class Operator(Described):
+    """An operation in integer arithmetic in the place of a site's float operation (LayerNorm, softmax).
+
+    A quantizer changes the numbers on an edge; an operator changes how a site computes. Both are part of the plan. An
+    operator is called with the arguments of the node it replaces (``layer_norm(x, shape, γ, β, eps)``, ``softmax(x,
+    dim)``), whose tensors lie on the grids of the quantizers in front of it, and puts out values on its own output
+    grid. The site's ``output`` edge then needs no quantizer.
+
+    output: the number format of what comes out; every value is ``output.decode`` of a code. The names of its tensors
+    begin with ``output.``.
+    """
+
+    output: Any
+
+    def __init__(self, output: Quantizer):
+        super().__init__()
+        self.output = output
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The node's arguments -> the node's value, as float32 numbers on the output grid."""
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "output": self.output.config(), **super().config()}
+
+    @classmethod
+    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        own = {name.removeprefix("output."): t for name, t in tensors.items() if name.startswith("output.")}
+        return super().restore({**config, "output": restore(config["output"], own)}, tensors)
 
 
 def restore(config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantlens.formats.base import Quantizer, bounded_, needs_grad, parameter
+from quantlens.formats.base import Operator, Quantizer, bounded_, needs_grad, parameter
 from quantlens.formats.log import Log
-from quantlens.formats.operators import Operator
 from quantlens.formats.uniform import Affine
 
 FRACTION = 16

@@ -225,7 +225,7 @@ class Method(ABC):
         return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model)
 
     def _pixels(self, graph: Graph, model: Any, images: Calibration, settings: dict[str, Any]) -> list[str]:
-        """Keys of the edges that read the image as pixels from now on; see :mod:`quantlens.transforms.pixels`."""
+        """Keys of the edges that read the image as pixels now; see :func:`~quantlens.transforms.layers.read_pixels`."""
         if settings["image"] != "pixels" or int(settings["patch_bits"]) != 8 or self.info.quantizes == EVERYTHING:
             return []
         return read_as_pixels(graph, model.preprocess, images)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from quantlens.formats.base import Quantizer
-from quantlens.formats.operators import Operator
+from quantlens.formats.base import Operator, Quantizer
 from quantlens.graph.graph import Graph, put_tensor, replace_argument, tensor_tree
 from quantlens.graph.sites import Edge, classifier_terms
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.calibration import MEMORY, Calibration, CalibrationPass, EdgeView, Replacement
-from quantlens.formats import Quantizer
-from quantlens.formats.operators import Operator
+from quantlens.formats import Operator, Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import Site
 from quantlens.transforms.layers import ensure_bias
