@@ -20,8 +20,6 @@ from quantlens.graph.sites import Edge
 from quantlens.qmodel.plan import FP32, Plan, Provenance
 from quantlens.qmodel.simulation import classifier_of, simulate
 
-MB = 1_000_000
-
 CACHED = 4 << 20
 """Bytes of the largest activation that a CPU may work on at once: larger ones leave its cache between operations."""
 
@@ -147,7 +145,7 @@ class QuantizedModel(nn.Module):
     @property
     def size_mb(self) -> float:
         """Megabytes (10⁶ bytes) of the packed model: integer codes at their width, scales, what stays in float."""
-        return self.size_bytes() / MB
+        return self.size_bytes() / 1e6
 
     @property
     def size_ratio(self) -> float:
@@ -203,15 +201,11 @@ def float_model(model: Any) -> QuantizedModel:
     if isinstance(model, QuantizedModel):
         return model
     if "float_model" not in model.derived:
-        model.derived["float_model"] = _float(model, graph_of(model))
+        plan = Plan(provenance=Provenance.of(model, method="fp32", bits=FP32))
+        model.derived["float_model"] = QuantizedModel(graph_of(model), plan, preprocess=model.preprocess)
     return model.derived["float_model"]
 
 
 def float_copy(model: Any) -> QuantizedModel:
     """As :func:`float_model`, with a graph and a plan of its own: whatever is done to it, ``model`` stays as it is."""
-    return _float(model, graph_of(model).clone())
-
-
-def _float(model: Any, graph: Graph) -> QuantizedModel:
-    plan = Plan(provenance=Provenance.of(model, method="fp32", bits=FP32))
-    return QuantizedModel(graph, plan, preprocess=model.preprocess)
+    return copy.deepcopy(float_model(model))
