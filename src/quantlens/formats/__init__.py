@@ -9,10 +9,11 @@ from quantlens.formats.power_of_two import PowerOfTwo
 from quantlens.formats.shifted_log import ShiftedLog
 from quantlens.formats.sqrt_softmax import SqrtSoftmax
 from quantlens.formats.twin import Twin
-from quantlens.formats.uniform import Uniform, affine_parameters, symmetric_parameters
+from quantlens.formats.uniform import Affine, Uniform, affine_parameters, symmetric_parameters
 
 __all__ = [
     "AdaLog",
+    "Affine",
     "GroupScaled",
     "IntegerLayerNorm",
     "Log",
