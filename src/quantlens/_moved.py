@@ -24,8 +24,10 @@ def _of(old: str, new: str, *names: str) -> dict[str, str]:
 
 
 MODULES: dict[str, str] = {
-    **_of("quantizers", "formats", "adalog", "base", "integer_ops", "log", "operators", "power_of_two"),
+    **_of("quantizers", "formats", "adalog", "base", "integer_ops", "log", "power_of_two"),
     **_of("quantizers", "formats", "shifted_log", "twin", "uniform"),
+    "quantlens.quantizers.operators": "quantlens.formats.base",
+    "quantlens.formats.operators": "quantlens.formats.base",
     "quantlens.quantizers.block_scaled": "quantlens.formats.group_scaled",
     "quantlens.quantizers.rows": "quantlens.formats.sqrt_softmax",
     **_of("quantizers", "qmodel", "bits", "model", "targets"),
@@ -35,7 +37,9 @@ MODULES: dict[str, str] = {
     **_of("reconstruction", "transforms", "equalisation", "heads"),
     "quantlens.reconstruction.massive": "quantlens.transforms.outlier_channels",
     "quantlens.reconstruction.centring": "quantlens.transforms.mean_subtraction",
-    "quantlens.reconstruction.pixels": "quantlens.transforms.pixels",
+    "quantlens.reconstruction.pixels": "quantlens.transforms.layers",
+    "quantlens.transforms.pixels": "quantlens.transforms.layers",
+    "quantlens.transforms.registry": "quantlens.transforms",
     "quantlens.reconstruction.sensitivity": "quantlens.reconstruction.block_metrics",
     **_of("allocation", "sensitivity", "alone", "inspection", "statistics"),
     **_of("studies", "evaluation", "environment", "images", "outputs"),
@@ -72,6 +76,7 @@ MODULES: dict[str, str] = {
     ),
     "quantlens.reconstruction.losses": "quantlens.reconstruction.settings",
     "quantlens.reconstruction.streams": "quantlens.reconstruction.units",
+    "quantlens.allocation.solver": "quantlens.allocation.choosing",
     "quantlens.allocation.spectra": "quantlens.allocation.sensitivity",
     "quantlens.demo": "quantlens.report.demo",
     "quantlens.plots.attention": "quantlens.plots.precisions",

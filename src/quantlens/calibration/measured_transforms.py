@@ -11,9 +11,9 @@ from torch import Tensor
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView
 from quantlens.calibration.cache import return_memory
 from quantlens.graph import Edge, Graph
+from quantlens.transforms.layers import pixel_readers, read_pixels
 from quantlens.transforms.mean_subtraction import MeanSubtraction
 from quantlens.transforms.outlier_channels import RATIO, outlier_candidates, outlier_channels, split_outliers
-from quantlens.transforms.pixels import pixel_readers, read_pixels
 
 ROWS = 256
 """Tokens that are summed together."""
