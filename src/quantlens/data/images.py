@@ -102,15 +102,13 @@ def load_images(
     cache_dir: CacheDir = None,
     skip_bad: bool = False,
     progress: Progress | None = None,
-    limit: int | None = None,
     workers: int | None = None,
 ) -> ImageSet:
     """Decode, resize and crop the images of `source`, or take them from the on-disk cache.
 
-    `cache_dir` is a folder, None for the default one (`quantlens.data.cache`), or False for no cache: then
-    N*3*H*W bytes are held in memory. Embedded sets are never cached on disk. `limit` takes the first images
-    only. `progress(done, total)` is called after each decoded image. `workers` threads decode (as many as
-    there are processors by default).
+    `cache_dir` is a folder, None for the default one (`quantlens.data.cache`), or False for no cache: then N*3*H*W
+    bytes are held in memory. Embedded sets are never cached on disk. `progress(done, total)` is called after each
+    decoded image. `workers` threads decode (as many as there are processors by default).
 
     Raises BadImageError, naming the file, for an image that cannot be read; with `skip_bad` it is left out
     and recorded in `skipped`. Raises StorageError where the cache cannot be written: the disk is full, or a
@@ -118,10 +116,6 @@ def load_images(
     """
     if isinstance(source, str):
         source = open_source(source)
-    if limit is not None:
-        if limit < 1:
-            raise QuantlensError(f"limit {limit} leaves no image of {source.spec}; give 1 or more")
-        source = source.select(range(min(limit, len(source))))
     identity = source.identity() if cache_dir is not False else None
     key = None if identity is None else cache.cache_key(identity, preprocess.image_key())
     bad: Skipped = []
