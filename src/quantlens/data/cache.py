@@ -24,7 +24,6 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +47,11 @@ class ReadOnlyError(StorageError):
     """The cache folder may not be written."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One cached list: `pixels` uint8 [N,3,H,W] and `skipped`, (position in the list, reason) of each image
-    left out.
-    """
+Skipped = list[tuple[int, str]]
+"""(position in the list, why it cannot be read) of images left out."""
 
-    pixels: np.ndarray
-    skipped: list[tuple[int, str]]
+Entry = tuple[np.ndarray, Skipped]
+"""One cached list: pixels uint8 [N,3,H,W], and the images left out."""
 
 
 def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -91,7 +87,7 @@ def read_entry(directory: Path, key: str, total: int, image_shape: tuple[int, ..
             return None
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
-    return Entry(pixels[:kept], skipped)
+    return pixels[:kept], skipped
 
 
 def write_entry(
@@ -100,7 +96,7 @@ def write_entry(
     total: int,
     image_shape: tuple[int, ...],
     images: Iterator[np.ndarray],
-    skipped: list[tuple[int, str]],
+    skipped: Skipped,
 ) -> Entry:
     """Write the entry `key` of a list of `total` images and return it. images: uint8 of that shape, one by one; each
     that does not come is in `skipped` in the end.
