@@ -84,7 +84,8 @@ class Emitter:
         if quantizer.bits == 4:
             flat = np.pad(raw.reshape(-1), (0, raw.size % 2)).astype(np.uint8) & 0xF
             raw = flat[0::2] | (flat[1::2] << 4)
-        self.constants[name] = Initializer(name, getattr(TensorProto, kind), values.shape, raw.nbytes, raw.tobytes)
+        proto = TensorProto(name=name, data_type=getattr(TensorProto, kind), dims=values.shape)
+        self.constants[name] = Initializer(proto, raw.nbytes, raw.tobytes)
         return name
 
     # -- values ------------------------------------------------------------------------------------------------------

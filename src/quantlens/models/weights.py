@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,11 @@ def check_finite(state: Mapping[str, Tensor], origin: str) -> None:
 def adapt(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """Names as the model has them: the architecture's own translation (timm's ``checkpoint_filter_fn``) where names
     differ."""
-    if set(state) == set(module.state_dict()):
-        return state
     translate = getattr(sys.modules.get(type(module).__module__), "checkpoint_filter_fn", None)
-    if translate is None:
-        return state
-    try:
-        return translate(dict(state), module)
-    except Exception:
-        return state
+    if translate is not None and set(state) != set(module.state_dict()):
+        with suppress(Exception):
+            return translate(dict(state), module)
+    return state
 
 
 def fit(module: nn.Module, state: dict[str, Tensor], origin: str, name: str) -> None:
