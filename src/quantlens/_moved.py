@@ -85,7 +85,6 @@ MODULES: dict[str, str] = {
     "quantlens.plots.lines": "quantlens.plots.precisions",
     "quantlens.plots.figures": "quantlens.plots",
     "quantlens.plots.files": "quantlens.plots.style",
-    "quantlens.report.attention_gallery": "quantlens.report.attention",
     "quantlens.report.text": "quantlens.studies.text",
     "quantlens.report.collect": "quantlens.studies.board",
     "quantlens.zoo.augment": "quantlens.zoo.recipe",
