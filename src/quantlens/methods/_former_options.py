@@ -105,7 +105,7 @@ def current_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if new != name:
             warn(f"quantlens: option {name} of {method} is {new} now; quantlens {DROPPED} drops the old name")
         found[new] = values.get(new, {}).get(value, value) if isinstance(value, str) else value
-        if found[new] != value:
+        if found[new] is not value:
             warn(
                 f"quantlens: {new}={value} of {method} is {new}={found[new]} now; quantlens {DROPPED} drops the old "
                 "value"
