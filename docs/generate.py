@@ -46,8 +46,8 @@ def number(value: Any, sign: bool = False) -> str:
     if value is None:
         return "–"
     mean, *spread = value if isinstance(value, list) else [value]
-    shown = f"{mean:+g}" if sign else f"{mean:g}"
-    return " ± ".join([shown.replace("-", "−"), *(f"{s:g}" for s in spread)])
+    shown = f"{mean:+}" if sign else str(mean)
+    return "\u00a0±\u00a0".join([shown.replace("-", "−"), *map(str, spread)])  # never broken between lines
 
 
 def aupr_change(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:

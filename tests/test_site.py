@@ -165,12 +165,27 @@ def test_results_say_what_they_are(generate):
 
 def test_the_tables_show_the_results(generate):
     shown = generate.filled((DOCS / "results.md").read_text(encoding="utf-8"))
+    shown = shown.replace("\u00a0", " ")
     assert "| DeiT-Tiny | [`repq-vit`](methods/repq-vit.md) | W4A4 | 59.8 ± 1.2 | 2.18 ± 0.04 | −10.5 | 3.3 |" in shown
     assert "| DeiT-Tiny | FP32 | FP32 | 76.75 |" in shown
     assert shown.count("\n## ") == len(generate.results()["sets"]) + 1
     rows = [{"model": "m", "method": None, "aupr_out": {"a": 50.0, "b": 60.0}}]
     row = {"model": "m", "method": "x", "aupr_out": {"a": [49.0, 1.0], "b": 58.0}}
     assert generate.aupr_change(row, rows) == "−1.5"
+
+
+def test_the_readme_shows_results_of_the_file(generate):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 120
+    rows = [row for row in generate.results()["rows"] if row["set"] == "four-bits"]
+    table = text.partition("| W4A4 |")[2].partition("\n\n")[0]
+    for row in rows:
+        shown = (
+            row["bits"] == "W4A4" and row["seeds"] == 3 and row["method"] in ("repq-vit", "adalog", "quantlens-fast")
+        )
+        if shown:
+            change = generate.aupr_change(row, rows)
+            assert f"{generate.number(row['top1'])} | {change} |".replace("\u00a0", " ") in table, row
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
