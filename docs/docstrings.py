@@ -1,5 +1,7 @@
-"""Docstrings as Markdown for the API pages: Sphinx roles become code, doctest lines a block of Python, and sentences that
-say what parameters are ("model: … bits: …") a list."""
+"""Docstrings as Markdown for the API pages.
+
+Sphinx roles become code, doctest lines a block of Python, and what is said of parameters ("model: … bits: …") a list.
+"""
 
 from __future__ import annotations
 
