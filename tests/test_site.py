@@ -201,6 +201,12 @@ def test_the_research_log_has_every_page():
     assert pages == set(re.findall(r"\(([^()]+\.md)\)", index))
 
 
+def test_the_citation_is_of_this_version():
+    from quantlens import __version__
+
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     pytest.importorskip("mkdocs")
