@@ -208,7 +208,8 @@ def method_page(name: str) -> str:
 def module_doc(method: Any) -> str:
     """The head of the method's file without its title line."""
     text = importlib.import_module(type(method).__module__).__doc__ or ""
-    return re.sub(r"^[\w-]+: (\w)", lambda first: first[1].upper(), text.strip(), count=1)
+    text = re.sub(r"^[\w-]+: ", "", text.strip(), count=1)
+    return text if text.startswith("quantlens") else text[:1].upper() + text[1:]
 
 
 def slug(title: str) -> str:

@@ -1,4 +1,4 @@
-"""The docs site in headless Chromium, from the disk: nothing from the network, on a phone and a desktop, light and dark."""
+"""The docs site in headless Chromium, from the disk: nothing from the network, phone and desktop, light and dark."""
 
 from __future__ import annotations
 
