@@ -12,8 +12,7 @@ from study_fakes import PREPROCESS, FakeModel, quantized
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.evaluation import Result, evaluate
-from quantlens.evaluation.scoring import choose_scores
-from quantlens.metrics import FitData, classification_metrics, make_scorer, ood_metrics
+from quantlens.metrics import FitData, choose_scores, classification_metrics, make_scorer, ood_metrics
 
 ID, LETTERS, NEAR, FIT = (
     "embedded:digits-test",

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a dataclass and as plain data that is valid JSON."""
+"""What an evaluation found: a dataclass, plain data that is valid JSON, and one flat row of numbers by path."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quantlens.errors import QuantlensError
+from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.evaluation.outputs import Outputs
 from quantlens.files import write_whole
 from quantlens.metrics import METRICS, change, metric_of, names_of
@@ -106,8 +106,6 @@ class Result:
     def to_pandas(self) -> Any:
         """A pandas DataFrame of one row: what the model is, then every number under its path ("id.top1", …). Raises
         UnsupportedError where pandas is not installed."""
-        from quantlens.evaluation.flat import frame, row
-
         data = self.to_dict()
         return frame([row(data, data)])
 
@@ -201,3 +199,51 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+# ---- flat rows, for spreadsheets and data frames ---------------------------------------------------------------------
+
+FIRST = ("model", "method", "bits", "seed", "options")
+LEFT_OUT = frozenset({"per_class", "reliability", "histograms", "attention_examples", "thumbnails", "edges"})
+"""Parts of a result that are no single numbers."""
+NOT_MEASURED = frozenset({"fp32", "environment", "preprocess", "options", "allocation"})
+"""Parts that are of something else, or settings."""
+
+
+def numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, float | int]]:
+    """(path, number) of everything measured in a result: ("id.top1", 0.98), ("ood.textures.msp.aupr_out", …). Fractions
+    as in `to_dict()`. "change.…" is computed from the result and the FP32 metrics it carries, never read."""
+    kept = {key: value for key, value in result.items() if key not in COMPUTED}
+    yield from _numbers({**kept, "change": change(metrics_only(result), result.get("fp32") or {})}, "")
+
+
+def _numbers(value: Any, path: str) -> Iterator[tuple[str, float | int]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            if key not in LEFT_OUT and key not in NOT_MEASURED:
+                yield from _numbers(part, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value
+
+
+def row(names: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result is of (FIRST, from `names`; the options as JSON), then its numbers."""
+    first = {key: names.get(key) for key in FIRST[:-1]}
+    first["options"] = json.dumps(names.get("options") or {}, sort_keys=True)
+    return first | {path: value for path, value in numbers(result) if path not in first}
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of rows: what they are of, then their numbers, sorted within each row."""
+    return list(dict.fromkeys(key for one in rows for key in (*FIRST, *sorted(set(one) - set(FIRST)))))
+
+
+def frame(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """A pandas DataFrame of rows. Raises UnsupportedError where pandas is not installed."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise UnsupportedError(
+            "a DataFrame needs pandas: run `pip install 'quantlens[pandas]'`, or take to_dict() instead"
+        ) from error
+    return pandas.DataFrame(list(rows), columns=columns(rows))

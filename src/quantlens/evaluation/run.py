@@ -20,12 +20,12 @@ from quantlens.evaluation.environment import choose_device, environment
 from quantlens.evaluation.images import EvaluationImages, ImageProgress, check_labels, describe
 from quantlens.evaluation.outputs import Outputs, about_of, of_images
 from quantlens.evaluation.result import Result, check_same_images, metrics_only, plain
-from quantlens.evaluation.scoring import choose_scores, scored
 from quantlens.export.threshold import guard_metrics, looks_unknown
 from quantlens.metrics import (
     FitData,
     ScoreInfo,
     Scorer,
+    choose_scores,
     classification_metrics,
     make_scorer,
     mean_over_sets,
@@ -137,13 +137,13 @@ class _Run:
         guard = getattr(model, "guard", None)
         known, unknown = looks_unknown(guard, logits), {}
         scorers, unavailable = self.fit(model, features is not None, sets.fit) if sets.ood else ({}, {})
-        id_scores = scored(scorers, logits, features)
+        id_scores = _scored(scorers, logits, features)
         del logits, features
         ood_part: dict[str, dict[str, Any]] = {}
         ood_scores = {}
         for name, others in sets.ood.items():
             logits, features = self.forward(model, others, f"OOD set {name}")
-            found = scored(scorers, logits, features)
+            found = _scored(scorers, logits, features)
             ood_scores[name] = found
             by_score = {score: ood_metrics(id_scores[score], values) for score, values in found.items()}
             ood_part[name] = {**describe(others), "group": sets.groups[name], **by_score}
@@ -203,6 +203,15 @@ class _Run:
                 "for NaN, or use another method or more bits"
             )
         return found, np.concatenate(features) if features else None
+
+
+def _scored(scorers: Mapping[str, Scorer], logits: np.ndarray, features: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Every score [N] float64 of images, larger = more in-distribution, from logits [N, K] and features [N, D]."""
+    found = {name: np.asarray(scorer(logits, features), dtype=np.float64) for name, scorer in scorers.items()}
+    for name, values in found.items():
+        if not np.isfinite(values).all():
+            raise QuantlensError(f"the OOD score {name!r} is not finite on these images; leave it out with `scores`")
+    return found
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

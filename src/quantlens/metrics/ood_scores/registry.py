@@ -3,7 +3,7 @@ registered where they are defined; `register_score` adds any other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from quantlens.errors import QuantlensError, UnsupportedError
+from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.metrics._arrays import Float, as_labels, as_matrix
 from quantlens.plugins import Registry
 
@@ -143,6 +143,27 @@ _SCORES: Registry[tuple[ScoreInfo, Callable[..., Any]]] = Registry("OOD score", 
 def available_scores(*, own: bool = False) -> dict[str, ScoreInfo]:
     """Every score by name, in the order in which they are listed to people. own: those of quantlens alone."""
     return {name: info for name, (info, _) in _SCORES.all(own=own).items()}
+
+
+def choose_scores(names: Sequence[str] | None) -> dict[str, ScoreInfo]:
+    """name -> ScoreInfo of the scores asked for, in that order (None: all of quantlens' own). A score is found by its
+    name, label or title; case and what stands between words do not matter. Raises UnknownNameError."""
+    if names is None:
+        return available_scores(own=True)
+    known = available_scores()
+    spellings = {_letters(text): name for name, info in known.items() for text in (info.title, info.label)}
+    spellings |= {_letters(name): name for name in known}
+    found = {}
+    for asked in names:
+        name = asked if asked in known else spellings.get(_letters(asked))
+        if name is None:
+            raise UnknownNameError("OOD score", str(asked), known)
+        found[name] = known[name]
+    return found
+
+
+def _letters(text: str) -> str:
+    return "".join(c for c in str(text).lower() if c.isalnum())
 
 
 def score_label(name: str) -> str:
