@@ -35,7 +35,7 @@ OLD_NAMES = [
     ("quantlens.reconstruction", "rotate_values", "quantlens.transforms"),
     ("quantlens.allocation", "inspect", "quantlens.sensitivity"),
     ("quantlens.allocation.allocation", "allocate", "quantlens.allocation.choosing"),
-    ("quantlens.studies", "Result", "quantlens.evaluation"),
+    ("quantlens.studies", "Result", "quantlens.evaluation.result"),
     ("quantlens.studies.bootstrap", "holm", "quantlens.metrics.bootstrap"),
     ("quantlens.studies.bootstrap", "replicate", "quantlens.evaluation.bootstrap"),
     ("quantlens.studies.flat", "numbers", "quantlens.evaluation.result"),

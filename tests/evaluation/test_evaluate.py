@@ -11,7 +11,8 @@ from study_fakes import PREPROCESS, FakeModel, quantized
 
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
-from quantlens.evaluation import Result, evaluate
+from quantlens.evaluation.result import Result
+from quantlens.evaluation.run import evaluate
 from quantlens.metrics import FitData, choose_scores, classification_metrics, make_scorer, ood_metrics
 
 ID, LETTERS, NEAR, FIT = (

@@ -17,7 +17,7 @@ import torch
 from quantlens.ambient import isolated
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.environment import choose_device, environment
-from quantlens.evaluation.images import EvaluationImages, ImageProgress, check_labels, describe
+from quantlens.evaluation.images import EvaluationImages, ImageProgress, describe
 from quantlens.evaluation.outputs import Outputs, about_of, of_images
 from quantlens.evaluation.result import Result, check_same_images, metrics_only, plain
 from quantlens.export.threshold import guard_metrics, looks_unknown
@@ -33,7 +33,7 @@ from quantlens.metrics import (
     score_histograms,
 )
 from quantlens.models import Model
-from quantlens.models.class_names import class_names
+from quantlens.models.loading import class_names
 from quantlens.qmodel import float_model
 
 
@@ -131,9 +131,9 @@ class _Run:
         """{"id", "ood", "ood_mean", "histograms", "scores_unavailable", "guard", "outputs"} of a result."""
         logits, features = self.forward(model, sets.id, "the ID set")
         names = class_names(sets.id, model)
-        metrics = classification_metrics(logits, sets.labels, n_bins=self.n_bins, class_names=names)
+        metrics = classification_metrics(logits, sets.id.labels, n_bins=self.n_bins, class_names=names)
         id_part = {**describe(sets.id), "num_classes": model.num_classes, **metrics}
-        images = of_images(logits, sets.labels, keep) if keep else None
+        images = of_images(logits, sets.id.labels, keep) if keep else None
         guard = getattr(model, "guard", None)
         known, unknown = looks_unknown(guard, logits), {}
         scorers, unavailable = self.fit(model, features is not None, sets.fit) if sets.ood else ({}, {})
@@ -174,7 +174,7 @@ class _Run:
         data = None
         if features and images is not None and any(info.needs_fit for info in self.scores.values()):
             outputs = self.forward(model, images, "the fit set")
-            labels = None if images.labels is None else check_labels(images, model, "the fit set")
+            labels = None if images.labels is None else images.check_labels(model.num_classes)
             data = FitData(*outputs, labels, *(t.detach().float().cpu().numpy() for t in classifier or ()))
         there = {"features": features, "fit": images is not None, "classifier": classifier is not None}
         lacking = {name: info.lacks(**there) for name, info in self.scores.items()}

@@ -3,8 +3,10 @@ model."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import platform
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -15,10 +17,9 @@ from PIL import Image
 from scipy.special import softmax
 
 from quantlens.data import Preprocess
-from quantlens.data.decode import decode_image
+from quantlens.data.sources import decode_image
 from quantlens.errors import BadWeightsError
 from quantlens.export.export import _need
-from quantlens.export.processor import saturates
 
 
 class Prediction(NamedTuple):
@@ -37,7 +38,7 @@ class Artefact:
     itself. runtime: name and version of what runs it. size_mb: megabytes (10⁶ bytes) on disk.
 
     threads: CPU threads (None: the runtime's choice). Where the processor's integer sums saturate (see
-    :mod:`quantlens.export.processor`), ONNX Runtime is told to avoid it, and OpenVINO computes with the same codes in
+    :func:`saturates`), ONNX Runtime is told to avoid it, and OpenVINO computes with the same codes in
     float: right, and not faster than FP32. Raises BadWeightsError for a file that is missing, damaged or
     not written by quantlens.
     """
@@ -110,9 +111,6 @@ class Artefact:
     def classifier(self) -> None:
         return None
 
-    def eval(self) -> Artefact:
-        return self
-
     def to(self, *_: Any, **__: Any) -> Artefact:
         return self
 
@@ -158,6 +156,33 @@ class Artefact:
             "checkpoint_sha256": self.checkpoint_sha256,
             "size_mb": self.size_mb,
         }
+
+
+EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+"""Linux's names of the instructions that add in 32 bits."""
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether sums of u8 · s8 products saturate here. Of an x86 processor whose instructions are not known, yes.
+
+    x86 processors without VNNI or AMX (AVX2, the first AVX-512) multiply unsigned by signed bytes in pairs and add the
+    two products in 16 bits, which saturates at 32767: 255 · 127 · 2 is 64770. Runtimes use that instruction as it is
+    fast, and their logits then differ from the measured ones by far more than rounding. With weights of 7 bits (±64)
+    the pair stays within 32640: a W7A8 file is right on every processor, whatever its session options. A file says in
+    its metadata (``saturating``) whether it has wider weights.
+    """
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686", "x86")
+    return x86 and not EXACT & set(processor("flags").split())
+
+
+def processor(fact: str) -> str:
+    """What Linux says of the processor: its "flags" (instruction sets), its "model name"; "" where it does not."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            return next((line.partition(":")[2].strip() for line in lines if line.startswith(fact)), "")
+    except OSError:
+        return ""
 
 
 def may_saturate(metadata: dict[str, str]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from quantlens.metrics.ood_scores.logits import energy, maxlogit, msp
+from quantlens.metrics.ood_scores import energy, maxlogit, msp
 from quantlens.qmodel import QuantizedModel
 
 GUARDS = {"msp": msp, "energy": energy, "maxlogit": maxlogit}

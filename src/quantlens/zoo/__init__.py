@@ -21,23 +21,15 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True)
-class OODSource:
-    """One OOD set to measure a model on: the SOURCE and its group, "near" or "far"."""
-
-    source: str
-    group: str
-
-
-@dataclass(frozen=True)
 class ZooSources:
     """The SOURCEs that go with a model: images to evaluate, to calibrate, to fit OOD statistics, and OOD
-    sets.
+    sets: {name: {"source", "group"}}, the group being "near" or "far".
     """
 
     id: str
     calibration: str
     fit: str
-    ood: dict[str, OODSource]
+    ood: dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ class ZooEntry:
 
     def build(self) -> nn.Module:
         """The untrained architecture."""
-        from quantlens.zoo.recipe import RECIPES
+        from quantlens.zoo.train import RECIPES
 
         return RECIPES[self.name].build()
 
@@ -65,7 +57,7 @@ class ZooEntry:
 def available() -> dict[str, ZooEntry]:
     """Name -> entry of every model that ships with the package."""
     sets = available_embedded().items()
-    ood = {name: OODSource(f"embedded:{name}", info.group) for name, info in sets if info.group != "id"}
+    ood = {name: {"source": f"embedded:{name}", "group": info.group} for name, info in sets if info.group != "id"}
     digits = ZooEntry(
         name="digits-vit",
         description=f"ViT for {SIZE}x{SIZE} images of {len(ID_DIGITS)} handwritten digits",

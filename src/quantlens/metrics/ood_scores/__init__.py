@@ -18,11 +18,15 @@ from quantlens.metrics.ood_scores.registry import (
     Scorer,
     available_scores,
     choose_scores,
+    energy,
+    entropy,
+    gen,
     make_scorer,
+    maxlogit,
+    msp,
     register_score,
     score_label,
 )
-from quantlens.metrics.ood_scores.logits import energy, entropy, gen, maxlogit, msp
 from quantlens.metrics.ood_scores.features import (
     class_means,
     knn,
