@@ -217,6 +217,8 @@ def test_result_in_words() -> None:
     text = str(evaluate(quantized(FakeModel(), "W3A3", 13), ID, OOD))
     assert text.splitlines()[0].startswith("fake minmax W3A3, seed 13, ")
     assert f"ID {ID}: 400 images" in text
+    assert "top-1 % ↑: " in text
+    assert "AUPR-out % ↑, letters, msp: " in text
 
 
 def test_a_result_as_a_data_frame() -> None:

@@ -82,7 +82,7 @@ def test_scores_stay_apart_and_large_logits_stay_finite(tmp_path: Path) -> None:
         ood_scores={"o": {name: values[:4] for name, values in scores.items()}},
         about=about,
     )
-    kept.write(tmp_path / "o.npz", one)
+    (tmp_path / "o.npz").write_bytes(kept.pack(one))
     back = kept.read(tmp_path / "o.npz", logits=True)
     assert np.array_equal(back.id_scores["msp"], close)
     assert list(back.id_scores) == ["msp", "energy"]
@@ -176,7 +176,7 @@ def test_a_known_difference_is_found(tmp_path: Path) -> None:
         results[name] = result = evaluate(
             model, **sets, scores=["msp"], keep="scores", cache_dir=False, reference=False
         )
-        kept.write(tmp_path / f"{name}.npz", result.outputs)
+        (tmp_path / f"{name}.npz").write_bytes(kept.pack(result.outputs))
         result.save_json(tmp_path / f"{name}.json")
         assert "outputs" not in result.to_dict()
     found = compare(tmp_path / "a.npz", tmp_path / "b.npz", resamples=2000)

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from quantlens.cli import _common, _options
-from quantlens.errors import QuantlensError
 from quantlens.files import check_writable
 
 HELP = """Time exported models against each other, in one process with interleaved runs.
@@ -58,15 +57,12 @@ def bench(
     """See HELP."""
     from quantlens.evaluation.environment import environment
     from quantlens.evaluation.open_models import open_float
-    from quantlens.export.bench import check_files, race
+    from quantlens.export.bench import race
     from quantlens.studies.benchmarks import put_timings
     from quantlens.studies.store import Store
 
     check_writable(json)
     check_writable(store and store / "store.sqlite")
-    check_files(artefacts)
-    if peers and fp32 is None:
-        raise QuantlensError("--peers needs --fp32 MODEL: the float model that the other tools quantize")
     with _common.stages(quiet) as step:
         found, facts = race(
             artefacts,

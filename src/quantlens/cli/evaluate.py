@@ -10,7 +10,7 @@ import typer
 
 from quantlens.cli import _common, _options
 from quantlens.errors import QuantlensError
-from quantlens.files import check_writable
+from quantlens.files import check_writable, write_whole
 
 CHANGE = "quantized − FP32"
 
@@ -92,7 +92,7 @@ def evaluate(
     with _common.stages(quiet) as step:
         result = measure(measured, id, sets, progress=step, **settings, **_common.reading(skip_bad, no_cache))
     if keep is not None and result.outputs is not None:
-        outputs.write(keep, result.outputs)
+        write_whole(keep, outputs.pack(result.outputs), what="the per-image outputs")
     if store is not None:
         _keep(store, measured.facts(), result.to_dict())
     _common.show(tables(result), result.to_dict(), json, "the result")

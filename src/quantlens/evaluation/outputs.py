@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 
 from quantlens.errors import StorageError
-from quantlens.files import write_whole
 
 FORMAT = 1
 FOLDER = "outputs"
@@ -136,11 +135,6 @@ def _apart_in_float32(values: np.ndarray) -> bool:
     with np.errstate(over="ignore"):
         narrow = values.astype(np.float32)
     return bool(np.isfinite(narrow).all()) and np.unique(narrow).size == np.unique(values).size
-
-
-def write(path: Path, outputs: Outputs) -> None:
-    """Write a file whole or not at all; StorageError where that cannot be done."""
-    write_whole(path, pack(outputs), what="the per-image outputs")
 
 
 def read(path: str | os.PathLike[str], *, logits: bool = False) -> Outputs:

@@ -17,7 +17,7 @@ import numpy as np
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.evaluation.outputs import Outputs
 from quantlens.files import write_whole
-from quantlens.metrics import METRICS, change, metric_of, names_of
+from quantlens.metrics import change, metric_of, names_of
 
 NOT_STORED = frozenset({"extra", "outputs"})
 """Fields of a Result that are no keys of its dictionary."""
@@ -114,23 +114,14 @@ class Result:
         write_whole(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     def __str__(self) -> str:
-        """What was measured and on what, in a few lines; the tables are `quantlens evaluate`'s."""
-        lines = [*summary(self), ", ".join(_words(name, self.id) for name in names_of("classification"))]
-        score = next((key for entry in self.ood.values() for key, v in entry.items() if isinstance(v, Mapping)), None)
-        if score is not None:
-            sets = (f"{name} {_words('aupr_out', entry[score], '')}" for name, entry in self.ood.items())
-            lines.append(f"{METRICS['aupr_out'].title} by {score}: {', '.join(sets)}")
-        if self.guard is not None:
-            shares = {"ID": 1 - self.guard["id"]["kept"]} | {n: e["flagged"] for n, e in self.guard["ood"].items()}
-            flagged = METRICS["flagged"]
-            lines.append(f"{flagged.title}: {', '.join(f'{n} {flagged.text(v)} %' for n, v in shares.items())}")
-        return "\n".join(lines)
-
-
-def _words(name: str, values: Mapping[str, Any], title: str | None = None) -> str:
-    """ "top-1 98.25 %"."""
-    metric = METRICS[name]
-    return f"{metric.title if title is None else title} {metric.text(values.get(name))} {metric.unit}".strip()
+        """What was measured and on what, a metric per line; of OOD detection AUPR-out by the first score."""
+        known, score = [f"id.{name}" for name in names_of("classification")], next(iter(self.histograms), "")
+        lines = [
+            f"{title_of(path)}: {metric_of(path).text(value)}"
+            for path, value in numbers(self.to_dict())
+            if path in known or (path.startswith("ood.") and path.endswith(f".{score}.aupr_out"))
+        ]
+        return "\n".join([*summary(self), *lines])
 
 
 def summary(result: Result) -> list[str]:

@@ -149,7 +149,7 @@ def race(
     """
     size = check_files(paths)
     if with_peers and fp32 is None:
-        raise QuantlensError("the runtimes' own tools quantize the float model; give it, too")
+        raise QuantlensError("the runtimes' own tools (--peers) quantize the float model; give it, too (--fp32 MODEL)")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch if folder is None else folder)
         contenders = [contender(path) for path in paths]
