@@ -50,11 +50,6 @@ class Entry:
     def baseline(self) -> bool:
         return self.bits == BASELINE
 
-    @property
-    def has_outputs(self) -> bool:
-        """Whether there are per-image outputs."""
-        return self.file is not None or self.held is not None
-
     @cached_property
     def outputs(self) -> Any:
         """The per-image outputs; None where none were kept. Raises StorageError for a damaged file."""
@@ -203,7 +198,7 @@ def _add_common(pairs: dict[str, list[tuple[Any, Any]]], first: Mapping[str, Any
 
 def _without_interval(one: Match) -> str:
     """Why there are no intervals, "" where there are."""
-    names = list(dict.fromkeys(str(entry) for entry in one.entries if not entry.has_outputs))
+    names = list(dict.fromkeys(str(entry) for entry in one.entries if entry.file is None and entry.held is None))
     if not names:
         return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -22,15 +22,10 @@ def environment(device: Any = "cpu") -> dict[str, Any]:
         "timm": version("timm"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": cpu_name(),
+        "cpu": f"{processor('model name') or platform.processor() or platform.machine()} ({cores()} cores)",
         "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's model name, with the number of logical cores this process may use."""
-    return f"{processor('model name') or platform.processor() or platform.machine()} ({cores()} cores)"
 
 
 def cores() -> int:

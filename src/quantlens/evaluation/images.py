@@ -43,10 +43,7 @@ class EvaluationImages:
 
         def opened(value: Any, name: str) -> Any:
             told = None if progress is None else partial(progress, f"decoding {name}")
-            images = as_image_set(value, model.preprocess, name, progress=told, **reading)
-            if len(images) == 0:
-                raise QuantlensError(f"there are no images in {name} ({images.source})")
-            return images
+            return as_image_set(value, model.preprocess, name, progress=told, **reading)
 
         id_images = opened(id, "the ID set")
         id_images.check_labels(model.num_classes)

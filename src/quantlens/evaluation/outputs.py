@@ -70,16 +70,12 @@ def of_images(logits: np.ndarray, labels: np.ndarray, keep: bool | str) -> dict[
     from quantlens.metrics.classification import per_image
 
     images = per_image(logits, labels)
+    fits = np.abs(logits).max(initial=0) <= np.finfo(np.float16).max
     return {
         **{name: getattr(images, name).astype(dtype) for name, dtype in VECTORS.items() if name != "labels"},
         "labels": np.asarray(labels).astype(np.int32),
-        "logits": _half(logits) if keep is True else None,
+        "logits": logits.astype(np.float16 if fits else np.float32) if keep is True else None,
     }
-
-
-def _half(logits: np.ndarray) -> np.ndarray:
-    limit = np.finfo(np.float16).max
-    return logits.astype(np.float16 if np.abs(logits).max(initial=0) <= limit else np.float32)
 
 
 def about_of(

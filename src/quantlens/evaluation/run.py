@@ -20,7 +20,7 @@ from quantlens.evaluation.environment import choose_device, environment
 from quantlens.evaluation.images import EvaluationImages, ImageProgress, describe
 from quantlens.evaluation.outputs import Outputs, about_of, of_images
 from quantlens.evaluation.result import Result, check_same_images, metrics_only, plain
-from quantlens.export.threshold import guard_metrics, looks_unknown
+from quantlens.export.export import guard_metrics, looks_unknown
 from quantlens.metrics import (
     FitData,
     ScoreInfo,

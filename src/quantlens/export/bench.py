@@ -147,7 +147,11 @@ def race(
     float tensor; None: noise, which gives their speed, not their accuracy). folder: where the files of these are kept.
     settings: of :func:`bench`. Raises QuantlensError for files that take images of different sizes.
     """
-    size = check_files(paths)
+    sizes = {Artefact(path).preprocess.input_size for path in paths}
+    if len(sizes) != 1:
+        raise QuantlensError(
+            "give at least one exported model, and time those that take different sizes of image apart"
+        )
     if with_peers and fp32 is None:
         raise QuantlensError("the runtimes' own tools (--peers) quantize the float model; give it, too (--fp32 MODEL)")
     with tempfile.TemporaryDirectory() as scratch:
@@ -157,18 +161,8 @@ def race(
             floats = [eager(fp32), *float_files(fp32, place)]
             made = peers(fp32, _pixels(peer_images, fp32), place) if with_peers else []
             contenders = [*floats, *made, *contenders]
-        found = bench(contenders, input_size=size, **settings)
+        found = bench(contenders, input_size=sizes.pop(), **settings)
     return found, [c.facts for c in contenders]
-
-
-def check_files(paths: Sequence[str | Path]) -> tuple[int, int, int]:
-    """Size of the images that all of some exported files take. Raises QuantlensError where there is no such size."""
-    sizes = {tuple(Artefact(path).preprocess.input_size) for path in paths}
-    if len(sizes) != 1:
-        raise QuantlensError(
-            "give at least one exported model, and time those that take different sizes of image apart"
-        )
-    return sizes.pop()  # type: ignore[return-value]
 
 
 def _pixels(images: Any, model: Any) -> np.ndarray:
