@@ -114,12 +114,14 @@ class Result:
         write_whole(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     def __str__(self) -> str:
-        """What was measured and on what, a metric per line; of OOD detection AUPR-out by the first score."""
-        known, score = [f"id.{name}" for name in names_of("classification")], next(iter(self.histograms), "")
+        """What was measured and on what, a metric per line; of OOD detection AUPR-out by the first score, and what
+        the threshold of an exported file keeps and flags."""
+        known = [f"id.{name}" for name in names_of("classification")]
+        ends = (f".{next(iter(self.histograms), '')}.aupr_out", ".kept", ".flagged")
         lines = [
             f"{title_of(path)}: {metric_of(path).text(value)}"
             for path, value in numbers(self.to_dict())
-            if path in known or (path.startswith("ood.") and path.endswith(f".{score}.aupr_out"))
+            if path in known or (path.startswith(("ood.", "guard.")) and path.endswith(ends))
         ]
         return "\n".join([*summary(self), *lines])
 
@@ -135,6 +137,8 @@ def summary(result: Result) -> list[str]:
 def title_of(path: str) -> str:
     """A metric by its path in a result: "ood_mean.far.msp.auroc" -> "AUROC % ↑, mean far, msp"."""
     heading, parts = metric_of(path).heading, path.split(".")
+    if parts[0] == "guard":
+        return f"{heading}, {'.'.join(parts[2:-1]) or 'ID'}"
     if parts[0] not in ("ood", "ood_mean"):
         return heading
     return f"{heading}, {'mean ' if parts[0] == 'ood_mean' else ''}{'.'.join(parts[1:-2])}, {parts[-2]}"
