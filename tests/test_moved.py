@@ -37,7 +37,7 @@ OLD_NAMES = [
     ("quantlens.allocation.allocation", "allocate", "quantlens.allocation.choosing"),
     ("quantlens.studies", "Result", "quantlens.evaluation.result"),
     ("quantlens.studies.bootstrap", "holm", "quantlens.metrics.bootstrap"),
-    ("quantlens.studies.bootstrap", "replicate", "quantlens.evaluation.bootstrap"),
+    ("quantlens.studies.bootstrap", "replicate", "quantlens.evaluation.compare"),
     ("quantlens.studies.flat", "numbers", "quantlens.evaluation.result"),
     ("quantlens.studies.flat", "write_csv", "quantlens.studies.results"),
     ("quantlens.studies.evaluate", "Result", "quantlens.evaluation.result"),

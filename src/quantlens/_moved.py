@@ -45,6 +45,7 @@ MODULES: dict[str, str] = {
     **_of("studies", "evaluation", "environment", "images", "outputs"),
     "quantlens.evaluation.flat": "quantlens.evaluation.result",
     "quantlens.evaluation.entries": "quantlens.evaluation.compare",
+    "quantlens.evaluation.bootstrap": "quantlens.evaluation.compare",
     "quantlens.models.class_names": "quantlens.models.loading",
     "quantlens.data.decode": "quantlens.data.sources",
     "quantlens.export.processor": "quantlens.export.exported",
@@ -144,7 +145,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.quantizers": ("quantlens.formats", "quantlens.qmodel"),
     "quantlens.ranges": ("quantlens.calibration", "quantlens.calibration.ranges"),
     "quantlens.deploy": ("quantlens.qmodel.checkpoint",),
-    "quantlens.studies.bootstrap": ("quantlens.metrics.bootstrap", "quantlens.evaluation.bootstrap"),
+    "quantlens.studies.bootstrap": ("quantlens.metrics.bootstrap", "quantlens.evaluation.compare"),
     "quantlens.studies.flat": ("quantlens.evaluation.result", "quantlens.studies.results"),
     "quantlens.studies.evaluate": (
         "quantlens.evaluation.result",

@@ -9,13 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantlens.data.embedded import ID_DIGITS, SIZE, available_embedded
 from quantlens.data.preprocess import Preprocess
-
-if TYPE_CHECKING:
-    from torch import nn
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -43,8 +40,8 @@ class ZooEntry:
     class_names: list[str]
     sources: ZooSources
 
-    def build(self) -> nn.Module:
-        """The untrained architecture."""
+    def build(self) -> Any:
+        """The untrained architecture, a torch module."""
         from quantlens.zoo.train import RECIPES
 
         return RECIPES[self.name].build()
