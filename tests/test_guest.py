@@ -104,8 +104,8 @@ def loaded(place):
 def timed(place):
     from quantlens.export.bench import race
 
-    found = race([place.exported], fp32=place.model, batches=(1,), threads=(3,), rounds=1, memory=False)
-    return [timing.label for timing in found.timings]
+    timings, _ = race([place.exported], fp32=place.model, batches=(1,), threads=(3,), rounds=1, memory=False)
+    return [timing["label"] for timing in timings]
 
 
 def studied(place):
@@ -117,7 +117,7 @@ def studied(place):
 
 
 def trained(place):
-    from quantlens.zoo.recipe import DIGITS_VIT, train
+    from quantlens.zoo.train import DIGITS_VIT, train
 
     recipe = replace(DIGITS_VIT, train="embedded:digits-train[0:32]", epochs=1, depth=1)
     return digest(*train(recipe).state_dict().values())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quantlens.allocation import Allocation
     from quantlens.api import allocate, inspect, quantize
     from quantlens.errors import QuantlensError
-    from quantlens.evaluation import evaluate
+    from quantlens.evaluation.run import evaluate
     from quantlens.export.exported import Artefact
     from quantlens.models import Model, load_model
     from quantlens.plots import plot
@@ -71,7 +71,7 @@ _HOMES = {
     "save": "quantlens.qmodel.checkpoint",
     "Artefact": "quantlens.export.exported",
     "load": "quantlens.qmodel.checkpoint",
-    "evaluate": "quantlens.evaluation",
+    "evaluate": "quantlens.evaluation.run",
     "compare": "quantlens.studies.compare",
     "results": "quantlens.studies.results",
     "plot": "quantlens.plots",

@@ -17,6 +17,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
+import torch
+from torch import overrides
+
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
@@ -37,9 +41,6 @@ def isolation() -> Iterator[None]:
     """Inside, torch is set as in a fresh process; afterwards, also after an error, all is as the caller had it: random
     states (Python, numpy, torch), number of threads, default dtype and device, autocast, gradients and inference mode,
     warning filters."""
-    import numpy as np
-    import torch
-
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with ExitStack() as stack:
         stack.callback(_set_back, torch.get_num_threads(), list(warnings.filters))
@@ -52,8 +53,6 @@ def isolation() -> Iterator[None]:
 
 
 def _set_back(threads: int, filters: list[Any]) -> None:
-    import torch
-
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     if warnings.filters != filters:  # some libraries add to them when they are imported
@@ -64,8 +63,6 @@ def _set_back(threads: int, filters: list[Any]) -> None:
 def _without_function_modes() -> Iterator[None]:
     """Inside, no function mode is in force; a default device is one. (To set another inside of it is not enough: in the
     oldest versions of torch that we take, the outer one wins.)"""
-    from torch import overrides
-
     taken = [overrides._pop_mode() for _ in range(overrides._len_torch_function_stack())]
     try:
         yield
@@ -78,8 +75,6 @@ def _without_function_modes() -> Iterator[None]:
 def plain_arithmetic() -> Iterator[None]:
     """Inside, values have the precision and the device that the code says: no autocast; float32 and the CPU where
     nothing is said; float32 products without reduced precision."""
-    import torch
-
     with ExitStack() as stack:
         for device in ("cpu", "cuda", "mps", "xpu"):
             if torch.is_autocast_enabled(device):
@@ -108,8 +103,6 @@ def short_waits() -> Iterator[None]:
     OMP_WAIT_POLICY=PASSIVE forbids it, but is read when torch is loaded. From then on, one thing makes the runtime stop
     after a 300th of that time: more threads than processors. So some are made, which sleep and compute nothing.
     """
-    import torch
-
     runtime = None if torch.get_num_threads() == 1 or "OMP_WAIT_POLICY" in os.environ else _gnu_openmp()
     if runtime is None or not _CROWD.acquire(blocking=False):  # or they are there already
         yield
@@ -139,8 +132,6 @@ _CROWD = threading.Lock()
 @cache
 def _gnu_openmp() -> ctypes.CDLL | None:
     """GNU's OpenMP runtime as torch has loaded it, or None."""
-    import torch
-
     library = ctypes.CDLL(torch._C.__file__)  # where a name is looked up in what it is linked with, too
     wanted, others = ("GOMP_parallel", "omp_get_thread_num"), ("kmp_set_blocktime",)
     has_all = hasattr(os, "sched_getaffinity") and all(hasattr(library, name) for name in wanted)

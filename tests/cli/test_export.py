@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from quantlens.export.processor import saturates
+from quantlens.export.exported import saturates
 
 pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
 

@@ -7,7 +7,7 @@ from study_fakes import FakeModel, quantized
 
 from quantlens.cli.evaluate import tables as result_tables
 from quantlens.cli.study import means_table
-from quantlens.evaluation import evaluate
+from quantlens.evaluation.run import evaluate
 from quantlens.metrics import Spread
 from quantlens.studies.results import Mean
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quantlens.data.decode import decode_image
+from quantlens.data.sources import decode_image
 from quantlens.errors import BadImageError
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,8 +112,10 @@ def test_many_workers_give_what_one_gives(folder: Path) -> None:
 def test_check_labels() -> None:
     images = load_images("embedded:digits-test", Preprocess((3, 32, 32), crop_pct=1.0))
     assert images.check_labels(8) is images.labels
-    with pytest.raises(QuantlensError, match="label 7 and the model has 7 classes"):
+    with pytest.raises(QuantlensError, match="the set has 8 classes, the model 7"):
         images.check_labels(7)
+    with pytest.raises(QuantlensError, match="label 7 and the model has 7 classes"):
+        replace(images, class_names=None).check_labels(7)
     with pytest.raises(QuantlensError, match="no labels"):
         load_images("embedded:letters", Preprocess((3, 32, 32), crop_pct=1.0)).check_labels(8)
 

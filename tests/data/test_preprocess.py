@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from quantlens.data import Preprocess
-from quantlens.data.decode import decode_image
+from quantlens.data.sources import decode_image
 from quantlens.errors import BadImageError, QuantlensError, UnknownNameError, UnsupportedError
 
 SIZES = [(40, 30), (33, 33), (500, 375), (17, 200), (255, 257), (300, 16)]

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from quantlens.evaluation.bootstrap import ID_METRICS, OOD_METRICS, Wanted, point, replicate
+from quantlens.evaluation.compare import ID_METRICS, OOD_METRICS, Wanted, point, replicate
 from quantlens.evaluation.outputs import Outputs, of_images
 from quantlens.metrics import classification_metrics, mean_over_sets, ood_metrics
 from quantlens.metrics.bootstrap import Resamples, differences, interval

@@ -11,9 +11,9 @@ from study_fakes import PREPROCESS, FakeModel, quantized
 
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
-from quantlens.evaluation import Result, evaluate
-from quantlens.evaluation.scoring import choose_scores
-from quantlens.metrics import FitData, classification_metrics, make_scorer, ood_metrics
+from quantlens.evaluation.result import Result
+from quantlens.evaluation.run import evaluate
+from quantlens.metrics import FitData, choose_scores, classification_metrics, make_scorer, ood_metrics
 
 ID, LETTERS, NEAR, FIT = (
     "embedded:digits-test",
@@ -217,6 +217,8 @@ def test_result_in_words() -> None:
     text = str(evaluate(quantized(FakeModel(), "W3A3", 13), ID, OOD))
     assert text.splitlines()[0].startswith("fake minmax W3A3, seed 13, ")
     assert f"ID {ID}: 400 images" in text
+    assert "top-1 % ↑: " in text
+    assert "AUPR-out % ↑, letters, msp: " in text
 
 
 def test_a_result_as_a_data_frame() -> None:

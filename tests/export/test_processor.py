@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens.export import processor
+from quantlens.export import exported
 from quantlens.export.export import export
 from quantlens.export.exported import Artefact, may_saturate
 
@@ -23,11 +23,11 @@ from quantlens.export.exported import Artefact, may_saturate
     ],
 )
 def test_which_processors_saturate(machine, flags, expected, monkeypatch):
-    monkeypatch.setattr(processor.platform, "machine", lambda: machine)
-    monkeypatch.setattr(processor, "_flags", lambda: frozenset(flags.split()))
-    processor.saturates.cache_clear()
-    assert processor.saturates() is expected
-    processor.saturates.cache_clear()
+    monkeypatch.setattr(exported.platform, "machine", lambda: machine)
+    monkeypatch.setattr(exported, "processor", lambda fact: flags)
+    exported.saturates.cache_clear()
+    assert exported.saturates() is expected
+    exported.saturates.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -199,10 +199,10 @@ def test_change_is_quantized_less_fp32() -> None:
     assert set(got["ood"]["textures"]) == {"msp"}
     assert got["ood"]["textures"]["msp"] == pytest.approx({"auroc": 0.05})
     assert change(fp32, fp32)["id"] == {"top1": 0.0, "nll": 0.0}
-    with pytest.warns(DeprecationWarning, match="delta is change, with the opposite sign"):
+    with pytest.warns(DeprecationWarning, match="delta is quantlens.metrics.ood.opposite_change now"):
         assert metrics.delta(fp32, quantized)["id"] == pytest.approx({"top1": 0.3, "nll": -1.0})
     for name in ("ood", "classification"):
-        with pytest.warns(DeprecationWarning, match=f"{name}_figures is {name}_metrics now"):
+        with pytest.warns(DeprecationWarning, match=f"{name}_figures is quantlens.metrics.{name}.{name}_metrics now"):
             assert getattr(metrics, f"{name}_figures") is getattr(metrics, f"{name}_metrics")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         metrics.nothing  # noqa: B018

@@ -11,10 +11,17 @@ import torch
 from study_fakes import FakeBackend, FakeModel, config, quantized
 
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
-from quantlens.evaluation import evaluate
 from quantlens.evaluation import outputs as kept
-from quantlens.evaluation.bootstrap import ID_METRICS, OOD_METRICS, Wanted, point
-from quantlens.evaluation.compare import NOT_SIGNIFICANT, SIGNIFICANT, UNCORRECTED
+from quantlens.evaluation.compare import (
+    ID_METRICS,
+    NOT_SIGNIFICANT,
+    OOD_METRICS,
+    SIGNIFICANT,
+    UNCORRECTED,
+    Wanted,
+    point,
+)
+from quantlens.evaluation.run import evaluate
 from quantlens.studies.compare import compare, match, open_side
 from quantlens.studies.runner import run_study
 from quantlens.studies.store import Store
@@ -82,7 +89,7 @@ def test_scores_stay_apart_and_large_logits_stay_finite(tmp_path: Path) -> None:
         ood_scores={"o": {name: values[:4] for name, values in scores.items()}},
         about=about,
     )
-    kept.write(tmp_path / "o.npz", one)
+    (tmp_path / "o.npz").write_bytes(kept.pack(one))
     back = kept.read(tmp_path / "o.npz", logits=True)
     assert np.array_equal(back.id_scores["msp"], close)
     assert list(back.id_scores) == ["msp", "energy"]
@@ -176,7 +183,7 @@ def test_a_known_difference_is_found(tmp_path: Path) -> None:
         results[name] = result = evaluate(
             model, **sets, scores=["msp"], keep="scores", cache_dir=False, reference=False
         )
-        kept.write(tmp_path / f"{name}.npz", result.outputs)
+        (tmp_path / f"{name}.npz").write_bytes(kept.pack(result.outputs))
         result.save_json(tmp_path / f"{name}.json")
         assert "outputs" not in result.to_dict()
     found = compare(tmp_path / "a.npz", tmp_path / "b.npz", resamples=2000)

@@ -11,7 +11,7 @@ from study_fakes import FakeBackend, config
 import quantlens as ql
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.evaluation.flat import numbers
+from quantlens.evaluation.result import numbers
 from quantlens.report import write_report
 from quantlens.sensitivity import Inspection
 from quantlens.studies.backend import Backend

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import quantlens as ql
-from quantlens.evaluation import Result
+from quantlens.evaluation.result import Result
 from quantlens.report import write_report
 from quantlens.studies.store import Store
 

@@ -17,7 +17,7 @@ from quantlens.attention.drift import CHUNK, Arrays, Drift, joined, map_drift, o
 from quantlens.attention.maps import MapSettings, maps_of
 from quantlens.attention.recording import Lens
 from quantlens.errors import QuantlensError
-from quantlens.models.class_names import class_names
+from quantlens.models.loading import class_names
 from quantlens.qmodel import float_model
 
 FP32, MODEL = "FP32", "model"

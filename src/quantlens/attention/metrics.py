@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlens.metrics import METRICS, Spread
-from quantlens.metrics.spread import number
+from quantlens.metrics.registry import number
 
 Summary = Mapping[str, Any]
 """What :meth:`quantlens.attention.drift.Drift.summary` gives."""

@@ -14,7 +14,7 @@ from PIL import Image
 
 from quantlens.attention import pictures
 from quantlens.attention.image_sets import FP32, SetView, name_of
-from quantlens.models.class_names import class_names
+from quantlens.models.loading import class_names
 
 if TYPE_CHECKING:
     from quantlens.attention.comparison import AttentionResult

@@ -52,7 +52,9 @@ def add_command(app: Any, module: Any, *, plugins: bool) -> None:
             if "settings" in own.parameters:
                 given = {key: options.pop(key) for key in shared}
                 options["settings"] = method_settings(options.pop("option"), **given)
-                _check_method(options["method"], options["settings"])
+                from quantlens.methods import registry
+
+                registry.get(options["method"]).options(options["settings"])  # before anything is loaded
             function(**options)
             sys.stdout.flush()
         except KeyboardInterrupt as error:
@@ -64,13 +66,6 @@ def add_command(app: Any, module: Any, *, plugins: bool) -> None:
     guarded.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
     guarded.__annotations__ = {**function.__annotations__, **added}
     app.command(name, help=_unwrapped(module.HELP))(guarded)
-
-
-def _check_method(name: str, settings: dict[str, Any]) -> None:
-    """A mistake there is told before anything is loaded."""
-    from quantlens.methods import registry
-
-    registry.get(name).options(settings)
 
 
 def _unwrapped(text: str) -> str:

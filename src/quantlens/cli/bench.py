@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from quantlens.cli import _common, _options
-from quantlens.errors import QuantlensError
 from quantlens.files import check_writable
 
 HELP = """Time exported models against each other, in one process with interleaved runs.
@@ -58,17 +57,14 @@ def bench(
     """See HELP."""
     from quantlens.evaluation.environment import environment
     from quantlens.evaluation.open_models import open_float
-    from quantlens.export.bench import check_files, race
+    from quantlens.export.bench import race
     from quantlens.studies.benchmarks import put_timings
     from quantlens.studies.store import Store
 
     check_writable(json)
     check_writable(store and store / "store.sqlite")
-    check_files(artefacts)
-    if peers and fp32 is None:
-        raise QuantlensError("--peers needs --fp32 MODEL: the float model that the other tools quantize")
     with _common.stages(quiet) as step:
-        found = race(
+        found, facts = race(
             artefacts,
             fp32=None if fp32 is None else open_float(fp32, weights),
             with_peers=peers,
@@ -81,26 +77,26 @@ def bench(
         )
     if store is not None:
         with Store(store) as kept:
-            put_timings(kept, found.to_list(), found.facts, environment())
-    _common.show([_table(found.timings)], found.to_list(), json, "the timings")
+            put_timings(kept, found, facts, environment())
+    _common.show([_table(found)], found, json, "the timings")
     if store is not None:
         print(f"kept in {store}; `quantlens report {store}` shows them")
 
 
-def _table(found: list[Any]) -> Any:
+def _table(found: list[dict[str, Any]]) -> Any:
     rows = [
         (
-            t.label,
-            str(t.batch),
-            str(t.threads),
-            f"{t.median_ms:.2f}",
-            f"{t.p10_ms:.2f} to {t.p90_ms:.2f}",
-            f"{t.images_per_second:.1f}",
-            f"{t.speedup:.2f}×",
-            "–" if t.size_mb is None else f"{t.size_mb:.2f}",
-            "–" if t.memory_mb is None else f"{t.memory_mb:.0f}",
+            t["label"],
+            str(t["batch"]),
+            str(t["threads"]),
+            f"{t['median_ms']:.2f}",
+            f"{t['p10_ms']:.2f} to {t['p90_ms']:.2f}",
+            f"{t['images_per_second']:.1f}",
+            f"{t['speedup']:.2f}×",
+            "–" if t["size_mb"] is None else f"{t['size_mb']:.2f}",
+            "–" if t["memory_mb"] is None else f"{t['memory_mb']:.0f}",
         )
         for t in found
     ]
     heads = ["model", "batch", "threads", "median ms", "p10 to p90", "images/s", "ratio", "MB", "memory MB"]
-    return _common.table(heads, rows, right=heads[1:], caption=f"ratios to {found[0].label}; runs interleaved")
+    return _common.table(heads, rows, right=heads[1:], caption=f"ratios to {found[0]['label']}; runs interleaved")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from quantlens.cli import _common, _options
-
-if TYPE_CHECKING:
-    from quantlens.evaluation.compare import Comparison, Difference
 
 HELP = """Compare two studies, two parts of a study, or two models, metric by metric, with intervals.
 
@@ -55,7 +52,7 @@ def compare(
     _common.show(_tables(found), found.to_dict(), json, "the comparison")
 
 
-def _tables(comparison: Comparison) -> Iterator[Any]:
+def _tables(comparison: Any) -> Iterator[Any]:
     """A table for every group of cells, and what must be said of them."""
     from quantlens.evaluation.compare import LEVEL, SIGNIFICANT, UNCORRECTED
 
@@ -81,7 +78,7 @@ def _tables(comparison: Comparison) -> Iterator[Any]:
         yield f"not paired: {', '.join(comparison.unpaired)}"
 
 
-def _row(one: Difference) -> list[str]:
+def _row(one: Any) -> list[str]:
     from quantlens.evaluation.result import title_of
     from quantlens.metrics import metric_of
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from quantlens.cli import _common, _options
 from quantlens.errors import QuantlensError
-from quantlens.files import check_writable
-
-if TYPE_CHECKING:
-    from quantlens.evaluation import Result
-    from quantlens.metrics import Metric
+from quantlens.files import check_writable, write_whole
 
 CHANGE = "quantized − FP32"
 
@@ -81,9 +77,9 @@ def evaluate(
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    from quantlens.evaluation import evaluate as measure
     from quantlens.evaluation import outputs
     from quantlens.evaluation.open_models import open_models
+    from quantlens.evaluation.run import evaluate as measure
 
     for path in (None if json == "-" else json, keep, store and store / "store.sqlite"):
         check_writable(path)
@@ -96,24 +92,24 @@ def evaluate(
     with _common.stages(quiet) as step:
         result = measure(measured, id, sets, progress=step, **settings, **_common.reading(skip_bad, no_cache))
     if keep is not None and result.outputs is not None:
-        outputs.write(keep, result.outputs)
+        write_whole(keep, outputs.pack(result.outputs), what="the per-image outputs")
     if store is not None:
-        _keep(store, measured, result)
+        _keep(store, measured.facts(), result.to_dict())
     _common.show(tables(result), result.to_dict(), json, "the result")
     if keep is not None and json != "-":
         print(f"written: {keep}")
 
 
-def _keep(directory: Path, exported: Any, result: Result) -> None:
+def _keep(directory: Path, facts: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Record the result of an exported file in a study's store."""
     from quantlens.studies.benchmarks import put_artefact
     from quantlens.studies.store import Store
 
     with Store(directory) as store:
-        put_artefact(store, exported.facts(), result.to_dict())
+        put_artefact(store, facts, result)
 
 
-def tables(result: Result) -> Iterator[Any]:
+def tables(result: Any) -> Iterator[Any]:
     """What is printed of a result: percent, with the FP32 metric and the change where they are known."""
     from quantlens.evaluation.result import summary
     from quantlens.metrics import METRICS, names_of
@@ -137,7 +133,7 @@ def tables(result: Result) -> Iterator[Any]:
             yield f"left out: {', '.join(names)} ({reason})"
 
 
-def _ood_tables(result: Result, aupr: Metric) -> Iterator[Any]:
+def _ood_tables(result: Any, aupr: Any) -> Iterator[Any]:
     means = {f"mean {group}": result.ood_mean[group] for group in ("far", "near") if group in result.ood_mean}
     columns = {**result.ood, **means}
     rows = [
@@ -155,7 +151,7 @@ def _ood_tables(result: Result, aupr: Metric) -> Iterator[Any]:
         yield _common.table(list(changes), [row], right=changes, title=title)
 
 
-def _guard_table(guard: Mapping[str, Any], metrics: Sequence[Metric]) -> Any:
+def _guard_table(guard: Mapping[str, Any], metrics: list[Any]) -> Any:
     """What the OOD threshold of a file keeps and flags, and how often it is right."""
     kept = guard["id"]["kept"]
     shares: dict[str, tuple[Any, ...]] = {"ID": (kept, 1 - kept, None)}

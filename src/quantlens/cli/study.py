@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from quantlens.cli import _common, _options
 from quantlens.errors import QuantlensError
-
-if TYPE_CHECKING:
-    from quantlens.metrics import Spread
-    from quantlens.studies.results import Mean
-    from quantlens.studies.runner import Summary
 
 HELP = """Run a study: models × methods × bits × seeds, measured on one ID set and any number of OOD sets.
 
@@ -96,7 +91,7 @@ def study(
     tell_failures(summary)
 
 
-def _show(summary: Summary, name: str, report: bool) -> None:
+def _show(summary: Any, name: str, report: bool) -> None:
     """The means over seeds, and the report where it is asked for."""
     from quantlens.report import write_report
     from quantlens.studies.results import results
@@ -109,7 +104,7 @@ def _show(summary: Summary, name: str, report: bool) -> None:
     print(rest if written is None else f"report: {written}")
 
 
-def tell_failures(summary: Summary) -> None:
+def tell_failures(summary: Any) -> None:
     """The failed cells on stderr, each with its reason; Exit(1) where there are any."""
     if summary.failed:
         console = _common.console(stderr=True)
@@ -119,7 +114,7 @@ def tell_failures(summary: Summary) -> None:
         raise typer.Exit(1)
 
 
-def means_table(means: Sequence[Mean], title: str) -> Any:
+def means_table(means: Sequence[Any], title: str) -> Any:
     """Means over seeds, a row for every model, method and precision; metrics that none has are left out."""
     from quantlens.evaluation.result import title_of
 
@@ -135,7 +130,7 @@ def means_table(means: Sequence[Mean], title: str) -> Any:
     return made
 
 
-def _mean(path: str, spread: Spread | None) -> str:
+def _mean(path: str, spread: Any) -> str:
     """ "81.25 ± 0.31"; the mean alone of one seed, and of a size, which no seed changes."""
     from quantlens.metrics import metric_of
 

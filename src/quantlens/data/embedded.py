@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from quantlens.data.sources import ArraySource, SourceSpec
-from quantlens.errors import UnknownNameError, UnsupportedError
+from quantlens.errors import UnknownNameError
 from quantlens.files import package_file
 
 SIZE = 32  # side of every embedded image, in pixels
@@ -178,13 +178,7 @@ def _letter_counts(letter: str, rng: np.random.RandomState) -> np.ndarray:
     columns, as the digits' scans were; made black or white, and counted in 4x4 blocks.
     """
     canvas = 160
-    try:
-        font = ImageFont.load_default(size=96.0)
-    except (ImportError, OSError) as error:
-        raise UnsupportedError(
-            "embedded:letters needs Pillow with FreeType; reinstall Pillow from its wheel (pip install "
-            "--force-reinstall pillow)"
-        ) from error
+    font = ImageFont.load_default(size=96.0)
     image = Image.new("L", (canvas, canvas))
     stroke = int(rng.randint(2, 6))
     ImageDraw.Draw(image).text((canvas / 2, canvas / 2), letter, 255, font, anchor="mm", stroke_width=stroke)

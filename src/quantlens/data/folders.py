@@ -12,8 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from quantlens.data.decode import IMAGE_SUFFIXES
-from quantlens.data.sources import FileSource, SourceSpec
+from quantlens.data.sources import IMAGE_SUFFIXES, FileSource, SourceSpec
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.files import package_file
 

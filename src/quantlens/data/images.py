@@ -74,8 +74,14 @@ class ImageSet:
     def check_labels(self, num_classes: int) -> np.ndarray:
         """The labels, after making sure that they can be classes of a model with `num_classes` outputs.
 
-        Raises QuantlensError where there are no labels, or one is out of range.
+        Raises QuantlensError where there are no labels, one is out of range, or the set has other classes.
         """
+        if self.class_names is not None and len(self.class_names) != num_classes:
+            raise QuantlensError(
+                f"the labels of {self.source} do not match the classes of the model: the set has "
+                f"{len(self.class_names)} classes, the model {num_classes}; give images labelled with the model's "
+                "classes (imagenet:DIR for ImageNet models)"
+            )
         if self.labels is None:
             raise QuantlensError(
                 f"{self.source} has no labels, and accuracy needs them; use a source with labels "

@@ -11,19 +11,77 @@ correction* when only its own interval leaves 0 out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
-from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.evaluation.bootstrap import ID_METRICS, OOD_METRICS, Wanted, point, replicate
-from quantlens.evaluation.entries import Entry, Match
-from quantlens.metrics.bootstrap import Array, Resamples, differences, holm, interval
+import numpy as np
+from threadpoolctl import threadpool_limits
 
+from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.evaluation import outputs as kept
+from quantlens.evaluation.outputs import Outputs
+from quantlens.metrics import names_of
+from quantlens.metrics.bootstrap import ID, Array, Resamples, classification, differences, holm, interval, ranking
+
+BASELINE = "FP32"
+TRAITS = ("model", "method", "bits", "seed")
+ID_METRICS = names_of("classification", resampled=True)
+OOD_METRICS = names_of("ood", resampled=True)
 LEVEL = 0.95
 RESAMPLES = 10_000
 SIGNIFICANT, UNCORRECTED, NOT_SIGNIFICANT = "significant", "significant before correction", "not significant"
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One measured model of a side. `result` is its result dictionary, None where only per-image outputs are at hand;
+    `file` is where those are kept, None where they are `held` in memory or were not kept."""
+
+    model: str
+    method: str
+    bits: str
+    seed: int
+    result: Mapping[str, Any] | None
+    file: Path | None
+    held: Outputs | None = None
+
+    def __str__(self) -> str:
+        return f"{self.model} {BASELINE if self.baseline else f'{self.method} {self.bits} seed {self.seed}'}"
+
+    @property
+    def baseline(self) -> bool:
+        return self.bits == BASELINE
+
+    @cached_property
+    def outputs(self) -> Any:
+        """The per-image outputs; None where none were kept. Raises StorageError for a damaged file."""
+        return self.held if self.file is None else kept.read(self.file)
+
+    def forget(self) -> None:
+        """Give the outputs' memory back; they are read again when they are asked for."""
+        self.__dict__.pop("outputs", None)
+
+    @property
+    def sets(self) -> dict[str, Mapping[str, Any]]:
+        """What is known of every image set, the ID set as "": its fingerprint, and the group of an OOD set."""
+        about = self.result or self.outputs.about
+        return {"": about["id"], **about["ood"]}
+
+
+@dataclass
+class Match:
+    """Cells that answer to each other: one pair per seed, everything else being fixed."""
+
+    title: dict[str, str]
+    """what both sides share, by trait"""
+    pairs: list[tuple[Entry, Entry]] = field(default_factory=list)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for pair in self.pairs for entry in pair]
 
 
 @dataclass
@@ -145,7 +203,7 @@ def _add_common(pairs: dict[str, list[tuple[Any, Any]]], first: Mapping[str, Any
 
 def _without_interval(one: Match) -> str:
     """Why there are no intervals, "" where there are."""
-    names = list(dict.fromkeys(str(entry) for entry in one.entries if not entry.has_outputs))
+    names = list(dict.fromkeys(str(entry) for entry in one.entries if entry.file is None and entry.held is None))
     if not names:
         return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -244,3 +302,58 @@ def _corrected(groups: Sequence[Compared], resamples: int) -> list[str]:
         f"{len(tested)} metrics are compared, and after correction for so many none can be significant on {resamples} "
         f"resamples: give --resamples {2 * needed}, or compare fewer"
     ]
+
+
+# ---- metrics under resampling of the images, by their path in a result -----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which metrics are resampled: OOD sets and scores by name, and metrics among ID_METRICS and OOD_METRICS."""
+
+    sets: Sequence[str]
+    scores: Sequence[str]
+    metrics: Collection[str] = (*ID_METRICS, *OOD_METRICS)
+
+
+def point(outputs: Outputs, wanted: Wanted) -> dict[str, float]:
+    """The metrics on the images themselves, by their path in a result ("id.top1", "ood.textures.msp.auroc", …)."""
+    once = {name: np.ones((n, 1)) for name, n in _sizes(outputs, wanted.sets).items()}
+    return {path: float(values[0]) for path, values in _metrics(outputs, wanted, once).items()}
+
+
+def replicate(outputs: Outputs, wanted: Wanted, resamples: Resamples) -> dict[str, Array]:
+    """The metrics on every resample: path -> float64 [resamples]."""
+    found: dict[str, Array] = {}
+    # the products are small: several threads would wait for each other most of the time
+    with threadpool_limits(limits=1, user_api="blas"):
+        for part, counts in resamples.chunks(_sizes(outputs, wanted.sets)):
+            for path, values in _metrics(outputs, wanted, counts).items():
+                found.setdefault(path, np.empty(resamples.count))[part] = values
+    return found
+
+
+def _sizes(outputs: Outputs, sets: Sequence[str]) -> dict[str, int]:
+    """Images by set, the ID images first."""
+    return {ID: outputs.labels.size, **{s: next(iter(outputs.ood_scores[s].values())).size for s in sets}}
+
+
+def _metrics(outputs: Outputs, wanted: Wanted, counts: Mapping[str, Array]) -> dict[str, Array]:
+    """Path -> [resamples] for counts [images, resamples] of every set."""
+    vectors = (outputs.rank, outputs.confidence, outputs.nll, outputs.brier)
+    n_bins = int(outputs.about["n_bins"])
+    metrics = classification(*vectors, counts[ID], n_bins=n_bins, wanted=wanted.metrics)
+    found = {f"id.{name}": metrics[name] for name in ID_METRICS if name in metrics}
+    groups = {
+        group: [s for s in wanted.sets if group in ("all", outputs.groups[s])] for group in ("far", "near", "all")
+    }
+    for score in wanted.scores if wanted.sets else ():
+        oods = {s: outputs.ood_scores[s][score] for s in wanted.sets}
+        by_set = ranking(outputs.id_scores[score], oods, counts, wanted.metrics)
+        for name, metrics in by_set.items():
+            found |= {f"ood.{name}.{score}.{metric}": values for metric, values in metrics.items()}
+        for group, members in groups.items():
+            for metric in by_set[members[0]] if members else ():
+                mean = sum(by_set[name][metric] for name in members) / len(members)
+                found[f"ood_mean.{group}.{score}.{metric}"] = np.asarray(mean)
+    return found

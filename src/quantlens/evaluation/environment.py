@@ -7,34 +7,25 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
+from quantlens import __version__
+from quantlens.errors import QuantlensError
+from quantlens.export.exported import processor
+
 
 def environment(device: Any = "cpu") -> dict[str, Any]:
     """{"quantlens","torch","timm","python","platform","cpu","device","threads"}; `device` as torch names it."""
-    import torch
-
-    from quantlens import __version__
-
     return {
         "quantlens": __version__,
         "torch": torch.__version__,
         "timm": version("timm"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": cpu_name(),
+        "cpu": f"{processor('model name') or platform.processor() or platform.machine()} ({cores()} cores)",
         "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's model name, with the number of logical cores this process may use."""
-    name = ""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    except OSError:
-        pass
-    return f"{name or platform.processor() or platform.machine()} ({cores()} cores)"
 
 
 def cores() -> int:
@@ -44,8 +35,6 @@ def cores() -> int:
 
 def device_name(device: Any) -> str:
     """`cpu`, or the accelerator's name after its torch name: `cuda:0 (NVIDIA …)`."""
-    import torch
-
     device = torch.device(device)
     if device.type == "cuda" and torch.cuda.is_available():
         return f"{device} ({torch.cuda.get_device_name(device)})"
@@ -54,20 +43,11 @@ def device_name(device: Any) -> str:
 
 def choose_device(name: str | None) -> str:
     """ "auto" (or None) is CUDA where there is one, else the CPU; another name is checked."""
-    import torch
-
-    from quantlens.errors import QuantlensError
-
     if name in (None, "auto"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise QuantlensError(f"unknown device {name!r}; write cpu, cuda, cuda:1, mps or auto") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise QuantlensError(f"device {name!r}: torch sees no CUDA GPU here; use cpu or auto")
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise QuantlensError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise QuantlensError(f"device {name!r}: torch sees no Apple GPU here; use cpu or auto")
-    return str(device)
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        known = "write cpu, cuda, cuda:1, mps or auto"
+        raise QuantlensError(f"unknown device {name!r}, or none that torch can use here; {known}") from error
+    return str(torch.device(name))

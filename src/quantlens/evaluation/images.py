@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-import numpy as np
-
 from quantlens.errors import QuantlensError, UnknownNameError
 
 ImageProgress = Callable[[str, int, int], None]
@@ -18,11 +16,10 @@ ImageProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """The images of one evaluation, opened and checked: ID images with their labels [N], OOD sets with their groups
+    """The images of one evaluation, opened and checked: labelled ID images, OOD sets with their groups
     ("far" or "near"), and the images that scores are fitted on, or None."""
 
     id: Any
-    labels: np.ndarray
     ood: dict[str, Any]
     fit: Any
     groups: dict[str, str]
@@ -46,20 +43,17 @@ class EvaluationImages:
 
         def opened(value: Any, name: str) -> Any:
             told = None if progress is None else partial(progress, f"decoding {name}")
-            images = as_image_set(value, model.preprocess, name, progress=told, **reading)
-            if len(images) == 0:
-                raise QuantlensError(f"there are no images in {name} ({images.source})")
-            return images
+            return as_image_set(value, model.preprocess, name, progress=told, **reading)
 
         id_images = opened(id, "the ID set")
-        labels = check_labels(id_images, model, "the ID set")
+        id_images.check_labels(model.num_classes)
         ood_images = {str(name): opened(value, f"OOD set {name}") for name, value in (ood or {}).items()}
         fit_images = None if fit is None else opened(fit, "the fit set")
         if fit_images is not None:
             refuse_overlap(fit_images, "the fit set", id_images, "the ID set")
             for name, images in ood_images.items():
                 refuse_overlap(fit_images, "the fit set", images, f"OOD set {name}")
-        return cls(id_images, labels, ood_images, fit_images, groups_of(ood_images, groups))
+        return cls(id_images, ood_images, fit_images, groups_of(ood_images, groups))
 
 
 def describe(images: Any) -> dict[str, Any]:
@@ -70,19 +64,6 @@ def describe(images: Any) -> dict[str, Any]:
         "n": len(images),
         "skipped": len(images.skipped),
     }
-
-
-def check_labels(images: Any, model: Any, what: str) -> np.ndarray:
-    """int64 [N] labels of a set, after checking that they can be the model's classes."""
-    names = images.class_names
-    if names is not None and len(names) != model.num_classes:
-        raise QuantlensError(
-            f"the labels of {what} {images.source} do not match the classes of {model.name}: the set has {len(names)} "
-            f"classes, the model {model.num_classes}; give images labelled with the model's classes (imagenet:DIR for "
-            "ImageNet models)"
-        )
-    labels: np.ndarray = images.check_labels(model.num_classes)
-    return labels
 
 
 def groups_of(sets: Mapping[str, Any], groups: Mapping[str, str] | None) -> dict[str, str]:

@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 
 from quantlens.errors import StorageError
-from quantlens.files import write_whole
 
 FORMAT = 1
 FOLDER = "outputs"
@@ -71,16 +70,12 @@ def of_images(logits: np.ndarray, labels: np.ndarray, keep: bool | str) -> dict[
     from quantlens.metrics.classification import per_image
 
     images = per_image(logits, labels)
+    fits = np.abs(logits).max(initial=0) <= np.finfo(np.float16).max
     return {
         **{name: getattr(images, name).astype(dtype) for name, dtype in VECTORS.items() if name != "labels"},
         "labels": np.asarray(labels).astype(np.int32),
-        "logits": _half(logits) if keep is True else None,
+        "logits": logits.astype(np.float16 if fits else np.float32) if keep is True else None,
     }
-
-
-def _half(logits: np.ndarray) -> np.ndarray:
-    limit = np.finfo(np.float16).max
-    return logits.astype(np.float16 if np.abs(logits).max(initial=0) <= limit else np.float32)
 
 
 def about_of(
@@ -136,11 +131,6 @@ def _apart_in_float32(values: np.ndarray) -> bool:
     with np.errstate(over="ignore"):
         narrow = values.astype(np.float32)
     return bool(np.isfinite(narrow).all()) and np.unique(narrow).size == np.unique(values).size
-
-
-def write(path: Path, outputs: Outputs) -> None:
-    """Write a file whole or not at all; StorageError where that cannot be done."""
-    write_whole(path, pack(outputs), what="the per-image outputs")
 
 
 def read(path: str | os.PathLike[str], *, logits: bool = False) -> Outputs:

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a dataclass and as plain data that is valid JSON."""
+"""What an evaluation found: a dataclass, plain data that is valid JSON, and one flat row of numbers by path."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quantlens.errors import QuantlensError
+from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.evaluation.outputs import Outputs
 from quantlens.files import write_whole
-from quantlens.metrics import METRICS, change, metric_of, names_of
+from quantlens.metrics import change, metric_of, names_of
 
 NOT_STORED = frozenset({"extra", "outputs"})
 """Fields of a Result that are no keys of its dictionary."""
@@ -52,7 +52,7 @@ class Result:
     scores_unavailable: dict[str, str] = field(default_factory=dict)
     fp32: dict[str, Any] | None = None
     guard: dict[str, Any] | None = None
-    """How often the OOD threshold of an exported file is right (`export.threshold.guard_metrics`); None without one."""
+    """How often the OOD threshold of an exported file is right (`export.export.guard_metrics`); None without one."""
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     """Keys of a newer quantlens, kept as they are."""
@@ -106,8 +106,6 @@ class Result:
     def to_pandas(self) -> Any:
         """A pandas DataFrame of one row: what the model is, then every number under its path ("id.top1", …). Raises
         UnsupportedError where pandas is not installed."""
-        from quantlens.evaluation.flat import frame, row
-
         data = self.to_dict()
         return frame([row(data, data)])
 
@@ -116,23 +114,16 @@ class Result:
         write_whole(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     def __str__(self) -> str:
-        """What was measured and on what, in a few lines; the tables are `quantlens evaluate`'s."""
-        lines = [*summary(self), ", ".join(_words(name, self.id) for name in names_of("classification"))]
-        score = next((key for entry in self.ood.values() for key, v in entry.items() if isinstance(v, Mapping)), None)
-        if score is not None:
-            sets = (f"{name} {_words('aupr_out', entry[score], '')}" for name, entry in self.ood.items())
-            lines.append(f"{METRICS['aupr_out'].title} by {score}: {', '.join(sets)}")
-        if self.guard is not None:
-            shares = {"ID": 1 - self.guard["id"]["kept"]} | {n: e["flagged"] for n, e in self.guard["ood"].items()}
-            flagged = METRICS["flagged"]
-            lines.append(f"{flagged.title}: {', '.join(f'{n} {flagged.text(v)} %' for n, v in shares.items())}")
-        return "\n".join(lines)
-
-
-def _words(name: str, values: Mapping[str, Any], title: str | None = None) -> str:
-    """ "top-1 98.25 %"."""
-    metric = METRICS[name]
-    return f"{metric.title if title is None else title} {metric.text(values.get(name))} {metric.unit}".strip()
+        """What was measured and on what, a metric per line; of OOD detection AUPR-out by the first score, and what
+        the threshold of an exported file keeps and flags."""
+        known = [f"id.{name}" for name in names_of("classification")]
+        ends = (f".{next(iter(self.histograms), '')}.aupr_out", ".kept", ".flagged")
+        lines = [
+            f"{title_of(path)}: {metric_of(path).text(value)}"
+            for path, value in numbers(self.to_dict())
+            if path in known or (path.startswith(("ood.", "guard.")) and path.endswith(ends))
+        ]
+        return "\n".join([*summary(self), *lines])
 
 
 def summary(result: Result) -> list[str]:
@@ -146,6 +137,8 @@ def summary(result: Result) -> list[str]:
 def title_of(path: str) -> str:
     """A metric by its path in a result: "ood_mean.far.msp.auroc" -> "AUROC % ↑, mean far, msp"."""
     heading, parts = metric_of(path).heading, path.split(".")
+    if parts[0] == "guard":
+        return f"{heading}, {'.'.join(parts[2:-1]) or 'ID'}"
     if parts[0] not in ("ood", "ood_mean"):
         return heading
     return f"{heading}, {'mean ' if parts[0] == 'ood_mean' else ''}{'.'.join(parts[1:-2])}, {parts[-2]}"
@@ -201,3 +194,51 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+# ---- flat rows, for spreadsheets and data frames ---------------------------------------------------------------------
+
+FIRST = ("model", "method", "bits", "seed", "options")
+LEFT_OUT = frozenset({"per_class", "reliability", "histograms", "attention_examples", "thumbnails", "edges"})
+"""Parts of a result that are no single numbers."""
+NOT_MEASURED = frozenset({"fp32", "environment", "preprocess", "options", "allocation"})
+"""Parts that are of something else, or settings."""
+
+
+def numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, float | int]]:
+    """(path, number) of everything measured in a result: ("id.top1", 0.98), ("ood.textures.msp.aupr_out", …). Fractions
+    as in `to_dict()`. "change.…" is computed from the result and the FP32 metrics it carries, never read."""
+    kept = {key: value for key, value in result.items() if key not in COMPUTED}
+    yield from _numbers({**kept, "change": change(metrics_only(result), result.get("fp32") or {})}, "")
+
+
+def _numbers(value: Any, path: str) -> Iterator[tuple[str, float | int]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            if key not in LEFT_OUT and key not in NOT_MEASURED:
+                yield from _numbers(part, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value
+
+
+def row(names: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result is of (FIRST, from `names`; the options as JSON), then its numbers."""
+    first = {key: names.get(key) for key in FIRST[:-1]}
+    first["options"] = json.dumps(names.get("options") or {}, sort_keys=True)
+    return first | {path: value for path, value in numbers(result) if path not in first}
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of rows: what they are of, then their numbers, sorted within each row."""
+    return list(dict.fromkeys(key for one in rows for key in (*FIRST, *sorted(set(one) - set(FIRST)))))
+
+
+def frame(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """A pandas DataFrame of rows. Raises UnsupportedError where pandas is not installed."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise UnsupportedError(
+            "a DataFrame needs pandas: run `pip install 'quantlens[pandas]'`, or take to_dict() instead"
+        ) from error
+    return pandas.DataFrame(list(rows), columns=columns(rows))

@@ -17,15 +17,15 @@ import torch
 from quantlens.ambient import isolated
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.environment import choose_device, environment
-from quantlens.evaluation.images import EvaluationImages, ImageProgress, check_labels, describe
+from quantlens.evaluation.images import EvaluationImages, ImageProgress, describe
 from quantlens.evaluation.outputs import Outputs, about_of, of_images
 from quantlens.evaluation.result import Result, check_same_images, metrics_only, plain
-from quantlens.evaluation.scoring import choose_scores, scored
-from quantlens.export.threshold import guard_metrics, looks_unknown
+from quantlens.export.export import guard_metrics, looks_unknown
 from quantlens.metrics import (
     FitData,
     ScoreInfo,
     Scorer,
+    choose_scores,
     classification_metrics,
     make_scorer,
     mean_over_sets,
@@ -33,7 +33,7 @@ from quantlens.metrics import (
     score_histograms,
 )
 from quantlens.models import Model
-from quantlens.models.class_names import class_names
+from quantlens.models.loading import class_names
 from quantlens.qmodel import float_model
 
 
@@ -131,19 +131,19 @@ class _Run:
         """{"id", "ood", "ood_mean", "histograms", "scores_unavailable", "guard", "outputs"} of a result."""
         logits, features = self.forward(model, sets.id, "the ID set")
         names = class_names(sets.id, model)
-        metrics = classification_metrics(logits, sets.labels, n_bins=self.n_bins, class_names=names)
+        metrics = classification_metrics(logits, sets.id.labels, n_bins=self.n_bins, class_names=names)
         id_part = {**describe(sets.id), "num_classes": model.num_classes, **metrics}
-        images = of_images(logits, sets.labels, keep) if keep else None
+        images = of_images(logits, sets.id.labels, keep) if keep else None
         guard = getattr(model, "guard", None)
         known, unknown = looks_unknown(guard, logits), {}
         scorers, unavailable = self.fit(model, features is not None, sets.fit) if sets.ood else ({}, {})
-        id_scores = scored(scorers, logits, features)
+        id_scores = _scored(scorers, logits, features)
         del logits, features
         ood_part: dict[str, dict[str, Any]] = {}
         ood_scores = {}
         for name, others in sets.ood.items():
             logits, features = self.forward(model, others, f"OOD set {name}")
-            found = scored(scorers, logits, features)
+            found = _scored(scorers, logits, features)
             ood_scores[name] = found
             by_score = {score: ood_metrics(id_scores[score], values) for score, values in found.items()}
             ood_part[name] = {**describe(others), "group": sets.groups[name], **by_score}
@@ -174,7 +174,7 @@ class _Run:
         data = None
         if features and images is not None and any(info.needs_fit for info in self.scores.values()):
             outputs = self.forward(model, images, "the fit set")
-            labels = None if images.labels is None else check_labels(images, model, "the fit set")
+            labels = None if images.labels is None else images.check_labels(model.num_classes)
             data = FitData(*outputs, labels, *(t.detach().float().cpu().numpy() for t in classifier or ()))
         there = {"features": features, "fit": images is not None, "classifier": classifier is not None}
         lacking = {name: info.lacks(**there) for name, info in self.scores.items()}
@@ -203,6 +203,15 @@ class _Run:
                 "for NaN, or use another method or more bits"
             )
         return found, np.concatenate(features) if features else None
+
+
+def _scored(scorers: Mapping[str, Scorer], logits: np.ndarray, features: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Every score [N] float64 of images, larger = more in-distribution, from logits [N, K] and features [N, D]."""
+    found = {name: np.asarray(scorer(logits, features), dtype=np.float64) for name, scorer in scorers.items()}
+    for name, values in found.items():
+        if not np.isfinite(values).all():
+            raise QuantlensError(f"the OOD score {name!r} is not finite on these images; leave it out with `scores`")
+    return found
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

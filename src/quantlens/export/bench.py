@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,30 +22,6 @@ from quantlens.data import as_image_set
 from quantlens.errors import QuantlensError
 from quantlens.export.export import export
 from quantlens.export.exported import Artefact
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One model at one batch size and thread count: milliseconds per batch (median, 10th and 90th percentile),
-    images per second, file size, memory that a loaded model that has run once holds (MB, 10⁶ bytes; None where not
-    measured),
-    ``speedup``: the baseline's median over this one's, and the fingerprint and runtime of what was timed."""
-
-    label: str
-    batch: int
-    threads: int
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-    images_per_second: float
-    size_mb: float | None
-    memory_mb: float | None
-    speedup: float
-    fingerprint: str = ""
-    runtime: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -62,11 +38,9 @@ class Contender:
 def contender(path: str | Path, label: str | None = None) -> Contender:
     """An exported file."""
     path = Path(path)
-
-    def make(threads: int) -> Callable[[np.ndarray], Any]:
-        return Artefact(path, threads=threads).run
-
-    return Contender(label or path.name, make, path, Artefact(path).facts())
+    return Contender(
+        label or path.name, lambda threads: Artefact(path, threads=threads).run, path, Artefact(path).facts()
+    )
 
 
 def eager(model: Any, label: str = "PyTorch eager FP32") -> Contender:
@@ -77,9 +51,6 @@ def eager(model: Any, label: str = "PyTorch eager FP32") -> Contender:
     def run(threads: int, images: np.ndarray) -> Any:
         torch.set_num_threads(threads)
         return model.module(torch.from_numpy(images))
-
-    def make(threads: int) -> Callable[[np.ndarray], Any]:
-        return partial(run, threads)
 
     facts = {
         "fingerprint": f"torch {model.checkpoint_sha256 or model.name}",
@@ -92,7 +63,7 @@ def eager(model: Any, label: str = "PyTorch eager FP32") -> Contender:
         "checkpoint_sha256": model.checkpoint_sha256,
         "size_mb": None,
     }
-    return Contender(label, make, facts=facts)
+    return Contender(label, lambda threads: partial(run, threads), facts=facts)
 
 
 @isolated
@@ -106,11 +77,14 @@ def bench(
     memory: bool = True,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Timing]:
+) -> list[dict[str, Any]]:
     """Time all contenders at every batch size and thread count; the first one is the baseline of the ratios.
 
     Runs are interleaved: every round runs each contender once, in an order drawn anew. Two warm-up runs are not
-    counted. memory: that of each file, in a process of its own.
+    counted. memory: that of each file, in a process of its own. Returns a row per contender, batch and thread count:
+    milliseconds per batch (median, 10th and 90th percentile), images per second, size of the file and memory that the
+    model holds once it has run (MB, 10⁶ bytes; None where not measured), ``speedup``: the baseline's median over this
+    one's, and the fingerprint and runtime of what was timed.
     """
     if not contenders:
         raise QuantlensError("nothing to time: give at least one exported model")
@@ -137,33 +111,22 @@ def bench(
             for j, c in enumerate(contenders):
                 low, high = np.quantile(times[j], [0.1, 0.9])
                 found.append(
-                    Timing(
-                        c.label,
-                        batch,
-                        count,
-                        median_ms=float(1e3 * medians[j]),
-                        p10_ms=float(1e3 * low),
-                        p90_ms=float(1e3 * high),
-                        images_per_second=float(batch / medians[j]),
-                        size_mb=c.facts.get("size_mb"),
-                        memory_mb=held[c.label],
-                        speedup=float(medians[0] / medians[j]),
-                        fingerprint=c.facts.get("fingerprint", ""),
-                        runtime=c.facts.get("runtime", ""),
-                    )
+                    {
+                        "label": c.label,
+                        "batch": batch,
+                        "threads": count,
+                        "median_ms": float(1e3 * medians[j]),
+                        "p10_ms": float(1e3 * low),
+                        "p90_ms": float(1e3 * high),
+                        "images_per_second": float(batch / medians[j]),
+                        "size_mb": c.facts.get("size_mb"),
+                        "memory_mb": held[c.label],
+                        "speedup": float(medians[0] / medians[j]),
+                        "fingerprint": c.facts.get("fingerprint", ""),
+                        "runtime": c.facts.get("runtime", ""),
+                    }
                 )
     return found
-
-
-@dataclass(frozen=True)
-class Race:
-    """Timings of several models in one run, and what each of them is (`Artefact.facts`)."""
-
-    timings: list[Timing]
-    facts: list[dict[str, Any]]
-
-    def to_list(self) -> list[dict[str, Any]]:
-        return [timing.to_dict() for timing in self.timings]
 
 
 @isolated
@@ -175,17 +138,22 @@ def race(
     peer_images: Any = None,
     folder: str | Path | None = None,
     **settings: Any,
-) -> Race:
-    """Time exported files of one model, against its float model and what the runtimes' own tools make of that.
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Time exported files of one model, against its float model and what the runtimes' own tools make of that: the rows
+    of :func:`bench`, and what each contender is (`Artefact.facts`).
 
     fp32: the float model (`load_model`), which becomes the baseline, followed by its files in the runtimes that are
     installed. with_peers: also the runtimes' own int8, quantized with ``peer_images`` (a SOURCE, an image set or a
     float tensor; None: noise, which gives their speed, not their accuracy). folder: where the files of these are kept.
     settings: of :func:`bench`. Raises QuantlensError for files that take images of different sizes.
     """
-    size = check_files(paths)
+    sizes = {Artefact(path).preprocess.input_size for path in paths}
+    if len(sizes) != 1:
+        raise QuantlensError(
+            "give at least one exported model, and time those that take different sizes of image apart"
+        )
     if with_peers and fp32 is None:
-        raise QuantlensError("the runtimes' own tools quantize the float model; give it, too")
+        raise QuantlensError("the runtimes' own tools (--peers) quantize the float model; give it, too (--fp32 MODEL)")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch if folder is None else folder)
         contenders = [contender(path) for path in paths]
@@ -193,18 +161,8 @@ def race(
             floats = [eager(fp32), *float_files(fp32, place)]
             made = peers(fp32, _pixels(peer_images, fp32), place) if with_peers else []
             contenders = [*floats, *made, *contenders]
-        found = bench(contenders, input_size=size, **settings)
-    return Race(found, [c.facts for c in contenders])
-
-
-def check_files(paths: Sequence[str | Path]) -> tuple[int, int, int]:
-    """Size of the images that all of some exported files take. Raises QuantlensError where there is no such size."""
-    sizes = {tuple(Artefact(path).preprocess.input_size) for path in paths}
-    if len(sizes) != 1:
-        raise QuantlensError(
-            "give at least one exported model, and time those that take different sizes of image apart"
-        )
-    return sizes.pop()  # type: ignore[return-value]
+        found = bench(contenders, input_size=sizes.pop(), **settings)
+    return found, [c.facts for c in contenders]
 
 
 def _pixels(images: Any, model: Any) -> np.ndarray:

@@ -11,17 +11,28 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from quantlens._version import __version__
 from quantlens.ambient import isolated
+from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError, UnsupportedError
 from quantlens.export.onnx_file import Initializer, check, pieces
-from quantlens.export.threshold import GUARDS, KEEP, guard_threshold
 from quantlens.files import write_whole
+from quantlens.metrics.ood_scores import energy, maxlogit, msp
 from quantlens.qmodel import QuantizedModel, float_model
+
+GUARDS = {"msp": msp, "energy": energy, "maxlogit": maxlogit}
+"""Scores that a file can carry; larger means more in-distribution."""
+
+KEEP = 0.95
+"""Share of in-distribution images that the threshold keeps."""
 
 
 @isolated
@@ -139,3 +150,52 @@ def _need(package: str) -> Any:
         raise QuantlensError(
             f"the package {package} is not installed: pip install 'quantlens[deploy]' (with the project's constraints)"
         ) from None
+
+
+# ---- the guard: how its threshold is chosen, and how often it is right -----------------------------------------------
+
+
+def guard_threshold(qmodel: QuantizedModel, images: Any, guard: str, keep: float = KEEP) -> dict[str, Any]:
+    """{"value", "n"}: the score that at least the share ``keep`` of the in-distribution images reaches."""
+    found = []
+    with torch.inference_mode():
+        for batch in Calibration.of(images, qmodel.preprocess, device=qmodel.device):
+            found.append(GUARDS[guard](qmodel(batch).cpu().numpy()))
+    scores = np.concatenate(found)
+    return {"value": _threshold(scores, keep), "n": len(scores)}
+
+
+def _threshold(scores: np.ndarray, keep: float) -> float:
+    """The largest of the scores [n] that at least the share ``keep`` of them reaches."""
+    return float(np.sort(scores)[min(int(len(scores) * (1 - keep)), len(scores) - 1)])
+
+
+def looks_unknown(guard: Mapping[str, Any] | None, logits: np.ndarray) -> np.ndarray | None:
+    """Which images [n] a file's guard calls unknown, from its logits [n, K]; None without a threshold.
+
+    guard: ``{"score", "keep", "threshold": {"value", "n"} or None}``, as the file's metadata holds it.
+    """
+    threshold = (guard or {}).get("threshold")
+    if guard is None or not threshold:
+        return None
+    return GUARDS[guard["score"]](logits) < float(threshold["value"])
+
+
+def guard_metrics(
+    guard: Mapping[str, Any] | None, known: np.ndarray | None, others: Mapping[str, np.ndarray | None]
+) -> dict[str, Any] | None:
+    """How often a guard is right on images that it was not set on; None for a guard without a threshold.
+
+    known: :func:`looks_unknown` of the in-distribution images; others: that of every OOD set.
+    Returns the guard itself with ``"id": {"n", "kept"}`` (share of ID images that look known) and for every OOD set
+    ``{"n", "flagged", "balanced_accuracy"}`` (share that looks unknown; mean of kept and flagged).
+    """
+    if guard is None or known is None:
+        return None
+    kept = float((~known).mean())
+    sets: dict[str, Any] = {}
+    for name, unknown in others.items():
+        if unknown is not None:
+            flagged = float(unknown.mean())
+            sets[name] = {"n": len(unknown), "flagged": flagged, "balanced_accuracy": (kept + flagged) / 2}
+    return {**guard, "id": {"n": len(known), "kept": kept}, "ood": sets}

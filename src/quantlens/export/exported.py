@@ -3,22 +3,28 @@ model."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import platform
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.special import softmax
 
+from quantlens.ambient import isolated
+from quantlens.calibration import Calibration
 from quantlens.data import Preprocess
-from quantlens.data.decode import decode_image
+from quantlens.data.sources import decode_image
 from quantlens.errors import BadWeightsError
 from quantlens.export.export import _need
-from quantlens.export.processor import saturates
+from quantlens.metrics.divergence import sqnr_db
+from quantlens.qmodel import Outputs, float_model
 
 
 class Prediction(NamedTuple):
@@ -37,7 +43,7 @@ class Artefact:
     itself. runtime: name and version of what runs it. size_mb: megabytes (10⁶ bytes) on disk.
 
     threads: CPU threads (None: the runtime's choice). Where the processor's integer sums saturate (see
-    :mod:`quantlens.export.processor`), ONNX Runtime is told to avoid it, and OpenVINO computes with the same codes in
+    :func:`saturates`), ONNX Runtime is told to avoid it, and OpenVINO computes with the same codes in
     float: right, and not faster than FP32. Raises BadWeightsError for a file that is missing, damaged or
     not written by quantlens.
     """
@@ -48,13 +54,13 @@ class Artefact:
             raise BadWeightsError(f"no exported model at {self.path}")
         if self.path.suffix not in _RUNTIMES:
             raise BadWeightsError(f"{self.path}: exported models end in .onnx or .xml")
-        self._runtime = _RUNTIMES[self.path.suffix](self.path, threads)
-        record = self._runtime.metadata
+        opened = _RUNTIMES[self.path.suffix](self.path, threads)
+        self._run, self._record, self.runtime, self.num_classes = opened
         try:
-            info = json.loads(record["plan"])
-            self.preprocess = Preprocess.from_dict(json.loads(record["preprocess"]))
-            self.guard: dict[str, Any] = json.loads(record["guard"])
-            self.num_parameters = int(record["num_parameters"])
+            info = json.loads(self._record["plan"])
+            self.preprocess = Preprocess.from_dict(json.loads(self._record["preprocess"]))
+            self.guard: dict[str, Any] = json.loads(self._record["guard"])
+            self.num_parameters = int(self._record["num_parameters"])
         except (KeyError, ValueError, TypeError) as error:
             raise BadWeightsError(f"{self.path} was not written by `quantlens export`: {error}") from error
         self.info: dict[str, Any] = info
@@ -64,14 +70,13 @@ class Artefact:
         self.calibration: dict[str, Any] | None = info.get("calibration")
         self.checkpoint_sha256: str | None = info.get("checkpoint_sha256")
         self.class_names: list[str] | None = info.get("class_names")
-        self.runtime, self.num_classes = self._runtime.version, self._runtime.num_classes
         self.size_mb = sum(file.stat().st_size for file in files_of(self.path)) / 1e6
         self.size_ratio = self.size_mb * 1e6 / (4 * self.num_parameters)
 
     # -- running ------------------------------------------------------------------------------------------------------
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """images float32 [B, 3, H, W], normalised -> logits [B, K], guard scores [B]."""
-        logits, scores = self._runtime.run(np.ascontiguousarray(images, dtype=np.float32))
+        logits, scores = self._run(np.ascontiguousarray(images, dtype=np.float32))
         return logits, scores
 
     def predict(self, images: Sequence[Any]) -> list[Prediction]:
@@ -95,10 +100,6 @@ class Artefact:
     # -- what `evaluate` asks of a model ------------------------------------------------------------------------------
     def outputs(self, images: Any) -> Any:
         """Logits of a tensor of images; no features (scores that need them are left out, and say so)."""
-        import torch
-
-        from quantlens.qmodel import Outputs
-
         return Outputs(torch.from_numpy(self.run(images.cpu().numpy())[0]), None)
 
     def __call__(self, images: Any) -> Any:
@@ -109,9 +110,6 @@ class Artefact:
 
     def classifier(self) -> None:
         return None
-
-    def eval(self) -> Artefact:
-        return self
 
     def to(self, *_: Any, **__: Any) -> Artefact:
         return self
@@ -124,7 +122,7 @@ class Artefact:
                 "OpenVINO computes float operations in bfloat16 on processors that have it; the file cannot say "
                 'otherwise, so compile it with {"INFERENCE_PRECISION_HINT": "f32"} (quantlens.Artefact does)'
             )
-        if saturates() and may_saturate(self._runtime.metadata) and self.bits != "FP32":
+        if saturates() and may_saturate(self._record) and self.bits != "FP32":
             setting = (
                 'compile it with {"LP_TRANSFORMS_MODE": False}, which is right and no faster than FP32'
                 if self.path.suffix == ".xml"
@@ -160,6 +158,33 @@ class Artefact:
         }
 
 
+EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+"""Linux's names of the instructions that add in 32 bits."""
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether sums of u8 · s8 products saturate here. Of an x86 processor whose instructions are not known, yes.
+
+    x86 processors without VNNI or AMX (AVX2, the first AVX-512) multiply unsigned by signed bytes in pairs and add the
+    two products in 16 bits, which saturates at 32767: 255 · 127 · 2 is 64770. Runtimes use that instruction as it is
+    fast, and their logits then differ from the measured ones by far more than rounding. With weights of 7 bits (±64)
+    the pair stays within 32640: a W7A8 file is right on every processor, whatever its session options. A file says in
+    its metadata (``saturating``) whether it has wider weights.
+    """
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686", "x86")
+    return x86 and not EXACT & set(processor("flags").split())
+
+
+def processor(fact: str) -> str:
+    """What Linux says of the processor: its "flags" (instruction sets), its "model name"; "" where it does not."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            return next((line.partition(":")[2].strip() for line in lines if line.startswith(fact)), "")
+    except OSError:
+        return ""
+
+
 def may_saturate(metadata: dict[str, str]) -> bool:
     """Whether a file has weights of more than 7 bits (or does not say), whose products two instructions add wrongly."""
     return metadata.get("saturating") != "false"
@@ -170,13 +195,8 @@ def files_of(path: Path) -> list[Path]:
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
-class _Runtime(NamedTuple):
-    """An opened file. run: images -> logits and scores; version: name and version of what runs it."""
-
-    run: Callable[[np.ndarray], Sequence[np.ndarray]]
-    metadata: dict[str, str]
-    version: str
-    num_classes: int
+_Runtime = tuple[Callable[[np.ndarray], Sequence[np.ndarray]], dict[str, str], str, int]
+"""An opened file: images -> logits and scores, its metadata, name and version of what runs it, number of classes."""
 
 
 def _onnxruntime(path: Path, threads: int | None) -> _Runtime:
@@ -198,7 +218,7 @@ def _onnxruntime(path: Path, threads: int | None) -> _Runtime:
     metadata = dict(session.get_modelmeta().custom_metadata_map)
     if saturates() and may_saturate(metadata):  # known only once it is open
         session = opened(precise=True)
-    return _Runtime(
+    return (
         lambda images: session.run(["logits", "score"], {"images": images}),
         metadata,
         f"onnxruntime {ort.__version__}",
@@ -222,7 +242,7 @@ def _openvino(path: Path, threads: int | None) -> _Runtime:
     except Exception as error:
         raise BadWeightsError(f"{path} cannot be run by OpenVINO: {error}") from error
     info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
-    return _Runtime(
+    return (
         lambda images: itemgetter("logits", "score")(compiled({"images": images})),
         {key: getattr(value, "value", value) for key, value in info.items()},
         f"openvino {openvino.__version__.split('-')[0]}",
@@ -231,3 +251,50 @@ def _openvino(path: Path, threads: int | None) -> _Runtime:
 
 
 _RUNTIMES = {".onnx": _onnxruntime, ".xml": _openvino}
+
+
+# ---- what was shipped against what was measured ----------------------------------------------------------------------
+
+
+class Parity(NamedTuple):
+    """Differences of the logits of n images. worst, mean: largest and mean absolute difference. sqnr_db: signal over
+    difference, dB. agreement: share of equal predictions."""
+
+    n: int
+    worst: float
+    mean: float
+    sqnr_db: float
+    agreement: float
+
+    def sentence(self, runtime: str) -> str:
+        return (
+            f"{runtime} against the simulation on {self.n} images: {100 * self.agreement:.1f} % equal predictions, "
+            f"logits differ by {self.mean:.4f} on average and {self.worst:.4f} at most (SQNR {self.sqnr_db:.1f} dB)"
+        )
+
+
+@isolated
+def parity(
+    model: Any, artefact: Artefact, images: Any, *, progress: Callable[[int, int], None] | None = None
+) -> Parity:
+    """Run both on the same images (a SOURCE, an image set or a tensor). Raises QuantlensError for no images."""
+    qmodel = float_model(model)
+    expected, got = [], []
+    batches = Calibration.of(images, qmodel.preprocess, device=qmodel.device)
+    with torch.inference_mode():
+        for batch in batches:
+            expected.append(qmodel(batch).cpu().numpy())
+            got.append(artefact.run(batch.cpu().numpy())[0])
+            if progress is not None:
+                progress(sum(map(len, got)), len(batches))
+    a, b = np.concatenate(expected).astype(np.float64), np.concatenate(got).astype(np.float64)
+    difference = np.abs(a - b)
+    noise = float((difference**2).sum())
+    sqnr = sqnr_db(float((a**2).sum()), noise)
+    return Parity(
+        len(a),
+        float(difference.max()),
+        float(difference.mean()),
+        sqnr if sqnr is not None else float("inf"),
+        float((a.argmax(1) == b.argmax(1)).mean()),
+    )

@@ -127,12 +127,19 @@ def _sorted(values: Array) -> tuple[Array, Array, Array]:
     return order, ranked, np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
 
 
-def _running(counts: Array) -> Array:
-    """Running sums [n + 1, R] down the rows of counts [n, R], from a row of zeros. Counts are whole numbers below 2^24,
-    so that float32 sums are exact."""
-    sums = np.zeros((len(counts) + 1, counts.shape[1]), counts.dtype)
-    np.cumsum(counts, axis=0, out=sums[1:])
-    return sums
+def _running(counts: Array, block: int = 32) -> Array:
+    """Running sums [n + 1, R] down the rows of counts [n, R], from a row of zeros.
+
+    Sums within blocks of rows are a product with a triangle of ones, which is several times as fast as numpy's cumsum
+    down columns. Counts are whole numbers below 2^24, so that float32 sums are exact in any order.
+    """
+    n, r = counts.shape
+    rows = np.pad(counts, ((0, -n % block), (0, 0))).reshape(-1, block, r)
+    sums = np.zeros((rows.shape[0] * block + 1, r), counts.dtype)
+    blocks = sums[1:].reshape(rows.shape)
+    np.matmul(np.tri(block, dtype=counts.dtype), rows, out=blocks)
+    blocks[1:] += np.cumsum(blocks[:-1, -1], axis=0)[:, None]
+    return sums[: n + 1]
 
 
 # ---- differences -----------------------------------------------------------------------------------------------------

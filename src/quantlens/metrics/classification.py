@@ -81,10 +81,6 @@ def equal_mass_bins(confidence: Float, n_bins: int) -> Int:
     return (n_bins * twice_mid_rank // (2 * confidence.size)).astype(np.int64)[group]
 
 
-def _bin_sums(bins: Int, values: Float, n_bins: int) -> Float:
-    return np.bincount(bins, weights=values, minlength=n_bins).astype(np.float64)
-
-
 def calibration_error(confidence: ArrayLike, correct: ArrayLike, *, n_bins: int = 15, adaptive: bool = False) -> float:
     """Expected calibration error: sum over bins of n_b / N * |accuracy_b - mean confidence_b|.
 
@@ -94,7 +90,7 @@ def calibration_error(confidence: ArrayLike, correct: ArrayLike, *, n_bins: int 
     """
     c, hit = _checked_confidence(confidence, correct, n_bins)
     bins = equal_mass_bins(c, n_bins) if adaptive else equal_width_bins(c, n_bins)
-    return float(np.abs(_bin_sums(bins, hit - c, n_bins)).sum() / c.size)
+    return float(np.abs(np.bincount(bins, hit - c, n_bins)).sum() / c.size)
 
 
 def reliability(confidence: ArrayLike, correct: ArrayLike, *, n_bins: int = 15) -> dict[str, list[Any]]:
@@ -105,8 +101,8 @@ def reliability(confidence: ArrayLike, correct: ArrayLike, *, n_bins: int = 15) 
     bins = equal_width_bins(c, n_bins)
     count = np.bincount(bins, minlength=n_bins)
     filled = np.maximum(count, 1)
-    mean_confidence = _bin_sums(bins, c, n_bins) / filled
-    accuracy = _bin_sums(bins, hit, n_bins) / filled
+    mean_confidence = np.bincount(bins, c, n_bins) / filled
+    accuracy = np.bincount(bins, hit, n_bins) / filled
     return {
         "edges": np.linspace(0.0, 1.0, n_bins + 1).tolist(),
         "count": count.tolist(),

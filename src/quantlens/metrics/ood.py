@@ -82,6 +82,11 @@ def change(value: Mapping[str, Any], fp32: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def opposite_change(fp32: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
+    """`change` with the opposite sign (FP32 - quantized), as `delta` of earlier releases gave it."""
+    return change(fp32, value)
+
+
 def mean_over_sets(ood: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Mean of each metric over the OOD sets of a group, every set weighing the same.
 

@@ -1,8 +1,10 @@
 """Every metric by its key in a result: what it is called, its unit, and which direction is better. Whatever shows a
-metric (a table, a plot, a comparison, a page of the docs) asks here."""
+metric (a table, a plot, a comparison, a page of the docs) asks here. And the spread of one over seeds."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -126,3 +128,37 @@ def metric_of(path: str) -> Metric:
 def names_of(family: str, *, resampled: bool = False) -> tuple[str, ...]:
     """Names of a family's metrics; resampled: only those that the bootstrap gives an interval."""
     return tuple(m.name for m in METRICS.values() if m.family == family and (m.resampled or not resampled))
+
+
+# ---- over seeds ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (n - 1; None for a single value) of n numbers."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    @staticmethod
+    def of(values: Iterable[Any]) -> Spread | None:
+        """Of the finite numbers among `values` (what is None, NaN, text or bool is passed over); None without any."""
+        found = [v for v in map(number, values) if v is not None]
+        if not found:
+            return None
+        n = len(found)
+        mean = math.fsum(found) / n
+        std = math.sqrt(math.fsum((v - mean) ** 2 for v in found) / (n - 1)) if n > 1 else None
+        return Spread(mean, std, n)
+
+    def scaled(self, factor: float) -> Spread:
+        """The spread of the numbers times a factor."""
+        return Spread(self.mean * factor, None if self.std is None else self.std * abs(factor), self.n)
+
+
+def number(value: Any) -> float | None:
+    """`value` as a float; None where it is no finite number (None, NaN, text, bool)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from quantlens import zoo
 from quantlens.ambient import isolated
 from quantlens.data import Preprocess
+from quantlens.data.folders import WNID, imagenet_class_names
 from quantlens.errors import BadWeightsError, QuantlensError, UnknownNameError
 from quantlens.models import weights as files
-from quantlens.models.class_names import imagenet_names
 
 
 class Model(nn.Module):
@@ -157,7 +157,7 @@ def _from_timm(
         preprocess=preprocess or _own_preprocess(module, input_size),
         path=path,
         checkpoint="pretrained" if pretrained else "random",
-        class_names=imagenet_names(getattr(module, "num_classes", None)),
+        class_names=_imagenet_names(getattr(module, "num_classes", None)),
     )
 
 
@@ -208,3 +208,21 @@ def _classes_in(state: dict[str, Tensor], module: Any) -> int | None:
     names = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or "head"
     weight = state.get(f"{names if isinstance(names, str) else names[0]}.weight")
     return weight.shape[0] if weight is not None and weight.dim() == 2 else None
+
+
+# ---- names of classes ------------------------------------------------------------------------------------------------
+
+
+def class_names(images: Any, model: Any) -> list[str] | None:
+    """Names of a model's classes: its own, those of its images, or ImageNet's for a thousand classes; None if nobody
+    knows them. WordNet numbers, which say nothing to a reader, are no names."""
+    count = int(model.num_classes)
+    for holder in (model, images):
+        names = getattr(holder, "class_names", None)
+        if names is not None and len(names) == count and not all(WNID.fullmatch(str(n)) for n in names):
+            return [str(n) for n in names]
+    return _imagenet_names(count)
+
+
+def _imagenet_names(count: int | None) -> list[str] | None:
+    return list(imagenet_class_names()) if count == 1000 else None

@@ -22,7 +22,7 @@ class Target:
 
     edges: (site kind, edge) pairs that it computes in integers. weights, activations: widths it has kernels for;
     weights of 5 to 7 bits are stored and multiplied as 8 (with 7 or fewer, a sum of two products fits 16 bits:
-    :mod:`quantlens.export.processor`). symmetric_weights: whether weights must have zero point 0.
+    :func:`quantlens.export.exported.saturates`). symmetric_weights: whether weights must have zero point 0.
     """
 
     name: str

@@ -65,7 +65,7 @@ def run_demo(
         "seeds": list(seeds),
         "calibration": {"source": sources.calibration, "n": CALIBRATION_IMAGES},
         "id": sources.id,
-        "ood": {name: {"source": ood.source, "group": ood.group} for name, ood in sources.ood.items()},
+        "ood": sources.ood,
         "fit": sources.fit,
         "scores": None if scores is None else list(scores),
         "device": "cpu",

@@ -78,7 +78,7 @@ class Backend:
 
     def evaluate(self, model: Any, id: Any, ood: Mapping[str, Any], **settings: Any) -> Any:
         """The Result of a model; with mixed precision it says which widths were chosen, under "allocation"."""
-        from quantlens.evaluation import evaluate
+        from quantlens.evaluation.run import evaluate
 
         result = evaluate(model, id, ood, **settings)
         allocation = getattr(getattr(model, "plan", None), "info", {}).get("allocation")

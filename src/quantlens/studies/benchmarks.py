@@ -16,7 +16,7 @@ from quantlens.studies.store import Store, now, packed, to_json
 
 @dataclass(frozen=True)
 class Timed:
-    """A timing of a run: the fields of `export.bench.Timing`, the machine and time of the run, what was timed, and its
+    """A timing of a run: a row of `export.bench.bench`, the machine and time of the run, what was timed, and its
     evaluation (`Result.to_dict()`; None: not evaluated)."""
 
     run: str
@@ -48,8 +48,8 @@ def put_timings(
     facts: Iterable[Mapping[str, Any]],
     machine: Mapping[str, Any],
 ) -> str:
-    """Record one run of the benchmark, all of it or nothing: `Timing.to_dict()` of every contender, what each of them
-    is, and the machine (`environment()`). Returns the run's name."""
+    """Record one run of the benchmark, all of it or nothing: a row of `export.bench.bench` for every contender,
+    what each of them is, and the machine (`environment()`). Returns the run's name."""
     run = now()
     with store.writing() as connection:
         for one in facts:

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.evaluation import outputs as kept
-from quantlens.evaluation.compare import RESAMPLES, Comparison, compare_matches
-from quantlens.evaluation.entries import TRAITS, Entry, Match
+from quantlens.evaluation.compare import RESAMPLES, TRAITS, Comparison, Entry, Match, compare_matches
 from quantlens.evaluation.result import Result
 from quantlens.studies.store import Store
 

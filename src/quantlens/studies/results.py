@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.errors import QuantlensError, UnsupportedError
-from quantlens.evaluation.flat import columns, frame, row
+from quantlens.evaluation.result import columns, frame, row
 from quantlens.files import write_whole
 from quantlens.metrics import Spread
 from quantlens.studies.board import dig

@@ -15,8 +15,8 @@ from quantlens.errors import QuantlensError, StorageError
 from quantlens.evaluation.environment import choose_device, environment
 from quantlens.evaluation.outputs import path_of
 from quantlens.evaluation.result import Result
-from quantlens.evaluation.scoring import choose_scores
 from quantlens.files import write_whole
+from quantlens.metrics import choose_scores
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import (
     PlannedCell,

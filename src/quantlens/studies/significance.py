@@ -15,7 +15,7 @@ from pathlib import Path
 
 from quantlens.errors import StorageError
 from quantlens.evaluation import outputs as kept
-from quantlens.evaluation.bootstrap import Wanted, replicate
+from quantlens.evaluation.compare import Wanted, replicate
 from quantlens.files import write_whole
 from quantlens.metrics.bootstrap import Array, Resamples, differences, interval
 from quantlens.studies.board import Board

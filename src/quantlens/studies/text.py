@@ -10,7 +10,7 @@ from typing import Any
 from quantlens.metrics import METRICS, available_scores
 from quantlens.metrics import Spread as Stat
 from quantlens.metrics import score_label as score_label
-from quantlens.metrics.spread import number as number
+from quantlens.metrics.registry import number as number
 
 MISSING = "–"
 MINUS = "−"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.errors import QuantlensError, UnsupportedError
-from quantlens.evaluation.flat import numbers
+from quantlens.evaluation.result import numbers
 from quantlens.studies.store import Store
 
 KEY = "quantlens.cell"

@@ -9,35 +9,24 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantlens.data.embedded import ID_DIGITS, SIZE, available_embedded
 from quantlens.data.preprocess import Preprocess
-
-if TYPE_CHECKING:
-    from torch import nn
 
 WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True)
-class OODSource:
-    """One OOD set to measure a model on: the SOURCE and its group, "near" or "far"."""
-
-    source: str
-    group: str
-
-
-@dataclass(frozen=True)
 class ZooSources:
     """The SOURCEs that go with a model: images to evaluate, to calibrate, to fit OOD statistics, and OOD
-    sets.
+    sets: {name: {"source", "group"}}, the group being "near" or "far".
     """
 
     id: str
     calibration: str
     fit: str
-    ood: dict[str, OODSource]
+    ood: dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -51,9 +40,9 @@ class ZooEntry:
     class_names: list[str]
     sources: ZooSources
 
-    def build(self) -> nn.Module:
-        """The untrained architecture."""
-        from quantlens.zoo.recipe import RECIPES
+    def build(self) -> Any:
+        """The untrained architecture, a torch module."""
+        from quantlens.zoo.train import RECIPES
 
         return RECIPES[self.name].build()
 
@@ -65,7 +54,7 @@ class ZooEntry:
 def available() -> dict[str, ZooEntry]:
     """Name -> entry of every model that ships with the package."""
     sets = available_embedded().items()
-    ood = {name: OODSource(f"embedded:{name}", info.group) for name, info in sets if info.group != "id"}
+    ood = {name: {"source": f"embedded:{name}", "group": info.group} for name, info in sets if info.group != "id"}
     digits = ZooEntry(
         name="digits-vit",
         description=f"ViT for {SIZE}x{SIZE} images of {len(ID_DIGITS)} handwritten digits",

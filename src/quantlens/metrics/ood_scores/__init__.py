@@ -17,11 +17,16 @@ from quantlens.metrics.ood_scores.registry import (
     ScoreInfo,
     Scorer,
     available_scores,
+    choose_scores,
+    energy,
+    entropy,
+    gen,
     make_scorer,
+    maxlogit,
+    msp,
     register_score,
     score_label,
 )
-from quantlens.metrics.ood_scores.logits import energy, entropy, gen, maxlogit, msp
 from quantlens.metrics.ood_scores.features import (
     class_means,
     knn,
@@ -42,6 +47,7 @@ __all__ = [
     "ScoreInfo",
     "Scorer",
     "available_scores",
+    "choose_scores",
     "class_means",
     "energy",
     "entropy",

@@ -9,8 +9,15 @@ from scipy.special import logsumexp
 
 from quantlens.errors import QuantlensError
 from quantlens.metrics._arrays import Float, as_matrix, per_row
-from quantlens.metrics.ood_scores.logits import energy
-from quantlens.metrics.ood_scores.registry import RANK_TOLERANCE, FitData, ScoreInfo, Scorer, given, register_score
+from quantlens.metrics.ood_scores.registry import (
+    RANK_TOLERANCE,
+    FitData,
+    ScoreInfo,
+    Scorer,
+    energy,
+    given,
+    register_score,
+)
 
 WELL_DETERMINED = 5
 """Degrees of freedom per feature from which a covariance is used as estimated, without shrinkage."""

@@ -1,9 +1,9 @@
 """What a score is: what it may be fitted on, how it is called, and all of them by name. Those of quantlens are
-registered where they are defined; `register_score` adds any other."""
+registered where they are defined, those of the logits alone here; `register_score` adds any other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -11,9 +11,10 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import logsumexp
 
-from quantlens.errors import QuantlensError, UnsupportedError
-from quantlens.metrics._arrays import Float, as_labels, as_matrix
+from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.metrics._arrays import Float, as_labels, as_matrix, log_softmax, per_row
 from quantlens.plugins import Registry
 
 Maker = TypeVar("Maker", bound=Callable[..., Any])
@@ -63,16 +64,12 @@ class FitData:
         return self.labels if self.labels is not None else self.logits.argmax(axis=1)
 
     def features64(self) -> Float:
-        """Features [N, D] in float64; UnsupportedError where the model gives none."""
-        if self.features is None:
-            raise UnsupportedError("this score needs penultimate features, which the model lacks: leave it out")
-        return self.features.astype(np.float64)
+        """Features [N, D] in float64, for scores that need them."""
+        return np.asarray(self.features, dtype=np.float64)
 
     def classifier(self) -> tuple[Float, Float]:
-        """Weight [K, D] and bias [K]; UnsupportedError where the model has no linear classifier."""
-        if self.weight is None or self.bias is None:
-            raise UnsupportedError("this score needs a linear classifier, which the model lacks: leave it out")
-        return self.weight, self.bias
+        """Weight [K, D] and bias [K], for scores that need them."""
+        return np.asarray(self.weight), np.asarray(self.bias)
 
 
 class Scorer(Protocol):
@@ -145,6 +142,27 @@ def available_scores(*, own: bool = False) -> dict[str, ScoreInfo]:
     return {name: info for name, (info, _) in _SCORES.all(own=own).items()}
 
 
+def choose_scores(names: Sequence[str] | None) -> dict[str, ScoreInfo]:
+    """name -> ScoreInfo of the scores asked for, in that order (None: all of quantlens' own). A score is found by its
+    name, label or title; case and what stands between words do not matter. Raises UnknownNameError."""
+    if names is None:
+        return available_scores(own=True)
+    known = available_scores()
+    spellings = {_letters(text): name for name, info in known.items() for text in (info.title, info.label)}
+    spellings |= {_letters(name): name for name in known}
+    found = {}
+    for asked in names:
+        name = asked if asked in known else spellings.get(_letters(asked))
+        if name is None:
+            raise UnknownNameError("OOD score", str(asked), known)
+        found[name] = known[name]
+    return found
+
+
+def _letters(text: str) -> str:
+    return "".join(c for c in str(text).lower() if c.isalnum())
+
+
 def score_label(name: str) -> str:
     """What tables and plots call a score; its name where it is not known (a result may be of another program)."""
     found = _SCORES.find(name)
@@ -188,3 +206,110 @@ def given(values: ArrayLike | None, what: str, width: int | None = None) -> np.n
             f"the {what} have {matrix.shape[1]} columns, but the score was fitted on {width}: use one model"
         )
     return matrix
+
+
+# ---- scores of the logits alone --------------------------------------------------------------------------------------
+
+
+@register_score(
+    ScoreInfo(
+        "msp",
+        "Maximum softmax probability",
+        "Hendrycks and Gimpel, A Baseline for Detecting Misclassified and OOD Examples, ICLR 2017",
+        formula="max_k p_k",
+        label="MSP",
+    )
+)
+def msp(logits: ArrayLike) -> Float:
+    """Maximum softmax probability, max_k p_k. logits [N, K] -> [N] in 1/K..1.
+
+    Hendrycks and Gimpel, A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural
+    Networks, ICLR 2017. No departure.
+    """
+    return per_row(as_matrix(logits, "logits"), lambda f: np.exp(log_softmax(f).max(axis=1)))
+
+
+@register_score(
+    ScoreInfo(
+        "maxlogit",
+        "Maximum logit",
+        "Hendrycks et al., Scaling Out-of-Distribution Detection for Real-World Settings, ICML 2022",
+        formula="max_k f_k",
+        label="MaxLogit",
+    )
+)
+def maxlogit(logits: ArrayLike) -> Float:
+    """Largest logit, max_k f_k. logits [N, K] -> [N].
+
+    Hendrycks et al., Scaling Out-of-Distribution Detection for Real-World Settings, ICML 2022. No departure.
+    """
+    return as_matrix(logits, "logits").max(axis=1).astype(np.float64)
+
+
+@register_score(
+    ScoreInfo(
+        "energy",
+        "Energy",
+        "Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020",
+        formula="log sum_k exp(f_k)",
+        label="Energy",
+    )
+)
+def energy(logits: ArrayLike) -> Float:
+    """Negative free energy at temperature 1, log sum_k exp(f_k). logits [N, K] -> [N].
+
+    Liu, Wang, Owens and Li, Energy-based Out-of-distribution Detection, NeurIPS 2020. T = 1, as they advise.
+    """
+    return per_row(as_matrix(logits, "logits"), lambda f: logsumexp(f, axis=1))
+
+
+@register_score(
+    ScoreInfo(
+        "entropy",
+        "Negative entropy",
+        "Chan et al., Entropy Maximization and Meta Classification for OOD Detection, ICCV 2021",
+        formula="sum_k p_k log p_k",
+        departure="per image instead of per pixel, without retraining",
+        label="Entropy",
+    )
+)
+def entropy(logits: ArrayLike) -> Float:
+    """Negative Shannon entropy of the softmax, sum_k p_k log p_k. logits [N, K] -> [N] in -log K..0.
+
+    As an OOD score: Chan, Rottmann and Gottschalk, Entropy Maximization and Meta Classification for
+    Out-of-Distribution Detection in Semantic Segmentation, ICCV 2021, there per pixel and here per image,
+    without their retraining.
+    """
+
+    def block(f: Float) -> Float:
+        log_p = log_softmax(f)
+        return np.einsum("nk,nk->n", np.exp(log_p), log_p)
+
+    return per_row(as_matrix(logits, "logits"), block)
+
+
+@register_score(
+    ScoreInfo(
+        "gen",
+        "Generalized entropy",
+        "Liu et al., GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection, CVPR 2023",
+        formula="-sum over the 100 largest p of p^0.1 (1 - p)^0.1",
+        label="GEN",
+    )
+)
+def gen(logits: ArrayLike, gamma: float = 0.1, top: int = 100) -> Float:
+    """Generalized entropy, -sum over the M largest p of p^gamma (1 - p)^gamma. logits [N, K] -> [N], at most
+    0.
+
+    Liu, Lochman and Zach, GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection, CVPR 2023;
+    gamma = 0.1 and M = `top` = 100 as there (all classes where K < 100). No departure. 1 - p is formed from
+    log p, because (1 - p)^0.1 still differs from 0 where 1 - p is far below the rounding of p.
+    """
+
+    def block(f: Float) -> Float:
+        log_p = log_softmax(f)
+        if top < log_p.shape[1]:
+            log_p = np.partition(log_p, log_p.shape[1] - top, axis=1)[:, -top:]
+        return -(np.exp(gamma * log_p) * (-np.expm1(log_p)) ** gamma).sum(axis=1)
+
+    return per_row(as_matrix(logits, "logits"), block)
