@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from quantlens.calibration.ranges.guided import HEADS, Side
-from quantlens.calibration.ranges.progressive import (
+from quantlens.calibration.ranges.guided import (
+    HEADS,
     OutputError,
+    Side,
     adaptive,
     asymmetric,
     asymmetric_grid,

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.allocation.groups import ATTENTION, COMPUTES, Group
-from quantlens.calibration import CHUNK, Calibration, CalibrationPass, EdgeView
-from quantlens.calibration.ranges import affine
+from quantlens.calibration import CHUNK, Calibration, CalibrationPass, EdgeView, affine
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from quantlens.errors import QuantlensError
-from quantlens.graph import Graph
-from quantlens.graph.graph import VIEWS, op_name
+from quantlens.graph import VIEWS, Graph, op_name
 
 CHUNK = 32
 """Images that go through the graph together."""

@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView
 from quantlens.calibration.cache import return_memory
+from quantlens.calibration.images import Calibration
+from quantlens.calibration.passes import CalibrationPass, EdgeView
 from quantlens.graph import Edge, Graph
-from quantlens.transforms.layers import pixel_readers, read_pixels
+from quantlens.transforms.layers import (
+    RATIO,
+    outlier_candidates,
+    outlier_channels,
+    pixel_readers,
+    read_pixels,
+    split_outliers,
+)
 from quantlens.transforms.mean_subtraction import MeanSubtraction
-from quantlens.transforms.outlier_channels import RATIO, outlier_candidates, outlier_channels, split_outliers
 
 ROWS = 256
 """Tokens that are summed together."""

@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
-from quantlens.calibration.ranges import affine, clipping, mse, quantile_mse
+from quantlens.calibration import (
+    Calibration,
+    CalibrationPass,
+    EdgeView,
+    Observation,
+    affine,
+    clipping,
+    mse,
+    quantile_mse,
+)
 from quantlens.formats import Quantizer, ShiftedLog
 from quantlens.methods.base import PAPER, Departure, Edge, Graph, Option, Plan, Progress, Run, Widths, quantized_edges
 from quantlens.methods.repq_vit import TAIL, Norms, norm_groups, reparameterize, rescale_norms

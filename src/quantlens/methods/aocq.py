@@ -21,13 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Observer
-from quantlens.calibration.ranges import affine, clipping, log_by_quantile, mse
-from quantlens.calibration.ranges.power_of_two import token_weights
-from quantlens.calibration.ranges.rules import REPQ_QUANTILES
-from quantlens.formats import PowerOfTwo, Quantizer, Uniform
-from quantlens.formats.base import bounded_
-from quantlens.formats.uniform import MAX_ZERO_POINT
+from quantlens.calibration import (
+    REPQ_QUANTILES,
+    Calibration,
+    CalibrationPass,
+    EdgeView,
+    Observation,
+    Observer,
+    affine,
+    clipping,
+    log_by_quantile,
+    mse,
+    token_weights,
+)
+from quantlens.formats import MAX_ZERO_POINT, PowerOfTwo, Quantizer, Uniform, bounded_
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, steps, train, weight_quantizers
 from quantlens.methods.base import (
@@ -45,9 +52,16 @@ from quantlens.methods.base import (
     readers,
 )
 from quantlens.reconstruction import Settings
-from quantlens.transforms import NormGroup, find_norm_groups
-from quantlens.transforms.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
-from quantlens.transforms.norms import keeps_channels_last
+from quantlens.transforms import (
+    Factors,
+    NormGroup,
+    balance,
+    columns,
+    equalise_norms,
+    find_norm_groups,
+    keeps_channels_last,
+    smooth_factors,
+)
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """m of LN_α's candidates: how far the channels' ranges are evened out."""

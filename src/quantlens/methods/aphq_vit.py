@@ -37,8 +37,7 @@ from quantlens.methods.base import (
     Run,
     Widths,
 )
-from quantlens.reconstruction import Metric, MetricLoss, find_units, perturbation_metrics
-from quantlens.reconstruction.mlp import Fit, find_mlps, replace_gelu
+from quantlens.reconstruction import Fit, Metric, MetricLoss, find_mlps, find_units, perturbation_metrics, replace_gelu
 
 QUANTILES = {2: 0.98, 3: 0.99, 4: 0.98}
 """Where hidden values are clipped, by width of the second layer's input."""

@@ -19,21 +19,12 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.ambient import isolated
-from quantlens.calibration import Calibration, ObservationCache
-from quantlens.calibration.measured_transforms import read_as_pixels, split_outlier_channels
-from quantlens.calibration.ranges import affine
+from quantlens.calibration import Calibration, ObservationCache, affine, read_as_pixels, split_outlier_channels
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.formats import Uniform
-from quantlens.formats.uniform import pixel_codes
-from quantlens.graph import Edge, Graph, graph_of
-from quantlens.graph.graph import VIEWS, op_name
-from quantlens.graph.sites import SCALINGS
+from quantlens.formats import Uniform, pixel_codes
+from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, graph_of, op_name
 from quantlens.methods._former_options import current_options
-from quantlens.qmodel import Bits, Plan, QuantizedModel
-from quantlens.qmodel.bits import FLOAT
-from quantlens.qmodel.model import float_copy
-from quantlens.qmodel.plan import Provenance
-from quantlens.qmodel.targets import TARGETS, Target, target_named
+from quantlens.qmodel import FLOAT, TARGETS, Bits, Plan, Provenance, QuantizedModel, Target, float_copy, target_named
 from quantlens.transforms import fold_layer_scale
 
 Progress = Callable[[int, int], None]

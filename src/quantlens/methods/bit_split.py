@@ -18,9 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView
-from quantlens.calibration.products import check_finite, patches
-from quantlens.calibration.sampling import ProductSampler
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, ProductSampler, check_finite, patches
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Edge, Graph, Site
 from quantlens.methods.base import (

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quantlens.calibration import Calibration, Observation
-from quantlens.calibration.ranges import quantile_mse
+from quantlens.calibration import Calibration, Observation, quantile_mse
 from quantlens.methods._scale_search import IMAGE
 from quantlens.methods.base import MATMUL_OPERANDS, Departure, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 from quantlens.methods.composition import Fitted, Layer, fit_layers

@@ -22,9 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
-from quantlens.calibration.ranges import affine
-from quantlens.calibration.ranges.power_of_two import power_of_two_factors
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, affine, power_of_two_factors
 from quantlens.errors import QuantlensError
 from quantlens.formats import (
     IntegerLayerNorm,
@@ -36,9 +34,7 @@ from quantlens.formats import (
     Quantizer,
     Uniform,
 )
-from quantlens.graph.graph import VIEWS, argument, op_name
-from quantlens.graph.layout import axes_of_last
-from quantlens.graph.sites import SCALINGS, Site
+from quantlens.graph import SCALINGS, VIEWS, Site, argument, axes_of_last, op_name
 from quantlens.methods.base import (
     EVERYTHING,
     FLOAT,

@@ -11,8 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
-from quantlens.calibration.ranges import affine, minmax, symmetric
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, affine, minmax, symmetric
 from quantlens.methods.base import MATMUL_OPERANDS, Edge, Graph, Method, MethodInfo, Plan, Run, Widths, quantized_edges
 
 

@@ -20,13 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration.gradients import sample_products
-from quantlens.calibration.products import Product
+from quantlens.calibration import Product, ProductSampler, sample_products
 from quantlens.calibration.ranges.guided import HEADS, Side, alternate, search
-from quantlens.calibration.sampling import ProductSampler
 from quantlens.formats import Quantizer, Twin
-from quantlens.graph.graph import VIEWS, op_name
-from quantlens.graph.sites import SCALINGS
+from quantlens.graph import SCALINGS, VIEWS, op_name
 from quantlens.methods._scale_search import (
     IMAGE,
     factors_of,

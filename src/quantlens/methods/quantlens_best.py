@@ -29,8 +29,7 @@ from quantlens.methods.base import (
     matmul_operand_edges,
 )
 from quantlens.methods.quantlens_fast import QuantlensFast
-from quantlens.reconstruction import MetricLoss, Settings, perturbation_metrics
-from quantlens.reconstruction.views import with_views
+from quantlens.reconstruction import MetricLoss, Settings, perturbation_metrics, with_views
 
 FITTED = 64
 """Images that ranges, the closed form and the perturbation Hessian are made on, at most."""

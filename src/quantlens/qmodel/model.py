@@ -14,9 +14,7 @@ from torch import Tensor, fx, nn
 from quantlens.ambient import plain_arithmetic
 from quantlens.errors import UnknownNameError
 from quantlens.formats.base import Quantizer
-from quantlens.graph.capture import graph_of
-from quantlens.graph.graph import Graph
-from quantlens.graph.sites import Edge
+from quantlens.graph import Edge, Graph, graph_of
 from quantlens.qmodel.plan import FP32, Plan, Provenance
 from quantlens.qmodel.simulation import classifier_of, simulate
 

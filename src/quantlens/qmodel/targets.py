@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quantlens.errors import UnknownNameError, UnsupportedError
-from quantlens.formats.base import Quantizer
-from quantlens.formats.uniform import Uniform, affine_parameters, symmetric_parameters
+from quantlens.formats import Quantizer, Uniform, affine_parameters, symmetric_parameters
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import MEMORY, ActivationStore, Calibration
-from quantlens.calibration.cache import held_memory
+from quantlens.calibration import MEMORY, ActivationStore, Calibration, held_memory
 from quantlens.errors import UnsupportedError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.qmodel import Plan
 from quantlens.reconstruction.checkpoints import Checkpoint
-from quantlens.reconstruction.rounding import AdaRound, annealed_beta
-from quantlens.reconstruction.scales import LearnedScale
+from quantlens.reconstruction.scales import AdaRound, LearnedScale, annealed_beta
 from quantlens.reconstruction.settings import LOSSES, Context, Report, Result, Settings, UnitReport
 from quantlens.reconstruction.trainer import Group, Latent, Learners, Vector, train
 from quantlens.reconstruction.units import Outputs, Streams, Unit, find_units, frozen_hook, run_unit

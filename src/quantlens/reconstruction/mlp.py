@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView
-from quantlens.graph import Edge, Graph, Site
-from quantlens.graph.graph import argument
+from quantlens.graph import Edge, Graph, Site, argument
 from quantlens.reconstruction.closed_form import Moments, output_shift, ridge
 from quantlens.reconstruction.trainer import Group, train
 from quantlens.transforms.layers import alone

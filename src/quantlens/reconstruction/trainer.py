@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.formats import Quantizer, Uniform
-from quantlens.graph import Edge, Graph
-from quantlens.graph.graph import op_name
-from quantlens.graph.sites import dynamic_nodes
-from quantlens.reconstruction.rounding import AdaRound
-from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
+from quantlens.graph import Edge, Graph, dynamic_nodes, op_name
+from quantlens.reconstruction.scales import AdaRound, LearnedScale, fake_quantize, learnable
 from quantlens.reconstruction.settings import ROUNDING, SCALES, VECTORS, WEIGHTS, Settings
 from quantlens.reconstruction.units import Hook, Unit, quantized_weights, random_mask
 

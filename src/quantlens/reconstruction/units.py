@@ -13,8 +13,7 @@ from torch import Tensor, fx
 from quantlens.calibration import CHUNK, ActivationStore, Calibration, StoredTensor
 from quantlens.errors import UnsupportedError
 from quantlens.formats import Quantizer
-from quantlens.graph import Edge, Graph
-from quantlens.graph.sites import dynamic_nodes
+from quantlens.graph import Edge, Graph, dynamic_nodes
 
 Hook = Callable[[str, Tensor], Tensor]
 """(edge key, value) -> what is used in its place."""

@@ -19,10 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quantlens.graph import Graph, Site
-from quantlens.graph.graph import VIEWS, op_name, walk
-from quantlens.graph.layout import example_sizes, moved
-from quantlens.graph.sites import SCALINGS
+from quantlens.graph import SCALINGS, VIEWS, Graph, Site, example_sizes, moved, op_name, walk
 from quantlens.transforms.layers import alone
 from quantlens.transforms.rotation import orthogonal
 

@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quantlens.graph import Graph
-from quantlens.graph.graph import VIEWS, op_name, walk
-from quantlens.graph.sites import ADDS, SCALINGS, Site
+from quantlens.graph import ADDS, SCALINGS, VIEWS, Graph, Site, op_name, walk
 from quantlens.transforms.heads import ScorePair, ValuePair, find_score_pairs, find_value_pairs
 from quantlens.transforms.layers import add_to_bias
 from quantlens.transforms.norms import NormGroup, find_norm_groups, keeps_channels_last, rescale_norm
