@@ -38,7 +38,7 @@ NORM_IMAGES = 8
 """Images of each chunk of 32 that nuclear norms are measured on."""
 
 
-def _extremes(view: EdgeView, edge: Edge) -> tuple[Tensor, Tensor]:
+def _extremes(edge: Edge, view: EdgeView) -> tuple[Tensor, Tensor]:
     """Smallest and largest value: of each output channel for a weight [G], of the whole tensor else [1].
 
     Raises QuantlensError naming the edge where values are not finite.
@@ -72,19 +72,16 @@ class Candidates:
         for edge in matmul_operand_edges(graph):
             if edge.site in owner:
                 self.edges[owner[edge.site]].append(edge)
-        self._ranges: dict[str, tuple[Tensor, Tensor]] = {}
         self._weights: dict[tuple[str, int], Tensor] = {}
-
-        def note(edge: Edge, view: EdgeView) -> None:
-            self._ranges[edge.key] = _extremes(view, edge)
-
         edges = [edge for part in self.edges for edge in part]
-        CalibrationPass(graph, calibration, sequential=False, seed=seed).run(edges, note)
+        self._ranges: dict[Edge, tuple[Tensor, Tensor]] = CalibrationPass(
+            graph, calibration, sequential=False, seed=seed
+        ).run(edges, _extremes)
 
     def quantizer(self, edge: Edge, bits: int) -> Quantizer:
         """The quantizer of an edge at a width."""
         axis, granularity = (0, "channel") if edge.is_weight else (None, "tensor")
-        return affine(*self._ranges[edge.key], bits, granularity=granularity, axis=axis)
+        return affine(*self._ranges[edge], bits, granularity=granularity, axis=axis)
 
     def weight(self, edge: Edge, bits: int) -> Tensor:
         """A group's weight at a width; the same tensor every time."""

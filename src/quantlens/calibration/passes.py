@@ -63,7 +63,8 @@ class EdgeView:
         return _Pieces(self._images, value)
 
 
-OnEdge = Callable[[Edge, EdgeView], Replacement | None]
+OnEdge = Callable[[Edge, EdgeView], Any]
+"""What a pass calls for each edge; a sequential one is given the edge's :data:`Replacement`, or None."""
 
 
 class CalibrationPass:
@@ -90,25 +91,29 @@ class CalibrationPass:
         self.graph, self.calibration, self.sequential = graph, calibration, sequential
         self.memory, self.seed, self.seen = memory, seed, None if sequential else seen
 
-    def run(self, edges: list[Edge], on_edge: OnEdge, progress: Callable[[int, int], None] | None = None) -> None:
+    def run(
+        self, edges: list[Edge], on_edge: OnEdge, progress: Callable[[int, int], None] | None = None
+    ) -> dict[Edge, Any]:
         """Call ``on_edge(edge, view)`` once for each of ``edges``: those that a node reads before those that it makes.
-        What it returns is a function tensor -> tensor, or None for the edge as it is.
+        Returns what it gave, by edge; in a sequential pass a function tensor -> tensor, or None for the edge as it is.
 
         Raises QuantlensError naming the edge where values are not finite, StorageError where the disk is full.
         """
         order = {node: place for place, node in enumerate(self.graph.fx.nodes)}
         visits = sorted(edges, key=lambda edge: (order[edge.node], edge.position is None))
+        made: dict[Edge, Any] = {}
         with ActivationStore(self.memory) as store:
             images = _ImageStream(self.graph, self.calibration, {edge.node for edge in edges}, store)
             for done, edge in enumerate(visits, 1):
                 if self.sequential and not edge.is_weight:
                     images.advance_to(edge)
-                replacement = on_edge(edge, EdgeView(edge, images, self.seed, self.seen))
-                if self.sequential and replacement is not None:
-                    images.apply(edge, replacement)
+                made[edge] = on_edge(edge, EdgeView(edge, images, self.seed, self.seen))
+                if self.sequential and made[edge] is not None:
+                    images.apply(edge, made[edge])
                 if progress is not None:
                     progress(done, len(edges))
         return_memory()
+        return made
 
 
 class _ImageStream:

@@ -2,7 +2,17 @@
 
 from quantlens import _moved
 from quantlens.graph.capture import capture, graph_of
-from quantlens.graph.graph import VIEWS, Graph, argument, op_name, put_tensor, replace_argument, tensor_tree, walk
+from quantlens.graph.graph import (
+    VIEWS,
+    Graph,
+    argument,
+    op_name,
+    origin,
+    put_tensor,
+    replace_argument,
+    tensor_tree,
+    walk,
+)
 from quantlens.graph.layout import axes_of_last, example_sizes, moved
 from quantlens.graph.sites import ADDS, ROTATION, SCALINGS, Block, Edge, Site, SiteMap, classifier_terms, dynamic_nodes
 
@@ -25,6 +35,7 @@ __all__ = [
     "graph_of",
     "moved",
     "op_name",
+    "origin",
     "put_tensor",
     "replace_argument",
     "tensor_tree",

@@ -69,7 +69,7 @@ def capture(model: nn.Module, images: Tensor, *, share: bool = False) -> Graph:
     _fold_constants(graph)
     _open_attention(graph)
     _matmul_by_constant_to_linear(graph)
-    _eliminate_dead(graph)
+    graph.fx.eliminate_dead_code()
     graph.fx.lint()
     graph.eval()
     return graph
@@ -191,7 +191,7 @@ def _fold_constants(graph: Graph) -> None:
         if node.op == "call_function" and read and isinstance(value, Tensor):
             name = graph.unused(f"{origin[node]}_folded", "")
             node.replace_all_uses_with(graph.insert_tensor(node, name, value.contiguous().clone()))
-    _eliminate_dead(graph)
+    graph.fx.eliminate_dead_code()
 
 
 def _open_attention(graph: Graph) -> None:
@@ -251,10 +251,3 @@ def _matmul_by_constant_to_linear(graph: Graph) -> None:
                 node.prepend(other[0])  # the bias must be defined before the linear that uses it
                 users[0].replace_all_uses_with(node)
                 graph.fx.erase_node(users[0])
-
-
-def _eliminate_dead(graph: Graph) -> None:
-    for node in reversed(list(graph.fx.nodes)):
-        if not node.users and node.op not in ("output", "placeholder"):
-            graph.fx.erase_node(node)
-    graph.invalidate()

@@ -15,6 +15,7 @@ from quantlens.calibration import (
     Observation,
     affine,
     clipping,
+    closest,
     mse,
     quantile_mse,
 )
@@ -200,8 +201,7 @@ def shifted_log(view: EdgeView, bits: int) -> Quantizer:
     """The shifted-log2 format with the least squared error over :data:`ETAS`; the range is the whole one."""
     seen = view()
     ends = torch.stack([seen.low.min(), seen.high.max()])
-    candidates = (ShiftedLog.covering(eta, ends, bits) for eta in ETAS)
-    return min(candidates, key=lambda q: float((q(seen.values) - seen.values).square_().sum()))
+    return closest((ShiftedLog.covering(eta, ends, bits) for eta in ETAS), seen.values)
 
 
 def softmax_range(view: EdgeView, bits: int, by_head: bool) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from quantlens.calibration import (
     Observer,
     affine,
     clipping,
+    closest,
     log_by_quantile,
     mse,
     token_weights,
@@ -150,19 +151,18 @@ class AOCQ(Method):
 def balance_norms(graph: Graph, calibration: Calibration, bits: Widths, seed: int) -> list[str]:
     """LN_α at every LayerNorm that feeds linear layers alone, exactly. Returns the norms changed."""
     groups = {g.norm.edges["output"].key: g for g in find_norm_groups(graph)}
-    factors: dict[str, Factors] = {}
     generator = torch.Generator().manual_seed(seed)
 
-    def on_edge(edge: Edge, view: EdgeView) -> None:
+    def on_edge(edge: Edge, view: EdgeView) -> Factors:
         pieces = [part.reshape(-1, part.shape[-1]) for part in view.tensors()]
         share = -(-ROWS // len(pieces))  # as many tokens from each
         picked = [torch.randperm(len(part), generator=generator)[:share].to(part.device) for part in pieces]
         rows = torch.cat([part[index] for part, index in zip(pieces, picked, strict=True)])
-        factors[edge.site] = ln_alpha(graph, groups[edge.key], view(axis=-1), rows, bits)
+        return ln_alpha(graph, groups[edge.key], view(axis=-1), rows, bits)
 
     edges = [g.norm.edges["output"] for g in groups.values() if bits.of(graph, g.norm.edges["output"]) != FLOAT]
-    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(edges, on_edge)
-    return equalise_norms(graph, list(groups.values()), factors)
+    found = CalibrationPass(graph, calibration, sequential=False, seed=seed).run(edges, on_edge)
+    return equalise_norms(graph, list(groups.values()), {edge.site: factors for edge, factors in found.items()})
 
 
 def ln_alpha(graph: Graph, group: NormGroup, seen: Observation, rows: Tensor, bits: Widths) -> Factors:
@@ -218,8 +218,7 @@ def shift_axis(graph: Graph, edges: Sequence[Edge]) -> int | None:
 def residual_edges(graph: Graph) -> set[str]:
     """Keys of the edges whose value a residual sum reads or makes, or a LayerNorm reads, channels last: at the reader,
     and at the layer that made it (operations that only move tokens may lie between)."""
-    by_node = {site.node: site for site in graph.sites}
-    sites = graph.sites.of_kind("layer_norm", "add")
+    by_node, sites = graph.sites.by_node, graph.sites.of_kind("layer_norm", "add")
     read = [edge for site in sites for edge in site.edges.values() if edge.position is not None]
     found = {edge.key for edge in read} | {site.edges["output"].key for site in sites if site.kind == "add"}
     for edge in read:
@@ -283,8 +282,7 @@ def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, 
             made = scores_quantizer(view, width)
         elif edge.key.endswith(".probs.output"):
             seen = view(tail=1.0 - min(REPQ_QUANTILES))
-            formats = affine(*mse(seen, width), width), log_by_quantile(seen, width)
-            made = min(formats, key=lambda q: float((q(seen.values) - seen.values).square().sum()))
+            made = closest((affine(*mse(seen, width), width), log_by_quantile(seen, width)), seen.values)
         else:
             made = affine(*clipping(view(), width), width)
         quantizers.update(dict.fromkeys(keys, made))

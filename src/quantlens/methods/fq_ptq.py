@@ -145,7 +145,7 @@ class FQViT(Method):
 # -- which tensors -------------------------------------------------------------------------------------------------
 def tensor_readers(graph: Graph, edges: tuple[Edge, ...]) -> list[tuple[Site, fx.Node]]:
     """Sites that read a tensor that ``edges`` carry, each with the node whose value it reads."""
-    by_node = {site.node: site for site in graph.sites}
+    by_node = graph.sites.by_node
     found = [(by_node[e.node], e.value) for e in edges if e.position is not None]
     made = [pair for e in edges if e.position is None for pair in readers(graph, e.node)]
     return found + [(by_node[node], value) for node, value in made if node in by_node]
@@ -259,7 +259,7 @@ def integer_layer_norm(graph: Graph, site: Site, quantizers: dict[str, Quantizer
 
 def _quantizer_of(graph: Graph, site: Site, quantizers: dict[str, Quantizer]) -> tuple[Quantizer | None, float]:
     """The quantizer of a LayerNorm's input (None: there is none) and the number that its values were multiplied by."""
-    edge, by_node = site.edges["input"], {site.node: site for site in graph.sites}
+    edge, by_node = site.edges["input"], graph.sites.by_node
     found, value, factor = quantizers.get(edge.key), edge.value, 1.0
     while found is None and value not in by_node:
         if op_name(value) in SCALINGS:

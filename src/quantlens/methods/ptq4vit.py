@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch import Tensor
 from quantlens.calibration import Product, ProductSampler, sample_products
 from quantlens.calibration.ranges.guided import HEADS, Side, alternate, search
 from quantlens.formats import Quantizer, Twin
-from quantlens.graph import SCALINGS, VIEWS, op_name
+from quantlens.graph import SCALINGS, VIEWS, op_name, origin
 from quantlens.methods._scale_search import (
     IMAGE,
     factors_of,
@@ -225,21 +224,12 @@ def gelu_steps(positive: Tensor, bits: int, *, aligned: bool) -> Tensor:
 
 def after_gelu(edge: Edge) -> bool:
     """Whether a layer's input is a GELU's output, moved at most."""
-    value = edge.value
-    while op_name(value) in VIEWS:
-        value = value.args[0]  # type: ignore[assignment]
-    return edge.name == "input" and op_name(value) == "aten.gelu.default"
+    return edge.name == "input" and op_name(origin(edge.value)) == "aten.gelu.default"
 
 
 def fused_projections(graph: Graph) -> set[str]:
     """Names of the linear layers whose output is cut into queries, keys and values."""
     linears = {site.node: site.name for site in graph.sites.of_kind("linear")}
-
-    def origin(value: Any) -> str | None:
-        while op_name(value) in VIEWS | SCALINGS:
-            value = value.args[0]
-        return linears.get(value)
-
-    queries, keys = ({origin(s.edges[name].value) for s in graph.sites.of_kind("scores")} for name in ("q", "k"))
-    values = {origin(s.edges["v"].value) for s in graph.sites.of_kind("context")}
-    return {name for name in queries & keys & values if name is not None}
+    read = [("scores", "q"), ("scores", "k"), ("context", "v")]
+    made = [{origin(s.edges[name].value, VIEWS | SCALINGS) for s in graph.sites.of_kind(kind)} for kind, name in read]
+    return {linears[node] for node in set.intersection(*made) if node in linears}

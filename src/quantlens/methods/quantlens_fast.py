@@ -29,6 +29,7 @@ from quantlens.calibration import (
     affine,
     block_scaled,
     clipping,
+    closest,
     mse,
     subtract_means,
 )
@@ -204,8 +205,7 @@ def activation_quantizer(run: Run, site: Site, edge: Edge, view: EdgeView, width
     size = min(run["group_size"], channels & -channels)
     if size < SMALLEST:
         return uniform
-    groups = block_scaled(values, width, size, axis=axis)
-    return min((uniform, groups), key=lambda q: float((q(values) - values).square_().sum()))
+    return closest((uniform, block_scaled(values, width, size, axis=axis)), values)
 
 
 class QuantlensFast(Method):

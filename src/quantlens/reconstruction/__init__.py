@@ -21,7 +21,6 @@ from quantlens.reconstruction.settings import (
 )
 from quantlens.reconstruction.trainer import Group, train
 from quantlens.reconstruction.units import Unit, find_units
-from quantlens.reconstruction.views import with_views
 
 __all__ = [
     "LOSSES",
@@ -49,7 +48,6 @@ __all__ = [
     "replace_gelu",
     "token_norm",
     "train",
-    "with_views",
 ]
 
 

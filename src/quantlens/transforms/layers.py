@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quantlens.graph import VIEWS, Graph, Site, argument, op_name, replace_argument
+from quantlens.graph import Graph, Site, argument, op_name, origin, replace_argument
 
 aten = torch.ops.aten
 
@@ -256,7 +256,7 @@ def outlier_candidates(graph: Graph) -> list[Site]:
     channels can be rescaled exactly, nor an attention) and have parameters of their own."""
     skipped = {site.node for site in graph.sites.of_kind("layer_norm", "context", "linear", "conv")}
     layers = [site for site in graph.sites.of_kind("linear") if site.block is not None]
-    return [site for site in layers if _origin(site) not in skipped and alone(graph, site)]
+    return [site for site in layers if origin(site.node.args[0]) not in skipped and alone(graph, site)]
 
 
 def split_outliers(graph: Graph, channels: Mapping[str, Tensor]) -> list[str]:
@@ -281,11 +281,3 @@ def _split(graph: Graph, site: Site, channels: Tensor) -> None:
         permute_hidden(graph, source, site, torch.cat([rest.nonzero().flatten(), channels]))
         channels = torch.arange(len(rest) - len(channels), len(rest))
     split_linear(graph, site, {"massive": channels})
-
-
-def _origin(site: Site) -> object:
-    """The node that made a linear's input, through operations that move values."""
-    node = site.node.args[0]
-    while op_name(node) in VIEWS:  # type: ignore[arg-type]
-        node = node.args[0]  # type: ignore[union-attr]
-    return node
