@@ -24,7 +24,9 @@ def _of(old: str, new: str, *names: str) -> dict[str, str]:
 
 
 MODULES: dict[str, str] = {
-    **_of("quantizers", "formats", "base", "integer_ops", "log", "twin", "uniform"),
+    **_of("quantizers", "formats", "base", "integer_ops", "log", "uniform"),
+    "quantlens.quantizers.twin": "quantlens.formats.uniform",
+    "quantlens.formats.twin": "quantlens.formats.uniform",
     **dict.fromkeys(_of("quantizers", "", "adalog", "shifted_log"), "quantlens.formats.log"),
     **dict.fromkeys(_of("formats", "", "adalog", "shifted_log"), "quantlens.formats.log"),
     "quantlens.quantizers.power_of_two": "quantlens.formats.uniform",
@@ -34,10 +36,12 @@ MODULES: dict[str, str] = {
     "quantlens.formats.operators": "quantlens.formats.base",
     "quantlens.quantizers.block_scaled": "quantlens.formats.group_scaled",
     "quantlens.quantizers.rows": "quantlens.formats.group_scaled",
-    **_of("quantizers", "qmodel", "model", "targets"),
-    "quantlens.quantizers.bits": "quantlens.qmodel.plan",
-    "quantlens.qmodel.bits": "quantlens.qmodel.plan",
-    **_of("ranges", "calibration", "observers"),
+    "quantlens.quantizers.model": "quantlens.qmodel.model",
+    **dict.fromkeys(_of("quantizers", "", "bits", "targets"), "quantlens.qmodel.plan"),
+    **dict.fromkeys(_of("qmodel", "", "bits", "targets"), "quantlens.qmodel.plan"),
+    "quantlens.ranges.observers": "quantlens.calibration.passes",
+    "quantlens.calibration.observers": "quantlens.calibration.passes",
+    "quantlens.reconstruction.checkpoints": "quantlens.reconstruction.settings",
     **_of("ranges", "calibration.ranges", "guided", "rules", "similarity"),
     "quantlens.ranges.power_of_two": "quantlens.calibration.ranges.rules",
     "quantlens.calibration.ranges.power_of_two": "quantlens.calibration.ranges.rules",
@@ -52,6 +56,7 @@ MODULES: dict[str, str] = {
     "quantlens.transforms.outlier_channels": "quantlens.transforms.layers",
     "quantlens.reconstruction.rounding": "quantlens.reconstruction.scales",
     "quantlens.allocation.costs": "quantlens.allocation.groups",
+    "quantlens.allocation.hessian": "quantlens.allocation.sensitivity",
     "quantlens.reconstruction.centring": "quantlens.transforms.heads",
     "quantlens.transforms.mean_subtraction": "quantlens.transforms.heads",
     "quantlens.reconstruction.views": "quantlens.calibration.images",
@@ -110,6 +115,7 @@ MODULES: dict[str, str] = {
 """Old module -> new module."""
 
 RENAMED: dict[str, str] = {
+    "quantlens.allocation.hessian.DEPARTURES": "quantlens.allocation.sensitivity.HESSIAN_DEPARTURES",
     "quantlens.attention.tokens.outliers": "quantlens.attention.drift.outlier_tokens",
     "quantlens.attention.tokens.large": "quantlens.attention.drift.large_tokens",
     "quantlens.attention.tokens.overlap": "quantlens.attention.drift.token_overlap",

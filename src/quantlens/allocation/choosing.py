@@ -24,9 +24,9 @@ from quantlens.allocation.allocation import (
     parse_target,
 )
 from quantlens.allocation.groups import BOPS, COSTS, SIZE, CostTable, Group, cost_table, find_groups
-from quantlens.allocation.hessian import hessian_sensitivity
 from quantlens.allocation.sensitivity import (
     Candidates,
+    hessian_sensitivity,
     kl_sensitivity,
     nuclear_norm_sensitivity,
     random_sensitivity,

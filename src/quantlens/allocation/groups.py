@@ -1,4 +1,4 @@
-"""What shares a width: the attention and the MLP of every block, found from the graph.
+"""What shares a width: the attention and the MLP of every block, found from the graph; and what each width costs.
 
 The paper gives all operations of an attention module one width, and all operations of an MLP module one (Liu et al.
 2021, section 3.3). Here a block's *attention* is everything that its attention's output projection is made from

@@ -5,8 +5,15 @@ from quantlens.calibration.cache import MEMORY, ActivationStore, StoredTensor, h
 from quantlens.calibration.gradients import sample_products
 from quantlens.calibration.images import CHUNK, Calibration, images_together
 from quantlens.calibration.measured_transforms import read_as_pixels, split_outlier_channels, subtract_means
-from quantlens.calibration.observers import Observation, Observer, as_rows
-from quantlens.calibration.passes import CalibrationPass, EdgeView, ObservationCache, Replacement
+from quantlens.calibration.passes import (
+    CalibrationPass,
+    EdgeView,
+    Observation,
+    ObservationCache,
+    Observer,
+    Replacement,
+    as_rows,
+)
 from quantlens.calibration.ranges.rules import (
     REPQ_QUANTILES,
     affine,

@@ -1,4 +1,4 @@
-"""Calibration images: where they come from, in chunks, checked."""
+"""Calibration images: where they come from, in chunks, checked; and views of them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Samples of the operands of products, on which candidates are judged: of a size that does not grow with the number of
-calibration images."""
+"""The products of a graph, and samples of their operands, on which candidates are judged: of a size that does not grow
+with the number of calibration images."""
 
 from __future__ import annotations
 
@@ -58,8 +58,7 @@ def find_products(graph: Graph) -> list[Product]:
             if node in probs:
                 quantized = (probs.pop(node).edges["output"], read[1])
         found.append(Product(site, read, quantized))
-    alone = [Product(site, (e := (site.edges["output"],)), e) for site in probs.values()]
-    return found + alone
+    return found + [Product(site, (e := (site.edges["output"],)), e) for site in probs.values()]
 
 
 def visit_products(
@@ -216,7 +215,9 @@ class ProductSampler:
         site, conv = product.site, product.site.kind == "conv"
         if conv and image_patches(site, weight, inputs[0][:1]) is None:
             return None
-        axis = 0 if conv else _batch_axis(product.read[1])
+        shape = product.read[1].value.meta.get("shape") or ()
+        # the dimension that grows with the number of images, which are its slowest part
+        axis = 0 if conv else next((i for i, size in enumerate(shape) if size is None), 0)
         sizes = [x.shape[axis] for x in inputs]
         counts = [round(images * size / sum(sizes)) for size in sizes]  # images of each piece
         if any(count == 0 or size % count for size, count in zip(sizes, counts, strict=True)):
@@ -286,9 +287,3 @@ def _broadcast(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Operands [..., r, k] and [..., k, c] with the same leading dimensions."""
     lead = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     return left.expand(*lead, *left.shape[-2:]), right.expand(*lead, *right.shape[-2:])
-
-
-def _batch_axis(edge: Edge) -> int:
-    """The dimension of an edge's value that grows with the number of images (images are its slowest part)."""
-    shape = edge.value.meta.get("shape") or ()
-    return next((i for i, size in enumerate(shape) if size is None), 0)

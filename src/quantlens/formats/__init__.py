@@ -4,11 +4,11 @@ from quantlens.formats.base import Operator, Quantizer, bounded_, restore, round
 from quantlens.formats.group_scaled import GroupScaled, SqrtSoftmax
 from quantlens.formats.integer_ops import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax
 from quantlens.formats.log import AdaLog, Log, ShiftedLog
-from quantlens.formats.twin import Twin
 from quantlens.formats.uniform import (
     MAX_ZERO_POINT,
     Affine,
     PowerOfTwo,
+    Twin,
     Uniform,
     affine_parameters,
     is_constant,

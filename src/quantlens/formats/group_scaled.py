@@ -1,5 +1,5 @@
-"""Groups of channels that share a scale found when they are quantized: every token's channels, some (64) at a time, by
-their own root mean square. For a group x
+"""Formats whose scales are found when values are quantized: rows of probabilities (below), and groups of channels,
+every token's, some (64) at a time, by their own root mean square. For a group x
 
     e = clamp(round(8·log₂(c·rms(x))), −128, 127),   s = 2^(e/8)
     k = clamp(round(x/s − ½), −2ᵇ⁻¹, 2ᵇ⁻¹ − 1),      x̂ = (k + ½)·s
@@ -89,8 +89,7 @@ class GroupScaled(Quantizer):
             groups = self.groups(x)
             exponents = self.exponents(groups)
             levels = self._levels(groups, self.scales(exponents))
-            both = torch.cat([levels.flatten(-2), exponents.flatten(-2)], -1)
-            return self._turned(both).to(self.code_dtype)
+            return self._turned(torch.cat([levels.flatten(-2), exponents.flatten(-2)], -1)).to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
         turned = self._turned(codes).float()

@@ -90,7 +90,7 @@ class Log(Table):
 #
 # Here the table has 8 fractional bits at any width of codes; the authors' has multiples of 1/(2ᵇ⁺¹ − 2), which at 2
 # and 3 bits are too coarse for the codes to be told apart. Their format has 2ᵇ magnitudes and zero, which b bits
-# cannot hold; for this and for the boundary to zero see :mod:`quantlens.formats.log`.
+# cannot hold; for this and for the boundary to zero see above.
 
 
 RESOLUTION = 37

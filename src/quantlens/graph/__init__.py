@@ -4,6 +4,7 @@ from quantlens import _moved
 from quantlens.graph.capture import capture, graph_of
 from quantlens.graph.graph import (
     VIEWS,
+    EdgeHook,
     Graph,
     argument,
     op_name,
@@ -23,6 +24,7 @@ __all__ = [
     "VIEWS",
     "Block",
     "Edge",
+    "EdgeHook",
     "Graph",
     "Site",
     "SiteMap",

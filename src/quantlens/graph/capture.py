@@ -112,7 +112,10 @@ def _flatten(program: Any, share: bool) -> Graph:
         else:
             raise CaptureError(f"the model uses {node.op} {node.target!r}, which cannot be flattened into one graph")
         symbolic = isinstance(value, torch.SymInt | int)
-        new.meta = {"module": _module(node), "shape": _shape(value), "symbolic": symbolic}
+        shape = (
+            tuple(int(d) if isinstance(d, int) else None for d in value.shape) if isinstance(value, Tensor) else None
+        )
+        new.meta = {"module": _module(node), "shape": shape, "symbolic": symbolic}
         if isinstance(value, torch.SymInt):
             new.meta["is_batch"] = value.node.expr == batch
         mapping[node] = new
@@ -134,12 +137,6 @@ def _module(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
     return path.split("@")[0]
-
-
-def _shape(value: Any) -> tuple[int | None, ...] | None:
-    if not isinstance(value, Tensor):
-        return None
-    return tuple(int(d) if isinstance(d, int) else None for d in value.shape)
 
 
 def _normalise(graph: Graph) -> None:
@@ -196,9 +193,7 @@ def _fold_constants(graph: Graph) -> None:
 
 def _open_attention(graph: Graph) -> None:
     """Replace each fused attention by q·kᵀ → scale → mask → softmax → ·v."""
-    for node in list(graph.fx.nodes):
-        if op_name(node) != "aten.scaled_dot_product_attention.default":
-            continue
+    for node in graph.fx.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         q, k, v = (argument(node, name) for name in ("query", "key", "value"))
         mask, scale = argument(node, "attn_mask"), argument(node, "scale")
         if argument(node, "is_causal") or argument(node, "enable_gqa"):
@@ -231,9 +226,7 @@ def _bias_of_mask(graph: Graph, node: fx.Node, mask: fx.Node) -> fx.Node:
 
 def _matmul_by_constant_to_linear(graph: Graph) -> None:
     """``x @ W`` with a parameter W [in, out] is a linear layer with weight Wᵀ; a constant added to it is its bias."""
-    for node in list(graph.fx.nodes):
-        if op_name(node) != "aten.matmul.default":
-            continue
+    for node in graph.fx.find_nodes(op="call_function", target=aten.matmul.default):
         weight = graph.constant(node.args[1])
         if weight is None or weight.dim() != 2:
             continue

@@ -235,9 +235,8 @@ class _Search:
         return self._uniform(values, values.reshape(1, -1), bits, zeros, None)
 
     def _uniform(self, values: Tensor, rows: Tensor, bits: int, zeros: int, groups: str | Tensor | None) -> Format:
-        grid = asymmetric_grid(rows, bits, zeros=zeros, candidates=self.run["candidates"])
-        side = Side(values, partial(asymmetric, bits=bits), grid.candidates, grid.start, groups)
-        return Format(side, grid.spacing, bits)
+        candidates, spacing, start = asymmetric_grid(rows, bits, zeros=zeros, candidates=self.run["candidates"])
+        return Format(Side(values, partial(asymmetric, bits=bits), candidates, start, groups), spacing, bits)
 
 
 def _logarithmic(values: Tensor, bits: int, shift: float, smallest: int) -> Format:

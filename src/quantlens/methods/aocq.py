@@ -140,8 +140,7 @@ class AOCQ(Method):
                 plan.quantizers |= weights
             count = steps(run, calibration.count, option)
             settings = replace(settings, iterations=count, loss=run["loss"], batch_size=run["batch_size"])
-            part = number, len(stages)
-            told[stage] = train(graph, plan, calibration, run, settings, stage=stage, part=part)
+            told[stage] = train(graph, plan, calibration, run, settings, stage=stage, part=(number, len(stages)))
         plan.quantizers = weights | plan.quantizers
         plan.notes["reconstruction"] = told
         return plan
@@ -248,8 +247,7 @@ def add_alpha(seen: Observation, bits: int, *, axis: int = -1, weights: Tensor |
 
     def error(step: float) -> Tensor:
         zero = (last / 2 - middle / step).round()[:, None]
-        rounded = bounded_((values / step).round_(), -zero, last - zero)
-        return rounded.mul_(step).sub_(values).square_() @ mean
+        return bounded_((values / step).round_(), -zero, last - zero).mul_(step).sub_(values).square_() @ mean
 
     scales = [finest * 2 ** (i / 4) for i in range(-3, 2)]
     tried = [torch.stack([error(scale * 2**k) for k in range(EXPONENTS + 1)]).min(0) for scale in scales]
@@ -276,8 +274,7 @@ def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, 
             axis = -1 if keys <= residual else shift_axis(graph, group)
         if axis is not None:
             seen = view(axis=axis)
-            weights = token_weights(seen) if by_token & keys else None
-            made = add_alpha(seen, width, axis=axis, weights=weights)
+            made = add_alpha(seen, width, axis=axis, weights=token_weights(seen) if by_token & keys else None)
         elif edge.key.endswith(".probs.input"):
             made = scores_quantizer(view, width)
         elif edge.key.endswith(".probs.output"):

@@ -89,8 +89,7 @@ class APHQViT(Method):
             notes = {"mlp": {name: [round(e, 6) for e in pair] for name, pair in errors.items()}}
         plan = started(graph, calibration, bits, run)
         plan.rewrites[:0], plan.notes = rewrites, notes
-        loss = MetricLoss(metrics)
-        drop_and_reconstruct(graph, plan, calibration, run, loss, reference=original, part=(1, 2))
+        drop_and_reconstruct(graph, plan, calibration, run, MetricLoss(metrics), reference=original, part=(1, 2))
         return plan
 
 

@@ -298,7 +298,7 @@ class Widths:
             width = int(self.options["patch_bits"])
         if self.target is None or width == FLOAT:
             return width
-        if not self.target.takes(site.kind, edge.name):
+        if (site.kind, edge.name) not in self.target.edges:
             return FLOAT
         self.target.check_width(width, weight=edge.is_weight)
         return width

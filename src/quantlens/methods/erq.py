@@ -84,8 +84,7 @@ class ERQ(Method):
             grid, order, own = Grid.of(quantizer), None, not run["judged_by_rest"]
             if run["sorted_columns"]:
                 order = (grid.round(target) - target).square().sum(0).argsort(descending=True)
-            damping = run["weight_damping"]
-            value = round_halves(target, moments.gram, grid, damping=damping, order=order, own=own)
+            value = round_halves(target, moments.gram, grid, damping=run["weight_damping"], order=order, own=own)
             return Fitted(quantizer, value, output_shift(layer.weight, value, moments) if layer.free else None)
 
         plan = RepQViT().build(graph, calibration, bits, replace(run, progress=None))

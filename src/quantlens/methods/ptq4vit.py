@@ -1,7 +1,7 @@
 """ptq4vit: PTQ4ViT, twin uniform quantization with a Hessian-guided metric (Yuan et al., ECCV 2022).
 
 * Twin uniform formats (section 3.2): softmax outputs have a fine range [0, s] and a coarse one (s, 1], GELU outputs a
-  step for negative values and one for the others; see :mod:`quantlens.formats.twin`. Everything else is symmetric
+  step for negative values and one for the others; see :mod:`quantlens.formats.uniform`. Everything else is symmetric
   uniform with signed codes: weights and inputs of layers per tensor (the three parts of qkv each on its own, the patch
   embedding per output channel), q, k and v per head.
 * Hessian-guided metric (section 3.3): the error of a product's output is weighted by the squared gradient there,

@@ -1,9 +1,8 @@
 """A quantized model: the plan, the simulation that follows it, bit widths, runtime targets, the packed checkpoint."""
 
 from quantlens.qmodel.model import Outputs, QuantizedModel, float_copy, float_model
-from quantlens.qmodel.plan import FLOAT, Bits, Plan, Provenance
+from quantlens.qmodel.plan import FLOAT, TARGETS, Bits, Plan, Provenance, Target, target_named
 from quantlens.qmodel.simulation import simulate
-from quantlens.qmodel.targets import TARGETS, Target, target_named
 
 __all__ = [
     "FLOAT",

@@ -152,8 +152,7 @@ class _Refit:
             return self.old
         before = functional.linear(self.inputs, *first)
         plain, wanted = before.relu(), self.gelu(before)
-        clipped = plain.clamp_max(self.bound)
-        moments = Moments.of([(plain, wanted), *[(clipped, wanted)] * CLIPPED])
+        moments = Moments.of([(plain, wanted), *[(plain.clamp_max(self.bound), wanted)] * CLIPPED])
         fitted = ridge(weight, moments, RIDGE)
         return [*first, fitted, (bias - output_shift(weight, fitted, moments)).float()]
 

@@ -1,4 +1,5 @@
-"""LSQ: the scale of an activation quantizer, learned (Esser et al., ICLR 2020, section 2).
+"""What is learned of a quantizer: AdaRound, the rounding of a weight (below), and LSQ, the scale of an activation
+quantizer (Esser et al., ICLR 2020, section 2).
 
 For a format whose values are proportional to one base scale s (uniform: x̂ = l·s with integers l = clamp(round(x/s)); a
 power-of-two format: x̂ = l·s·2^α_c; blocks: x̂ = (l + ½)·s·rms), straight through the rounding,

@@ -1,5 +1,5 @@
-"""A linear layer or convolution changed with what stands beside it: factors taken up, split in parts, channels in
-another order.
+"""A linear layer or convolution changed with what stands beside it: factors taken up, split in parts (outlier
+channels), channels in another order.
 
 What it computes together with them stays as it is, to float rounding.
 """
@@ -202,11 +202,13 @@ def with_constant(
 def pixel_readers(graph: Graph, channels: int) -> list[Site]:
     """The convolutions that read the image where pixel/255 is exact: with a weight of their own, that see all channels
     and pad nothing."""
-    readers = [s for s in graph.sites.of_kind("conv") if s.edges["input"].value is graph.input]
     return [
         site
-        for site in readers
-        if alone(graph, site) and not pads(site) and graph.tensor(str(site.weight)).shape[1] == channels
+        for site in graph.sites.of_kind("conv")
+        if site.edges["input"].value is graph.input
+        and alone(graph, site)
+        and not pads(site)
+        and graph.tensor(str(site.weight)).shape[1] == channels
     ]
 
 
@@ -261,23 +263,19 @@ def outlier_candidates(graph: Graph) -> list[Site]:
 
 def split_outliers(graph: Graph, channels: Mapping[str, Tensor]) -> list[str]:
     """Split input channels off layers (by site name, int64 [m] each); returns one sentence per layer. The function is
-    unchanged."""
+    unchanged. Where nothing else reads a layer's input, the channels are put after the others before (exactly), so that
+    each part is a slice, not a gather, where the model is exported."""
     done = []
     for name, chosen in channels.items():
-        _split(graph, graph.sites[name], chosen)
         names = ", ".join(map(str, chosen.tolist()))
         done.append(f"outlier input channel{'s' if len(chosen) > 1 else ''} {names} of {name} split off")
+        site = graph.sites[name]
+        source, last = hidden_source(graph, site), graph.tensor(str(site.weight)).shape[1]
+        if source is not None:
+            rest = torch.ones(last, dtype=torch.bool, device=chosen.device)
+            rest[chosen] = False
+            permute_hidden(graph, source, site, torch.cat([rest.nonzero().flatten(), chosen]))
+            chosen = torch.arange(last - len(chosen), last)
+        split_linear(graph, site, {"massive": chosen})
     graph.invalidate()
     return done
-
-
-def _split(graph: Graph, site: Site, channels: Tensor) -> None:
-    """Split channels off a layer. Where nothing else reads its input, they are put after the others before (exactly),
-    so that each part is a slice, not a gather, where the model is exported."""
-    source = hidden_source(graph, site)
-    if source is not None:
-        rest = torch.ones(graph.tensor(site.weight).shape[1], dtype=torch.bool, device=channels.device)  # type: ignore[arg-type]
-        rest[channels] = False
-        permute_hidden(graph, source, site, torch.cat([rest.nonzero().flatten(), channels]))
-        channels = torch.arange(len(rest) - len(channels), len(rest))
-    split_linear(graph, site, {"massive": channels})

@@ -1,4 +1,5 @@
-"""LayerNorms and the linear layers that read them: finding them, and moving scales and shifts between the two.
+"""LayerNorms and the linear layers that read them: finding them, moving scales and shifts between the two, and the
+factors that even out the channels.
 
 :func:`find_norm_groups` finds each LayerNorm whose output is read by linear layers alone, through any operations that
 keep the channels last (Swin's shifted windows, the choice of the class token); no list of module names.
@@ -162,8 +163,7 @@ def _centred_exp(log: Tensor, alive: Tensor) -> Tensor:
 
 def columns(graph: Graph, group: NormGroup) -> Tensor:
     """[C] largest magnitude of every column of the linear layers after a LayerNorm."""
-    weights = [graph.tensor(str(linear.weight)).abs().amax(0) for linear in group.linears]
-    return torch.stack(weights).amax(0)
+    return torch.stack([graph.tensor(str(linear.weight)).abs().amax(0) for linear in group.linears]).amax(0)
 
 
 def equalise_norms(graph: Graph, groups: list[NormGroup], factors: Mapping[str, Factors]) -> list[str]:

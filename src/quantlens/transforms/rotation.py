@@ -192,8 +192,7 @@ def hadamard(size: int, generator: torch.Generator) -> Tensor:
     from scipy.linalg import hadamard as sylvester
 
     matrix = torch.from_numpy(sylvester(size, dtype=float))
-    signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
-    return signs * matrix / size**0.5
+    return (torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1) * matrix / size**0.5
 
 
 def rotation_size(graph: Graph, site: Site) -> int:

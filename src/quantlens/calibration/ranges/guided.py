@@ -1,4 +1,5 @@
-"""Gradient-guided scale search of a product: pure functions, no model and no sites.
+"""Searches of the parameters of a product's operands, guided by gradients or from coarse to fine: pure functions, no
+model and no sites.
 
 A layer is a product of two operands that share their last dimension, out = A·Bᵀ: inputs [rows, k] and weight [cols, k]
 of a linear layer, q and k, probs and vᵀ. The loss of a pair Â, B̂ is
@@ -272,23 +273,14 @@ def ranked(side: Side, error: OutputError, tried: Tensor, keep: int) -> tuple[Te
 
 
 # -- candidates ---------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Grid:
-    """Candidates [C, G, 2] of a format's parameters, the distance [G] of its scales, and a point [G, 2] to start at."""
-
-    candidates: Tensor
-    spacing: Tensor
-    start: Tensor
-
-
 def asymmetric(x: Tensor, scale: Tensor, zero: Tensor, *, bits: int) -> Tensor:
     """Values on asymmetric uniform grids; parameters that broadcast against x (zero: integers)."""
-    levels = (x / scale).round_()
-    return bounded_(levels, -zero, (2**bits - 1) - zero).mul_(scale)
+    return bounded_((x / scale).round_(), -zero, (2**bits - 1) - zero).mul_(scale)
 
 
-def asymmetric_grid(rows: Tensor, bits: int, *, zeros: int, candidates: int = 128) -> Grid:
-    """Scales and zero points for rows [G, m], a group each (section 3.3).
+def asymmetric_grid(rows: Tensor, bits: int, *, zeros: int, candidates: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales and zero points for rows [G, m], a group each (section 3.3): candidates [C, G, 2], the distance [G] of the
+    scales, and a point [G, 2] to start at.
 
     candidates/zeros scales from (q₀.₉ − q₀.₁)/(2ᵇ − 1) to (max − min)/(2ᵇ − 1), and so many zero points around the one
     with which the codes cover that range. A group with a single value gets parameters that make it exact.
@@ -306,7 +298,7 @@ def asymmetric_grid(rows: Tensor, bits: int, *, zeros: int, candidates: int = 12
     zero = zero + torch.where(constant, 0.0, moves.to(rows.dtype))
     pairs = torch.stack([scale.expand_as(zero), zero], -1)
     spacing = (scale[-1] - scale[0]) / max(len(scale) - 1, 1)
-    return Grid(pairs.flatten(0, 1), spacing, pairs[zeros // 2, -1])
+    return pairs.flatten(0, 1), spacing, pairs[zeros // 2, -1]
 
 
 def adaptive(x: Tensor, scale: Tensor, numerator: Tensor, *, bits: int, shift: float = 0.0) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantlens.calibration.observers import Observation
+from quantlens.calibration.passes import Observation
 from quantlens.formats import (
     GroupScaled,
     Log,
@@ -228,13 +228,9 @@ def power_of_two_factors(
         base = (torch.where(scale > 0, scale, torch.ones_like(scale)) * 2.0**-largest).float()
         base = base.clamp_min(torch.finfo(torch.float32).tiny * 4)
         values, bounds = seen.values * (1.0 / base), (float(-zero), float(top - zero))
-        errors = torch.stack([_error(values, 2.0**k, bounds) for k in range(largest + 1)])
+        levels = [(values * 2.0**-k).round_().clamp_(*bounds).mul_(2.0**k) for k in range(largest + 1)]
+        errors = torch.stack([rounded.sub_(values).square_().mean(1) for rounded in levels])
         least, exponents = errors.min(0)
         choices.append((float(least.double().sum()) * float(base) ** 2, base, zero, exponents))
     _, base, zero, exponents = min(choices, key=lambda choice: choice[0])
     return PowerOfTwo(base, exponents, torch.tensor(zero, device=base.device), bits, signed=False, axis=axis)
-
-
-def _error(values: Tensor, factor: float, bounds: tuple[float, float]) -> Tensor:
-    """[G] mean squared error of rows [G, m] in units of the base scale."""
-    return (values * (1.0 / factor)).round_().clamp_(*bounds).mul_(factor).sub_(values).square_().mean(1)
