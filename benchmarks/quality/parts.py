@@ -28,8 +28,7 @@ from quantlens.reconstruction import (
     annealed_beta,
 )
 from quantlens.reconstruction.closed_form import Grid, Moments, output_shift, ridge, round_columns, round_halves
-from quantlens.transforms.equalisation import balance, equalise_norms
-from quantlens.transforms.norms import find_norm_groups
+from quantlens.transforms.norms import balance, equalise_norms, find_norm_groups
 
 
 def _of(model: Any, images: Tensor) -> Calibration:

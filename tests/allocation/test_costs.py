@@ -4,7 +4,7 @@ import pytest
 
 import quantlens as ql
 from quantlens.allocation import find_groups
-from quantlens.allocation.costs import cost_table, packed, site_work
+from quantlens.allocation.groups import cost_table, packed, site_work
 from quantlens.graph import graph_of
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import quantlens as ql
-from quantlens.allocation import find_groups, hessian, sensitivity
+from quantlens.allocation import find_groups, sensitivity
 from quantlens.allocation.sensitivity import Candidates, nuclear_norm
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
@@ -178,9 +178,9 @@ def test_hutchinson_finds_the_exact_traces():
     exact = [float(blocks[i][i].reshape(point[i].numel(), -1).trace()) for i in range(3)]
     assert min(exact) > 0  # Gauss-Newton: soft labels leave no negative part
 
-    logits, leaves = hessian.with_leaves(graph, images, weights, inputs)
+    logits, leaves = sensitivity.with_leaves(graph, images, weights, inputs)
     leaves = [leaves[k] for k in ("first.weight", "second.weight", "second.input")]
-    slopes = torch.autograd.grad(hessian.soft_loss(logits), leaves, retain_graph=True)
+    slopes = torch.autograd.grad(sensitivity.soft_loss(logits), leaves, retain_graph=True)
     assert max(float(s.abs().max()) for s in slopes) < 1e-5  # the loss is least at the float model
     generator = torch.Generator().manual_seed(0)
 
@@ -192,7 +192,7 @@ def test_hutchinson_finds_the_exact_traces():
             assert mean == pytest.approx(exact[i], abs=5 * error)
             assert error < 0.15 * exact[i]
 
-    for sample in (hessian.hessian_samples, hessian.gradient_samples):
+    for sample in (sensitivity.hessian_samples, sensitivity.gradient_samples):
         for chosen in ([0], [1], [2], [0, 1, 2]):
             check(sample, chosen)
 
@@ -201,8 +201,8 @@ def test_hessian_sensitivities_follow_seed_and_fall_with_the_width(prepared):
     _, calibration, candidates = prepared("vit")
     options = {"probes": 2, "piece": 4, "seed": 1}
     with torch.no_grad():
-        a, info = hessian.hessian_sensitivity(candidates, calibration, **options)
-        b, _ = hessian.hessian_sensitivity(candidates, calibration, **options)
+        a, info = sensitivity.hessian_sensitivity(candidates, calibration, **options)
+        b, _ = sensitivity.hessian_sensitivity(candidates, calibration, **options)
     assert torch.equal(a, b)
     assert bool((a > 0).all())
     assert bool((a[:, :-1] > a[:, 1:]).all())
@@ -217,7 +217,7 @@ def test_hessian_weighs_errors_by_the_mean_eigenvalue(prepared):
     try:
         candidates.edges = [[e for e in part if e.key.endswith("fc1.weight")] for part in edges]
         with torch.no_grad():
-            found, info = hessian.hessian_sensitivity(candidates, calibration, probes=2, piece=4)
+            found, info = sensitivity.hessian_sensitivity(candidates, calibration, probes=2, piece=4)
     finally:
         candidates.edges = edges
     weight = candidates.graph.tensor("blocks.0.mlp.fc1.weight")

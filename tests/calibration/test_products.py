@@ -7,8 +7,7 @@ import torch
 
 from quantlens.calibration import Calibration
 from quantlens.calibration import images as chunks
-from quantlens.calibration.products import find_products, visit_products
-from quantlens.calibration.sampling import ProductSampler
+from quantlens.calibration.sampling import ProductSampler, find_products, visit_products
 from quantlens.qmodel import float_model
 
 

@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from quantlens.calibration.ranges.guided import HEADS, Side
-from quantlens.calibration.ranges.progressive import (
+from quantlens.calibration.ranges.guided import (
+    HEADS,
     OutputError,
+    Side,
     adaptive,
     asymmetric,
     asymmetric_grid,
@@ -34,8 +35,8 @@ def _side(values, bits=3, groups=None):
         if isinstance(groups, torch.Tensor)
         else values.movedim(1, 0).flatten(1)
     )
-    grid = asymmetric_grid(rows, bits, zeros=4)
-    return Side(values, partial(asymmetric, bits=bits), grid.candidates, grid.start, groups), grid
+    candidates, spacing, start = asymmetric_grid(rows, bits, zeros=4)
+    return Side(values, partial(asymmetric, bits=bits), candidates, start, groups), spacing
 
 
 @pytest.mark.parametrize("cols", [8, 50])
@@ -64,10 +65,10 @@ def test_the_rough_error_is_exact_where_columns_do_not_meet():
 def test_the_search_is_near_the_best_of_a_fine_grid(groups):
     left, right, coded = _operands(50)
     error = OutputError.of(left, coded, right)
-    side, grid = _side(left, groups=torch.arange(12) if groups else None)
-    found = progressive(side, error, grid.spacing)
+    side, spacing = _side(left, groups=torch.arange(12) if groups else None)
+    found = progressive(side, error, spacing)
     reached = losses(side, error.exact, found.current[None])[0]
-    low, high = grid.candidates[..., 0].amin(0), grid.candidates[..., 0].amax(0)
+    low, high = side.candidates[..., 0].amin(0), side.candidates[..., 0].amax(0)
     fine = torch.lerp(low, high, torch.linspace(0, 1, 300)[:, None])
     every = torch.stack([torch.stack([fine, torch.full_like(fine, float(z))], -1) for z in range(-4, 12)]).flatten(0, 1)
     best = losses(side, error.exact, every).amin(0)
@@ -80,10 +81,8 @@ def test_the_search_is_near_the_best_of_a_fine_grid(groups):
 def test_more_steps_are_never_worse():
     left, right, coded = _operands(50)
     error, rows = OutputError.of(left, coded, right), torch.arange(12)
-    side, grid = _side(left, groups=rows)
-    found = [
-        losses(side, error.exact, progressive(side, error, grid.spacing, steps=n).current[None])[0] for n in (1, 3)
-    ]
+    side, spacing = _side(left, groups=rows)
+    found = [losses(side, error.exact, progressive(side, error, spacing, steps=n).current[None])[0] for n in (1, 3)]
     assert bool((found[1] <= found[0]).all())
     assert float(found[1].sum()) < float(found[0].sum())
 
@@ -92,29 +91,29 @@ def test_every_head_has_its_own():
     values = (
         torch.randn(4, 2, 30, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0])[:, None, None]
     )
-    side, grid = _side(values, groups=HEADS)
-    scale = progressive(side, OutputError.own(), grid.spacing).current[:, 0]
+    side, spacing = _side(values, groups=HEADS)
+    scale = progressive(side, OutputError.own(), spacing).current[:, 0]
     assert 5 < float(scale[1] / scale[0]) < 20
     for head in range(2):
-        alone, grid = _side(values[:, head])
-        found = progressive(alone, OutputError.own(), grid.spacing).current[0]
+        alone, spacing = _side(values[:, head])
+        found = progressive(alone, OutputError.own(), spacing).current[0]
         torch.testing.assert_close(found[0], scale[head], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 10])
 def test_a_constant_stays_exact(bits):
     rows = torch.tensor([[2.5] * 9, [0.0] * 9, [-1e-3] * 9])
-    grid = asymmetric_grid(rows, bits, zeros=min(16, 2 ** (bits - 1)))
-    side = Side(rows, partial(asymmetric, bits=bits), grid.candidates, grid.start, torch.arange(3))
-    found = progressive(side, OutputError.own(), grid.spacing)
+    candidates, spacing, start = asymmetric_grid(rows, bits, zeros=min(16, 2 ** (bits - 1)))
+    side = Side(rows, partial(asymmetric, bits=bits), candidates, start, torch.arange(3))
+    found = progressive(side, OutputError.own(), spacing)
     torch.testing.assert_close(found.quantized(), rows)
 
 
 def test_grids_cover_ranges_that_exclude_zero():
     rows = torch.linspace(5, 6, 200)[None]
-    grid = asymmetric_grid(rows, 4, zeros=8)
-    side = Side(rows, partial(asymmetric, bits=4), grid.candidates, grid.start)
-    found = progressive(side, OutputError.own(), grid.spacing)
+    candidates, spacing, start = asymmetric_grid(rows, 4, zeros=8)
+    side = Side(rows, partial(asymmetric, bits=4), candidates, start)
+    found = progressive(side, OutputError.own(), spacing)
     assert float((found.quantized() - rows).abs().max()) < 0.05
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantlens.calibration import Observation, Observer
-from quantlens.calibration import observers as module
+from quantlens.calibration import passes as module
 from quantlens.calibration.ranges import (
     affine,
     log_by_quantile,

@@ -16,7 +16,7 @@ from quantlens.export.exported import Artefact, parity
 from quantlens.formats import GroupScaled, Uniform
 from quantlens.metrics import METRICS
 from quantlens.qmodel import float_model
-from quantlens.qmodel.targets import TARGETS, target_named
+from quantlens.qmodel.plan import TARGETS, target_named
 
 onnx = pytest.importorskip("onnx", reason="the deploy extra is not installed")
 pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
@@ -139,7 +139,7 @@ def test_targets_keep_methods_inside(loaded, pictures):
     target = target_named(TARGET)
     for key, quantizer in qmodel.plan.quantizers.items():
         site, edge = key.rsplit(".", 1)
-        assert target.takes(qmodel.graph.sites[site].kind, edge)
+        assert (qmodel.graph.sites[site].kind, edge) in target.edges
         assert type(quantizer) is Uniform
         assert quantizer.symmetric if edge == "weight" else quantizer.axis is None
         assert bool(((quantizer.zero_point >= quantizer.qmin) & (quantizer.zero_point <= quantizer.qmax)).all())

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as npst
 
 from quantlens.errors import QuantlensError
 from quantlens.formats import AdaLog, Log, Uniform, restore
-from quantlens.formats.adalog import adaptive_levels
+from quantlens.formats.log import adaptive_levels
 from quantlens.qmodel.checkpoint import pack, unpack
 
 WIDTHS = st.integers(2, 10)

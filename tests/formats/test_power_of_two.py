@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from quantlens.calibration import Observation
-from quantlens.calibration.ranges.power_of_two import power_of_two_factors, token_weights
+from quantlens.calibration.ranges.rules import power_of_two_factors, token_weights
 from quantlens.formats import PowerOfTwo, Uniform, affine_parameters, restore
 from quantlens.methods.aocq import add_alpha
 

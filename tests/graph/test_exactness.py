@@ -13,12 +13,10 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from quantlens.calibration import Calibration
-from quantlens.calibration.images import CHUNK
+from quantlens.calibration import CHUNK, Calibration
 from quantlens.calibration.measured_transforms import read_as_pixels, split_outlier_channels, subtract_means
 from quantlens.graph import Graph, capture
 from quantlens.graph.graph import argument, op_name, replace_argument
-from quantlens.transforms.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
 from quantlens.transforms.heads import find_score_pairs, find_value_pairs, rescale_values, rotate_scores, rotate_values
 from quantlens.transforms.layers import (
     alone,
@@ -30,7 +28,16 @@ from quantlens.transforms.layers import (
     rescale_input,
     split_linear,
 )
-from quantlens.transforms.norms import find_norm_groups, fold_norm, rescale_norm
+from quantlens.transforms.norms import (
+    Factors,
+    balance,
+    columns,
+    equalise_norms,
+    find_norm_groups,
+    fold_norm,
+    rescale_norm,
+    smooth_factors,
+)
 from quantlens.transforms.rotation import (
     find_residuals,
     hadamard,

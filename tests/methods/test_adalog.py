@@ -61,7 +61,7 @@ def test_the_adaptive_base_beats_sqrt2(model, pictures, quantized):
 def test_the_format_is_the_best_of_its_bases(model, pictures):
     """Of every base, at the scale that suits it best: the error of the output says which is chosen."""
 
-    from quantlens.calibration.ranges.progressive import OutputError, losses
+    from quantlens.calibration.ranges.guided import OutputError, losses
     from quantlens.methods.adalog import _logarithmic
 
     generator = torch.Generator().manual_seed(0)

@@ -7,9 +7,8 @@ import quantlens as ql
 from quantlens.calibration import Calibration
 from quantlens.calibration import images as calibration_images
 from quantlens.calibration.gradients import sample_products
-from quantlens.calibration.products import find_products
 from quantlens.calibration.ranges.guided import HEADS, Side, alternate, sample_rows, search
-from quantlens.calibration.sampling import ProductSampler
+from quantlens.calibration.sampling import ProductSampler, find_products
 from quantlens.methods.ptq4vit import GELU_MINIMUM, fisher, fused_projections, gelu_steps
 from quantlens.metrics.divergence import kl_of_logits
 from quantlens.qmodel import float_model

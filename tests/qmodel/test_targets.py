@@ -4,7 +4,7 @@ import torch
 
 from quantlens.calibration import Observation
 from quantlens.calibration.ranges import affine, minmax
-from quantlens.qmodel.targets import target_named
+from quantlens.qmodel.plan import target_named
 
 
 def test_a_row_of_one_value_stays_what_it_is():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantlens.calibration import CHUNK, Calibration
-from quantlens.reconstruction.views import OOD_VIEWS, cropped, draw, mixed, noise, shuffled, with_views
+from quantlens.calibration.images import OOD_VIEWS, cropped, draw, mixed, noise, shuffled, with_views
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def test_the_function_stays_and_the_means_go(loaded, architecture, pictures):
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_keys_stay_where_the_softmax_goes_over_queries(loaded, pictures, dim):
     """A softmax over another dimension sees a number added to all logits of a query."""
-    from quantlens.transforms.mean_subtraction import _rows_shift_freely
+    from quantlens.transforms.heads import _rows_shift_freely
 
     graph = graph_of(loaded["vit"]).clone()
     scores = graph.sites.of_kind("scores")[0]

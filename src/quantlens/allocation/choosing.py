@@ -23,11 +23,10 @@ from quantlens.allocation.allocation import (
     evenly_spaced,
     parse_target,
 )
-from quantlens.allocation.costs import BOPS, COSTS, SIZE, CostTable, cost_table
-from quantlens.allocation.groups import Group, find_groups
-from quantlens.allocation.hessian import hessian_sensitivity
+from quantlens.allocation.groups import BOPS, COSTS, SIZE, CostTable, Group, cost_table, find_groups
 from quantlens.allocation.sensitivity import (
     Candidates,
+    hessian_sensitivity,
     kl_sensitivity,
     nuclear_norm_sensitivity,
     random_sensitivity,

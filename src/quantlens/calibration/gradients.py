@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from quantlens.calibration.images import CHUNK, Calibration, images_together
-from quantlens.calibration.products import Product, check_finite, patches, tokens
-from quantlens.calibration.sampling import ProductSampler, matrices
+from quantlens.calibration.sampling import Product, ProductSampler, check_finite, matrices, patches, tokens
 from quantlens.graph import Graph
 
 Loss = Callable[[Tensor, Tensor, torch.Generator], Tensor]

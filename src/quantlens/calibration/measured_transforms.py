@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView
 from quantlens.calibration.cache import return_memory
+from quantlens.calibration.images import Calibration
+from quantlens.calibration.passes import CalibrationPass, EdgeView
 from quantlens.graph import Edge, Graph
-from quantlens.transforms.layers import pixel_readers, read_pixels
-from quantlens.transforms.mean_subtraction import MeanSubtraction
-from quantlens.transforms.outlier_channels import RATIO, outlier_candidates, outlier_channels, split_outliers
+from quantlens.transforms.heads import MeanSubtraction
+from quantlens.transforms.layers import (
+    RATIO,
+    outlier_candidates,
+    outlier_channels,
+    pixel_readers,
+    read_pixels,
+    split_outliers,
+)
 
 ROWS = 256
 """Tokens that are summed together."""
@@ -24,17 +31,14 @@ NEAR = 1e-3
 
 def find_outlier_channels(graph: Graph, calibration: Calibration, ratio: float = RATIO) -> dict[str, Tensor]:
     """Outlier input channels of linear layers after activation functions: site name -> int64 [m]. One pass."""
-    sites = {site.edges["input"].key: site for site in outlier_candidates(graph)}
-    found: dict[str, Tensor] = {}
 
-    def on_edge(edge: Edge, view: EdgeView) -> None:
+    def outliers(_: Edge, view: EdgeView) -> Tensor:
         seen = view(axis=-1, sample=False)
-        channels = outlier_channels(torch.maximum(seen.high.abs(), seen.low.abs()), ratio)
-        if len(channels):
-            found[sites[edge.key].name] = channels
+        return outlier_channels(torch.maximum(seen.high.abs(), seen.low.abs()), ratio)
 
-    CalibrationPass(graph, calibration, sequential=False).run([s.edges["input"] for s in sites.values()], on_edge)
-    return found
+    edges = [site.edges["input"] for site in outlier_candidates(graph)]
+    found = CalibrationPass(graph, calibration, sequential=False).run(edges, outliers)
+    return {edge.site: channels for edge, channels in found.items() if len(channels)}
 
 
 def split_outlier_channels(graph: Graph, calibration: Calibration, ratio: float = RATIO) -> list[str]:

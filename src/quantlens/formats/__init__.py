@@ -1,17 +1,23 @@
 """Number formats: x → integer codes → x̂, as value objects with their parameters."""
 
-from quantlens.formats.adalog import AdaLog
-from quantlens.formats.base import Operator, Quantizer, restore, round_ste
-from quantlens.formats.group_scaled import GroupScaled
+from quantlens.formats.base import Operator, Quantizer, bounded_, restore, round_ste
+from quantlens.formats.group_scaled import GroupScaled, SqrtSoftmax
 from quantlens.formats.integer_ops import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax
-from quantlens.formats.log import Log
-from quantlens.formats.power_of_two import PowerOfTwo
-from quantlens.formats.shifted_log import ShiftedLog
-from quantlens.formats.sqrt_softmax import SqrtSoftmax
-from quantlens.formats.twin import Twin
-from quantlens.formats.uniform import Affine, Uniform, affine_parameters, symmetric_parameters
+from quantlens.formats.log import AdaLog, Log, ShiftedLog
+from quantlens.formats.uniform import (
+    MAX_ZERO_POINT,
+    Affine,
+    PowerOfTwo,
+    Twin,
+    Uniform,
+    affine_parameters,
+    is_constant,
+    pixel_codes,
+    symmetric_parameters,
+)
 
 __all__ = [
+    "MAX_ZERO_POINT",
     "AdaLog",
     "Affine",
     "GroupScaled",
@@ -27,6 +33,9 @@ __all__ = [
     "Twin",
     "Uniform",
     "affine_parameters",
+    "bounded_",
+    "is_constant",
+    "pixel_codes",
     "restore",
     "round_ste",
     "symmetric_parameters",

@@ -112,8 +112,7 @@ class IntegerLayerNorm(Operator):
         variance = (channels * square - total * total + guard).clamp_min_(1.0)
         factor = (2.0**FRACTION * channels) / variance.sqrt()
         normalised = integers.mul_(factor).sub_(total * (factor / channels)).round_()
-        levels = normalised.mul_(self._gain).add_(self._add).round_()
-        return bounded_(levels, *self.output.bounds(2))
+        return bounded_(normalised.mul_(self._gain).add_(self._add).round_(), *self.output.bounds(2))
 
 
 class LogIntSoftmax(Operator):

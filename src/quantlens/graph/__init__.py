@@ -2,10 +2,47 @@
 
 from quantlens import _moved
 from quantlens.graph.capture import capture, graph_of
-from quantlens.graph.graph import Graph
-from quantlens.graph.sites import Block, Edge, Site, SiteMap
+from quantlens.graph.graph import (
+    VIEWS,
+    EdgeHook,
+    Graph,
+    argument,
+    op_name,
+    origin,
+    put_tensor,
+    replace_argument,
+    tensor_tree,
+    walk,
+)
+from quantlens.graph.layout import axes_of_last, example_sizes, moved
+from quantlens.graph.sites import ADDS, ROTATION, SCALINGS, Block, Edge, Site, SiteMap, classifier_terms, dynamic_nodes
 
-__all__ = ["Block", "Edge", "Graph", "Site", "SiteMap", "capture", "graph_of"]
+__all__ = [
+    "ADDS",
+    "ROTATION",
+    "SCALINGS",
+    "VIEWS",
+    "Block",
+    "Edge",
+    "EdgeHook",
+    "Graph",
+    "Site",
+    "SiteMap",
+    "argument",
+    "axes_of_last",
+    "capture",
+    "classifier_terms",
+    "dynamic_nodes",
+    "example_sizes",
+    "graph_of",
+    "moved",
+    "op_name",
+    "origin",
+    "put_tensor",
+    "replace_argument",
+    "tensor_tree",
+    "walk",
+]
 
 
 def __getattr__(name: str) -> object:

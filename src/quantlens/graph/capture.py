@@ -69,7 +69,7 @@ def capture(model: nn.Module, images: Tensor, *, share: bool = False) -> Graph:
     _fold_constants(graph)
     _open_attention(graph)
     _matmul_by_constant_to_linear(graph)
-    _eliminate_dead(graph)
+    graph.fx.eliminate_dead_code()
     graph.fx.lint()
     graph.eval()
     return graph
@@ -112,7 +112,10 @@ def _flatten(program: Any, share: bool) -> Graph:
         else:
             raise CaptureError(f"the model uses {node.op} {node.target!r}, which cannot be flattened into one graph")
         symbolic = isinstance(value, torch.SymInt | int)
-        new.meta = {"module": _module(node), "shape": _shape(value), "symbolic": symbolic}
+        shape = (
+            tuple(int(d) if isinstance(d, int) else None for d in value.shape) if isinstance(value, Tensor) else None
+        )
+        new.meta = {"module": _module(node), "shape": shape, "symbolic": symbolic}
         if isinstance(value, torch.SymInt):
             new.meta["is_batch"] = value.node.expr == batch
         mapping[node] = new
@@ -134,12 +137,6 @@ def _module(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
     return path.split("@")[0]
-
-
-def _shape(value: Any) -> tuple[int | None, ...] | None:
-    if not isinstance(value, Tensor):
-        return None
-    return tuple(int(d) if isinstance(d, int) else None for d in value.shape)
 
 
 def _normalise(graph: Graph) -> None:
@@ -191,14 +188,12 @@ def _fold_constants(graph: Graph) -> None:
         if node.op == "call_function" and read and isinstance(value, Tensor):
             name = graph.unused(f"{origin[node]}_folded", "")
             node.replace_all_uses_with(graph.insert_tensor(node, name, value.contiguous().clone()))
-    _eliminate_dead(graph)
+    graph.fx.eliminate_dead_code()
 
 
 def _open_attention(graph: Graph) -> None:
     """Replace each fused attention by q·kᵀ → scale → mask → softmax → ·v."""
-    for node in list(graph.fx.nodes):
-        if op_name(node) != "aten.scaled_dot_product_attention.default":
-            continue
+    for node in graph.fx.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         q, k, v = (argument(node, name) for name in ("query", "key", "value"))
         mask, scale = argument(node, "attn_mask"), argument(node, "scale")
         if argument(node, "is_causal") or argument(node, "enable_gqa"):
@@ -231,9 +226,7 @@ def _bias_of_mask(graph: Graph, node: fx.Node, mask: fx.Node) -> fx.Node:
 
 def _matmul_by_constant_to_linear(graph: Graph) -> None:
     """``x @ W`` with a parameter W [in, out] is a linear layer with weight Wᵀ; a constant added to it is its bias."""
-    for node in list(graph.fx.nodes):
-        if op_name(node) != "aten.matmul.default":
-            continue
+    for node in graph.fx.find_nodes(op="call_function", target=aten.matmul.default):
         weight = graph.constant(node.args[1])
         if weight is None or weight.dim() != 2:
             continue
@@ -251,10 +244,3 @@ def _matmul_by_constant_to_linear(graph: Graph) -> None:
                 node.prepend(other[0])  # the bias must be defined before the linear that uses it
                 users[0].replace_all_uses_with(node)
                 graph.fx.erase_node(users[0])
-
-
-def _eliminate_dead(graph: Graph) -> None:
-    for node in reversed(list(graph.fx.nodes)):
-        if not node.users and node.op not in ("output", "placeholder"):
-            graph.fx.erase_node(node)
-    graph.invalidate()

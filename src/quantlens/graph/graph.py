@@ -8,7 +8,7 @@ tuple; the batch and what is derived from it is ``None``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -302,6 +302,13 @@ def put_tensor(root: nn.Module, name: str, value: Tensor) -> None:
             root.add_module(part, nn.Module())
         root = getattr(root, part)
     root.register_buffer(leaf, value)
+
+
+def origin(value: Any, through: Collection[str] = VIEWS) -> Any:
+    """Where a value comes from, through operations that only move it (or those named)."""
+    while op_name(value) in through:
+        value = value.args[0]
+    return value
 
 
 def walk(start: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:

@@ -8,8 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
-from quantlens.calibration.ranges import affine, clipping, mse, quantile_mse
+from quantlens.calibration import (
+    Calibration,
+    CalibrationPass,
+    EdgeView,
+    Observation,
+    affine,
+    clipping,
+    closest,
+    mse,
+    quantile_mse,
+)
 from quantlens.formats import Quantizer, ShiftedLog
 from quantlens.methods.base import PAPER, Departure, Edge, Graph, Option, Plan, Progress, Run, Widths, quantized_edges
 from quantlens.methods.repq_vit import TAIL, Norms, norm_groups, reparameterize, rescale_norms
@@ -192,8 +201,7 @@ def shifted_log(view: EdgeView, bits: int) -> Quantizer:
     """The shifted-log2 format with the least squared error over :data:`ETAS`; the range is the whole one."""
     seen = view()
     ends = torch.stack([seen.low.min(), seen.high.max()])
-    candidates = (ShiftedLog.covering(eta, ends, bits) for eta in ETAS)
-    return min(candidates, key=lambda q: float((q(seen.values) - seen.values).square_().sum()))
+    return closest((ShiftedLog.covering(eta, ends, bits) for eta in ETAS), seen.values)
 
 
 def softmax_range(view: EdgeView, bits: int, by_head: bool) -> tuple[Tensor, Tensor]:

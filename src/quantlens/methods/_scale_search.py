@@ -7,10 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from quantlens.calibration.products import Product, find_products, visit_products
 from quantlens.calibration.ranges.guided import HEADS
 from quantlens.calibration.ranges.similarity import Operand, alternate, candidate_factors, search
-from quantlens.calibration.sampling import ProductSampler
+from quantlens.calibration.sampling import Product, ProductSampler, find_products, visit_products
 from quantlens.formats import Quantizer, Uniform
 from quantlens.methods.base import FLOAT, Calibration, Departure, Graph, Option, Plan, Run, Widths
 

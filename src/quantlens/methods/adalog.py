@@ -2,12 +2,12 @@
 2024).
 
 * Softmax outputs and GELU outputs have logarithmic codes whose base 2^(q/37) is searched
-  (:mod:`quantlens.formats.adalog`, section 3.2). GELU outputs are shifted by 0.17 first, so that none is negative;
+  (:mod:`quantlens.formats.log`, section 3.2). GELU outputs are shifted by 0.17 first, so that none is negative;
   after the layer the shift is one number per output channel, which goes into the bias.
 * All other operands are asymmetric uniform: weights per output channel, q, k and v per head, other activations per
   tensor. LayerNorm outputs are made channel-wise first and rewritten to one scale, as in ``repq-vit``.
 * The two parameters of a format (scale and zero point, scale and base) are found together, by fast progressive
-  combining search (section 3.3, :mod:`quantlens.calibration.ranges.progressive`): a grid of 128 points, then ever
+  combining search (section 3.3, :mod:`quantlens.calibration.ranges.guided`): a grid of 128 points, then ever
   finer steps around the best. First the operand's own squared error is made least, then that of the layer's
   output, for one operand and the other in turn (weight, input; q, k; softmax, v), three rounds.
 
@@ -23,17 +23,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantlens.calibration.products import Product, patches
-from quantlens.calibration.ranges.guided import HEADS, Side
-from quantlens.calibration.ranges.progressive import (
+from quantlens.calibration.ranges.guided import (
+    HEADS,
     OutputError,
+    Side,
     adaptive,
     asymmetric,
     asymmetric_grid,
     progressive,
     ranked,
 )
-from quantlens.calibration.sampling import ProductSampler
+from quantlens.calibration.sampling import Product, ProductSampler, patches
 from quantlens.formats import AdaLog as AdaLogFormat
 from quantlens.formats import Quantizer
 from quantlens.methods._scale_search import IMAGE, grouped_uniform, settle_products
@@ -235,9 +235,8 @@ class _Search:
         return self._uniform(values, values.reshape(1, -1), bits, zeros, None)
 
     def _uniform(self, values: Tensor, rows: Tensor, bits: int, zeros: int, groups: str | Tensor | None) -> Format:
-        grid = asymmetric_grid(rows, bits, zeros=zeros, candidates=self.run["candidates"])
-        side = Side(values, partial(asymmetric, bits=bits), grid.candidates, grid.start, groups)
-        return Format(side, grid.spacing, bits)
+        candidates, spacing, start = asymmetric_grid(rows, bits, zeros=zeros, candidates=self.run["candidates"])
+        return Format(Side(values, partial(asymmetric, bits=bits), candidates, start, groups), spacing, bits)
 
 
 def _logarithmic(values: Tensor, bits: int, shift: float, smallest: int) -> Format:

@@ -21,13 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Observer
-from quantlens.calibration.ranges import affine, clipping, log_by_quantile, mse
-from quantlens.calibration.ranges.power_of_two import token_weights
-from quantlens.calibration.ranges.rules import REPQ_QUANTILES
-from quantlens.formats import PowerOfTwo, Quantizer, Uniform
-from quantlens.formats.base import bounded_
-from quantlens.formats.uniform import MAX_ZERO_POINT
+from quantlens.calibration import (
+    REPQ_QUANTILES,
+    Calibration,
+    CalibrationPass,
+    EdgeView,
+    Observation,
+    Observer,
+    affine,
+    clipping,
+    closest,
+    log_by_quantile,
+    mse,
+    token_weights,
+)
+from quantlens.formats import MAX_ZERO_POINT, PowerOfTwo, Quantizer, Uniform, bounded_
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, steps, train, weight_quantizers
 from quantlens.methods.base import (
@@ -45,9 +53,16 @@ from quantlens.methods.base import (
     readers,
 )
 from quantlens.reconstruction import Settings
-from quantlens.transforms import NormGroup, find_norm_groups
-from quantlens.transforms.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
-from quantlens.transforms.norms import keeps_channels_last
+from quantlens.transforms import (
+    Factors,
+    NormGroup,
+    balance,
+    columns,
+    equalise_norms,
+    find_norm_groups,
+    keeps_channels_last,
+    smooth_factors,
+)
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """m of LN_α's candidates: how far the channels' ranges are evened out."""
@@ -125,8 +140,7 @@ class AOCQ(Method):
                 plan.quantizers |= weights
             count = steps(run, calibration.count, option)
             settings = replace(settings, iterations=count, loss=run["loss"], batch_size=run["batch_size"])
-            part = number, len(stages)
-            told[stage] = train(graph, plan, calibration, run, settings, stage=stage, part=part)
+            told[stage] = train(graph, plan, calibration, run, settings, stage=stage, part=(number, len(stages)))
         plan.quantizers = weights | plan.quantizers
         plan.notes["reconstruction"] = told
         return plan
@@ -136,19 +150,18 @@ class AOCQ(Method):
 def balance_norms(graph: Graph, calibration: Calibration, bits: Widths, seed: int) -> list[str]:
     """LN_α at every LayerNorm that feeds linear layers alone, exactly. Returns the norms changed."""
     groups = {g.norm.edges["output"].key: g for g in find_norm_groups(graph)}
-    factors: dict[str, Factors] = {}
     generator = torch.Generator().manual_seed(seed)
 
-    def on_edge(edge: Edge, view: EdgeView) -> None:
+    def on_edge(edge: Edge, view: EdgeView) -> Factors:
         pieces = [part.reshape(-1, part.shape[-1]) for part in view.tensors()]
         share = -(-ROWS // len(pieces))  # as many tokens from each
         picked = [torch.randperm(len(part), generator=generator)[:share].to(part.device) for part in pieces]
         rows = torch.cat([part[index] for part, index in zip(pieces, picked, strict=True)])
-        factors[edge.site] = ln_alpha(graph, groups[edge.key], view(axis=-1), rows, bits)
+        return ln_alpha(graph, groups[edge.key], view(axis=-1), rows, bits)
 
     edges = [g.norm.edges["output"] for g in groups.values() if bits.of(graph, g.norm.edges["output"]) != FLOAT]
-    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(edges, on_edge)
-    return equalise_norms(graph, list(groups.values()), factors)
+    found = CalibrationPass(graph, calibration, sequential=False, seed=seed).run(edges, on_edge)
+    return equalise_norms(graph, list(groups.values()), {edge.site: factors for edge, factors in found.items()})
 
 
 def ln_alpha(graph: Graph, group: NormGroup, seen: Observation, rows: Tensor, bits: Widths) -> Factors:
@@ -204,8 +217,7 @@ def shift_axis(graph: Graph, edges: Sequence[Edge]) -> int | None:
 def residual_edges(graph: Graph) -> set[str]:
     """Keys of the edges whose value a residual sum reads or makes, or a LayerNorm reads, channels last: at the reader,
     and at the layer that made it (operations that only move tokens may lie between)."""
-    by_node = {site.node: site for site in graph.sites}
-    sites = graph.sites.of_kind("layer_norm", "add")
+    by_node, sites = graph.sites.by_node, graph.sites.of_kind("layer_norm", "add")
     read = [edge for site in sites for edge in site.edges.values() if edge.position is not None]
     found = {edge.key for edge in read} | {site.edges["output"].key for site in sites if site.kind == "add"}
     for edge in read:
@@ -235,8 +247,7 @@ def add_alpha(seen: Observation, bits: int, *, axis: int = -1, weights: Tensor |
 
     def error(step: float) -> Tensor:
         zero = (last / 2 - middle / step).round()[:, None]
-        rounded = bounded_((values / step).round_(), -zero, last - zero)
-        return rounded.mul_(step).sub_(values).square_() @ mean
+        return bounded_((values / step).round_(), -zero, last - zero).mul_(step).sub_(values).square_() @ mean
 
     scales = [finest * 2 ** (i / 4) for i in range(-3, 2)]
     tried = [torch.stack([error(scale * 2**k) for k in range(EXPONENTS + 1)]).min(0) for scale in scales]
@@ -263,14 +274,12 @@ def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, 
             axis = -1 if keys <= residual else shift_axis(graph, group)
         if axis is not None:
             seen = view(axis=axis)
-            weights = token_weights(seen) if by_token & keys else None
-            made = add_alpha(seen, width, axis=axis, weights=weights)
+            made = add_alpha(seen, width, axis=axis, weights=token_weights(seen) if by_token & keys else None)
         elif edge.key.endswith(".probs.input"):
             made = scores_quantizer(view, width)
         elif edge.key.endswith(".probs.output"):
             seen = view(tail=1.0 - min(REPQ_QUANTILES))
-            formats = affine(*mse(seen, width), width), log_by_quantile(seen, width)
-            made = min(formats, key=lambda q: float((q(seen.values) - seen.values).square().sum()))
+            made = closest((affine(*mse(seen, width), width), log_by_quantile(seen, width)), seen.values)
         else:
             made = affine(*clipping(view(), width), width)
         quantizers.update(dict.fromkeys(keys, made))

@@ -37,8 +37,7 @@ from quantlens.methods.base import (
     Run,
     Widths,
 )
-from quantlens.reconstruction import Metric, MetricLoss, find_units, perturbation_metrics
-from quantlens.reconstruction.mlp import Fit, find_mlps, replace_gelu
+from quantlens.reconstruction import Fit, Metric, MetricLoss, find_mlps, find_units, perturbation_metrics, replace_gelu
 
 QUANTILES = {2: 0.98, 3: 0.99, 4: 0.98}
 """Where hidden values are clipped, by width of the second layer's input."""
@@ -90,8 +89,7 @@ class APHQViT(Method):
             notes = {"mlp": {name: [round(e, 6) for e in pair] for name, pair in errors.items()}}
         plan = started(graph, calibration, bits, run)
         plan.rewrites[:0], plan.notes = rewrites, notes
-        loss = MetricLoss(metrics)
-        drop_and_reconstruct(graph, plan, calibration, run, loss, reference=original, part=(1, 2))
+        drop_and_reconstruct(graph, plan, calibration, run, MetricLoss(metrics), reference=original, part=(1, 2))
         return plan
 
 

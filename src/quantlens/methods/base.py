@@ -19,21 +19,12 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.ambient import isolated
-from quantlens.calibration import Calibration, ObservationCache
-from quantlens.calibration.measured_transforms import read_as_pixels, split_outlier_channels
-from quantlens.calibration.ranges import affine
+from quantlens.calibration import Calibration, ObservationCache, affine, read_as_pixels, split_outlier_channels
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.formats import Uniform
-from quantlens.formats.uniform import pixel_codes
-from quantlens.graph import Edge, Graph, graph_of
-from quantlens.graph.graph import VIEWS, op_name
-from quantlens.graph.sites import SCALINGS
+from quantlens.formats import Uniform, pixel_codes
+from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, graph_of, op_name, walk
 from quantlens.methods._former_options import current_options
-from quantlens.qmodel import Bits, Plan, QuantizedModel
-from quantlens.qmodel.bits import FLOAT
-from quantlens.qmodel.model import float_copy
-from quantlens.qmodel.plan import Provenance
-from quantlens.qmodel.targets import TARGETS, Target, target_named
+from quantlens.qmodel import FLOAT, TARGETS, Bits, Plan, Provenance, QuantizedModel, Target, float_copy, target_named
 from quantlens.transforms import fold_layer_scale
 
 Progress = Callable[[int, int], None]
@@ -307,7 +298,7 @@ class Widths:
             width = int(self.options["patch_bits"])
         if self.target is None or width == FLOAT:
             return width
-        if not self.target.takes(site.kind, edge.name):
+        if (site.kind, edge.name) not in self.target.edges:
             return FLOAT
         self.target.check_width(width, weight=edge.is_weight)
         return width
@@ -359,7 +350,7 @@ def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
     alone is quantized, the scores being the same tensor up to one number. Channels that are chosen out of a tensor (a
     layer split in two) are quantized where they are read, each part by itself. The classifier's output counts too.
     """
-    by_node = {site.node: site for site in graph.sites}
+    by_node = graph.sites.by_node
     softmaxes = graph.sites.of_kind("probs")
     passed_on = {_origin(s.edges["input"].value) for s in softmaxes} & {s.node for s in graph.sites.of_kind("scores")}
     groups: dict[Any, list[Edge]] = {}
@@ -387,12 +378,8 @@ def _origin(value: fx.Node, *, scalings: bool = True) -> fx.Node:
 
 def readers(graph: Graph, node: fx.Node, through: Collection[str] = VIEWS | SCALINGS) -> list[tuple[fx.Node, fx.Node]]:
     """What reads a value after the operations ``through``, each with the node whose value it reads; sites end a way."""
-    sites, found, queue = {site.node for site in graph.sites}, [], [node]
-    while queue:
-        value = queue.pop()
-        for user in value.users:
-            if op_name(user) in through and user not in sites:
-                queue.append(user)
-            else:
-                found.append((user, value))
-    return found
+
+    def passing(value: fx.Node) -> list[fx.Node]:
+        return [user for user in value.users if op_name(user) in through and user not in graph.sites.by_node]
+
+    return [(u, value) for value in walk([node], passing) for u in value.users if u not in passing(value)]

@@ -18,9 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView
-from quantlens.calibration.products import check_finite, patches
-from quantlens.calibration.sampling import ProductSampler
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, ProductSampler, check_finite, patches
 from quantlens.formats import Quantizer, Uniform
 from quantlens.graph import Edge, Graph, Site
 from quantlens.methods.base import (
@@ -136,16 +134,14 @@ class BitSplit(Method):
 # -- a layer's data ------------------------------------------------------------------------------------------------
 def float_rows(graph: Graph, calibration: Calibration, bits: Widths, seed: int) -> dict[str, Tensor | None]:
     """:func:`layer_rows` of the float network, by name of the layer, for all whose weights are quantized."""
-    found: dict[str, Tensor | None] = {}
 
-    def note(edge: Edge, view: EdgeView) -> None:
+    def rows(edge: Edge, view: EdgeView) -> Tensor | None:
         site = graph.sites[edge.site]
-        found[site.name] = layer_rows(site, view.tensors(), graph.tensor(str(site.weight)), seed)
+        return layer_rows(site, view.tensors(), graph.tensor(str(site.weight)), seed)
 
-    names = [edge.site for edge in quantized_edges(graph, bits) if edge.is_weight]
-    inputs = [graph.sites[name].edges["input"] for name in names]
-    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(inputs, note)
-    return found
+    inputs = [graph.sites[e.site].edges["input"] for e in quantized_edges(graph, bits) if e.is_weight]
+    found = CalibrationPass(graph, calibration, sequential=False, seed=seed).run(inputs, rows)
+    return {edge.site: value for edge, value in found.items()}
 
 
 def layer_rows(site: Site, pieces: Sequence[Tensor], weight: Tensor, seed: int) -> Tensor | None:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Replacement
-from quantlens.calibration.products import patches
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Replacement, patches
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph, Site

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quantlens.calibration import Calibration, Observation
-from quantlens.calibration.ranges import quantile_mse
+from quantlens.calibration import Calibration, Observation, quantile_mse
 from quantlens.methods._scale_search import IMAGE
 from quantlens.methods.base import MATMUL_OPERANDS, Departure, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 from quantlens.methods.composition import Fitted, Layer, fit_layers
@@ -85,8 +84,7 @@ class ERQ(Method):
             grid, order, own = Grid.of(quantizer), None, not run["judged_by_rest"]
             if run["sorted_columns"]:
                 order = (grid.round(target) - target).square().sum(0).argsort(descending=True)
-            damping = run["weight_damping"]
-            value = round_halves(target, moments.gram, grid, damping=damping, order=order, own=own)
+            value = round_halves(target, moments.gram, grid, damping=run["weight_damping"], order=order, own=own)
             return Fitted(quantizer, value, output_shift(layer.weight, value, moments) if layer.free else None)
 
         plan = RepQViT().build(graph, calibration, bits, replace(run, progress=None))

@@ -22,9 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
-from quantlens.calibration.ranges import affine
-from quantlens.calibration.ranges.power_of_two import power_of_two_factors
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, affine, power_of_two_factors
 from quantlens.errors import QuantlensError
 from quantlens.formats import (
     IntegerLayerNorm,
@@ -36,9 +34,7 @@ from quantlens.formats import (
     Quantizer,
     Uniform,
 )
-from quantlens.graph.graph import VIEWS, argument, op_name
-from quantlens.graph.layout import axes_of_last
-from quantlens.graph.sites import SCALINGS, Site
+from quantlens.graph import SCALINGS, VIEWS, Site, argument, axes_of_last, op_name
 from quantlens.methods.base import (
     EVERYTHING,
     FLOAT,
@@ -126,15 +122,19 @@ class FQViT(Method):
                 plan.quantizers[edge.key] = symmetric_weight(view(axis=0), bits.of(graph, edge))
                 return
             group, is_softmax = groups[edge.key], graph.sites[edge.site].kind == "probs"
-            width = widths[group]
+            width, axis = widths[group], channel_axis(graph, group, sums=run["sums"])
             if is_softmax and edge.position is not None:
                 made, has_mask = softmax_input(view.tensors(), width)
                 if has_mask:
                     masked.add(edge.site)
             elif is_softmax and run["lis"]:
                 made = Log(torch.tensor(1.0, device=graph.device), width, steps=1)
+            elif axis is None:
+                seen = view()  # zero is taken in, so that the zero point is one of the codes
+                made = affine(seen.low.clamp_max(0.0), seen.high.clamp_min(0.0), width)
             else:
-                made = _activation(view, width, channel_axis(graph, group, sums=run["sums"]), run)
+                largest, zero_points = run["largest_exponent"], run["zero_points"]
+                made = power_of_two_factors(view(axis=axis), width, largest=largest, zero_points=zero_points, axis=axis)
             plan.quantizers |= {e.key: made for e in group}
 
         weights = [site.edges["weight"] for site in graph.sites.of_kind("linear", "conv")]
@@ -149,7 +149,7 @@ class FQViT(Method):
 # -- which tensors -------------------------------------------------------------------------------------------------
 def tensor_readers(graph: Graph, edges: tuple[Edge, ...]) -> list[tuple[Site, fx.Node]]:
     """Sites that read a tensor that ``edges`` carry, each with the node whose value it reads."""
-    by_node = {site.node: site for site in graph.sites}
+    by_node = graph.sites.by_node
     found = [(by_node[e.node], e.value) for e in edges if e.position is not None]
     made = [pair for e in edges if e.position is None for pair in readers(graph, e.node)]
     return found + [(by_node[node], value) for node, value in made if node in by_node]
@@ -179,21 +179,6 @@ def channel_axis(graph: Graph, edges: tuple[Edge, ...], *, sums: bool) -> int | 
 
 
 # -- ranges -------------------------------------------------------------------------------------------------------
-def _activation(view: EdgeView, bits: int, axis: int | None, run: Run) -> Quantizer:
-    """Power-of-two factors per channel where there is an axis, else one scale for the tensor."""
-    if axis is None:
-        seen = view()
-        return affine(*with_zero(seen.low, seen.high), bits)
-    return power_of_two_factors(
-        view(axis=axis), bits, largest=run["largest_exponent"], zero_points=run["zero_points"], axis=axis
-    )
-
-
-def with_zero(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The range with zero taken in, so that the zero point is one of the codes."""
-    return low.clamp_max(0.0), high.clamp_min(0.0)
-
-
 def softmax_input(pieces: Sequence[Tensor], bits: int) -> tuple[Uniform, bool]:
     """The quantizer in front of a softmax, and whether attention is masked there.
 
@@ -215,8 +200,7 @@ def softmax_input(pieces: Sequence[Tensor], bits: int) -> tuple[Uniform, bool]:
 
 def symmetric_weight(seen: Observation, bits: int) -> Uniform:
     """Signed codes per output channel, s = max|w|/(2ᵇ⁻¹ − ½), as in the authors' code."""
-    magnitude = torch.maximum(seen.low.abs(), seen.high.abs())
-    scale = magnitude / (2 ** (bits - 1) - 0.5)
+    scale = torch.maximum(seen.low.abs(), seen.high.abs()) / (2 ** (bits - 1) - 0.5)
     scale = torch.where(scale > torch.finfo(torch.float32).tiny * 4, scale, torch.ones_like(scale))
     return Uniform(scale, None, bits, signed=True, granularity="channel", axis=0)
 
@@ -263,7 +247,7 @@ def integer_layer_norm(graph: Graph, site: Site, quantizers: dict[str, Quantizer
 
 def _quantizer_of(graph: Graph, site: Site, quantizers: dict[str, Quantizer]) -> tuple[Quantizer | None, float]:
     """The quantizer of a LayerNorm's input (None: there is none) and the number that its values were multiplied by."""
-    edge, by_node = site.edges["input"], {site.node: site for site in graph.sites}
+    edge, by_node = site.edges["input"], graph.sites.by_node
     found, value, factor = quantizers.get(edge.key), edge.value, 1.0
     while found is None and value not in by_node:
         if op_name(value) in SCALINGS:

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quantlens.calibration import Calibration, Observation
-from quantlens.calibration.ranges import minmax, quantile_mse
+from quantlens.calibration import Calibration, Observation, minmax, quantile_mse
 from quantlens.methods.base import MATMUL_OPERANDS, Departure, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 from quantlens.methods.composition import Fitted, Layer, fit_layers
 from quantlens.methods.repq_vit import TAIL, RepQViT

@@ -1,7 +1,7 @@
 """i-and-s-vit: I&S-ViT, an inclusive and stable method for pushing the limit of post-training quantization of vision
 transformers (Zhong et al., arXiv 2311.10126, 2023).
 
-* Shift-uniform-log2 quantizer for softmax outputs (section 3.2): see :mod:`quantlens.formats.shifted_log`. η is
+* Shift-uniform-log2 quantizer for softmax outputs (section 3.2): see :mod:`quantlens.formats.log`. η is
   the one of eleven with the least squared error.
 * Smooth optimisation strategy (section 3.3), block by block, by squared error towards the float model's output:
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
-from quantlens.calibration.ranges import affine, minmax, symmetric
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, affine, minmax, symmetric
+from quantlens.formats import Uniform
 from quantlens.methods.base import MATMUL_OPERANDS, Edge, Graph, Method, MethodInfo, Plan, Run, Widths, quantized_edges
 
 
@@ -47,13 +47,13 @@ def uniform_everywhere(
     """Uniform quantizers on all matmul operands, ranges by ``choose(observation) -> (low, high)`` of the float model's
     activations: asymmetric, weights per output channel; or symmetric with one scale per tensor. ``choose`` reads no
     samples, so that all widths on the same images share one pass."""
-    plan, make = Plan(), symmetric if symmetric_tensors else affine
+    make = symmetric if symmetric_tensors else affine
 
-    def on_edge(edge: Edge, view: EdgeView) -> None:
+    def on_edge(edge: Edge, view: EdgeView) -> Uniform:
         axis, granularity = (0, "channel") if edge.is_weight and not symmetric_tensors else (None, "tensor")
         low, high = choose(view(axis=axis, tail=tail, sample=False))
-        plan.quantizers[edge.key] = make(low, high, bits.of(graph, edge), granularity=granularity, axis=axis)
+        return make(low, high, bits.of(graph, edge), granularity=granularity, axis=axis)
 
     shown = CalibrationPass(graph, calibration, sequential=False, seed=run.seed, seen=run.seen)
-    shown.run(quantized_edges(graph, bits), on_edge, run.progress)
-    return plan
+    made = shown.run(quantized_edges(graph, bits), on_edge, run.progress)
+    return Plan({edge.key: quantizer for edge, quantizer in made.items()})

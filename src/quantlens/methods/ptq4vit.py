@@ -1,7 +1,7 @@
 """ptq4vit: PTQ4ViT, twin uniform quantization with a Hessian-guided metric (Yuan et al., ECCV 2022).
 
 * Twin uniform formats (section 3.2): softmax outputs have a fine range [0, s] and a coarse one (s, 1], GELU outputs a
-  step for negative values and one for the others; see :mod:`quantlens.formats.twin`. Everything else is symmetric
+  step for negative values and one for the others; see :mod:`quantlens.formats.uniform`. Everything else is symmetric
   uniform with signed codes: weights and inputs of layers per tensor (the three parts of qkv each on its own, the patch
   embedding per output channel), q, k and v per head.
 * Hessian-guided metric (section 3.3): the error of a product's output is weighted by the squared gradient there,
@@ -15,18 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantlens.calibration.gradients import sample_products
-from quantlens.calibration.products import Product
+from quantlens.calibration import Product, ProductSampler, sample_products
 from quantlens.calibration.ranges.guided import HEADS, Side, alternate, search
-from quantlens.calibration.sampling import ProductSampler
 from quantlens.formats import Quantizer, Twin
-from quantlens.graph.graph import VIEWS, op_name
-from quantlens.graph.sites import SCALINGS
+from quantlens.graph import SCALINGS, VIEWS, op_name, origin
 from quantlens.methods._scale_search import (
     IMAGE,
     factors_of,
@@ -228,21 +224,12 @@ def gelu_steps(positive: Tensor, bits: int, *, aligned: bool) -> Tensor:
 
 def after_gelu(edge: Edge) -> bool:
     """Whether a layer's input is a GELU's output, moved at most."""
-    value = edge.value
-    while op_name(value) in VIEWS:
-        value = value.args[0]  # type: ignore[assignment]
-    return edge.name == "input" and op_name(value) == "aten.gelu.default"
+    return edge.name == "input" and op_name(origin(edge.value)) == "aten.gelu.default"
 
 
 def fused_projections(graph: Graph) -> set[str]:
     """Names of the linear layers whose output is cut into queries, keys and values."""
     linears = {site.node: site.name for site in graph.sites.of_kind("linear")}
-
-    def origin(value: Any) -> str | None:
-        while op_name(value) in VIEWS | SCALINGS:
-            value = value.args[0]
-        return linears.get(value)
-
-    queries, keys = ({origin(s.edges[name].value) for s in graph.sites.of_kind("scores")} for name in ("q", "k"))
-    values = {origin(s.edges["v"].value) for s in graph.sites.of_kind("context")}
-    return {name for name in queries & keys & values if name is not None}
+    read = [("scores", "q"), ("scores", "k"), ("context", "v")]
+    made = [{origin(s.edges[name].value, VIEWS | SCALINGS) for s in graph.sites.of_kind(kind)} for kind, name in read]
+    return {linears[node] for node in set.intersection(*made) if node in linears}

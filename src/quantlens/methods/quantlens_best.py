@@ -7,7 +7,7 @@
    which half the elements are the quantized network's and half the float one's (QDrop). The loss weighs the squared
    error by the average perturbation Hessian (APHQ-ViT, Wu et al., CVPR 2025, section 3.2); at the classifier it is
    the divergence of the predictions.
-3. Beside every calibration image stand views of it (:mod:`quantlens.reconstruction.views`): crops, and
+3. Beside every calibration image stand views of it (:mod:`quantlens.calibration.images`): crops, and
    out-of-distribution images made of it. Blocks that see a few hundred images alone overfit them.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from quantlens.calibration.images import with_views
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps, train
 from quantlens.methods.base import (
     MATMUL_OPERANDS,
@@ -30,7 +31,6 @@ from quantlens.methods.base import (
 )
 from quantlens.methods.quantlens_fast import QuantlensFast
 from quantlens.reconstruction import MetricLoss, Settings, perturbation_metrics
-from quantlens.reconstruction.views import with_views
 
 FITTED = 64
 """Images that ranges, the closed form and the perturbation Hessian are made on, at most."""

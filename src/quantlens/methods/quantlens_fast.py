@@ -22,9 +22,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, EdgeView, Observation
-from quantlens.calibration.measured_transforms import subtract_means
-from quantlens.calibration.ranges import affine, block_scaled, clipping, mse
+from quantlens.calibration import (
+    Calibration,
+    EdgeView,
+    Observation,
+    affine,
+    block_scaled,
+    clipping,
+    closest,
+    mse,
+    subtract_means,
+)
 from quantlens.errors import QuantlensError
 from quantlens.formats import GroupScaled, Quantizer, SqrtSoftmax
 from quantlens.graph import Edge, Graph, Site
@@ -41,8 +49,15 @@ from quantlens.methods.base import (
 )
 from quantlens.methods.composition import Fitted, Layer, RangeRule, fit_layers
 from quantlens.reconstruction.closed_form import Factor, Grid, Moments, output_shift, ridge, round_columns
-from quantlens.transforms import find_norm_groups, find_score_pairs, find_value_pairs, rotate_scores, rotate_values
-from quantlens.transforms.layers import alone, ensure_bias
+from quantlens.transforms import (
+    alone,
+    ensure_bias,
+    find_norm_groups,
+    find_score_pairs,
+    find_value_pairs,
+    rotate_scores,
+    rotate_values,
+)
 from quantlens.transforms.rotation import (
     LARGEST,
     SMALLEST,
@@ -190,8 +205,7 @@ def activation_quantizer(run: Run, site: Site, edge: Edge, view: EdgeView, width
     size = min(run["group_size"], channels & -channels)
     if size < SMALLEST:
         return uniform
-    groups = block_scaled(values, width, size, axis=axis)
-    return min((uniform, groups), key=lambda q: float((q(values) - values).square_().sum()))
+    return closest((uniform, block_scaled(values, width, size, axis=axis)), values)
 
 
 class QuantlensFast(Method):

@@ -21,11 +21,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Replacement
-from quantlens.calibration.ranges import affine, log_by_quantile, quantile_mse
-from quantlens.calibration.ranges.rules import REPQ_QUANTILES
-from quantlens.formats import Uniform, affine_parameters
-from quantlens.formats.uniform import is_constant
+from quantlens.calibration import (
+    REPQ_QUANTILES,
+    Calibration,
+    CalibrationPass,
+    EdgeView,
+    Observation,
+    Replacement,
+    affine,
+    log_by_quantile,
+    quantile_mse,
+)
+from quantlens.formats import Uniform, affine_parameters, is_constant
 from quantlens.methods.base import (
     MATMUL_OPERANDS,
     Edge,

@@ -20,9 +20,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantlens.calibration.products import Product
 from quantlens.calibration.ranges.similarity import Objective, Operand, Ranking, alternate_pair
-from quantlens.calibration.sampling import ProductSampler
+from quantlens.calibration.sampling import Product, ProductSampler
 from quantlens.formats import Quantizer
 from quantlens.methods._scale_search import (
     UNSIGNED,

@@ -83,8 +83,7 @@ def save(qmodel: QuantizedModel, path: str | Path) -> Path:
         packed["small"] = torch.cat([_as_bytes(tensors[name]) for name in header["small"]])
     packed["header"] = torch.frombuffer(bytearray(zlib.compress(text.encode())), dtype=torch.uint8)
     version = json.dumps({"version": VERSION})  # what earlier releases look for
-    content = to_bytes(packed, {"format": FORMAT, "header": version, "sha256": digest_of(text, tensors)})
-    write_whole(path, content)
+    write_whole(path, to_bytes(packed, {"format": FORMAT, "header": version, "sha256": digest_of(text, tensors)}))
     return path
 
 

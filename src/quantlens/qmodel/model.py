@@ -5,18 +5,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx, nn
 
 from quantlens.ambient import plain_arithmetic
 from quantlens.errors import UnknownNameError
 from quantlens.formats.base import Quantizer
-from quantlens.graph.capture import graph_of
-from quantlens.graph.graph import Graph
-from quantlens.graph.sites import Edge
+from quantlens.graph import Edge, Graph, graph_of
 from quantlens.qmodel.plan import FP32, Plan, Provenance
 from quantlens.qmodel.simulation import classifier_of, simulate
 
@@ -83,42 +80,19 @@ class QuantizedModel(nn.Module):
     def reference(self) -> Any:
         return self._reference[0]
 
-    @property
-    def provenance(self) -> Provenance:
-        """Who made it, out of what, on which images."""
-        return self.plan.provenance
-
-    @property
-    def name(self) -> str:
-        return self.provenance.model
-
-    @property
-    def method(self) -> str:
-        return self.provenance.method
-
-    @property
-    def bits(self) -> str:
-        return self.provenance.bits
-
-    @property
-    def seed(self) -> int:
-        return self.provenance.seed
+    provenance = property(attrgetter("plan.provenance"), doc="Who made it, out of what, on which images.")
+    name = property(attrgetter("provenance.model"))
+    method = property(attrgetter("provenance.method"))
+    bits = property(attrgetter("provenance.bits"))
+    seed = property(attrgetter("provenance.seed"))
+    calibration = property(attrgetter("provenance.calibration"))
+    checkpoint_sha256 = property(attrgetter("provenance.checkpoint_sha256"))
+    class_names = property(attrgetter("provenance.class_names"))
+    device = property(attrgetter("graph.device"))
 
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.provenance.options)
-
-    @property
-    def calibration(self) -> Mapping[str, Any] | None:
-        return self.provenance.calibration
-
-    @property
-    def checkpoint_sha256(self) -> str | None:
-        return self.provenance.checkpoint_sha256
-
-    @property
-    def class_names(self) -> list[str] | None:
-        return self.provenance.class_names
 
     @property
     def num_classes(self) -> int:
@@ -127,10 +101,6 @@ class QuantizedModel(nn.Module):
     @property
     def num_parameters(self) -> int:
         return self.graph.num_parameters()
-
-    @property
-    def device(self) -> torch.device:
-        return self.graph.device
 
     @property
     def images_together(self) -> int | None:

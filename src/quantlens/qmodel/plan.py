@@ -1,12 +1,19 @@
-"""The plan: everything that makes a quantized model out of the FP32 graph, and who made it."""
+"""The plan: everything that makes a quantized model out of the FP32 graph, and who made it; and what is asked for: bit
+widths and runtime targets."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from quantlens.formats.base import Operator, Quantizer
+from torch import Tensor
+
+from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.formats import Operator, Quantizer, Uniform, affine_parameters, symmetric_parameters
 
 FP32 = "FP32"
 
@@ -89,3 +96,194 @@ class Plan:
         provenance = Provenance(**{key: value for key, value in info.items() if key in known})
         notes = {key: value for key, value in info.items() if key not in known}
         return cls(quantizers, rewrites, notes, operators, provenance)
+
+
+# -- bit widths ----------------------------------------------------------------------------------------------------
+# Bit widths as people write them: ``W4A8`` is 4-bit weights and 8-bit activations, ``FP32`` leaves everything in
+# float; a mapping gives single modules widths of their own (mixed precision).
+
+
+FLOAT = 32
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Widths of weights and activations; 32 means float.
+
+    modules: (name, widths) of the modules or sites that differ; the longest name that a site's name starts with (at a
+    dot) counts. name: what a mixed-precision setting is called (``MP6``).
+
+    >>> Bits.parse("w4a8")
+    Bits(weights=4, activations=8, modules=(), name='')
+    >>> str(Bits(4, 8))
+    'W4A8'
+    >>> str(Bits.parse({"default": "W6A6", "blocks.0.attn": "W8A8"}).of("blocks.0.attn.qkv"))
+    'W8A8'
+    """
+
+    weights: int
+    activations: int
+    modules: tuple[tuple[str, Bits], ...] = ()
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for what, value in (("weights", self.weights), ("activations", self.activations)):
+            if value != FLOAT and not 2 <= value <= 10:
+                raise QuantlensError(
+                    f"{value} bits for {what}: choose 2 to 10, or {FLOAT} for float "
+                    f"(for example W4A8, W8A{FLOAT} or FP32)"
+                )
+
+    @classmethod
+    def parse(cls, text: str | Bits | Mapping[str, Any]) -> Bits:
+        """Read ``W<n>A<m>`` (any case), ``FP32``, or a mapping {"default": "W6A6", module or site name: "W8A8" or a
+        number for both}. Raises QuantlensError for anything else."""
+        if isinstance(text, Bits):
+            return text
+        if isinstance(text, Mapping):
+            return cls._from_mapping(text)
+        clean = str(text).strip().upper()
+        if clean in ("FP32", "FLOAT32", "FLOAT", "W32A32"):
+            return cls(FLOAT, FLOAT)
+        match = re.fullmatch(r"W(\d+)A(\d+)", clean)
+        if match is None:
+            raise QuantlensError(
+                f"bits {text!r} not understood: write W4A8 (weights 4, activations 8) or FP32, or give a mapping from "
+                'module names to such widths with a "default"'
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def _from_mapping(cls, mapping: Mapping[str, Any]) -> Bits:
+        def one(value: Any) -> Bits:
+            return cls(value, value) if isinstance(value, int) else cls.parse(value)
+
+        if "default" not in mapping:
+            raise QuantlensError('mixed precision needs a "default" for the modules that it does not name: W8A8')
+        default = one(mapping["default"])
+        rest = [(str(k), one(v)) for k, v in mapping.items() if k not in ("default", "name")]
+        return cls(default.weights, default.activations, tuple(sorted(rest)), str(mapping.get("name", "")))
+
+    def to_mapping(self) -> dict[str, str]:
+        """The inverse of parsing a mapping."""
+        named = {"name": self.name} if self.name else {}
+        return {**named, "default": str(Bits(self.weights, self.activations)), **{k: str(b) for k, b in self.modules}}
+
+    def of(self, site: str) -> Bits:
+        """Widths of a site."""
+        fitting = [(len(k), b) for k, b in self.modules if site == k or site.startswith(f"{k}.")]
+        return max(fitting, key=lambda found: found[0])[1] if fitting else Bits(self.weights, self.activations)
+
+    @property
+    def is_float(self) -> bool:
+        return self.weights == FLOAT and self.activations == FLOAT and all(b.is_float for _, b in self.modules)
+
+    @property
+    def is_mixed(self) -> bool:
+        return bool(self.modules)
+
+    def __str__(self) -> str:
+        if self.is_mixed:
+            if self.name:
+                return self.name
+            text = json.dumps(self.to_mapping(), sort_keys=True)
+            return f"MP-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return "FP32" if self.is_float else f"W{self.weights}A{self.activations}"
+
+
+# -- runtime targets -----------------------------------------------------------------------------------------------
+# What runtimes compute as integers: a target keeps a quantized model inside it from the start, so that the model that
+# is measured is the model that ships, and is fast.
+#
+# A CPU target quantizes weights and inputs of linear and convolution layers and leaves the rest in float: the
+# attention's own products gain nothing at a few hundred tokens, and LayerNorm, softmax, GELU and sums cost both time
+# and fidelity.
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime's integers.
+
+    edges: (site kind, edge) pairs that it computes in integers. weights, activations: widths it has kernels for;
+    weights of 5 to 7 bits are stored and multiplied as 8 (with 7 or fewer, a sum of two products fits 16 bits:
+    :func:`quantlens.export.exported.saturates`). symmetric_weights: whether weights must have zero point 0.
+    """
+
+    name: str
+    summary: str
+    edges: frozenset[tuple[str, str]]
+    weights: tuple[int, ...] = (8, 7, 6, 5, 4)
+    activations: tuple[int, ...] = (8,)
+    symmetric_weights: bool = True
+
+    def check_width(self, width: int, *, weight: bool) -> None:
+        """Raises UnsupportedError for a width without kernels."""
+        allowed = self.weights if weight else self.activations
+        if width not in (*allowed, 32):
+            what = "weights" if weight else "activations"
+            choices = ", ".join(map(str, allowed[:-1])) + " or " * (len(allowed) > 1) + str(allowed[-1])
+            raise UnsupportedError(
+                f"{self.name} has no kernels for {width}-bit {what}: choose {choices} "
+                f"(for example W8A8{', W4A8' if 4 in self.weights else ''}), or leave the target out to simulate"
+            )
+
+    def conform(self, key: str, quantizer: Quantizer, weight: Tensor | None = None) -> Quantizer:
+        """The quantizer inside the target: symmetric where it must be, zero points among the codes.
+
+        weight: the tensor that it quantizes, None for an activation. A symmetric range covers the largest value that
+        the quantizer makes of it (not the quantizer's own range, which is 256 times the value where a row has a single
+        one). Raises UnsupportedError for a format that is not uniform, or per channel on an activation.
+        """
+        if type(quantizer) is not Uniform:
+            raise UnsupportedError(
+                f"{key} has the format {quantizer.kind!r}, which {self.name} has no kernels for; choose a method with "
+                "uniform formats (`quantlens methods`), or leave the target out to simulate"
+            )
+        if weight is not None:
+            if not self.symmetric_weights or quantizer.symmetric:
+                return quantizer
+            values = quantizer(weight).abs()
+            largest = values.amax() if quantizer.axis is None else values.movedim(quantizer.axis, 0).flatten(1).amax(1)
+            return self.symmetric(largest, quantizer)
+        low = (quantizer.qmin - quantizer.zero_point) * quantizer.scale
+        high = (quantizer.qmax - quantizer.zero_point) * quantizer.scale
+        if quantizer.axis is not None:
+            raise UnsupportedError(
+                f"{key} has one scale per {quantizer.granularity}, {self.name} one per tensor; choose another method "
+                "or option, or leave the target out to simulate"
+            )
+        if quantizer.qmin <= int(quantizer.zero_point) <= quantizer.qmax and not quantizer.signed:
+            return quantizer
+        scale, zero = affine_parameters(low.clamp_max(0), high.clamp_min(0), quantizer.bits)
+        return Uniform(scale, zero, quantizer.bits, signed=False)
+
+    def symmetric(self, largest: Tensor, like: Uniform) -> Uniform:
+        """Weights in ±largest ([] or [n]), with the granularity of another quantizer."""
+        scale = symmetric_parameters(largest, like.bits)
+        return Uniform(scale, None, like.bits, signed=True, granularity=like.granularity, axis=like.axis)
+
+
+LINEAR = frozenset({("linear", "input"), ("linear", "weight"), ("conv", "input"), ("conv", "weight")})
+
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("openvino-cpu", "OpenVINO on x86 CPUs: linear and conv layers, int8 weights per output channel", LINEAR),
+        Target("onnxruntime-cpu", "ONNX Runtime on x86 CPUs: the same placement", LINEAR),
+        Target(
+            "tensorrt",
+            "TensorRT: linear and conv layers and the attention's products, symmetric weights",
+            LINEAR | {("scores", "q"), ("scores", "k"), ("probs", "output"), ("context", "v")},
+            weights=(8,),
+        ),
+    )
+}
+
+
+def target_named(name: str | Target | None) -> Target | None:
+    """A target by name. Raises UnknownNameError."""
+    if name is None or isinstance(name, Target):
+        return name
+    if name not in TARGETS:
+        raise UnknownNameError("target", name, TARGETS)
+    return TARGETS[name]

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.formats.base import Operator, Quantizer
-from quantlens.graph.graph import Graph, put_tensor, replace_argument, tensor_tree
-from quantlens.graph.sites import Edge, classifier_terms
+from quantlens.graph import Edge, Graph, classifier_terms, put_tensor, replace_argument, tensor_tree
 
 
 def simulate(

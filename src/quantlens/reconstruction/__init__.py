@@ -4,8 +4,8 @@ from quantlens import _moved
 from quantlens.reconstruction.bias import correct_biases
 from quantlens.reconstruction.block_metrics import fisher_metrics, perturbation_metrics
 from quantlens.reconstruction.blocks import reconstruct
-from quantlens.reconstruction.rounding import AdaRound, annealed_beta
-from quantlens.reconstruction.scales import LearnedScale
+from quantlens.reconstruction.mlp import Fit, find_mlps, replace_gelu
+from quantlens.reconstruction.scales import AdaRound, LearnedScale, annealed_beta
 from quantlens.reconstruction.settings import (
     LOSSES,
     Context,
@@ -26,6 +26,7 @@ __all__ = [
     "LOSSES",
     "AdaRound",
     "Context",
+    "Fit",
     "Group",
     "LearnedScale",
     "Loss",
@@ -38,11 +39,13 @@ __all__ = [
     "annealed_beta",
     "correct_biases",
     "divergence",
+    "find_mlps",
     "find_units",
     "fisher_metrics",
     "mse",
     "perturbation_metrics",
     "reconstruct",
+    "replace_gelu",
     "token_norm",
     "train",
 ]

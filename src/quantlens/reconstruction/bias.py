@@ -58,15 +58,11 @@ def subtract_from_biases(graph: Graph, shifts: Mapping[str, Tensor]) -> None:
 def output_means(graph: Graph, calibration: Calibration) -> dict[str, Tensor]:
     """[out] float64 mean output over the calibration images (and tokens or positions) of every linear and conv site, as
     ``graph`` is now. To be taken before a method replaces weights."""
-    found: dict[str, Tensor] = {}
-
-    def note(edge: Edge, view: EdgeView) -> None:
-        found[edge.site] = _mean(view.tensors(), CHANNELS[graph.sites[edge.site].kind])
-
-    edges = [site.edges["output"] for site in graph.sites.of_kind(*LAYERS)]
+    edges = {site.edges["output"]: CHANNELS[site.kind] for site in graph.sites.of_kind(*LAYERS)}
     with torch.no_grad():
-        CalibrationPass(graph, calibration, sequential=False).run(edges, note)
-    return found
+        shown = CalibrationPass(graph, calibration, sequential=False)
+        found = shown.run(list(edges), lambda edge, view: _mean(view.tensors(), edges[edge]))
+    return {edge.site: mean for edge, mean in found.items()}
 
 
 def correct_biases(

@@ -18,8 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import Calibration
-from quantlens.calibration.images import images_together
+from quantlens.calibration import Calibration, images_together
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.metrics.divergence import kl_divergence

@@ -18,20 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import MEMORY, ActivationStore, Calibration
-from quantlens.calibration.cache import held_memory
+from quantlens.calibration import MEMORY, ActivationStore, Calibration, held_memory
 from quantlens.errors import UnsupportedError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.qmodel import Plan
-from quantlens.reconstruction.checkpoints import Checkpoint
-from quantlens.reconstruction.rounding import AdaRound, annealed_beta
-from quantlens.reconstruction.scales import LearnedScale
-from quantlens.reconstruction.settings import LOSSES, Context, Report, Result, Settings, UnitReport
+from quantlens.reconstruction.scales import AdaRound, LearnedScale, annealed_beta
+from quantlens.reconstruction.settings import LOSSES, Checkpoint, Context, Report, Result, Settings, UnitReport
 from quantlens.reconstruction.trainer import Group, Latent, Learners, Vector, train
 from quantlens.reconstruction.units import Outputs, Streams, Unit, find_units, frozen_hook, run_unit
-
-Progress = Callable[[int, int], None]
 
 
 def reconstruct(
@@ -42,7 +37,7 @@ def reconstruct(
     *,
     seed: int = 0,
     reference: Graph | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
     checkpoint: Path | str | None = None,
     memory: int = MEMORY,
 ) -> Report:
@@ -135,7 +130,10 @@ class _UnitTraining:
             first, last = steps * number // rounds, steps * (number + 1) // rounds
             self.learners.restore(state)
             self._train(before, first, last, 0.5**number, tell)
-            tried, new = self._frozen()
+            tried = self.learners.freeze(self.graph.sites.edges)
+            hook = frozen_hook(self.graph, self.unit, {**self.quantizers, **tried[1]}, tried[0])
+            constants = {node: value.detach() for node, value in self.learners.constants().items()}
+            new = self.streams.outputs(self.unit, hook, constants)
             history.append(self._measure(new))
             if history[-1] < lowest or not self.settings.guarded:
                 new, outputs, lowest, made, state = outputs, new, history[-1], tried, self.learners.state()
@@ -144,13 +142,6 @@ class _UnitTraining:
         seconds = round(time.perf_counter() - started, 3)
         report = UnitReport(self.unit.name, before, lowest, history, any(made), trained, seconds)
         return outputs, Result(report, *made)
-
-    def _frozen(self) -> tuple[Made, Outputs]:
-        """What training has made so far, and the unit's results with it."""
-        made = self.learners.freeze(self.graph.sites.edges)
-        hook = frozen_hook(self.graph, self.unit, {**self.quantizers, **made[1]}, made[0])
-        constants = {node: value.detach() for node, value in self.learners.constants().items()}
-        return made, self.streams.outputs(self.unit, hook, constants)
 
     # -- the loss
     def _context(self, node: fx.Node, images: Tensor) -> Context:

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from quantlens.errors import UnsupportedError
-from quantlens.formats import Quantizer, Uniform
-from quantlens.formats.base import bounded_
+from quantlens.formats import Quantizer, Uniform, bounded_
 
 BLOCK = 64
 """Columns whose errors reach the columns after them in one product."""

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView
-from quantlens.graph import Edge, Graph, Site
-from quantlens.graph.graph import argument
+from quantlens.graph import Edge, Graph, Site, argument
 from quantlens.reconstruction.closed_form import Moments, output_shift, ridge
 from quantlens.reconstruction.trainer import Group, train
 from quantlens.transforms.layers import alone
@@ -153,8 +152,7 @@ class _Refit:
             return self.old
         before = functional.linear(self.inputs, *first)
         plain, wanted = before.relu(), self.gelu(before)
-        clipped = plain.clamp_max(self.bound)
-        moments = Moments.of([(plain, wanted), *[(clipped, wanted)] * CLIPPED])
+        moments = Moments.of([(plain, wanted), *[(plain.clamp_max(self.bound), wanted)] * CLIPPED])
         fitted = ridge(weight, moments, RIDGE)
         return [*first, fitted, (bias - output_shift(weight, fitted, moments)).float()]
 

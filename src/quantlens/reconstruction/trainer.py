@@ -13,13 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.formats import Quantizer, Uniform
-from quantlens.graph import Edge, Graph
-from quantlens.graph.graph import op_name
-from quantlens.graph.sites import dynamic_nodes
-from quantlens.reconstruction.rounding import AdaRound
-from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
+from quantlens.graph import Edge, EdgeHook, Graph, dynamic_nodes, op_name
+from quantlens.reconstruction.scales import AdaRound, LearnedScale, fake_quantize, learnable
 from quantlens.reconstruction.settings import ROUNDING, SCALES, VECTORS, WEIGHTS, Settings
-from quantlens.reconstruction.units import Hook, Unit, quantized_weights, random_mask
+from quantlens.reconstruction.units import Unit, quantized_weights, random_mask
 
 AFFINE = ("aten.layer_norm.default", "aten.linear.default", "aten.conv2d.default")
 """Operations whose vectors (biases, scale and shift) are trained."""
@@ -131,7 +128,7 @@ class Learners:
 
     def hook(
         self, graph: Graph, unit: Unit, quantizers: Mapping[str, Quantizer], drop: float, generator: torch.Generator
-    ) -> Hook:
+    ) -> EdgeHook:
         """Quantizes the values of a unit with gradients: by the learners in their present state, elsewhere by
         ``quantizers``. drop: probability that an element of an activation stays in float, drawn by ``generator``."""
         frozen = {key: quantizer for key, quantizer in quantizers.items() if key not in self.by_edge}

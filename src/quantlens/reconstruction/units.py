@@ -3,7 +3,7 @@ these for all calibration images, of the float and of the quantized graph, in bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,7 @@ from torch import Tensor, fx
 from quantlens.calibration import CHUNK, ActivationStore, Calibration, StoredTensor
 from quantlens.errors import UnsupportedError
 from quantlens.formats import Quantizer
-from quantlens.graph import Edge, Graph
-from quantlens.graph.sites import dynamic_nodes
-
-Hook = Callable[[str, Tensor], Tensor]
-"""(edge key, value) -> what is used in its place."""
+from quantlens.graph import Edge, EdgeHook, Graph, dynamic_nodes
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,9 @@ def _unit(graph: Graph, name: str, inside: list[fx.Node], dynamic: set[fx.Node])
 
 
 # -- running them -----------------------------------------------------------------------------------------------------
-def run_unit(graph: Graph, unit: Unit, env: dict[fx.Node, Any], images: int, hook: Hook | None = None) -> list[Tensor]:
+def run_unit(
+    graph: Graph, unit: Unit, env: dict[fx.Node, Any], images: int, hook: EdgeHook | None = None
+) -> list[Tensor]:
     """Values of a unit's results; ``env`` holds its sources, ``images`` is the size of the batch."""
     shape = (images, *graph.input.meta["shape"][1:])
     env.setdefault(graph.input, torch.empty(shape, device="meta"))  # for its batch size alone
@@ -91,7 +89,7 @@ def quantized_weights(
 
 def frozen_hook(
     graph: Graph, unit: Unit, quantizers: Mapping[str, Quantizer], tensors: Mapping[str, Tensor] | None = None
-) -> Hook:
+) -> EdgeHook:
     """Applies quantizers to the edges of a unit. tensors: see :func:`quantized_weights`."""
     weights = quantized_weights(graph, unit, quantizers, tensors or {})
 
@@ -113,13 +111,6 @@ Outputs = dict[fx.Node, StoredTensor]
 """A unit's results for all images, [N, k, …] each: k rows per image (k = 1 but for windows)."""
 
 
-def by_image(value: Tensor, images: int) -> Tensor:
-    """A value [images·k, …] as [images, k, …]."""
-    if value.shape[0] % images:
-        raise UnsupportedError(f"a value of shape {list(value.shape)} cannot be told apart by image")
-    return value.unflatten(0, (images, -1))
-
-
 class Streams:
     """The values between units for all images, of the float graph and of the quantized one. chunks: (first, last + 1)
     of the images that go through a unit together."""
@@ -136,7 +127,7 @@ class Streams:
     def outputs(
         self,
         unit: Unit,
-        hook: Hook | None = None,
+        hook: EdgeHook | None = None,
         constants: Mapping[fx.Node, Tensor] | None = None,
         *,
         original: tuple[Graph, Unit] | None = None,
@@ -156,7 +147,9 @@ class Streams:
 
     def _put(self, where: Outputs, node: fx.Node, first: int, images: int, value: Tensor) -> None:
         """Store the value of some images, starting at number ``first``. Raises StorageError for a full disk."""
-        value = by_image(value, images)
+        if value.shape[0] % images:
+            raise UnsupportedError(f"a value of shape {list(value.shape)} cannot be told apart by image")
+        value = value.unflatten(0, (images, -1))
         if node not in where:
             where[node] = self.store.empty((self.count, *value.shape[1:]), value.dtype, value.device)
         where[node].write(first, value)

@@ -16,7 +16,7 @@ from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Edge
 from quantlens.metrics.divergence import sqnr_db
-from quantlens.transforms.outlier_channels import outlier_channels
+from quantlens.transforms.layers import outlier_channels
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EdgeStatistics:
     range_ratio: range (largest less smallest value) of the widest channel over that of the median one; None where the
     median channel is dead.
     dead: channels with one value only, whatever the image and token. massive: channels whose largest magnitude is more
-    than 16 times the median channel's (:mod:`quantlens.transforms.outlier_channels`), with that magnitude in ``peaks``;
+    than 16 times the median channel's (:mod:`quantlens.transforms.layers`), with that magnitude in ``peaks``;
     rest: the largest magnitude in the other channels, None where no channel is massive.
     token_norm, token_norm_median: largest and median Euclidean norm of a token; None for weights and pixels.
     """

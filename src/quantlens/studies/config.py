@@ -74,7 +74,7 @@ def _not_sampled(count: str, source: str) -> str:
 def _bits(text: str) -> str:
     """A precision in its one spelling: `W4A8`, `FP32`, `MP6` for mixed precision."""
     from quantlens.allocation import is_target, parse_target
-    from quantlens.qmodel.bits import Bits
+    from quantlens.qmodel.plan import Bits
 
     try:
         return f"MP{parse_target(text)}" if is_target(text) else str(Bits.parse(text))

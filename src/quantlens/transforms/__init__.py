@@ -9,7 +9,6 @@ from typing import Any
 
 from quantlens.graph import Graph
 from quantlens.plugins import Registry
-from quantlens.transforms.equalisation import Factors, balance, equalise_norms, smooth_factors
 from quantlens.transforms.heads import (
     ScorePair,
     ValuePair,
@@ -19,8 +18,27 @@ from quantlens.transforms.heads import (
     rotate_scores,
     rotate_values,
 )
-from quantlens.transforms.layers import fold_layer_scale, hidden_source, permute_hidden, rescale_input, split_linear
-from quantlens.transforms.norms import NormGroup, find_norm_groups, fold_norm, rescale_norm
+from quantlens.transforms.layers import (
+    alone,
+    ensure_bias,
+    fold_layer_scale,
+    hidden_source,
+    permute_hidden,
+    rescale_input,
+    split_linear,
+)
+from quantlens.transforms.norms import (
+    Factors,
+    NormGroup,
+    balance,
+    columns,
+    equalise_norms,
+    find_norm_groups,
+    fold_norm,
+    keeps_channels_last,
+    rescale_norm,
+    smooth_factors,
+)
 
 __all__ = [
     "Factors",
@@ -28,8 +46,11 @@ __all__ = [
     "ScorePair",
     "Transform",
     "ValuePair",
+    "alone",
     "available",
     "balance",
+    "columns",
+    "ensure_bias",
     "equalise_norms",
     "find_norm_groups",
     "find_score_pairs",
@@ -38,6 +59,7 @@ __all__ = [
     "fold_norm",
     "get",
     "hidden_source",
+    "keeps_channels_last",
     "permute_hidden",
     "register",
     "rescale_input",

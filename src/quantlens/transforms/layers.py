@@ -1,5 +1,5 @@
-"""A linear layer or convolution changed with what stands beside it: factors taken up, split in parts, channels in
-another order.
+"""A linear layer or convolution changed with what stands beside it: factors taken up, split in parts (outlier
+channels), channels in another order.
 
 What it computes together with them stays as it is, to float rounding.
 """
@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quantlens.graph.graph import Graph, argument, op_name, replace_argument
-from quantlens.graph.sites import Site
+from quantlens.graph import Graph, Site, argument, op_name, origin, replace_argument
 
 aten = torch.ops.aten
 
@@ -203,11 +202,13 @@ def with_constant(
 def pixel_readers(graph: Graph, channels: int) -> list[Site]:
     """The convolutions that read the image where pixel/255 is exact: with a weight of their own, that see all channels
     and pad nothing."""
-    readers = [s for s in graph.sites.of_kind("conv") if s.edges["input"].value is graph.input]
     return [
         site
-        for site in readers
-        if alone(graph, site) and not pads(site) and graph.tensor(str(site.weight)).shape[1] == channels
+        for site in graph.sites.of_kind("conv")
+        if site.edges["input"].value is graph.input
+        and alone(graph, site)
+        and not pads(site)
+        and graph.tensor(str(site.weight)).shape[1] == channels
     ]
 
 
@@ -225,3 +226,56 @@ def read_pixels(graph: Graph, readers: Sequence[Site], mean: Sequence[float], st
         rescale_input(graph, site, 1.0 / spread, -centre)
     graph.invalidate()
     return [f"{site.name}.input" for site in readers]
+
+
+# -- outlier channels ----------------------------------------------------------------------------------------------
+# Outlier channels: input channels of a linear layer that are far larger than all others.
+#
+# A trained transformer may put one value of several hundred into one channel after a GELU, for a few tokens of every
+# image, where all other channels stay below seven (Sun et al., 2024, "Massive Activations in Large Language Models").
+# One scale for the tensor then has no codes left for the rest. No factor can be moved through a GELU, and a factor
+# moved into the weights makes their column the outlier. Splitting the layer is exact: y = W₁x₁ + W₂x₂ + bias, the
+# outlier channels x₂ with a scale of their own (LLM.int8()'s decomposition, Dettmers et al., 2022, with integers on
+# both sides).
+
+
+RATIO = 16.0
+"""A channel is an outlier if its largest magnitude exceeds this many times the median channel's: four bits of an
+integer code would go to it alone."""
+
+SHARE = 1 / 16
+"""A layer with more outlier channels than this share of all is left alone: its channels are uneven."""
+
+
+def outlier_channels(largest: Tensor, ratio: float = RATIO) -> Tensor:
+    """Outliers among channels with largest magnitudes [C]: int64 [m], none if they are more than :data:`SHARE`."""
+    outliers = (largest > ratio * largest.median()).nonzero().flatten()
+    return outliers if len(outliers) <= SHARE * len(largest) else outliers[:0]
+
+
+def outlier_candidates(graph: Graph) -> list[Site]:
+    """Linear layers that may be split: those of blocks that read an activation function (not a LayerNorm, whose
+    channels can be rescaled exactly, nor an attention) and have parameters of their own."""
+    skipped = {site.node for site in graph.sites.of_kind("layer_norm", "context", "linear", "conv")}
+    layers = [site for site in graph.sites.of_kind("linear") if site.block is not None]
+    return [site for site in layers if origin(site.node.args[0]) not in skipped and alone(graph, site)]
+
+
+def split_outliers(graph: Graph, channels: Mapping[str, Tensor]) -> list[str]:
+    """Split input channels off layers (by site name, int64 [m] each); returns one sentence per layer. The function is
+    unchanged. Where nothing else reads a layer's input, the channels are put after the others before (exactly), so that
+    each part is a slice, not a gather, where the model is exported."""
+    done = []
+    for name, chosen in channels.items():
+        names = ", ".join(map(str, chosen.tolist()))
+        done.append(f"outlier input channel{'s' if len(chosen) > 1 else ''} {names} of {name} split off")
+        site = graph.sites[name]
+        source, last = hidden_source(graph, site), graph.tensor(str(site.weight)).shape[1]
+        if source is not None:
+            rest = torch.ones(last, dtype=torch.bool, device=chosen.device)
+            rest[chosen] = False
+            permute_hidden(graph, source, site, torch.cat([rest.nonzero().flatten(), chosen]))
+            chosen = torch.arange(last - len(chosen), last)
+        split_linear(graph, site, {"massive": chosen})
+    graph.invalidate()
+    return done

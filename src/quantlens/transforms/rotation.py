@@ -25,9 +25,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from quantlens.graph.graph import VIEWS, Graph, argument, op_name, replace_argument, walk
-from quantlens.graph.layout import axes_of_last
-from quantlens.graph.sites import ADDS, ROTATION, Site, dynamic_nodes
+from quantlens.graph import (
+    ADDS,
+    ROTATION,
+    VIEWS,
+    Graph,
+    Site,
+    argument,
+    axes_of_last,
+    dynamic_nodes,
+    op_name,
+    replace_argument,
+    walk,
+)
 from quantlens.transforms.layers import ACTIVATIONS, add_to_bias, alone, with_constant
 from quantlens.transforms.norms import NormGroup, find_norm_groups, fold_norm, keeps_channels_last
 
@@ -182,8 +192,7 @@ def hadamard(size: int, generator: torch.Generator) -> Tensor:
     from scipy.linalg import hadamard as sylvester
 
     matrix = torch.from_numpy(sylvester(size, dtype=float))
-    signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
-    return signs * matrix / size**0.5
+    return (torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1) * matrix / size**0.5
 
 
 def rotation_size(graph: Graph, site: Site) -> int:
