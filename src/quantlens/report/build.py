@@ -52,7 +52,7 @@ def render(board: Any, *, title: str | None = None) -> str:
         "report.html.j2",
         shown=(board.score or "", board.lowest or ""),
         title=str(title or board.study.get("name") or "Quantization report"),
-        data={"deltas": context["deltas"].by_score},
+        data={"deltas": context["deltas"]["by_score"]},
         **context,
     )
 
@@ -72,7 +72,7 @@ def page_context(board: Any) -> dict[str, Any]:
     return {
         "board": board,
         "figures": {name: make(board) for name, (_, make) in FIGURES.items()},
-        "sentences": [shipped.sentence] if shipped and not board.groups else summary.sentences(board),
+        "sentences": [shipped["sentence"]] if shipped and not board.groups else summary.sentences(board),
         "decision": shipped,
         "tiles": [] if shipped and not board.groups else summary.tiles(board),
         "scope": summary.scope(board) if board.groups else "",
