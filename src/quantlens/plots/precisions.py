@@ -294,7 +294,7 @@ def drift_figure(title: str, drifts: Drifts) -> Figure:
     """Drift of one model's attention: a panel per metric, a line per image set."""
     sets = list(dict.fromkeys(name for by_set in drifts.values() for name in by_set))
     looks = {name: Look.numbered(i) for i, name in enumerate(sets)}
-    row = PanelRow(title)
+    panels = []
     for metric in DRIFT_PANELS:
         rows = []
         for name in sets:
@@ -302,9 +302,8 @@ def drift_figure(title: str, drifts: Drifts) -> Figure:
                 stat = Stat.of([metric.of(by_set.get(name, {}))])
                 rows.append(point(name, bits, stat and stat.scaled(metric.factor), metric.digits))
         rows = drawn(rows)
-        if rows:
-            row.panels.append(Panel(line_chart(rows, looks, list(drifts), y_label=metric.label), rows, metric.title))
-    return Figure(finished(composed([row])))
+        panels.append(Panel(line_chart(rows, looks, list(drifts), y_label=metric.label), rows, metric.title))
+    return Figure(finished(composed(one_row(panels, title))))
 
 
 def write_drift(title: str, drifts: Drifts, path: str | os.PathLike[str]) -> pathlib.Path:
@@ -318,11 +317,10 @@ def changes(board: Board) -> list[PanelRow]:
     for path, detail, digits in main_metrics(board):
         metric = METRICS[path[-1]]
         rows = list(change_rows(board, path, digits))
-        if rows:
-            title = f"Δ {metric.title} {metric.arrow}"
-            kept = "datum.bits == bits" + (f" && {SCORED}" if "" in path else "")
-            chart = bar_chart(len({row["line"] for row in rows}), kept, title, falling=metric.direction == "lower")
-            panels.append(Panel(chart, rows, title, " · ".join(filter(None, [metric.change_unit, detail])), "bars"))
+        title = f"Δ {metric.title} {metric.arrow}"
+        kept = "datum.bits == bits" + (f" && {SCORED}" if "" in path else "")
+        chart = bar_chart(len({row["line"] for row in rows}), kept, title, falling=metric.direction == "lower")
+        panels.append(Panel(chart, rows, title, " · ".join(filter(None, [metric.change_unit, detail])), "bars"))
     return one_row(panels)
 
 

@@ -75,7 +75,8 @@ def page_context(board: Any) -> dict[str, Any]:
         "sentences": [shipped["sentence"]] if shipped and not board.groups else summary.sentences(board),
         "decision": shipped,
         "tiles": [] if shipped and not board.groups else summary.tiles(board),
-        "scope": summary.scope(board) if board.groups else "",
+        "id_sizes": tables.id_sizes(board),
+        "sets_by_kind": summary.sets_by_kind(board),
         "legend": [(name, GLYPHS[look.form], look.colour) for name, look in GroupLines(board).looks.items()],
         "scores": [(s, text.score_label(s)) for s in board.scores],
         "score": board.score or "",
@@ -102,5 +103,6 @@ def page_context(board: Any) -> dict[str, Any]:
         "config": runinfo.config_text(board),
         "listings": runinfo.listings(board),
         "failures": runinfo.failures(board),
-        "conventions": runinfo.conventions(board),
+        "bins": runinfo.bins(board),
+        "fits": runinfo.fits(board),
     }

@@ -44,7 +44,7 @@ def write_front(allocation: Any, path: str | Path) -> Path:
         title=f"{allocation.model} {allocation.name}",
         kicker="mixed precision",
         lead=lead,
-        panels=[panel for panel in panels if panel is not None],
+        panels=[panel for panel in panels if panel.rows],
         allocation=allocation,
     )
     write_whole(Path(path), html, what="the page")

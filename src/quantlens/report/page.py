@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from quantlens._version import __version__
 from quantlens.plots.style import VARIABLES, Panel, finished
+from quantlens.studies.text import count, join_words, span
 
 HERE = Path(__file__).parent
 
@@ -30,7 +31,13 @@ def render(template: str, *, shown: tuple[str, str] = ("", ""), **context: Any) 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"chart": Charts(*shown), "version": __version__}
+    environment.globals |= {
+        "chart": Charts(*shown),
+        "version": __version__,
+        "count": count,
+        "join_words": join_words,
+        "span": span,
+    }
     assets = ("report.css", "charts.js", "report.js")
     style, *scripts = ((HERE / "assets" / name).read_text(encoding="utf-8") for name in assets)
     script = "".join(scripts)

@@ -113,11 +113,15 @@ TABLE_1 = {
 }
 
 
+def id_sizes(board: Board) -> list[int]:
+    """How many ID images each result is of."""
+    return [int(n) for result in board.results if (n := number(dig(result, ("id", "n")))) is not None]
+
+
 def table_1(board: Board) -> list[dict[str, Any]]:
     """The paper's Table 1 (top-1 and NLL by precision), then ECE and packed size, then further metrics
     (`more`)."""
-    sizes = [n for r in board.results if (n := number(dig(r, ("id", "n")))) is not None]
-    finer = {"top1": 2} if sizes and min(sizes) >= 5000 else {}
+    finer = {"top1": 2} if min(id_sizes(board), default=0) >= 5000 else {}
     tables = []
     for i, (caption, names) in enumerate(TABLE_1.items()):
         paths = [(name,) if METRICS[name].family == "size" else ("id", name) for name in names]

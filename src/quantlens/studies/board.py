@@ -9,6 +9,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from quantlens.errors import QuantlensError, StorageError
@@ -124,17 +125,11 @@ class Board:
         widths = [b for b in self.quantized if precision_order(b)[0] == 1]
         return (widths or self.quantized or [None])[-1]
 
-    def stat(self, group: Group, bits: str, path: Path) -> Stat | None:
-        """Mean and standard deviation over seeds of a stored metric."""
-        return Stat.of(dig(result, path) for result in group.results(bits))
-
-    def change(self, group: Group, bits: str, path: Path) -> Stat | None:
-        """What quantization changed (quantized less FP32), over seeds."""
-        return Stat.of(change_of(group, result, path) for result in group.cells.get(bits, ()))
-
     def shown(self, group: Group, bits: str, path: Path, *, change: bool = False) -> Stat | None:
-        """A metric, or its change, as it is shown: a fraction as a percentage."""
-        stat = self.change(group, bits, path) if change else self.stat(group, bits, path)
+        """Mean and standard deviation over seeds of a stored metric, or of what quantization changed of it (quantized
+        less FP32), as it is shown: a fraction as a percentage."""
+        read = partial(change_of, group) if change else dig
+        stat = Stat.of(read(result, path) for result in (group.cells.get(bits, ()) if change else group.results(bits)))
         return None if stat is None else stat.scaled(metric_of(path[-1]).factor)
 
     def level(self, path: Path) -> float | None:
