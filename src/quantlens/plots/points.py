@@ -179,8 +179,7 @@ def mixed_cells(board: Board) -> list[tuple[str, Mapping[str, Any]]]:
     """(model, bits and seed of a cell; its allocation) of the cells with mixed precision; methods that share widths
     count once."""
     found: dict[str, Mapping[str, Any]] = {}
-    cells = [(g, bits, result) for g in board.groups for bits, results in g.cells.items() for result in results]
-    for group, bits, result in cells:
+    for group, bits, result in board.cells:
         allocation = result.get("allocation")
         if isinstance(allocation, Mapping) and allocation.get("groups"):
             seed = f", seed {result['seed']}" if len(board.seeds) > 1 else ""

@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import altair as alt
@@ -232,13 +233,10 @@ def metric_panels(
 def aupr(board: Board) -> list[PanelRow]:
     """AUPR-out by precision: the means of far and near sets, then every OOD set."""
     lines, at = GroupLines(board), ([(bits, bits) for bits in board.precisions], board.precisions)
-    means = PanelRow("Far and near sets", large=not lines.split)
-    for part in board.parts():
-        means.panels += metric_panels(lines, at, ("ood_mean", part, "", "aupr_out"), PART_TITLES[part])
-    each = PanelRow("Every OOD set")
-    for name, kind in board.sets.items():
-        each.panels += metric_panels(lines, at, ("ood", name, "", "aupr_out"), name, kind)
-    return [row for row in (means, each) if row.panels]
+    means = (metric_panels(lines, at, ("ood_mean", p, "", "aupr_out"), PART_TITLES[p]) for p in board.parts())
+    each = (metric_panels(lines, at, ("ood", name, "", "aupr_out"), name, kind) for name, kind in board.sets.items())
+    shared = one_row(chain.from_iterable(means), "Far and near sets", large=not lines.split)
+    return shared + one_row(chain.from_iterable(each), "Every OOD set")
 
 
 def main_metrics(board: Board) -> list[tuple[Path, str, int]]:
@@ -280,13 +278,13 @@ def drift(board: Board) -> list[PanelRow]:
     """Drift of attention against bits, for the three families of precisions; ID and OOD images side by side."""
     lines, rows = GroupLines(board), []
     for heading, x_label, widths in families(board):
-        row = PanelRow(heading, large=True)
+        panels: list[Panel] = []
         for metric in CURVES if len(widths) > 1 else ():
             at = width_places(board, widths, min(widths))
             values = {title: partial(drift_of, where, metric) for where, title in WHERE.items()}
             words: dict[str, Any] = {"caption": metric.title, "label": metric.label, "digits": metric.digits}
-            row.panels += panels_of(lines, at, values, x_label=x_label, **words)
-        rows += [row] if row.panels else []
+            panels += panels_of(lines, at, values, x_label=x_label, **words)
+        rows += one_row(panels, heading, large=True)
     return rows
 
 

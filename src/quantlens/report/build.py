@@ -62,8 +62,7 @@ def page_context(board: Any) -> dict[str, Any]:
     from quantlens.plots import FIGURES
     from quantlens.plots.precisions import GroupLines
     from quantlens.plots.style import GLYPHS
-    from quantlens.report import attention as lens
-    from quantlens.report import frontier, inspection, runinfo, summary, tables
+    from quantlens.report import attention, frontier, inspection, runinfo, summary, tables
     from quantlens.report.decision import decision
     from quantlens.studies import text
 
@@ -85,8 +84,8 @@ def page_context(board: Any) -> dict[str, Any]:
         "table_2": tables.table_2(board),
         "widths": frontier.widths(board),
         "layers": inspection.layers(board),
-        "attention": lens.attention(board),
-        "link_columns": lens.LINK_COLUMNS,
+        "attention": attention.attention(board),
+        "link_columns": attention.LINK_COLUMNS,
         "deltas": tables.delta_table(board),
         "set_columns": tables.SET_COLUMNS,
         "set_text_columns": tables.SET_TEXT_COLUMNS,

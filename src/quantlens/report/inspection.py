@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from quantlens.files import write_whole
 from quantlens.metrics import METRICS
 from quantlens.plots.points import effects, inspected
-from quantlens.report.page import render
+from quantlens.report.page import write_page
 from quantlens.studies.board import Board
 from quantlens.studies.text import MISSING, count, fixed, percent
 
@@ -112,7 +111,8 @@ def verdict(found: Any) -> str:
 def write_inspection(found: Any, path: str | Path, rank: str = "sqnr") -> Path:
     """Write one self-contained HTML page of a :class:`quantlens.sensitivity.Inspection`; an existing file is replaced
     at once or not at all. Raises StorageError."""
-    html = render(
+    return write_page(
+        path,
         "inspection.html.j2",
         title=f"{found.model} {found.bits}: which layer hurts",
         kicker="inspection",
@@ -120,5 +120,3 @@ def write_inspection(found: Any, path: str | Path, rank: str = "sqnr") -> Path:
         panel=effects(found),
         tables=[ranked(found, by, rank) for by in found.parts],
     )
-    write_whole(Path(path), html, what="the page")
-    return Path(path)

@@ -93,9 +93,10 @@ class Board:
         self.quantized = sorted(_unique(b for g in self.groups for b in g.cells), key=precision_order)
         has_baseline = any(g.fp32 is not None for g in self.groups)
         self.precisions = ([BASELINE] if has_baseline else []) + self.quantized
-        quantized = [r for g in self.groups for r in g.quantized]
-        self.results = quantized + [r for g in self.groups for r in g.results(BASELINE)]
-        self.seeds = sorted({r["seed"] for r in quantized})
+        self.cells = [(g, bits, r) for g in self.groups for bits, results in g.cells.items() for r in results]
+        """(group, precision, result) of every quantized cell"""
+        self.results = [r for *_, r in self.cells] + [r for g in self.groups for r in g.results(BASELINE)]
+        self.seeds = sorted({r["seed"] for *_, r in self.cells})
         kinds: dict[str, str] = {}
         scores: set[str] = set()
         for result in self.results:
@@ -116,8 +117,7 @@ class Board:
     @property
     def ood_path(self) -> Path | None:
         """Path of the headline OOD metric: AUPR-out of the far sets, else of all or near ones."""
-        found = [("ood_mean", part, score, "aupr_out") for part in self.parts() for score in self.scores]
-        return found[0] if found else None
+        return next((("ood_mean", part, self.scores[0], "aupr_out") for part in self.parts() if self.scores), None)
 
     @property
     def lowest(self) -> str | None:
