@@ -94,11 +94,11 @@ def test_correlation_has_one_point_per_quantized_cell(store):
     assert float(first["Spearman"].replace("−", "-")) < -0.5, "the made-up metric falls as the made-up drift grows"
     low, high = (float(t.replace("−", "-")) for t in first["95 % interval"].split(" to "))
     assert low <= float(first["Spearman"].replace("−", "-")) < high
-    points = links(board)[0].pairs
-    one = next(p for p in points if p.bits == "W4A4" and p.seed == "13")
-    result = one.group.cells["W4A4"][1]
-    assert one.x == pytest.approx(1 - result["attention"]["id"]["rollout_spearman"])
-    assert one.y == pytest.approx(100 * result["change"]["ood_mean"]["far"]["msp"]["aupr_out"])
+    pairs = links(board)[0].pairs
+    group, x, y = next((group, x, y) for group, bits, seed, x, y in pairs if (bits, seed) == ("W4A4", "13"))
+    result = group.cells["W4A4"][1]
+    assert x == pytest.approx(1 - result["attention"]["id"]["rollout_spearman"])
+    assert y == pytest.approx(100 * result["change"]["ood_mean"]["far"]["msp"]["aupr_out"])
     (row,) = FIGURES["drift-aupr"][1](board)
     assert [len(panel.rows) for panel in row.panels] == [cells] * 4
 

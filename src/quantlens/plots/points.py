@@ -50,10 +50,10 @@ def scatter(link: Link, lines: GroupLines) -> Panel:
     interval = "" if found.low is None else f" (95 % {fixed(found.low, 2)} to {fixed(found.high, 2)})"
     words = f"on {WHERE[link.where]} · {rho}{interval}, {count(found.n, 'cell')}"
     rows = []
-    for pair in link.pairs:
-        drifted, changed = fixed(pair.x, metric.digits), fixed(pair.y, 1, sign=True)
-        said = f"{pair.group.name}, {pair.bits}, seed {pair.seed}: drift {drifted}, Δ AUPR-out {changed} points"
-        rows.append({"line": lines.name(pair.group), "x": pair.x, "y": pair.y, "said": said})
+    for group, bits, seed, x, y in link.pairs:
+        drifted, changed = fixed(x, metric.digits), fixed(y, 1, sign=True)
+        said = f"{group.name}, {bits}, seed {seed}: drift {drifted}, Δ AUPR-out {changed} points"
+        rows.append({"line": lines.name(group), "x": x, "y": y, "said": said})
     zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=MUTED).encode(y="zero:Q")
     shown = marks(rows, lines.looks, x=alt.X("x:Q", title=metric.label), y=alt.Y("y:Q", title="Δ AUPR-out, points"))
     return Panel(alt.layer(zero, shown).properties(height=230), rows, metric.title, words, "lines scatter")

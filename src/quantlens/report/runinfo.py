@@ -14,8 +14,9 @@ from quantlens.studies.text import (
     count,
     duration,
     fixed,
+    mean_std,
+    metric_digits,
     metric_heading,
-    metric_text,
     number,
     plain,
     score_label,
@@ -66,7 +67,7 @@ def checkpoints(board: Board) -> Listing:
             plain(dig(sample, ("checkpoint_sha256",))),
             fixed(None if parameters is None else parameters / 1e6, 2),
             fixed(number(dig(group.fp32, ("size_mb",))), 1),
-            *(metric_text(name, number(dig(group.fp32, ("id", name)))) for name in names),
+            *(mean_std(board.shown(group, BASELINE, ("id", name)), metric_digits(name)) for name in names),
         ]
     columns = [
         "Model",

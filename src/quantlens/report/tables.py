@@ -203,26 +203,21 @@ def set_rows(board: Board) -> list[list[str]]:
     places: list[tuple[str, str, Path]] = [(name, kind or MISSING, ("ood", name)) for name, kind in board.sets.items()]
     means = {part for result in board.results for part in result.get("ood_mean") or {}}
     places += [(f"mean, {PARTS[p]}", p, ("ood_mean", p)) for p in PARTS if p in means]
+    digits = {**dict.fromkeys(SET_CHANCES, 1), "n_id": 0, "n_ood": 0}
     rows = []
     for score, (name, kind, path), group, bits in product(board.scores, places, board.groups, board.precisions):
-        row = set_row(board, group, bits, (*path, score))
-        if row is not None:
-            rows.append([group.model, group.method, bits, name, kind, score_label(score), *row])
+        stats = {key: board.shown(group, bits, (*path, score, key)) for key in (*SET_SHARES, *digits)}
+        if not any(stats.values()):
+            continue
+        seeds, delta = MISSING, MISSING
+        if bits != BASELINE:
+            seeds = str(max(stat.n for stat in stats.values() if stat))
+            delta = delta_text(board, group, bits, (*path, score, "aupr_out"))
+        first, *shares = (mean_std(stats[key], 1) for key in SET_SHARES)
+        counted = (fixed(mean_of(stats[key]), n) for key, n in digits.items())
+        texts = [group.model, group.method, bits, name, kind, score_label(score), seeds, first, delta]
+        rows.append([*texts, *shares, *counted])
     return rows
-
-
-def set_row(board: Board, group: Group, bits: str, path: Path) -> list[str] | None:
-    """The metrics of one row of the per-set table from "Seeds" on; None where the store has none."""
-    stats = {key: board.shown(group, bits, (*path, key)) for key in (*SET_SHARES, *SET_CHANCES, "n_id", "n_ood")}
-    if not any(stats.values()):
-        return None
-    seeds, delta = MISSING, MISSING
-    if bits != BASELINE:
-        seeds = str(max(stat.n for stat in stats.values() if stat))
-        delta = delta_text(board, group, bits, (*path, "aupr_out"))
-    first, *shares = (mean_std(stats[key], 1) for key in SET_SHARES)
-    digits = {**dict.fromkeys(SET_CHANCES, 1), "n_id": 0, "n_ood": 0}
-    return [seeds, first, delta, *shares, *(fixed(mean_of(stats[key]), n) for key, n in digits.items())]
 
 
 def class_tables(board: Board) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 from quantlens.errors import QuantlensError, StorageError
@@ -25,11 +25,7 @@ _SEED_IN_SOURCE = re.compile(r"([?&])seed=\d+&?")
 
 def dig(tree: Any, path: Path) -> Any:
     """The value at `path` in nested dicts, or None where a key is absent."""
-    for key in path:
-        if not isinstance(tree, Mapping):
-            return None
-        tree = tree.get(key)
-    return tree
+    return reduce(lambda found, key: found.get(key) if isinstance(found, Mapping) else None, path, tree)
 
 
 @dataclass
@@ -108,22 +104,14 @@ class Board:
         self.sets = dict(sorted(kinds.items(), key=lambda item: rank.get(item[1], 2)))
         """OOD set → "far" or "near" ("" if not stated), far sets first"""
         self.scores = sorted(scores, key=score_order)
-
-    @property
-    def score(self) -> str | None:
+        self.score: str | None = next(iter(self.scores), None)
         """The score shown first: MSP as in the paper, else the first there is."""
-        return self.scores[0] if self.scores else None
-
-    @property
-    def ood_path(self) -> Path | None:
+        paths = (("ood_mean", part, self.scores[0], "aupr_out") for part in self.parts() if self.scores)
+        self.ood_path: Path | None = next(paths, None)
         """Path of the headline OOD metric: AUPR-out of the far sets, else of all or near ones."""
-        return next((("ood_mean", part, self.scores[0], "aupr_out") for part in self.parts() if self.scores), None)
-
-    @property
-    def lowest(self) -> str | None:
-        """The lowest precision among the quantized cells."""
         widths = [b for b in self.quantized if precision_order(b)[0] == 1]
-        return (widths or self.quantized or [None])[-1]
+        self.lowest: str | None = (widths or self.quantized or [None])[-1]
+        """The lowest precision among the quantized cells."""
 
     def shown(self, group: Group, bits: str, path: Path, *, change: bool = False) -> Stat | None:
         """Mean and standard deviation over seeds of a stored metric, or of what quantization changed of it (quantized

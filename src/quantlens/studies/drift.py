@@ -17,15 +17,8 @@ def drift_of(where: str, metric: DriftMetric, group: Group, bits: str, score: st
     return None if stat is None else stat.scaled(metric.factor)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One quantized cell: its group, precision, seed, drift (x) and change of AUPR-out in points (y)."""
-
-    group: Group
-    bits: str
-    seed: str
-    x: float
-    y: float
+Pair = tuple[Group, str, str, float, float]
+"""One quantized cell: its group, precision, seed, drift (x) and change of AUPR-out in points (y)."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +35,14 @@ def links(board: Board) -> list[Link]:
     """Every metric of drift that cells have beside a change of AUPR-out (`Board.ood_path`)."""
     found = []
     for metric, where in product(CAUSES, WHERE) if board.ood_path else ():
-        pairs = []
+        pairs: list[Pair] = []
         for group, bits, result in board.cells:
             x, change = value_in(result, where, metric), change_of(group, result, board.ood_path or ())
             if x is not None and change is not None:
-                pairs.append(Pair(group, bits, str(result["seed"]), x, 100 * change))
+                pairs.append((group, bits, str(result["seed"]), x, 100 * change))
         if pairs:
-            conditions = [(p.group.index, p.bits) for p in pairs]
-            linked = associate([p.x for p in pairs], [p.y for p in pairs], conditions, [p.bits for p in pairs])
+            groups, precisions, _, drifts, changes = zip(*pairs, strict=True)
+            conditions = [(group.index, bits) for group, bits in zip(groups, precisions, strict=True)]
+            linked = associate(drifts, changes, conditions, precisions)
             found.append(Link(metric, where, pairs, linked))
     return found
