@@ -18,18 +18,14 @@ RANKED = {"sqnr": "by the noise of the logits", "kl": "by the KL divergence"}
 Row = tuple[str, ...]
 
 
-def _largest(metric: str, weights: bool | None = None) -> Callable[[Any], str]:
+def _largest(part: Any, metric: str, weights: bool | None = None) -> str:
     """The largest of a metric over the edges of a part (all of them, its weights, or its activations), in three digits
     without an exponent below a hundred thousand."""
-
-    def text(part: Any) -> str:
-        values = [getattr(e, metric) for e in part.edges if weights is None or e.is_weight is weights]
-        value = max((v for v in values if v is not None), default=None)
-        if value is None:
-            return MISSING
-        return f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:.3g}"
-
-    return text
+    values = [getattr(e, metric) for e in part.edges if weights is None or e.is_weight is weights]
+    value = max((v for v in values if v is not None), default=None)
+    if value is None:
+        return MISSING
+    return f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:.3g}"
 
 
 EFFECT: dict[str, Callable[[Any], str]] = {
@@ -39,11 +35,11 @@ EFFECT: dict[str, Callable[[Any], str]] = {
     METRICS["changed"].heading: lambda p: percent(p.effect.changed),
 }
 OF_EDGES: dict[str, Callable[[Any], str]] = {
-    "ratio A": _largest("range_ratio", False),
-    "ratio W": _largest("range_ratio", True),
-    "kurtosis A": _largest("kurtosis", False),
-    "kurtosis W": _largest("kurtosis", True),
-    "token norm": _largest("token_norm"),
+    "ratio A": lambda p: _largest(p, "range_ratio", False),
+    "ratio W": lambda p: _largest(p, "range_ratio", True),
+    "kurtosis A": lambda p: _largest(p, "kurtosis", False),
+    "kurtosis W": lambda p: _largest(p, "kurtosis", True),
+    "token norm": lambda p: _largest(p, "token_norm"),
     "stands out": lambda p: p.remark(),
 }
 
