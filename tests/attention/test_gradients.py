@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from math import prod
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_every_architecture_and_precision(architecture, loaded, pictures):
 def test_gradient_rollout(loaded, pictures):
     model = loaded["deit-distilled"]
     maps = gradient_rollout(model, pictures, target=2)
-    assert maps.shape == (8, Lens(model).layout.patches)
+    assert maps.shape == (8, prod(Lens(model).layout.grid))
     assert float(maps.amax()) <= 1 + 1e-6
     assert not torch.allclose(maps, gradient_rollout(model, pictures, target=5))
 

@@ -42,21 +42,26 @@ def test_studies_without_attention_have_no_section(full_store):
 
 def test_a_gallery_for_every_image_and_a_picture_for_every_cell(store):
     board, section = _section(store)
-    assert [g["key"] for g in section.pictures.shown] == ["id-id-0", "id-id-7", "ood-textures-0", "ood-textures-7"]
+    assert [g["key"] for g in section["pictures"]["shown"]] == [
+        "id-id-0",
+        "id-id-7",
+        "ood-textures-0",
+        "ood-textures-7",
+    ]
     classes = re.findall(r'class="table gallery( alt)?"', render(board))
     assert classes == ["", " alt", " alt", " alt"], "the first is shown, the others can be chosen"
-    gallery = section.pictures.shown[0]
+    gallery = section["pictures"]["shown"][0]
     assert {len(shots) for *_, shots in gallery["maps"]} == {len(board.precisions)}
     assert [(method, model) for method, model, _ in gallery["maps"]] == [(g.method, g.model) for g in board.groups]
     fp32 = board.groups[0].fp32["attention_examples"][0]
     shot = gallery["maps"][0][2][0]
-    drawn = Image.open(io.BytesIO(base64.b64decode(shot.uri.removeprefix("data:image/webp;base64,")))).convert("RGB")
+    drawn = Image.open(io.BytesIO(base64.b64decode(shot["uri"].removeprefix("data:image/webp;base64,")))).convert("RGB")
     values = pictures.relative(np.reshape(fp32["rollout"], (4, 4)))
-    expected = pictures.overlay(pictures.from_webp(fp32["thumbnail"]), values, section.pictures.scale)
+    expected = pictures.overlay(pictures.from_webp(fp32["thumbnail"]), values, section["pictures"]["scale"])
     assert np.abs(np.asarray(drawn, float) - np.asarray(expected, float)).mean() < 12
-    assert (shot.label, shot.probability, shot.changed) == ("tench", "90 %", False)
+    assert (shot["label"], shot["probability"], shot["changed"]) == ("tench", "90 %", False)
     lowest = gallery["maps"][0][2][-1]
-    assert lowest.changed
+    assert lowest["changed"]
     page = render(board)
     assert "&lt;b&gt;otter" in page
     assert "<b>otter" not in page
@@ -67,13 +72,13 @@ def test_a_gallery_for_every_image_and_a_picture_for_every_cell(store):
 
 def test_tables_and_curves_are_the_stores_means(store):
     board, section = _section(store)
-    table = section.tables[0]
-    row = table.rows[0]
+    table = section["tables"][0]
+    row = table["rows"][0]
     results = board.groups[0].cells["W4A4"]
     at = board.precisions.index("W4A4")
     expected = np.mean([r["attention"]["id"]["outliers"] for r in results])
-    assert float(row.values[at].text) == pytest.approx(expected, abs=0.06)
-    assert row.values[0].text == "20.0"
+    assert float(row["cells"][at]["text"]) == pytest.approx(expected, abs=0.06)
+    assert row["cells"][0]["text"] == "20.0"
     ood = np.mean([np.mean([s["row_kl"] for s in r["attention"]["ood"].values()]) for r in results])
     assert drift_of("ood", metrics.KL, board.groups[0], "W4A4").mean == pytest.approx(ood)
     curves = FIGURES["drift"][1](board)
@@ -84,16 +89,16 @@ def test_tables_and_curves_are_the_stores_means(store):
 def test_correlation_has_one_point_per_quantized_cell(store):
     board, section = _section(store)
     cells = 2 * 2 * 5 * 2
-    first = dict(zip(lens.LINK_COLUMNS, section.links[0], strict=True))
+    first = dict(zip(lens.LINK_COLUMNS, section["links"][0], strict=True))
     assert first["Cells"] == f"{cells} (20 conditions)"
     assert float(first["Spearman"].replace("−", "-")) < -0.5, "the made-up metric falls as the made-up drift grows"
     low, high = (float(t.replace("−", "-")) for t in first["95 % interval"].split(" to "))
     assert low <= float(first["Spearman"].replace("−", "-")) < high
-    points = links(board)[0].pairs
-    one = next(p for p in points if p.bits == "W4A4" and p.seed == "13")
-    result = one.group.cells["W4A4"][1]
-    assert one.x == pytest.approx(1 - result["attention"]["id"]["rollout_spearman"])
-    assert one.y == pytest.approx(100 * result["change"]["ood_mean"]["far"]["msp"]["aupr_out"])
+    pairs = links(board)[0].pairs
+    group, x, y = next((group, x, y) for group, bits, seed, x, y in pairs if (bits, seed) == ("W4A4", "13"))
+    result = group.cells["W4A4"][1]
+    assert x == pytest.approx(1 - result["attention"]["id"]["rollout_spearman"])
+    assert y == pytest.approx(100 * result["change"]["ood_mean"]["far"]["msp"]["aupr_out"])
     (row,) = FIGURES["drift-aupr"][1](board)
     assert [len(panel.rows) for panel in row.panels] == [cells] * 4
 
@@ -102,7 +107,7 @@ def test_few_cells_give_no_correlation(store):
     kept = [c for c in store.cells() if c.spec["bits"] in ("FP32", "W4A4") and c.spec["model"] == MODELS[0]
             and c.spec["method"] in ("fp32", "minmax")]  # fmt: skip
     board, section = _section(type(store)(kept))
-    assert section.links[0][3:] == ["–"] * 4
+    assert section["links"][0][3:] == ["–"] * 4
     assert "too few cells" in FIGURES["drift-aupr"][1](board)[0].panels[0].detail
 
 
@@ -112,9 +117,9 @@ def test_models_without_the_lens_say_why(store):
             cell.result["attention"] = {"unavailable": "attention is computed in <windows>"}
             del cell.result["attention_examples"]
     board, section = _section(store)
-    assert len(section.reasons) == 1
+    assert len(section["reasons"]) == 1
     assert "&lt;windows&gt;" in render(board)
-    assert {model for _, model, _ in section.pictures.shown[0]["maps"]} == {MODELS[0]}
+    assert {model for _, model, _ in section["pictures"]["shown"][0]["maps"]} == {MODELS[0]}
     for cell in store.cells():
         cell.result["attention"] = {"unavailable": "no"}
     assert "Attention maps and drift" in render(_section(store)[0])
@@ -136,9 +141,9 @@ def test_damaged_examples_do_no_harm(store, damage):
 
 def test_too_many_pictures_are_left_out_and_counted(store, monkeypatch):
     _, whole = _section(store)
-    first = whole.pictures.shown[0]
-    size = sum(len(s.uri) for rows in (first["maps"], first["norms"]) for *_, cells in rows for s in cells)
+    first = whole["pictures"]["shown"][0]
+    size = sum(len(s["uri"]) for rows in (first["maps"], first["norms"]) for *_, cells in rows for s in cells)
     monkeypatch.setattr(lens, "PICTURE_BYTES", int(2.5 * size))
     board, section = _section(store)
-    assert (len(section.pictures.shown), section.pictures.left_out) == (2, 2)
+    assert (len(section["pictures"]["shown"]), section["pictures"]["left_out"]) == (2, 2)
     assert "2 further images" in render(board)

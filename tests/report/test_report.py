@@ -71,25 +71,25 @@ def results(store, model, method, bits):
 
 def test_table_1_has_the_stores_means_and_deviations(full_store):
     table = table_1(board_of(full_store))[0]
-    assert table.heads[0] == ("Top-1 % ↑", ["FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4"])
-    row = next(r for r in table.rows if (r.model, r.method) == (VIT, "repq-vit"))
-    assert row.seeds == "3"
-    for column, (bits, key) in enumerate((b, k) for k in ("top1", "nll") for b in table.heads[0][1]):
+    assert table["heads"][0] == ("Top-1 % ↑", ["FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4"])
+    row = next(r for r in table["rows"] if (r["group"].model, r["group"].method) == (VIT, "repq-vit"))
+    assert row["seeds"] == "3"
+    for column, (bits, key) in enumerate((b, k) for k in ("top1", "nll") for b in table["heads"][0][1]):
         found = results(full_store, VIT, "fp32" if bits == "FP32" else "repq-vit", bits)
         values = [r["id"][key] * (100 if key == "top1" else 1) for r in found]
         digits = 1 if key == "top1" else 3
-        value = row.values[column]
-        assert value.text == f"{statistics.fmean(values):.{digits}f}"
-        assert value.spread == ("" if bits == "FP32" else f"{statistics.stdev(values):.{digits}f}")
+        value = row["cells"][column]
+        assert value["text"] == f"{statistics.fmean(values):.{digits}f}"
+        assert value["spread"] == ("" if bits == "FP32" else f"{statistics.stdev(values):.{digits}f}")
 
 
 def test_the_best_method_of_each_model_is_marked(full_store):
     table = table_1(board_of(full_store))[0]
-    column = table.heads[0][1].index("W4A4")
+    column = table["heads"][0][1].index("W4A4")
     for model in (DEIT, VIT):
-        rows = [r for r in table.rows if r.model == model]
-        best = max(rows, key=lambda r: float(r.values[column].text))
-        assert [r.method for r in rows if r.values[column].best] == [best.method]
+        rows = [r for r in table["rows"] if r["group"].model == model]
+        best = max(rows, key=lambda r: float(r["cells"][column]["text"]))
+        assert [r for r in rows if r["cells"][column]["best"]] == [best]
 
 
 def test_set_rows_equal_the_store(full_store):
@@ -110,13 +110,13 @@ def test_set_rows_equal_the_store(full_store):
 
 def test_changes_are_sorted_by_loss_and_follow_the_score(full_store):
     table = delta_table(board_of(full_store))
-    firsts = [float(r[4].split(" ")[0].replace("−", "-")) for r in table.rows]
+    firsts = [float(r[4].split(" ")[0].replace("−", "-")) for r in table["rows"]]
     assert firsts == sorted(firsts), "the largest loss of top-1 is the most negative change"
     assert firsts[0] < 0
-    row = table.rows[0]
+    row = table["rows"][0]
     stored = [r["change"]["ood_mean"]["far"]["vim"]["aupr_out"] for r in results(full_store, row[0], row[1], row[2])]
-    assert table.by_score["vim"][0][0].startswith(percent(statistics.fmean(stored), sign=True))
-    assert table.rows[0][-2:] == table.by_score["msp"][0]
+    assert table["by_score"]["vim"][0][0].startswith(percent(statistics.fmean(stored), sign=True))
+    assert row[-2:] == table["by_score"]["msp"][0]
 
 
 @pytest.mark.parametrize("carried", [True, False])
@@ -129,18 +129,19 @@ def test_a_change_is_computed_from_the_metrics_and_never_read(make, carried):
     quantized["delta"] = quantized["change"] = {"id": {"top1": 0.123}}
     if not carried:
         del quantized["fp32"]
-    row = delta_table(board_of(fake_store(cells))).rows[0]
+    row = delta_table(board_of(fake_store(cells)))["rows"][0]
     assert row[4] == percent(expected, sign=True)
     assert expected < 0
 
 
 def test_classes_worst_first(full_store):
-    table = next(t for t in class_tables(board_of(full_store)) if (t.model, t.method) == (VIT, "minmax"))
-    lowest = [float(r[-2]) for r in table.rows]
+    tables = class_tables(board_of(full_store))
+    table = next(t for t in tables if (t["group"].model, t["group"].method) == (VIT, "minmax"))
+    lowest = [float(r[-2]) for r in table["rows"]]
     assert lowest == sorted(lowest)
-    worst = int(table.rows[0][0])
+    worst = int(table["rows"][0][0])
     stored = [r["id"]["per_class"][worst]["top1"] for r in results(full_store, VIT, "minmax", "W4A4")]
-    assert table.rows[0][-2] == percent(statistics.fmean(stored))
+    assert table["rows"][0][-2] == percent(statistics.fmean(stored))
 
 
 def test_summary_states_the_largest_and_least_loss(full_store):

@@ -231,16 +231,16 @@ def nodes(*resources: dict) -> object:
 
 
 def test_how_a_cluster_is_divided() -> None:
-    from quantlens.studies.executors.ray import Share, share
+    from quantlens.studies.executors.ray import share
 
     gpus = nodes({"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4})
-    assert share(gpus, None, ResourcesSpec(), "auto", 100) == Share(8, 1, 1.0)
-    assert share(gpus, None, ResourcesSpec(gpu=0.25), "auto", 100) == Share(32, 1, 0.25)
-    assert share(gpus, None, ResourcesSpec(gpu=0.25, cpu=4), "auto", 100) == Share(8, 4, 0.25)
-    assert share(gpus, None, ResourcesSpec(cpu=4), "cpu", 100) == Share(8, 4, 0.0)
-    assert share(gpus, None, ResourcesSpec(), "auto", 3) == Share(3, 1, 1.0)
-    assert share(nodes({"CPU": 2}), 2, ResourcesSpec(), "auto", 19) == Share(2, 1, 0.0)
-    assert share(nodes({"CPU": 8}, {"CPU": 4}), 1, ResourcesSpec(), "auto", 19) == Share(1, 8, 0.0)
+    assert share(gpus, None, ResourcesSpec(), "auto", 100) == (8, 1, 1.0)
+    assert share(gpus, None, ResourcesSpec(gpu=0.25), "auto", 100) == (32, 1, 0.25)
+    assert share(gpus, None, ResourcesSpec(gpu=0.25, cpu=4), "auto", 100) == (8, 4, 0.25)
+    assert share(gpus, None, ResourcesSpec(cpu=4), "cpu", 100) == (8, 4, 0.0)
+    assert share(gpus, None, ResourcesSpec(), "auto", 3) == (3, 1, 1.0)
+    assert share(nodes({"CPU": 2}), 2, ResourcesSpec(), "auto", 19) == (2, 1, 0.0)
+    assert share(nodes({"CPU": 8}, {"CPU": 4}), 1, ResourcesSpec(), "auto", 19) == (1, 8, 0.0)
     with pytest.raises(QuantlensError, match="asks for 9 CPU"):
         share(nodes({"CPU": 8}, {"CPU": 8}), 1, ResourcesSpec(cpu=9), "auto", 19)
 

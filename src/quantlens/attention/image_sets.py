@@ -202,7 +202,9 @@ def example(view: SetView, k: int, lens: Lens, *, is_ood: bool, thumbnail: bool)
         "class_name": name_of(names, predicted),
         "probability": round(float(view.confidence[MODEL][k]), 4),
         "rollout": [round(v, 3) for v in view.maps[MODEL][k].ravel().tolist()],
-        "norms": {lens.blocks[b]: _short(view.norms[MODEL][k, b].tolist()) for b in _telling_blocks(view)},
+        "norms": {
+            lens.blocks[b]: [float(f"{v:.4g}") for v in view.norms[MODEL][k, b].tolist()] for b in _telling_blocks(view)
+        },
     }
     if thumbnail:
         small = pictures.photograph(images, index)
@@ -216,7 +218,3 @@ def _telling_blocks(view: SetView) -> list[int]:
     """The last block, and the one with most outlier tokens in the float model, if it has any."""
     counts = view.outliers[FP32].sum(2).mean(0)
     return sorted({len(counts) - 1, *([int(counts.argmax())] if counts.max() > 0 else [])})
-
-
-def _short(values: list[float]) -> list[float]:
-    return [float(f"{value:.4g}") for value in values]

@@ -13,6 +13,7 @@ Maps are not stretched to [0, 1] per image: between precisions, the size of a ma
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,6 @@ def _on_grid(qmodel: QuantizedModel, tokens: Tensor) -> Tensor:
     if tokens.dim() == 4:
         return tokens
     layout = layout_of(qmodel.graph)
-    if tokens.dim() != 3 or tokens.shape[1] != layout.prefix + layout.patches:
+    if tokens.dim() != 3 or tokens.shape[1] != layout.prefix + prod(layout.grid):
         raise QuantlensError(f"the layer's values have shape {list(tokens.shape)}, which are no tokens of the patches")
     return tokens[:, layout.prefix :].unflatten(1, layout.grid)

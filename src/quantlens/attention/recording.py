@@ -25,10 +25,6 @@ class Layout(NamedTuple):
     prefix: int
     grid: tuple[int, int]
 
-    @property
-    def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
 
 class View(NamedTuple):
     """What a lens sees of a batch: logits [B, K]; attention of every block, [B, H, N, N] each; tokens that every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -39,18 +40,22 @@ def demo(
 ) -> None:
     """See HELP."""
     from quantlens.report import demo as room
-    from quantlens.studies.progress import duration
+    from quantlens.studies.results import results
+    from quantlens.studies.text import duration
 
-    found = room.run_demo(
+    started, chosen = time.monotonic(), _common.whole_numbers(seeds, "--seeds") or room.SEEDS
+    summary, report = room.run_demo(
         out,
         _common.names(methods) or room.METHODS,
         _common.names(bits) or room.BITS,
-        _common.whole_numbers(seeds, "--seeds") or room.SEEDS,
+        chosen,
         scores=_common.names(scores) or None,
         progress=not quiet,
         workers=workers,
     )
-    _common.console().print(means_table(found.means, found.title))
-    print(f"{found.summary}, in {duration(found.seconds)} with the report")
-    print(f"report: {found.report}")
-    tell_failures(found.summary)
+    means = results(out).means()
+    title = f"{room.MODEL}: {len(means)} rows, mean ± standard deviation over {len(set(chosen))} seeds"
+    _common.console().print(means_table(means, title))
+    print(f"{summary}, in {duration(time.monotonic() - started)} with the report")
+    print(f"report: {report}")
+    tell_failures(summary)

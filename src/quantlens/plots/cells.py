@@ -52,8 +52,7 @@ def histograms(board: Board) -> list[PanelRow]:
     for group in board.groups:
         for name in board.sets:
             rows = [one for bits, score in kept for one in histogram_rows(group, bits, score, name)]
-            if rows:
-                panels.append(Panel(chart, rows, f"{group.method} · {name}", group.model, "hist", str(group.index)))
+            panels.append(Panel(chart, rows, f"{group.method} · {name}", group.model, "hist", str(group.index)))
     return one_row(panels, note=note)
 
 

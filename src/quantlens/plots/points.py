@@ -50,10 +50,10 @@ def scatter(link: Link, lines: GroupLines) -> Panel:
     interval = "" if found.low is None else f" (95 % {fixed(found.low, 2)} to {fixed(found.high, 2)})"
     words = f"on {WHERE[link.where]} · {rho}{interval}, {count(found.n, 'cell')}"
     rows = []
-    for pair in link.pairs:
-        drifted, changed = fixed(pair.x, metric.digits), fixed(pair.y, 1, sign=True)
-        said = f"{pair.group.name}, {pair.bits}, seed {pair.seed}: drift {drifted}, Δ AUPR-out {changed} points"
-        rows.append({"line": lines.name(pair.group), "x": pair.x, "y": pair.y, "said": said})
+    for group, bits, seed, x, y in link.pairs:
+        drifted, changed = fixed(x, metric.digits), fixed(y, 1, sign=True)
+        said = f"{group.name}, {bits}, seed {seed}: drift {drifted}, Δ AUPR-out {changed} points"
+        rows.append({"line": lines.name(group), "x": x, "y": y, "said": said})
     zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=MUTED).encode(y="zero:Q")
     shown = marks(rows, lines.looks, x=alt.X("x:Q", title=metric.label), y=alt.Y("y:Q", title="Δ AUPR-out, points"))
     return Panel(alt.layer(zero, shown).properties(height=230), rows, metric.title, words, "lines scatter")
@@ -71,9 +71,8 @@ def latency(board: Board) -> list[PanelRow]:
     return rows
 
 
-def latency_panel(place: Place, values: Sequence[float | None], metric: str, title: str) -> Panel | None:
-    """A metric of each file against its median latency; the area of a mark grows with the size of its file. None
-    without a value."""
+def latency_panel(place: Place, values: Sequence[float | None], metric: str, title: str) -> Panel:
+    """A metric of each file against its median latency; the area of a mark grows with the size of its file."""
     rows = []
     on, off = FRONT
     for i, (choice, value) in enumerate(zip(place.choices, values, strict=True)):
@@ -82,8 +81,6 @@ def latency_panel(place: Place, values: Sequence[float | None], metric: str, tit
             row = {"line": on if place.front[i] == i else off, "number": i + 1, "x": choice.latency, "y": 100 * value}
             said = f"{i + 1}. {choice.name}: {fixed(100 * value, 2)} % in {fixed(choice.latency, 2)} ms{size}"
             rows.append({**row, "size": choice.size or 0.0, "said": said})
-    if not rows:
-        return None
     area = alt.Size("size:Q", scale=alt.Scale(range=[30, 300], zero=True), legend=None)
     x = alt.X("x:Q", title="median latency, ms", scale=alt.Scale(zero=True))
     y = alt.Y("y:Q", title=METRICS[metric].label, scale=alt.Scale(zero=False, padding=14))
@@ -102,11 +99,11 @@ def inspected(board: Board) -> list[Any]:
 
 def layers(board: Board) -> list[PanelRow]:
     """Every site of each inspected model alone."""
-    return [PanelRow(found.model, [panel]) for found in inspected(board) if (panel := effects(found)) is not None]
+    return [row for found in inspected(board) for row in one_row([effects(found)], heading=found.model)]
 
 
-def effects(found: Any) -> Panel | None:
-    """SQNR of every site in execution order, a mark each; None where none has any noise."""
+def effects(found: Any) -> Panel:
+    """SQNR of every site in execution order, a mark each of those that have any noise."""
     looks = {name: Look(i, i) for i, name in enumerate([*KINDS, OTHER])}
     rows = []
     for i, part in enumerate(found.sites):
@@ -114,8 +111,6 @@ def effects(found: Any) -> Panel | None:
             kind = next((name for name, kinds in KINDS.items() if part.kind in kinds), OTHER)
             said = f"{part.name}, {part.bits}: {fixed(part.effect.sqnr_db, 1)} dB"
             rows.append({"line": kind, "x": i, "y": part.effect.sqnr_db, "said": said})
-    if not rows:
-        return None
     blocks = [part.block for part in found.sites]
     at = [blocks.index(block) for block in dict.fromkeys(blocks) if block is not None]
     axis = alt.Axis(values=at, labelExpr=f"indexof({at}, datum.value)", labelOverlap=True)
@@ -128,8 +123,8 @@ def effects(found: Any) -> Panel | None:
 
 
 # -- mixed precision --------------------------------------------------------------------------------------------------
-def front(frontier: Mapping[str, Any], caption: str, detail: str = "") -> Panel | None:
-    """Total sensitivity (logarithmic) against cost: the front, the uniform models, and the choice; None without points.
+def front(frontier: Mapping[str, Any], caption: str, detail: str = "") -> Panel:
+    """Total sensitivity (logarithmic) against cost: the front, the uniform models, and the choice.
 
     frontier: what :meth:`quantlens.allocation.Allocation.frontier` gives.
     """
@@ -143,8 +138,6 @@ def front(frontier: Mapping[str, Any], caption: str, detail: str = "") -> Panel 
         for line, label, cost, loss in points
         if loss > 0
     ]
-    if not rows:
-        return None
     looks = {"Pareto front": Look(0), "one width everywhere": Look(1, 1), chosen: Look(2, 2)}
     x = alt.X("x:Q", title=f"{what}, {name}", scale=alt.Scale(zero=False))
     y = alt.Y("y:Q", title="total sensitivity", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e", tickCount=4))
@@ -186,8 +179,7 @@ def mixed_cells(board: Board) -> list[tuple[str, Mapping[str, Any]]]:
     """(model, bits and seed of a cell; its allocation) of the cells with mixed precision; methods that share widths
     count once."""
     found: dict[str, Mapping[str, Any]] = {}
-    cells = [(g, bits, result) for g in board.groups for bits, results in g.cells.items() for result in results]
-    for group, bits, result in cells:
+    for group, bits, result in board.cells:
         allocation = result.get("allocation")
         if isinstance(allocation, Mapping) and allocation.get("groups"):
             seed = f", seed {result['seed']}" if len(board.seeds) > 1 else ""

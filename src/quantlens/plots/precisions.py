@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import altair as alt
@@ -232,13 +233,10 @@ def metric_panels(
 def aupr(board: Board) -> list[PanelRow]:
     """AUPR-out by precision: the means of far and near sets, then every OOD set."""
     lines, at = GroupLines(board), ([(bits, bits) for bits in board.precisions], board.precisions)
-    means = PanelRow("Far and near sets", large=not lines.split)
-    for part in board.parts():
-        means.panels += metric_panels(lines, at, ("ood_mean", part, "", "aupr_out"), PART_TITLES[part])
-    each = PanelRow("Every OOD set")
-    for name, kind in board.sets.items():
-        each.panels += metric_panels(lines, at, ("ood", name, "", "aupr_out"), name, kind)
-    return [row for row in (means, each) if row.panels]
+    means = (metric_panels(lines, at, ("ood_mean", p, "", "aupr_out"), PART_TITLES[p]) for p in board.parts())
+    each = (metric_panels(lines, at, ("ood", name, "", "aupr_out"), name, kind) for name, kind in board.sets.items())
+    shared = one_row(chain.from_iterable(means), "Far and near sets", large=not lines.split)
+    return shared + one_row(chain.from_iterable(each), "Every OOD set")
 
 
 def main_metrics(board: Board) -> list[tuple[Path, str, int]]:
@@ -280,13 +278,13 @@ def drift(board: Board) -> list[PanelRow]:
     """Drift of attention against bits, for the three families of precisions; ID and OOD images side by side."""
     lines, rows = GroupLines(board), []
     for heading, x_label, widths in families(board):
-        row = PanelRow(heading, large=True)
+        panels: list[Panel] = []
         for metric in CURVES if len(widths) > 1 else ():
             at = width_places(board, widths, min(widths))
             values = {title: partial(drift_of, where, metric) for where, title in WHERE.items()}
             words: dict[str, Any] = {"caption": metric.title, "label": metric.label, "digits": metric.digits}
-            row.panels += panels_of(lines, at, values, x_label=x_label, **words)
-        rows += [row] if row.panels else []
+            panels += panels_of(lines, at, values, x_label=x_label, **words)
+        rows += one_row(panels, heading, large=True)
     return rows
 
 
@@ -294,7 +292,7 @@ def drift_figure(title: str, drifts: Drifts) -> Figure:
     """Drift of one model's attention: a panel per metric, a line per image set."""
     sets = list(dict.fromkeys(name for by_set in drifts.values() for name in by_set))
     looks = {name: Look.numbered(i) for i, name in enumerate(sets)}
-    row = PanelRow(title)
+    panels = []
     for metric in DRIFT_PANELS:
         rows = []
         for name in sets:
@@ -302,9 +300,8 @@ def drift_figure(title: str, drifts: Drifts) -> Figure:
                 stat = Stat.of([metric.of(by_set.get(name, {}))])
                 rows.append(point(name, bits, stat and stat.scaled(metric.factor), metric.digits))
         rows = drawn(rows)
-        if rows:
-            row.panels.append(Panel(line_chart(rows, looks, list(drifts), y_label=metric.label), rows, metric.title))
-    return Figure(finished(composed([row])))
+        panels.append(Panel(line_chart(rows, looks, list(drifts), y_label=metric.label), rows, metric.title))
+    return Figure(finished(composed(one_row(panels, title))))
 
 
 def write_drift(title: str, drifts: Drifts, path: str | os.PathLike[str]) -> pathlib.Path:
@@ -318,11 +315,10 @@ def changes(board: Board) -> list[PanelRow]:
     for path, detail, digits in main_metrics(board):
         metric = METRICS[path[-1]]
         rows = list(change_rows(board, path, digits))
-        if rows:
-            title = f"Δ {metric.title} {metric.arrow}"
-            kept = "datum.bits == bits" + (f" && {SCORED}" if "" in path else "")
-            chart = bar_chart(len({row["line"] for row in rows}), kept, title, falling=metric.direction == "lower")
-            panels.append(Panel(chart, rows, title, " · ".join(filter(None, [metric.change_unit, detail])), "bars"))
+        title = f"Δ {metric.title} {metric.arrow}"
+        kept = "datum.bits == bits" + (f" && {SCORED}" if "" in path else "")
+        chart = bar_chart(len({row["line"] for row in rows}), kept, title, falling=metric.direction == "lower")
+        panels.append(Panel(chart, rows, title, " · ".join(filter(None, [metric.change_unit, detail])), "bars"))
     return one_row(panels)
 
 

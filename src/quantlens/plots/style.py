@@ -101,9 +101,9 @@ class PanelRow:
     large: bool = False
 
 
-def one_row(panels: Iterable[Panel | None], heading: str = "", **about: Any) -> list[PanelRow]:
-    """The panels that there are in one row; nothing without any."""
-    found = [panel for panel in panels if panel is not None]
+def one_row(panels: Iterable[Panel], heading: str = "", **about: Any) -> list[PanelRow]:
+    """The panels that show something in one row; nothing without any."""
+    found = [panel for panel in panels if panel.rows]
     return [PanelRow(heading, found, **about)] if found else []
 
 

@@ -4,8 +4,8 @@ what is lost out of distribution. Everything from the results' "attention" and "
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from quantlens.attention import pictures
 from quantlens.attention.metrics import OUTLIERS, TABLED, WHERE, DriftMetric, summaries
 from quantlens.errors import QuantlensError
 from quantlens.plots.precisions import PART_NAMES
-from quantlens.report.tables import Column, Table, by_precision
+from quantlens.report.tables import Column, by_precision
 from quantlens.studies.board import Board, dig
 from quantlens.studies.drift import Link, drift_of, links
 from quantlens.studies.text import BASELINE, MISSING, count, fixed, number, score_label, span
@@ -33,65 +33,30 @@ LINK_COLUMNS = [
 ]
 
 Example = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Shot:
-    """A picture of the grid: a data URI, what it shows in words, and the prediction under it."""
-
-    uri: str
-    alt: str
-    label: str = ""
-    probability: str = ""
-    changed: bool = False
-
-
+Shot = dict[str, Any]
+"""A picture: a data URI, what it shows in words, and in a grid the label under it, with a probability, and whether the
+label is another than at FP32."""
 ShotRow = tuple[str, str, list[Shot | None]]
 """Title, note, and a picture for every precision."""
 
 
-Gallery = dict[str, Any]
-"""One image as all models see it: key, kind, title, detail, photo, and the rows of maps and norms."""
-
-
-@dataclass
-class Galleries:
-    """A gallery per image, how many were left out for their size, the scale that all maps share, and the colours of the
-    maps and of the norms."""
-
-    scale: pictures.Scale
-    bar: Shot
-    norm_bar: Shot
-    shown: list[Gallery] = field(default_factory=list)
-    left_out: int = 0
-
-
-@dataclass
-class Attention:
-    """Everything of the section; ``reasons`` says of models without metrics why they have none."""
-
-    reasons: list[str]
-    n: str = ""
-    pictures: Galleries | None = None
-    tables: list[Table] = field(default_factory=list)
-    links: list[list[str]] = field(default_factory=list)
-    linked: str = ""
-
-
-def attention(board: Board) -> Attention | None:
-    """The section, or None for a study that did not ask for it."""
+def attention(board: Board) -> dict[str, Any] | None:
+    """The section as its template shows it, or None for a study that did not ask for it. reasons: why models without
+    metrics have none."""
     results = [r for r in board.results if r.get("attention")]
     if not results:
         return None
-    reasons = {r["model"]: r["attention"]["unavailable"] for r in results if "unavailable" in r["attention"]}
-    found = Attention([f"{model}: {why}." for model, why in reasons.items()])
+    why = {r["model"]: r["attention"]["unavailable"] for r in results if "unavailable" in r["attention"]}
+    found: dict[str, Any] = {"reasons": [f"{model}: {words}." for model, words in why.items()], "n": ""}
     if any(summaries(r, "id") for r in results):
-        found.n = span(int(n) for r in results if (n := number(dig(r, ("attention", "id", "n")))) is not None)
-        found.pictures = galleries(board)
-        found.tables = [t for t in (table_of(board, m) for m in (OUTLIERS, *TABLED)) if t is not None]
-        found.links = [_link(link) for link in links(board)]
+        found |= {
+            "n": span(int(n) for r in results if (n := number(dig(r, ("attention", "id", "n")))) is not None),
+            "pictures": galleries(board),
+            "tables": [t for t in (table_of(board, m) for m in (OUTLIERS, *TABLED)) if t is not None],
+            "links": [_link(link) for link in links(board)],
+        }
     if board.ood_path is not None:
-        found.linked = f"AUPR-out by {score_label(board.ood_path[2])}, {PART_NAMES[board.ood_path[1]]}"
+        found["linked"] = f"AUPR-out by {score_label(board.ood_path[2])}, {PART_NAMES[board.ood_path[1]]}"
     return found
 
 
@@ -100,33 +65,29 @@ Seen = dict[int, dict[str, Example]]
 """Number of a group -> precision -> what its model (of the lowest seed) saw of an image."""
 
 
-def galleries(board: Board) -> Galleries:
-    """A gallery for each image that has a photograph."""
+def galleries(board: Board) -> dict[str, Any]:
+    """A gallery for each image that has a photograph, how many were left out for their size, the scale that all maps
+    share, and the colours of maps and norms."""
     images: dict[tuple[bool, str, int], Seen] = {}
     for group in board.groups:
         for bits in board.precisions:
             for example in examples(group.first(bits)):
                 image = bool(example.get("ood")), str(example["set"]), int(example["index"])
                 images.setdefault(image, {}).setdefault(group.index, {}).setdefault(bits, example)
-    scale = pictures.rollout_scale(
-        map_of(example, example["rollout"])
-        for seen in images.values()
-        for by_bits in seen.values()
-        for example in by_bits.values()
-    )
-    found = Galleries(scale, bar(scale), bar(pictures.Scale(colours=pictures.VIRIDIS)))
-    size = 0
-    for image, seen in images.items():
-        gallery = gallery_of(board, scale, image, seen)
-        if gallery is None:
-            continue
-        rows = (*gallery["maps"], *gallery["norms"])
-        size += sum(len(shot.uri) for *_, shots in rows for shot in shots if shot is not None)
-        if size > PICTURE_BYTES:
-            found.left_out += 1
-        else:
-            found.shown.append(gallery)
-    return found
+    seen_by = (by_bits for seen in images.values() for by_bits in seen.values())
+    scale = pictures.rollout_scale(map_of(e, e["rollout"]) for by_bits in seen_by for e in by_bits.values())
+    drawn = (gallery_of(board, scale, image, seen) for image, seen in images.items())
+    found = [gallery for gallery in drawn if gallery is not None]
+    shots = ([shot for *_, row in (*g["maps"], *g["norms"]) for shot in row if shot is not None] for g in found)
+    sizes = accumulate(sum(len(shot["uri"]) for shot in of_one) for of_one in shots)
+    shown = [gallery for gallery, size in zip(found, sizes, strict=True) if size <= PICTURE_BYTES]
+    return {
+        "shown": shown,
+        "left_out": len(found) - len(shown),
+        "scale": scale,
+        "bar": bar(scale),
+        "norm_bar": bar(pictures.Scale(colours=pictures.VIRIDIS)),
+    }
 
 
 def examples(result: Mapping[str, Any] | None) -> list[Example]:
@@ -144,9 +105,9 @@ def map_of(example: Example, values: Any) -> Any:
     return found if found.ndim == 2 and found.size and np.isfinite(found).all() else None
 
 
-def gallery_of(board: Board, scale: pictures.Scale, image: tuple[bool, str, int], seen: Seen) -> Gallery | None:
-    """One image (whether it is OOD, its set and index) seen by every group at every precision; None where no photograph
-    of it can be read."""
+def gallery_of(board: Board, scale: pictures.Scale, image: tuple[bool, str, int], seen: Seen) -> dict[str, Any] | None:
+    """One image (whether it is OOD, its set and index) as groups see it at every precision; None where no photograph of
+    it can be read."""
     ood, name, index = image
     photos = {number: photo for number, by_bits in seen.items() if (photo := _photo(by_bits.get(BASELINE, {})))}
     if not photos:
@@ -172,7 +133,7 @@ def gallery_of(board: Board, scale: pictures.Scale, image: tuple[bool, str, int]
         "kind": where,
         "title": f"{name if ood else 'ID'}: {truth or f'image {index}'}",
         "detail": detail,
-        "photo": Shot(_uri(shown), detail),
+        "photo": {"uri": _uri(shown), "alt": detail},
         "maps": maps,
         "norms": norms,
     }
@@ -191,8 +152,13 @@ def map_shot(example: Example, base: Example, photo: Any, scale: pictures.Scale,
     label = str(example.get("class_name") or f"class {example.get('label')}")
     probability = number(example.get("probability"))
     shown = "" if probability is None else f"{fixed(100 * probability, 0)} %"
-    changed = bool(base) and base.get("label") != example.get("label")
-    return Shot(_uri(picture), f"Rollout map, {where}: {label} {shown}", label, shown, changed)
+    return {
+        "uri": _uri(picture),
+        "alt": f"Rollout map, {where}: {label} {shown}",
+        "label": label,
+        "probability": shown,
+        "changed": bool(base) and base.get("label") != example.get("label"),
+    }
 
 
 def norm_shot(example: Example, base: Example, block: str, where: str) -> Shot | None:
@@ -202,13 +168,15 @@ def norm_shot(example: Example, base: Example, block: str, where: str) -> Shot |
         return None
     picture = pictures.heat(values, pictures.norm_scale(values if reference is None else reference))
     words = f"{fixed(float(values.min()), 1)} to {fixed(float(values.max()), 1)}"
-    return Shot(_uri(picture, lossless=True), f"Token norms after {block}, {where}: {words}", words)
+    alt = f"Token norms after {block}, {where}: {words}"
+    return {"uri": _uri(picture, lossless=True), "alt": alt, "label": words, "probability": "", "changed": False}
 
 
 def bar(scale: pictures.Scale) -> Shot:
     """The colours of a scale."""
     colours = pictures.heat(np.linspace(scale.low, scale.high, 200)[None].repeat(12, 0), scale)
-    return Shot(_uri(colours, lossless=True), "colours from low to high values", f"{scale.high:g}+")
+    uri = _uri(colours, lossless=True)
+    return {"uri": uri, "alt": "colours from low to high values", "label": f"{scale.high:g}+"}
 
 
 def _uri(picture: Any, **settings: Any) -> str:
@@ -216,7 +184,7 @@ def _uri(picture: Any, **settings: Any) -> str:
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
-def table_of(board: Board, metric: DriftMetric) -> Table | None:
+def table_of(board: Board, metric: DriftMetric) -> dict[str, Any] | None:
     """A metric by precision, on ID and on OOD images."""
     columns = [Column(title, partial(drift_of, where, metric), metric.digits) for where, title in WHERE.items()]
     return by_precision(board, metric.title, columns, more=metric is not OUTLIERS)

@@ -52,7 +52,7 @@ def render(board: Any, *, title: str | None = None) -> str:
         "report.html.j2",
         shown=(board.score or "", board.lowest or ""),
         title=str(title or board.study.get("name") or "Quantization report"),
-        data={"deltas": context["deltas"].by_score},
+        data={"deltas": context["deltas"]["by_score"]},
         **context,
     )
 
@@ -62,8 +62,7 @@ def page_context(board: Any) -> dict[str, Any]:
     from quantlens.plots import FIGURES
     from quantlens.plots.precisions import GroupLines
     from quantlens.plots.style import GLYPHS
-    from quantlens.report import attention as lens
-    from quantlens.report import frontier, inspection, runinfo, summary, tables
+    from quantlens.report import attention, frontier, inspection, runinfo, summary, tables
     from quantlens.report.decision import decision
     from quantlens.studies import text
 
@@ -72,10 +71,11 @@ def page_context(board: Any) -> dict[str, Any]:
     return {
         "board": board,
         "figures": {name: make(board) for name, (_, make) in FIGURES.items()},
-        "sentences": [shipped.sentence] if shipped and not board.groups else summary.sentences(board),
+        "sentences": [shipped["sentence"]] if shipped and not board.groups else summary.sentences(board),
         "decision": shipped,
         "tiles": [] if shipped and not board.groups else summary.tiles(board),
-        "scope": summary.scope(board) if board.groups else "",
+        "id_sizes": tables.id_sizes(board),
+        "sets_by_kind": summary.sets_by_kind(board),
         "legend": [(name, GLYPHS[look.form], look.colour) for name, look in GroupLines(board).looks.items()],
         "scores": [(s, text.score_label(s)) for s in board.scores],
         "score": board.score or "",
@@ -84,8 +84,8 @@ def page_context(board: Any) -> dict[str, Any]:
         "table_2": tables.table_2(board),
         "widths": frontier.widths(board),
         "layers": inspection.layers(board),
-        "attention": lens.attention(board),
-        "link_columns": lens.LINK_COLUMNS,
+        "attention": attention.attention(board),
+        "link_columns": attention.LINK_COLUMNS,
         "deltas": tables.delta_table(board),
         "set_columns": tables.SET_COLUMNS,
         "set_text_columns": tables.SET_TEXT_COLUMNS,
@@ -102,5 +102,6 @@ def page_context(board: Any) -> dict[str, Any]:
         "config": runinfo.config_text(board),
         "listings": runinfo.listings(board),
         "failures": runinfo.failures(board),
-        "conventions": runinfo.conventions(board),
+        "bins": runinfo.bins(board),
+        "fits": runinfo.fits(board),
     }

@@ -4,7 +4,6 @@ often their guards are right."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from quantlens.metrics import METRICS
@@ -28,19 +27,9 @@ COLUMNS = [
 TEXT_COLUMNS = frozenset({1, 2, 3, 4})
 
 
-@dataclass(frozen=True)
-class Decision:
-    """The section of the report. places: heading, table, panels and a note of each processor, batch size and thread
-    count. guards: how often the thresholds of the files are right."""
-
-    places: list[dict[str, Any]]
-    guards: Listing | None
-    score: str
-    sentence: str
-
-
-def decision(board: Board) -> Decision | None:
-    """What the report shows of exported files; None for a store without any."""
+def decision(board: Board) -> dict[str, Any] | None:
+    """What the report shows of exported files; None for a store without any. places: heading, table, panels and a note
+    of each processor, batch size and thread count. guards: how often the thresholds of the files are right."""
     if not board.timings and not board.artefacts:
         return None
     score, panels = score_label(choice_score(board)), {row.heading: row.panels for row in latency(board)}
@@ -56,7 +45,7 @@ def decision(board: Board) -> Decision | None:
         sections.append({**about, "table": table, "panels": panels.get(place.heading, [])})
     files = {facts["fingerprint"] for facts in (*(t.facts for t in board.timings), *(f for f, _ in board.artefacts))}
     sentence = f"The store holds {len(files)} exported or float models, timed or evaluated in their runtimes."
-    return Decision(sections, guards(board), score, sentence)
+    return {"places": sections, "guards": guards(board), "score": score, "sentence": sentence}
 
 
 def _note(choices: Sequence[Choice]) -> str:

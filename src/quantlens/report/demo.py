@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from quantlens import zoo
@@ -15,7 +13,6 @@ from quantlens.methods.registry import available
 from quantlens.report.build import write_report
 from quantlens.studies.config import parse_config
 from quantlens.studies.progress import Quiet
-from quantlens.studies.results import Mean, results
 from quantlens.studies.runner import Summary, run_study
 
 MODEL = "digits-vit"
@@ -23,18 +20,6 @@ METHODS = ("minmax", "percentile", "repq-vit", "quantlens-fast")
 BITS = ("FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4")
 SEEDS = (0, 13, 37)
 CALIBRATION_IMAGES = 32
-
-
-@dataclass(frozen=True)
-class Demo:
-    """What the demo left behind: the study's summary, the report's path, means over seeds with a title for them, and
-    the seconds that all of it took."""
-
-    summary: Summary
-    report: Path
-    means: list[Mean]
-    title: str
-    seconds: float
 
 
 def run_demo(
@@ -46,14 +31,14 @@ def run_demo(
     scores: Sequence[str] | None = None,
     progress: bool | Quiet = True,
     workers: int | None = None,
-) -> Demo:
+) -> tuple[Summary, Path]:
     """Quantize the embedded model by each method (("all",): by every one there is) at each precision with each seed,
     evaluate, and write the report.
 
     workers: processes that share the work; two where there are two cores, as the model is too small to use both itself.
-    Resumes like any study. Raises QuantlensError when every cell failed.
+    Resumes like any study. Returns the study's summary and the path of the report. Raises QuantlensError when every
+    cell failed.
     """
-    started = time.monotonic()
     if tuple(methods) == ("all",):
         methods = [name for name in available() if name != "fp32"]
     sources = zoo.available()[MODEL].sources
@@ -74,7 +59,4 @@ def run_demo(
     summary = run_study(config, out_dir, workers=workers or min(2, cores()), progress=progress)
     if not summary.done:
         raise QuantlensError(f"every cell of the demo failed; the first one: {summary.failed[0][1]}")
-    means = results(Path(out_dir)).means()
-    report = write_report(Path(out_dir))
-    title = f"{MODEL}: {len(means)} rows, mean ± standard deviation over {len(set(seeds))} seeds"
-    return Demo(summary, report, means, title, time.monotonic() - started)
+    return summary, write_report(Path(out_dir))

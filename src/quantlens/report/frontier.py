@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quantlens.files import write_whole
 from quantlens.plots.points import UNITS, front, mixed_cells, widths_of
-from quantlens.report.page import render
+from quantlens.report.page import write_page
 from quantlens.studies.board import Board
 
 
@@ -39,13 +38,12 @@ def write_front(allocation: Any, path: str | Path) -> Path:
         front(allocation.frontier(), "Pareto front", detail),
         widths_of(allocation.summary()["groups"], f"Widths of {allocation.name}"),
     ]
-    html = render(
+    return write_page(
+        path,
         "front.html.j2",
         title=f"{allocation.model} {allocation.name}",
         kicker="mixed precision",
         lead=lead,
-        panels=[panel for panel in panels if panel is not None],
+        panels=[panel for panel in panels if panel.rows],
         allocation=allocation,
     )
-    write_whole(Path(path), html, what="the page")
-    return Path(path)

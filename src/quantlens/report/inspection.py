@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from quantlens.files import write_whole
 from quantlens.metrics import METRICS
 from quantlens.plots.points import effects, inspected
-from quantlens.report.page import render
+from quantlens.report.page import write_page
 from quantlens.studies.board import Board
 from quantlens.studies.text import MISSING, count, fixed, percent
 
@@ -19,18 +18,14 @@ RANKED = {"sqnr": "by the noise of the logits", "kl": "by the KL divergence"}
 Row = tuple[str, ...]
 
 
-def _largest(metric: str, weights: bool | None = None) -> Callable[[Any], str]:
+def _largest(part: Any, metric: str, weights: bool | None = None) -> str:
     """The largest of a metric over the edges of a part (all of them, its weights, or its activations), in three digits
     without an exponent below a hundred thousand."""
-
-    def text(part: Any) -> str:
-        values = [getattr(e, metric) for e in part.edges if weights is None or e.is_weight is weights]
-        value = max((v for v in values if v is not None), default=None)
-        if value is None:
-            return MISSING
-        return f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:.3g}"
-
-    return text
+    values = [getattr(e, metric) for e in part.edges if weights is None or e.is_weight is weights]
+    value = max((v for v in values if v is not None), default=None)
+    if value is None:
+        return MISSING
+    return f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:.3g}"
 
 
 EFFECT: dict[str, Callable[[Any], str]] = {
@@ -40,11 +35,11 @@ EFFECT: dict[str, Callable[[Any], str]] = {
     METRICS["changed"].heading: lambda p: percent(p.effect.changed),
 }
 OF_EDGES: dict[str, Callable[[Any], str]] = {
-    "ratio A": _largest("range_ratio", False),
-    "ratio W": _largest("range_ratio", True),
-    "kurtosis A": _largest("kurtosis", False),
-    "kurtosis W": _largest("kurtosis", True),
-    "token norm": _largest("token_norm"),
+    "ratio A": lambda p: _largest(p, "range_ratio", False),
+    "ratio W": lambda p: _largest(p, "range_ratio", True),
+    "kurtosis A": lambda p: _largest(p, "kurtosis", False),
+    "kurtosis W": lambda p: _largest(p, "kurtosis", True),
+    "token norm": lambda p: _largest(p, "token_norm"),
     "stands out": lambda p: p.remark(),
 }
 
@@ -112,7 +107,8 @@ def verdict(found: Any) -> str:
 def write_inspection(found: Any, path: str | Path, rank: str = "sqnr") -> Path:
     """Write one self-contained HTML page of a :class:`quantlens.sensitivity.Inspection`; an existing file is replaced
     at once or not at all. Raises StorageError."""
-    html = render(
+    return write_page(
+        path,
         "inspection.html.j2",
         title=f"{found.model} {found.bits}: which layer hurts",
         kicker="inspection",
@@ -120,5 +116,3 @@ def write_inspection(found: Any, path: str | Path, rank: str = "sqnr") -> Path:
         panel=effects(found),
         tables=[ranked(found, by, rank) for by in found.parts],
     )
-    write_whole(Path(path), html, what="the page")
-    return Path(path)

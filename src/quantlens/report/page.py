@@ -15,7 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantlens._version import __version__
+from quantlens.files import write_whole
 from quantlens.plots.style import VARIABLES, Panel, finished
+from quantlens.studies.text import count, join_words, span
 
 HERE = Path(__file__).parent
 
@@ -30,13 +32,25 @@ def render(template: str, *, shown: tuple[str, str] = ("", ""), **context: Any) 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"chart": Charts(*shown), "version": __version__}
+    environment.globals |= {
+        "chart": Charts(*shown),
+        "version": __version__,
+        "count": count,
+        "join_words": join_words,
+        "span": span,
+    }
     assets = ("report.css", "charts.js", "report.js")
     style, *scripts = ((HERE / "assets" / name).read_text(encoding="utf-8") for name in assets)
     script = "".join(scripts)
     return environment.get_template(template).render(
         policy=content_policy(style, script, library()), style=Markup(style), script=Markup(script), **context
     )
+
+
+def write_page(path: str | Path, template: str, **context: Any) -> Path:
+    """Write one self-contained HTML page; an existing file is replaced at once or not at all. Raises StorageError."""
+    write_whole(Path(path), render(template, **context), what="the page")
+    return Path(path)
 
 
 def content_policy(style: str, *scripts: str) -> str:

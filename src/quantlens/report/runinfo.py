@@ -1,4 +1,4 @@
-"""What was run: images, checkpoints, calibration, environment, time, failures and the conventions of the metrics."""
+"""What was run: images, checkpoints, calibration, environment, time and failures."""
 
 from __future__ import annotations
 
@@ -14,58 +14,13 @@ from quantlens.studies.text import (
     count,
     duration,
     fixed,
+    mean_std,
+    metric_digits,
     metric_heading,
-    metric_text,
     number,
     plain,
     score_label,
 )
-
-CONVENTIONS = (
-    (
-        "±",
-        "sample standard deviation over seeds (n − 1); none where there is one seed. FP32 does not depend on the seed.",
-    ),
-    (
-        "Δ",
-        "quantized − FP32: a metric of the quantized model less the same metric at FP32, both on the same "
-        "images. Shares in points (1 point = 1 %). A negative Δ of top-1 or AUPR-out (↑: higher is better) is "
-        "a loss, and so is a positive Δ of NLL or ECE (↓: lower is better).",
-    ),
-    (
-        "AUPR",
-        "average precision: the step sum over the precision-recall curve, with tied scores taken as one "
-        "threshold. AUPR-out: OOD images are the positive class. AUPR-in: ID images are.",
-    ),
-    (
-        "Chance",
-        "the AUPR of a score that knows nothing: the share of positive images. It depends on the counts, "
-        "so AUPR is comparable only where the counts are the same.",
-    ),
-    (
-        "FPR@95 (ID kept 95 %)",
-        "the share of OOD images accepted by the threshold that keeps 95 % of the ID images.",
-    ),
-    (
-        "FPR@95 (OOD caught 95 %)",
-        "the share of ID images flagged by the threshold that catches 95 % of the OOD images.",
-    ),
-    ("ECE", "expected calibration error of the top-1 confidence, {bins}."),
-    (
-        "OOD scores",
-        "larger means more like the ID images. Statistics (KNN, ViM, Mahalanobis, ReAct): {fitted}.",
-    ),
-    (
-        "Far, near",
-        "as the study names its sets; the means over far and near sets are taken apart, each set with equal weight.",
-    ),
-    ("WnAm", "weights at n bits, activations at m; {baseline} is the model before quantization."),
-    (
-        "Size",
-        "MB of the packed checkpoint: integer codes at their bit width, with scales and what stays in floating point.",
-    ),
-)
-"""(term, what it means here), with places for what a study says of its bins and fitted statistics."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +67,7 @@ def checkpoints(board: Board) -> Listing:
             plain(dig(sample, ("checkpoint_sha256",))),
             fixed(None if parameters is None else parameters / 1e6, 2),
             fixed(number(dig(group.fp32, ("size_mb",))), 1),
-            *(metric_text(name, number(dig(group.fp32, ("id", name)))) for name in names),
+            *(mean_std(board.shown(group, BASELINE, ("id", name)), metric_digits(name)) for name in names),
         ]
     columns = [
         "Model",
@@ -198,26 +153,17 @@ def failures(board: Board) -> list[tuple[str, str, str]]:
     return found
 
 
-def conventions(board: Board) -> list[tuple[str, str]]:
-    """(term, what it means here)."""
-    edges = next((e for r in board.results if (e := dig(r, ("id", "reliability", "edges")))), None)
-    said = {"bins": f"{len(edges) - 1} bins of equal width" if edges else "bins of equal width"}
-    said |= {"fitted": _fitted(board), "baseline": BASELINE}
-    return [(term, meaning.format(**said)) for term, meaning in CONVENTIONS]
+def bins(board: Board) -> int:
+    """Into how many bins the confidences were put; 0 where no result says so."""
+    edges = next((e for r in board.results if (e := dig(r, ("id", "reliability", "edges")))), [0])
+    return len(edges) - 1
 
 
-def _fitted(board: Board) -> str:
-    """What the statistics of scores were fitted on."""
-    fits = dict.fromkeys(
-        f"{plain(f.get('source'))} ({count(int(f.get('n') or 0), 'image')})"
-        for r in board.results
-        if (f := r.get("fit"))
-    )
-    if not fits:
-        return "no set of images for fitting is named in the store"
-    return (
-        f"fitted on each model's own features (a quantized model's on the quantized ones) of {'; '.join(fits)}, never "
-        "on the images evaluated"
+def fits(board: Board) -> list[str]:
+    """The images that statistics of scores were fitted on."""
+    found = [fit for result in board.results if (fit := result.get("fit"))]
+    return list(
+        dict.fromkeys(f"{plain(fit.get('source'))} ({count(int(fit.get('n') or 0), 'image')})" for fit in found)
     )
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from quantlens.plots.precisions import PART_NAMES
 from quantlens.report.runinfo import cells_text
-from quantlens.studies.board import Board, Group, Path, dig
-from quantlens.studies.text import BASELINE, Stat, count, fixed, join_words, number, percent, score_label, span
+from quantlens.studies.board import Board, Group, Path
+from quantlens.studies.text import BASELINE, Stat, fixed, join_words, score_label
 
 Loss = tuple[Stat, Group]
-"""A group's loss at the lowest precision (positive = worse)."""
+"""A group's loss at the lowest precision, in points (positive = worse)."""
 
 
 def ranked(board: Board, path: Path | None) -> list[Loss]:
     """Groups by their loss of a share (top-1, AUPR-out) at the lowest precision, the largest loss first."""
     if board.lowest is None or path is None:
         return []
-    changes = [(board.change(g, board.lowest, path), g) for g in board.groups]
+    changes = [(board.shown(g, board.lowest, path, change=True), g) for g in board.groups]
     return sorted(((s.scaled(-1), g) for s, g in changes if s is not None), key=lambda entry: -entry[0].mean)
 
 
@@ -38,26 +38,11 @@ def sentences(board: Board) -> list[str]:
     return [part for part in (*parts, least(board, bits, top1)) if part]
 
 
-def scope(board: Board) -> str:
-    """What was measured on what."""
-    quantized = [m for m in board.methods if m != "fp32"]
-    done = f"quantized by {join_words(quantized)} at {join_words(board.quantized, limit=12)}"
-    text = f"{join_words(board.models)} {'was' if len(board.models) == 1 else 'were'} "
-    text += done if quantized else "measured at FP32"
-    if quantized and BASELINE in board.precisions:
-        text += " and compared with FP32"
-    sizes = [int(n) for r in board.results if (n := number(dig(r, ("id", "n")))) is not None]
-    text += f" on {span(sizes)} in-distribution images" if sizes else ""
+def sets_by_kind(board: Board) -> list[str]:
+    """The OOD sets: the far ones and the near ones together, and each that is neither."""
     known = {kind: [name for name, k in board.sets.items() if k == kind] for kind in ("far", "near")}
     sets = [f"{kind}: {', '.join(names)}" for kind, names in known.items() if names]
-    sets += [name for name, kind in board.sets.items() if kind not in known]
-    found = f" and {count(len(board.sets), 'out-of-distribution set')} ({'; '.join(sets)})"
-    text += found if board.sets else ", without out-of-distribution sets"
-    if quantized and len(board.seeds) > 1:
-        return f"{text}. Quantized metrics are means over seeds {join_words(list(map(str, board.seeds)), limit=12)}."
-    if quantized:
-        return f"{text}. There is one seed ({board.seeds[0]}), so no spread over seeds is given."
-    return f"{text}."
+    return sets + [name for name, kind in board.sets.items() if kind not in known]
 
 
 def largest(board: Board, opening: str, what: str, path: Path, worst: Loss) -> str:
@@ -66,9 +51,9 @@ def largest(board: Board, opening: str, what: str, path: Path, worst: Loss) -> s
     if loss.mean <= 0:
         return f"{opening}nothing loses {what}."
     text = f"{opening}the largest loss of {what} is {points(loss)}: {group.name}"
-    before, after = board.stat(group, BASELINE, path), board.stat(group, str(board.lowest), path)
+    before, after = board.shown(group, BASELINE, path), board.shown(group, str(board.lowest), path)
     if before and after:
-        text += f" falls from {percent(before.mean)} % to {percent(after.mean)} %"
+        text += f" falls from {fixed(before.mean, 1)} % to {fixed(after.mean, 1)} %"
     return f"{text}."
 
 
@@ -90,7 +75,7 @@ def least(board: Board, bits: str, order: list[Loss]) -> str:
 
 
 def points(loss: Stat) -> str:
-    return f"{percent(loss.mean)} points"
+    return f"{fixed(loss.mean, 1)} points"
 
 
 def tiles(board: Board) -> list[tuple[str, str, str]]:
@@ -103,7 +88,7 @@ def tiles(board: Board) -> list[tuple[str, str, str]]:
         ("Least top-1 loss", top1[1:][-1:]),
     ]
     return [("Cells", done, rest)] + [
-        (f"{label} at {board.lowest}", f"{fixed(-100 * loss.mean, 1, sign=True)} points", group.name)
+        (f"{label} at {board.lowest}", f"{fixed(-loss.mean, 1, sign=True)} points", group.name)
         for label, found in entries
         for loss, group in found
     ]

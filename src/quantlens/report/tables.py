@@ -4,7 +4,7 @@ classes."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -59,73 +59,50 @@ def metric_column(board: Board, path: Path, digits: int | None = None, title: st
     )
 
 
-@dataclass(frozen=True)
-class Value:
-    """A table cell: mean, standard deviation, a tooltip, and whether it is the best of its model's
-    methods."""
-
-    text: str
-    spread: str = ""
-    note: str = ""
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    model: str
-    method: str
-    seeds: str
-    values: Sequence[Value]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of groups; `heads` are (metric title, precisions) spans; `score` where it belongs to one OOD score, which is
-    an `alternative` if another one is shown first."""
-
-    caption: str
-    heads: list[tuple[str, list[str]]]
-    rows: list[Row]
-    score: str
-    alternative: bool
-    has_best: bool
-    more: bool
-
-
-def value_of(stat: Stat | None, column: Column, best: bool = False) -> Value:
-    if stat is None:
-        return Value(MISSING)
-    spread = fixed(stat.std, column.digits) if column.spread and stat.std is not None else ""
-    return Value(fixed(stat.mean, column.digits), spread, count(stat.n, "seed") if stat.n > 1 else "", best)
+def cell_of(stat: Stat | None, column: Column, best: bool) -> dict[str, Any]:
+    """A table cell: mean, standard deviation, a tooltip, and whether it is the best of its model's methods."""
+    shown = column.spread and stat is not None and stat.std is not None
+    return {
+        "text": fixed(mean_of(stat), column.digits),
+        "spread": fixed(stat.std, column.digits) if stat is not None and shown else "",
+        "note": count(stat.n, "seed") if stat is not None and stat.n > 1 else "",
+        "best": best,
+    }
 
 
 def by_precision(
     board: Board, caption: str, columns: Sequence[Column], score: str = "", more: bool = False
-) -> Table | None:
-    """A table of groups × (metric, precision); None where the store has none of the metrics."""
+) -> dict[str, Any] | None:
+    """A table of groups × (metric, precision); None where the store has none of the metrics.
+
+    heads: spans of columns, (metric title, precisions). rows: group, number of seeds and cells (:func:`cell_of`).
+    score: the one that the table belongs to, an alternative if another one is shown first. more: whether it is folded.
+    """
     stats = {(g.index, c, b): c.of(g, b) for g in board.groups for c in columns for b in board.precisions}
     if not any(stats.values()):
         return None
     best: set[tuple[int, Column, str]] = set()
-    for rivals in ([g.index for g in board.groups if g.model == model] for model in board.models):
-        for column in (c for c in columns if c.sign):
-            for bits in board.quantized:
-                found = [(column.sign * s.mean, i) for i in rivals if (s := stats[i, column, bits]) is not None]
-                if len(found) > 1:
-                    best.update((i, column, bits) for value, i in found if value == max(found)[0])
-    rows = []
-    for g in board.groups:
-        keys = [(g.index, c, b) for c in columns for b in board.precisions]
-        rows.append(
-            Row(
-                g.model,
-                g.method,
-                span(len(results) for results in g.cells.values()),
-                [value_of(stats[k], k[1], k in best) for k in keys],
-            )
-        )
-    heads = [(c.title, board.precisions) for c in columns]
-    return Table(caption, heads, rows, score, score not in ("", board.score), bool(best), more)
+    for model, column, bits in product(board.models, columns, board.quantized):
+        keys = [(g.index, column, bits) for g in board.groups if g.model == model]
+        found = {key: column.sign * stat.mean for key in keys if (stat := stats[key]) is not None}
+        if column.sign and len(found) > 1:
+            best.update(key for key, value in found.items() if value == max(found.values()))
+    return {
+        "caption": caption,
+        "heads": [(column.title, board.precisions) for column in columns],
+        "rows": [
+            {
+                "group": group,
+                "seeds": span(len(results) for results in group.cells.values()),
+                "cells": [cell_of(stat, key[1], key in best) for key, stat in stats.items() if key[0] == group.index],
+            }
+            for group in board.groups
+        ],
+        "score": score,
+        "alternative": score not in ("", board.score),
+        "has_best": bool(best),
+        "more": more,
+    }
 
 
 TABLE_1 = {
@@ -136,11 +113,15 @@ TABLE_1 = {
 }
 
 
-def table_1(board: Board) -> list[Table]:
+def id_sizes(board: Board) -> list[int]:
+    """How many ID images each result is of."""
+    return [int(n) for result in board.results if (n := number(dig(result, ("id", "n")))) is not None]
+
+
+def table_1(board: Board) -> list[dict[str, Any]]:
     """The paper's Table 1 (top-1 and NLL by precision), then ECE and packed size, then further metrics
     (`more`)."""
-    sizes = [n for r in board.results if (n := number(dig(r, ("id", "n")))) is not None]
-    finer = {"top1": 2} if sizes and min(sizes) >= 5000 else {}
+    finer = {"top1": 2} if min(id_sizes(board), default=0) >= 5000 else {}
     tables = []
     for i, (caption, names) in enumerate(TABLE_1.items()):
         paths = [(name,) if METRICS[name].family == "size" else ("id", name) for name in names]
@@ -149,38 +130,24 @@ def table_1(board: Board) -> list[Table]:
     return [table for table in tables if table is not None]
 
 
-def table_2(board: Board) -> list[Table]:
+def table_2(board: Board) -> list[dict[str, Any]]:
     """The metrics of Figure 1: mean AUPR-out of far and near sets by precision, one table per score."""
+    titles = {part: f"{metric_heading('aupr_out')}, {PARTS[part]}" for part in board.parts()}
     tables = []
     for score in board.scores:
-        columns = [
-            metric_column(board, ("ood_mean", p, score, "aupr_out"), None, f"{metric_heading('aupr_out')}, {PARTS[p]}")
-            for p in board.parts()
-        ]
+        columns = [metric_column(board, ("ood_mean", p, score, "aupr_out"), None, title) for p, title in titles.items()]
         caption = f"Table 2. AUPR-out by {score_label(score)}, means over the OOD sets"
         tables.append(by_precision(board, caption, columns, score))
     return [table for table in tables if table is not None]
 
 
-@dataclass
-class DeltaTable:
-    """Rows (model, method, bits, seeds, metrics …), worst top-1 loss first; `by_score` holds the last
-    columns per score."""
-
-    columns: list[str]
-    parts: list[str]
-    rows: list[list[str]]
-    by_score: dict[str, list[list[str]]] = field(default_factory=dict)
-
-
-def delta_table(board: Board) -> DeltaTable:
+def delta_table(board: Board) -> dict[str, Any]:
     """Quantized less FP32, mean ± standard deviation over seeds; top-1, ECE and AUPR-out in points. The largest loss of
-    top-1 comes first."""
+    top-1 comes first. rows: model, method, bits, seeds, metrics …; by_score: the last columns per score."""
     parts, names, shown = board.parts(), ("top1", "nll", "ece"), board.score or ""
-    columns = [*map(delta_title, names), *(f"{delta_title('aupr_out')}, {PARTS[p]}" for p in parts)]
 
     def top1(entry: tuple[Group, str]) -> float:
-        change = board.change(*entry, ("id", "top1"))
+        change = board.shown(*entry, ("id", "top1"), change=True)
         return float("inf") if change is None else change.mean
 
     entries = sorted(((g, b) for g, b in product(board.groups, board.quantized) if g.cells.get(b)), key=top1)
@@ -189,11 +156,15 @@ def delta_table(board: Board) -> DeltaTable:
         paths = [("ood_mean", p, score, "aupr_out") for p in parts]
         return [[delta_text(board, g, b, path) for path in paths] for g, b in entries]
 
-    rows = [
-        [g.model, g.method, b, str(len(g.cells[b])), *(delta_text(board, g, b, ("id", name)) for name in names), *last]
-        for (g, b), last in zip(entries, oods(shown), strict=True)
-    ]
-    return DeltaTable(columns, parts, rows, {score: oods(score) for score in board.scores} if parts else {})
+    return {
+        "columns": [*map(delta_title, names), *(f"{delta_title('aupr_out')}, {PARTS[p]}" for p in parts)],
+        "parts": parts,
+        "rows": [
+            [g.model, g.method, b, str(len(g.cells[b])), *(delta_text(board, g, b, ("id", n)) for n in names), *last]
+            for (g, b), last in zip(entries, oods(shown), strict=True)
+        ],
+        "by_score": {score: oods(score) for score in board.scores} if parts else {},
+    }
 
 
 def delta_title(name: str) -> str:
@@ -232,45 +203,26 @@ def set_rows(board: Board) -> list[list[str]]:
     places: list[tuple[str, str, Path]] = [(name, kind or MISSING, ("ood", name)) for name, kind in board.sets.items()]
     means = {part for result in board.results for part in result.get("ood_mean") or {}}
     places += [(f"mean, {PARTS[p]}", p, ("ood_mean", p)) for p in PARTS if p in means]
+    digits = {**dict.fromkeys(SET_CHANCES, 1), "n_id": 0, "n_ood": 0}
     rows = []
     for score, (name, kind, path), group, bits in product(board.scores, places, board.groups, board.precisions):
-        row = set_row(board, group, bits, (*path, score))
-        if row is not None:
-            rows.append([group.model, group.method, bits, name, kind, score_label(score), *row])
+        stats = {key: board.shown(group, bits, (*path, score, key)) for key in (*SET_SHARES, *digits)}
+        if not any(stats.values()):
+            continue
+        seeds, delta = MISSING, MISSING
+        if bits != BASELINE:
+            seeds = str(max(stat.n for stat in stats.values() if stat))
+            delta = delta_text(board, group, bits, (*path, score, "aupr_out"))
+        first, *shares = (mean_std(stats[key], 1) for key in SET_SHARES)
+        counted = (fixed(mean_of(stats[key]), n) for key, n in digits.items())
+        texts = [group.model, group.method, bits, name, kind, score_label(score), seeds, first, delta]
+        rows.append([*texts, *shares, *counted])
     return rows
 
 
-def set_row(board: Board, group: Group, bits: str, path: Path) -> list[str] | None:
-    """The metrics of one row of the per-set table from "Seeds" on; None where the store has none."""
-    stats = {key: board.shown(group, bits, (*path, key)) for key in (*SET_SHARES, *SET_CHANCES, "n_id", "n_ood")}
-    if not any(stats.values()):
-        return None
-    means = {key: None if stat is None else stat.mean for key, stat in stats.items()}
-    seeds, delta = MISSING, MISSING
-    if bits != BASELINE:
-        seeds = str(max(stat.n for stat in stats.values() if stat))
-        delta = delta_text(board, group, bits, (*path, "aupr_out"))
-    first, *shares = (mean_std(stats[key], 1) for key in SET_SHARES)
-    chances = [fixed(means[key], 1) for key in SET_CHANCES]
-    return [seeds, first, delta, *shares, *chances, fixed(means["n_id"], 0), fixed(means["n_ood"], 0)]
-
-
-@dataclass(frozen=True)
-class ClassTable:
-    """One group's classes, worst first: columns after class, name and n are precisions, then the delta at
-    the lowest."""
-
-    model: str
-    method: str
-    precisions: list[str]
-    delta_bits: str
-    rows: list[list[str]]
-    total: int
-    median_n: int
-
-
-def class_tables(board: Board) -> list[ClassTable]:
-    """Top-1 per class (mean over seeds) at every precision."""
+def class_tables(board: Board) -> list[dict[str, Any]]:
+    """Top-1 per class (mean over seeds) at every precision, a table per group, worst first: columns after class, name
+    and n are precisions, then the delta at the lowest."""
     tables = []
     for group in board.groups:
         found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
@@ -280,13 +232,18 @@ def class_tables(board: Board) -> list[ClassTable]:
                     found.setdefault(plain(entry.get("class")), {}).setdefault(bits, []).append(entry)
         precisions = [b for b in board.precisions if any(b in entries for entries in found.values())]
         if precisions:
-            rows = [_class_row(name, entries, precisions) for name, entries in found.items()]
-            rows.sort(key=lambda row: row[0])
-            keep = max(20, CLASS_ROWS // len(board.groups))
+            rows = sorted((_class_row(*item, precisions) for item in found.items()), key=lambda row: row[0])
             sizes = sorted(n for _, n, _ in rows)
-            texts = [text for _, _, text in rows[:keep]]
-            middle = int(sizes[len(sizes) // 2])
-            tables.append(ClassTable(group.model, group.method, precisions, precisions[-1], texts, len(rows), middle))
+            keep = max(20, CLASS_ROWS // len(board.groups))
+            tables.append(
+                {
+                    "group": group,
+                    "precisions": precisions,
+                    "rows": [texts for _, _, texts in rows[:keep]],
+                    "total": len(rows),
+                    "median_n": int(sizes[len(sizes) // 2]),
+                }
+            )
     return tables
 
 
@@ -294,8 +251,7 @@ def _class_row(
     key: str, entries: Mapping[str, list[Mapping[str, Any]]], precisions: list[str]
 ) -> tuple[tuple[float, ...], float, list[str]]:
     """(what it is sorted by, number of images, texts) of a class. entries: of every seed at each precision."""
-    stats = [Stat.of(e.get("top1") for e in entries.get(b, ())) for b in precisions]
-    values = [None if stat is None else stat.mean for stat in stats]
+    values = [mean_of(Stat.of(e.get("top1") for e in entries.get(b, ()))) for b in precisions]
     first, last, delta = values[0], values[-1], None
     if first is not None and last is not None and precisions[0] == BASELINE != precisions[-1]:
         delta = last - first
@@ -304,3 +260,7 @@ def _class_row(
     order = (2.0 if last is None else last, delta or 0.0, -(n or 0))
     texts = [key, str(named.get("name") or ""), fixed(n, 0), *map(percent, values), percent(delta, sign=True)]
     return order, n or 0.0, texts
+
+
+def mean_of(stat: Stat | None) -> float | None:
+    return None if stat is None else stat.mean

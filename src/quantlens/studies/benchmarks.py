@@ -69,14 +69,12 @@ def put_timings(
 
 def timed(store: Store) -> list[Timed]:
     """All timings, run by run in the order in which they were taken. A store of before there were any has none."""
-    found = []
-    for run, timing, facts, result in _rows(
+    rows = _rows(
         store,
         "SELECT t.run, t.timing, a.facts, a.result FROM timings t JOIN artefacts a ON a.fingerprint = t.fingerprint "
         "ORDER BY t.run, json_extract(t.timing, '$.position')",
-    ):
-        found.append(Timed(run, timing["timing"], timing["machine"], timing["created"], facts, result))
-    return found
+    )
+    return [Timed(run, one["timing"], one["machine"], one["created"], *artefact) for run, one, *artefact in rows]
 
 
 def evaluated(store: Store) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -9,6 +9,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import Any
 
 from quantlens.errors import QuantlensError, StorageError
@@ -24,11 +25,7 @@ _SEED_IN_SOURCE = re.compile(r"([?&])seed=\d+&?")
 
 def dig(tree: Any, path: Path) -> Any:
     """The value at `path` in nested dicts, or None where a key is absent."""
-    for key in path:
-        if not isinstance(tree, Mapping):
-            return None
-        tree = tree.get(key)
-    return tree
+    return reduce(lambda found, key: found.get(key) if isinstance(found, Mapping) else None, path, tree)
 
 
 @dataclass
@@ -92,9 +89,10 @@ class Board:
         self.quantized = sorted(_unique(b for g in self.groups for b in g.cells), key=precision_order)
         has_baseline = any(g.fp32 is not None for g in self.groups)
         self.precisions = ([BASELINE] if has_baseline else []) + self.quantized
-        quantized = [r for g in self.groups for r in g.quantized]
-        self.results = quantized + [r for g in self.groups for r in g.results(BASELINE)]
-        self.seeds = sorted({r["seed"] for r in quantized})
+        self.cells = [(g, bits, r) for g in self.groups for bits, results in g.cells.items() for r in results]
+        """(group, precision, result) of every quantized cell"""
+        self.results = [r for *_, r in self.cells] + [r for g in self.groups for r in g.results(BASELINE)]
+        self.seeds = sorted({r["seed"] for *_, r in self.cells})
         kinds: dict[str, str] = {}
         scores: set[str] = set()
         for result in self.results:
@@ -106,35 +104,20 @@ class Board:
         self.sets = dict(sorted(kinds.items(), key=lambda item: rank.get(item[1], 2)))
         """OOD set → "far" or "near" ("" if not stated), far sets first"""
         self.scores = sorted(scores, key=score_order)
-
-    @property
-    def score(self) -> str | None:
+        self.score: str | None = next(iter(self.scores), None)
         """The score shown first: MSP as in the paper, else the first there is."""
-        return self.scores[0] if self.scores else None
-
-    @property
-    def ood_path(self) -> Path | None:
+        paths = (("ood_mean", part, self.scores[0], "aupr_out") for part in self.parts() if self.scores)
+        self.ood_path: Path | None = next(paths, None)
         """Path of the headline OOD metric: AUPR-out of the far sets, else of all or near ones."""
-        found = [("ood_mean", part, score, "aupr_out") for part in self.parts() for score in self.scores]
-        return found[0] if found else None
-
-    @property
-    def lowest(self) -> str | None:
-        """The lowest precision among the quantized cells."""
         widths = [b for b in self.quantized if precision_order(b)[0] == 1]
-        return (widths or self.quantized or [None])[-1]
-
-    def stat(self, group: Group, bits: str, path: Path) -> Stat | None:
-        """Mean and standard deviation over seeds of a stored metric."""
-        return Stat.of(dig(result, path) for result in group.results(bits))
-
-    def change(self, group: Group, bits: str, path: Path) -> Stat | None:
-        """What quantization changed (quantized less FP32), over seeds."""
-        return Stat.of(change_of(group, result, path) for result in group.cells.get(bits, ()))
+        self.lowest: str | None = (widths or self.quantized or [None])[-1]
+        """The lowest precision among the quantized cells."""
 
     def shown(self, group: Group, bits: str, path: Path, *, change: bool = False) -> Stat | None:
-        """A metric, or its change, as it is shown: a fraction as a percentage."""
-        stat = self.change(group, bits, path) if change else self.stat(group, bits, path)
+        """Mean and standard deviation over seeds of a stored metric, or of what quantization changed of it (quantized
+        less FP32), as it is shown: a fraction as a percentage."""
+        read = partial(change_of, group) if change else dig
+        stat = Stat.of(read(result, path) for result in (group.cells.get(bits, ()) if change else group.results(bits)))
         return None if stat is None else stat.scaled(metric_of(path[-1]).factor)
 
     def level(self, path: Path) -> float | None:

@@ -7,7 +7,7 @@ from itertools import product
 
 from quantlens.attention.metrics import CAUSES, WHERE, DriftMetric, value_in
 from quantlens.metrics.correlation import Association, associate
-from quantlens.studies.board import Board, Group, Path, change_of
+from quantlens.studies.board import Board, Group, change_of
 from quantlens.studies.text import Stat
 
 
@@ -17,15 +17,8 @@ def drift_of(where: str, metric: DriftMetric, group: Group, bits: str, score: st
     return None if stat is None else stat.scaled(metric.factor)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One quantized cell: its group, precision, seed, drift (x) and change of AUPR-out in points (y)."""
-
-    group: Group
-    bits: str
-    seed: str
-    x: float
-    y: float
+Pair = tuple[Group, str, str, float, float]
+"""One quantized cell: its group, precision, seed, drift (x) and change of AUPR-out in points (y)."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +33,16 @@ class Link:
 
 def links(board: Board) -> list[Link]:
     """Every metric of drift that cells have beside a change of AUPR-out (`Board.ood_path`)."""
-    found: list[Link] = []
-    if board.ood_path is None:
-        return found
-    for metric, where in product(CAUSES, WHERE):
-        pairs = _pairs(board, board.ood_path, where, metric)
-        if pairs:
-            x, y, bits = [p.x for p in pairs], [p.y for p in pairs], [p.bits for p in pairs]
-            conditions = [(p.group.index, p.bits) for p in pairs]
-            found.append(Link(metric, where, pairs, associate(x, y, conditions, bits)))
-    return found
-
-
-def _pairs(board: Board, path: Path, where: str, metric: DriftMetric) -> list[Pair]:
-    """Every quantized cell that has both."""
     found = []
-    for group in board.groups:
-        for bits, result in ((bits, result) for bits, results in group.cells.items() for result in results):
-            x, change = value_in(result, where, metric), change_of(group, result, path)
+    for metric, where in product(CAUSES, WHERE) if board.ood_path else ():
+        pairs: list[Pair] = []
+        for group, bits, result in board.cells:
+            x, change = value_in(result, where, metric), change_of(group, result, board.ood_path or ())
             if x is not None and change is not None:
-                found.append(Pair(group, bits, str(result["seed"]), x, 100 * change))
+                pairs.append((group, bits, str(result["seed"]), x, 100 * change))
+        if pairs:
+            groups, precisions, _, drifts, changes = zip(*pairs, strict=True)
+            conditions = [(group.index, bits) for group, bits in zip(groups, precisions, strict=True)]
+            linked = associate(drifts, changes, conditions, precisions)
+            found.append(Link(metric, where, pairs, linked))
     return found

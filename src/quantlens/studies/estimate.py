@@ -121,7 +121,7 @@ class _Pilots:
         device = choose_device(self.config.device)
         work = ModelWork(self.small, self.backend, self.few, device, spec, Quiet())
         loaded = time.perf_counter()
-        work.decode()
+        work.evaluated()
         decoding = time.perf_counter() - loaded
         first = work.attempt(cells[0])  # captures the model
         cost = ModelCost(time.perf_counter() - started - decoding, decoding / len(self.few.id) * self.decoded)

@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,42 +52,40 @@ class ModelWork:
         self.model = backend.load_model(spec.name, weights_of(spec), device, spec.options)
         self.checkpoint_sha256: str | None = self.model.checkpoint_sha256
         self.preprocess: dict[str, Any] = self.model.preprocess.to_dict()
-        self._calibration: dict[int, Any] = {}
+        self._loaded: dict[str, Any] = {}
 
-    @cached_property
-    def id(self) -> Any:
-        return self._load(self.images.id, "the ID set")
+    def load(self, what: str) -> Any:
+        """The decoded images of a source, by its name in `StudyImages.named`."""
+        if what not in self._loaded:
+            self._loaded[what] = load_images(
+                self.images.named[what],
+                self.model.preprocess,
+                cache_dir=None if self.config.cache is True else self.config.cache,
+                skip_bad=self.config.skip_bad,
+                progress=lambda done, total: self.shown.step(f"decoding {what}", done, total),
+            )
+        return self._loaded[what]
 
-    @cached_property
-    def ood(self) -> dict[str, Any]:
-        return {name: self._load(source, f"OOD set {name}") for name, source in self.images.ood.items()}
-
-    @cached_property
-    def fit(self) -> Any:
-        return None if self.images.fit is None else self._load(self.images.fit, "the fit set")
-
-    def decode(self) -> None:
-        """Read every set that is evaluated; raises at once what every cell would raise."""
-        _ = self.id, self.ood, self.fit
+    def evaluated(self) -> tuple[Any, dict[str, Any], Any]:
+        """The ID set, the OOD sets and the fit set; what reading them raises, every cell would raise."""
+        ood = {name: self.load(f"OOD set {name}") for name in self.images.ood}
+        return self.load("the ID set"), ood, None if self.images.fit is None else self.load("the fit set")
 
     def calibration(self, seed: int) -> Any:
         """The decoded calibration images of a seed."""
-        if seed not in self._calibration:
-            assert self.config.calibration is not None
-            images = self._load(self.images.calibration[seed], "the calibration images")
-            wanted = self.config.calibration.n
-            if len(images) < wanted and not self.config.skip_bad:
-                raise QuantlensError(
-                    f"{source_name(images)} gave {len(images)} calibration images, not {wanted}; give a larger source"
-                )
-            self._calibration[seed] = images
-        return self._calibration[seed]
+        assert self.config.calibration is not None
+        images, wanted = self.load(f"the calibration images of seed {seed}"), self.config.calibration.n
+        if len(images) < wanted and not self.config.skip_bad:
+            raise QuantlensError(
+                f"{source_name(images)} gave {len(images)} calibration images, not {wanted}; give a larger source"
+            )
+        return images
 
     def measure(self, cell: PlannedCell) -> tuple[dict[str, Any], bytes | None]:
         """The result dict of a cell, not compared with FP32 yet, and its per-image outputs packed."""
         config, step = self.config, self.shown.step
         if cell.inspects and cell.method is not None:
-            images = self._load(self.images.inspected, "the inspected images")
+            images = self.load("the inspected images")
             return {
                 "inspection": self.backend.inspect(self.model, images, cell.method, cell.bits, cell.seed, step)
             }, None
@@ -101,12 +98,13 @@ class ModelWork:
             )
         seconds = time.perf_counter() - started
         # NumPy's sums (ViM, Mahalanobis) differ in the last bit with its threads, and those with the executor
+        id, ood, fit = self.evaluated()
         with threadpool_limits(limits=1, user_api="blas"):
             result = self.backend.evaluate(
                 measured,
-                self.id,
-                self.ood,
-                fit=self.fit,
+                id,
+                ood,
+                fit=fit,
                 reference=False,
                 scores=config.scores,
                 groups=self.images.groups,
@@ -120,7 +118,7 @@ class ModelWork:
             data["seconds"] = {**data["seconds"], "calibration": seconds}
         if config.attention is not None:
             started = time.perf_counter()
-            data |= self.backend.attention(measured, self.model, self.id, self.ood, config.attention, step)
+            data |= self.backend.attention(measured, self.model, id, ood, config.attention, step)
             data["seconds"] = {**data["seconds"], "attention": time.perf_counter() - started}
         return data, outputs
 
@@ -136,16 +134,6 @@ class ModelWork:
             outcome = Outcome(None, told(problem), time.perf_counter() - started)
         self.backend.free()
         return outcome
-
-    def _load(self, source: Any, what: str) -> Any:
-        cache = self.config.cache
-        return load_images(
-            source,
-            self.model.preprocess,
-            cache_dir=None if cache is True else cache,
-            skip_bad=self.config.skip_bad,
-            progress=lambda done, total: self.shown.step(f"decoding {what}", done, total),
-        )
 
 
 @dataclass(frozen=True)
@@ -228,7 +216,7 @@ class Worker:
             )
         assert self.work is not None
         self.shown.working(str(cell))
-        self.work.decode()
+        self.work.evaluated()
         return self.work.attempt(cell)
 
 

@@ -8,9 +8,11 @@ from quantlens.studies.text import duration
 
 
 class Quiet:
-    """Shows nothing; the base of the other displays, and what keeps the time. parallel: workers."""
+    """Shows nothing; the base of the other displays, and what keeps the time. console: where sentences go.
+    parallel: workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Any = None) -> None:
+        self.console = console
         self.total = self.ended = 0
         self.parallel = 1
         self._times: dict[str, list[float]] = {}
@@ -36,6 +38,8 @@ class Quiet:
 
     def message(self, text: str) -> None:
         """A sentence for the person."""
+        if self.console is not None:
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Leave the screen as it is."""
@@ -55,10 +59,6 @@ class Quiet:
 class Lines(Quiet):
     """One line per finished cell, for logs."""
 
-    def __init__(self, console: Any) -> None:
-        super().__init__()
-        self.console = console
-
     def start(self, total: int) -> None:
         super().start(total)
         self.message(f"{total} cells")
@@ -68,15 +68,12 @@ class Lines(Quiet):
         parts = [f"FAILED: {error}" if error else duration(seconds), self.left_text()]
         self.message(f"[{self.ended}/{self.total}] {what}: {', '.join(filter(None, parts))}")
 
-    def message(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
-
 
 class Live(Quiet):
     """A bar for the study and one for the cell that runs."""
 
     def __init__(self, console: Any) -> None:
-        super().__init__()
+        super().__init__(console)
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.progress = Progress(
@@ -116,9 +113,6 @@ class Live(Quiet):
 
     def _show(self) -> None:
         self.progress.update(self.study, completed=self.ended, left=self.left_text())
-
-    def message(self, text: str) -> None:
-        self.progress.console.print(text, highlight=False)
 
     def stop(self) -> None:
         self.progress.update(self.cell, visible=False)

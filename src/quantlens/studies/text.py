@@ -78,11 +78,6 @@ def metric_digits(name: str) -> int:
     return 1 if METRICS[name].percent else METRICS[name].digits
 
 
-def metric_text(name: str, value: float | None) -> str:
-    """A metric as it is shown: a fraction as a percentage, without the percent sign."""
-    return fixed(None if value is None else value * METRICS[name].factor, metric_digits(name))
-
-
 def join_words(words: Sequence[str], *, limit: int = 8) -> str:
     """ "a", "a and b", "a, b and c"; beyond `limit` the rest is counted."""
     shown = [*words[: limit - 1], f"{len(words) - limit + 1} more"] if len(words) > limit else list(words)

@@ -43,10 +43,9 @@ class Here:
 def processes(session: Session, workers: int | None) -> Iterator[tuple[list[Here] | list[Process], str]]:
     """One worker here, or so many processes, which end with this context, and within seconds of this process; and what
     they are in words."""
-    if workers in (None, 1):
+    if workers is None or workers == 1:
         yield [Here(session)], ""
         return
-    assert workers is not None
     threads = max(1, cores() // workers)
     slots = [Process(threads, (session.config, session.backend, threads, session.images.marks)) for _ in range(workers)]
     try:

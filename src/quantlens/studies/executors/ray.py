@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.environment import cores
@@ -36,13 +36,13 @@ def actors(
     except ImportError:
         raise QuantlensError("--executor ray needs Ray; run `pip install 'quantlens[cluster]'`") from None
     with connected(ray, address, workers, resources):
-        part = share(ray, workers, resources, session.config.device, len(session.tasks))
-        remote = ray.remote(Worker).options(num_cpus=part.cpus, num_gpus=part.gpus, max_restarts=0)
-        arguments = (session.config, session.backend, part.cpus, session.images.marks)
-        slots = [Actor(ray, remote, arguments) for _ in range(part.workers)]
-        gpus = f" and {part.gpus:g} GPU" if part.gpus else ""
+        count, cpus, gpus = share(ray, workers, resources, session.config.device, len(session.tasks))
+        remote = ray.remote(Worker).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0)
+        arguments = (session.config, session.backend, cpus, session.images.marks)
+        slots = [Actor(ray, remote, arguments) for _ in range(count)]
+        more = f" and {gpus:g} GPU" if gpus else ""
         try:
-            yield slots, f"{part.workers} Ray workers, each with {part.cpus} CPU{gpus}"
+            yield slots, f"{count} Ray workers, each with {cpus} CPU{more}"
         finally:
             for slot in slots:
                 slot.end()
@@ -74,14 +74,6 @@ class Actor:
 
 
 # ---- the cluster -----------------------------------------------------------------------------------------------------
-
-
-class Share(NamedTuple):
-    """What each of `workers` asks Ray for: whole processors (its threads) and a part of a GPU."""
-
-    workers: int
-    cpus: int
-    gpus: float
 
 
 @contextmanager
@@ -116,8 +108,9 @@ def connected(ray: Any, address: str | None, workers: int | None, resources: Res
             ray.shutdown()
 
 
-def share(ray: Any, workers: int | None, resources: ResourcesSpec, device: str, cells: int) -> Share:
-    """How the cluster is divided: `workers` of them, or as many as find room, at most one per cell.
+def share(ray: Any, workers: int | None, resources: ResourcesSpec, device: str, cells: int) -> tuple[int, int, float]:
+    """How the cluster is divided: (workers, processors and part of a GPU that each asks Ray for); `workers` of them, or
+    as many as find room, at most one per cell.
 
     A worker has one processor unless `resources` says how many or `workers` leaves each of them more; a whole GPU
     where the cluster has GPUs, unless `resources` says which part or the study's `device` is the CPU. Raises
@@ -143,4 +136,4 @@ def share(ray: Any, workers: int | None, resources: ResourcesSpec, device: str, 
                 f"a worker asks for {asked:g} {kind}, but the largest node of the Ray cluster has {most[kind]:g}; "
                 f"lower `resources: {{{kind.lower()}: …}}`{cure}"
             )
-    return Share(max(1, count), cpus, gpus)
+    return max(1, count), cpus, gpus
