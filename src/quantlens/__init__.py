@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from quantlens.qmodel.checkpoint import save as save
     from quantlens.sensitivity import Inspection as Inspection
     from quantlens.studies.compare import compare as compare
+    from quantlens.studies.recommend import recommend as recommend
     from quantlens.studies.results import results as results
 
 _HOMES = {
@@ -51,6 +52,7 @@ _HOMES = {
     "load": "quantlens.qmodel.checkpoint",
     "evaluate": "quantlens.evaluation",
     "compare": "quantlens.studies.compare",
+    "recommend": "quantlens.studies.recommend",
     "results": "quantlens.studies.results",
     "plot": "quantlens.plots",
     "QuantlensError": "quantlens.errors",

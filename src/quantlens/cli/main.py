@@ -33,6 +33,7 @@ from quantlens.cli import (
     plot,
     predict,
     quantize,
+    recommend,
     report,
     sources,
     study,
@@ -54,6 +55,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     demo,
+    recommend,
     quantize,
     allocate,
     inspect,
