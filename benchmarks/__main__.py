@@ -209,7 +209,7 @@ def attention() -> dict[str, Any]:
     import torch
 
     import quantlens as ql
-    from quantlens.attention.measure import measure
+    from quantlens.attention.drift import measure
     from quantlens.attention.recording import Lens
     from quantlens.qmodel import float_model
 

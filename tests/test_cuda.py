@@ -189,7 +189,7 @@ def test_sensitivities_and_attention_there(digits, there):
     for sensitivity in ("nuclear-norm", "hessian", "kl"):
         got = ql.allocate(there, digits["calibration"][:8], "MP6", sensitivity=sensitivity)
         assert got.bits
-    from quantlens.attention.measure import measure
+    from quantlens.attention.drift import measure
 
     drift = []
     for model in (there, here):

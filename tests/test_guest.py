@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 import quantlens as ql
 from quantlens import ambient
-from quantlens.attention.gradients import class_activation, gradient_rollout
+from quantlens.attention.maps import class_activation, gradient_rollout
 from quantlens.data import load_images
 
 CALIBRATION, IMAGES, OOD = (

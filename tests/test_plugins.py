@@ -247,7 +247,7 @@ def test_the_workers_of_a_study_load_its_plugins(write, tmp_path):
     from study_fakes import FakeBackend, config
 
     from quantlens.studies.config import load_config, parse_config
-    from quantlens.studies.executors.worker import Worker
+    from quantlens.studies.measuring import Worker
     from quantlens.studies.runner import run_study
 
     note = "import os\nwith open('{}', 'a') as file:\n    file.write(f'{{os.getpid()}}\\n')\n"

@@ -137,7 +137,7 @@ def _gradient(method: str, bits: str) -> Quantity:
 
 
 def _class_activation(kind: str) -> Quantity:
-    from quantlens.attention.gradients import class_activation
+    from quantlens.attention.maps import class_activation
 
     def quantity(seed: int) -> float:
         model, images = small(kind, seed), pictures(seed)

@@ -8,11 +8,17 @@ from typing import Any
 import quantlens as ql
 from benchmarks.quality.case import Case
 from benchmarks.quality.subjects import calibration, cost, digits, distance, letters, one_class, ratio, uneven
-from quantlens.methods.composition import RotateHeads, RotateInputs, RotateResidual, SubtractMeans, WeightFit
-from quantlens.methods.quantlens_fast import QuantlensFast
+from quantlens.methods.quantlens_fast import (
+    QuantlensFast,
+    WeightFit,
+    rotate_heads,
+    rotate_inputs,
+    rotate_residuals,
+    subtract_channel_means,
+)
 
 FAST: dict[str, Any] = {"method": "quantlens-fast", "bits": "W3A3", "activation_granularity": "tensor"}
-KINDS = {"none": (), "heads": (RotateHeads,), "residual": (RotateResidual, RotateInputs), "all": None}
+KINDS = {"none": (), "heads": (rotate_heads,), "residual": (rotate_residuals, rotate_inputs), "all": None}
 
 
 @dataclass(frozen=True)
@@ -20,14 +26,14 @@ class Ablated(QuantlensFast):
     """quantlens-fast with another fit of weights, or with some of its transforms."""
 
     fit: WeightFit | None = None
-    kinds: tuple[type, ...] | None = None
+    kinds: tuple[Any, ...] | None = None
 
     def weight_fit(self, run: Any) -> WeightFit:
         return self.fit or super().weight_fit(run)
 
     def transforms(self, run: Any) -> list[Any]:
         made = super().transforms(run)
-        return made if self.kinds is None else [t for t in made if isinstance(t, (SubtractMeans, *self.kinds))]
+        return made if self.kinds is None else [t for t in made if t in (subtract_channel_means, *self.kinds)]
 
 
 def _fitted(**settings: Any) -> dict[str, Any]:

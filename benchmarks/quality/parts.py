@@ -18,7 +18,6 @@ from quantlens.calibration.ranges.similarity import (
     Ranking,
     alternate_pair,
     candidate_factors,
-    inversions,
 )
 from quantlens.formats import Uniform
 from quantlens.graph import graph_of
@@ -200,6 +199,16 @@ def _balanced_norm(seed: int) -> float:
     return error() / before
 
 
+def _inversions(got: Tensor, expected: Tensor) -> float:
+    """Share of the pairs of columns whose order in ``got`` [..., w] is the reverse of that in ``expected``; a tie of
+    two columns that differ counts half."""
+    ranking = Ranking.of(expected, 0.0)
+    columns = got.reshape(-1, got.shape[-1]).T
+    found = (columns[ranking.first] - columns[ranking.second]).sign_() * ranking.sign
+    known = ranking.sign != 0
+    return float(((1 - found)[known] / 2).mean()) if bool(known.any()) else 0.0
+
+
 def _ranking(seed: int) -> float:
     """Pairs of scores in the wrong order with the ranking loss to without, scores with a few far-out values."""
     generator = torch.Generator().manual_seed(seed)
@@ -212,7 +221,7 @@ def _ranking(seed: int) -> float:
     for ranking in (Ranking.of(expected, 0.1 * unit, weight=1.0 / unit), None):
         objective = Objective(expected, ranking=ranking) if ranking else Objective(expected)
         a, b, _ = alternate_pair(objective, left, right, candidate_factors(0.5, 1.2, 100), 20, first="left")
-        found.append(inversions(a.quantized() @ b.quantized().mT, expected))
+        found.append(_inversions(a.quantized() @ b.quantized().mT, expected))
     return found[0] / found[1]
 
 

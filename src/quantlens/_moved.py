@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -46,13 +46,38 @@ MODULES: dict[str, str] = {
     "quantlens.deploy.artefact": "quantlens.export.exported",
     "quantlens.deploy.guard": "quantlens.export.threshold",
     "quantlens.calibration.walk": "quantlens.calibration.passes",
+    "quantlens.calibration.process_memory": "quantlens.calibration.cache",
     "quantlens.attention.lens": "quantlens.attention.recording",
+    "quantlens.attention.measure": "quantlens.attention.drift",
+    "quantlens.attention.tokens": "quantlens.attention.outlier_tokens",
+    "quantlens.attention.gradients": "quantlens.attention.maps",
+    "quantlens.attention.sets": "quantlens.attention.image_sets",
+    "quantlens.attention.selection": "quantlens.attention.image_sets",
+    "quantlens.attention.figures": "quantlens.attention.picture_grids",
     "quantlens.studies.work": "quantlens.studies.measuring",
-    "quantlens.reconstruction.latent": "quantlens.reconstruction.trained_tensors",
-    "quantlens.studies.specs": "quantlens.studies.cell_labels",
+    "quantlens.studies.specs": "quantlens.studies.cells",
+    "quantlens.report.charts": "quantlens.report.page",
+    "quantlens.report.marks": "quantlens.studies.significance",
+    "quantlens.studies.pairing": "quantlens.studies.compare",
+    "quantlens.studies.executors.worker": "quantlens.studies.measuring",
+    "quantlens.studies.cell_labels": "quantlens.studies.cells",
+    "quantlens.studies.database": "quantlens.studies.store",
+    "quantlens.studies.study_file": "quantlens.studies.config",
+    "quantlens.studies.executors.cluster": "quantlens.studies.executors.ray",
+    **dict.fromkeys(
+        _of("reconstruction", "", "latent", "learners", "trained_tensors"), "quantlens.reconstruction.trainer"
+    ),
+    "quantlens.reconstruction.losses": "quantlens.reconstruction.settings",
+    "quantlens.reconstruction.streams": "quantlens.reconstruction.units",
+    "quantlens.allocation.spectra": "quantlens.allocation.sensitivity",
     "quantlens.demo": "quantlens.report.demo",
+    "quantlens.plots.attention": "quantlens.plots.precisions",
+    "quantlens.plots.lines": "quantlens.plots.precisions",
+    "quantlens.plots.files": "quantlens.plots.style",
+    "quantlens.report.attention_gallery": "quantlens.report.attention",
     "quantlens.report.text": "quantlens.studies.text",
     "quantlens.report.collect": "quantlens.studies.board",
+    "quantlens.zoo.augment": "quantlens.zoo.recipe",
 }
 """Old module -> new module."""
 
@@ -67,6 +92,8 @@ RENAMED: dict[str, str] = {
     "quantlens.quantizers.SquaredRows": "quantlens.formats.SqrtSoftmax",
     "quantlens.quantizers.block_scaled.BlockScaled": "quantlens.formats.GroupScaled",
     "quantlens.quantizers.rows.SquaredRows": "quantlens.formats.SqrtSoftmax",
+    "quantlens.quantizers.restore_operator": "quantlens.formats.restore",
+    "quantlens.quantizers.operators.restore_operator": "quantlens.formats.restore",
     "quantlens.deploy.guard.guard_figures": "quantlens.export.threshold.guard_metrics",
     "quantlens.calibration.Transform": "quantlens.calibration.Replacement",
     "quantlens.reconstruction.find_massive": "quantlens.calibration.measured_transforms.find_outlier_channels",
@@ -100,15 +127,13 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.allocation.allocation": ("quantlens.allocation.choosing",),
     "quantlens.studies": ("quantlens.evaluation",),
     "quantlens.report.attention": (
-        "quantlens.plots.attention",
+        "quantlens.plots.precisions",
         "quantlens.metrics.correlation",
         "quantlens.studies.drift",
-        "quantlens.report.attention_gallery",
     ),
     "quantlens.attention.lookup": (
-        "quantlens.attention.selection",
         "quantlens.attention.maps",
-        "quantlens.attention.sets",
+        "quantlens.attention.image_sets",
         "quantlens.attention.study_cell",
     ),
 }
@@ -122,25 +147,28 @@ REMOVED: dict[str, str] = {
         _of("reconstruction", "", "distillation", "distil", "Distillation", "DistillationReport"),
         f"{_DISTILLATION} tells what it gave",
     ),
+    "quantlens.reconstruction.Trainer": "removed in quantlens 0.3; Trainer(groups).run(steps, loss) is "
+    "train(groups, steps, loss)",
+    "quantlens.reconstruction.expected_error": "removed in quantlens 0.3; mean_output of the quantized operands less "
+    "that of the float ones is the same",
     "quantlens.reconstruction.optimise_scales": "removed in quantlens 0.3; reconstruct with "
     'Settings(("scales",), inputs="quantized") does the same',
 }
 """Modules and names that are gone -> what to tell."""
 
 
-def _internal(file: str) -> bool:
-    return (file.startswith(_PACKAGE) and file.endswith(("_moved.py", "__init__.py"))) or "importlib" in file
-
-
-def tell(old: str, new: str) -> None:
-    """Warn whoever uses ``old``: the first line of code outside of this file and of the import system."""
+def warn(message: str) -> None:
+    """A DeprecationWarning for the first line of code outside of the package and of the import system."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and _internal(frame.f_code.co_filename):
+    while frame.f_back and (frame.f_code.co_filename.startswith(_PACKAGE) or "importlib" in frame.f_code.co_filename):
         frame = frame.f_back
-    message = f"quantlens: {old} is {new} now; quantlens {DROPPED} drops the old name"
     where = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "")
     registry = frame.f_globals.setdefault("__warningregistry__", {})
     warnings.warn_explicit(message, DeprecationWarning, *where, registry=registry)
+
+
+def _tell(old: str, new: str) -> None:
+    warn(f"quantlens: {old} is {new} now; quantlens {DROPPED} drops the old name")
 
 
 ARGUMENTS = ("patch_bits", "head_bits", "outlier_channels", "image", "target")
@@ -160,38 +188,22 @@ def arguments_apart(options: Mapping[str, Any], written: Callable[[str], str]) -
     return shared, {name: value for name, value in options.items() if name not in known}
 
 
-def warn(message: str) -> None:
-    """A DeprecationWarning for the first caller outside of the package."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, DeprecationWarning, stacklevel=level)
-
-
 def find(package: str, name: str) -> Any:
     """``name`` of an old package, from where it is now. Raises ImportError for a removed name, else AttributeError."""
-    if f"{package}.{name}" in REMOVED:
-        raise ImportError(f"quantlens: {package}.{name}: {REMOVED[f'{package}.{name}']}")
-    if f"{package}.{name}" in RENAMED:
-        new = RENAMED[f"{package}.{name}"]
-        tell(f"{package}.{name}", new)
-        place, _, renamed = new.rpartition(".")
-        return getattr(import_module(place), renamed)
-    for place in PACKAGES.get(package, ()):
-        module = import_module(place)
-        if not name.startswith("_") and hasattr(module, name):
-            tell(f"{package}.{name}", f"{place}.{name}")
-            return getattr(module, name)
+    old = f"{package}.{name}"
+    if old in REMOVED:
+        raise ImportError(f"quantlens: {old}: {REMOVED[old]}")
+    place, _, renamed = RENAMED.get(old, "").rpartition(".")
+    places = (place,) if place else PACKAGES.get(package, ())
+    for module in map(import_module, places):
+        if not name.startswith("_") and hasattr(module, renamed or name):
+            _tell(old, f"{module.__name__}.{renamed or name}")
+            return getattr(module, renamed or name)
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 
 class _Alias(ModuleType):
     """An old module: every attribute is the new module's."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        if name in PACKAGES:
-            self.__path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -200,28 +212,19 @@ class _Alias(ModuleType):
             return find(self.__name__, name)
         return getattr(import_module(MODULES[self.__name__]), name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("__") or self.__name__ not in MODULES or f"{self.__name__}.{name}" in MODULES:
-            super().__setattr__(name, value)
-        else:
-            setattr(import_module(MODULES[self.__name__]), name, value)
-
 
 class _Finder:
     """Finds old modules by their names; asked last, when nothing else was found."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name in REMOVED:
             raise ModuleNotFoundError(f"quantlens: {name}: {REMOVED[name]}", name=name)
-        if name not in MODULES and name not in PACKAGES:
-            return None
-        return ModuleSpec(name, self, is_package=name in PACKAGES)  # type: ignore[arg-type]
+        known = name in MODULES or name in PACKAGES
+        return ModuleSpec(name, self, is_package=name in PACKAGES) if known else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         if spec.name in MODULES:
-            tell(spec.name, MODULES[spec.name])
+            _tell(spec.name, MODULES[spec.name])
         return _Alias(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -230,5 +233,4 @@ class _Finder:
 
 def install() -> None:
     """Let old imports be found."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())  # type: ignore[arg-type]
+    sys.meta_path.append(_Finder())  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
@@ -37,20 +37,27 @@ def isolation() -> Iterator[None]:
     """Inside, torch is set as in a fresh process; afterwards, also after an error, all is as the caller had it: random
     states (Python, numpy, torch), number of threads, default dtype and device, autocast, gradients and inference mode,
     warning filters."""
+    import numpy as np
     import torch
 
-    threads, filters = torch.get_num_threads(), list(warnings.filters)
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with ExitStack() as stack:
-        for part in (_random_state(), short_waits(), torch.inference_mode(False), torch.enable_grad()):
+        stack.callback(_set_back, torch.get_num_threads(), list(warnings.filters))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        for part in (short_waits(), torch.inference_mode(False), torch.enable_grad(), plain_arithmetic()):
             stack.enter_context(part)
-        stack.enter_context(plain_arithmetic())
-        try:
-            yield
-        finally:
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
-            if warnings.filters != filters:  # some libraries add to them when they are imported
-                warnings.filters[:] = filters  # type: ignore[index]
+        yield
+
+
+def _set_back(threads: int, filters: list[Any]) -> None:
+    import torch
+
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    if warnings.filters != filters:  # some libraries add to them when they are imported
+        warnings.filters[:] = filters  # type: ignore[index]
 
 
 @contextmanager
@@ -79,32 +86,14 @@ def plain_arithmetic() -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.empty(0).device.type != "cpu":  # get_default_device() does not see every one in torch 2.6
             stack.enter_context(_without_function_modes())
-        dtype = torch.get_default_dtype()
-        if dtype != torch.float32:
-            stack.callback(torch.set_default_dtype, dtype)
-            torch.set_default_dtype(torch.float32)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
         with suppress(RuntimeError):  # newer settings, by backend, are in use
             precision = torch.get_float32_matmul_precision()
             if precision != "highest":
                 stack.callback(torch.set_float32_matmul_precision, precision)
                 torch.set_float32_matmul_precision("highest")
         yield
-
-
-@contextmanager
-def _random_state() -> Iterator[None]:
-    """Afterwards, the generators that all code shares are as before."""
-    import numpy as np
-    import torch
-
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
 
 
 # ---- threads that wait -----------------------------------------------------------------------------------------------
@@ -122,47 +111,29 @@ def short_waits() -> Iterator[None]:
     import torch
 
     runtime = None if torch.get_num_threads() == 1 or "OMP_WAIT_POLICY" in os.environ else _gnu_openmp()
-    if runtime is None:
+    if runtime is None or not _CROWD.acquire(blocking=False):  # or they are there already
         yield
         return
-    _CROWD.enter(runtime, 1 + max(1, len(os.sched_getaffinity(0)) - torch.get_num_threads()))
+    count = 1 + max(1, len(os.sched_getaffinity(0)) - torch.get_num_threads())
+    there, over = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        """A team of the runtime stays with the thread that made it."""
+        runtime.GOMP_parallel(runtime.omp_get_thread_num, None, count, 0)
+        there.set()
+        over.wait()
+
+    threading.Thread(target=stay, daemon=True).start()
+    there.wait()
     try:
         yield
     finally:
-        _CROWD.leave()
+        over.set()
+        _CROWD.release()
 
 
-class _Crowd:
-    """Idle threads of an OpenMP runtime, which are there as long as somebody is inside."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._over = threading.Lock(), 0, threading.Event()
-
-    def enter(self, runtime: ctypes.CDLL, count: int) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._over, there = threading.Event(), threading.Event()
-                threading.Thread(target=self._stay, args=(runtime, count, there, self._over), daemon=True).start()
-                there.wait()
-
-    def leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._over.set()
-
-    @staticmethod
-    def _stay(runtime: ctypes.CDLL, count: int, there: threading.Event, over: threading.Event) -> None:
-        """A team of the runtime stays with the thread that made it."""
-        try:
-            runtime.GOMP_parallel(runtime.omp_get_thread_num, None, count, 0)
-        finally:
-            there.set()
-        over.wait()
-
-
-_CROWD = _Crowd()
+_CROWD = threading.Lock()
+"""Held by whoever has made the idle threads."""
 
 
 @cache

@@ -1,14 +1,28 @@
-"""Writing a file whole or not at all, and knowing beforehand whether it can be written."""
+"""Writing a file whole or not at all, knowing beforehand whether it can be written, and finding those of others."""
 
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from quantlens.errors import StorageError
+
+
+@contextmanager
+def _refusal(path: Path, what: str) -> Iterator[None]:
+    """What the system refuses as a StorageError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        named = f"{what} {path}".strip()
+        raise StorageError(
+            f"cannot write {named}: {error.strerror or error}; free some room or choose another place"
+        ) from error
 
 
 def write_whole(path: Path, content: bytes | str | Iterator[bytes], *, what: str = "") -> None:
@@ -16,27 +30,16 @@ def write_whole(path: Path, content: bytes | str | Iterator[bytes], *, what: str
 
     what: what it is, for the error ("the report"). Raises StorageError where that cannot be done; nothing is left then.
     """
-    if isinstance(content, bytes | str):
-        content = iter([content.encode() if isinstance(content, str) else content])
-    temporary = None
-    try:
+    if isinstance(content, str):
+        content = content.encode()
+    with _refusal(path, what):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-            temporary = stream.name
-            stream.writelines(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        named = f"{what} {path}" if what else str(path)
-        raise StorageError(
-            f"cannot write {named}: {error.strerror or error}; free some room or choose another place"
-        ) from error
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            with open(Path(folder) / path.name, "wb") as stream:
+                stream.writelines([content] if isinstance(content, bytes) else content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(stream.name, path)
 
 
 def check_writable(path: Path | str | None, *, what: str = "") -> None:
@@ -47,16 +50,18 @@ def check_writable(path: Path | str | None, *, what: str = "") -> None:
     if path is None:
         return
     path = Path(path)
-    folder = path.parent
-    try:
+    with _refusal(path, what):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        named = f"{what} {path}" if what else str(path)
-        raise StorageError(
-            f"cannot write {named}: {error.strerror or error} ({folder}); choose another place"
-        ) from error
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def package_file(package: str, relative: str) -> Path:
+    """A data file of an installed package, found without importing it, which may take seconds. Raises StorageError."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / relative
+        if path.is_file():
+            return path
+    raise StorageError(f"the data file {relative} of the package {package} is missing; install that package again")

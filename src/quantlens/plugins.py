@@ -8,21 +8,19 @@ for all its names: what quantlens has itself is found without running anybody el
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from quantlens.errors import QuantlensError, QuantlensWarning, UnknownNameError, debugging
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
 
 GROUPS = ("quantlens.methods", "quantlens.formats", "quantlens.scores", "quantlens.transforms")
 """Groups of entry points. One names a module, or what is to be registered itself."""
@@ -37,23 +35,14 @@ class PluginWarning(QuantlensWarning):
     """An installed plugin cannot be used; the others can."""
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A plugin that was loaded. place: what a person calls it. group, name: of its entry point, "" without one."""
-
-    place: str
-    thing: Any
-    group: str = ""
-    name: str = ""
-
-
-_found: list[_Found] = []
+_found: list[tuple[str, Any, str, str]] = []
+"""What was loaded: what a person calls the plugin, the module or thing, group and name of its entry point (or "")."""
 _given: dict[str, str] = {}
 """What was given to :func:`load_plugin` (a file: its whole path) -> the digest of the file that was run."""
-_folders: dict[str, str] = {}
-"""File or folder of a plugin's code -> what a person calls it."""
-_problems: dict[str, bool] = {}
-"""What keeps installed plugins from being used -> whether it was told."""
+_places: dict[str, str] = {}
+"""Module or package of a plugin's code -> what a person calls it."""
+_problems: list[str] = []
+"""What keeps installed plugins from being used."""
 _registries: list[Registry[Any]] = []
 _scanned = False
 
@@ -75,12 +64,13 @@ class Registry(Generic[T]):
         group: str,
         *,
         hint: str = "",
-        own: Callable[[], object] | None = None,
-        adopt: Callable[[str, Any], object] | None = None,
+        own: Callable[[], object] = lambda: None,
+        adopt: Callable[[str, Any], object] = lambda name, thing: None,
     ) -> None:
         assert group in GROUPS
         self.what, self.group, self.hint = what, group, hint
-        self._own, self._adopt, self._adopted = own, adopt, 0
+        self._own: Callable[[], object] | None = own
+        self._adopt, self._adopted = adopt, 0
         self._things: dict[str, tuple[T, Any]] = {}
         _registries.append(self)
 
@@ -102,7 +92,7 @@ class Registry(Generic[T]):
         self._ready()
         if name not in self._things:
             self._ready(installed=True)
-        return self._things[name][0] if name in self._things else None
+        return self._things.get(name, (None, None))[0]
 
     def get(self, name: str, *, asked: str = "", suggest: bool = True) -> T:
         """As :meth:`find`; raises UnknownNameError, which says ``asked`` instead of the name where that is given."""
@@ -115,13 +105,11 @@ class Registry(Generic[T]):
     def all(self, *, own: bool = False) -> dict[str, T]:
         """All things by name, in the order in which they came. own: only those of quantlens."""
         self._ready(installed=not own)
-        if not own:
-            _tell_problems()
         return {name: thing for name, (thing, _) in self._things.items() if not own or not self.place(name)}
 
     def place(self, name: str) -> str:
         """The plugin that a known name comes from; "" for quantlens."""
-        return _place(self._things[name][1])
+        return _place(_address(self._things[name][1])[0])
 
     def forget(self) -> None:
         """Drop what is not quantlens' own."""
@@ -132,36 +120,34 @@ class Registry(Generic[T]):
             own, self._own = self._own, None
             own()
         if installed:
-            load_installed()
-        while self._adopt is not None and self._adopted < len(_found):
-            found = _found[self._adopted]
+            _load_installed()
+        while self._adopted < len(_found):
+            place, thing, group, name = _found[self._adopted]
             self._adopted += 1
-            registered = any(maker is found.thing for _, maker in self._things.values())
-            if registered or found.group not in ("", self.group):
+            if group not in ("", self.group) or any(maker is thing for _, maker in self._things.values()):
                 continue
             try:
-                self._adopt(found.name, found.thing)
+                self._adopt(name, thing)
             except QuantlensError as error:
-                if not found.group:
-                    raise QuantlensError(_sentence(found.place, error)) from error
-                _note(found.place, error)
+                if not group:
+                    raise QuantlensError(_sentence(place, error)) from error
+                _note(place, error)
 
 
 def _address(maker: Any) -> tuple[str, str]:
     return str(getattr(maker, "__module__", "")), str(getattr(maker, "__qualname__", repr(maker)))
 
 
-def _place(maker: Any) -> str:
-    """What a person calls the plugin that defines a class or function; "" for quantlens."""
-    name = _address(maker)[0]
-    if name.split(".")[0] == "quantlens":
+def _place(module: str) -> str:
+    """What a person calls the plugin that a module belongs to; "" for quantlens."""
+    if module.split(".")[0] == "quantlens":
         return ""
-    file = getattr(sys.modules.get(name), "__file__", None)
-    return _folders.get(str(file), name)
+    return next((place for name, place in _places.items() if f"{module}.".startswith(f"{name}.")), module)
 
 
 def _spelled(maker: Any) -> str:
-    return f"{_address(maker)[1]} ({_place(maker) or _address(maker)[0]})"
+    module, name = _address(maker)
+    return f"{name} ({_place(module) or module})"
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -179,14 +165,14 @@ def load_plugin(where: str | os.PathLike[str]) -> ModuleType:
     if is_file and not path.is_file():
         raise QuantlensError(f"there is no plugin {text}; give a Python file, or the name of a module")
     try:
-        module = _run(path, text) if is_file else import_module(text)
+        if is_file:
+            return _run(path, text)
+        module = import_module(text)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{text}.".startswith(f"{error.name}."):
             file = f", or {text}.py for the file of that name" if Path(f"{text}.py").is_file() else ""
             raise QuantlensError(f"plugin {text}: there is no such module; give one that Python finds{file}") from error
         raise QuantlensError(_sentence(text, error)) from error
-    if is_file:
-        return module
     _given[text] = ""
     _remember(text, module)
     return module
@@ -199,7 +185,7 @@ def load_all(given: Sequence[str] = ()) -> None:
             load_plugin(where.strip())
 
 
-def load_installed() -> None:
+def _load_installed() -> None:
     """Load what QUANTLENS_PLUGINS and entry points name, once. An entry point that fails is left out, and noted."""
     global _scanned
     if _scanned:
@@ -208,15 +194,17 @@ def load_installed() -> None:
 
     load_all()
     _scanned = True
-    for group in GROUPS:
-        for point in sorted(entry_points(group=group), key=lambda p: p.name):
-            place = _place_of(point)
-            try:
-                thing = point.load()
-            except (Exception, SystemExit) as error:
-                _note(place, error)
-            else:
-                _remember(place, sys.modules[point.module], thing, group, point.name)
+    points = [point for group in GROUPS for point in entry_points(group=group)]
+    for point in sorted(points, key=lambda point: (GROUPS.index(point.group), point.name)):
+        place = point.value
+        if point.dist is not None:
+            place = f"{point.name} of {point.dist.name} {point.dist.version} ({point.value})"
+        try:
+            thing = point.load()
+        except (Exception, SystemExit) as error:
+            _note(place, error)
+        else:
+            _remember(place, sys.modules[point.module], thing, point.group, point.name)
 
 
 def given() -> list[str]:
@@ -229,27 +217,24 @@ def forget() -> None:
     global _scanned
     for registry in _registries:
         registry.forget()
-    for found in _found:
-        name = getattr(found.thing, "__name__" if isinstance(found.thing, ModuleType) else "__module__", "")
-        sys.modules.pop(name, None)
-    for state in (_found, _given, _folders, _problems):
+    for name in [name for name in sys.modules if _place(name) in _places.values()]:
+        del sys.modules[name]
+    for state in (_found, _given, _places, _problems):
         state.clear()  # type: ignore[attr-defined]
     _scanned = False
 
 
 def _run(path: Path, place: str) -> ModuleType:
     """The module of a file, run if it has not been run as it is now."""
-    from hashlib import sha256
-
     name = f"quantlens_plugins.{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
     source = path.read_bytes()
     digest = sha256(source).hexdigest()
     if name in sys.modules and _given.get(str(path)) == digest:
         return sys.modules[name]
     module = ModuleType(name)
-    module.__file__ = str(path)
     sys.modules[name] = module
-    _given[str(path)], _folders[str(path)] = digest, place
+    module.__file__ = str(path)
+    _given[str(path)], _places[name] = digest, place
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     try:
@@ -262,19 +247,9 @@ def _run(path: Path, place: str) -> ModuleType:
 
 
 def _remember(place: str, module: ModuleType, thing: Any = None, group: str = "", name: str = "") -> None:
-    file = getattr(module, "__file__", None)
-    if file is not None:
-        _folders[str(file)] = place
-        top = getattr(sys.modules.get(module.__name__.split(".")[0]), "__path__", None)
-        if top is not None:  # the code of a package is all of its folder
-            _folders.update(dict.fromkeys(map(str, top), place))
-    _found.append(_Found(place, module if thing is None else thing, group, name))
-
-
-def _place_of(point: EntryPoint) -> str:
-    if point.dist is None:
-        return point.value
-    return f"{point.name} of {point.dist.name} {point.dist.version} ({point.value})"
+    top = module.__name__.split(".")[0]  # the code of a package is all that is in it
+    _places[module.__name__ if top == "quantlens_plugins" else top] = place
+    _found.append((place, module if thing is None else thing, group, name))
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
@@ -282,23 +257,26 @@ def _place_of(point: EntryPoint) -> str:
 
 def blame(error: BaseException) -> str | None:
     """The sentence for an error that a plugin's code raised while it was used; None for any other error."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        for folder, place in _folders.items():
-            if frame.filename == folder or frame.filename.startswith(folder + os.sep):
-                where = f"{Path(frame.filename).name}, line {frame.lineno}"
-                return f"plugin {place} failed: {_cause(error)} ({where}); QUANTLENS_DEBUG=1 shows the traceback"
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        place = _place(frame.f_globals.get("__name__", ""))
+        if place in _places.values():
+            return f"plugin {place} failed: {_cause(error)} ({_line(frame, line)}); {_DEBUG}"
     return None
+
+
+_DEBUG = "QUANTLENS_DEBUG=1 shows the traceback"
 
 
 def _sentence(place: str, error: BaseException) -> str:
     """What keeps a plugin from being loaded: the error, and the plugin's own line that it came from."""
-    own = [f for f in traceback.extract_tb(error.__traceback__) if not _is_machinery(f.filename)]
-    where = f" ({Path(own[0].filename).name}, line {own[0].lineno})" if own else ""
-    return f"plugin {place} cannot be loaded: {_cause(error)}{where}; QUANTLENS_DEBUG=1 shows the traceback"
+    frames = traceback.walk_tb(error.__traceback__)
+    ours = ("quantlens", "importlib")
+    own = [where for where in frames if where[0].f_globals.get("__name__", "").split(".")[0] not in ours]
+    return f"plugin {place} cannot be loaded: {_cause(error)}{f' ({_line(*own[0])})' if own else ''}; {_DEBUG}"
 
 
-def _is_machinery(file: str) -> bool:
-    return file.startswith(str(Path(__file__).parent) + os.sep) or "importlib" in file
+def _line(frame: Any, line: int) -> str:
+    return f"{Path(frame.f_code.co_filename).name}, line {line}"
 
 
 def _cause(error: BaseException) -> str:
@@ -307,16 +285,9 @@ def _cause(error: BaseException) -> str:
 
 
 def _note(place: str, error: BaseException) -> None:
-    _problems.setdefault(_sentence(place, error), False)
+    """Keep what is wrong with an installed plugin, and warn of it; a worker process leaves that to its parent."""
+    _problems.append(_sentence(place, error))
     if debugging():
         traceback.print_exception(error)
-
-
-def _tell_problems() -> None:
-    """Warn of what keeps installed plugins from being used, once; a worker process leaves that to its parent."""
-    import multiprocessing
-
-    for sentence, told in _problems.items():
-        if not told and multiprocessing.parent_process() is None:
-            warnings.warn(sentence, PluginWarning, stacklevel=4)
-    _problems.update(dict.fromkeys(_problems, True))
+    if multiprocessing.parent_process() is None:
+        warnings.warn(_problems[-1], PluginWarning, stacklevel=2)

@@ -179,7 +179,7 @@ def test_files_that_are_no_allocation(text, words, tmp_path):
     path.write_text(text)
     with pytest.raises(QuantlensError, match=words):
         Allocation.load(path)
-    with pytest.raises(QuantlensError, match="does not exist"):
+    with pytest.raises(QuantlensError, match="No such file"):
         Allocation.load(tmp_path / "none.json")
 
 

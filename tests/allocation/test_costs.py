@@ -22,13 +22,13 @@ def test_vit_by_hand(loaded):
 
     table = cost_table(graph, find_groups(graph), (4, 8), 6)
     attention, mlp = 4 * 32 * 32, 2 * 32 * 128
-    assert table.groups["size"] == [[attention * 4 // 8, attention], [mlp * 4 // 8, mlp]] * 2
+    assert table.groups["size"] == [{4: attention * 4 // 8, 8: attention}, {4: mlp * 4 // 8, 8: mlp}] * 2
     macs = 17 * attention + 2 * 2 * 17 * 17 * 16
-    assert table.groups["bops"] == [[macs * 16, macs * 64], [17 * mlp * 16, 17 * mlp * 64]] * 2
+    assert table.groups["bops"] == [{4: macs * 16, 8: macs * 64}, {4: 17 * mlp * 16, 8: 17 * mlp * 64}] * 2
     assert table.fixed["bops"] == 16 * 32 * 192 * 6 * 8 + 320 * 36
     floats = loaded["vit"].num_parameters - 2 * (attention + mlp) - 32 * 192 - 320
     assert table.fixed["size"] == 4 * floats + (32 * 192 + 320) * 6 // 8
-    assert table.total("size", [1, 1, 1, 1]) == table.fixed["size"] + 2 * (attention + mlp)
+    assert table.total("size", [8, 8, 8, 8]) == table.fixed["size"] + 2 * (attention + mlp)
 
 
 def test_windows_count(loaded):

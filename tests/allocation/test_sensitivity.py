@@ -6,8 +6,7 @@ from torch import nn
 
 import quantlens as ql
 from quantlens.allocation import find_groups, hessian, sensitivity
-from quantlens.allocation.sensitivity import Candidates
-from quantlens.allocation.spectra import nuclear_norm
+from quantlens.allocation.sensitivity import Candidates, nuclear_norm
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
 from quantlens.graph import graph_of

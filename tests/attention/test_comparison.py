@@ -13,11 +13,11 @@ from PIL import Image
 
 import quantlens as ql
 from quantlens.attention import pictures as drawing
-from quantlens.attention.figures import maps_picture
-from quantlens.attention.measure import measure
+from quantlens.attention.drift import measure
+from quantlens.attention.image_sets import chosen, evenly
+from quantlens.attention.outlier_tokens import outliers, token_norms
+from quantlens.attention.picture_grids import maps_picture
 from quantlens.attention.recording import Lens
-from quantlens.attention.selection import chosen, evenly
-from quantlens.attention.tokens import outliers, token_norms
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 
@@ -85,7 +85,7 @@ def test_what_is_saved_can_be_read_and_drawn_again(found, tmp_path):
 def test_every_map_of_a_picture_has_one_scale(found, monkeypatch):
     """The same value has the same colour in all maps, whichever image and model they are of."""
     scales, real = [], drawing.overlay
-    monkeypatch.setattr(drawing, "overlay", lambda *a, **k: scales.append(k["scale"]) or real(*a, **k))
+    monkeypatch.setattr(drawing, "overlay", lambda *a: scales.append(a[-1]) or real(*a))
     maps_picture(found, {"ID": [0, 1, 2], "letters": [4]})
     assert len(scales) == 4 * 3
     assert len(set(scales)) == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens.attention.gradients import class_activation, default_layer, gradient_rollout
+from quantlens.attention.maps import class_activation, default_layer, gradient_rollout
 from quantlens.attention.recording import Lens
 from quantlens.errors import QuantlensError, UnknownNameError
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantlens.attention.maps import MAPS, MapSettings, map_drift, maps_of
+from quantlens.attention.drift import map_drift
+from quantlens.attention.maps import MAPS, MapSettings, maps_of
 from quantlens.errors import QuantlensError, UnknownNameError
 
 

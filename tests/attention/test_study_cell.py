@@ -7,13 +7,12 @@ import pytest
 
 import quantlens as ql
 from quantlens.attention import pictures
-from quantlens.attention.measure import measure
+from quantlens.attention.drift import measure
+from quantlens.attention.image_sets import chosen, evenly
+from quantlens.attention.outlier_tokens import token_norms
 from quantlens.attention.recording import Lens
-from quantlens.attention.selection import chosen, evenly
 from quantlens.attention.study_cell import survey
-from quantlens.attention.tokens import token_norms
 from quantlens.data import load_images, open_source
-from quantlens.errors import QuantlensError
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +38,14 @@ def test_evenly():
 
 def test_survey_is_measure_and_keeps_what_was_seen(digits):
     model, quantized, id, letters = digits
-    found = survey(model, {"q": quantized, "f": model}, id, {"letters": letters}, images=20, show=3)
+    of_float, found = (survey(model, m, id, {"letters": letters}, images=20, show=3) for m in (model, quantized))
     positions = evenly(60, 20)
     expected = measure(model, {"q": quantized}, [chosen(id, positions)])["q"].summary()
-    assert found["q"]["attention"]["id"] == expected
-    assert found["q"]["attention"]["ood"]["letters"]["n"] == 12
-    assert found["f"]["attention"]["id"]["row_kl"] == pytest.approx(0, abs=1e-6)
-    examples = found["q"]["attention_examples"]
+    assert found["attention"]["id"] == expected
+    assert found["attention"]["ood"]["letters"]["n"] == 12
+    assert of_float["attention"]["id"]["row_kl"] == pytest.approx(0, abs=1e-6)
+    assert of_float["attention"]["id"]["rollout_spearman"] == 1
+    examples = found["attention_examples"]
     assert [(e["set"], e["ood"], e["index"]) for e in examples] == [
         *(("id", False, positions[k]) for k in evenly(20, 3)),
         *(("letters", True, k) for k in (0, 4, 8)),
@@ -62,14 +62,6 @@ def test_survey_is_measure_and_keeps_what_was_seen(digits):
     assert examples[0]["class_name"] in model.class_names
     assert examples[0]["truth"] == int(id.labels[0])
     assert examples[3]["truth"] is None, "an OOD image has no label among the model's classes"
-    shown = pictures.from_webp(found["f"]["attention_examples"][0]["thumbnail"])
+    shown = pictures.from_webp(of_float["attention_examples"][0]["thumbnail"])
     assert max(shown.size) <= 96
     assert np.abs(np.asarray(shown, float) - id.pixels[positions[0]].transpose(1, 2, 0)).mean() < 12
-
-
-def test_the_float_model_may_be_among_the_models_by_any_name(digits):
-    model, quantized, id, _ = digits
-    found = survey(model, {"FP32": model, "W4A4": quantized}, id, images=4, show=1)
-    assert found["FP32"]["attention"]["id"]["rollout_spearman"] == 1
-    with pytest.raises(QuantlensError, match="another label"):
-        survey(model, {"FP32": quantized}, id, images=4, show=1)

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantlens.calibration import ActivationStore
-from quantlens.calibration.cache import _SpillFile
 from quantlens.errors import StorageError
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
@@ -30,7 +29,7 @@ def test_what_is_put_comes_back(budget, dtype, shape):
     value = _values(dtype, *shape).reshape(shape)
     with ActivationStore(budget) as store:
         stored = store.put(value)
-        assert stored.in_memory == (budget > 0 or value.numel() == 0)
+        assert (store.spilled > 0) == (budget == 0 and value.numel() > 0)
         found = stored.read()
         assert found.dtype == dtype
         assert torch.equal(found, value)
@@ -52,11 +51,13 @@ def test_rows_are_written_and_read_in_any_order(budget):
 def test_the_budget_holds_and_comes_back():
     with ActivationStore(100) as store:
         first, second = (store.put(torch.zeros(20)) for _ in range(2))
-        assert (first.in_memory, second.in_memory, store.left) == (True, False, 20)
+        assert (store.spilled, store.left) == (80, 20)
+        assert torch.equal(first.read(), second.read())
         first.free()
         first.free()
         assert store.left == 100
-        assert store.put(torch.zeros(25)).in_memory
+        assert store.put(torch.zeros(25)).shape == (25,)
+        assert (store.spilled, store.left) == (80, 0)
 
 
 def test_room_in_the_file_is_used_again():
@@ -73,7 +74,7 @@ def test_room_in_the_file_is_used_again():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), max_size=40))
 def test_pieces_of_the_file_never_overlap(steps):
-    file, held = _SpillFile(), []
+    file, held = ActivationStore(0), []
     for take, size in steps:
         if take or not held:
             start = file.reserve(size)
@@ -83,7 +84,7 @@ def test_pieces_of_the_file_never_overlap(steps):
             file.release(*held.pop(size % len(held)))
     for piece in held:
         file.release(*piece)
-    assert file._free == ([(0, file.end)] if file.end else [])
+    assert file._gaps == ([(0, file.spilled)] if file.spilled else [])
     file.close()
 
 
@@ -112,7 +113,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with ActivationStore(0) as store:
-        store.file()._file = Full(store.file()._file)
+        store._file = Full(store._file)
         with pytest.raises(StorageError, match=f"^no room for temporary activations in {tmp_path}: No space left on"):
             store.put(torch.zeros(10))
         with pytest.raises(StorageError, match=r"set TMPDIR$"):
@@ -123,7 +124,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_a_full_device_is_told_by_the_system():
     with ActivationStore(0) as store, open("/dev/full", "r+b", buffering=0) as full:
-        store.file()._file = full
+        store._file = full
         with pytest.raises(StorageError, match="No space left on device"):
             store.put(torch.zeros(10))
 
@@ -152,5 +153,5 @@ def test_a_write_may_take_a_part(monkeypatch):
 
     value = torch.randn(9, 3)
     with ActivationStore(0) as store:
-        store.file()._file = Slow(store.file()._file)
+        store._file = Slow(store._file)
         assert torch.equal(store.put(value).read(), value)

@@ -23,7 +23,7 @@ COMMANDS = (
 
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "quantlens.cli.main", *arguments],
+        [sys.executable, "-m", "quantlens", *arguments],
         capture_output=True,
         text=True,
         timeout=120,
@@ -154,7 +154,7 @@ def test_messages_are_one_line(run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    command = f"{sys.executable} -m quantlens.cli.main models --filter '*' | head -n 1; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m quantlens models --filter '*' | head -n 1; exit ${{PIPESTATUS[0]}}"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
 
@@ -242,7 +242,7 @@ def test_option_values() -> None:
         "a": 1, "b": 0.5, "c": True, "d": None, "e": "log-sqrt2", "f_g": [1, 2], "h": "x=y",
     }  # fmt: skip
     assert _common.names(["a,b", " c "]) == ["a", "b", "c"]
-    assert _common.names(None) is None
+    assert _common.names(None) == []
     assert _common.whole_numbers(["0,13", "37"], "--seeds") == [0, 13, 37]
 
 

@@ -41,7 +41,7 @@ def test_compare_a_study_with_fp32(run, study: Path, tmp_path: Path) -> None:
     assert "AUPR-out % ↑, letters, msp" in out
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["groups"][0]["title"]["bits"] == "FP32 → W4A4"
-    top1 = next(f for f in found["groups"][0]["figures"] if f["path"] == "id.top1")
+    top1 = next(f for f in found["groups"][0]["metrics"] if f["path"] == "id.top1")
     assert top1["difference"] == pytest.approx(top1["b"] - top1["a"])
     assert top1["low"] <= top1["difference"] <= top1["high"]
 
@@ -56,7 +56,7 @@ def test_compare_two_evaluations(run, tmp_path: Path) -> None:
         assert f"{name}.npz" in out
     code, out, _ = run("compare", str(tmp_path / "a.npz"), str(tmp_path / "a.npz"), "--resamples", "200", "--json", "-")
     assert code == 0
-    assert all(f["verdict"] == "not significant" for f in json.loads(out)["groups"][0]["figures"])
+    assert all(f["verdict"] == "not significant" for f in json.loads(out)["groups"][0]["metrics"])
     code, out, _ = run("compare", str(tmp_path / "a.json"), str(tmp_path / "a.json"))
     assert code == 0
     assert "no intervals" in out

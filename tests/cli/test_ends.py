@@ -47,7 +47,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_computed(
 
 
 def piped(command: str, tail: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    text = f"{sys.executable} -m quantlens.cli.main {command} {tail}; exit ${{PIPESTATUS[0]}}"
+    text = f"{sys.executable} -m quantlens {command} {tail}; exit ${{PIPESTATUS[0]}}"
     encoding = environment.get("PYTHONIOENCODING", "utf-8")
     return subprocess.run(
         ["bash", "-c", text], capture_output=True, encoding=encoding, env={**os.environ, **environment}

@@ -34,7 +34,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def piped(study: Path, tail: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "quantlens.cli.main", "study", str(study), "--out", str(study.parent / "out")]
+    command = [sys.executable, "-m", "quantlens", "study", str(study), "--out", str(study.parent / "out")]
     text = " ".join([*command, *options, tail])
     return subprocess.run(["bash", "-c", text], capture_output=True, text=True, env={**os.environ, **environment})
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from study_fakes import FakeModel, quantized
 
-from quantlens.cli._tables import means_table, result_tables
+from quantlens.cli.evaluate import tables as result_tables
+from quantlens.cli.study import means_table
 from quantlens.evaluation import evaluate
 from quantlens.metrics import Spread
 from quantlens.studies.results import Mean

@@ -112,25 +112,12 @@ def test_full_disk_is_an_error_with_the_cure(folder: Path, tmp_path: Path, monke
         with pytest.raises(StorageError, match=r"QUANTLENS_CACHE.*--no-cache"):
             load_images(f"images:{folder}", PRE, cache_dir=tmp_path)
 
-    class FullFile:
-        """A file on a disk that fills up during the fourth image."""
-
-        def __init__(self, path, mode):
-            self.file = open(path, mode)  # noqa: SIM115 - stays open, as the real one
-            self.writes = 0
-
-        def write(self, data):
-            self.writes += 1
-            if self.writes > 4:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return self.file.write(data)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "open", FullFile, raising=False)
-        with pytest.raises(StorageError, match="no space left"):
+        patch.setattr("quantlens.files.os.fsync", full)
+        with pytest.raises(StorageError, match=r"no space left.*QUANTLENS_CACHE.*--no-cache"):
             load_images(f"images:{folder}", PRE, cache_dir=tmp_path)
     assert list((tmp_path / "images").iterdir()) == []
 
@@ -206,13 +193,17 @@ def test_an_abandoned_load_leaves_nothing(folder: Path, tmp_path: Path) -> None:
 def test_stale_temporary_files_are_swept(folder: Path, tmp_path: Path) -> None:
     directory = tmp_path / "images"
     directory.mkdir()
-    old = directory / f".{'a' * 32}.{'b' * 32}.tmp"
-    young = directory / f".{'a' * 32}.{'c' * 32}.tmp"
+    old, older = directory / f".{'a' * 32}.npy.abc", directory / f".{'a' * 32}.{'b' * 32}.tmp"
+    young = directory / f".{'a' * 32}.npy.def"
     for path in (old, young):
-        path.write_bytes(b"x")
-    os.utime(old, (1, 1))
+        path.mkdir()
+        (path / "x.npy").write_bytes(b"x")
+    older.write_bytes(b"x")
+    for path in (old, older):
+        os.utime(path, (1, 1))
     load_images(f"images:{folder}", PRE, cache_dir=tmp_path)
     assert not old.exists()
+    assert not older.exists()
     assert young.exists()
 
 
@@ -228,7 +219,7 @@ def test_two_processes_at_once(folder: Path, tmp_path: Path) -> None:
     assert all(process.returncode == 0 for process in running)
     assert len(outputs) == 1
     assert cache_info(tmp_path).entries == 1
-    assert not list((tmp_path / "images").glob(".*.tmp"))
+    assert not list((tmp_path / "images").glob(".*"))
 
 
 def test_the_file_is_an_ordinary_npy(folder: Path, tmp_path: Path) -> None:

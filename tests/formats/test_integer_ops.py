@@ -16,7 +16,7 @@ from quantlens.formats import (
     PowerOfTwo,
     Uniform,
     affine_parameters,
-    restore_operator,
+    restore,
 )
 from quantlens.formats.integer_ops import FRACTION, integer_exponential
 
@@ -39,7 +39,7 @@ def _norm(bits: int = 8, channels: int = 24, output: str = "uniform"):
     made = Uniform(*affine_parameters(y.min(), y.max(), bits), bits, signed=False)
     if output == "ptf":
         made = PowerOfTwo(made.scale / 2, torch.arange(channels) % 2, made.zero_point, bits)
-    return IntegerLayerNorm(source.scale, gamma, beta, 1e-6, made), source, x, gamma, beta
+    return IntegerLayerNorm.of(source.scale, gamma, beta, 1e-6, made), source, x, gamma, beta
 
 
 # -- LayerNorm -----------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_integer_layer_norm_reads_integers_only():
 def test_a_row_of_equal_values_gives_beta(eps):
     output = Uniform(torch.tensor(0.02), torch.tensor(128), 8, signed=False)
     beta = torch.linspace(-1, 1, 8)
-    operator = IntegerLayerNorm(torch.tensor(0.1), torch.ones(8), beta, eps, output)
+    operator = IntegerLayerNorm.of(torch.tensor(0.1), torch.ones(8), beta, eps, output)
     got = operator(torch.full((3, 8), 0.7))
     assert float((got - beta).abs().max()) <= 0.011
 
@@ -99,7 +99,7 @@ def test_channels_that_layer_norm_switches_off_are_their_beta():
     output = Uniform(torch.tensor(0.02), torch.tensor(128), 8, signed=False)
     gamma = torch.tensor([0.0, 1e-20, 1.0, 0.0])
     beta = torch.tensor([1.0, -0.5, 0.0, 0.0])
-    got = IntegerLayerNorm(torch.tensor(0.1), gamma, beta, 1e-6, output)(torch.tensor([[0.3, 0.1, -0.5, 2.0]]))
+    got = IntegerLayerNorm.of(torch.tensor(0.1), gamma, beta, 1e-6, output)(torch.tensor([[0.3, 0.1, -0.5, 2.0]]))
     torch.testing.assert_close(got[0, [0, 1, 3]], beta[[0, 1, 3]], rtol=0, atol=0.011)
 
 
@@ -205,7 +205,7 @@ def test_masked_entries_have_no_probability():
 # -- both ----------------------------------------------------------------------------------------------------------
 def test_operators_survive_as_plain_data():
     operator, source, x, _, _ = _norm(6, output="ptf")
-    again = restore_operator(operator.config(), {k: v.clone() for k, v in operator.tensors().items()})
+    again = restore(operator.config(), {k: v.clone() for k, v in operator.tensors().items()})
     assert torch.equal(again(source(x)), operator(source(x)))
     grid = Uniform(torch.tensor(0.05), torch.tensor(80), 8, signed=False)
     lowest = grid.decode(torch.tensor(0))
@@ -215,11 +215,11 @@ def test_operators_survive_as_plain_data():
         LogIntSoftmax(grid.scale, 256, 4, lowest=lowest),
         MaskedSoftmax(grid.scale, lowest, grid),
     ):
-        again = restore_operator(one.config(), {k: v.clone() for k, v in one.tensors().items()})
+        again = restore(one.config(), {k: v.clone() for k, v in one.tensors().items()})
         assert torch.equal(again(values), one(values))
         assert set(again.tensors()) == set(one.tensors())
     with pytest.raises(UnknownNameError):
-        restore_operator({"kind": "float-softmax"}, {})
+        restore({"kind": "float-softmax"}, {})
 
 
 def test_gradients_are_those_of_the_float_operation():

@@ -150,7 +150,7 @@ def test_what_is_no_twin_format_is_refused():
         with pytest.raises(ValueError, match="1, 2, 4"):
             Twin(torch.tensor(steps), 4, split="magnitude")
     for steps in ([0.0, 0.1], [float("nan"), 0.1], [0.1]):
-        with pytest.raises(ValueError, match="two positive"):
+        with pytest.raises(ValueError, match="positive"):
             Twin(torch.tensor(steps), 4, split="sign")
     with pytest.raises(ValueError, match="split"):
         Twin(torch.tensor([0.1, 0.1]), 4, split="middle")

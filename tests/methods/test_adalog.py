@@ -67,11 +67,11 @@ def test_the_format_is_the_best_of_its_bases(model, pictures):
     generator = torch.Generator().manual_seed(0)
     probs = torch.randn(1, 30, 12, generator=generator).mul(3).softmax(-1)
     right = torch.randn(1, 12, 6, generator=generator).mT
-    start = _logarithmic(probs, 3, "softmax", 1)
+    start = _logarithmic(probs, 3, 0.0, 1)
     error = OutputError.of(probs, right, right)
     found = start.improved(error, 1)
     reached = losses(found.side, error.exact, found.side.current[None])
-    every = losses(start.side, error.exact, start.grid.candidates)
+    every = losses(start.side, error.exact, start.side.candidates)
     assert float(reached) <= float(every.min()) * (1 + 1e-6)
     assert float(every.min()) < float(every.max())
 

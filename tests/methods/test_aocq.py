@@ -10,8 +10,7 @@ from quantlens.calibration import Observation
 from quantlens.errors import QuantlensError
 from quantlens.formats import PowerOfTwo, Uniform
 from quantlens.methods import registry
-from quantlens.methods._shifts import shift_axis
-from quantlens.methods.aocq import add_alpha, residual_edges
+from quantlens.methods.aocq import add_alpha, residual_edges, shift_axis
 from quantlens.methods.base import everything_edges
 
 SHORT = {"iterations": 16, "scale_iterations": 8, "batch_size": 16}

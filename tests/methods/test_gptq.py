@@ -8,9 +8,9 @@ from quantlens.calibration import Calibration
 from quantlens.formats import Uniform
 from quantlens.graph import graph_of
 from quantlens.methods import registry
-from quantlens.methods._layer_fit import Fitted, fit_layers
-from quantlens.methods.base import Run
-from quantlens.qmodel import Plan
+from quantlens.methods.base import Run, Widths
+from quantlens.methods.composition import Fitted, fit_layers
+from quantlens.qmodel import Bits, Plan
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +83,18 @@ def test_a_layer_sees_quantized_inputs_of_a_quantized_network(model, pictures):
     calibration = Calibration.of(pictures, model.preprocess)
     means = {}
     plan = ql.quantize(model, pictures, method="minmax", bits="W2A2").plan
+    some = {"default": "W32A32", "blocks.0.mlp.fc1": "W2A2", "blocks.1.mlp.fc1": "W2A2"}
+    bits = Widths(Bits.parse(some), {"head_bits": None, "patch_bits": 32, "target": None})
     for network in (False, True):
         graph = graph_of(model).clone()
         seen = []
 
-        def fit(weight, moments, width, free, seen=seen):
-            seen.append(moments)
-            return Fitted(plan.quantizers[next(k for k in plan.quantizers if k.endswith("fc1.weight"))], weight)
+        def fit(layer, seen=seen, network=network):
+            seen.append(layer.moments(network=network))
+            return Fitted(plan.quantizers[f"{layer.site.name}.weight"], layer.weight)
 
         own = Plan({k: q for k, q in plan.quantizers.items() if ".fc1." in k})
-        count = fit_layers(graph, calibration, own, fit, Run({}, 0), network=network)
+        count = fit_layers(graph, calibration, bits, own, fit, Run({}, 0), sequential=network)
         assert count == len(seen) == 2
         means[network] = seen
     first, second = means[False]

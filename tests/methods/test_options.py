@@ -10,13 +10,13 @@ from quantlens.methods import registry
 from quantlens.methods.base import SHARED_OPTIONS
 
 NONSENSE = {
-    "adalog": [({"rounds": 0}, "rounds"), ({"steps": 0}, "rounds"), ({"candidates": 3}, "rounds")],
+    "adalog": [({"rounds": 0}, "rounds"), ({"steps": 0}, "steps"), ({"candidates": 3}, "candidates")],
     "aocq": [({"iterations": -1}, "iterations")],
     "aphq-vit": [({"mlp_iterations": -3}, "mlp_iterations")],
     "bit-split": [({"rounds": 0}, "rounds")],
     "erq": [
-        ({"activation_damping": 0.0}, "damping"),
-        ({"weight_damping": -1.0}, "damping"),
+        ({"activation_damping": 0.0}, "activation_damping"),
+        ({"weight_damping": -1.0}, "weight_damping"),
     ],
     "fima-q": [({"rank": 0}, "rank")],
     "gptq": [({"damping": 0.0}, "damping"), ({"damping": -1.0}, "damping")],

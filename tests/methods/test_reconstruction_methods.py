@@ -90,7 +90,7 @@ def test_the_three_stages(vit, pictures):
 
 def test_stage_one_leaves_no_codes(vit, pictures, monkeypatch):
     """In stage 1 weights are float: no weight has a quantizer, and they change."""
-    from quantlens.methods import i_and_s_vit as module
+    from quantlens.methods import _reconstruction as module
 
     seen = []
 

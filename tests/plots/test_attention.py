@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 
-from quantlens.plots.attention import drift_figure, write_drift
+from quantlens.plots.precisions import drift_figure, write_drift
 
 
 def summary(amount: float) -> dict[str, float]:

@@ -12,7 +12,6 @@ from quantlens.qmodel import QuantizedModel
 from quantlens.reconstruction.bias import (
     correct_biases,
     corrected_layers,
-    expected_error,
     mean_output,
     output_means,
     subtract_from_biases,
@@ -37,16 +36,6 @@ def _quantized_means(qmodel: QuantizedModel, calibration: Calibration) -> dict[s
 
 
 # -- layer-local ---------------------------------------------------------------------------------------------------
-def test_expected_error_is_the_mean_of_the_error():
-    generator = torch.Generator().manual_seed(0)
-    weight, inputs = torch.randn(5, 7, generator=generator), torch.randn(4, 9, 7, generator=generator)
-    rough, rougher = (weight * 3).round() / 3, (inputs * 2).round() / 2 + 0.1
-    error = rougher @ rough.T - inputs @ weight.T
-    torch.testing.assert_close(
-        expected_error(weight, rough, inputs, rougher).float(), error.flatten(0, 1).mean(0), rtol=1e-5, atol=1e-6
-    )
-
-
 def test_mean_output_of_convolutions_and_linear_layers(architecture, loaded, pictures):
     """In pieces and through the mean image, it is what the layer itself gives."""
     graph = graph_of(loaded[architecture])

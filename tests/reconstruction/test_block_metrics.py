@@ -23,7 +23,7 @@ from quantlens.reconstruction import (
     reconstruct,
 )
 from quantlens.reconstruction.block_metrics import _Probe, low_rank
-from quantlens.reconstruction.streams import frozen_hook, run_unit
+from quantlens.reconstruction.units import frozen_hook, run_unit
 
 
 def _context(unit="u", logits=False):
@@ -98,7 +98,7 @@ def _damage(probe, batch, index):
         values = {**batch.values, probe.measured[index].results[0]: value}
         for unit in later:
             sources = {n: values[n] for n in unit.sources}
-            values.update(zip(unit.results, run_unit(probe.graph, unit, sources, len(value), None), strict=True))
+            values.update(zip(unit.results, run_unit(probe.graph, unit, sources, len(value)), strict=True))
         p, q = ((v / 20).softmax(-1) for v in (batch.values[probe.graph.output], values[probe.graph.output]))
         return (p * (p / q).log()).sum()
 

@@ -9,9 +9,8 @@ import torch
 
 import quantlens as ql
 from quantlens.formats import Uniform
-from quantlens.reconstruction import AdaRound, Group, LearnedScale, Settings, Trainer, find_units
-from quantlens.reconstruction.learners import Learners
-from quantlens.reconstruction.trained_tensors import Latent
+from quantlens.reconstruction import AdaRound, Group, LearnedScale, Settings, find_units, train
+from quantlens.reconstruction.trainer import Latent, Learners
 
 
 def test_rates_fall_along_a_cosine_or_stay():
@@ -23,7 +22,7 @@ def test_rates_fall_along_a_cosine_or_stay():
         seen.append((share, float(falling.detach()), float(staying.detach())))
         return falling + staying
 
-    Trainer([Group([falling], 0.5), Group([staying], 0.25, falling=False)]).run(4, loss, told.append)
+    train([Group([falling], 0.5), Group([staying], 0.25, falling=False)], 4, loss, told.append)
     assert [share for share, *_ in seen] == [0, 0.25, 0.5, 0.75]
     assert told == [1, 2, 3, 4]
     rates = [0.5 * 0.5 * (1 + math.cos(math.pi * share)) for share, *_ in seen]
@@ -35,14 +34,14 @@ def test_rates_fall_along_a_cosine_or_stay():
 def test_a_caller_without_gradients_trains_too(mode):
     parameter, target = torch.zeros(3, requires_grad=True), torch.ones(3)
     with mode():
-        Trainer([Group([parameter], 0.1)]).run(5, lambda _: (parameter - target).square().sum())
+        train([Group([parameter], 0.1)], 5, lambda _: (parameter - target).square().sum())
         assert not torch.is_grad_enabled()
     assert bool((parameter > 0.1).all())
 
 
 def test_no_steps_leave_everything():
     parameter = torch.zeros(3, requires_grad=True)
-    Trainer([Group([parameter], 0.1)]).run(0, lambda _: parameter.sum())
+    train([Group([parameter], 0.1)], 0, lambda _: parameter.sum())
     assert not bool(parameter.any())
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 from quantlens.attention import metrics, pictures
 from quantlens.plots import FIGURES
 from quantlens.report import attention as lens
-from quantlens.report import attention_gallery as gallery_part
 from quantlens.report.build import render
 from quantlens.studies.board import collect
 from quantlens.studies.drift import drift_of, links
@@ -51,7 +50,7 @@ def test_a_gallery_for_every_image_and_a_picture_for_every_cell(store):
     shot = gallery.maps[0][2][0]
     drawn = Image.open(io.BytesIO(base64.b64decode(shot.uri.removeprefix("data:image/webp;base64,")))).convert("RGB")
     values = pictures.relative(np.reshape(fp32["rollout"], (4, 4)))
-    expected = pictures.overlay(pictures.from_webp(fp32["thumbnail"]), values, scale=section.pictures.scale)
+    expected = pictures.overlay(pictures.from_webp(fp32["thumbnail"]), values, section.pictures.scale)
     assert np.abs(np.asarray(drawn, float) - np.asarray(expected, float)).mean() < 12
     assert (shot.label, shot.probability, shot.changed) == ("tench", "90 %", False)
     lowest = gallery.maps[0][2][-1]
@@ -137,7 +136,7 @@ def test_too_many_pictures_are_left_out_and_counted(store, monkeypatch):
     _, whole = _section(store)
     first = whole.pictures.shown[0]
     size = sum(len(s.uri) for rows in (first.maps, first.norms) for *_, cells in rows for s in cells)
-    monkeypatch.setattr(gallery_part, "PICTURE_BYTES", int(2.5 * size))
+    monkeypatch.setattr(lens, "PICTURE_BYTES", int(2.5 * size))
     board, section = _section(store)
     assert (len(section.pictures.shown), section.pictures.left_out) == (2, 2)
     assert "2 further images" in render(board)

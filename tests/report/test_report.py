@@ -18,8 +18,7 @@ from quantlens.errors import QuantlensError, StorageError
 from quantlens.plots import FIGURES
 from quantlens.report import write_report
 from quantlens.report.build import render
-from quantlens.report.charts import library
-from quantlens.report.page import content_policy, safe_json
+from quantlens.report.page import content_policy, library, safe_json
 from quantlens.report.summary import sentences
 from quantlens.report.tables import class_tables, delta_table, set_rows, table_1
 from quantlens.studies.board import collect

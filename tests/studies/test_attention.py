@@ -31,7 +31,7 @@ STUDY = {
 
 def _keys(**changes) -> list[str]:
     study = parse_config({**STUDY, **changes})
-    images = StudyImages.open(study, Backend())
+    images = StudyImages.open(study)
     return [cell_key(cell, study, images, "sha", {}) for cell in plan_study(study)]
 
 
@@ -49,7 +49,7 @@ def test_the_key_of_a_study_without_attention_is_what_it_was():
     from quantlens.studies.cells import _determinants
 
     study = parse_config({**STUDY, "ood": {}})
-    images = StudyImages.open(study, Backend())
+    images = StudyImages.open(study)
     assert set(_determinants(plan_study(study)[0], study, images)) == {
         "method", "bits", "seed", "calibration", "id", "ood", "fit", "scores",
     }  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 
 from quantlens.errors import StorageError
 from quantlens.studies.benchmarks import evaluated, put_artefact, put_timings, timed
-from quantlens.studies.store import Store
+from quantlens.studies.store import FORMAT, Store
 
 MACHINE = {"cpu": "one"}
 
@@ -72,13 +72,13 @@ def test_stores_of_the_first_format_are_read_and_added_to(tmp_path):
     with Store(tmp_path) as store:
         put_artefact(store, facts("a"), {"id": {"top1": 0.25}})
         assert len(evaluated(store)) == len(store.cells()) == 1
-    assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone()[0] == Store.FORMAT
+    assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone()[0] == FORMAT
 
 
 def test_a_newer_store_is_left_alone(tmp_path):
     path = first_format(tmp_path)
     with sqlite3.connect(path) as connection:
-        connection.execute(f"PRAGMA user_version = {Store.FORMAT + 1}")
+        connection.execute(f"PRAGMA user_version = {FORMAT + 1}")
     with pytest.raises(StorageError, match="newer quantlens"):
         put_artefact(Store(tmp_path), facts("a"), {})
     with pytest.raises(StorageError, match="newer quantlens"):

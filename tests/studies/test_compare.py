@@ -15,8 +15,7 @@ from quantlens.evaluation import evaluate
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.bootstrap import ID_METRICS, OOD_METRICS, Wanted, point
 from quantlens.evaluation.compare import NOT_SIGNIFICANT, SIGNIFICANT, UNCORRECTED
-from quantlens.studies.compare import compare
-from quantlens.studies.pairing import match, open_side
+from quantlens.studies.compare import compare, match, open_side
 from quantlens.studies.runner import run_study
 from quantlens.studies.store import Store
 
@@ -35,7 +34,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- outputs ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_cell_keeps_its_outputs_and_they_give_its_figures(store: Path) -> None:
+def test_every_cell_keeps_its_outputs_and_they_give_its_metrics(store: Path) -> None:
     cells = Store(store).cells()
     assert {p.stem for p in (store / "outputs").iterdir()} == {cell.key for cell in cells}
     for cell in cells:
@@ -44,13 +43,13 @@ def test_every_cell_keeps_its_outputs_and_they_give_its_figures(store: Path) -> 
         assert one.logits.dtype == np.float16
         assert one.logits.shape == (100, 8)
         found = point(one, Wanted(("letters", "other"), ("msp", "energy")))
-        for figure in ID_METRICS:
-            assert found[f"id.{figure}"] == pytest.approx(cell.result["id"][figure], abs=1e-14)
+        for metric in ID_METRICS:
+            assert found[f"id.{metric}"] == pytest.approx(cell.result["id"][metric], abs=1e-14)
         for name in ("letters", "other"):
             for score in ("msp", "energy"):
-                for figure in OOD_METRICS:
-                    expected = cell.result["ood"][name][score][figure]
-                    assert found[f"ood.{name}.{score}.{figure}"] == pytest.approx(expected, abs=1e-14)
+                for metric in OOD_METRICS:
+                    expected = cell.result["ood"][name][score][metric]
+                    assert found[f"ood.{name}.{score}.{metric}"] == pytest.approx(expected, abs=1e-14)
         mean = cell.result["ood_mean"]["near"]["msp"]["auroc"]
         assert found["ood_mean.near.msp.auroc"] == pytest.approx(mean, abs=1e-14)
         assert one.about["ood"]["letters"]["fingerprint"] == cell.result["ood"]["letters"]["fingerprint"]
@@ -120,20 +119,20 @@ def test_means_are_over_the_sets_that_both_sides_saw(tmp_path: Path) -> None:
     sets = {"a": "embedded:letters[0:20]", "b": "embedded:letters[20:40]", "c": "embedded:letters[40:60]"}
     first = study(tmp_path / "first", ood=sets, **small)
     second = study(tmp_path / "second", ood={**sets, "c": "embedded:letters[40:55]"}, **small)
-    found = figures(compare(first, second, resamples=300), 1)
+    found = metrics(compare(first, second, resamples=300), 1)
     mean = found["ood_mean.far.msp.auroc"]
     assert mean.a == pytest.approx((found["ood.a.msp.auroc"].a + found["ood.b.msp.auroc"].a) / 2)
     assert (mean.difference, mean.low, mean.high) == (0, 0, 0)
     assert "ood.c.msp.auroc" not in found
     alone = compare(first, study(tmp_path / "third", ood={"a": sets["a"]}, **small), resamples=300)
-    assert not any(path.startswith("ood_mean") for path in figures(alone))
+    assert not any(path.startswith("ood_mean") for path in metrics(alone))
 
 
 # ---- compare ---------------------------------------------------------------------------------------------------------
 
 
-def figures(comparison, group: int = 0):
-    return {figure.path: figure for figure in comparison.groups[group].figures}
+def metrics(comparison, group: int = 0):
+    return {one.path: one for one in comparison.groups[group].metrics}
 
 
 def test_a_against_itself_is_never_significant(store: Path) -> None:
@@ -142,10 +141,10 @@ def test_a_against_itself_is_never_significant(store: Path) -> None:
     assert [len(group.seeds) for group in found.groups] == [1, 2, 2, 2, 2]
     assert not found.unpaired
     for group in found.groups:
-        for figure in group.figures:
-            assert (figure.difference, figure.low, figure.high, figure.p) == (0, 0, 0, 1)
-            assert figure.verdict == NOT_SIGNIFICANT
-        assert any(figure.path == "ood.other.energy.fpr95_id" for figure in group.figures)
+        for one in group.metrics:
+            assert (one.difference, one.low, one.high, one.p) == (0, 0, 0, 1)
+            assert one.verdict == NOT_SIGNIFICANT
+        assert any(one.path == "ood.other.energy.fpr95_id" for one in group.metrics)
 
 
 def test_a_large_difference_is_significant_and_points_are_the_stores(store: Path) -> None:
@@ -153,18 +152,18 @@ def test_a_large_difference_is_significant_and_points_are_the_stores(store: Path
     (group,) = found.groups
     assert group.title == {"model": "fake", "method": "fp32 → minmax", "bits": "FP32 → W3A3"}
     assert group.seeds == [[0, 0], [0, 13]]
-    nll = figures(found)["id.nll"]
+    nll = metrics(found)["id.nll"]
     cells = {(c.spec["method"], c.spec["bits"], c.spec["seed"]): c.result for c in Store(store).cells()}
     mean = np.mean([cells["minmax", "W3A3", s]["id"]["nll"] for s in (0, 13)])
     assert nll.a == cells["fp32", "FP32", 0]["id"]["nll"]
     assert nll.b == pytest.approx(mean)
     assert nll.difference == pytest.approx(nll.b - nll.a)
     assert nll.low < nll.difference < nll.high
-    assert {figure.verdict for figure in group.figures} <= {SIGNIFICANT, UNCORRECTED, NOT_SIGNIFICANT}
+    assert {one.verdict for one in group.metrics} <= {SIGNIFICANT, UNCORRECTED, NOT_SIGNIFICANT}
     back = compare(f"{store}:method=minmax,bits=W3A3", f"{store}:bits=FP32", resamples=2000)
-    assert figures(back)["id.nll"].low == pytest.approx(-nll.high)
-    assert all(f.p_holm >= f.p for f in group.figures)
-    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["groups"][0]["figures"][0]["verdict"]
+    assert metrics(back)["id.nll"].low == pytest.approx(-nll.high)
+    assert all(f.p_holm >= f.p for f in group.metrics)
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["groups"][0]["metrics"][0]["verdict"]
 
 
 def test_a_known_difference_is_found(tmp_path: Path) -> None:
@@ -181,20 +180,20 @@ def test_a_known_difference_is_found(tmp_path: Path) -> None:
         result.save_json(tmp_path / f"{name}.json")
         assert "outputs" not in result.to_dict()
     found = compare(tmp_path / "a.npz", tmp_path / "b.npz", resamples=2000)
-    top1 = figures(found)["id.top1"]
+    top1 = metrics(found)["id.top1"]
     assert top1.verdict == SIGNIFICANT
     assert top1.high < 0
     near = compare(tmp_path / "a.npz", tmp_path / "c.npz", resamples=2000)
-    assert figures(near)["id.top1"].verdict == NOT_SIGNIFICANT
+    assert metrics(near)["id.top1"].verdict == NOT_SIGNIFICANT
     bare = compare(tmp_path / "a.json", tmp_path / "b.json")
-    assert figures(bare)["id.top1"].difference == pytest.approx(top1.difference)
-    assert figures(bare)["id.top1"].verdict is None
+    assert metrics(bare)["id.top1"].difference == pytest.approx(top1.difference)
+    assert metrics(bare)["id.top1"].verdict is None
     assert "--keep" in bare.groups[0].without_interval
     held = compare(results["a"], results["b"], resamples=2000)
-    assert figures(held).keys() == figures(found).keys()
-    for path, one in figures(held).items():
+    assert metrics(held).keys() == metrics(found).keys()
+    for path, one in metrics(held).items():
         numbers = (one.difference, one.low, one.high, one.p_holm)
-        other = figures(found)[path]
+        other = metrics(found)[path]
         assert numbers == pytest.approx((other.difference, other.low, other.high, other.p_holm)), path
     assert (held.a, held.b) == ("fake FP32", "fake minmax W8A8, seed 0")
 
@@ -232,14 +231,14 @@ def test_cells_without_outputs_are_compared_without_intervals(store: Path, tmp_p
     bare = study(tmp_path / "bare", outputs=False, **small)
     found = compare(bare, bare)
     assert all("were not kept" in group.without_interval for group in found.groups)
-    assert figures(found)["id.top1"].difference == 0
+    assert metrics(found)["id.top1"].difference == 0
     other = study(tmp_path / "other", id="embedded:digits-test[0:90]", **small)
     with pytest.raises(QuantlensError, match="different ID images"):
         compare(bare, other)
     sets = study(tmp_path / "sets", **{**small, "ood": {"letters": "embedded:letters[0:30]"}})
     found = compare(bare, sets)
     assert "OOD set letters" in found.notes[0]
-    assert not any(path.startswith("ood") for path in figures(found))
+    assert not any(path.startswith("ood") for path in metrics(found))
 
 
 def test_too_few_resamples_for_many_figures_is_said(store: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("w8a8", "W1A8", "2 to 10"),
         ("seeds: [0, 13]", "seeds: [0, x]", "`seeds[1]`"),
         ("seeds: [0, 13]", "seeds: []", "`seeds`"),
-        ("seeds: [0, 13]", "seeds: [-1]", "at least 0"),
+        ("seeds: [0, 13]", "seeds: [-1]", "greater than or equal to 0"),
         ("id: imagenet:data/val", "", "the key `id` is missing"),
         ("calibration: imagenet:data/train[0:200]", "", "`calibration` is missing"),
         ("calibration: imagenet:data/train[0:200]", "calibration: {source: 'images:x', m: 3}", "unknown key 'm'"),

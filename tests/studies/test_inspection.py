@@ -41,7 +41,7 @@ def log(tmp_path: Path) -> Path:
 
 def keys(log: Path, **changes) -> list[str]:
     backend, study = FakeBackend(log), config(**changes)
-    images = StudyImages.open(study, backend)
+    images = StudyImages.open(study)
     return [cell_key(cell, study, images, "sha", {}) for cell in plan_study(study, backend)]
 
 

@@ -82,7 +82,7 @@ def test_its_report_has_todays_sign(store: Path, results: dict[str, dict]) -> No
 
 def test_it_is_compared_with_its_intervals(store: Path, results: dict[str, dict]) -> None:
     found = ql.compare(f"{store}:bits=FP32", f"{store}:method=minmax", resamples=1000)
-    top1 = next(one for one in found.groups[0].figures if one.path == "id.top1")
+    top1 = next(one for one in found.groups[0].metrics if one.path == "id.top1")
     assert top1.difference == pytest.approx(lost(results, "minmax", "id", "top1"))
     assert top1.low < top1.difference < top1.high < 0
     assert top1.verdict == "significant"

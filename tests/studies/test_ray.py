@@ -231,7 +231,7 @@ def nodes(*resources: dict) -> object:
 
 
 def test_how_a_cluster_is_divided() -> None:
-    from quantlens.studies.executors.cluster import Share, share
+    from quantlens.studies.executors.ray import Share, share
 
     gpus = nodes({"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4})
     assert share(gpus, None, ResourcesSpec(), "auto", 100) == Share(8, 1, 1.0)

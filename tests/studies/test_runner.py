@@ -51,7 +51,7 @@ def key(log: Path, index: int = 1, sha: str = "abc", preprocess: object = "p", *
     backend = FakeBackend(log)
     study = config(**changes)
     cell = plan_study(study, backend)[index]
-    return cell_key(cell, study, StudyImages.open(study, backend), sha, {"p": preprocess})
+    return cell_key(cell, study, StudyImages.open(study), sha, {"p": preprocess})
 
 
 def test_keys_are_stable(log: Path, tmp_path: Path) -> None:
@@ -302,4 +302,4 @@ def test_progress(out: Path, log: Path) -> None:
     again = Recorder()
     run_study(config(), out, progress=again, backend=FakeBackend(log))
     assert (again.seen, again.ended) == ([], CELLS)
-    assert [duration(s) for s in (7.6, 185, 8040)] == ["8 s", "3 min 05 s", "2 h 14 min"]
+    assert [duration(s) for s in (7.6, 185, 8040)] == ["7.6 s", "3 min 05 s", "2 h 14 min"]

@@ -35,7 +35,7 @@ def test_what_is_done_is_never_overwritten(tmp_path: Path) -> None:
     assert not store.put("a", SPEC, "failed", None, "late")
     assert not store.put("a", SPEC, "done", {"n": 2})
     assert [c.result for c in store.cells()] == [{"n": 1}]
-    with pytest.raises(ValueError):
+    with pytest.raises(StorageError):
         store.put("b", SPEC, "running")
     with pytest.raises(ValueError):  # NaN is no JSON
         store.put("b", SPEC, "done", {"x": float("nan")})
@@ -60,7 +60,7 @@ def planned(**specs: dict) -> list[tuple[str, dict]]:
 
 def test_the_current_study_filters(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    assert store.exists() is False
+    assert store.path.is_file() is False
     store.begin("first", {"seeds": [0]}, {"torch": "2"}, planned(i1={}, i2={}))
     store.begin("first", {"seeds": [0]}, {"torch": "2"}, planned(i1={}, i2={}))
     assert store.study()["id"] == 1

@@ -76,4 +76,4 @@ def test_words():
     assert join_words(list("abcdef"), limit=3) == "a, b and 4 more"
     assert join_words([]) == ""
     assert count(1, "seed") == "1 seed"
-    assert [duration(s) for s in (4.21, 200, 7500, None)] == ["4.2 s", "3 min 20 s", "2 h 05 min", "–"]
+    assert [duration(s) for s in (4.21, 185, 200, 7500)] == ["4.2 s", "3 min 05 s", "3 min 20 s", "2 h 05 min"]

@@ -50,7 +50,7 @@ def test_the_function_stays_when_the_residual_stream_is_rotated(loaded, architec
     for residual in residuals:
         rotate_residual(graph, residual, mean_keeping(residual.channels, _generator()))
         linears = [linear for group in residual.norms for linear in group.linears]
-        for site in (*residual.linears, *residual.convs, *linears):
+        for site in (*residual.layers, *linears):
             assert not torch.allclose(graph.tensor(site.weight), before[site.weight]), f"{site.name} is as it was"
     torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-4)
 

@@ -94,10 +94,7 @@ class Allocation:
 
     def cost_of(self, kind: str, bits: int | None = None) -> int:
         """Cost of the whole model ("size" or "bops"): as chosen, or with every group at one width."""
-        rows = [getattr(group, kind) for group in self.groups]
-        return self.fixed[kind] + sum(
-            row[group.bits if bits is None else bits] for group, row in zip(self.groups, rows, strict=True)
-        )
+        return self.fixed[kind] + sum(getattr(g, kind)[g.bits if bits is None else bits] for g in self.groups)
 
     def loss_of(self, bits: int) -> float:
         """Total sensitivity with every group at one of the candidate widths."""
@@ -151,36 +148,29 @@ class Allocation:
         """Read what :meth:`save` wrote. Raises QuantlensError for anything else."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise QuantlensError(f"the allocation {path} does not exist; `quantlens allocate` writes one") from None
         except (OSError, ValueError) as error:
-            raise QuantlensError(f"{path} cannot be read as an allocation ({error})") from error
+            raise QuantlensError(
+                f"{path} cannot be read as an allocation ({error}); `quantlens allocate` writes one"
+            ) from None
         return cls.from_dict(data, str(path))
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "this") -> Allocation:
         """The inverse of :meth:`to_dict`. Raises QuantlensError, naming ``where``."""
-        if not isinstance(data, Mapping) or "groups" not in data:
-            raise QuantlensError(f"{where} is no allocation of quantlens; `quantlens allocate` writes one")
-        if data.get("format") != FORMAT:
-            raise QuantlensError(
-                f"{where} has format {data.get('format')!r}, and this quantlens reads {FORMAT}; make it anew with "
-                "`quantlens allocate`"
-            )
         try:
+            if data.get("format") != FORMAT:
+                raise QuantlensError(
+                    f"{where} has format {data.get('format')!r}, and this quantlens reads {FORMAT}; make it anew with "
+                    "`quantlens allocate`"
+                )
+            front = tuple(FrontPoint(int(p["cost"]), float(p["sensitivity"]), tuple(p["bits"])) for p in data["front"])
+            groups = tuple(_group(one) for one in data["groups"])
             rest = {key: value for key, value in data.items() if key != "format"}
-            return cls(
-                **{
-                    **rest,
-                    "candidates": tuple(rest["candidates"]),
-                    "groups": tuple(_group(one) for one in rest["groups"]),
-                    "front": tuple(
-                        FrontPoint(int(p["cost"]), float(p["sensitivity"]), tuple(p["bits"])) for p in rest["front"]
-                    ),
-                }
-            )
+            return cls(**{**rest, "candidates": tuple(data["candidates"]), "groups": groups, "front": front})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise QuantlensError(f"{where} is no allocation of quantlens, or a damaged one ({error})") from None
+            raise QuantlensError(
+                f"{where} is no allocation of quantlens, or a damaged one ({error}); `quantlens allocate` writes one"
+            ) from None
 
 
 def _group(data: Mapping[str, Any]) -> GroupChoice:

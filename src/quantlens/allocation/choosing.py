@@ -76,15 +76,16 @@ def allocate(
     if cost not in COSTS:
         raise UnknownNameError("cost", cost, COSTS)
     images = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)
-    graph = _folded(model)
+    graph = graph_of(model).clone()  # as methods quantize it
+    fold_layer_scale(graph)
     groups = find_groups(graph)
-    table = cost_table(graph, groups, widths, width)
-    limit = _uniform_cost(graph, groups, table, width, cost) if budget is None else int(budget)
+    table = cost_table(graph, groups, {*widths, width}, width)
+    limit = table.total(cost, [width] * len(groups)) if budget is None else int(budget)
     started = time.perf_counter()
     values, info = _measured(sensitivity, graph, groups, widths, images, seed, progress, settings)
     seconds = round(time.perf_counter() - started, 3)
-    found = pareto_front(table.groups[cost], values.tolist())
-    choice = _best_within(found, limit, table.fixed[cost], cost, widths)
+    found = pareto_front([[row[b] for b in widths] for row in table.groups[cost]], values.tolist())
+    bits = _best_within(found, limit, table.fixed[cost], cost, widths)
     return Allocation(
         name=_name(width, sensitivity, cost, None if budget is None else limit),
         model=model.name,
@@ -94,8 +95,8 @@ def allocate(
         sensitivity=sensitivity,
         cost=cost,
         budget=limit,
-        total=table.total(cost, choice),
-        groups=_group_choices(groups, choice, values, table),
+        total=table.total(cost, bits),
+        groups=_group_choices(groups, bits, widths, values, table),
         fixed=table.fixed,
         seed=seed,
         seconds=seconds,
@@ -134,20 +135,6 @@ def _candidate_widths(target: int, given: Sequence[int] | None) -> tuple[int, ..
     return widths
 
 
-def _folded(model: Any) -> Graph:
-    """The graph of a model as methods quantize it: LayerScale is folded into the layer before it."""
-    graph = graph_of(model).clone()
-    fold_layer_scale(graph)
-    graph.invalidate()
-    return graph
-
-
-def _uniform_cost(graph: Graph, groups: Sequence[Group], table: CostTable, width: int, cost: str) -> int:
-    """Cost of the model with ``width`` everywhere; ``table`` holds it where ``width`` is a candidate."""
-    held = table if width in table.widths else cost_table(graph, groups, [width], width)
-    return held.total(cost, [held.widths.index(width)] * len(groups))
-
-
 def _measured(
     sensitivity: str,
     graph: Graph,
@@ -174,38 +161,34 @@ def _measured(
 
 
 def _best_within(front: Front, budget: int, fixed: int, cost: str, widths: Sequence[int]) -> list[int]:
-    """For every group the index of its width: the best choice within the budget of the whole model. Raises
-    QuantlensError where even the cheapest costs more."""
+    """The width of every group: the best choice within the budget of the whole model. Raises QuantlensError where even
+    the cheapest costs more."""
     if budget - fixed < front.costs[0]:
         unit, name = (1e6, "MB") if cost == SIZE else (1e9, "G bit operations")
         raise QuantlensError(
             f"no choice of {widths[0]} to {widths[-1]} bits fits the budget of {budget / unit:.3f} {name}: the least "
             f"possible is {(front.costs[0] + fixed) / unit:.3f} {name}; raise the budget or allow narrower candidates"
         )
-    return front.choices[front.within(budget - fixed)].tolist()
+    return [widths[c] for c in front.choices[front.within(budget - fixed)]]
 
 
 def _group_choices(
-    groups: Sequence[Group], choice: Sequence[int], values: Tensor, table: CostTable
+    groups: Sequence[Group], chosen: Sequence[int], widths: Sequence[int], values: Tensor, table: CostTable
 ) -> tuple[GroupChoice, ...]:
     """Every group with its width, and its sensitivity and costs by width."""
-
-    def by_width(row: Sequence[Any]) -> dict[int, Any]:
-        return dict(zip(table.widths, row, strict=True))
-
-    rows = zip(groups, choice, values.tolist(), table.groups[SIZE], table.groups[BOPS], strict=True)
+    rows = zip(groups, chosen, values.tolist(), table.groups[SIZE], table.groups[BOPS], strict=True)
     return tuple(
         GroupChoice(
             group.name,
             group.kind,
             group.block,
             group.modules,
-            table.widths[index],
-            by_width(losses),
-            by_width(sizes),
-            by_width(bops),
+            bits,
+            dict(zip(widths, losses, strict=True)),
+            {b: sizes[b] for b in widths},
+            {b: bops[b] for b in widths},
         )
-        for group, index, losses, sizes, bops in rows
+        for group, bits, losses, sizes, bops in rows
     )
 
 
@@ -226,5 +209,5 @@ def _points(front: Front, widths: Sequence[int], fixed: int) -> tuple[FrontPoint
         FrontPoint(
             int(front.costs[i]) + fixed, float(front.values[i]), tuple(widths[c] for c in front.choices[i].tolist())
         )
-        for i in evenly_spaced(len(front), POINTS)
+        for i in evenly_spaced(len(front.costs), POINTS)
     )

@@ -7,7 +7,7 @@ one operand × bits of the other; the attention's products multiply activations 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,36 +63,34 @@ class CostTable:
     """Costs of a model whose groups may have any of some widths.
 
     fixed: cost of what lies outside the groups, by kind of cost ("size" in bytes, "bops"). groups: cost of each group
-    at each width, [kind][group][width index].
+    by width, [kind][group][width].
     """
 
-    widths: tuple[int, ...]
     fixed: dict[str, int]
-    groups: dict[str, list[list[int]]]
+    groups: dict[str, list[dict[int, int]]]
 
-    def total(self, kind: str, choice: Sequence[int]) -> int:
-        """Cost of the whole model; choice: the index of each group's width."""
-        rows = self.groups[kind]
-        return self.fixed[kind] + sum(row[c] for row, c in zip(rows, choice, strict=True))
+    def total(self, kind: str, bits: Sequence[int]) -> int:
+        """Cost of the whole model; bits: each group's width."""
+        return self.fixed[kind] + sum(row[b] for row, b in zip(self.groups[kind], bits, strict=True))
 
 
-def cost_table(graph: Graph, groups: Sequence[Group], widths: Sequence[int], default: int) -> CostTable:
+def cost_table(graph: Graph, groups: Sequence[Group], widths: Iterable[int], default: int) -> CostTable:
     """Costs of ``groups`` at ``widths``; ``default`` is the width of all other layers."""
-    work = site_work(graph)
+    work, widths = site_work(graph), list(widths)
     grouped = {name for group in groups for name in group.sites}
     total = sum(t.numel() * t.element_size() for t in graph.tensors().values())
     floats = sum(graph.tensor(s.weight).numel() * 4 for s in graph.sites if s.weight is not None and s.name in work)
-    fixed = {SIZE: total - floats, BOPS: 0}
-    for name, one in work.items():
-        if name not in grouped:
-            fixed[SIZE] += packed(one.weights, default)
-            fixed[BOPS] += one.macs * default * (PATCH_BITS if one.reads_pixels else default)
-    rows: dict[str, list[list[int]]] = {SIZE: [], BOPS: []}
-    for group in groups:
-        mine = [work[name] for name in group.sites if name in work]
-        rows[SIZE].append([sum(packed(one.weights, b) for one in mine) for b in widths])
-        rows[BOPS].append([sum(one.macs for one in mine) * b * b for b in widths])
-    return CostTable(tuple(widths), fixed, rows)
+    others = [one for name, one in work.items() if name not in grouped]
+    inside = [[work[name] for name in group.sites if name in work] for group in groups]
+    fixed = {
+        SIZE: total - floats + sum(packed(one.weights, default) for one in others),
+        BOPS: sum(one.macs * default * (PATCH_BITS if one.reads_pixels else default) for one in others),
+    }
+    rows = {
+        SIZE: [{b: sum(packed(one.weights, b) for one in part) for b in widths} for part in inside],
+        BOPS: [{b: sum(one.macs for one in part) * b * b for b in widths} for part in inside],
+    }
+    return CostTable(fixed, rows)
 
 
 def packed(count: int, bits: int) -> int:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 
 from torch import fx
 
 from quantlens.errors import UnsupportedError
 from quantlens.graph import Graph
+from quantlens.graph.graph import walk
 from quantlens.graph.sites import Block, Site
 
 ATTENTION, MLP = "attention", "MLP"
@@ -54,7 +56,8 @@ def _groups_of(graph: Graph, block: Block) -> list[Group]:
     inside = [site for site in graph.sites if site.block == block.name]
     by_node = {site.node: site for site in inside}
     ends = [end for site in inside if site.kind == "context" for end in _output_projections(site.node, by_node)]
-    above = _ancestors(ends, set(block.nodes))
+    nodes = set(block.nodes)
+    above = set(walk(nodes.intersection(ends), lambda node: nodes.intersection(node.all_input_nodes)))
     parts = {
         ATTENTION: [site for site in inside if site.node in above],
         MLP: [site for site in inside if site.node not in above],
@@ -77,42 +80,16 @@ def _groups_of(graph: Graph, block: Block) -> list[Group]:
 def _output_projections(context: fx.Node, by_node: dict[fx.Node, Site]) -> list[fx.Node]:
     """The linear layers that read an attention's result before any residual sum does; without one, the product
     itself."""
-    queue, seen, ends = list(context.users), set(), []
-    while queue:
-        node = queue.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        kind = by_node[node].kind if node in by_node else ""
-        if kind == "linear":
-            ends.append(node)
-        elif kind != "add":
-            queue.extend(node.users)
-    return ends or [context]
-
-
-def _ancestors(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
-    """``nodes`` and all that they are made from within ``inside``."""
-    queue, found = list(nodes), set()
-    while queue:
-        node = queue.pop()
-        if node in inside and node not in found:
-            found.add(node)
-            queue.extend(node.all_input_nodes)
-    return found
+    kinds = {node: site.kind for node, site in by_node.items()}
+    reached = walk(context.users, lambda node: () if kinds.get(node) in ("linear", "add") else node.users)
+    return [node for node in reached if kinds.get(node) == "linear"] or [context]
 
 
 def _common_module(sites: list[Site]) -> str:
     """The innermost module around all layers and products of a group."""
     paths = [site.name.split(".") for site in sites if site.kind in COMPUTES]
-    if not paths:
-        return ""
-    shared = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared)
 
 
 def cover(members: Iterable[str], everything: Iterable[str]) -> tuple[str, ...]:
@@ -125,12 +102,7 @@ def cover(members: Iterable[str], everything: Iterable[str]) -> tuple[str, ...]:
     others = set(everything) - set(members)
     chosen: dict[str, None] = {}
     for member in members:
-        parts = member.split(".")
-        for length in range(1, len(parts) + 1):
-            prefix = ".".join(parts[:length])
-            if not any(other == prefix or other.startswith(f"{prefix}.") for other in others):
-                chosen[prefix] = None
-                break
-        else:
-            chosen[member] = None
+        prefixes = accumulate(member.split("."), "{}.{}".format)
+        free = (p for p in prefixes if not any(f"{other}.".startswith(f"{p}.") for other in others))
+        chosen[next(free, member)] = None
     return tuple(chosen)

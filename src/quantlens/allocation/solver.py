@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantlens.errors import QuantlensError
-
 
 @dataclass(frozen=True)
 class Front:
@@ -29,18 +27,9 @@ class Front:
     values: np.ndarray
     choices: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.costs)
-
     def within(self, budget: int) -> int:
-        """Index of the best point that costs at most ``budget``. Raises QuantlensError if there is none."""
-        found = int(np.searchsorted(self.costs, budget, side="right")) - 1
-        if found < 0:
-            raise QuantlensError(
-                f"no choice of widths fits the budget of {budget}: the least possible is {int(self.costs[0])}; "
-                "raise the budget or allow narrower candidates"
-            )
-        return found
+        """Index of the best point that costs at most ``budget``; −1 if there is none."""
+        return int(np.searchsorted(self.costs, budget, side="right")) - 1
 
 
 def pareto_front(costs: Sequence[Sequence[int]], values: Sequence[Sequence[float]]) -> Front:
@@ -63,11 +52,9 @@ def pareto_front(costs: Sequence[Sequence[int]], values: Sequence[Sequence[float
         best = np.minimum.accumulate(losses[order])
         kept = order[np.r_[True, best[1:] < best[:-1]]]
         total_cost, total_value = sums[kept], losses[kept]
-        steps.append((kept // len(group_cost), kept % len(group_cost)))
-    choices = np.empty((len(total_cost), len(steps)), dtype=np.int64)
-    at = np.arange(len(total_cost))
-    for group in range(len(steps) - 1, -1, -1):
-        parent, column = steps[group]
+        steps.append(np.divmod(kept, len(group_cost)))
+    choices, at = np.empty((len(total_cost), len(steps)), dtype=np.int64), np.arange(len(total_cost))
+    for group, (parent, column) in reversed(list(enumerate(steps))):
         choices[:, group] = column[at]
         at = parent[at]
     return Front(total_cost, total_value, choices)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from quantlens.ambient import isolated
-from quantlens.attention import figures, pictures
+from quantlens.attention import picture_grids
+from quantlens.attention.image_sets import FP32, SetView, evenly, look_at
 from quantlens.attention.maps import MapSettings
+from quantlens.attention.picture_grids import ID
 from quantlens.attention.recording import Lens
-from quantlens.attention.selection import evenly
-from quantlens.attention.sets import FP32, SetView, look_at
 from quantlens.data import as_image_set
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.files import write_whole
@@ -71,26 +71,24 @@ def compare(
         shape = tuple(images.shape[1:]) if isinstance(images, torch.Tensor) and images.dim() == 4 else None
         model = load_model(model, input_size=shape)  # type: ignore[arg-type]
     reference = float_model(model)
-    lenses, unavailable = _lenses({FP32: reference, **models}, settings)
-    found = AttentionResult(reference, models, settings, unavailable=unavailable)
-    if not unavailable:
-        found.blocks = list(lenses[FP32].blocks)
+    found = AttentionResult(reference, models, settings)
+    lenses: dict[str, Any] = {FP32: reference, **models}
+    try:
+        lenses = {label: Lens(one) for label, one in lenses.items()}
+        found.blocks = lenses[FP32].blocks
+    except UnsupportedError as error:
+        if "rollout" in settings.kind:
+            raise
+        found.unavailable = str(error)
     step: Progress = progress or (lambda what, done, total: None)
+    reading: dict[str, Any] = {"cache_dir": cache_dir, "skip_bad": skip_bad}
     opened = {
-        name: as_image_set(
-            source,
-            model.preprocess,
-            name,
-            cache_dir=cache_dir,
-            skip_bad=skip_bad,
-            progress=partial(step, f"decoding {name}"),
-        )
-        for name, source in {figures.ID: images, **sets}.items()
+        name: as_image_set(source, model.preprocess, name, progress=partial(step, f"decoding {name}"), **reading)
+        for name, source in {ID: images, **sets}.items()
     }
-    first = lenses.pop(FP32)
     for name, one in opened.items():
         told = partial(step, f"attention on {name}")
-        found.sets[name] = look_at(first, lenses, one, evenly(len(one), limit), settings, told)
+        found.sets[name] = look_at(lenses, one, evenly(len(one), limit), settings, told)
     return found
 
 
@@ -99,31 +97,21 @@ def labelled(
 ) -> dict[str, QuantizedModel]:
     """Quantized models by their labels, which are their bits unless given. Raises QuantlensError for none, for two of
     one label, and for what is no quantized model."""
-    if isinstance(quantized, Mapping):
-        found = dict(quantized)
-    else:
-        several = [quantized] if isinstance(quantized, QuantizedModel) else list(quantized)
-        found = {str(getattr(m, "bits", "")): m for m in several}
-        if len(found) < len(several):
+    if isinstance(quantized, QuantizedModel):
+        quantized = [quantized]
+    if not isinstance(quantized, Mapping):
+        several = list(quantized)
+        quantized = {str(getattr(m, "bits", "")): m for m in several}
+        if len(quantized) < len(several):
             raise QuantlensError("two of the quantized models have the same bits; give {label: model}")
-    if not found:
+    if not quantized:
         raise QuantlensError("there is no quantized model to compare with")
-    if FP32 in found:
+    if FP32 in quantized:
         raise QuantlensError(f"{FP32} is what the float model is called; give the quantized one another label")
-    for label, one in found.items():
+    for label, one in quantized.items():
         if not isinstance(one, QuantizedModel):
             raise QuantlensError(f"{label!r} is a {type(one).__name__}; give a model that quantlens.quantize returns")
-    return found
-
-
-def _lenses(models: Mapping[str, QuantizedModel], settings: MapSettings) -> tuple[dict[str, Any], str]:
-    """(label -> Lens, ""), or (label -> model, why there is no Lens) where the map needs none."""
-    try:
-        return {label: Lens(m) for label, m in models.items()}, ""
-    except UnsupportedError as error:
-        if settings.kind in ("rollout", "gradient-rollout"):
-            raise
-        return dict(models), str(error)
+    return dict(quantized)
 
 
 @dataclass
@@ -189,9 +177,8 @@ class AttentionResult:
     def arrays(self) -> dict[str, np.ndarray]:
         """What ``maps.npz`` holds: SET/positions, SET/LABEL/maps, and where available /norms and /outliers; predicted
         classes and their probabilities as /predicted and /confidence."""
-        found: dict[str, np.ndarray] = {}
+        found = {f"{name}/positions": np.asarray(view.positions) for name, view in self.sets.items()}
         for name, view in self.sets.items():
-            found[f"{name}/positions"] = np.asarray(view.positions)
             for kind in ("maps", "predicted", "confidence", "norms", "outliers"):
                 found |= {f"{name}/{label}/{kind}": values for label, values in getattr(view, kind).items()}
         return found
@@ -202,20 +189,19 @@ class AttentionResult:
         show: images of each set in the pictures. choose: ``first``, or ``most-changed``: those whose maps correlate
         least with FP32's at the last model. Raises StorageError where a file cannot be written.
         """
-        folder = Path(folder)
         shown = {name: self.chosen(name, show, choose) for name in self.sets}
-        written = [pictures.save(figures.maps_picture(self, shown), folder / "maps.png")]
-        if not self.unavailable:
-            written.append(pictures.save(figures.norms_picture(self, shown), folder / "norms.png"))
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **self.arrays())  # type: ignore[arg-type]
-        write_whole(folder / "maps.npz", buffer.getvalue(), what="the maps")
-        about = self.to_dict()
+        about, npz = self.to_dict(), io.BytesIO()
         for name, places in shown.items():
             about["images"][name]["shown"] = [self.sets[name].positions[k] for k in places]
-        text = json.dumps(about, indent=1, allow_nan=False) + "\n"
-        write_whole(folder / "drift.json", text, what="the metrics")
-        return [*written, folder / "maps.npz", folder / "drift.json"]
+        np.savez_compressed(npz, **self.arrays())  # type: ignore[arg-type]
+        files: dict[str, bytes | str] = {"maps.png": picture_grids.maps_picture(self, shown)}
+        if not self.unavailable:
+            files["norms.png"] = picture_grids.norms_picture(self, shown)
+        files["maps.npz"] = npz.getvalue()
+        files["drift.json"] = json.dumps(about, indent=1, allow_nan=False) + "\n"
+        for name, content in files.items():
+            write_whole(Path(folder, name), content)
+        return [Path(folder, name) for name in files]
 
     def chosen(self, name: str, show: int, choose: str = "first") -> list[int]:
         """Images to show of a set, as places in its :class:`SetView`."""
@@ -229,8 +215,8 @@ class AttentionResult:
 
 def check_names(ood: Iterable[str]) -> None:
     """Raises QuantlensError for an OOD set that is called ID."""
-    if figures.ID in ood:
-        raise QuantlensError(f"{figures.ID!r} is the name of the in-distribution images; call the OOD set otherwise")
+    if ID in ood:
+        raise QuantlensError(f"{ID!r} is the name of the in-distribution images; call the OOD set otherwise")
 
 
 def check_choice(choose: str) -> None:

@@ -1,18 +1,175 @@
-"""How far a quantized model's attention is from the float model's: pure functions of maps, one number per image.
+"""How far a quantized model's attention is from the float model's, image by image.
 
-All take batches and are vectorised. Attention rows are distributions over N tokens; maps are weights over P patches.
+All functions take batches. Attention rows are distributions over N tokens; maps are weights over P patches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
+
+from quantlens.attention import outlier_tokens
+from quantlens.attention.recording import Lens, lens_of
+from quantlens.errors import QuantlensError
+from quantlens.metrics.divergence import kl_divergence
 
 TINY = 1e-12
 """Added to a quantized probability before its logarithm is taken: log formats hold exact zeros."""
+TOP = 0.1
+"""Share of patches whose overlap is measured (the 20 largest of 196)."""
+CHUNK = 8
+"""Images looked at at once: maps of more of them (45 MB for 8 of DeiT-Tiny) cost time, as they leave the cache."""
+COUNTS = ("outliers", "outliers_fp32", "large_tokens", "large_tokens_fp32")
+BY_BLOCK = ("row_cosine", "row_kl", "outliers", "outliers_fp32", "outlier_overlap")
+BY_HEAD = ("row_cosine", "row_kl")
+
+Arrays = dict[str, np.ndarray]
 
 
+class Drift(SimpleNamespace):
+    """Drift of one quantized model on n images: arrays, first dimension the image.
+
+    row_cosine, row_kl, entropy_change [n, L, H]: of attention rows (class and patch tokens alike), mean over rows; L
+    blocks, H heads. rollout_spearman, rollout_overlap, centre_movement [n]: of rollout maps; overlap of the :data:`TOP`
+    largest patches; movement as a share of the image's diagonal. outliers, large_tokens [n, L]: outlier tokens and
+    large tokens after every block (:mod:`~quantlens.attention.outlier_tokens`), outliers_fp32 and large_tokens_fp32
+    those of the float model; outlier_overlap [n, L]: positions in common (intersection over union).
+    prediction_changed, confidence_change [n]. output_kl [n]: KL(float ‖ quantized) of the class probabilities, nats.
+    """
+
+    def per_image(self) -> Arrays:
+        """One value per image and metric [n]: means over blocks and heads, numbers of tokens over all blocks."""
+        found = {}
+        for name, values in vars(self).items():
+            inner = tuple(range(1, values.ndim))
+            if name in COUNTS:
+                values = values.sum(axis=inner)
+            elif inner:
+                values = values.mean(axis=inner, dtype=np.float64)
+            found[name] = values
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """Means over images as JSON-able numbers, and per block (``blocks``) and head (``heads``, [L][H])."""
+        values = vars(self)
+        found: dict[str, Any] = {"n": len(self.output_kl)}
+        for name, array in values.items():
+            found[name] = float((array.sum(axis=1) if name in COUNTS else array).mean(dtype=np.float64))
+        blocks = {name: values[name].mean(axis=2) if name in BY_HEAD else values[name] for name in BY_BLOCK}
+        heads = {name: values[name] for name in BY_HEAD}
+        return found | {"blocks": _mean_image(blocks), "heads": _mean_image(heads)}
+
+
+def _mean_image(arrays: Arrays) -> dict[str, list]:
+    """Means over images in six decimals."""
+    return {name: a.mean(axis=0, dtype=np.float64).round(6).tolist() for name, a in arrays.items()}
+
+
+def measure(reference: Any, others: Mapping[str, Any], batches: Iterable[Tensor], **rollout: Any) -> dict[str, Drift]:
+    """Drift of ``others`` (label -> model) from ``reference`` on batches of images [B, 3, H, W].
+
+    One forward pass per model and batch; of the maps only those of :data:`CHUNK` images are alive. rollout: settings of
+    :func:`~quantlens.attention.rollout.rollout`.
+    Raises QuantlensError without images, UnsupportedError for models without global attention.
+    """
+    first, lenses = lens_of(reference), {label: lens_of(model) for label, model in others.items()}
+    pieces = (piece for batch in batches for piece in batch.split(CHUNK))
+    found = [observe(first, lenses, piece, rollout)[1] for piece in pieces]
+    if not found:
+        raise QuantlensError("no images to measure attention drift on")
+    return {label: Drift(**joined([part[label] for part in found])) for label in lenses}
+
+
+def joined(parts: Sequence[Arrays]) -> Arrays:
+    """Arrays of successive images as one of all."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@torch.inference_mode()
+def observe(
+    reference: Lens, lenses: Mapping[str, Lens], images: Tensor, rollout: Mapping[str, Any]
+) -> tuple[list[Arrays], dict[str, Arrays]]:
+    """What models see of a few images: (what the reference and then each of the others saw, the drift of the others).
+
+    What was seen: "maps" [B, rows, columns], "norms" of patch tokens and which are "outliers" and "large" [B, L, P],
+    "predicted" and "confidence" [B].
+    """
+    first = _Seen(reference, images, rollout)
+    rows = [Rows(probs) for probs in first.view.probs]
+    seen, drifts = [_arrays(first.kept)], {}
+    for label, lens in lenses.items():
+        other = first if lens.model is reference.model else _Seen(lens, images, rollout)
+        seen.append(_arrays(other.kept))
+        drifts[label] = _arrays(_drift(first, rows, other))
+    return seen, drifts
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> Arrays:
+    return {name: values.cpu().numpy() for name, values in tensors.items()}
+
+
+class _Seen:
+    """A view of B images, its rollout maps [B, P], and what is kept of both (see :func:`observe`)."""
+
+    def __init__(self, lens: Lens, images: Tensor, rollout: Mapping[str, Any]):
+        self.view, self.layout = lens(images), lens.layout
+        self.map = lens.rollout_of(self.view, **rollout)
+        norms = torch.stack([outlier_tokens.token_norms(t, self.layout.prefix) for t in self.view.tokens], dim=1)
+        confidence, predicted = self.view.logits.softmax(1).max(1)
+        self.kept = {
+            "maps": self.map.unflatten(1, self.layout.grid),
+            "predicted": predicted,
+            "confidence": confidence,
+            "norms": norms,
+            "outliers": outlier_tokens.outliers(norms),
+            "large": outlier_tokens.large(norms),
+        }
+
+
+def _drift(first: _Seen, first_rows: Sequence[Rows], second: _Seen) -> dict[str, Tensor]:
+    if len(first_rows) != len(second.view.probs) or first.layout != second.layout:
+        raise QuantlensError("the two models have different blocks or patches; drift compares one model's precisions")
+    of_rows = []
+    for reference, probs in zip(first_rows, second.view.probs, strict=True):
+        rows = Rows(probs)
+        change = (rows.entropy - reference.entropy).mean(-1)
+        of_rows.append((reference.cosine_to(rows), reference.kl_to(rows), change))
+    cosine, kl, entropy_change = (torch.stack(values, dim=1) for values in zip(*of_rows, strict=True))
+    a, b = first.kept, second.kept
+    return {
+        "row_cosine": cosine,
+        "row_kl": kl,
+        "entropy_change": entropy_change,
+        "rollout_spearman": spearman(first.map, second.map),
+        "rollout_overlap": top_overlap(first.map, second.map),
+        "centre_movement": movement(first.map, second.map, first.layout.grid),
+        "outliers": b["outliers"].sum(-1).float(),
+        "outliers_fp32": a["outliers"].sum(-1).float(),
+        "outlier_overlap": outlier_tokens.overlap(a["outliers"], b["outliers"]),
+        "large_tokens": b["large"].sum(-1).float(),
+        "large_tokens_fp32": a["large"].sum(-1).float(),
+        "prediction_changed": b["predicted"] != a["predicted"],
+        "confidence_change": b["confidence"] - a["confidence"],
+        "output_kl": kl_divergence(first.view.logits.log_softmax(1), second.view.logits.log_softmax(1)),
+    }
+
+
+def map_drift(reference: np.ndarray, other: np.ndarray) -> Arrays:
+    """Of maps [n, rows, columns] twice: "spearman", "overlap" (of the :data:`TOP` largest) and "movement", each [n]."""
+    if reference.shape != other.shape:
+        raise QuantlensError("the two models' maps have different sizes; drift compares one model's precisions")
+    a, b = (torch.from_numpy(m).flatten(1) for m in (reference, other))
+    found = {"spearman": spearman(a, b), "overlap": top_overlap(a, b), "movement": movement(a, b, reference.shape[1:])}
+    return _arrays(found)
+
+
+# -- rows of attention ------------------------------------------------------------------------------------------------
 def _log(values: Tensor) -> Tensor:
     """Natural logarithm; on the CPU by numpy, whose vector code is three times as fast as torch's."""
     if values.device.type == "cpu" and not values.requires_grad:
@@ -36,11 +193,6 @@ class Rows:
         self.entropy = self.total.log() - (self.weights * self.logs).sum(-1) / self.total
         """Entropy of every row in nats: [B, H, N]."""
 
-    def drop_logs(self) -> Rows:
-        """Give back what only the second of two compared needs."""
-        del self.logs
-        return self
-
     def cosine_to(self, other: Rows) -> Tensor:
         """Mean cosine similarity of rows: [B, H]."""
         dot = (self.probs * other.probs).sum(-1)
@@ -52,52 +204,25 @@ class Rows:
         return (cross - self.entropy).mean(-1).clamp_min(0)
 
 
-def row_cosine(reference: Tensor, other: Tensor) -> Tensor:
-    """Mean cosine similarity of attention rows: [B, H, N, N] twice -> [B, H]."""
-    return Rows(reference).cosine_to(Rows(other))
-
-
-def row_kl(reference: Tensor, other: Tensor) -> Tensor:
-    """Mean KL divergence KL(reference ‖ other) of attention rows in nats: [B, H, N, N] twice -> [B, H]; see
-    :class:`Rows` for rows that do not sum to 1."""
-    return Rows(reference).kl_to(Rows(other))
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Ranks along the last dimension, ties given their mean (as scipy's ``rankdata``), float: 1 … P."""
-    ordered, order = values.sort(dim=-1, stable=True)
-    count = values.shape[-1]
-    flat = ordered.reshape(-1, count)
-    new = torch.ones_like(flat, dtype=torch.bool)
-    new[:, 1:] = flat[:, 1:] != flat[:, :-1]
-    group = new.long().cumsum(-1) - 1
-    size = torch.zeros(flat.shape, dtype=torch.float64, device=values.device)
-    position = torch.arange(1, count + 1, dtype=torch.float64, device=values.device).expand(flat.shape)
-    total = size.clone().scatter_add_(1, group, position)
-    size = size.scatter_add_(1, group, torch.ones_like(position))
-    mean = (total / size.clamp_min(1)).gather(1, group).reshape(values.shape)
-    return torch.empty_like(mean).scatter_(-1, order, mean)
-
-
+# -- maps -------------------------------------------------------------------------------------------------------------
 def spearman(first: Tensor, second: Tensor) -> Tensor:
     """Spearman's rank correlation of maps: [B, P] twice -> [B]. 1 for equal maps, 0 where one is constant and the
     other is not."""
-    a, b = ranks(first), ranks(second)
+    a, b = (torch.from_numpy(rankdata(m.cpu().numpy(), axis=-1)).to(m.device) for m in (first, second))
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
     size = a.norm(dim=-1) * b.norm(dim=-1)
-    same = (first == second).all(-1)
-    found = torch.where(size > 0, (a * b).sum(-1) / size.clamp_min(TINY), torch.zeros_like(size))
-    return torch.where(same, torch.ones_like(found), found).float()
+    found = torch.where(size > 0, (a * b).sum(-1) / size.clamp_min(TINY), 0.0)
+    return torch.where((first == second).all(-1), 1.0, found).float()
 
 
-def top_overlap(first: Tensor, second: Tensor, k: int) -> Tensor:
-    """Share of the k largest patches that two maps [B, P] have in common: [B]."""
-    k = min(k, first.shape[-1])
+def top_overlap(first: Tensor, second: Tensor, share: float = TOP) -> Tensor:
+    """Which part of the largest patches, a ``share`` of all, two maps [B, P] have in common: [B]."""
+    k = max(1, round(share * first.shape[-1]))
     top = torch.zeros_like(first, dtype=torch.bool).scatter_(1, first.topk(k, dim=1).indices, True)
     return top.gather(1, second.topk(k, dim=1).indices).float().mean(1)
 
 
-def centre(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+def centre(maps: Tensor, grid: Sequence[int]) -> Tensor:
     """Centre of mass of maps [B, P] on a grid of (rows, columns), as shares of height and width: [B, 2]; the middle
     for an empty map."""
     rows, columns = grid
@@ -109,6 +234,6 @@ def centre(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.where(total[:, None] > 0, found / total.clamp_min(TINY)[:, None], torch.full_like(found, 0.5))
 
 
-def movement(first: Tensor, second: Tensor, grid: tuple[int, int]) -> Tensor:
+def movement(first: Tensor, second: Tensor, grid: Sequence[int]) -> Tensor:
     """How far the centre of mass moves between two maps [B, P], as a share of the image's diagonal: [B]."""
     return (centre(first, grid) - centre(second, grid)).norm(dim=1) / 2**0.5

@@ -11,7 +11,7 @@ from quantlens.metrics import METRICS, Spread
 from quantlens.metrics.spread import number
 
 Summary = Mapping[str, Any]
-"""What :meth:`quantlens.attention.measure.Drift.summary` gives."""
+"""What :meth:`quantlens.attention.drift.Drift.summary` gives."""
 
 
 @dataclass(frozen=True)

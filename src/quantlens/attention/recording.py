@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +13,13 @@ from quantlens.errors import UnsupportedError
 from quantlens.graph import Graph
 from quantlens.qmodel import QuantizedModel, float_model, simulate
 
+WINDOWED = (
+    "attention is computed in windows or at several resolutions (Swin and its kind): no map leads from a class token "
+    "to the patches. Grad-CAM works on such models (`quantlens attention --map grad-cam`)"
+)
 
-@dataclass(frozen=True)
-class Layout:
+
+class Layout(NamedTuple):
     """Where patches are: ``prefix`` class and register tokens, then patches on a grid of (rows, columns)."""
 
     prefix: int
@@ -46,21 +49,20 @@ class Lens:
 
     def __init__(self, model: Any):
         self.model: QuantizedModel = float_model(model)
-        graph = self.model.graph
+        graph, plan, self.device = self.model.graph, self.model.plan, self.model.device
         self.sites = attention_sites(graph)
         self.layout = layout_of(graph)
         outputs = {site.node: site.edges["output"].key for site in graph.sites if "output" in site.edges}
-        self.blocks = [b.name for b in graph.sites.blocks if b.result in outputs]
-        results = [outputs[b.result] for b in graph.sites.blocks if b.result in outputs]
-        plan = self.model.plan
-        self._count = len(self.sites)
-        self._module = simulate(graph, plan.quantizers, plan.operators, [f"{s}.output" for s in self.sites] + results)
+        results = {b.name: outputs[b.result] for b in graph.sites.blocks if b.result in outputs}
+        self.blocks = list(results)
+        taps = [*(f"{site}.output" for site in self.sites), *results.values()]
+        self._module = simulate(graph, plan.quantizers, plan.operators, taps)
 
     def __call__(self, images: Tensor) -> View:
         """images [B, 3, H, W], prepared as the model wants them. Gradients pass (straight through quantizers)."""
         with plain_arithmetic():
             logits, _, taps = self._module(images.contiguous())
-        return View(logits, tuple(taps[: self._count]), tuple(taps[self._count :]))
+        return View(logits, tuple(taps[: len(self.sites)]), tuple(taps[len(self.sites) :]))
 
     @isolated
     def rollout(self, images: Tensor, **settings: Any) -> Tensor:
@@ -73,6 +75,11 @@ class Lens:
         return rollout(view.probs, prefix=self.layout.prefix, **settings)
 
 
+def lens_of(model: Any) -> Lens:
+    """The lens of a model; a lens as it is."""
+    return model if isinstance(model, Lens) else Lens(model)
+
+
 def attention_sites(graph: Graph) -> list[str]:
     """Names of the ``probs`` sites, in order. Raises UnsupportedError where attention is not over all tokens."""
     sites = graph.sites.of_kind("probs")
@@ -80,7 +87,7 @@ def attention_sites(graph: Graph) -> list[str]:
         raise UnsupportedError("the model has no attention that the graph shows; there is nothing to look at")
     shapes = {tuple(site.node.meta["shape"] or ())[1:] for site in sites}
     if len(shapes) > 1 or any(len(s) != 3 or s[-1] != s[-2] or s[-1] is None for s in shapes):
-        raise _windowed()
+        raise UnsupportedError(WINDOWED)
     return [site.name for site in sites]
 
 
@@ -90,15 +97,8 @@ def layout_of(graph: Graph) -> Layout:
     for site in graph.sites.of_kind("conv"):
         shape = site.node.meta["shape"]
         if graph.is_image(site.edges["input"].value) and len(shape) == 4 and None not in shape[1:]:
-            grid = (int(shape[2]), int(shape[3]))
-            if 0 <= tokens - grid[0] * grid[1] <= max(16, tokens // 8):
-                return Layout(tokens - grid[0] * grid[1], grid)
-            raise _windowed()
+            prefix = tokens - shape[2] * shape[3]
+            if not 0 <= prefix <= max(16, tokens // 8):
+                raise UnsupportedError(WINDOWED)
+            return Layout(prefix, (shape[2], shape[3]))
     raise UnsupportedError("no patch embedding (a convolution of the image) was found: the grid of patches is unknown")
-
-
-def _windowed() -> UnsupportedError:
-    return UnsupportedError(
-        "attention is computed in windows or at several resolutions (Swin and its kind): no map leads from a class "
-        "token to the patches. Grad-CAM works on such models (`quantlens attention --map grad-cam`)"
-    )

@@ -17,21 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantlens.errors import QuantlensError
+from quantlens.errors import QuantlensError, UnknownNameError
 
-FUSIONS = ("max", "mean", "min")
+FUSIONS = {"max": Tensor.amax, "mean": Tensor.mean, "min": Tensor.amin}
 COMPAT = ("vit-explain",)
 
 
 def fuse_heads(probs: Tensor, fusion: str = "max") -> Tensor:
     """Attention of all heads [B, H, N, N] -> one map [B, N, N]: the maximum, mean or minimum over heads."""
-    if fusion == "max":
-        return probs.amax(dim=1)
-    if fusion == "min":
-        return probs.amin(dim=1)
-    if fusion == "mean":
-        return probs.mean(dim=1)
-    raise QuantlensError(f"head fusion {fusion!r}: choose one of {', '.join(FUSIONS)}")
+    return FUSIONS[fusion](probs, dim=1)
 
 
 def discard_smallest(fused: Tensor, ratio: float, prefix: int = 1, *, compat: str | None = None) -> Tensor:
@@ -41,44 +35,35 @@ def discard_smallest(fused: Tensor, ratio: float, prefix: int = 1, *, compat: st
     the smallest one kept, none is discarded: quantized maps hold few values, and which of equal ones go must not depend
     on their order. So at most the share goes (compat: exactly the share, as ``topk`` happens to choose).
     """
-    _check(ratio)
-    count = int(fused[0].numel() * ratio)
+    flat = fused.flatten(1)
+    count = int(flat.shape[1] * ratio)
     if count == 0:
         return fused
-    if compat is None:
-        kept = fused * (fused >= _smallest_kept(fused, count))
-        kept[:, :prefix, :] = fused[:, :prefix, :]
-        kept[:, :, :prefix] = fused[:, :, :prefix]
-    else:
-        lowest = fused.flatten(1).topk(count, dim=1, largest=False).indices
-        kept = fused.flatten(1).scatter(1, lowest, 0.0).view_as(fused)
+    if compat:
+        kept = flat.scatter(1, flat.topk(count, dim=1, largest=False).indices, 0.0).view_as(fused)
         kept[:, 0, 0] = fused[:, 0, 0]
+        return kept
+    kept = fused * (fused >= _smallest_kept(flat.detach(), count))
+    kept[:, :prefix, :] = fused[:, :prefix, :]
+    kept[:, :, :prefix] = fused[:, :, :prefix]
     return kept
 
 
-def _check(ratio: float) -> None:
-    if not 0 <= ratio < 1:
-        raise QuantlensError(f"discard ratio {ratio}: give a share of at least 0 and below 1 (the paper: 0.9)")
-
-
-def _smallest_kept(fused: Tensor, count: int) -> Tensor:
+def _smallest_kept(flat: Tensor, count: int) -> Tensor:
     """The smallest entry of each image [B, 1, 1] when ``count`` smaller ones are discarded."""
-    flat = fused.detach().flatten(1)
-    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
+    if flat.is_cpu and flat.dtype in (torch.float32, torch.float64):
         # numpy selects with vector instructions, some thirty times as fast as torch's kthvalue
-        kept = torch.from_numpy(np.partition(flat.numpy(), count, axis=1)[:, count].copy())
-    else:
-        kept = flat.kthvalue(count + 1, dim=1).values
-    return kept[:, None, None]
+        return torch.from_numpy(np.partition(flat.numpy(), count, axis=1)[:, count, None, None])
+    return flat.kthvalue(count + 1, dim=1).values[:, None, None]
 
 
 def check_settings(discard: float, fusion: str, compat: str | None) -> None:
     """Raises QuantlensError for settings of rollout that do not exist."""
-    _check(discard)
-    if fusion not in FUSIONS:
-        raise QuantlensError(f"head fusion {fusion!r}: choose one of {', '.join(FUSIONS)}")
-    if compat is not None and compat not in COMPAT:
-        raise QuantlensError(f"compat {compat!r}: choose one of {', '.join(COMPAT)}, or none")
+    if not 0 <= discard < 1:
+        raise QuantlensError(f"discard ratio {discard}: give a share of at least 0 and below 1 (the paper: 0.9)")
+    for what, name, known in (("head fusion", fusion, FUSIONS), ("compat", compat, COMPAT)):
+        if name is not None and name not in known:
+            raise UnknownNameError(what, name, known)
 
 
 def rollout(
@@ -97,23 +82,18 @@ def rollout(
     Raises QuantlensError for settings that do not exist.
     """
     check_settings(discard, fusion, compat)
-    row: Tensor | None = None
-    for probs in reversed(list(blocks)):
+    blocks = list(blocks)
+    last = blocks[-1]
+    row = last.new_zeros(len(last), last.shape[-1])
+    row[:, : 1 if prefix else None] = 1 if prefix else 1 / row.shape[1]
+    for probs in reversed(blocks):
         fused = fuse_heads(probs, fusion) if probs.dim() == 4 else probs
-        if row is None:
-            row = fused.new_zeros(fused.shape[0], fused.shape[-1])
-            if prefix:
-                row[:, 0] = 1
-            else:
-                row += 1 / fused.shape[-1]
         kept = discard_smallest(fused, discard, max(prefix, 1), compat=compat)
         sums = kept.sum(-1) + 1
-        if compat is None:  # row times (kept + I) with its rows divided by their sums
+        if compat:  # row times (kept + I) with its columns divided by the rows' sums
+            row = ((row[:, None] @ kept)[:, 0] + row) / sums
+        else:  # the same with rows divided by their own sums
             scaled = row / sums
             row = (scaled[:, None] @ kept)[:, 0] + scaled
-        else:  # the same with columns divided by the rows' sums
-            row = ((row[:, None] @ kept)[:, 0] + row) / sums
-    if row is None:
-        raise QuantlensError("no attention was given to the rollout")
     patches = row[:, prefix:]
     return patches / patches.amax(dim=1, keepdim=True).clamp_min(torch.finfo(patches.dtype).tiny)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from quantlens.calibration.images import CHUNK, Calibration, images_together
-from quantlens.calibration.products import Product, check_finite, patches
-from quantlens.calibration.sampling import ProductSampler
+from quantlens.calibration.products import Product, check_finite, patches, tokens
+from quantlens.calibration.sampling import ProductSampler, matrices
 from quantlens.graph import Graph
-from quantlens.graph.graph import EdgeHook
 
 Loss = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """(logits with gradient [B, K], logits of the float model [B, K], generator) -> the loss, summed over the images."""
@@ -66,57 +65,49 @@ class _Collector:
     """Takes each batch's rows of every product: as soon as the gradient at its output is there, or after the batch."""
 
     def __init__(self, graph: Graph, products: list[Product], sampler: ProductSampler, pieces: int, floor: float):
-        self.graph, self.products, self.pieces, self.floor = graph, products, pieces, floor
-        self.sampler = sampler
+        self.graph, self.products, self.sampler, self.pieces, self.floor = graph, products, sampler, pieces, floor
         self.nodes = [n for n in graph.fx.nodes if n.op == "call_function"]
         self.samples = {p.site.name: ProductSample() for p in products}
-        self.parts: dict[str, list[tuple[Tensor, ...]]] = {p.site.name: [] for p in products}
-        self.gradients: dict[str, list[Tensor]] = {p.site.name: [] for p in products}
+        self.parts: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.samples}
+        self.gradients: dict[str, list[Tensor]] = {name: [] for name in self.samples}
         self.reads = {e.key: p for p in products for e in p.read if not e.is_weight}
         self.makes = {p.site.edges["output"].key: p for p in products if len(p.read) == 2}
-        self.weights = {p.site.name: self._weight(p) for p in products if p.read[0].is_weight}
         self.seen: dict[str, Tensor] = {}
-
-    def _weight(self, product: Product) -> Tensor:
-        """The weight of a layer, checked."""
-        edge = product.read[0]
-        weight = self.graph.tensor(str(edge.value.target)).float()
-        self.samples[product.site.name].largest[edge.key] = top = weight.abs().max()
-        check_finite(edge.key, top)
-        return weight
+        self.weights: dict[str, Tensor] = {}
+        for product in products:
+            if product.read[0].is_weight:
+                edge, name = product.read[0], product.site.name
+                self.weights[name] = self._looked_at(product, edge.key, graph.tensor(str(edge.value.target)).float())
 
     # -- one batch --------------------------------------------------------------------------------------------------
     def batch(self, images: Tensor, loss: Loss) -> None:
         """Take the samples of one batch of images."""
-        self.seen = {}
+        output = self.graph.output
         with torch.enable_grad():
-            out = self._run(images.clone().requires_grad_(True), self._listen)
-            loss(out, out.detach(), self.sampler.generator).backward()
+            env = {self.graph.input: images.clone().requires_grad_(True)}
+            logits = self.graph.run(self.nodes, env, hook=self._hook, keep=[output])[output]
+            loss(logits, logits.detach(), self.sampler.generator).backward()
         for product in self.products:
             if len(product.read) == 1:
                 self._take(product, None)
+        self.seen = {}
 
-    def _run(self, images: Tensor, hook: EdgeHook) -> Tensor:
-        output = self.graph.output
-        return self.graph.run(self.nodes, {self.graph.input: images}, hook=hook, keep=[output])[output]
-
-    def _look(self, key: str, value: Tensor) -> Tensor:
-        """Keep an operand and its largest magnitude (by head for [batch, heads, rows, cols])."""
-        if key in self.reads:
-            kept, product = value.detach(), self.reads[key]
-            heads = kept.dim() == 4 and product.site.kind in ("scores", "context")
-            top = kept.abs().amax((0, 2, 3)) if heads else kept.abs().max()
-            check_finite(key, top)
-            largest = self.samples[product.site.name].largest
-            largest[key] = torch.maximum(largest[key], top) if key in largest else top
-            self.seen[key] = kept
-        return value
-
-    def _listen(self, key: str, value: Tensor) -> Tensor:
+    def _hook(self, key: str, value: Tensor) -> Tensor:
         """Look at an operand, and take a product's rows when the gradient at its output arrives."""
         if key in self.makes:
             value.register_hook(lambda g: self._take(self.makes[key], g))
-        return self._look(key, value)
+        if key in self.reads:
+            self.seen[key] = self._looked_at(self.reads[key], key, value.detach())
+        return value
+
+    def _looked_at(self, product: Product, key: str, value: Tensor) -> Tensor:
+        """An operand, checked, its largest magnitude (by head for [batch, heads, rows, cols]) noted."""
+        heads = value.dim() == 4 and product.site.kind in ("scores", "context")
+        top = value.abs().amax((0, 2, 3)) if heads else value.abs().max()
+        check_finite(key, top)
+        largest = self.samples[product.site.name].largest
+        largest[key] = torch.maximum(largest[key], top) if key in largest else top
+        return value
 
     # -- one product ------------------------------------------------------------------------------------------------
     def _take(self, product: Product, gradient: Tensor | None) -> None:
@@ -126,38 +117,27 @@ class _Collector:
         if gradient is not None and self.floor:
             squared = gradient.square()
             gradient = squared.add_(self.floor * squared.mean()).sqrt_()
-        rows = patches(site, values[0], values[1]) if site.kind in ("linear", "conv") else None
+        rows, kept = patches(site, values[0], values[1]) if name in self.weights else None, None
         if rows is not None:
             if site.kind == "conv" and gradient is not None:
                 gradient = gradient.flatten(2).mT
-            self._add(name, *self.sampler.weighted_rows(rows, gradient, self.pieces))
-        elif len(values) == 2 and site.kind != "conv" and min(v.dim() for v in values) >= 2:
-            left, right, kept = self.sampler.weighted_pairs(values[0], values[1], gradient, self.pieces)
-            self._add(name, left, kept, right)
+            *parts, kept = self.sampler.weighted_rows(rows, gradient, self.pieces)
+        elif len(values) == 2 and site.kind != "conv" and matrices(*([v] for v in values)):
+            *parts, kept = self.sampler.weighted_pairs(values[0], values[1], gradient, self.pieces)
         else:
             self.samples[name].joined = False
-            flat = [
-                v.flatten(1) if e.is_weight else v.reshape(-1, v.shape[-1])
-                for v, e in zip(values, product.read, strict=True)
-            ]
-            self.parts[name].append(tuple(self.sampler.weighted_rows(v, None, self.pieces)[0] for v in flat))
-
-    def _add(self, name: str, first: Tensor, gradient: Tensor | None, *others: Tensor) -> None:
-        self.parts[name].append((first, *others))
-        if gradient is not None:
-            self.gradients[name].append(gradient)
+            flat = [v.flatten(1) if e.is_weight else tokens(v) for v, e in zip(values, product.read, strict=True)]
+            parts = [self.sampler.weighted_rows(v, None, self.pieces)[0] for v in flat]
+        self.parts[name].append(tuple(parts))
+        if kept is not None:
+            self.gradients[name].append(kept)
 
     def result(self) -> dict[str, ProductSample]:
-        for product in self.products:
-            name = product.site.name
-            sample, layer = self.samples[name], product.site.kind in ("linear", "conv")
+        for name, sample in self.samples.items():
+            layer = name in self.weights
             parts = [torch.cat(p).float() for p in zip(*self.parts.pop(name), strict=True)]
+            sample.operands = [self.weights[name].flatten(1), parts[-1]] if layer else parts
             gradients = self.gradients.pop(name)
-            if layer and sample.joined:
-                parts = [self.weights[name].flatten(1), *parts]
-            elif layer:
-                parts[0] = self.weights[name].flatten(1)
-            sample.operands = parts
             if gradients:
                 gradient = torch.cat(gradients).float()
                 top = gradient.abs().max()

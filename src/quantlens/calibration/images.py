@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -29,22 +30,13 @@ def images_together(graph: Graph, passes: int) -> int:
 
 
 class Calibration:
-    """Calibration images in chunks of :data:`CHUNK` (or ``size``), with where they come from.
+    """Calibration images in chunks of :data:`CHUNK`, with where they come from.
 
     Memory: images given as an image set are read chunk by chunk when they are needed; tensors stay where they are.
     """
 
-    def __init__(
-        self,
-        images: Any,
-        count: int,
-        *,
-        source: str,
-        fingerprint: str | None,
-        device: torch.device,
-        size: int | None = None,
-    ):
-        self._images, self.count, self.size = images, count, CHUNK if size is None else size
+    def __init__(self, images: Any, count: int, *, source: str, fingerprint: str | None, device: torch.device):
+        self._images, self.count = images, count
         self.source, self.fingerprint, self.device = source, fingerprint, device
 
     @classmethod
@@ -60,33 +52,34 @@ class Calibration:
         if isinstance(images, Calibration):
             return images
         if isinstance(images, Iterable) and not isinstance(images, str | Tensor) and not hasattr(images, "batches"):
-            batches = [b[0] if isinstance(b, list | tuple) else b for b in images]
-            images = (
-                torch.cat([torch.as_tensor(b) for b in batches]) if batches else torch.empty(0, *preprocess.input_size)
-            )
+            batches = [torch.as_tensor(b[0] if isinstance(b, list | tuple) else b) for b in images]
+            images = torch.cat(batches or [torch.empty(0, *preprocess.input_size)])
         if isinstance(images, Tensor):
             _check(images, tuple(preprocess.input_size))
-            return cls(images, len(images), source="tensor", fingerprint=_fingerprint(images), device=device)
-        from quantlens.data import as_image_set
-        from quantlens.data.sources import open_calibration
+            content = images.detach().cpu().contiguous().float().numpy().tobytes()
+            source, fingerprint = "tensor", hashlib.sha256(content).hexdigest()[:16]
+        else:
+            from quantlens.data import as_image_set
+            from quantlens.data.sources import open_calibration
 
-        if isinstance(images, str) and seed is not None:
-            images = open_calibration(images, seed=seed)
-        found = as_image_set(images, preprocess)
-        if len(found) == 0:
+            if isinstance(images, str) and seed is not None:
+                images = open_calibration(images, seed=seed)
+            images = as_image_set(images, preprocess)
+            source, fingerprint = str(images.source), images.fingerprint
+        if len(images) == 0:
             raise QuantlensError("no calibration images: give at least one, 32 is the usual number")
-        return cls(found, len(found), source=str(found.source), fingerprint=found.fingerprint, device=device)
+        return cls(images, len(images), source=source, fingerprint=fingerprint, device=device)
 
     def __len__(self) -> int:
         return self.count
 
     @property
     def pieces(self) -> int:
-        return math.ceil(self.count / self.size)
+        return math.ceil(self.count / CHUNK)
 
     def chunk(self, index: int) -> Tensor:
-        """Chunk ``index`` on the device: float32 [≤ size, 3, H, W], a tensor of its own."""
-        start, stop = index * self.size, min((index + 1) * self.size, self.count)
+        """Chunk ``index`` on the device: float32 [≤ 32, 3, H, W], a tensor of its own."""
+        start, stop = index * CHUNK, min((index + 1) * CHUNK, self.count)
         given = isinstance(self._images, Tensor)
         images = self._images[start:stop] if given else self._images.tensor(start, stop)
         # a method may write into what it is shown
@@ -97,19 +90,15 @@ class Calibration:
 
     def head(self, count: int) -> Calibration:
         """The first ``count`` images (all, if there are fewer)."""
-        return self._same(count=min(count, self.count), fingerprint=None if count < self.count else self.fingerprint)
-
-    def _same(self, **changes: Any) -> Calibration:
-        same = {"count": self.count, "source": self.source, "fingerprint": self.fingerprint, "device": self.device}
-        return Calibration(self._images, **{**same, "size": self.size, **changes})
+        fingerprint = None if count < self.count else self.fingerprint
+        count = min(count, self.count)
+        return Calibration(self._images, count, source=self.source, fingerprint=fingerprint, device=self.device)
 
     def info(self) -> dict[str, Any]:
         return {"source": self.source, "n": self.count, "fingerprint": self.fingerprint}
 
 
 def _check(images: Tensor, size: tuple[int, ...]) -> None:
-    if len(images) == 0:
-        raise QuantlensError("no calibration images: give at least one, 32 is the usual number")
     if images.dim() != 4 or tuple(images.shape[1:]) != size or not images.is_floating_point():
         raise QuantlensError(
             f"calibration images have shape {list(images.shape)} and type {images.dtype}; the model wants float [N, "
@@ -117,9 +106,3 @@ def _check(images: Tensor, size: tuple[int, ...]) -> None:
         )
     if not bool(torch.isfinite(images).all()):
         raise QuantlensError("calibration images hold NaN or infinity")
-
-
-def _fingerprint(images: Tensor) -> str:
-    import hashlib
-
-    return hashlib.sha256(images.detach().cpu().contiguous().float().numpy().tobytes()).hexdigest()[:16]

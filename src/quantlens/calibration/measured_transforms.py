@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.calibration.images import Calibration
-from quantlens.calibration.passes import CalibrationPass, EdgeView
-from quantlens.calibration.process_memory import return_memory
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView
+from quantlens.calibration.cache import return_memory
 from quantlens.graph import Edge, Graph
 from quantlens.transforms.mean_subtraction import MeanSubtraction
 from quantlens.transforms.outlier_channels import RATIO, outlier_candidates, outlier_channels, split_outliers

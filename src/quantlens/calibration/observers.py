@@ -8,7 +8,7 @@ they need are kept.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,9 +45,7 @@ class Observation:
 
     def copy(self) -> Observation:
         """The same statistics in tensors of their own."""
-        parts = (self.low, self.high, self.values, self.lower, self.upper)
-        low, high, values, lower, upper = (part.clone() for part in parts)
-        return Observation(low, high, self.count, values, lower, upper)
+        return replace(self, **{name: part.clone() for name, part in vars(self).items() if isinstance(part, Tensor)})
 
     def quantile(self, p: float) -> Tensor:
         """[G] quantile of order ``p`` in [0, 1], linear interpolation (as ``torch.quantile``), exact over all values
@@ -56,10 +54,8 @@ class Observation:
         Raises ValueError if ``p`` lies deeper than the tails that were collected.
         """
         position = p * (self.count - 1)
-        below = math.floor(position)
-        above = min(below + 1, self.count - 1) if position > below else below
         pair = []
-        for index in (below, above):
+        for index in (math.floor(position), math.ceil(position)):
             from_top = self.count - 1 - index
             if index < self.lower.shape[1]:
                 pair.append(self.lower[:, index])
@@ -67,8 +63,7 @@ class Observation:
                 pair.append(self.upper[:, from_top])
             else:
                 raise ValueError(f"quantile {p} was not prepared: observe with tail >= {min(p, 1 - p):g}")
-        # position - below in double, then float32, as torch.lerp would
-        return torch.lerp(pair[0], pair[1], position - below)
+        return torch.lerp(pair[0], pair[1], position - math.floor(position))
 
 
 def _tail_count(tail: float, count: int) -> int:
@@ -82,14 +77,8 @@ def _tails(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k == 1:
         return rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     if rows.shape[0] == 1 and rows.shape[1] > 4 * _PROBE and k * 16 < rows.shape[1]:
-        flat = rows[0]
-        return _far(flat, k, largest=False)[None], _far(flat, k, largest=True)[None]
-    if k * 8 > rows.shape[1]:
-        ordered = rows.sort(dim=1).values
-        return ordered[:, :k].contiguous(), ordered[:, -k:].flip(1)
-    lower = rows.topk(k, dim=1, largest=False).values
-    upper = rows.topk(k, dim=1).values
-    return lower, upper
+        return _far(rows[0], k, largest=False)[None], _far(rows[0], k, largest=True)[None]
+    return rows.topk(k, dim=1, largest=False).values, rows.topk(k, dim=1).values
 
 
 def _far(flat: Tensor, k: int, *, largest: bool) -> Tensor:
@@ -143,24 +132,22 @@ class Observer:
         lower, upper = _tails(rows, k)
         if not bool(torch.isfinite(lower[:, 0]).all() & torch.isfinite(upper[:, 0]).all()) or bool(upper.isnan().any()):
             raise ValueError("values are not finite")
-        sample = self._thin(rows, VALUES // rows.shape[0]) if self.sample else rows[:, :0].clone()
-        if self._result is None:
-            self._result = Observation(lower[:, 0], upper[:, 0], rows.shape[1], sample, lower, upper)
-            return
-        old = self._result
-        count = old.count + rows.shape[1]
-        lower = torch.cat([old.lower, lower], 1).sort(dim=1).values[:, :k]
-        upper = torch.cat([old.upper, upper], 1).sort(dim=1, descending=True).values[:, :k]
-        self._result = Observation(
-            lower[:, 0], upper[:, 0], count, self._merge(old, sample, rows.shape[1]), lower, upper
-        )
+        values = self._thin(rows) if self.sample else rows[:, :0].clone()
+        count, old = rows.shape[1], self._result
+        if old is not None:
+            lower = torch.cat([old.lower, lower], 1).sort(dim=1).values[:, :k]
+            upper = torch.cat([old.upper, upper], 1).sort(dim=1, descending=True).values[:, :k]
+            values = self._merge(old, values, count) if self.sample else values
+            count += old.count
+        self._result = Observation(lower[:, 0], upper[:, 0], count, values, lower, upper)
 
     def result(self) -> Observation:
         if self._result is None:
             raise ValueError("nothing was observed")
         return self._result
 
-    def _thin(self, rows: Tensor, most: int) -> Tensor:
+    def _thin(self, rows: Tensor) -> Tensor:
+        most = VALUES // rows.shape[0]
         if rows.shape[1] <= most:
             return rows
         index = torch.randint(rows.shape[1], (most,), generator=self._generator).to(rows.device)
@@ -169,12 +156,9 @@ class Observer:
     def _merge(self, old: Observation, sample: Tensor, new: int) -> Tensor:
         """A sample of everything from a sample of the past and one of the new piece, in proportion to their counts."""
         most = VALUES // sample.shape[0]
-        if not self.sample:
-            return sample
         if old.values.shape[1] == old.count and sample.shape[1] == new and old.count + new <= most:
             return torch.cat([old.values, sample], 1)
-        share = round(most * new / (old.count + new))
-        share = max(min(share, sample.shape[1]), 1)
+        share = max(min(round(most * new / (old.count + new)), sample.shape[1]), 1)
         rest = min(old.values.shape[1], most - share)
         return torch.cat([self._pick(old.values, rest), self._pick(sample, share)], 1)
 

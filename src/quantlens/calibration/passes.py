@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, fx
 
-from quantlens.calibration.cache import ActivationStore, StoredTensor
+from quantlens.calibration.cache import ActivationStore, StoredTensor, return_memory
 from quantlens.calibration.images import Calibration
 from quantlens.calibration.observers import Observation, Observer
-from quantlens.calibration.process_memory import return_memory
 from quantlens.errors import QuantlensError
 from quantlens.graph import Edge, Graph
 
@@ -60,7 +59,7 @@ class EdgeView:
         if constant is not None:
             return [constant]
         self._images.advance_to(self._edge)
-        return _Pieces(self._images, value)
+        return _Pieces(self._images.chunks, value)
 
 
 OnEdge = Callable[[Edge, EdgeView], Replacement | None]
@@ -101,17 +100,14 @@ class CalibrationPass:
         with ActivationStore(self.memory) as store:
             images = _ImageStream(self.graph, self.calibration, {edge.node for edge in edges}, store)
             for done, edge in enumerate(visits, 1):
-                self._visit(edge, images, on_edge)
+                if self.sequential and not edge.is_weight:
+                    images.advance_to(edge)
+                replacement = on_edge(edge, EdgeView(edge, images, self.seed, self.seen))
+                if self.sequential and replacement is not None:
+                    images.apply(edge, replacement)
                 if progress is not None:
                     progress(done, len(edges))
         return_memory()
-
-    def _visit(self, edge: Edge, images: _ImageStream, on_edge: OnEdge) -> None:
-        if self.sequential and not edge.is_weight:
-            images.advance_to(edge)
-        transform = on_edge(edge, EdgeView(edge, images, self.seed, self.seen))
-        if self.sequential and transform is not None:
-            images.apply(edge, transform)
 
 
 class _ImageStream:
@@ -119,15 +115,15 @@ class _ImageStream:
 
     def __init__(self, graph: Graph, calibration: Calibration, wanted: set[fx.Node], store: ActivationStore):
         self.graph, self.calibration = graph, calibration
-        self.chunks = [_ChunkValues(store, spill=calibration.pieces > 1) for _ in range(calibration.pieces)]
+        # a chunk that is the only one is never stored: the next step would read all of it back
+        self.chunks = [_ChunkValues(store if calibration.pieces > 1 else None) for _ in range(calibration.pieces)]
         nodes = list(graph.fx.nodes)
         last = max((place for place, node in enumerate(nodes) if node in wanted), default=-1)
         self._nodes = nodes[: last + 1]
         self._place = {node: place for place, node in enumerate(self._nodes)}
         self._last_use = {source: place for place, node in enumerate(self._nodes) for source in node.all_input_nodes}
         self._done = 0  # so many nodes have run
-        self._activations: dict[str, Replacement] = {}
-        self._weights: dict[str, Tensor] = {}
+        self._replacements: dict[str, Replacement] = {}
 
     def advance_to(self, edge: Edge) -> None:
         """Run all that comes before ``edge``; of what was computed, only what its node and later ones read is kept."""
@@ -142,61 +138,56 @@ class _ImageStream:
             env = chunk.take()
             if starts:
                 env[self.graph.input] = self.calibration.chunk(index)
-            made = edge.node if edge.position is None else None
-            alive = {n for n in [*env, *calls] if self._last_use.get(n, -1) >= place or n is made}
+            alive = {n for n in [*env, *calls] if self._last_use.get(n, -1) >= place}
+            alive |= {edge.node} if edge.position is None else set()
             self.graph.run(calls, env, hook=self._hook, keep=alive)
             chunk.keep({node: value for node, value in env.items() if node in alive})
         if len(self.chunks) > 1:
             return_memory()
 
-    def apply(self, edge: Edge, transform: Replacement) -> None:
-        """From now on, ``edge`` carries what ``transform`` makes of its values."""
+    def apply(self, edge: Edge, replacement: Replacement) -> None:
+        """From now on, ``edge`` carries what ``replacement`` makes of its values."""
         if edge.is_weight:
-            self._weights[edge.key] = transform(self.graph.tensor(str(edge.value.target)))
+            made = replacement(self.graph.tensor(str(edge.value.target)))
+            self._replacements[edge.key] = lambda _: made
         elif edge.position is not None:
-            self._activations[edge.key] = transform
+            self._replacements[edge.key] = replacement
         else:
             for chunk in self.chunks:
                 env = chunk.take()
-                env[edge.node] = transform(env[edge.node])
+                env[edge.node] = replacement(env[edge.node])
                 chunk.keep(env)
 
     def _hook(self, key: str, value: Tensor) -> Tensor:
-        if key in self._weights:
-            return self._weights[key]
-        transform = self._activations.get(key)
-        return value if transform is None else transform(value)
+        return self._replacements[key](value) if key in self._replacements else value
 
 
 class _ChunkValues:
-    """The values of one chunk of images that later nodes read. A chunk that is the only one is never spilled: the next
-    step would read all of it back."""
+    """The values of one chunk of images that later nodes read, in a store if there is one."""
 
-    def __init__(self, store: ActivationStore, *, spill: bool):
-        self._store, self._spill = store, spill
+    def __init__(self, store: ActivationStore | None):
+        self._store = store
         self._values: dict[fx.Node, Any] = {}
 
-    def value(self, node: fx.Node) -> Tensor:
-        return _read(self._values[node])
+    def value(self, node: fx.Node) -> Any:
+        value = self._values[node]
+        return value.read() if isinstance(value, StoredTensor) else value
 
     def take(self) -> dict[fx.Node, Any]:
         """All values, which are the caller's from now on."""
-        values, self._values = self._values, {}
-        found = {node: _read(value) for node, value in values.items()}
-        for value in values.values():
+        found = {node: self.value(node) for node in self._values}
+        for value in self._values.values():
             if isinstance(value, StoredTensor):
                 value.free()
+        self._values = {}
         return found
 
     def keep(self, values: dict[fx.Node, Any]) -> None:
-        self._values = {
-            node: self._store.put(_own(value)) if self._spill and isinstance(value, Tensor) else value
-            for node, value in values.items()
-        }
-
-
-def _read(value: Any) -> Any:
-    return value.read() if isinstance(value, StoredTensor) else value
+        self._values = values
+        if self._store is not None:
+            for node, value in values.items():
+                if isinstance(value, Tensor):
+                    values[node] = self._store.put(_own(value))
 
 
 def _own(value: Tensor) -> Tensor:
@@ -207,18 +198,13 @@ def _own(value: Tensor) -> Tensor:
 class _Pieces(Sequence[Tensor]):
     """The values of one node, one tensor per chunk of images, read when they are asked for."""
 
-    def __init__(self, images: _ImageStream, node: fx.Node):
-        self._images, self._node = images, node
+    def __init__(self, chunks: list[_ChunkValues], node: fx.Node):
+        self._chunks, self._node = chunks, node
 
     def __len__(self) -> int:
-        return len(self._images.chunks)
+        return len(self._chunks)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        chunks: Iterable[_ChunkValues] | _ChunkValues = self._images.chunks[index]
-        if isinstance(chunks, _ChunkValues):
-            return chunks.value(self._node)
-        return [chunk.value(self._node) for chunk in chunks]
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [chunk.value(self._node) for chunk in self._chunks[index]]
+        return self._chunks[index].value(self._node)

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from quantlens.calibration.images import Calibration
-from quantlens.calibration.passes import CalibrationPass, EdgeView
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView
 from quantlens.errors import QuantlensError
-from quantlens.graph import Edge, Graph
-from quantlens.graph.sites import Site
+from quantlens.graph import Edge, Graph, Site
+from quantlens.graph.graph import argument
 
 OPERANDS = {
     "linear": ("weight", "input"),
@@ -67,18 +66,16 @@ def visit_products(
 ) -> None:
     """Show ``on_product`` every product with the float values that each of its operands has: one tensor per chunk of
     images, one for a weight. Raises QuantlensError naming the edge where values are not finite."""
-    by_last = {product.read[-1].key: product for product in products}
+    by_last = {product.read[-1]: product for product in products}
 
     def on_edge(last: Edge, view: EdgeView) -> None:
-        product = by_last[last.key]
-        tensors = [view.tensors(edge) for edge in product.read]
-        for edge, parts in zip(product.read, tensors, strict=True):
+        tensors = [view.tensors(edge) for edge in by_last[last].read]
+        for edge, parts in zip(by_last[last].read, tensors, strict=True):
             for part in parts:
                 check_finite(edge.key, part)
-        on_product(product, tensors)
+        on_product(by_last[last], tensors)
 
-    calibration_pass = CalibrationPass(graph, calibration, sequential=False, seed=seed)
-    calibration_pass.run([product.read[-1] for product in by_last.values()], on_edge, progress)
+    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(list(by_last), on_edge, progress)
 
 
 def check_finite(key: str, values: Tensor) -> None:
@@ -87,11 +84,16 @@ def check_finite(key: str, values: Tensor) -> None:
         raise QuantlensError(f"{key}: values are not finite; check the weights and the calibration images")
 
 
+def tokens(values: Tensor) -> Tensor:
+    """Values [..., k] as rows [n, k]."""
+    return values.reshape(-1, values.shape[-1])
+
+
 def patches(site: Site, weight: Tensor, inputs: Tensor) -> Tensor | None:
     """[m, in] rows that the weight's rows meet, of a linear layer's inputs [..., in] or a convolution's images;
     ``None`` where there are none (groups, padding given as a word)."""
     if site.kind == "linear":
-        return inputs.reshape(-1, inputs.shape[-1])
+        return tokens(inputs)
     found = image_patches(site, weight, inputs)
     return None if found is None else found.flatten(0, 1)
 
@@ -99,8 +101,7 @@ def patches(site: Site, weight: Tensor, inputs: Tensor) -> Tensor | None:
 def image_patches(site: Site, weight: Tensor, images: Tensor) -> Tensor | None:
     """[n, positions, k] patches that a convolution's weight rows meet; ``None`` where it is no product of these: with
     groups, or padding given as a word."""
-    given = dict(enumerate(site.node.args[3:6]))
-    stride, padding, dilation = given.get(0, 1), given.get(1, 0), given.get(2, 1)
+    stride, padding, dilation = (argument(site.node, name) for name in ("stride", "padding", "dilation"))
     if weight.dim() != 4 or isinstance(padding, str) or weight.shape[1] != images.shape[1]:
         return None
     return nn.functional.unfold(images, tuple(weight.shape[2:]), dilation, padding, stride).mT  # type: ignore[arg-type]

@@ -3,13 +3,15 @@ calibration images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantlens.calibration.products import Product, image_patches
+from quantlens.calibration.products import Product, image_patches, patches, tokens
 from quantlens.calibration.ranges.guided import sample_rows
 from quantlens.graph import Edge
 
@@ -32,19 +34,22 @@ class ProductSampler:
     per_pair: int = 64
 
     # -- of one operand -------------------------------------------------------------------------------------------
-    def some_rows(self, pieces: Sequence[Tensor], most: int | None = None) -> Tensor:
-        """At most ``most`` (``rows``) rows of pieces [n, k], as many from each, without repetition."""
-        share = -(-(self.rows if most is None else most) // len(pieces))
-        picked = []
-        for part in pieces:
-            if len(part) > share:
-                part = part[torch.randperm(len(part), generator=self.generator)[:share].to(part.device)]
-            picked.append(part)
+    def some_rows(
+        self, pieces: Sequence[Tensor], most: int | None = None, *, rows_of: Callable[[Tensor], Any] = tokens
+    ) -> Tensor:
+        """At most ``most`` (``rows``) rows of pieces, as many from each, without repetition. rows_of: piece -> its rows
+        [n, k]."""
+        share, picked = -(-(self.rows if most is None else most) // len(pieces)), []
+        for piece in pieces:
+            rows = rows_of(piece)
+            if len(rows) > share:
+                rows = rows[torch.randperm(len(rows), generator=self.generator)[:share].to(rows.device)]
+            picked.append(rows)
         return torch.cat(picked).float()
 
     def each_alone(self, tensors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Every operand as rows [m, k] of its own: for operands that do not make a product of matrices."""
-        return [self.some_rows([part.reshape(-1, part.shape[-1]) for part in parts]) for parts in tensors]
+        return [self.some_rows(parts) for parts in tensors]
 
     def some_values(self, values: Tensor, most: int) -> Tensor:
         """[≤ most] values of a tensor of any shape, drawn with repetition if there are more."""
@@ -60,34 +65,22 @@ class ProductSampler:
         if len(tensors) != 2:
             return None
         site, (left, right) = product.site, tensors
-        if site.kind == "linear":
-            return [left[0], self.some_rows([x.reshape(-1, x.shape[-1]) for x in right])]
-        if site.kind == "conv":
-            share = -(-self.rows // len(right))
-            found = []
-            for part in right:
-                rows = image_patches(site, left[0], part)
-                if rows is None:
-                    return None
-                found.append(self.some_rows([rows.flatten(0, 1)], share))
-            return [left[0].flatten(1), self.some_rows(found)]
-        return self._pairs(left, right)
-
-    def _pairs(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor] | None:
-        """Whole matrices of some (image, head) pairs."""
-        if len(left) != len(right) or min(left[0].dim(), right[0].dim()) < 2:
+        if "weight" in site.edges:
+            rows_of = partial(patches, site, left[0])
+            if rows_of(right[0][:1]) is None:
+                return None
+            return [left[0].flatten(1), self.some_rows(right, rows_of=rows_of)]
+        if not matrices(*tensors):
             return None
         pairs: list[list[Tensor]] = [[], []]
         for a, b in zip(left, right, strict=True):
-            lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-            a = a.expand(*lead, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
-            b = b.expand(*lead, *b.shape[-2:]).reshape(-1, *b.shape[-2:]).mT
-            size = max(a[0].numel(), b[0].numel(), a.shape[-2] * b.shape[-2])
+            a, b = (x.reshape(-1, *x.shape[-2:]) for x in _broadcast(a, b))
+            size = max(a[0].numel(), b[0].numel(), a.shape[-2] * b.shape[-1])
             index = torch.randperm(len(a), generator=self.generator)
             index = index[: max(1, self.elements // (size * len(left)))].to(a.device)
             pairs[0].append(a[index])
-            pairs[1].append(b[index].contiguous())
-        return [torch.cat(pairs[0]), torch.cat(pairs[1])]
+            pairs[1].append(b[index].mT.contiguous())
+        return [torch.cat(both) for both in pairs]
 
     # -- of both, sample by sample --------------------------------------------------------------------------------
     def by_sample(
@@ -105,15 +98,15 @@ class ProductSampler:
         if "weight" in product.site.edges:
             rows = self._tokens_by_image(product, left[0], right, images)
             return None if rows is None else (rows, left[0].flatten(1))
-        if len(left) != len(right) or min(left[0].dim(), right[0].dim()) < 2:
+        if not matrices(left, right):
             return None
         pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
         share = -(-self.samples // len(left))
         for a, b in zip(left, right, strict=True):
-            lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+            a, b = _broadcast(a, b)
+            lead = a.shape[:-2]
             index = torch.randperm(lead.numel(), generator=self.generator)[:share].to(a.device)
-            where = torch.unravel_index(index, lead) if lead else ()
-            a, b = (x.expand(*lead, *x.shape[-2:])[where] if lead else x[None] for x in (a, b))
+            a, b = (x[torch.unravel_index(index, lead)] if lead else x[None] for x in (a, b))
             pairs[0].append(self._rows_of_each(a, max(1, self.rows // 16)))
             pairs[1].append(b.mT.contiguous())
         return torch.cat(pairs[0]).float(), torch.cat(pairs[1]).float()
@@ -122,8 +115,7 @@ class ProductSampler:
         self, product: Product, weight: Tensor, inputs: Sequence[Tensor], images: int
     ) -> Tensor | None:
         """[s, m, k] tokens of some images that a layer reads."""
-        site = product.site
-        conv = site.kind == "conv"
+        site, conv = product.site, product.site.kind == "conv"
         if conv and image_patches(site, weight, inputs[0][:1]) is None:
             return None
         axis = 0 if conv else _batch_axis(product.read[1])
@@ -132,19 +124,14 @@ class ProductSampler:
         if any(count == 0 or size % count for size, count in zip(sizes, counts, strict=True)):
             return None
         picked = torch.randperm(images, generator=self.generator)[: self.samples].sort().values
-        share, start, rows = max(1, self.rows // len(picked)), 0, []
+        start, rows = 0, []
         for part, count in zip(inputs, counts, strict=True):
             index = picked[(picked >= start) & (picked < start + count)] - start
             start += count
-            if len(index) == 0:
-                continue
-            if conv:
-                found = image_patches(site, weight, part[index.to(part.device)])
-                assert found is not None
-            else:
-                found = part.movedim(axis, 0)
-                found = found.reshape(count, -1, found.shape[-1])[index.to(part.device)]
-            rows.append(self._rows_of_each(found, share))
+            if len(index):
+                some = part.movedim(axis, 0).unflatten(0, (count, -1))[index.to(part.device)]
+                found: Any = image_patches(site, weight, some.flatten(0, 1)) if conv else some.flatten(1, -2)
+                rows.append(self._rows_of_each(found, max(1, self.rows // len(picked))))
         return torch.cat(rows).float()
 
     def _rows_of_each(self, values: Tensor, most: int) -> Tensor:
@@ -159,12 +146,10 @@ class ProductSampler:
     def weighted_rows(self, rows: Tensor, gradient: Tensor | None, pieces: int) -> tuple[Tensor, Tensor | None]:
         """Some of rows [n, k], and the gradients [..., out] of their outputs times √(1/π), π the rows' probabilities.
         pieces: batches that share ``self.rows``."""
-        most = -(-self.rows // pieces)
-        if gradient is None:
-            return rows[sample_rows(torch.ones(len(rows), device=rows.device), most, self.generator)[0]], None
-        gradient = gradient.reshape(len(rows), -1)
-        index, weight = sample_rows(gradient.square().sum(1), most, self.generator)
-        return rows[index], gradient[index] * weight.sqrt()[:, None]
+        gradient = None if gradient is None else gradient.reshape(len(rows), -1)
+        importance = torch.ones(len(rows), device=rows.device) if gradient is None else gradient.square().sum(1)
+        index, weight = sample_rows(importance, -(-self.rows // pieces), self.generator)
+        return rows[index], None if gradient is None else gradient[index] * weight.sqrt()[:, None]
 
     def weighted_pairs(
         self, left: Tensor, right: Tensor, gradient: Tensor | None, pieces: int
@@ -175,14 +160,10 @@ class ProductSampler:
         Returns left [pairs, heads, r', k], right [pairs, heads, c, k], gradient [pairs, heads, r', c], times √(1/π);
         the last leading dimension counts as heads. pieces: batches that share ``self.pair_rows``.
         """
-        lead = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-        heads = lead[-1] if len(lead) >= 2 else 1
-
-        def by_pair(x: Tensor) -> Tensor:
-            return x.expand(*lead, *x.shape[-2:]).reshape(-1, heads, *x.shape[-2:])
-
-        left, right = by_pair(left), by_pair(right)
-        gradient = None if gradient is None else by_pair(gradient)
+        left, right = _broadcast(left, right)
+        heads = left.shape[-3] if left.dim() >= 4 else 1
+        left, right = (x.reshape(-1, heads, *x.shape[-2:]) for x in (left, right))
+        gradient = None if gradient is None else gradient.reshape(-1, heads, *gradient.shape[-2:])
         most = min(self.per_pair, left.shape[2])
         if gradient is None:
             importance = torch.ones(left.shape[0], left.shape[2], device=left.device)
@@ -196,6 +177,17 @@ class ProductSampler:
             kept = torch.take_along_dim(gradient[pairs], index, 2)
             kept = kept * (share[:, None] * weight).sqrt()[:, None, :, None]
         return torch.take_along_dim(left[pairs], index, 2), right[pairs].mT.contiguous(), kept
+
+
+def matrices(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """Whether operands in pieces make products of matrices."""
+    return len(left) == len(right) and min(left[0].dim(), right[0].dim()) >= 2
+
+
+def _broadcast(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Operands [..., r, k] and [..., k, c] with the same leading dimensions."""
+    lead = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    return left.expand(*lead, *left.shape[-2:]), right.expand(*lead, *right.shape[-2:])
 
 
 def _batch_axis(edge: Edge) -> int:

@@ -1,4 +1,4 @@
-"""What the commands share: consoles, progress on stderr, and the reading of option values.
+"""What the commands share: how they are added to the program, what they print, and the reading of option values.
 
 Results go to stdout, progress and messages to stderr. Nothing heavy is imported at the top.
 """
@@ -6,103 +6,137 @@ Results go to stdout, progress and messages to stderr. Nothing heavy is imported
 from __future__ import annotations
 
 import ast
-import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from inspect import Parameter, signature
+from json import dumps
+from pathlib import Path
 from typing import Any
 
 from quantlens._moved import arguments_apart
 from quantlens.cli import _options
 from quantlens.errors import QuantlensError
+from quantlens.files import write_whole
 from quantlens.plugins import load_all
 
 PIPED_WIDTH = 140
 """Columns of a table that goes to a file or another program."""
 
 
-def unwrap(text: str) -> str:
-    """A help text with each paragraph on one line, as terminals break lines themselves; indented ones stay."""
-    parts = text.strip().split("\n\n")
-    return "\n\n".join(part if part.startswith("    ") else " ".join(part.split("\n")) for part in parts)
+# ---- commands --------------------------------------------------------------------------------------------------------
 
 
 class Stopped(Exception):
     """Ctrl-C, on its way through typer (which would keep its message to itself)."""
 
 
-class ReaderGone(Exception):
-    """Nobody reads stdout any more, on its way through typer."""
-
-
-def command(app: Any, name: str, help: str, function: Callable[..., None], *, plugins: bool = True) -> None:
-    """Add a command to the program. plugins: it has the option --plugin, which is obeyed before it runs. A function
-    with a parameter ``settings`` gets what a method is called with, from --option and from what every method takes."""
-    import functools
-
-    own = inspect.signature(function, eval_str=True)
+def add_command(app: Any, module: Any, *, plugins: bool) -> None:
+    """Add a module's command: the function of its name, told by its HELP. plugins: it has the option --plugin, which is
+    obeyed before it runs. A function with a parameter ``settings`` gets what a method is called with, from --option and
+    from what every method takes, checked."""
+    name = module.__name__.rpartition(".")[2]
+    function = getattr(module, name)
+    own = signature(function, eval_str=True)
     shared = {key: kind for key, kind in _options.ARGUMENTS.items() if key not in own.parameters}
-    added = {"plugin": _options.Plugins} if plugins else {}
+    added: dict[str, Any] = {"plugin": _options.Plugins} if plugins else {}
     if "settings" in own.parameters:
         added = {"option": _options.MethodOptions, **shared, **added}
 
-    @functools.wraps(function)
-    def guarded(*arguments: Any, **options: Any) -> None:
+    @wraps(function)
+    def guarded(**options: Any) -> None:
         try:
             if plugins:
-                load_all(names(options.pop("plugin", None)) or [])
+                load_all(names(options.pop("plugin")))
             if "settings" in own.parameters:
-                given = {key: options.pop(key, None) for key in shared}
-                options["settings"] = method_settings(options.pop("option", None), **given)
-            function(*arguments, **options)
+                given = {key: options.pop(key) for key in shared}
+                options["settings"] = method_settings(options.pop("option"), **given)
+                _check_method(options["method"], options["settings"])
+            function(**options)
             sys.stdout.flush()
         except KeyboardInterrupt as error:
             raise Stopped(str(error)) from error
-        except BrokenPipeError as error:
-            raise ReaderGone from error
 
     kept = [parameter for key, parameter in own.parameters.items() if key != "settings"]
-    by_name = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, default=None)
+    by_name = partial(Parameter, kind=Parameter.KEYWORD_ONLY, default=None)
     more = [by_name(key, annotation=kind) for key, kind in added.items()]
     guarded.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
     guarded.__annotations__ = {**function.__annotations__, **added}
-    app.command(name, help=unwrap(help))(guarded)
+    app.command(name, help=_unwrapped(module.HELP))(guarded)
 
 
-def stdout() -> Any:
-    """The console of results; texts are shown as they are, none is markup."""
+def _check_method(name: str, settings: dict[str, Any]) -> None:
+    """A mistake there is told before anything is loaded."""
+    from quantlens.methods import registry
+
+    registry.get(name).options(settings)
+
+
+def _unwrapped(text: str) -> str:
+    """A help text with each paragraph on one line, as terminals break lines themselves; indented ones stay."""
+    parts = text.strip().split("\n\n")
+    return "\n\n".join(part if part.startswith("    ") else " ".join(part.split("\n")) for part in parts)
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+
+def console(*, stderr: bool = False) -> Any:
+    """The console of results, or of progress and messages; texts are shown as they are, none is markup."""
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
-    return console
+    made = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not stderr and not made.is_terminal:
+        made.width = PIPED_WIDTH
+    return made
 
 
-def stderr() -> Any:
-    """The console of progress and messages."""
-    from rich.console import Console
+def table(
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]] = (),
+    *,
+    right: Collection[str] = (),
+    whole: Collection[str] = (),
+    **look: Any,
+) -> Any:
+    """A table of rich. right: heads of the columns of numbers; whole: of those that are never broken into lines."""
+    from rich.table import Table
 
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+    made = Table(**{"title_justify": "left", "caption_justify": "left", **look})
+    for head in heads:
+        made.add_column(head, justify="right" if head in right else "left", overflow="fold", no_wrap=head in whole)
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
-def say(text: str) -> None:
-    """A line on stdout as it is: no markup, no wrapping."""
-    print(text)
+def show(parts: Iterable[Any], data: Any, file: str | Path | None, what: str) -> None:
+    """Print a result: its parts, or with the file ``-`` of --json its data alone; and write the data to any other file.
+    what: what it is, for the error."""
+    text = dumps(data, indent=1, allow_nan=False)
+    if str(file) == "-":
+        print(text)
+        return
+    out = console()
+    for part in parts:
+        out.print(part, soft_wrap=isinstance(part, str))
+    if file is not None:
+        write_whole(Path(file), text + "\n", what=what)
+        print(f"written: {file}")
 
 
 @contextmanager
 def stages(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """A callback (what, done, total) that shows one bar per stage on a terminal, and nothing elsewhere."""
-    console = stderr()
-    if quiet or not console.is_terminal:
+    out = console(stderr=True)
+    if quiet or not out.is_terminal:
         yield lambda what, done, total: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=out, transient=True) as progress:
         tasks: dict[str, Any] = {}
 
         def step(what: str, done: int, total: int) -> None:
@@ -113,19 +147,29 @@ def stages(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
         yield step
 
 
-def names(values: Sequence[str] | None) -> list[str] | None:
+# ---- values of options -----------------------------------------------------------------------------------------------
+
+
+def names(values: Sequence[str] | None) -> list[str]:
     """Values of an option that may be repeated and may hold commas: `-m a,b -m c` is a, b, c."""
-    if not values:
-        return None
-    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
 
 
-def pairs(values: Sequence[str] | None, option: str, meaning: str) -> dict[str, str]:
+def whole_numbers(values: Sequence[str] | None, option: str) -> list[int]:
+    """Seeds and the like: `0,13,37`."""
+    texts = names(values)
+    try:
+        return [int(text) for text in texts]
+    except ValueError:
+        raise QuantlensError(f"{option} {','.join(texts)!r}: write whole numbers, such as {option} 0,13,37") from None
+
+
+def pairs(values: Sequence[str] | None, option: str, meaning: str = "NAME=SOURCE") -> dict[str, str]:
     """NAME=VALUE options as a dictionary; a name given twice, or no `=`, is an error."""
     found: dict[str, str] = {}
     for value in values or ():
-        name, equals, rest = value.partition("=")
-        if not equals or not name.strip() or not rest:
+        name, _, rest = value.partition("=")
+        if not name.strip() or not rest:
             raise QuantlensError(f"{option} {value!r}: write {option} {meaning}")
         if name in found:
             raise QuantlensError(f"{option} gives {name!r} twice; give each name once")
@@ -138,10 +182,8 @@ def settings(values: Sequence[str] | None) -> dict[str, Any]:
     words = {"true": True, "false": False, "none": None, "null": None}
 
     def read(text: str) -> Any:
-        if text.lower() in words:
-            return words[text.lower()]
         try:
-            return ast.literal_eval(text)
+            return words[text.lower()] if text.lower() in words else ast.literal_eval(text)
         except (ValueError, SyntaxError):
             return text
 
@@ -154,44 +196,21 @@ def method_settings(option: Sequence[str] | None, **arguments: Any) -> dict[str,
     return {**own, **shared, **{name: value for name, value in arguments.items() if value is not None}}
 
 
-def cache_argument(no_cache: bool) -> bool | None:
-    """The `cache_dir` of `load_images`."""
-    return False if no_cache else None
+def reading(skip_bad: bool, no_cache: bool) -> dict[str, Any]:
+    """How images are read, as `data.as_image_set` and all above it take it."""
+    return {"skip_bad": skip_bad, "cache_dir": False if no_cache else None}
 
 
 def open_run(
-    model: str,
-    weights: str | None,
-    source: Any,
-    device: str,
-    step: Callable[[str, int, int], None],
-    *,
-    skip_bad: bool,
-    no_cache: bool,
-    what: str = "calibration images",
+    model: str, weights: str | None, source: Any, device: str, step: Callable[[str, int, int], None], **reading: Any
 ) -> tuple[Any, Any]:
-    """(float model, images as it reads them) of a command line: what `quantize`, `allocate` and `inspect` begin with.
+    """(float model, calibration images as it reads them) of a command line: what the commands that quantize begin with.
 
-    source: an opened Source. step: of :func:`stages`. what: the images.
+    source: an opened Source. step: of :func:`stages`. reading: of :func:`reading`.
     """
     from quantlens.data import as_image_set
-    from quantlens.evaluation.environment import choose_device
-    from quantlens.evaluation.open_models import weights_named
-    from quantlens.models import load_model
+    from quantlens.evaluation.open_models import open_float
 
-    place = choose_device(device)
-    loaded = load_model(model, weights_named(weights), device=place)
-    told = partial(step, f"decoding {what}")
-    cache = cache_argument(no_cache)
-    return loaded, as_image_set(source, loaded.preprocess, cache_dir=cache, skip_bad=skip_bad, progress=told)
-
-
-def whole_numbers(values: Sequence[str] | None, option: str) -> list[int] | None:
-    """Seeds and the like: `0,13,37`."""
-    texts = names(values)
-    if texts is None:
-        return None
-    try:
-        return [int(text) for text in texts]
-    except ValueError:
-        raise QuantlensError(f"{option} {','.join(texts)!r}: write whole numbers, such as {option} 0,13,37") from None
+    loaded = open_float(model, weights, device)
+    told = partial(step, "decoding calibration images")
+    return loaded, as_image_set(source, loaded.preprocess, progress=told, **reading)

@@ -1,4 +1,4 @@
-"""Arguments and options of the commands, those that several have under one wording."""
+"""Arguments and options that several commands have, under one wording."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ Weights = Annotated[
     str | None,
     typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] (the default) or random."),
 ]
-ExportedFiles = Annotated[list[Path], typer.Argument(metavar="FILE…", help="Exported models: .onnx or .xml.")]
 
 # -- images
 CalibrationSource = Annotated[str, typer.Option(metavar="SOURCE", help="Calibration images (`quantlens sources`).")]
@@ -32,23 +31,21 @@ MethodName = Annotated[str, typer.Option(help="The method (`quantlens methods`).
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the method.")
 ]
-PatchBits = Annotated[
-    int | None, typer.Option(help="Width of the image that the patch embedding reads (8; 32: float).")
-]
-HeadBits = Annotated[int | None, typer.Option(help="Width of the classifier (as everywhere).")]
-OutlierChannels = Annotated[
-    str | None, typer.Option(metavar="keep|split", help="Give outlier channels a layer of their own, exactly: split.")
-]
-Image = Annotated[str | None, typer.Option(metavar="range|pixels", help="Codes of an 8-bit image; pixels is exact.")]
-Target = Annotated[
-    str | None, typer.Option(help="Stay inside a runtime's integers: openvino-cpu, onnxruntime-cpu or tensorrt.")
-]
 ARGUMENTS = {
-    "patch_bits": PatchBits,
-    "head_bits": HeadBits,
-    "outlier_channels": OutlierChannels,
-    "image": Image,
-    "target": Target,
+    "patch_bits": Annotated[
+        int | None, typer.Option(help="Width of the image that the patch embedding reads (8; 32: float).")
+    ],
+    "head_bits": Annotated[int | None, typer.Option(help="Width of the classifier (as everywhere).")],
+    "outlier_channels": Annotated[
+        str | None,
+        typer.Option(metavar="keep|split", help="Give outlier channels a layer of their own, exactly: split."),
+    ],
+    "image": Annotated[
+        str | None, typer.Option(metavar="range|pixels", help="Codes of an 8-bit image; pixels is exact.")
+    ],
+    "target": Annotated[
+        str | None, typer.Option(help="Stay inside a runtime's integers: openvino-cpu, onnxruntime-cpu or tensorrt.")
+    ],
 }
 """What every method takes."""
 Seed = Annotated[int, typer.Option(min=0, help="Draws the calibration images, and all else that is random.")]
@@ -65,5 +62,5 @@ Plugins = Annotated[
     ),
 ]
 
-# -- what is written
-Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page.")]
+# -- what is read
+StudyDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a study.")]

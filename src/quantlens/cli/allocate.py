@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantlens.cli import _options
-from quantlens.cli._common import command
+from quantlens.cli import _common, _options
+from quantlens.errors import QuantlensError
+from quantlens.files import check_writable
 
 if TYPE_CHECKING:
     from quantlens.allocation import Allocation
+
 
 HELP = """Choose bit widths for mixed precision: how sensitive every attention and every MLP is, and the widths of least
 total sensitivity within a budget, exactly.
@@ -32,94 +34,74 @@ own. The file goes into `quantlens quantize --bits alloc.json`, with any method.
       --calibration embedded:digits-calibration
 """
 
-Sensitivity = Annotated[
-    str,
-    typer.Option(
-        help="[bold]nuclear-norm[/bold] (balanced; `-o formula=paper` is the published formula), hessian, kl or random."
-    ),
-]
-Target = Annotated[
-    str, typer.Option(help="The uniform model whose cost is the budget; also the width outside the blocks.")
-]
-BopsTarget = Annotated[
-    bool, typer.Option("--bops-of-target", help="The budget is the target's bit operations, not its size.")
-]
-SizeBudget = Annotated[
-    float | None, typer.Option(min=0, metavar="MB", help="A budget of your own: megabytes (10⁶ bytes).")
-]
-BopsBudget = Annotated[
-    float | None, typer.Option(min=0, metavar="N", help="A budget of your own: bit operations of one image (7e9).")
-]
-Candidates = Annotated[
-    str | None, typer.Option(metavar="N,N,…", help="Widths to choose from (default: target − 2 … target + 2).")
-]
-Front = Annotated[
-    bool, typer.Option("--front", help="Keep the whole Pareto front, and plot it in front.html beside the file.")
-]
-Out = Annotated[Path, typer.Option(help="The file to write.")]
-Options = Annotated[
-    list[str] | None,
-    typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the sensitivity (probes=32)."),
-]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "allocate", HELP, allocate)
-
 
 def allocate(
     model: _options.ModelName,
     calibration: _options.CalibrationSource,
     weights: _options.Weights = None,
     n: _options.CalibrationCount = None,
-    sensitivity: Sensitivity = "nuclear-norm",
-    target: Target = "W6A6",
-    bops_target: BopsTarget = False,
-    size_mb: SizeBudget = None,
-    bops: BopsBudget = None,
-    candidates: Candidates = None,
-    front: Front = False,
-    out: Out = Path("alloc.json"),
+    sensitivity: Annotated[
+        str,
+        typer.Option(
+            help="[bold]nuclear-norm[/bold] (balanced; `-o formula=paper` is the published formula), hessian, kl or "
+            "random."
+        ),
+    ] = "nuclear-norm",
+    target: Annotated[
+        str, typer.Option(help="The uniform model whose cost is the budget; also the width outside the blocks.")
+    ] = "W6A6",
+    bops_target: Annotated[
+        bool, typer.Option("--bops-of-target", help="The budget is the target's bit operations, not its size.")
+    ] = False,
+    size_mb: Annotated[
+        float | None, typer.Option(min=0, metavar="MB", help="A budget of your own: megabytes (10⁶ bytes).")
+    ] = None,
+    bops: Annotated[
+        float | None, typer.Option(min=0, metavar="N", help="A budget of your own: bit operations of one image (7e9).")
+    ] = None,
+    candidates: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="Widths to choose from (default: target − 2 … target + 2).")
+    ] = None,
+    front: Annotated[
+        bool, typer.Option("--front", help="Keep the whole Pareto front, and plot it in front.html beside the file.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("alloc.json"),
     seed: _options.Seed = 0,
-    option: Options = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the sensitivity (probes=32)."),
+    ] = None,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
     no_cache: _options.NoCache = False,
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
+    from quantlens import api
     from quantlens.allocation import parse_target, sensitivity_options
-    from quantlens.api import allocate as choose_widths
-    from quantlens.cli import _common
     from quantlens.data.sources import open_calibration
-    from quantlens.files import check_writable
 
     check_writable(out, what="the allocation")
-    settings: dict[str, Any] = {"sensitivity": sensitivity, "front": front, "seed": seed}
-    settings |= sensitivity_options(sensitivity, _common.settings(option))
-    settings |= _budget(bops_target, size_mb, bops)
-    settings["candidates"] = _common.whole_numbers([candidates] if candidates else None, "--candidates")
+    how = sensitivity_options(sensitivity, _common.settings(option)) | _budget(bops_target, size_mb, bops)
+    how |= {"candidates": _common.whole_numbers([candidates or ""], "--candidates") or None}
     parse_target(target)
     source = open_calibration(calibration, n, seed)
     with _common.stages(quiet) as step:
-        loaded, images = _common.open_run(model, weights, source, device, step, skip_bad=skip_bad, no_cache=no_cache)
-        told = partial(step, f"sensitivity by {sensitivity}")
-        found = choose_widths(loaded, images, target, progress=told, **settings)
+        reading = _common.reading(skip_bad, no_cache)
+        loaded, images = _common.open_run(model, weights, source, device, step, **reading)
+        how |= {"sensitivity": sensitivity, "progress": partial(step, f"sensitivity by {sensitivity}")}
+        found = api.allocate(loaded, images, target, front=front, seed=seed, **how)
     found.save(out)
-    _common.stdout().print(_table(found))
+    _common.console().print(_table(found))
     if front:
         from quantlens.report.frontier import write_front
 
-        page = write_front(found, out.with_name("front.html"))
-        _common.say(f"{page}: the front, {len(found.front)} points")
-    _common.say(f"{out}: {found.model} {found.name}, {_summary(found)}")
+        print(f"{write_front(found, out.with_name('front.html'))}: the front, {len(found.front)} points")
+    print(f"{out}: {found.model} {found.name}, {_summary(found)}")
 
 
 def _budget(bops_target: bool, size_mb: float | None, bops: float | None) -> dict[str, Any]:
     """The cost and the budget that three options name. Raises QuantlensError where they name two budgets."""
-    from quantlens.errors import QuantlensError
-
     for other, given in (("--bops", bops is not None), ("--bops-of-target", bops_target)):
         if size_mb is not None and given:
             raise QuantlensError(f"--size-mb and {other} are two budgets; give one of them")
@@ -129,22 +111,20 @@ def _budget(bops_target: bool, size_mb: float | None, bops: float | None) -> dic
 
 def _table(allocation: Allocation) -> Any:
     """A row per block: the widths of its attention and its MLP, and their sensitivities at the chosen width."""
-    from rich.table import Table
-
-    grid = Table(title=f"{allocation.model} {allocation.name}", box=None, pad_edge=False)
-    grid.add_column("group")
-    for name in ("bits", "sensitivity", "kB", "share of BOPs"):
-        grid.add_column(name, justify="right")
     whole = allocation.cost_of("bops")
-    for group in allocation.groups:
-        grid.add_row(
+    rows = [
+        (
             group.name,
             str(group.bits),
             f"{group.sensitivity[group.bits]:.3g}",
             f"{group.size[group.bits] / 1e3:.1f}",
             f"{group.bops[group.bits] / whole:.1%}",
         )
-    return grid
+        for group in allocation.groups
+    ]
+    heads = ["group", "bits", "sensitivity", "kB", "share of BOPs"]
+    title = f"{allocation.model} {allocation.name}"
+    return _common.table(heads, rows, right=heads[1:], title=title, title_justify="center", box=None, pad_edge=False)
 
 
 def _summary(allocation: Allocation) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json as standard
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from quantlens.cli import _options
-from quantlens.cli._common import command
-
-if TYPE_CHECKING:
-    from quantlens.export.bench import Race, Timing
+from quantlens.cli import _common, _options
+from quantlens.errors import QuantlensError
+from quantlens.files import check_writable
 
 HELP = """Time exported models against each other, in one process with interleaved runs.
 
@@ -37,89 +34,62 @@ keeps there, and `quantlens report` shows accuracy, OOD detection, latency and s
     quantlens report results
 """
 
-Batch = Annotated[list[str] | None, typer.Option(metavar="N,N", help="Batch sizes.")]
-Threads = Annotated[list[str] | None, typer.Option(metavar="N,N", help="CPU threads (default: 1).")]
-Rounds = Annotated[int, typer.Option(min=3, help="Counted runs of each.")]
-FloatModel = Annotated[str | None, typer.Option(metavar="MODEL", help="Name of the float model to compare with.")]
-Weights = Annotated[str | None, typer.Option(metavar="W", help="Its weights: a file, pretrained or random.")]
-Peers = Annotated[bool, typer.Option("--peers", help="Also ONNX Runtime's and NNCF's own int8 (needs --fp32).")]
-PeerImages = Annotated[
-    str | None, typer.Option(metavar="SOURCE", help="Images that the peers quantize with (default: noise).")
-]
-Files = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Keep the float and the peers' files here, to evaluate them too.")
-]
-InStore = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the timings in the store of a study.")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the timings as JSON.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "bench", HELP, bench)
-
 
 def bench(
-    artefacts: _options.ExportedFiles,
-    batch: Batch = None,
-    threads: Threads = None,
-    rounds: Rounds = 30,
-    fp32: FloatModel = None,
-    weights: Weights = None,
-    peers: Peers = False,
-    calibration: PeerImages = None,
-    files: Files = None,
-    store: InStore = None,
-    json: Json = None,
+    artefacts: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Exported models: .onnx or .xml.")],
+    batch: Annotated[list[str] | None, typer.Option(metavar="N,N", help="Batch sizes.")] = None,
+    threads: Annotated[list[str] | None, typer.Option(metavar="N,N", help="CPU threads (default: 1).")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Counted runs of each.")] = 30,
+    fp32: Annotated[str | None, typer.Option(metavar="MODEL", help="Name of the float model to compare with.")] = None,
+    weights: Annotated[str | None, typer.Option(metavar="W", help="Its weights: a file, pretrained or random.")] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also ONNX Runtime's and NNCF's own int8 (needs --fp32).")
+    ] = False,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Images that the peers quantize with (default: noise).")
+    ] = None,
+    files: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the float and the peers' files here, to evaluate them too.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the timings in the store of a study.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the timings as JSON.")] = None,
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    from quantlens.cli import _common
-    from quantlens.errors import QuantlensError
-    from quantlens.evaluation.open_models import weights_named
+    from quantlens.evaluation.environment import environment
+    from quantlens.evaluation.open_models import open_float
     from quantlens.export.bench import check_files, race
-    from quantlens.files import check_writable, write_whole
+    from quantlens.studies.benchmarks import put_timings
+    from quantlens.studies.store import Store
 
     check_writable(json)
     check_writable(store and store / "store.sqlite")
     check_files(artefacts)
-    settings: dict[str, Any] = {"batches": _common.whole_numbers(batch, "--batch") or [1], "rounds": rounds}
-    settings["threads"] = _common.whole_numbers(threads, "--threads") or [1]
     if peers and fp32 is None:
         raise QuantlensError("--peers needs --fp32 MODEL: the float model that the other tools quantize")
-    if fp32 is not None:
-        from quantlens.models import load_model
-
-        settings["fp32"] = load_model(fp32, weights_named(weights))
-    settings |= {"with_peers": peers, "peer_images": calibration, "folder": files}
     with _common.stages(quiet) as step:
-        found = race(artefacts, progress=partial(step, "timing"), **settings)
-    _common.stdout().print(_table(found.timings))
+        found = race(
+            artefacts,
+            fp32=None if fp32 is None else open_float(fp32, weights),
+            with_peers=peers,
+            peer_images=calibration,
+            folder=files,
+            batches=_common.whole_numbers(batch, "--batch") or [1],
+            threads=_common.whole_numbers(threads, "--threads") or [1],
+            rounds=rounds,
+            progress=partial(step, "timing"),
+        )
     if store is not None:
-        _keep(found, store)
-        _common.say(f"kept in {store}; `quantlens report {store}` shows them")
-    if json is not None:
-        write_whole(json, standard.dumps(found.to_list(), indent=1), what="the timings")
-        _common.say(f"written: {json}")
+        with Store(store) as kept:
+            put_timings(kept, found.to_list(), found.facts, environment())
+    _common.show([_table(found.timings)], found.to_list(), json, "the timings")
+    if store is not None:
+        print(f"kept in {store}; `quantlens report {store}` shows them")
 
 
-def _keep(found: Race, directory: Path) -> None:
-    """Record the run in a study's store."""
-    from quantlens.evaluation.environment import environment
-    from quantlens.studies.benchmarks import put_timings
-    from quantlens.studies.store import Store
-
-    with Store(directory) as store:
-        put_timings(store, found.to_list(), found.facts, environment())
-
-
-def _table(found: list[Timing]) -> Any:
-    from rich.table import Table
-
-    table = Table(caption=f"ratios to {found[0].label}; runs interleaved", caption_justify="left")
-    for column in ("model", "batch", "threads", "median ms", "p10 to p90", "images/s", "ratio", "MB", "memory MB"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for t in found:
-        table.add_row(
+def _table(found: list[Any]) -> Any:
+    rows = [
+        (
             t.label,
             str(t.batch),
             str(t.threads),
@@ -130,4 +100,7 @@ def _table(found: list[Timing]) -> Any:
             "–" if t.size_mb is None else f"{t.size_mb:.2f}",
             "–" if t.memory_mb is None else f"{t.memory_mb:.0f}",
         )
-    return table
+        for t in found
+    ]
+    heads = ["model", "batch", "threads", "median ms", "p10 to p90", "images/s", "ratio", "MB", "memory MB"]
+    return _common.table(heads, rows, right=heads[1:], caption=f"ratios to {found[0].label}; runs interleaved")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantlens.cli import _options
-from quantlens.cli._common import command
+from quantlens.cli import _common, _options
+
+if TYPE_CHECKING:
+    from quantlens.evaluation.compare import Comparison, Difference
 
 HELP = """Compare two studies, two parts of a study, or two models, metric by metric, with intervals.
 
@@ -31,11 +34,6 @@ for both, and over seeds: a difference whose interval holds 0 is no finding. `do
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "compare", HELP, compare)
-
-
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="DIR, DIR:key=value,…, FILE.npz or FILE.json.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The same; differences are B less A.")],
@@ -50,23 +48,44 @@ def compare(
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    import json as standard
-    from pathlib import Path
-
-    from quantlens.cli import _common
-    from quantlens.cli._tables import comparison_tables
-    from quantlens.files import write_whole
     from quantlens.studies.compare import compare as measure
 
     with _common.stages(quiet) as step:
-        found = measure(a, b, scores=_common.names(scores), resamples=resamples, seed=seed, progress=step)
-    text = standard.dumps(found.to_dict(), indent=1, allow_nan=False)
-    if json == "-":
-        print(text)
-        return
-    console = _common.stdout()
-    for part in comparison_tables(found):
-        console.print(part)
-    if json is not None:
-        write_whole(Path(json), text + "\n", what="the comparison")
-        _common.say(f"written: {json}")
+        found = measure(a, b, scores=_common.names(scores) or None, resamples=resamples, seed=seed, progress=step)
+    _common.show(_tables(found), found.to_dict(), json, "the comparison")
+
+
+def _tables(comparison: Comparison) -> Iterator[Any]:
+    """A table for every group of cells, and what must be said of them."""
+    from quantlens.evaluation.compare import LEVEL, SIGNIFICANT, UNCORRECTED
+
+    yield f"A: {comparison.a}\nB: {comparison.b}"
+    for group in comparison.groups:
+        seeds = f", {len(group.seeds)} seeds" if len(group.seeds) > 1 else ""
+        images = "" if group.n_id is None else f", {group.n_id} ID images"
+        title = f"{', '.join(group.title.values())}{seeds}{images}"
+        numbers = ["A", "B", "B − A", f"{LEVEL:.0%} interval", "p", "p (Holm)"][: 3 if group.without_interval else 6]
+        heads = ["metric", *numbers, *([] if group.without_interval else [""])]
+        rows = [_row(one)[: len(heads)] for one in group.metrics]
+        yield _common.table(heads, rows, right=numbers, whole=heads[1:], title=title)
+        if group.without_interval:
+            yield group.without_interval
+    if any(not group.without_interval for group in comparison.groups):
+        yield (
+            f"{comparison.resamples} resamples of the images (and seeds), seed {comparison.seed}. {SIGNIFICANT}: "
+            f"p < 0.05 after Holm's correction for all metrics; {UNCORRECTED}: its interval leaves 0 out, but p is "
+            "not below 0.05 after the correction. ↑, ↓: whether higher or lower is better."
+        )
+    yield from (f"note: {note}" for note in comparison.notes)
+    if comparison.unpaired:
+        yield f"not paired: {', '.join(comparison.unpaired)}"
+
+
+def _row(one: Difference) -> list[str]:
+    from quantlens.evaluation.result import title_of
+    from quantlens.metrics import metric_of
+
+    text = metric_of(one.path).text
+    interval = f"{text(one.low, '+')} to {text(one.high, '+')}"
+    p = ["–" if v is None else f"{v:.4f}" for v in (one.p, one.p_holm)]
+    return [title_of(one.path), text(one.a), text(one.b), text(one.difference, "+"), interval, *p, one.verdict or ""]

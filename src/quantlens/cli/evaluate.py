@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantlens.cli import _options
-from quantlens.cli._common import command
+from quantlens.cli import _common, _options
+from quantlens.errors import QuantlensError
+from quantlens.files import check_writable
+
+if TYPE_CHECKING:
+    from quantlens.evaluation import Result
+    from quantlens.metrics import Metric
+
+CHANGE = "quantized − FP32"
+
 
 HELP = """Measure a model on labelled in-distribution images and on out-of-distribution sets.
 
@@ -34,106 +43,125 @@ those evaluated.
 """
 
 
-Id = Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")]
-Near = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Which of these sets are near; may be repeated.")]
-Fit = Annotated[str | None, typer.Option(metavar="SOURCE", help="ID images, not evaluated, that scores are fitted on.")]
-Scores = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAMES",
-        help="OOD scores (default: all): msp, maxlogit, energy, entropy, gen, knn, vim, mahalanobis, rmahalanobis "
-        "(relative), mahalanobis_l2, rmahalanobis_l2, react.",
-    ),
-]
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")]
-Keep = Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Keep per-image outputs, for `quantlens compare`.")]
-InStore = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Keep the result of an exported file in the store of a study.")
-]
-Bins = Annotated[int, typer.Option(min=1, help="Bins of the calibration error.")]
-BatchSize = Annotated[
-    int, typer.Option(min=1, help="Images per forward pass, at most: a CPU takes as many as its cache likes.")
-]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "evaluate", HELP, evaluate)
-
-
 def evaluate(
     model: _options.ModelOrCheckpoint,
-    id: Id,
+    id: Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")],
     weights: _options.Weights = None,
     ood: _options.OodSets = None,
-    near: Near = None,
-    fit: Fit = None,
-    scores: Scores = None,
-    json: Json = None,
-    keep: Keep = None,
-    store: InStore = None,
-    batch_size: BatchSize = 64,
-    bins: Bins = 15,
+    near: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Which of these sets are near; may be repeated.")
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="ID images, not evaluated, that scores are fitted on.")
+    ] = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES",
+            help="OOD scores (default: all): msp, maxlogit, energy, entropy, gen, knn, vim, mahalanobis, rmahalanobis "
+            "(relative), mahalanobis_l2, rmahalanobis_l2, react.",
+        ),
+    ] = None,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Keep per-image outputs, for `quantlens compare`.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the result of an exported file in the store of a study.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images per forward pass, at most: a CPU takes as many as its cache likes.")
+    ] = 64,
+    bins: Annotated[int, typer.Option(min=1, help="Bins of the calibration error.")] = 15,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
     no_cache: _options.NoCache = False,
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    from quantlens.cli import _common
-    from quantlens.errors import QuantlensError
     from quantlens.evaluation import evaluate as measure
-    from quantlens.evaluation.environment import choose_device
-    from quantlens.evaluation.images import groups_of
+    from quantlens.evaluation import outputs
     from quantlens.evaluation.open_models import open_models
-    from quantlens.evaluation.scoring import choose_scores
-    from quantlens.files import check_writable
 
     for path in (None if json == "-" else json, keep, store and store / "store.sqlite"):
         check_writable(path)
-    sets = _common.pairs(ood, "--ood", "NAME=SOURCE")
-    groups = dict.fromkeys(_common.names(near) or (), "near")
-    wanted = _common.names(scores)
-    choose_scores(wanted)
-    groups_of(sets, groups)
-    chosen = choose_device(device)
-    measured, reference = open_models(model, weights, chosen)
+    sets, groups = _common.pairs(ood, "--ood"), dict.fromkeys(_common.names(near), "near")
+    measured, reference = open_models(model, weights, device)
     if store is not None and not hasattr(measured, "facts"):
         raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
-    settings: dict[str, Any] = {"fit": fit, "reference": reference, "scores": wanted, "groups": groups}
-    settings |= {"batch_size": batch_size, "device": chosen, "n_bins": bins, "skip_bad": skip_bad}
-    settings |= {"cache_dir": _common.cache_argument(no_cache), "keep": keep is not None}
+    settings = {"fit": fit, "reference": reference, "scores": _common.names(scores) or None, "groups": groups}
+    settings |= {"batch_size": batch_size, "device": device, "n_bins": bins, "keep": keep is not None}
     with _common.stages(quiet) as step:
-        result = measure(measured, id, sets, progress=step, **settings)
-    if keep is not None:
-        from quantlens.evaluation import outputs
-
-        assert result.outputs is not None
+        result = measure(measured, id, sets, progress=step, **settings, **_common.reading(skip_bad, no_cache))
+    if keep is not None and result.outputs is not None:
         outputs.write(keep, result.outputs)
     if store is not None:
-        from quantlens.studies.benchmarks import put_artefact
-        from quantlens.studies.store import Store
-
-        with Store(store) as kept:
-            put_artefact(kept, measured.facts(), result.to_dict())
-    _show(result, json, keep)
+        _keep(store, measured, result)
+    _common.show(tables(result), result.to_dict(), json, "the result")
+    if keep is not None and json != "-":
+        print(f"written: {keep}")
 
 
-def _show(result: Any, json: str | None, keep: Path | None) -> None:
-    """Print the result as tables and write it as JSON where that is asked for; `-`: print JSON alone."""
-    from quantlens.cli import _common
-    from quantlens.cli._tables import result_tables
+def _keep(directory: Path, exported: Any, result: Result) -> None:
+    """Record the result of an exported file in a study's store."""
+    from quantlens.studies.benchmarks import put_artefact
+    from quantlens.studies.store import Store
 
-    if json == "-":
-        import json as standard
+    with Store(directory) as store:
+        put_artefact(store, exported.facts(), result.to_dict())
 
-        print(standard.dumps(result.to_dict(), indent=1, allow_nan=False))
-        return
-    console = _common.stdout()
-    for part in result_tables(result):
-        console.print(part)
-    if json is not None:
-        result.save_json(json)
-        _common.say(f"written: {json}")
-    if keep is not None:
-        _common.say(f"written: {keep}")
+
+def tables(result: Result) -> Iterator[Any]:
+    """What is printed of a result: percent, with the FP32 metric and the change where they are known."""
+    from quantlens.evaluation.result import summary
+    from quantlens.metrics import METRICS, names_of
+
+    yield from summary(result)
+    heads = ["metric", "value", *(["FP32", CHANGE] if result.fp32 else [])]
+    fp32, change = ((part or {}).get("id", {}) for part in (result.fp32, result.change))
+    shown = [(METRICS[name], name) for name in names_of("classification") if name in result.id]
+    rows = [
+        (m.heading, m.text(result.id[name]), m.text(fp32.get(name)), m.text(change.get(name), "+"))[: len(heads)]
+        for m, name in shown
+    ]
+    yield _common.table(heads, rows, right=heads[1:], title="In distribution")
+    if result.ood:
+        yield from _ood_tables(result, METRICS["aupr_out"])
+    if result.guard is not None:
+        yield _guard_table(result.guard, [METRICS[name] for name in ("kept", "flagged", "balanced_accuracy")])
+    if result.ood:
+        for reason in dict.fromkeys(result.scores_unavailable.values()):
+            names = [name for name, why in result.scores_unavailable.items() if why == reason]
+            yield f"left out: {', '.join(names)} ({reason})"
+
+
+def _ood_tables(result: Result, aupr: Metric) -> Iterator[Any]:
+    means = {f"mean {group}": result.ood_mean[group] for group in ("far", "near") if group in result.ood_mean}
+    columns = {**result.ood, **means}
+    rows = [
+        [score, *(aupr.text(entry.get(score, {}).get("aupr_out")) for entry in columns.values())]
+        for score in result.histograms
+    ]
+    for score in list(result.histograms)[:1]:
+        rows.append(["chance", *(aupr.text(entry.get(score, {}).get("chance_aupr_out")) for entry in columns.values())])
+    title = f"Out of distribution, {aupr.heading} by score"
+    yield _common.table(["score", *columns], rows, right=columns, title=title)
+    if result.change is not None and "msp" in result.histograms:
+        changes = result.change["ood"]
+        row = [aupr.text(entry.get("msp", {}).get("aupr_out"), "+") for entry in changes.values()]
+        title = f"Change of {aupr.title} by MSP, {aupr.change_unit} ({CHANGE}) {aupr.arrow}"
+        yield _common.table(list(changes), [row], right=changes, title=title)
+
+
+def _guard_table(guard: Mapping[str, Any], metrics: Sequence[Metric]) -> Any:
+    """What the OOD threshold of a file keeps and flags, and how often it is right."""
+    kept = guard["id"]["kept"]
+    shares: dict[str, tuple[Any, ...]] = {"ID": (kept, 1 - kept, None)}
+    for name, entry in guard["ood"].items():
+        shares[name] = (1 - entry["flagged"], entry["flagged"], entry["balanced_accuracy"])
+    rows = [[name, *(m.text(v) for m, v in zip(metrics, row, strict=True))] for name, row in shares.items()]
+    heads = [metric.label for metric in metrics]
+    title = f"OOD threshold: {guard['score']} below {guard['threshold']['value']:.3f} looks unknown"
+    return _common.table(["images", *heads], rows, right=heads, title=title)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from quantlens.cli import _options
-from quantlens.cli._common import command
+from quantlens.cli import _common, _options
+from quantlens.files import check_writable
 
 HELP = """Write a model for a runtime: ONNX (.onnx), OpenVINO IR (.xml with its .bin) or PyTorch (.pt2).
 
@@ -32,51 +32,36 @@ unknown.
     quantlens export d.safetensors --out digits.xml
 """
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A quantized checkpoint, or a model's name (float).")]
-Out = Annotated[Path, typer.Option(help="The file to write: .onnx, .xml or .pt2.")]
-Weights = Annotated[
-    str | None, typer.Option(metavar="W", help="Weights of a named model: a file, pretrained or random.")
-]
-Simulate = Annotated[bool, typer.Option("--simulate", help="Keep formats without integer kernels as float operations.")]
-Guard = Annotated[str, typer.Option(help="OOD score in the file: energy, msp or maxlogit.")]
-GuardImages = Annotated[
-    str | None, typer.Option(metavar="SOURCE", help="In-distribution images that set the threshold.")
-]
-Keep = Annotated[float, typer.Option(help="Share of in-distribution images that the threshold keeps.")]
-Check = Annotated[
-    str | None, typer.Option(metavar="SOURCE", help="Compare the file with the simulation on these images.")
-]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "export", HELP, export)
-
 
 def export(
-    model: Model,
-    out: Out,
-    weights: Weights = None,
-    simulate: Simulate = False,
-    guard: Guard = "energy",
-    guard_images: GuardImages = None,
-    keep: Keep = 0.95,
-    check: Check = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A quantized checkpoint, or a model's name (float).")],
+    out: Annotated[Path, typer.Option(help="The file to write: .onnx, .xml or .pt2.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="W", help="Weights of a named model: a file, pretrained or random.")
+    ] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Keep formats without integer kernels as float operations.")
+    ] = False,
+    guard: Annotated[str, typer.Option(help="OOD score in the file: energy, msp or maxlogit.")] = "energy",
+    guard_images: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="In-distribution images that set the threshold.")
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Share of in-distribution images that the threshold keeps.")] = 0.95,
+    check: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Compare the file with the simulation on these images.")
+    ] = None,
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    from quantlens.cli import _common
     from quantlens.data import as_image_set, open_source
     from quantlens.evaluation.open_models import open_models
     from quantlens.export.export import export as write
     from quantlens.export.exported import Artefact
     from quantlens.export.parity import parity
-    from quantlens.files import check_writable
 
     check_writable(out)
     sources = {name: open_source(spec) for name, spec in (("guard", guard_images), ("check", check)) if spec}
     measured, _ = open_models(model, weights)
-    found = None
     with _common.stages(quiet) as step:
         images = {
             name: as_image_set(source, measured.preprocess, progress=partial(step, f"decoding {name} images"))
@@ -84,16 +69,13 @@ def export(
         }
         path = write(measured, out, simulate=simulate, guard=guard, guard_images=images.get("guard"), keep=keep)
         if path.suffix == ".pt2":
-            _common.say(f"{path}: {measured.name} for torch.export.load")
+            print(f"{path}: {measured.name} for torch.export.load")
             return
-        exported = Artefact(path)
+        exported, said = Artefact(path), []
         if "check" in images:
             found = parity(measured, exported, images["check"], progress=partial(step, "checking"))
-    _common.say(f"{path}: {_summary(exported)}")
-    if found is not None:
-        _common.say(found.sentence(exported.runtime))
-    for line in exported.advice():
-        _common.say(line)
+            said.append(found.sentence(exported.runtime))
+    print("\n".join([f"{path}: {_summary(exported)}", *said, *exported.advice()]))
 
 
 def _summary(exported: Any) -> str:

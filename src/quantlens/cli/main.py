@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,11 +39,11 @@ from quantlens.cli import (
     sources,
     study,
 )
-from quantlens.cli._common import ReaderGone, Stopped
+from quantlens.cli._common import Stopped, add_command
 from quantlens.errors import QuantlensError, QuantlensWarning, debugging
 
 # The base of "no such option" and the like. Some versions of typer bring a click of their own, so it is found by name.
-CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+CLICK_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="quantlens",
@@ -73,7 +74,7 @@ COMMANDS = (
     sources,
 )
 for _command in COMMANDS:
-    _command.register(app)
+    add_command(app, _command, plugins=_command not in (plot, models, sources))
 
 
 def _version(wanted: bool) -> None:
@@ -91,7 +92,7 @@ def options(
     """Options of the program itself."""
 
 
-def main(arguments: list[str] | None = None) -> NoReturn:
+def main() -> NoReturn:
     """Run a command and exit with its code."""
     # Threads of torch that wait for work otherwise spin, which makes it many times slower on a machine that does other
     # things too. Must stand in the environment before torch is imported.
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
 
     signal.signal(signal.SIGTERM, end)  # of a container or a batch system: all is left as after Ctrl-C
-    code = run(sys.argv[1:] if arguments is None else arguments)
+    code = run(sys.argv[1:])
     sys.exit(128 + ended[0] if ended else code)
 
 
@@ -132,40 +133,32 @@ def run(arguments: list[str]) -> int:
     except typer.Exit as error:
         return int(error.exit_code)
     except CLICK_ERROR as error:
-        _complain(_usage(error))
-        return int(getattr(error, "exit_code", 2))
-    except QuantlensError as error:
-        _debug()
-        _complain(str(error))
-        return 2
-    except (ReaderGone, BrokenPipeError):
-        return _reader_gone()
-    except SystemExit as error:  # rich and typer make one of a BrokenPipeError
-        if not isinstance(error.__context__, BrokenPipeError):
+        path = getattr(getattr(error, "ctx", None), "command_path", "quantlens")
+        _complain(f"{error.format_message().rstrip('.')}; see `{path} --help`")
+        return error.exit_code
+    except (BrokenPipeError, SystemExit) as error:  # rich and typer make the latter of the former
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        return _reader_gone()
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        full = f"the disk is full{where}; free some space and run the same command again"
-        return _unexpected(error, full if error.errno in (errno.ENOSPC, errno.EDQUOT) else None)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `quantlens models | head`: nothing is left
+        return 0
     except Exception as error:
-        return _unexpected(error)
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        if debugging():
+            traceback.print_exc()
+        _complain(sentence)
+        return 2
 
 
-def _reader_gone() -> int:
-    """The exit code of `quantlens models | head`: nothing is left to say, which is no error."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-
-
-def _unexpected(error: Exception, sentence: str | None = None) -> int:
-    """The exit code of an error for which there is a sentence, or that a plugin's code raised; any other goes on."""
-    sentence = sentence or plugins.blame(error)
-    if sentence is None:
-        raise error
-    _debug()
-    _complain(sentence)
-    return 2
+def _sentence(error: Exception) -> str | None:
+    """What is said of an error that a person can mend, or that a plugin's code raised; None for any other."""
+    if isinstance(error, QuantlensError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"the disk is full{where}; free some space and run the same command again"
+    return plugins.blame(error)
 
 
 @contextmanager
@@ -187,20 +180,3 @@ def _short_warnings() -> Iterator[None]:
 def _complain(text: str, prefix: str = "error: ") -> None:
     """One line on stderr."""
     print(prefix + " ".join(text.split()), file=sys.stderr)
-
-
-def _debug() -> None:
-    if debugging():
-        import traceback
-
-        traceback.print_exc()
-
-
-def _usage(error: Any) -> str:
-    """What click says of a wrong command line, with the command whose help tells more."""
-    path = getattr(getattr(error, "ctx", None), "command_path", "quantlens")
-    return f"{error.format_message().rstrip('.')}; see `{path} --help`"
-
-
-if __name__ == "__main__":
-    main()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Annotated
 
 import typer
 
-from quantlens.cli._common import command
+from quantlens.cli import _common
+from quantlens.errors import QuantlensError
 
 HELP = """List the models that ship with quantlens, and say how models of timm are named.
 
@@ -30,11 +32,6 @@ EXAMPLES = (
 )
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "models", HELP, models, plugins=False)
-
-
 def models(
     filter: Annotated[
         str | None, typer.Option("--filter", metavar="PATTERN", help="Names of timm that match, such as 'vit*'.")
@@ -43,35 +40,18 @@ def models(
 ) -> None:
     """See HELP."""
     from quantlens import zoo
-    from quantlens.cli import _common
 
     if filter is not None:
         import timm
 
-        from quantlens.errors import QuantlensError
-
-        found = [name for name in zoo.available() if _matches(name, filter)]
-        found += timm.list_models(filter, pretrained=tags)
+        found = fnmatch.filter(zoo.available(), filter) + timm.list_models(filter, pretrained=tags)
         if not found:
             raise QuantlensError(f"no model matches {filter!r}; try a wider pattern, such as '*{filter.strip('*')}*'")
-        for name in found:
-            _common.say(name)
+        print("\n".join(found))
         return
-    from rich.table import Table
-
-    table = Table(title="Models that ship with quantlens", title_justify="left")
-    table.add_column("name")
-    table.add_column("what it is", overflow="fold")
-    for name, entry in zoo.available().items():
-        table.add_row(name, str(getattr(entry, "description", "") or getattr(entry, "summary", "")))
-    _common.stdout().print(table)
-    _common.say("Any vision transformer of timm by its name, with or without the tag of its weights:")
+    rows = [(name, entry.description) for name, entry in zoo.available().items()]
+    _common.console().print(_common.table(["name", "what it is"], rows, title="Models that ship with quantlens"))
+    print("Any vision transformer of timm by its name, with or without the tag of its weights:")
     for example in EXAMPLES:
-        _common.say(f"  {example}")
-    _common.say("`quantlens models --filter 'vit*'` lists names; add --tags for the weights of the hub.")
-
-
-def _matches(name: str, pattern: str) -> bool:
-    from fnmatch import fnmatch
-
-    return fnmatch(name, pattern)
+        print(f"  {example}")
+    print("`quantlens models --filter 'vit*'` lists names; add --tags for the weights of the hub.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantlens.cli._common import command
+from quantlens.cli import _options
 
 HELP = """Write a figure of the report as PDF, PNG or SVG, ready for a paper.
 
@@ -23,13 +23,8 @@ HELP = """Write a figure of the report as PDF, PNG or SVG, ready for a paper.
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "plot", HELP, plot, plugins=False)
-
-
 def plot(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a study.")],
+    directory: _options.StudyDirectory,
     figure: Annotated[str, typer.Option(metavar="NAME", help="Which figure.")] = "aupr",
     format: Annotated[str | None, typer.Option(help="pdf, png or svg (default: as --out ends, else pdf).")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to (default: NAME.FORMAT in DIR).")] = None,
@@ -39,14 +34,13 @@ def plot(
 ) -> None:
     """See HELP."""
     from quantlens import plots
-    from quantlens.cli import _common
     from quantlens.studies.board import board_of
 
     plots.check_figure(figure)
     board = board_of(directory)
     if listed:
         for name, title in plots.available(board).items():
-            _common.say(f"{name:<12} {title}")
+            print(f"{name:<12} {title}")
         return
     target = out or directory / f"{figure}.{format or 'pdf'}"
-    _common.say(f"figure: {plots.draw(board, figure, score=score, bits=bits).save(target, format or '')}")
+    print(f"figure: {plots.draw(board, figure, score=score, bits=bits).save(target, format or '')}")

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantlens.cli import _options
-from quantlens.cli._common import command
+from quantlens.cli import _common, _options
+from quantlens.files import check_writable
 
 if TYPE_CHECKING:
     from quantlens.qmodel import QuantizedModel
+
 
 HELP = """Quantize a model after training and save it packed: integer codes at their bit width, scales, and a header.
 
@@ -34,16 +35,6 @@ MODEL is a timm name (`quantlens models` lists them) or a model that ships with 
       --calibration embedded:digits-calibration
 """
 
-Widths = Annotated[
-    str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations; MP6 or a file of `quantlens allocate`.")
-]
-Out = Annotated[Path | None, typer.Option(help="The file to write (default: MODEL-BITS.safetensors).")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "quantize", HELP, quantize)
-
 
 def quantize(
     model: _options.ModelName,
@@ -51,9 +42,11 @@ def quantize(
     weights: _options.Weights = None,
     n: _options.CalibrationCount = None,
     method: _options.MethodName = "quantlens-fast",
-    bits: Widths = "W8A8",
+    bits: Annotated[
+        str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations; MP6 or a file of `quantlens allocate`.")
+    ] = "W8A8",
     seed: _options.Seed = 0,
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write (default: MODEL-BITS.safetensors).")] = None,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
     no_cache: _options.NoCache = False,
@@ -63,25 +56,19 @@ def quantize(
 ) -> None:
     """See HELP."""
     from quantlens import api
-    from quantlens.cli import _common
     from quantlens.data.sources import open_calibration
-    from quantlens.files import check_writable
-    from quantlens.methods import registry
-    from quantlens.qmodel import Bits
 
     wanted = api.read_bits(bits)
     file = out or Path(f"{model.split('/')[-1]}-{api.spelled(wanted).lower()}.safetensors")
     check_writable(file)
-    registry.get(method).options(settings)
     source = open_calibration(calibration, n, seed)
     with _common.stages(quiet) as step:
-        loaded, images = _common.open_run(model, weights, source, device, step, skip_bad=skip_bad, no_cache=no_cache)
-        if not isinstance(wanted, Bits):
-            wanted = api.allocation_of(loaded, images, wanted, seed, progress=partial(step, "choosing widths"))
+        reading = _common.reading(skip_bad, no_cache)
+        loaded, images = _common.open_run(model, weights, source, device, step, **reading)
         told = partial(step, f"calibrating by {method}")
         quantized = api.quantize(loaded, images, method=method, bits=wanted, seed=seed, progress=told, **settings)
         quantized.save(file)
-    _common.say(f"{file}: {_summary(quantized, len(images), file.stat().st_size)}")
+    print(f"{file}: {_summary(quantized, len(images), file.stat().st_size)}")
 
 
 def _summary(quantized: QuantizedModel, images: int, written: int) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantlens.cli._common import command
+from quantlens.cli import _common, _options
 
 HELP = """Write the report of a study: one HTML file that needs no network.
 
@@ -25,13 +25,8 @@ It shows the cells that are finished, also while the study still runs.
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "report", HELP, report)
-
-
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a study.")],
+    directory: _options.StudyDirectory,
     out: Annotated[Path | None, typer.Option(help="The HTML file (default: DIR/report.html).")] = None,
     title: Annotated[str | None, typer.Option(help="Title of the report (default: the study's name).")] = None,
     csv: Annotated[
@@ -49,28 +44,19 @@ def report(
     experiment: Annotated[str | None, typer.Option(help="MLflow's experiment (default: the study's name).")] = None,
 ) -> None:
     """See HELP."""
-    from quantlens.cli import _common
     from quantlens.report import write_report
+    from quantlens.studies import results, tracking
     from quantlens.studies.board import open_store
 
-    if csv is not None or parquet is not None or mlflow is not None:
-        open_store(directory)
-        export(directory, csv, parquet, mlflow, experiment)
+    if csv is None and parquet is None and mlflow is None:
+        with _common.stages() as step:
+            print(f"report: {write_report(directory, out, title=title, progress=step)}")
         return
-    with _common.stages() as step:
-        written = write_report(directory, out, title=title, progress=step)
-    _common.say(f"report: {written}")
-
-
-def export(directory: Path, csv: Path | None, parquet: Path | None, mlflow: str | None, experiment: str | None) -> None:
-    """Hand a store to other programs."""
-    from quantlens.cli import _common
-    from quantlens.studies import results, tracking
-
+    open_store(directory)
     if csv is not None:
-        _common.say(f"table: {results.write_csv(directory, csv)}")
+        print(f"table: {results.write_csv(directory, csv)}")
     if parquet is not None:
-        _common.say(f"table: {results.write_parquet(directory, parquet)}")
+        print(f"table: {results.write_parquet(directory, parquet)}")
     if mlflow is not None:
         new, old = tracking.log(directory, mlflow, experiment=experiment)
-        _common.say(f"MLflow: {new} runs logged, {old} were there; {mlflow}")
+        print(f"MLflow: {new} runs logged, {old} were there; {mlflow}")

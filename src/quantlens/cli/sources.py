@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
-from quantlens.cli._common import command
+from quantlens.cli import _common
 
 HELP = """Explain how images are named (SOURCE), and list the sets that ship with the package.
 
@@ -25,35 +23,14 @@ GRAMMAR = (
 )
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "sources", HELP, sources, plugins=False)
-
-
 def sources() -> None:
     """See HELP."""
-    from rich.table import Table
-
-    from quantlens.cli import _common
     from quantlens.data import available_embedded, available_sources
 
-    console = _common.stdout()
-    grammar = Table(title="A SOURCE is", title_justify="left")
-    grammar.add_column("written")
-    grammar.add_column("meaning", overflow="fold")
-    for written, meaning in GRAMMAR:
-        grammar.add_row(written, meaning)
-    console.print(grammar)
-    kinds = Table(title="Kinds", title_justify="left")
-    kinds.add_column("kind")
-    kinds.add_column("images", overflow="fold")
-    for name, kind in available_sources().items():
-        kinds.add_row(f"{name}:{kind.what.upper()}", kind.description)
-    console.print(kinds)
-    embedded = Table(title="Sets that ship with quantlens", title_justify="left")
-    for column in ("source", "group", "images"):
-        embedded.add_column(column, overflow="fold")
-    for name, info in available_embedded().items():
-        embedded.add_row(f"embedded:{name}", info.group, info.description)
-    console.print(embedded)
-    _common.say("On a command line, put a SOURCE with [ ] or ? in quotes: 'imagenet:val[0:400]'.")
+    kinds = [(f"{name}:{kind.what.upper()}", kind.description) for name, kind in available_sources().items()]
+    shipped = [(f"embedded:{name}", info.group, info.description) for name, info in available_embedded().items()]
+    console = _common.console()
+    console.print(_common.table(["written", "meaning"], GRAMMAR, title="A SOURCE is"))
+    console.print(_common.table(["kind", "images"], kinds, title="Kinds"))
+    console.print(_common.table(["source", "group", "images"], shipped, title="Sets that ship with quantlens"))
+    print("On a command line, put a SOURCE with [ ] or ? in quotes: 'imagenet:val[0:400]'.")

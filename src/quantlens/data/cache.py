@@ -3,7 +3,7 @@
 An entry is two files, named after a hash of what determines the pixels (preprocessing, Pillow's version, and
 of every selected file its path, size and time of change, so that a changed file is decoded anew):
 
-    KEY.npy    uint8 [N,3,H,W], read as a memory map, never unpickled
+    KEY.npy    uint8 [N,3,H,W], read as a memory map, never unpickled; zeros at its end stand for those left out
     KEY.json   names of the images left out and why, a CRC-32 per image, versions
 
 Both are written under a temporary name and renamed, the JSON file last, so that a reader sees a whole entry
@@ -16,32 +16,31 @@ The folder is `cache_dir`, else the environment variable QUANTLENS_CACHE, else t
 from __future__ import annotations
 
 import errno
-import hashlib
+import io
 import json
 import os
 import re
 import shutil
-import struct
 import time
-import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import PIL
 from PIL import features
 
+from quantlens.data.sources import sha256_of
 from quantlens.errors import StorageError
+from quantlens.files import write_whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHECKED_IMAGES = 512  # so many images, evenly spaced, have their CRC compared when an entry is opened
-STALE_SECONDS = 24 * 3600  # a temporary file this old was left by a process that was killed
-_ENTRY = re.compile(r"[0-9a-f]{32}\.(npy|json)")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{32}\.tmp")
+STALE_SECONDS = 24 * 3600  # a temporary folder this old was left by a process that was killed
+_OWN = re.compile(r"\.?[0-9a-f]{32}\..+")
 CURE = (
     "free some space, set QUANTLENS_CACHE to a folder on another disk, or use --no-cache to keep the images in memory"
 )
@@ -86,11 +85,7 @@ def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 def cache_key(identity: Iterable[str], image_key: dict[str, Any]) -> str:
     """32 hex digits that stand for these files, in this order, with this preprocessing and this decoder."""
     decoder = f"{PIL.__version__}/{features.version('jpg')}"
-    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, decoder, image_key], sort_keys=True).encode())
-    for line in identity:
-        digest.update(line.encode("utf-8", "surrogateescape"))
-        digest.update(b"\n")
-    return digest.hexdigest()[:32]
+    return sha256_of([json.dumps([FORMAT_VERSION, decoder, image_key], sort_keys=True), *identity])[:32]
 
 
 def read_entry(directory: Path, key: str, total: int, image_shape: tuple[int, ...]) -> Entry | None:
@@ -99,106 +94,66 @@ def read_entry(directory: Path, key: str, total: int, image_shape: tuple[int, ..
         side = json.loads((directory / f"{key}.json").read_text(encoding="utf-8"))
         pixels = np.load(directory / f"{key}.npy", mmap_mode="r", allow_pickle=False)
         skipped = [(int(position), str(reason)) for position, reason in side["skipped"]]
-        checks = side["crc32"]
-        whole = (
-            side["format"] == FORMAT_VERSION
-            and pixels.dtype == np.uint8
-            and pixels.shape == (total - len(skipped), *image_shape)
-            and len(checks) == len(pixels)
-        )
-        if not whole:
+        checks, kept = side["crc32"], total - len(skipped)
+        whole = (side["format"], pixels.dtype, pixels.shape) == (FORMAT_VERSION, np.uint8, (total, *image_shape))
+        if not whole or len(checks) != kept:
             return None
-        rows = np.unique(np.linspace(0, len(pixels) - 1, min(len(pixels), CHECKED_IMAGES)).astype(np.int64))
-        if any(zlib.crc32(np.ascontiguousarray(pixels[row]).data) != checks[row] for row in rows):
+        rows = np.unique(np.linspace(0, kept - 1, min(kept, CHECKED_IMAGES)).astype(np.int64))
+        if any(zlib.crc32(pixels[row].tobytes()) != checks[row] for row in rows):
             return None
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
-    return Entry(pixels, skipped)
+    return Entry(pixels[:kept], skipped)
 
 
-class EntryWriter:
-    """Writes one entry image by image; `commit` makes it visible. A context manager: left without commit, it
-    leaves nothing.
+def write_entry(
+    directory: Path,
+    key: str,
+    total: int,
+    image_shape: tuple[int, ...],
+    images: Iterator[np.ndarray],
+    skipped: list[tuple[int, str]],
+) -> Entry:
+    """Write the entry `key` of a list of `total` images and return it. images: uint8 of that shape, one by one; each
+    that does not come is in `skipped` in the end.
 
     Raises StorageError, naming the folder and the cure, where the disk is full or may not be written. Written
     as a plain stream: a memory map would end the process with SIGBUS on a full disk.
     """
+    checks: list[int] = []
+    size = int(np.prod(image_shape))
+    needed = total * size
 
-    def __init__(self, directory: Path, key: str, total: int, image_shape: tuple[int, ...]):
-        self.directory, self.key, self.total, self.image_shape = directory, key, total, image_shape
-        self._checks: list[int] = []
-        self._temporary: list[Path] = []
-        self._file: BinaryIO | None = None
+    def content() -> Iterator[bytes]:
+        header = io.BytesIO()
+        whole = {"descr": "|u1", "fortran_order": False, "shape": (total, *image_shape)}
+        np.lib.format.write_array_header_1_0(header, whole)
+        yield header.getvalue()
+        for image in images:
+            data = image.tobytes()
+            checks.append(zlib.crc32(data))
+            yield data
+        yield from (bytes(size) for _ in skipped)
 
-    def __enter__(self) -> EntryWriter:
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            _remove_stale(self.directory)
-            needed = self.total * int(np.prod(self.image_shape))
-            free = shutil.disk_usage(self.directory).free
-            if free < needed:
-                raise StorageError(
-                    f"the image cache {self.directory} needs {_megabytes(needed)} and its disk has "
-                    f"{_megabytes(free)} left; {CURE}"
-                )
-            self._file = open(self._new_temporary(), "wb")
-            self._file.write(_npy_header((self.total, *self.image_shape)))
-        except OSError as error:
-            self.__exit__()
-            raise self._failure(error) from error
-        return self
-
-    def add(self, image: np.ndarray) -> None:
-        """Append one image, uint8 of the entry's image shape."""
-        if self._file is None or image.dtype != np.uint8 or image.shape != self.image_shape:
-            raise ValueError(f"expected uint8 {self.image_shape} in an open entry, got {image.dtype} {image.shape}")
-        data = np.ascontiguousarray(image)
-        try:
-            self._file.write(data.data)
-        except OSError as error:
-            raise self._failure(error) from error
-        self._checks.append(zlib.crc32(data.data))
-
-    def commit(self, skipped: list[tuple[int, str]]) -> None:
-        """Finish the entry and make it visible to all processes."""
-        assert self._file is not None
-        side = {
-            "format": FORMAT_VERSION,
-            "pillow": PIL.__version__,
-            "skipped": skipped,
-            "crc32": self._checks,
-        }
-        side |= {"images": len(self._checks)}
-        try:
-            self._file.seek(0)
-            self._file.write(_npy_header((len(self._checks), *self.image_shape)))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            text = self._new_temporary()
-            text.write_text(json.dumps(side), encoding="utf-8")
-            os.replace(self._temporary[0], self.directory / f"{self.key}.npy")
-            os.replace(text, self.directory / f"{self.key}.json")
-        except OSError as error:
-            raise self._failure(error) from error
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            with suppress(OSError):
-                self._file.close()
-        for path in self._temporary:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-
-    def _new_temporary(self) -> Path:
-        path = self.directory / f".{self.key}.{uuid.uuid4().hex}.tmp"
-        self._temporary.append(path)
-        return path
-
-    def _failure(self, error: OSError) -> StorageError:
-        reason = (error.strerror or str(error)).lower()
-        kind = ReadOnlyError if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else StorageError
-        return kind(f"the image cache {self.directory} cannot be written ({reason}); {CURE}")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _remove_stale(directory)
+        free = shutil.disk_usage(directory).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB left")
+        write_whole(directory / f"{key}.npy", content())
+        side = {"format": FORMAT_VERSION, "pillow": PIL.__version__, "skipped": skipped, "crc32": checks}
+        write_whole(directory / f"{key}.json", json.dumps({**side, "images": len(checks)}))
+    except (OSError, StorageError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        reason = (getattr(cause, "strerror", None) or str(error)).lower()
+        read_only = getattr(cause, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
+        kind = ReadOnlyError if read_only else StorageError
+        raise kind(f"the image cache {directory} cannot be written ({reason}); {CURE}") from error
+    entry = read_entry(directory, key, total, image_shape)
+    if entry is None:
+        raise StorageError(f"the image cache {directory} did not keep what was written to it; {CURE}")
+    return entry
 
 
 def cache_info(cache_dir: str | os.PathLike[str] | None = None) -> CacheInfo:
@@ -223,7 +178,7 @@ def clear_cache(cache_dir: str | os.PathLike[str] | None = None) -> CacheInfo:
     info = cache_info(cache_dir)
     try:
         for path in _own_files(info.directory):
-            path.unlink(missing_ok=True)
+            _remove(path)
     except OSError as error:
         raise StorageError(
             f"cannot remove {error.filename} ({(error.strerror or str(error)).lower()}); remove "
@@ -233,26 +188,18 @@ def clear_cache(cache_dir: str | os.PathLike[str] | None = None) -> CacheInfo:
 
 
 def _own_files(directory: Path) -> list[Path]:
-    try:
-        return sorted(p for p in directory.iterdir() if _ENTRY.fullmatch(p.name) or _TEMPORARY.fullmatch(p.name))
-    except OSError:
-        return []
+    return [p for p in directory.glob("*") if _OWN.fullmatch(p.name)]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _remove_stale(directory: Path) -> None:
     for path in _own_files(directory):
         with suppress(OSError):
-            if path.suffix == ".tmp" and time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
-
-
-def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """Header of a version 1.0 .npy file of uint8 in C order, always 128 bytes, so that N can be put right at
-    the end.
-    """
-    text = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).encode("latin1").ljust(117) + b"\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"
+            if path.name.startswith(".") and time.time() - path.stat().st_mtime > STALE_SECONDS:
+                _remove(path)

@@ -26,9 +26,9 @@ def decode_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     too many pixels (PIL's limit against decompression bombs), or numbers without a stated range (32-bit
     grey).
     """
-    if isinstance(file, (str, os.PathLike)) and _size(file) == 0:
-        raise BadImageError("the file is empty")
     try:
+        if isinstance(file, str | os.PathLike) and os.stat(file).st_size == 0:
+            raise BadImageError("the file is empty")
         with Image.open(file) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > 2 * limit:
@@ -41,36 +41,22 @@ def decode_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadImageError("it claims more pixels than an honest image has (a decompression bomb)") from error
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-        raise BadImageError(_reason(error)) from error
-
-
-def _size(file: str | os.PathLike[str]) -> int:
-    try:
-        return os.stat(file).st_size
-    except OSError as error:
-        raise BadImageError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"it cannot be read: {error.strerror.lower()}"
-    text = str(error).strip().rstrip(".") or type(error).__name__
-    return f"it is damaged: {text}"
+        if isinstance(error, OSError) and error.strerror:
+            raise BadImageError(f"it cannot be read: {error.strerror.lower()}") from error
+        raise BadImageError(f"it is damaged: {str(error).strip().rstrip('.') or type(error).__name__}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        image.load()
-        return image.copy()
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
         if values.size and not 0 <= values.min() <= values.max() <= 65535:
             raise BadImageError(
                 "its grey values do not fit in 16 bits, so their range is not known; save it with 8 bits"
             )
-        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
     if image.mode == "F":
         raise BadImageError("its grey values are floating-point numbers of unknown range; save it with 8 bits")
     image.load()
-    image.info.pop("transparency", None)  # dropped anyway; PIL would warn about it in a palette
+    if image.mode != "RGB":
+        image.info.pop("transparency", None)  # dropped anyway; PIL would warn about it in a palette
     return image.convert("RGB")

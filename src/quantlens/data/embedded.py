@@ -17,17 +17,16 @@ grey, so that colour alone does not give them away), and letters that went throu
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, lru_cache
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from quantlens.errors import StorageError, UnknownNameError, UnsupportedError
+from quantlens.data.sources import ArraySource, SourceSpec
+from quantlens.errors import UnknownNameError, UnsupportedError
+from quantlens.files import package_file
 
 SIZE = 32  # side of every embedded image, in pixels
 HELD_OUT_DIGITS = (8, 9)
@@ -54,68 +53,39 @@ class EmbeddedInfo:
     description: str
 
 
-@dataclass(frozen=True)
-class EmbeddedImages:
-    """One embedded set: `pixels` uint8 [N,32,32,3], `labels` int64 [N] or None, `class_names`, one name per
-    image.
-    """
-
-    info: EmbeddedInfo
-    pixels: np.ndarray
-    labels: np.ndarray | None
-    class_names: list[str] | None
-    names: list[str]
-
-    def fingerprint(self) -> str:
-        """First 16 hex digits of the SHA-256 of the pixels (and labels, where there are any)."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.pixels).tobytes())
-        if self.labels is not None:
-            digest.update(self.labels.astype("<i8").tobytes())
-        return digest.hexdigest()[:16]
-
-
 def available_embedded() -> dict[str, EmbeddedInfo]:
     """Name -> description of every embedded set. Reads no image."""
-    return {name: info for name, (info, _) in _SETS.items()}
+    return {name: EmbeddedInfo(name, group, description) for name, (group, description, _) in _SETS.items()}
 
 
 @cache
-def load_embedded(name: str) -> EmbeddedImages:
-    """Build the embedded set `name`; the arrays are shared between callers and read-only.
+def load_embedded(name: str) -> ArraySource:
+    """Build the embedded set `name`; the arrays, uint8 [N,32,32,3], are shared between callers and read-only.
 
     Raises UnknownNameError for a name that is not in `available_embedded()`.
     """
     if name not in _SETS:
         raise UnknownNameError("embedded image set", name, _SETS, hint="`quantlens sources` lists them")
-    info, build = _SETS[name]
-    pixels, labels, class_names, names = build()
+    group, _, build = _SETS[name]
+    pixels, names, labels, classes = build()
     pixels.setflags(write=False)
-    if labels is not None:
-        labels.setflags(write=False)
-    return EmbeddedImages(info, pixels, labels, class_names, names)
+    return ArraySource(f"embedded:{name}", "embedded", name, names, labels, classes, group, pixels=pixels)
+
+
+def open_embedded(spec: SourceSpec) -> ArraySource:
+    """`embedded:NAME`: a set that ships with the package."""
+    return replace(load_embedded(spec.path), spec=spec.text)
 
 
 # --- handwritten digits ---
 
 
-def _sklearn_file(relative: str) -> Path:
-    """A data file of the installed scikit-learn, found without importing it (the import takes a second)."""
-    spec = importlib.util.find_spec("sklearn")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / relative
-        if path.is_file():
-            return path
-    raise StorageError(
-        f"scikit-learn's data file {relative} is missing; reinstall scikit-learn (pip install scikit-learn)"
-    )
-
-
-@lru_cache(maxsize=1)
+@cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """All 1797 digits: pixels uint8 [1797,32,32,3] and the digit of each, int64 [1797], in the file's
     order.
     """
-    table = np.loadtxt(_sklearn_file("datasets/data/digits.csv.gz"), delimiter=",", dtype=np.int64)
+    table = np.loadtxt(package_file("sklearn", "datasets/data/digits.csv.gz"), delimiter=",", dtype=np.int64)
     counts = table[:, :64].reshape(-1, 8, 8)
     return np.stack([_enlarge(c) for c in counts]), table[:, 64]
 
@@ -130,40 +100,35 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L").convert("RGB"))
 
 
-@lru_cache(maxsize=1)
+@cache
 def _parts() -> dict[str, np.ndarray]:
     """Row numbers of each part in `_digits()`, ascending. Split by class with a fixed seed; parts are
     disjoint.
     """
     _, digit = _digits()
     rng = np.random.RandomState(SPLIT_SEED)  # its stream is frozen by NumPy, unlike that of default_rng
-    parts: dict[str, list[np.ndarray]] = {"test": [], "calibration": [], "fit": []}
-    for d in ID_DIGITS:
-        rows = rng.permutation(np.flatnonzero(digit == d))
-        test, calibration, fit = np.split(rows, [TEST_PER_CLASS, TEST_PER_CLASS + CALIBRATION_PER_CLASS])
-        parts["test"].append(test)
-        parts["calibration"].append(calibration)
-        parts["fit"].append(fit)
-    rows_of = {name: np.sort(np.concatenate(rows)) for name, rows in parts.items()}
+    ends = (TEST_PER_CLASS, TEST_PER_CLASS + CALIBRATION_PER_CLASS)
+    split = [np.split(rng.permutation(np.flatnonzero(digit == d)), ends) for d in ID_DIGITS]
+    names = ("test", "calibration", "fit")
+    rows_of = {name: np.sort(np.concatenate(rows)) for name, rows in zip(names, zip(*split, strict=True), strict=True)}
     rows_of["train"] = np.sort(np.concatenate([rows_of["calibration"], rows_of["fit"]]))
     rows_of["held-out"] = np.flatnonzero(np.isin(digit, HELD_OUT_DIGITS))
     return rows_of
 
 
-Built = tuple[np.ndarray, np.ndarray | None, list[str] | None, list[str]]
+Built = tuple[np.ndarray, list[str], np.ndarray | None, list[str] | None]
+"""Pixels, a name for each image, labels, class names."""
 
 
-def _digit_part(part: str) -> Callable[[], Built]:
-    def build() -> Built:
-        pixels, digit = _digits()
-        rows = _parts()[part]
-        names = [f"digits/{row:04d}-{digit[row]}" for row in rows]
-        if part == "held-out":
-            return pixels[rows], None, None, names
-        labels = np.searchsorted(ID_DIGITS, digit[rows]).astype(np.int64)
-        return pixels[rows], labels, [str(d) for d in ID_DIGITS], names
-
-    return build
+def _digit_part(part: str) -> Built:
+    pixels, digit = _digits()
+    rows = _parts()[part]
+    names = [f"digits/{row:04d}-{digit[row]}" for row in rows]
+    if part == "held-out":
+        return pixels[rows], names, None, None
+    labels = np.searchsorted(ID_DIGITS, digit[rows]).astype(np.int64)
+    labels.setflags(write=False)
+    return pixels[rows], names, labels, [str(d) for d in ID_DIGITS]
 
 
 # --- far OOD ---
@@ -178,7 +143,7 @@ def _photo_patches() -> Built:
     pixels: list[np.ndarray] = []
     names: list[str] = []
     for photo in ("china", "flower"):
-        with Image.open(_sklearn_file(f"datasets/images/{photo}.jpg")) as opened:
+        with Image.open(package_file("sklearn", f"datasets/images/{photo}.jpg")) as opened:
             image = opened.convert("L")
         wanted = len(pixels) + PATCHES_PER_PHOTO
         while len(pixels) < wanted:
@@ -190,7 +155,7 @@ def _photo_patches() -> Built:
             if patch.std() >= MIN_CONTRAST:
                 pixels.append(patch)
                 names.append(f"{photo}/{left}-{top}-{side}")
-    return np.stack(pixels), None, None, names
+    return np.stack(pixels), names, None, None
 
 
 def _letters() -> Built:
@@ -203,7 +168,7 @@ def _letters() -> Built:
         for k in range(LETTERS_PER_CLASS):
             pixels.append(_enlarge(_letter_counts(letter, rng)))
             names.append(f"letters/{letter}-{k:02d}")
-    return np.stack(pixels), None, None, names
+    return np.stack(pixels), names, None, None
 
 
 def _letter_counts(letter: str, rng: np.random.RandomState) -> np.ndarray:
@@ -237,30 +202,19 @@ def _letter_counts(letter: str, rng: np.random.RandomState) -> np.ndarray:
     return scan.reshape(8, 4, 8, 4).sum(axis=(1, 3))
 
 
-def _entry(name: str, group: str, description: str, build: Callable[[], Built]):
-    return name, (EmbeddedInfo(name, group, description), build)
-
-
 _ID_WORDS = ", ".join(map(str, ID_DIGITS[:-1])) + f" and {ID_DIGITS[-1]}"
 _HELD_OUT_WORDS = " and ".join(map(str, HELD_OUT_DIGITS))
-_SETS: dict[str, tuple[EmbeddedInfo, Callable[[], Built]]] = dict(
-    [
-        _entry("digits-test", "id", f"handwritten digits {_ID_WORDS}, held-out images", _digit_part("test")),
-        _entry(
-            "digits-train",
-            "id",
-            "the same digits, the images digits-vit was trained on",
-            _digit_part("train"),
-        ),
-        _entry("digits-calibration", "id", "a part of digits-train, for calibration", _digit_part("calibration")),
-        _entry("digits-fit", "id", "the rest of digits-train, for statistics of OOD scores", _digit_part("fit")),
-        _entry(
-            "digits-held-out",
-            "near",
-            f"handwritten digits {_HELD_OUT_WORDS}, never seen in training",
-            _digit_part("held-out"),
-        ),
-        _entry("photo-patches", "far", "grey patches of scikit-learn's two photographs", _photo_patches),
-        _entry("letters", "far", f"the letters {' '.join(LETTERS)}, drawn in the digits' style", _letters),
-    ]
-)
+_SETS: dict[str, tuple[str, str, Callable[[], Built]]] = {
+    "digits-test": ("id", f"handwritten digits {_ID_WORDS}, held-out images", partial(_digit_part, "test")),
+    "digits-train": ("id", "the same digits, the images digits-vit was trained on", partial(_digit_part, "train")),
+    "digits-calibration": ("id", "a part of digits-train, for calibration", partial(_digit_part, "calibration")),
+    "digits-fit": ("id", "the rest of digits-train, for statistics of OOD scores", partial(_digit_part, "fit")),
+    "digits-held-out": (
+        "near",
+        f"handwritten digits {_HELD_OUT_WORDS}, never seen in training",
+        partial(_digit_part, "held-out"),
+    ),
+    "photo-patches": ("far", "grey patches of scikit-learn's two photographs", _photo_patches),
+    "letters": ("far", f"the letters {' '.join(LETTERS)}, drawn in the digits' style", _letters),
+}
+"""Name -> group, description, and what builds it."""

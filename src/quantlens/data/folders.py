@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from quantlens.data.decode import IMAGE_SUFFIXES
 from quantlens.data.sources import FileSource, SourceSpec
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
+from quantlens.files import package_file
 
 WNID = re.compile(r"n\d{8}")
 _SUFFIXES_TEXT = " ".join(IMAGE_SUFFIXES)
@@ -29,13 +30,6 @@ def existing_directory(spec: SourceSpec) -> Path:
     raise QuantlensError(f"source {spec.text!r}: there is no folder {root}; check the path (seen from {Path.cwd()})")
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
-
-
 def list_images(root: Path) -> list[str]:
     """Relative paths (forward slashes) of all image files below `root`, sorted; hidden files and folders are
     left out.
@@ -45,25 +39,23 @@ def list_images(root: Path) -> list[str]:
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
 
-    def walk(folder: str, prefix: str) -> None:
+    def refuse(error: OSError) -> NoReturn:
+        raise StorageError(f"cannot list {error.filename or root}: {(error.strerror or str(error)).lower()}") from error
+
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=refuse):
         stat = os.stat(folder)
         if (stat.st_dev, stat.st_ino) in seen:
-            return
+            folders.clear()
+            continue
         seen.add((stat.st_dev, stat.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda e: e.name):
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
-                if _is_folder(entry):
-                    walk(entry.path, f"{prefix}{entry.name}/")
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    found.append(prefix + entry.name)
+        folders[:] = sorted(filter(_is_shown, folders))
+        prefix = Path(folder).relative_to(root).as_posix()
+        found += [f"{prefix}/{file}" for file in files if _is_shown(file) and file.lower().endswith(IMAGE_SUFFIXES)]
+    return sorted(name.removeprefix("./") for name in found)
 
-    try:
-        walk(str(root), "")
-    except OSError as error:
-        raise StorageError(f"cannot list {error.filename or root}: {(error.strerror or str(error)).lower()}") from error
-    return sorted(found)
+
+def _is_shown(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
 
 
 def images_below(spec: SourceSpec) -> tuple[Path, list[str]]:
@@ -78,7 +70,7 @@ def images_below(spec: SourceSpec) -> tuple[Path, list[str]]:
 def open_images(spec: SourceSpec) -> FileSource:
     """`images:DIR`: every image below DIR, no labels."""
     root, names = images_below(spec)
-    return FileSource(spec.text, spec.kind, root.resolve().name, root, names)
+    return FileSource(spec.text, spec.kind, root.resolve().name, names, root=root)
 
 
 def open_imagefolder(spec: SourceSpec) -> FileSource:
@@ -89,43 +81,31 @@ def open_imagefolder(spec: SourceSpec) -> FileSource:
     loose = [name for name in names if "/" not in name]
     if loose:
         raise QuantlensError(
-            f"source {spec.text!r}: {loose[0]} lies outside the class folders (with {len(loose) - 1} "
-            "others); "
+            f"source {spec.text!r}: {loose[0]} lies outside the class folders (with {len(loose) - 1} others); "
             f"move it into one, or use images:{spec.path} for images without labels"
         )
-    classes = sorted(
-        e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".") and e.name != "__MACOSX"
-    )
-    rank = {name: k for k, name in enumerate(classes)}
-    labels = np.array([rank[name.split("/", 1)[0]] for name in names], dtype=np.int64)
-    return FileSource(spec.text, spec.kind, root.resolve().name, root, names, labels, classes)
+    classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and _is_shown(folder.name))
+    labels = np.searchsorted(classes, [name.split("/", 1)[0] for name in names])
+    return FileSource(spec.text, spec.kind, root.resolve().name, names, labels, classes, root=root)
 
 
-@lru_cache(maxsize=1)
+@cache
 def imagenet_wnids() -> tuple[str, ...]:
     """The 1000 WordNet ids of ImageNet-1k in class order, from the list that timm ships (timm itself is not
     imported).
     """
-    wnids = _timm_lines("imagenet_synsets.txt")
-    return tuple(sorted(wnids))
+    return tuple(sorted(_timm_lines("imagenet_synsets.txt")))
 
 
-@lru_cache(maxsize=1)
+@cache
 def imagenet_class_names() -> tuple[str, ...]:
     """The names (WordNet lemmas) of the 1000 classes in class order, from timm."""
-    lemma = dict(line.split("\t", 1) for line in _timm_lines("imagenet_synset_to_lemma.txt") if "\t" in line)
-    return tuple(lemma.get(wnid, wnid) for wnid in imagenet_wnids())
+    lemma = dict(line.split("\t", 1) for line in _timm_lines("imagenet_synset_to_lemma.txt"))
+    return tuple(lemma[wnid] for wnid in imagenet_wnids())
 
 
 def _timm_lines(file: str) -> list[str]:
-    spec = importlib.util.find_spec("timm")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "data" / "_info" / file
-        if path.is_file():
-            return path.read_text(encoding="utf-8").split("\n")[:-1] if path.stat().st_size else []
-    raise StorageError(
-        f"timm's list of ImageNet classes ({file}) is missing; reinstall timm (pip install 'timm>=1.0.9')"
-    )
+    return package_file("timm", f"data/_info/{file}").read_text(encoding="utf-8").splitlines()
 
 
 def open_imagenet(spec: SourceSpec) -> FileSource:
@@ -135,7 +115,7 @@ def open_imagenet(spec: SourceSpec) -> FileSource:
     root, names = images_below(spec)
     rank = {wnid: k for k, wnid in enumerate(imagenet_wnids())}
     labels = np.array([rank[_wnid(spec, name, rank)] for name in names], dtype=np.int64)
-    return FileSource(spec.text, spec.kind, root.resolve().name, root, names, labels, list(imagenet_class_names()))
+    return FileSource(spec.text, spec.kind, root.resolve().name, names, labels, list(imagenet_class_names()), root=root)
 
 
 def _wnid(spec: SourceSpec, name: str, rank: dict[str, int]) -> str:
@@ -144,15 +124,10 @@ def _wnid(spec: SourceSpec, name: str, rank: dict[str, int]) -> str:
     where = f"source {spec.text!r}: {name}"
     in_file = re.match(r"(n\d{8})_", file) or re.search(r"_(n\d{8})\.", file)
     in_folder = next((f for f in reversed(folders) if WNID.fullmatch(f)), None)
-    if folders and in_folder is None and in_file is None:
-        raise QuantlensError(
-            f"{where} lies in the folder {folders[-1]!r}, which is not a wnid such as n01440764; "
-            f"rename the folder, or use imagefolder:{spec.path} or images:{spec.path}"
-        )
     if in_folder is None and in_file is None:
         raise QuantlensError(
-            f"{where} has no wnid in its name (n01440764_1.JPEG); sort the files into wnid folders, "
-            f"or use images:{spec.path} for images without labels"
+            f"{where} has no wnid in its name (n01440764_1.JPEG) or its folder's (n01440764); rename the folder, "
+            f"or use imagefolder:{spec.path}, or images:{spec.path} for images without labels"
         )
     if in_folder and in_file and in_folder != in_file[1]:
         raise QuantlensError(f"{where} is named after {in_file[1]} and lies in {in_folder}; move it to its own folder")
@@ -184,21 +159,14 @@ def open_coco(spec: SourceSpec) -> FileSource:
             f"source {spec.text!r}: {file} lists {outside!r}, outside the image folder; repair the file"
         )
     folders = [root / split, root / "images" / split, root / "images", root]
-    folder = next((f for f in folders if (f / names[0]).is_file() or (f / names[-1]).is_file()), None)
-    if folder is None:
-        raise QuantlensError(
-            f"source {spec.text!r}: the images that {file.name} lists (such as {names[0]}) are not in "
-            f"{root / split}; "
-            "unpack them there"
-        )
+    folder = next((f for f in folders if (f / names[0]).is_file() or (f / names[-1]).is_file()), folders[0])
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise QuantlensError(
-            f"source {spec.text!r}: {len(missing)} of the {len(names)} images of {file.name} are missing "
-            f"from {folder}, "
-            f"the first is {missing[0]}; unpack them again, or use images:{folder}"
+            f"source {spec.text!r}: {len(missing)} of the {len(names)} images of {file.name} are missing from "
+            f"{folder}, the first is {missing[0]}; unpack them there, or use images:{spec.path}"
         )
-    return FileSource(spec.text, spec.kind, f"{root.resolve().name}/{split}", folder, names)
+    return FileSource(spec.text, spec.kind, f"{root.resolve().name}/{split}", names, root=folder)
 
 
 def _coco_annotations(spec: SourceSpec, root: Path) -> tuple[str, Path]:
@@ -208,19 +176,10 @@ def _coco_annotations(spec: SourceSpec, root: Path) -> tuple[str, Path]:
     }
     if not files:
         raise QuantlensError(
-            f"source {spec.text!r}: no annotations/instances_*.json in {root}; unpack COCO's annotations "
-            "there, "
-            f"or use images:{spec.path}"
+            f"source {spec.text!r}: no annotations/instances_*.json in {root}; unpack COCO's annotations there, or use "
+            f"images:{spec.path}"
         )
-    asked = dict(spec.options).get("split")
-    if asked is not None:
-        if asked not in files:
-            raise UnknownNameError(f"split in source {spec.text!r}:", asked, files)
-        return asked, files[asked]
-    if len(files) > 1 and "val2017" not in files:
-        raise QuantlensError(
-            f"source {spec.text!r} has several splits ({', '.join(sorted(files))}); choose one, for example "
-            f"coco:{spec.path}?split={min(files)}"
-        )
-    split = "val2017" if "val2017" in files else next(iter(files))
+    split = spec.options.get("split", "val2017" if len(files) > 1 else next(iter(files)))
+    if split not in files:
+        raise UnknownNameError(f"split in source {spec.text!r}:", split, files, "?split=NAME chooses one")
     return split, files[split]

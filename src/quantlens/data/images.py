@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 CacheDir = str | os.PathLike[str] | bool | None
-Decoded = Iterator[tuple[int, np.ndarray | str]]  # (position, uint8 [3,H,W] or why it cannot be read)
+Skipped = list[tuple[int, str]]  # (position, why it cannot be read)
 
 
 @dataclass(eq=False, repr=False)
@@ -49,18 +47,6 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @property
-    def paths(self) -> list[str]:
-        """The names: for files, their paths relative to the source's folder."""
-        return self.names
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """(3, H, W)."""
-        data = self.pixels if self.pixels is not None else self.values
-        assert data is not None
-        return tuple(data.shape[1:])
 
     def tensor(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Images start..stop as normalised float32 [n,3,H,W]; the other images are not read."""
@@ -118,8 +104,7 @@ class ImageSet:
 
     def __repr__(self) -> str:
         labels = "no labels" if self.labels is None else "labels"
-        counts = f"{len(self)} images {self.image_shape}, {labels}, {len(self.skipped)} skipped"
-        return f"<ImageSet {self.source}: {counts}>"
+        return f"<ImageSet {self.source}: {len(self)} images, {labels}, {len(self.skipped)} skipped>"
 
 
 def load_images(
@@ -151,14 +136,14 @@ def load_images(
         source = source.select(range(min(limit, len(source))))
     identity = source.identity() if cache_dir is not False else None
     key = None if identity is None else cache.cache_key(identity, preprocess.image_key())
-    decoded = _decoded(source, preprocess, skip_bad, progress, workers)
-    entry = _entry(decoded, len(source), preprocess.input_size, cache_dir, key)
+    bad: Skipped = []
+    decoded = _decoded(source, preprocess, bad, skip_bad, progress, workers)
+    entry = _entry(decoded, bad, len(source), preprocess.input_size, cache_dir, key)
     if entry.skipped and not skip_bad:
         raise _bad_image(source, *entry.skipped[0])
     skipped = [(source.names[k], reason) for k, reason in entry.skipped]
     if skipped:
-        left_out = {k for k, _ in entry.skipped}
-        source = source.select([k for k in range(len(source)) if k not in left_out])
+        source = source.select(np.delete(np.arange(len(source)), [k for k, _ in entry.skipped]))
     if not len(source):
         raise QuantlensError(
             f"none of the {len(skipped)} images of {source.spec} can be read; the first is "
@@ -177,60 +162,41 @@ def load_images(
     )
 
 
-def _entry(decoded: Decoded, total: int, shape: tuple[int, ...], cache_dir: CacheDir, key: str | None) -> cache.Entry:
+def _entry(
+    decoded: Iterator[np.ndarray],
+    bad: Skipped,
+    total: int,
+    shape: tuple[int, ...],
+    cache_dir: CacheDir,
+    key: str | None,
+) -> cache.Entry:
     """The images of `decoded`, or of the cache where they are there. key: theirs in the cache, None for no cache."""
-    if key is None:
-        return _decode_to_memory(decoded, total, shape)
-    directory = cache.cache_directory(None if isinstance(cache_dir, bool) else cache_dir)
-    found = cache.read_entry(directory, key, total, shape)
-    try:
-        return found or _decode_to_cache(decoded, directory, key, total, shape)
-    except cache.ReadOnlyError:
-        if not isinstance(cache_dir, bool | None) or os.environ.get("QUANTLENS_CACHE"):
-            raise
-        text = f"{directory} may not be written: images are kept in memory; set QUANTLENS_CACHE to another folder"
-        warnings.warn(text, QuantlensWarning, stacklevel=3)
-        return _decode_to_memory(decoded, total, shape)
-
-
-def _decode_to_memory(decoded: Decoded, total: int, shape: tuple[int, ...]) -> cache.Entry:
+    if key is not None:
+        directory = cache.cache_directory(None if isinstance(cache_dir, bool) else cache_dir)
+        try:
+            found = cache.read_entry(directory, key, total, shape)
+            return found or cache.write_entry(directory, key, total, shape, decoded, bad)
+        except cache.ReadOnlyError:
+            if not isinstance(cache_dir, bool | None) or os.environ.get("QUANTLENS_CACHE"):
+                raise
+            text = f"{directory} may not be written: images are kept in memory; set QUANTLENS_CACHE to another folder"
+            warnings.warn(text, QuantlensWarning, stacklevel=3)
     pixels = np.empty((total, *shape), dtype=np.uint8)
-    skipped: list[tuple[int, str]] = []
-    kept = 0
-    for k, result in decoded:
-        if isinstance(result, str):
-            skipped.append((k, result))
-        else:
-            pixels[kept] = result
-            kept += 1
-    return cache.Entry(pixels[:kept], skipped)
-
-
-def _decode_to_cache(decoded: Decoded, directory: Path, key: str, total: int, shape: tuple[int, ...]) -> cache.Entry:
-    skipped: list[tuple[int, str]] = []
-    with cache.EntryWriter(directory, key, total, shape) as writer:
-        for k, result in decoded:
-            if isinstance(result, str):
-                skipped.append((k, result))
-            else:
-                writer.add(result)
-        writer.commit(skipped)
-    entry = cache.read_entry(directory, key, total, shape)
-    if entry is None:
-        raise cache.StorageError(f"the image cache {directory} did not keep what was written to it; {cache.CURE}")
-    return entry
+    for row, image in enumerate(decoded):
+        pixels[row] = image
+    return cache.Entry(pixels[: total - len(bad)], bad)
 
 
 def _decoded(
-    source: Source, preprocess: Preprocess, skip_bad: bool, progress: Progress | None, workers: int | None
-) -> Decoded:
-    """(position, uint8 [3,H,W]) in order, or (position, reason) for a bad image; a few images ahead are in
-    memory.
+    source: Source, preprocess: Preprocess, bad: Skipped, skip_bad: bool, progress: Progress | None, workers: int | None
+) -> Iterator[np.ndarray]:
+    """uint8 [3,H,W] of each image in order, a few of them in memory; those that cannot be read go to `bad`.
 
     Without `skip_bad` the first bad image raises BadImageError.
     """
     total = len(source)
-    workers = workers or min(16, _processors())
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = workers or min(16, processors)
 
     def decode(k: int) -> np.ndarray | str:
         try:
@@ -238,34 +204,24 @@ def _decoded(
         except BadImageError as error:
             return str(error)
 
-    ahead: deque[Future[np.ndarray | str]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="quantlens-decode") as pool:
-        try:
-            submitted = 0
-            for k in range(total):
-                while submitted < total and len(ahead) < 4 * workers:
-                    ahead.append(pool.submit(decode, submitted))
-                    submitted += 1
-                result = ahead.popleft().result()
-                if isinstance(result, str) and not skip_bad:
+    with ThreadPoolExecutor(threads, thread_name_prefix="quantlens-decode") as pool:
+        for start in range(0, total, 16 * threads):
+            part = range(start, min(start + 16 * threads, total))
+            for k, result in zip(part, pool.map(decode, part), strict=True):
+                if not isinstance(result, str):
+                    yield result
+                elif skip_bad:
+                    bad.append((k, result))
+                else:
                     raise _bad_image(source, k, result)
-                yield k, result
                 if progress is not None:
                     progress(k + 1, total)
-        finally:
-            for future in ahead:
-                future.cancel()
 
 
 def _bad_image(source: Source, position: int, reason: str) -> BadImageError:
     return BadImageError(
         f"{source.describe(position)}: {reason}; repair or remove it, or use --skip-bad to count it and go on"
     )
-
-
-def _processors() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def as_image_set(
@@ -296,15 +252,12 @@ def as_image_set(
                 f"{x if isinstance(x, str) else x.spec}: preprocess is missing; give the model's own, model.preprocess"
             )
         return load_images(x, preprocess, cache_dir=cache_dir, skip_bad=skip_bad, progress=progress)
-    if _is_array(x):
-        return _from_batches([(x, None)], name)
-    if isinstance(x, (tuple, list)) and len(x) == 2 and _is_array(x[0]) and not _is_image_batch(x[1]):
-        return _from_batches([(x[0], x[1])], name)
-    if isinstance(x, Iterable) and not isinstance(x, (dict, bytes)):
-        return _from_batches([_as_pair(item, name) for item in x], name)
+    if _is_array(x) or (isinstance(x, tuple | list) and len(x) == 2 and _is_array(x[0]) and not _is_batch(x[1])):
+        x = [x]
+    if isinstance(x, Iterable) and not isinstance(x, dict | bytes):
+        return _from_batches([_batch(item, name) for item in x], name)
     raise QuantlensError(
-        f"{name}: cannot read images from a {type(x).__name__}; give a SOURCE such as imagenet:DIR, a "
-        "float tensor "
+        f"{name}: cannot read images from a {type(x).__name__}; give a SOURCE such as imagenet:DIR, a float tensor "
         "[N,3,H,W], a pair (tensor, labels), or an iterable of them"
     )
 
@@ -322,69 +275,24 @@ def _with_preprocess(images: ImageSet, preprocess: Preprocess | None) -> ImageSe
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, np.ndarray) or _is_tensor(x)
-
-
-def _is_tensor(x: Any) -> bool:
     import torch
 
-    return isinstance(x, torch.Tensor)
+    return isinstance(x, np.ndarray | torch.Tensor)
 
 
-def _is_image_batch(x: Any) -> bool:
+def _is_batch(x: Any) -> bool:
     return _is_array(x) and x.ndim == 4
 
 
-def _as_pair(item: Any, name: str) -> tuple[Any, Any]:
-    if _is_array(item):
-        return item, None
-    if isinstance(item, (tuple, list)) and len(item) == 2:
-        return item[0], item[1]
-    raise QuantlensError(
-        f"{name}: a batch is a {type(item).__name__}; each must be a float tensor [B,3,H,W] or a pair (tensor, labels)"
-    )
-
-
-def _from_batches(batches: list[tuple[Any, Any]], name: str) -> ImageSet:
+def _batch(item: Any, name: str) -> tuple[torch.Tensor, np.ndarray | None]:
+    """A batch that a person gives, as float32 [N,3,H,W] on the CPU and int64 [N] or None."""
     import torch
 
-    if not batches:
-        raise QuantlensError(
-            f"{name}: the iterable gives no batch; give at least one (a generator can be read only once)"
-        )
-    values = [_image_values(x, name) for x, _ in batches]
-    shapes = {tuple(v.shape[1:]) for v in values}
-    if len(shapes) > 1:
-        raise QuantlensError(f"{name}: batches of different sizes {sorted(shapes)}; resize all images to one size")
-    given = [y is not None for _, y in batches]
-    if any(given) and not all(given):
-        raise QuantlensError(f"{name}: some batches have labels and some have none; give labels for all or for none")
-    labels = None
-    if all(given):
-        labels = np.concatenate([_label_values(y, len(v), name) for (_, y), v in zip(batches, values, strict=True)])
-    whole = values[0] if len(values) == 1 else torch.cat(values)
-    if not len(whole):
-        raise QuantlensError(f"{name}: there is no image in it; give at least one")
-    if not bool(torch.isfinite(whole).all()):
-        raise QuantlensError(f"{name}: the images hold NaN or infinity; look at the transform that made them")
-    digest = hashlib.sha256(str(tuple(whole.shape)).encode())
-    for start in range(0, len(whole), 64):
-        digest.update(whole[start : start + 64].numpy().tobytes())
-    return ImageSet(
-        names=[f"{name}/{k}" for k in range(len(whole))],
-        labels=labels,
-        source=name,
-        fingerprint=digest.hexdigest()[:FINGERPRINT_DIGITS],
-        values=whole,
-    )
-
-
-def _image_values(x: Any, name: str) -> torch.Tensor:
-    """float32 [N,3,H,W] on the CPU."""
-    import torch
-
+    x, y = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
     if not _is_array(x):
-        raise QuantlensError(f"{name}: images are a {type(x).__name__}; give a float tensor [N,3,H,W]")
+        raise QuantlensError(
+            f"{name}: a batch is a {type(x).__name__}; each must be a float tensor [B,3,H,W] or a pair (tensor, labels)"
+        )
     tensor = torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x.detach()
     if tensor.ndim != 4 or tensor.shape[1] != 3:
         raise QuantlensError(f"{name}: images have shape {list(tensor.shape)}; give [N,3,H,W]")
@@ -393,16 +301,43 @@ def _image_values(x: Any, name: str) -> torch.Tensor:
             f"{name}: images are {str(tensor.dtype).removeprefix('torch.')}; give normalised float "
             "values (x / 255 - mean) / std"
         )
-    return tensor.to(device="cpu", dtype=torch.float32).contiguous()
-
-
-def _label_values(y: Any, count: int, name: str) -> np.ndarray:
-    """int64 [count]."""
-    labels = y.detach().cpu().numpy() if _is_tensor(y) else np.asarray(y)
-    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+    values = tensor.to(device="cpu", dtype=torch.float32).contiguous()
+    if y is None:
+        return values, None
+    labels = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
+    if labels.shape != values.shape[:1] or labels.dtype.kind not in "iu":
         raise QuantlensError(
-            f"{name}: labels have shape {list(labels.shape)} and type {labels.dtype}; give one whole "
-            "number for each of the "
-            f"{count} images"
+            f"{name}: labels have shape {list(labels.shape)} and type {labels.dtype}; give one whole number for each "
+            f"of the {len(values)} images"
         )
-    return labels.astype(np.int64)
+    return values, labels.astype(np.int64)
+
+
+def _from_batches(batches: list[tuple[torch.Tensor, np.ndarray | None]], name: str) -> ImageSet:
+    import torch
+
+    if not batches:
+        raise QuantlensError(
+            f"{name}: the iterable gives no batch; give at least one (a generator can be read only once)"
+        )
+    values, labels = zip(*batches, strict=True)
+    shapes = {tuple(v.shape[1:]) for v in values}
+    if len(shapes) > 1:
+        raise QuantlensError(f"{name}: batches of different sizes {sorted(shapes)}; resize all images to one size")
+    labelled = [y for y in labels if y is not None]
+    if len(labelled) not in (0, len(labels)):
+        raise QuantlensError(f"{name}: some batches have labels and some have none; give labels for all or for none")
+    whole = values[0] if len(values) == 1 else torch.cat(values)
+    if not len(whole):
+        raise QuantlensError(f"{name}: there is no image in it; give at least one")
+    if not bool(torch.isfinite(whole).all()):
+        raise QuantlensError(f"{name}: the images hold NaN or infinity; look at the transform that made them")
+    digest = hashlib.sha256(str(tuple(whole.shape)).encode())
+    digest.update(whole.numpy().data)
+    return ImageSet(
+        names=[f"{name}/{k}" for k in range(len(whole))],
+        labels=np.concatenate(labelled) if labelled else None,
+        source=name,
+        fingerprint=digest.hexdigest()[:FINGERPRINT_DIGITS],
+        values=whole,
+    )

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from quantlens.errors import BadImageError, QuantlensError, UnknownNameError, UnsupportedError
 
@@ -63,19 +63,13 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         for field, kind in (("input_size", int), ("mean", float), ("std", float)):
-            values = tuple(kind(v) for v in getattr(self, field))
-            object.__setattr__(self, field, values)
-            if len(values) != 3:
-                raise UnsupportedError(
-                    f"preprocessing: {field} {values} has {len(values)} entries; quantlens reads colour "
-                    "images, give three"
-                )
+            object.__setattr__(self, field, tuple(kind(v) for v in getattr(self, field)))
         object.__setattr__(self, "crop_pct", float(self.crop_pct))
-        channels, height, width = self.input_size
-        if channels != 3 or height < 1 or width < 1:
+        lengths = {len(self.input_size), len(self.mean), len(self.std)}
+        if lengths != {3} or self.input_size[0] != 3 or min(self.input_size) < 1:
             raise UnsupportedError(
-                f"preprocessing: input_size {self.input_size} is not (3, height, width) with positive sides; "
-                "quantlens reads colour images, use a model with three input channels"
+                f"preprocessing: input_size {self.input_size} must be (3, height, width) with positive sides, mean "
+                f"{self.mean} and std {self.std} of three numbers; quantlens reads colour images"
             )
         if self.interpolation not in INTERPOLATIONS:
             raise UnknownNameError("interpolation", self.interpolation, INTERPOLATIONS)
@@ -83,7 +77,7 @@ class Preprocess:
             raise UnknownNameError("crop mode", self.crop_mode, CROP_MODES)
         if not (math.isfinite(self.crop_pct) and self.crop_pct > 0):
             raise QuantlensError(f"preprocessing: crop_pct {self.crop_pct} must be a positive number such as 0.9")
-        if not all(math.isfinite(m) for m in self.mean) or not all(math.isfinite(s) and s > 0 for s in self.std):
+        if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
             raise QuantlensError(
                 f"preprocessing: mean {self.mean} and std {self.std} must be finite, and std positive, in units of 0..1"
             )
@@ -93,29 +87,11 @@ class Preprocess:
         """From a timm `pretrained_cfg` dict (or `resolve_data_config` result); what it does not state gets
         timm's default.
         """
-
-        def stated(key: str, default: Any) -> Any:
-            return cfg.get(key) or default
-
-        return cls(
-            input_size=tuple(stated("input_size", (3, 224, 224))),
-            mean=tuple(stated("mean", IMAGENET_MEAN)),
-            std=tuple(stated("std", IMAGENET_STD)),
-            interpolation=stated("interpolation", "bicubic"),
-            crop_pct=stated("crop_pct", DEFAULT_CROP_PCT),
-            crop_mode=stated("crop_mode", "center"),
-        )
+        return cls(**{field.name: cfg[field.name] for field in fields(cls) if cfg.get(field.name)})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {
-            "input_size": list(self.input_size),
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "interpolation": self.interpolation,
-            "crop_pct": self.crop_pct,
-            "crop_mode": self.crop_mode,
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Preprocess:
@@ -124,15 +100,12 @@ class Preprocess:
         for key in data:
             if key not in known:
                 raise UnknownNameError("preprocessing field", key, known)
-        return cls(**{**known, **data})
+        return cls(**data)
 
     def image_key(self) -> dict[str, Any]:
         """The fields that decide the uint8 pixels (the cache key); mean only where it fills a border."""
-        fields = self.to_dict()
-        fields.pop("std")
-        if self.crop_mode != "border":
-            fields.pop("mean")
-        return fields
+        without = ("std",) if self.crop_mode == "border" else ("std", "mean")
+        return {key: value for key, value in self.to_dict().items() if key not in without}
 
     def resize_crop(self, image: Image.Image) -> np.ndarray:
         """RGB image -> uint8 [3,H,W]: resize (PIL, antialiased) and centre crop.
@@ -186,10 +159,7 @@ def _centre(image: Image.Image, height: int, width: int, fill: tuple[int, ...]) 
     """
     missing_y, missing_x = max(0, height - image.height), max(0, width - image.width)
     if missing_x or missing_y:
-        padded = Image.new("RGB", (image.width + missing_x, image.height + missing_y), fill)
-        padded.paste(image, (missing_x // 2, missing_y // 2))
-        image = padded
+        left, top = missing_x // 2, missing_y // 2
+        image = ImageOps.expand(image, (left, top, missing_x - left, missing_y - top), fill)
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
-    if (top, left, image.height, image.width) == (0, 0, height, width):
-        return image
     return image.crop((left, top, left + width, top + height))

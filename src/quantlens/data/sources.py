@@ -16,14 +16,16 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Self
 from urllib.parse import parse_qsl
 
 import numpy as np
 from PIL import Image
 
+from quantlens.data.decode import decode_image
 from quantlens.errors import QuantlensError, UnknownNameError
 
 FINGERPRINT_DIGITS = 16
@@ -33,19 +35,15 @@ CALIBRATION_IMAGES = 32
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """A parsed SOURCE: `start`, `stop` and `step` as in a Python slice, `sample` images drawn with `seed`, options of
-    the kind.
-    """
+    """A parsed SOURCE: `sample` images drawn with `seed` from a slice of `rows`, and options of the kind."""
 
     text: str
     kind: str
     path: str
-    start: int | None = None
-    stop: int | None = None
-    step: int | None = None
-    sample: int | None = None
-    seed: int = 0
-    options: tuple[tuple[str, str], ...] = ()
+    rows: slice
+    sample: int | None
+    seed: int
+    options: dict[str, str]
 
 
 def parse_spec(text: str) -> SourceSpec:
@@ -62,8 +60,8 @@ def parse_spec(text: str) -> SourceSpec:
     if kind not in KINDS:
         raise UnknownNameError("source kind", kind, KINDS, hint="a source is written KIND:PATH")
     path, question, query = rest.rpartition("?") if "?" in rest.rpartition("/")[2] else (rest, "", "")
-    sample, seed, options = _query(text, query if question else None, KINDS[kind].options)
-    start = stop = step = None
+    given = _query(text, query, KINDS[kind].options) if question else {}
+    rows = slice(None)
     if (bracket := re.search(r"\[([^\[\]/\\]*)\]$", path)) and re.fullmatch(r"[-+\d:\s]*", bracket[1]):
         ends = re.fullmatch(r"\s*([-+]?\d+)?\s*:\s*([-+]?\d+)?\s*(?::\s*([1-9]\d*)?\s*)?", bracket[1])
         if ends is None:
@@ -71,11 +69,32 @@ def parse_spec(text: str) -> SourceSpec:
                 f"source {text!r}: {bracket[0]} is not a slice; write [a:b] or [a:b:step], "
                 "for example [0:400], [-100:] or [::2]"
             )
-        start, stop, step = (int(end) if end else None for end in ends.groups())
+        rows = slice(*(int(end) if end else None for end in ends.groups()))
         path = path[: bracket.start()]
     if not path:
         raise QuantlensError(f"source {text!r} names no {KINDS[kind].what}; write {kind}:{KINDS[kind].what.upper()}")
-    return SourceSpec(text, kind, path, start, stop, step, sample, seed, tuple(sorted(options.items())))
+    sample, seed = given.pop("n", None), given.pop("seed", "0")
+    return SourceSpec(text, kind, path, rows, None if sample is None else int(sample), int(seed), given)
+
+
+def _query(text: str, query: str, options: Iterable[str]) -> dict[str, str]:
+    """What stands behind the question mark, checked."""
+    pairs = parse_qsl(query, keep_blank_values=True)
+    if not pairs:
+        raise QuantlensError(f"source {text!r} ends in '?' without a query; write ?n=200&seed=0 or leave it out")
+    given = dict(pairs)
+    for key in given:
+        if key not in ("n", "seed", *options):
+            raise UnknownNameError(f"query key in source {text!r}:", key, ["n", "seed", *options])
+    if len(given) < len(pairs):
+        raise QuantlensError(f"source {text!r} gives a key twice; give it once")
+    for key, least in (("n", 1), ("seed", 0)):
+        value = given.get(key, "1")
+        if not re.fullmatch(r"\d+", value) or int(value) < least:
+            raise QuantlensError(f"source {text!r}: {key}={value!r} must be a whole number, at least {least}")
+    if "seed" in given and "n" not in given:
+        raise QuantlensError(f"source {text!r} gives a seed but no number of images; write ?n=200&seed={given['seed']}")
+    return given
 
 
 def with_sample(text: str, n: int, seed: int) -> str:
@@ -97,47 +116,21 @@ def open_calibration(text: str, n: int | None = None, seed: int = 0) -> Source:
     return source
 
 
-def _query(text: str, query: str | None, options: Iterable[str]) -> tuple[int | None, int, dict[str, str]]:
-    if query is None:
-        return None, 0, {}
-    known = ["n", "seed", *options]
-    given: dict[str, str] = {}
-    for key, value in parse_qsl(query, keep_blank_values=True):
-        if key not in known:
-            raise UnknownNameError(f"query key in source {text!r}:", key, known)
-        if key in given:
-            raise QuantlensError(f"source {text!r} gives {key} twice; give it once")
-        given[key] = value
-    numbers: dict[str, int] = {}
-    for key, least in (("n", 1), ("seed", 0)):
-        if key in given:
-            value = given.pop(key)
-            if not re.fullmatch(r"\d+", value) or int(value) < least:
-                raise QuantlensError(f"source {text!r}: {key}={value!r} must be a whole number, at least {least}")
-            numbers[key] = int(value)
-    if not numbers and not given:
-        raise QuantlensError(f"source {text!r} ends in '?' without a query; write ?n=200&seed=0 or leave it out")
-    if "seed" in numbers and "n" not in numbers:
-        raise QuantlensError(
-            f"source {text!r} gives a seed but no number of images; write ?n=200&seed={numbers['seed']}"
-        )
-    return numbers.get("n"), numbers.get("seed", 0), given
-
-
+@dataclass(repr=False, eq=False)
 class Source(ABC):
     """A list of images that can be read one by one.
 
     `spec` is the text it was opened from, `kind` and `name` are for people, `names` has one name per image,
     `labels` is int64 [N] or None, `class_names` is a list that `labels` index, or None. `group` is "id",
-    "near" or "far" for embedded sets and None for the rest.
+    "near" or "far" for embedded sets and None for the rest. Every array has one row per image.
     """
 
     spec: str
     kind: str
     name: str
-    names: Sequence[str]
-    labels: np.ndarray | None
-    class_names: list[str] | None
+    names: list[str]
+    labels: np.ndarray | None = None
+    class_names: list[str] | None = None
     group: str | None = None
 
     def __len__(self) -> int:
@@ -146,10 +139,6 @@ class Source(ABC):
     @abstractmethod
     def image(self, index: int) -> Image.Image:
         """Image `index` in RGB. Raises BadImageError with the reason; `describe(index)` names the image."""
-
-    @abstractmethod
-    def select(self, indices: Sequence[int] | np.ndarray) -> Source:
-        """The same kind of source with only these images, in this order."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -161,6 +150,14 @@ class Source(ABC):
         disk.
         """
 
+    def select(self, indices: Sequence[int] | np.ndarray) -> Self:
+        """The same kind of source with only these images, in this order."""
+        rows = np.asarray(indices, dtype=np.int64)
+        arrays: dict[str, Any] = {
+            key: value[rows] for key, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
+        return replace(self, names=[self.names[i] for i in rows], **arrays)
+
     def describe(self, index: int) -> str:
         """What to call image `index` in a message."""
         return f"{self.name}/{self.names[index]}"
@@ -169,65 +166,35 @@ class Source(ABC):
         return f"<{type(self).__name__} {self.spec}: {len(self)} images>"
 
 
-def _pick_labels(labels: np.ndarray | None, indices: Sequence[int] | np.ndarray) -> np.ndarray | None:
-    return None if labels is None else labels[np.asarray(indices, dtype=np.int64)]
-
-
 @dataclass(repr=False, eq=False)
 class FileSource(Source):
     """Image files below `root`; `names` are their paths relative to it, with forward slashes."""
 
-    spec: str
-    kind: str
-    name: str
-    root: Path
-    names: list[str]
-    labels: np.ndarray | None = None
-    class_names: list[str] | None = None
-    group: str | None = None
+    root: Path = field(kw_only=True)
 
     def image(self, index: int) -> Image.Image:
-        from quantlens.data.decode import decode_image
-
-        return decode_image(self.path(index))
-
-    def path(self, index: int) -> Path:
-        return self.root / self.names[index]
-
-    @property
-    def paths(self) -> list[Path]:
-        return [self.root / name for name in self.names]
+        return decode_image(self.describe(index))
 
     def describe(self, index: int) -> str:
-        return str(self.path(index))
-
-    def select(self, indices: Sequence[int] | np.ndarray) -> FileSource:
-        names = [self.names[i] for i in indices]
-        labels = _pick_labels(self.labels, indices)
-        return FileSource(self.spec, self.kind, self.name, self.root, names, labels, self.class_names, self.group)
+        return str(self.root / self.names[index])
 
     def fingerprint(self) -> str:
         """Hash of the sorted relative names and file sizes: the same wherever the folder lies."""
-        lines = sorted(
-            f"{name}\0{stat.st_size if stat else -1}" for name, stat in zip(self.names, self._stats(), strict=True)
-        )
-        return _hash(lines)
+        return sha256_of(sorted(f"{name}\0{size}" for name, size, _ in self._files()))[:FINGERPRINT_DIGITS]
 
     def identity(self) -> list[str]:
         root = self.root.resolve()
-        return [
-            f"{root / name}\0{stat.st_size}\0{stat.st_mtime_ns}" if stat else f"{root / name}\0missing"
-            for name, stat in zip(self.names, self._stats(), strict=True)
-        ]
+        return [f"{root / name}\0{size}\0{changed}" for name, size, changed in self._files()]
 
-    def _stats(self) -> list[os.stat_result | None]:
-        def stat(name: str) -> os.stat_result | None:
+    def _files(self) -> Iterator[tuple[str, int, int]]:
+        """(name, size, time of change) of each; -1 for one that is missing."""
+        for name in self.names:
             try:
-                return os.stat(os.path.join(self.root, name))
+                stat = os.stat(os.path.join(self.root, name))
             except OSError:
-                return None
-
-        return [stat(name) for name in self.names]
+                yield name, -1, -1
+            else:
+                yield name, stat.st_size, stat.st_mtime_ns
 
 
 @dataclass(repr=False, eq=False)
@@ -236,50 +203,25 @@ class ArraySource(Source):
     any.
     """
 
-    spec: str
-    kind: str
-    name: str
-    pixels: np.ndarray
-    names: list[str]
-    labels: np.ndarray | None = None
-    class_names: list[str] | None = None
-    group: str | None = None
+    pixels: np.ndarray = field(kw_only=True)
     origin: str | None = None
 
     def image(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index])
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> ArraySource:
-        rows = np.asarray(indices, dtype=np.int64)
-        names = [self.names[i] for i in rows]
-        labels = _pick_labels(self.labels, rows)
-        return ArraySource(
-            self.spec,
-            self.kind,
-            self.name,
-            self.pixels[rows],
-            names,
-            labels,
-            self.class_names,
-            self.group,
-            self.origin,
-        )
-
     def fingerprint(self) -> str:
         """Hash of the sorted names and of each image's pixels."""
         digests = (hashlib.sha256(np.ascontiguousarray(p).tobytes()).hexdigest() for p in self.pixels)
-        return _hash(sorted(f"{name}\0{digest}" for name, digest in zip(self.names, digests, strict=True)))
+        lines = sorted(f"{name}\0{digest}" for name, digest in zip(self.names, digests, strict=True))
+        return sha256_of(lines)[:FINGERPRINT_DIGITS]
 
     def identity(self) -> list[str] | None:
         return None if self.origin is None else [f"{self.origin}\0{name}" for name in self.names]
 
 
-def _hash(lines: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line.encode("utf-8", "surrogateescape"))
-        digest.update(b"\n")
-    return digest.hexdigest()[:FINGERPRINT_DIGITS]
+def sha256_of(lines: Iterable[Any]) -> str:
+    """SHA-256 of lines of text, hex."""
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def open_source(spec: str) -> Source:
@@ -293,9 +235,9 @@ def open_source(spec: str) -> Source:
 
     parsed = parse_spec(spec)
     source = KINDS[parsed.kind].open(parsed)
-    if parsed.start is parsed.stop is parsed.step is parsed.sample is None:
+    if parsed.rows == slice(None) and parsed.sample is None:
         return source
-    rows = np.arange(len(source))[parsed.start : parsed.stop : parsed.step]
+    rows = np.arange(len(source))[parsed.rows]
     if not len(rows):
         raise QuantlensError(f"source {spec!r}: the slice is empty, there are {len(source)} images; choose other ends")
     if parsed.sample is not None:
@@ -314,11 +256,8 @@ def _drawn(text: str, rows: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SourceKind:
-    """One KIND of the grammar: how it is opened, what PATH is, its own query keys, one line for `quantlens
-    sources`.
-    """
+    """One KIND of the grammar: what PATH is, one line for `quantlens sources`, how it is opened, its own query keys."""
 
-    name: str
     what: str
     description: str
     open: Callable[[SourceSpec], Source]

@@ -11,8 +11,9 @@ correction* when only its own interval leaves 0 out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 from quantlens.errors import QuantlensError, UnknownNameError
@@ -25,10 +26,11 @@ RESAMPLES = 10_000
 SIGNIFICANT, UNCORRECTED, NOT_SIGNIFICANT = "significant", "significant before correction", "not significant"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Difference:
     """One metric: means over seeds of A and B, their difference (B less A), its 95 % interval, the two-sided p-value,
-    and the same corrected for the number of metrics. The last four are None where no per-image outputs were kept."""
+    the same corrected for the number of metrics, and the verdict (SIGNIFICANT, UNCORRECTED or NOT_SIGNIFICANT). The
+    last five are None where no per-image outputs were kept."""
 
     path: str
     a: float
@@ -38,18 +40,7 @@ class Difference:
     high: float | None = None
     p: float | None = None
     p_holm: float | None = None
-
-    @property
-    def verdict(self) -> str | None:
-        """SIGNIFICANT, UNCORRECTED or NOT_SIGNIFICANT; None without an interval."""
-        if self.low is None or self.high is None or self.p_holm is None:
-            return None
-        if self.p_holm < 1 - LEVEL:
-            return SIGNIFICANT
-        return UNCORRECTED if self.low > 0 or self.high < 0 else NOT_SIGNIFICANT
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "verdict": self.verdict}
+    verdict: str | None = None
 
 
 @dataclass
@@ -60,12 +51,9 @@ class Compared:
     seeds: list[list[int]]
     """[seed of A, seed of B] of every pair"""
     n_id: int | None
-    figures: list[Difference]
+    metrics: list[Difference]
     without_interval: str = ""
     """why there are no intervals"""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "figures": [figure.to_dict() for figure in self.figures]}
 
 
 @dataclass
@@ -82,7 +70,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that is valid JSON; metrics are fractions, not percent."""
-        return {**asdict(self), "level": LEVEL, "groups": [group.to_dict() for group in self.groups]}
+        return {**asdict(self), "level": LEVEL}
 
 
 def compare_matches(
@@ -120,45 +108,46 @@ def compare_matches(
 
 def _compared(one: Match, scores: Sequence[str] | None, resamples: Resamples) -> tuple[Compared, list[str]]:
     sets, notes = _common_sets(one)
-    wanted = Wanted(sets, _common_scores(one, scores) if sets else ())
-    means = _means(one, sets)
-    bare = [entry for pair in one.pairs for entry in pair if not entry.has_outputs]
-    rows: dict[str, list[tuple[float, float]]] = {}
+    common = _common_scores(one, scores) if sets else []
+    wanted = Wanted(sets if common else [], common)
+    groups = _groups(one, wanted.sets)
+    without = _without_interval(one)
+    replicas = cache(lambda entry: replicate(entry.outputs, wanted, resamples))
+    measured: dict[str, list[tuple[float, float]]] = {}
     drawn: dict[str, list[tuple[Array, Array]]] = {}
     n = None
-    known: dict[int, dict[str, Array]] = {}
     for first, second in one.pairs:
-        values = [_values(entry, wanted, means) for entry in (first, second)]
-        for path in (p for p in values[0] if p in values[1]):
-            rows.setdefault(path, []).append((values[0][path], values[1][path]))
-        if bare:
-            continue
-        n = _check_same_images(first, second, sets)
-        for entry in (first, second):
-            if id(entry) not in known:
-                assert entry.outputs is not None
-                known[id(entry)] = replicate(entry.outputs, wanted, resamples)
-        for path in (p for p in known[id(first)] if p in known[id(second)]):
-            drawn.setdefault(path, []).append((known[id(first)][path], known[id(second)][path]))
-        second.forget()
-    for entry in (entry for pair in one.pairs for entry in pair):
+        _add_common(measured, _values(first, wanted, groups), _values(second, wanted, groups))
+        if not without:
+            n = _check_same_images(first, second, wanted.sets)
+            _add_common(drawn, replicas(first), replicas(second))
+            second.forget()
+    for entry in one.entries:
         entry.forget()
-    figures = []
-    for path, pairs in rows.items():
-        mean_a, mean_b = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
-        figure = Difference(path, mean_a, mean_b, mean_b - mean_a)
+    metrics = []
+    for path, pairs in measured.items():
+        a, b = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+        metrics.append(Difference(path, a, b, b - a))
         if path in drawn:
             found = interval(differences(drawn[path], resamples), LEVEL)
-            figure = replace(figure, low=found.low, high=found.high, p=found.p)
-        figures.append(figure)
+            metrics[-1].low, metrics[-1].high, metrics[-1].p = found
+            metrics[-1].verdict = UNCORRECTED if found.excludes_zero else NOT_SIGNIFICANT
     seeds = [[first.seed, second.seed] for first, second in one.pairs]
-    return Compared(one.title, seeds, n, figures, _reason(bare)), notes
+    return Compared(one.title, seeds, n, metrics, without), notes
 
 
-def _reason(bare: Sequence[Entry]) -> str:
-    if not bare:
+def _add_common(pairs: dict[str, list[tuple[Any, Any]]], first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Add what both have of a metric to its pairs, by path."""
+    for path in first:
+        if path in second:
+            pairs.setdefault(path, []).append((first[path], second[path]))
+
+
+def _without_interval(one: Match) -> str:
+    """Why there are no intervals, "" where there are."""
+    names = list(dict.fromkeys(str(entry) for entry in one.entries if not entry.has_outputs))
+    if not names:
         return ""
-    names = list(dict.fromkeys(str(entry) for entry in bare))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
         f"no intervals: the per-image outputs of {', '.join(names[:3])}{more} were not kept; a study keeps them unless "
@@ -168,22 +157,21 @@ def _reason(bare: Sequence[Entry]) -> str:
 
 def _common_sets(one: Match) -> tuple[list[str], list[str]]:
     """OOD sets that all cells saw with the same images, and notes on the others. The ID images must be the same."""
-    marks = [entry.marks for pair in one.pairs for entry in pair]
-    if len({mark[""] for mark in marks}) > 1:
+    names = list(dict.fromkeys(name for entry in one.entries for name in entry.sets))
+    marks = {name: {entry.sets.get(name, {}).get("fingerprint") for entry in one.entries} for name in names}
+    if len(marks.pop("")) > 1:
         first, second = one.pairs[0]
         raise QuantlensError(
             f"{first} (A) and {second} (B) were measured on different ID images; only metrics of the same images can "
             "be compared: measure both on one set"
         )
-    names = dict.fromkeys(name for mark in marks for name in mark if name)
-    same = [name for name in names if len({mark.get(name) for mark in marks}) == 1]
-    other = [name for name in names if name not in same]
+    other = [name for name, found in marks.items() if len(found) > 1]
     note = f"left out, as not all cells were measured on the same images of it: OOD set {', '.join(other)}"
-    return same, [note] if other else []
+    return [name for name in marks if name not in other], [note] if other else []
 
 
 def _common_scores(one: Match, scores: Sequence[str] | None) -> list[str]:
-    having = [_scores_of(entry) for pair in one.pairs for entry in pair]
+    having = [_scores_of(entry) for entry in one.entries]
     common = [score for score in having[0] if all(score in names for names in having)]
     if scores is None:
         return ["msp"] if "msp" in common else common[:1]
@@ -197,60 +185,43 @@ def _common_scores(one: Match, scores: Sequence[str] | None) -> list[str]:
 
 def _scores_of(entry: Entry) -> list[str]:
     if entry.result is None:
-        assert entry.outputs is not None
         return list(entry.outputs.id_scores)
     return list(dict.fromkeys(k for e in entry.result["ood"].values() for k, v in e.items() if isinstance(v, dict)))
 
 
-def _means(one: Match, sets: Sequence[str]) -> dict[str, list[str]]:
+def _groups(one: Match, sets: Sequence[str]) -> dict[str, list[str]]:
     """Far and near, each with its members among `sets`, where it has several and all cells agree on the groups."""
-    groups = [{name: entry.groups.get(name) for name in sets} for pair in one.pairs for entry in pair]
-    if any(group != groups[0] for group in groups):
-        return {}
-    members = {group: [name for name in sets if groups[0][name] == group] for group in ("far", "near")}
-    return {group: names for group, names in members.items() if len(names) > 1}
+    of = {name: {entry.sets[name].get("group") for entry in one.entries} for name in sets}
+    members = {group: [name for name in sets if of[name] == {group}] for group in ("far", "near")}
+    agreed = all(len(groups) == 1 for groups in of.values())
+    return {group: names for group, names in members.items() if agreed and len(names) > 1}
 
 
-def _values(entry: Entry, wanted: Wanted, means: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def _values(entry: Entry, wanted: Wanted, groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """The metrics of an entry: those of its result, else those of its per-image outputs; then the means over sets."""
     if entry.result is None:
-        assert entry.outputs is not None
-        measured = point(entry.outputs, wanted)
-        values = {path: measured[path] for path in map(".".join, _paths(wanted)) if path in measured}
+        known = point(entry.outputs, wanted)
     else:
-        found = {".".join(keys): _dig(entry.result, keys) for keys in _paths(wanted)}
-        values = {path: value for path, value in found.items() if value is not None}
-    for group, names in means.items():
+        known = {f"id.{metric}": entry.result["id"].get(metric) for metric in ID_METRICS}
+        for score in wanted.scores:
+            for name in wanted.sets:
+                found = entry.result["ood"][name].get(score, {})
+                known |= {f"ood.{name}.{score}.{metric}": found.get(metric) for metric in OOD_METRICS}
+    values = {path: v for path, v in known.items() if v is not None and not path.startswith("ood_mean.")}
+    for group, names in groups.items():
         for tail in (f"{score}.{metric}" for score in wanted.scores for metric in OOD_METRICS):
-            parts = [values.get(f"ood.{name}.{tail}") for name in names]
-            known = [part for part in parts if part is not None]
-            if len(known) == len(parts):
-                values[f"ood_mean.{group}.{tail}"] = sum(known) / len(known)
+            parts = [values[f"ood.{name}.{tail}"] for name in names if f"ood.{name}.{tail}" in values]
+            if len(parts) == len(names):
+                values[f"ood_mean.{group}.{tail}"] = sum(parts) / len(parts)
     return values
-
-
-def _dig(value: Any, keys: Sequence[str]) -> float | None:
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def _paths(wanted: Wanted) -> Iterator[tuple[str, ...]]:
-    yield from (("id", metric) for metric in ID_METRICS)
-    for score in wanted.scores:
-        yield from (("ood", name, score, metric) for name in wanted.sets for metric in OOD_METRICS)
 
 
 def _check_same_images(first: Entry, second: Entry, sets: Sequence[str]) -> int:
     """The number of ID images; QuantlensError where the two files are not of the same images."""
     one, two = first.outputs, second.outputs
-    assert one is not None
-    assert two is not None
     same = one.labels.tolist() == two.labels.tolist()
-    for name in sets:
-        sizes = [{v.size for v in outputs.ood_scores.get(name, {}).values()} for outputs in (one, two)]
-        same = same and sizes[0] == sizes[1] and len(sizes[0]) == 1
-    if not same:
+    sizes = [[{v.size for v in side.ood_scores.get(name, {}).values()} for name in sets] for side in (one, two)]
+    if not same or sizes[0] != sizes[1]:
         raise QuantlensError(
             f"the per-image outputs of {first} and {second} ({first.file}, {second.file}) are not of the same images; "
             "were some skipped as bad in one of them? measure both anew on images that can all be read"
@@ -259,20 +230,17 @@ def _check_same_images(first: Entry, second: Entry, sets: Sequence[str]) -> int:
 
 
 def _corrected(groups: Sequence[Compared], resamples: int) -> list[str]:
-    """Put Holm's p-values into the metrics; a note where there are too few resamples for so many metrics."""
-    p = {
-        f"{i} {figure.path}": figure.p
-        for i, group in enumerate(groups)
-        for figure in group.figures
-        if figure.p is not None
-    }
-    corrected = holm(p)
-    for i, group in enumerate(groups):
-        group.figures = [replace(f, p_holm=corrected.get(f"{i} {f.path}")) for f in group.figures]
-    needed = round(2 * len(p) / (1 - LEVEL))
+    """Put Holm's p-values and the verdicts into the metrics; a note where there are too few resamples for so many."""
+    every = [one for group in groups for one in group.metrics]
+    tested = {i: one.p for i, one in enumerate(every) if one.p is not None}
+    for i, p in holm(tested).items():
+        every[i].p_holm = p
+        if p < 1 - LEVEL:
+            every[i].verdict = SIGNIFICANT
+    needed = round(2 * len(tested) / (1 - LEVEL))
     if needed <= resamples:
         return []
     return [
-        f"{len(p)} metrics are compared, and after correction for so many none can be significant on {resamples} "
+        f"{len(tested)} metrics are compared, and after correction for so many none can be significant on {resamples} "
         f"resamples: give --resamples {2 * needed}, or compare fewer"
     ]

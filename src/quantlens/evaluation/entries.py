@@ -29,9 +29,7 @@ class Entry:
     held: Outputs | None = None
 
     def __str__(self) -> str:
-        return (
-            f"{self.model} {BASELINE}" if self.baseline else f"{self.model} {self.method} {self.bits} seed {self.seed}"
-        )
+        return f"{self.model} {BASELINE if self.baseline else f'{self.method} {self.bits} seed {self.seed}'}"
 
     @property
     def baseline(self) -> bool:
@@ -43,7 +41,7 @@ class Entry:
         return self.file is not None or self.held is not None
 
     @cached_property
-    def outputs(self) -> Outputs | None:
+    def outputs(self) -> Any:
         """The per-image outputs; None where none were kept. Raises StorageError for a damaged file."""
         return self.held if self.file is None else kept.read(self.file)
 
@@ -52,22 +50,10 @@ class Entry:
         self.__dict__.pop("outputs", None)
 
     @property
-    def _about(self) -> Mapping[str, Any]:
-        if self.result is not None:
-            return self.result
-        return self.outputs.about if self.outputs is not None else {}
-
-    @property
-    def groups(self) -> dict[str, Any]:
-        """OOD set -> "far" or "near"."""
-        return {name: entry.get("group") for name, entry in (self._about.get("ood") or {}).items()}
-
-    @property
-    def marks(self) -> dict[str, Any]:
-        """Fingerprint of the images of every set, the ID set as ""."""
-        about = self._about
-        sets = {name: entry.get("fingerprint") for name, entry in (about.get("ood") or {}).items()}
-        return {"": (about.get("id") or {}).get("fingerprint"), **sets}
+    def sets(self) -> dict[str, Mapping[str, Any]]:
+        """What is known of every image set, the ID set as "": its fingerprint, and the group of an OOD set."""
+        about = self.result or self.outputs.about
+        return {"": about["id"], **about["ood"]}
 
 
 @dataclass
@@ -77,3 +63,7 @@ class Match:
     title: dict[str, str]
     """what both sides share, by trait"""
     pairs: list[tuple[Entry, Entry]] = field(default_factory=list)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for pair in self.pairs for entry in pair]

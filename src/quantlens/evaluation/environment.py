@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import version
 from typing import Any
 
 
@@ -16,7 +17,7 @@ def environment(device: Any = "cpu") -> dict[str, Any]:
     return {
         "quantlens": __version__,
         "torch": torch.__version__,
-        "timm": _version("timm"),
+        "timm": version("timm"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
@@ -70,12 +71,3 @@ def choose_device(name: str | None) -> str:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise QuantlensError(f"device {name!r}: torch sees no Apple GPU here; use cpu or auto")
     return str(device)
-
-
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

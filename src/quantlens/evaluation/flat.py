@@ -21,10 +21,7 @@ def numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, float | int]]:
     """(path, number) of everything measured in a result: ("id.top1", 0.98), ("ood.textures.msp.aupr_out", …). Fractions
     as in `to_dict()`. "change.…" is computed from the result and the FP32 metrics it carries, never read."""
     kept = {key: value for key, value in result.items() if key not in COMPUTED}
-    yield from _numbers(kept, "")
-    fp32 = result.get("fp32")
-    if isinstance(fp32, Mapping):
-        yield from _numbers({"change": change(metrics_only(result), fp32)}, "")
+    yield from _numbers({**kept, "change": change(metrics_only(result), result.get("fp32") or {})}, "")
 
 
 def _numbers(value: Any, path: str) -> Iterator[tuple[str, float | int]]:

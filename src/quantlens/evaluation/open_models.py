@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.errors import BadWeightsError
-from quantlens.models import load_model
+from quantlens.evaluation.environment import choose_device
+from quantlens.models import Model, load_model
 
-EXPORTED = (".onnx", ".xml")
 
-
-def weights_named(weights: str | None) -> str | None:
-    """The ``weights`` of `load_model` for a person's word: trained ones unless they say ``random``."""
-    return None if weights == "random" else weights or "pretrained"
+def open_float(name: str, weights: str | None = None, device: str = "cpu") -> Model:
+    """A float model by name. weights: a file, or a person's word for them: "pretrained" (also None) or "random"."""
+    wanted = None if weights == "random" else weights or "pretrained"
+    return load_model(name, wanted, device=choose_device(device))
 
 
 def open_models(name: str, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
@@ -24,11 +24,11 @@ def open_models(name: str, weights: str | None = None, device: str = "cpu") -> t
     trained ones, or no FP32 model beside a file. Raises BadWeightsError where they are not what the file was made from.
     """
     path = Path(name)
-    model: Any
-    if path.suffix in EXPORTED:
+    made: Any
+    if path.suffix in (".onnx", ".xml"):
         from quantlens.export.exported import Artefact
 
-        model = Artefact(path)
+        made = Artefact(path)
     elif path.suffix == ".safetensors":
         from quantlens.qmodel.checkpoint import load
 
@@ -36,18 +36,15 @@ def open_models(name: str, weights: str | None = None, device: str = "cpu") -> t
             raise BadWeightsError(
                 f"{path} does not exist; give a model's name, or a file that `quantlens quantize` wrote"
             )
-        model = load(path)
+        made = load(path).to(choose_device(device))
     else:
-        return load_model(name, weights_named(weights), device=device), None
-    return model, None if weights is None else _reference(model, weights, device, path)
-
-
-def _reference(made: Any, weights: str, device: str, path: Path) -> Any:
-    """The FP32 model that the model of a file was made from."""
-    reference = load_model(made.name, weights_named(weights), device=device)
+        return open_float(name, weights, device), None
+    if weights is None:
+        return made, None
+    reference = open_float(made.name, weights, device)
     if made.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
         raise BadWeightsError(
             f"--weights {weights} is not the checkpoint that {path} was made from (SHA-256 "
             f"{str(reference.checkpoint_sha256)[:12]}…, not {str(made.checkpoint_sha256)[:12]}…); give that one"
         )
-    return reference
+    return made, reference

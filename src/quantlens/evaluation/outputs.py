@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from quantlens.errors import QuantlensError, StorageError
+from quantlens.errors import StorageError
 from quantlens.files import write_whole
 
 FORMAT = 1
@@ -66,13 +66,6 @@ class Outputs:
         return {name: str(entry.get("group") or "far") for name, entry in self.about["ood"].items()}
 
 
-def check_keep(keep: Any) -> bool | str:
-    """A valid `keep`; QuantlensError otherwise."""
-    if isinstance(keep, bool) or keep == "scores":
-        return keep
-    raise QuantlensError(f"outputs to keep are {keep!r}; write true, false, or scores (everything but the logits)")
-
-
 def of_images(logits: np.ndarray, labels: np.ndarray, keep: bool | str) -> dict[str, Any]:
     """The fields of `Outputs` that logits [N, K] and labels [N] give; `logits` is None unless `keep` is True."""
     from quantlens.metrics.classification import per_image
@@ -90,31 +83,19 @@ def _half(logits: np.ndarray) -> np.ndarray:
     return logits.astype(np.float16 if np.abs(logits).max(initial=0) <= limit else np.float32)
 
 
-def gather(
-    model: Any,
-    images: Mapping[str, Any],
-    id_scores: Mapping[str, np.ndarray],
-    ood_scores: Mapping[str, Mapping[str, np.ndarray]],
-    id_part: Mapping[str, Any],
-    ood_part: Mapping[str, Mapping[str, Any]],
-    n_bins: int,
-) -> Outputs:
-    """The outputs of one evaluation: `images` of `of_images`, scores of the ID images by score and of the OOD images by
-    score and set, and the parts "id" and "ood" of the result."""
-    sets = ood_part if id_scores else {}
-    about = {
-        "model": str(model.name),
-        "method": str(model.method),
-        "bits": str(model.bits),
-        "seed": int(model.seed or 0),
+def about_of(
+    model: Any, id_part: Mapping[str, Any], ood_part: Mapping[str, Mapping[str, Any]], n_bins: int
+) -> dict[str, Any]:
+    """What the outputs of a model are of; the parts "id" and "ood" of its result say on which images."""
+    return {
+        "model": model.name,
+        "method": model.method,
+        "bits": model.bits,
+        "seed": model.seed,
         "n_bins": n_bins,
-        "id": {"fingerprint": id_part.get("fingerprint")},
-        "ood": {
-            name: {"fingerprint": entry.get("fingerprint"), "group": entry.get("group")} for name, entry in sets.items()
-        },
+        "id": {"fingerprint": id_part["fingerprint"]},
+        "ood": {name: {key: part[key] for key in ("fingerprint", "group")} for name, part in ood_part.items()},
     }
-    by_set = {name: {score: values[name] for score, values in ood_scores.items()} for name in sets}
-    return Outputs(**images, id_scores=dict(id_scores), ood_scores=by_set, about=about)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -127,35 +108,28 @@ def path_of(directory: str | os.PathLike[str], key: str) -> Path:
 
 def pack(outputs: Outputs) -> bytes:
     """The content of the file."""
-    sets = list(outputs.ood_scores)
-    scores: dict[str, list[str]] = {"narrow": [], "wide": []}
-    rows: dict[str, list[np.ndarray]] = {"narrow": [], "wide": []}
+    sizes = [(name, next(iter(scores.values())).size) for name, scores in outputs.ood_scores.items()]
+    total = outputs.labels.size + sum(size for _, size in sizes)
+    rows: dict[str, dict[str, np.ndarray]] = {"narrow": {}, "wide": {}}
     for name, ids in outputs.id_scores.items():
-        row = np.concatenate([ids, *(outputs.ood_scores[s][name] for s in sets)])
-        kind = "narrow" if _apart_in_float32(row) else "wide"
-        scores[kind].append(name)
-        rows[kind].append(row)
-    total = outputs.labels.size + sum(_size(entry) for entry in outputs.ood_scores.values())
+        row = np.concatenate([ids, *(scores[name] for scores in outputs.ood_scores.values())])
+        rows["narrow" if _apart_in_float32(row) else "wide"][name] = row
     about = {
         **outputs.about,
         "format": FORMAT,
-        "sets": [[name, _size(outputs.ood_scores[name])] for name in sets],
-        "scores": scores,
+        "sets": sizes,
+        "scores": {kind: list(found) for kind, found in rows.items()},
         "order": list(outputs.id_scores),
     }
     arrays = {name: getattr(outputs, name).astype(dtype) for name, dtype in VECTORS.items()}
-    arrays["narrow"] = np.array(rows["narrow"], np.float32).reshape(-1, total)
-    arrays["wide"] = np.array(rows["wide"], np.float64).reshape(-1, total)
+    arrays["narrow"] = np.array(list(rows["narrow"].values()), np.float32).reshape(-1, total)
+    arrays["wide"] = np.array(list(rows["wide"].values()), np.float64).reshape(-1, total)
     if outputs.logits is not None:
         arrays["logits"] = outputs.logits
     text = json.dumps(about, sort_keys=True, allow_nan=False).encode()
     stream = io.BytesIO()
     np.savez_compressed(stream, allow_pickle=False, about=np.frombuffer(text, np.uint8), **arrays)
     return stream.getvalue()
-
-
-def _size(scores: Mapping[str, np.ndarray]) -> int:
-    return next((values.size for values in scores.values()), 0)
 
 
 def _apart_in_float32(values: np.ndarray) -> bool:
@@ -200,32 +174,26 @@ def read(path: str | os.PathLike[str], *, logits: bool = False) -> Outputs:
 def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Outputs:
     """Checked outputs; ValueError where shapes, types or values do not belong together."""
     n = arrays["labels"].size
-    for name, dtype in VECTORS.items():
-        if arrays[name].dtype != dtype or arrays[name].shape != (n,) or not np.isfinite(arrays[name]).all():
-            raise ValueError(f"{name} is not a vector of {n} numbers")
     sizes = [(str(name), int(size)) for name, size in about["sets"]]
     ends = np.cumsum([n, *(size for _, size in sizes)])
-    if n == 0 or min((size for _, size in sizes), default=1) < 1:
-        raise ValueError("an image set is empty")
-    rows: dict[str, np.ndarray] = {}
-    for kind in ("narrow", "wide"):
-        names, table = about["scores"][kind], arrays[kind]
-        if table.shape != (len(names), ends[-1]) or table.dtype.kind != "f" or not np.isfinite(table).all():
-            raise ValueError("the scores do not fit the images")
-        rows |= {str(name): row.astype(np.float64) for name, row in zip(names, table, strict=True)}
-    parts = {name: np.split(rows[name], ends[:-1]) for name in about.pop("order")}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(VECTORS, (n,))
+    shapes |= {kind: (len(names), ends[-1]) for kind, names in about["scores"].items()}
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} does not hold {shape} numbers")
+    if 0 in (n, *(size for _, size in sizes)) or set(about["ood"]) != {name for name, _ in sizes}:
+        raise ValueError("the image sets are not those of the scores, or one is empty")
     logits = arrays.get("logits")
-    if logits is not None and (logits.ndim != 2 or len(logits) != n or logits.dtype.kind != "f"):
+    if logits is not None and len(logits) != n:
         raise ValueError("the logits do not fit the images")
-    for name in ("model", "method", "bits", "seed", "n_bins", "id", "ood"):
-        if name not in about:
-            raise ValueError(f"it does not say its {name}")
-    if set(about["ood"]) != {name for name, _ in sizes}:
-        raise ValueError("the OOD sets have other names than their scores")
+    rows: dict[str, np.ndarray] = {}
+    for kind, names in about["scores"].items():
+        rows |= dict(zip(names, arrays[kind].astype(np.float64), strict=True))
+    parts = {name: np.split(rows[name], ends[:-1]) for name in about["order"]}
     return Outputs(
         **{name: arrays[name] for name in VECTORS},
         id_scores={name: part[0] for name, part in parts.items()},
         ood_scores={name: {score: part[i + 1] for score, part in parts.items()} for i, (name, _) in enumerate(sizes)},
-        about={key: value for key, value in about.items() if key not in ("format", "sets", "scores")},
+        about={key: about[key] for key in ("model", "method", "bits", "seed", "n_bins", "id", "ood")},
         logits=logits,
     )

@@ -92,27 +92,18 @@ class Result:
     def from_dict(cls, data: Mapping[str, Any]) -> Result:
         """The inverse of `to_dict`. Raises QuantlensError when a key that every result has is missing."""
         fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in NOT_STORED}
-        known = {k: v for k, v in data.items() if k in fields}
+        every = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+        missing = [name for name in every if name not in data]
+        if missing:
+            raise QuantlensError(f"this is no result of quantlens: it lacks {', '.join(sorted(missing))}")
         extra = {k: v for k, v in data.items() if k not in fields and k not in COMPUTED}
-        try:
-            return cls(**known, extra=extra)
-        except TypeError as error:
-            missing = sorted(
-                name
-                for name, f in fields.items()
-                if name not in known and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-            )
-            raise QuantlensError(f"this is no result of quantlens: it lacks {', '.join(missing) or error}") from None
+        return cls(**{k: v for k, v in data.items() if k in fields}, extra=extra)
 
     def compare(self, reference: Result) -> None:
         """Set `fp32` from the FP32 Result on the same images. Raises QuantlensError for one of other
         images, or of a quantized model."""
         check_same_images(reference, self.id, self.ood)
-        self.set_reference(reference.to_dict())
-
-    def set_reference(self, reference: Mapping[str, Any]) -> None:
-        """Set `fp32` from the parts "id", "ood" and "ood_mean" of the FP32 model's result."""
-        self.fp32 = metrics_only(reference)
+        self.fp32 = metrics_only(vars(reference))
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame of one row: what the model is, then every number under its path ("id.top1", …). Raises
@@ -205,16 +196,12 @@ def check_same_images(reference: Result, id_part: Mapping[str, Any], ood_part: M
 
 def plain(value: Any) -> Any:
     """Nested dicts, lists, strings and finite Python numbers; numpy values are unpacked, NaN becomes None."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return str(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -9,15 +9,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quantlens.ambient import isolated
+from quantlens.data import as_image_set
 from quantlens.errors import QuantlensError
-from quantlens.export.exported import Artefact, files_of
+from quantlens.export.export import export
+from quantlens.export.exported import Artefact
 
 
 @dataclass(frozen=True)
@@ -67,20 +71,15 @@ def contender(path: str | Path, label: str | None = None) -> Contender:
 
 def eager(model: Any, label: str = "PyTorch eager FP32") -> Contender:
     """The float model in PyTorch, as its author wrote it."""
+    import torch
+
+    @torch.inference_mode()
+    def run(threads: int, images: np.ndarray) -> Any:
+        torch.set_num_threads(threads)
+        return model.module(torch.from_numpy(images))
 
     def make(threads: int) -> Callable[[np.ndarray], Any]:
-        import torch
-
-        module = model.module.eval()
-
-        def run(images: np.ndarray) -> Any:
-            torch.set_num_threads(threads)
-            with torch.inference_mode():
-                return module(torch.from_numpy(images))
-
-        return run
-
-    import torch
+        return partial(run, threads)
 
     facts = {
         "fingerprint": f"torch {model.checkpoint_sha256 or model.name}",
@@ -137,7 +136,6 @@ def bench(
             medians = np.median(times, axis=1)
             for j, c in enumerate(contenders):
                 low, high = np.quantile(times[j], [0.1, 0.9])
-                size = None if c.path is None else _size(c.path)
                 found.append(
                     Timing(
                         c.label,
@@ -147,7 +145,7 @@ def bench(
                         p10_ms=float(1e3 * low),
                         p90_ms=float(1e3 * high),
                         images_per_second=float(batch / medians[j]),
-                        size_mb=size,
+                        size_mb=c.facts.get("size_mb"),
                         memory_mb=held[c.label],
                         speedup=float(medians[0] / medians[j]),
                         fingerprint=c.facts.get("fingerprint", ""),
@@ -202,10 +200,10 @@ def race(
 def check_files(paths: Sequence[str | Path]) -> tuple[int, int, int]:
     """Size of the images that all of some exported files take. Raises QuantlensError where there is no such size."""
     sizes = {tuple(Artefact(path).preprocess.input_size) for path in paths}
-    if not sizes:
-        raise QuantlensError("nothing to time: give at least one exported model")
-    if len(sizes) > 1:
-        raise QuantlensError("the files take images of different sizes; time those of one model together")
+    if len(sizes) != 1:
+        raise QuantlensError(
+            "give at least one exported model, and time those that take different sizes of image apart"
+        )
     return sizes.pop()  # type: ignore[return-value]
 
 
@@ -214,44 +212,37 @@ def _pixels(images: Any, model: Any) -> np.ndarray:
     if images is None:
         shape = (16, *model.preprocess.input_size)
         return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    from quantlens.data import as_image_set
-
     return as_image_set(images, model.preprocess).tensor().numpy()
 
 
 def float_files(model: Any, folder: Path) -> list[Contender]:
     """The float model in ONNX Runtime and in OpenVINO, exported into ``folder``; what is not installed is left out."""
-    from quantlens.export.export import export
-
     found = []
     for name, label in (("fp32.onnx", "ONNX Runtime FP32"), ("fp32.xml", "OpenVINO FP32")):
-        try:
+        with suppress(QuantlensError):
             found.append(contender(export(model, folder / name), label))
-        except QuantlensError:
-            continue
     return found
 
 
 def peers(model: Any, calibration: np.ndarray, folder: Path) -> list[Contender]:
     """What the runtimes' own tools make of the float model at 8 bits: ONNX Runtime's static quantization with its
     defaults, NNCF's transformer preset. What is not installed is left out. calibration: float32 [N, 3, H, W]."""
-    return [c for make in (_ort_static, _nncf) if (c := make(model, calibration, folder)) is not None]
+    found = []
+    for make in (_ort_static, _nncf):
+        with suppress(ImportError):
+            found.append(make(model, calibration, folder))
+    return found
 
 
-def _ort_static(model: Any, calibration: np.ndarray, folder: Path) -> Contender | None:
-    try:
-        import onnx
-        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
-    except ImportError:
-        return None
-    from quantlens.export.export import export
+def _ort_static(model: Any, calibration: np.ndarray, folder: Path) -> Contender:
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    images = iter(calibration)
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.images = iter(calibration)
-
         def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(self.images, None)
+            image = next(images, None)
             return None if image is None else {"images": image[None]}
 
     source, target = export(model, folder / "peer-fp32.onnx"), folder / "onnxruntime-static.onnx"
@@ -264,13 +255,9 @@ def _ort_static(model: Any, calibration: np.ndarray, folder: Path) -> Contender 
     return contender(target, "ONNX Runtime static int8 (its defaults)")
 
 
-def _nncf(model: Any, calibration: np.ndarray, folder: Path) -> Contender | None:
-    try:
-        import nncf
-        import openvino
-    except ImportError:
-        return None
-    from quantlens.export.export import export
+def _nncf(model: Any, calibration: np.ndarray, folder: Path) -> Contender:
+    import nncf
+    import openvino
 
     source = openvino.Core().read_model(export(model, folder / "peer-fp32.xml"))
     data = nncf.Dataset([image[None] for image in calibration])
@@ -287,10 +274,6 @@ def _peer_plan(plan: str, method: str, calibration: np.ndarray) -> str:
     """The float file's record (JSON) as that of what another tool made of it."""
     made = {"method": method, "bits": "W8A8", "calibration": {"n": len(calibration)}}
     return json.dumps(json.loads(plan) | made)
-
-
-def _size(path: Path) -> float:
-    return sum(f.stat().st_size for f in files_of(path)) / 1e6
 
 
 _MEMORY = """

@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from quantlens._version import __version__
 from quantlens.ambient import isolated
@@ -58,17 +57,7 @@ def export(
     if path.suffix not in (".onnx", ".xml"):
         raise UnsupportedError(f"{path}: give a file that ends in .onnx or .xml (OpenVINO) or .pt2 (PyTorch)")
     threshold = None if guard_images is None else guard_threshold(qmodel, guard_images, guard, keep)
-    record = metadata(qmodel, guard, keep, threshold)
-    proto, initializers = onnx_model(qmodel, record, guard, simulate=simulate)
-    if path.suffix == ".onnx":
-        write_whole(path, pieces(proto, initializers))
-        return path
-    return _openvino(proto, initializers, record, path)
-
-
-def metadata(qmodel: QuantizedModel, guard: str, keep: float, threshold: dict[str, Any] | None) -> dict[str, str]:
-    """What the file says of itself, as strings (JSON where it is structured)."""
-    return {
+    record = {  # what the file says of itself
         "quantlens": __version__,
         "plan": json.dumps({**qmodel.plan.info, "rewrites": qmodel.plan.rewrites}),
         "preprocess": json.dumps(qmodel.preprocess.to_dict()),
@@ -76,6 +65,11 @@ def metadata(qmodel: QuantizedModel, guard: str, keep: float, threshold: dict[st
         "num_parameters": str(qmodel.num_parameters),
         "saturating": json.dumps(any(quantizer.bits > 7 for _, quantizer in qmodel.weight_edges())),
     }
+    proto, initializers = onnx_model(qmodel, record, guard, simulate=simulate)
+    if path.suffix == ".onnx":
+        write_whole(path, pieces(proto, initializers))
+        return path
+    return _openvino(proto, initializers, record, path)
 
 
 def onnx_model(
@@ -95,24 +89,19 @@ def onnx_model(
         )
     emitter = Emitter(qmodel.graph, qmodel.plan.quantizers, simulate=simulate)
     logits = emitter.op("Identity", write_graph(emitter), out="logits")
-    axis = emitter.constant([1], dtype=np.int64)
     if guard == "energy":
-        emitter.op("ReduceLogSumExp", logits, axis, out="score", keepdims=0)
+        emitter.op("ReduceLogSumExp", logits, [1], out="score", keepdims=0)
     else:
         scored = emitter.op("Softmax", logits, axis=1) if guard == "msp" else logits
-        emitter.op("ReduceMax", scored, axis, out="score", keepdims=0)
-    size = [int(v) for v in qmodel.preprocess.input_size]
-    graph = helper.make_graph(
-        emitter.nodes,
-        qmodel.name,
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", *size])],
-        [
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", qmodel.num_classes]),
-            helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"]),
-        ],
-    )
+        emitter.op("ReduceMax", scored, [1], out="score", keepdims=0)
+
+    def floats(name: str, *shape: int) -> Any:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
+
+    inputs = [floats("images", *map(int, qmodel.preprocess.input_size))]
+    outputs = [floats("logits", qmodel.num_classes), floats("score")]
     proto = helper.make_model(
-        graph,
+        helper.make_graph(emitter.nodes, qmodel.name, inputs, outputs),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="quantlens",
@@ -144,8 +133,6 @@ def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str
 
 def _need(package: str) -> Any:
     """A package of the ``deploy`` extra. Raises QuantlensError saying how to get it."""
-    from importlib import import_module
-
     try:
         return import_module(package)
     except ImportError:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
+from scipy.special import softmax
 
 from quantlens.data import Preprocess
+from quantlens.data.decode import decode_image
 from quantlens.errors import BadWeightsError
 from quantlens.export.export import _need
 from quantlens.export.processor import saturates
@@ -29,7 +32,8 @@ class Prediction(NamedTuple):
 
 
 class Artefact:
-    """A .onnx or .xml (OpenVINO) file written by :func:`quantlens.export`, ready to run on the CPU.
+    """A .onnx or .xml (OpenVINO) file written by :func:`quantlens.export`, ready to run on the CPU, and what it says of
+    itself. runtime: name and version of what runs it. size_mb: megabytes (10⁶ bytes) on disk.
 
     threads: CPU threads (None: the runtime's choice). Where the processor's integer sums saturate (see
     :mod:`quantlens.export.processor`), ONNX Runtime is told to avoid it, and OpenVINO computes with the same codes in
@@ -47,12 +51,22 @@ class Artefact:
         self._runtime = runs[self.path.suffix](self.path, threads)
         record = self._runtime.metadata
         try:
-            self.info: dict[str, Any] = json.loads(record["plan"])
+            info = json.loads(record["plan"])
             self.preprocess = Preprocess.from_dict(json.loads(record["preprocess"]))
             self.guard: dict[str, Any] = json.loads(record["guard"])
             self.num_parameters = int(record["num_parameters"])
         except (KeyError, ValueError, TypeError) as error:
             raise BadWeightsError(f"{self.path} was not written by `quantlens export`: {error}") from error
+        self.info: dict[str, Any] = info
+        self.name, self.method = str(info.get("model", self.path.stem)), str(info.get("method", "custom"))
+        self.bits, self.seed = str(info.get("bits", "")), int(info.get("seed") or 0)
+        self.options: dict[str, Any] = dict(info.get("options") or {})
+        self.calibration: dict[str, Any] | None = info.get("calibration")
+        self.checkpoint_sha256: str | None = info.get("checkpoint_sha256")
+        self.class_names: list[str] | None = info.get("class_names")
+        self.runtime, self.num_classes = self._runtime.version, self._runtime.num_classes
+        self.size_mb = sum(file.stat().st_size for file in files_of(self.path)) / 1e6
+        self.size_ratio = self.size_mb * 1e6 / (4 * self.num_parameters)
 
     # -- running ------------------------------------------------------------------------------------------------------
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -61,26 +75,20 @@ class Artefact:
 
     def predict(self, images: Sequence[Any]) -> list[Prediction]:
         """Predictions for pictures: paths or PIL images."""
-        from PIL import Image
-
-        from quantlens.data.decode import decode_image
-
         opened = [image if isinstance(image, Image.Image) else decode_image(image) for image in images]
         pixels = np.stack([self.preprocess.resize_crop(image.convert("RGB")) for image in opened])
         logits, scores = self.run(self.preprocess.normalize(pixels).numpy())
         threshold = (self.guard.get("threshold") or {}).get("value")
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities = shifted / shifted.sum(axis=1, keepdims=True)
-        names = self.class_names
+        probabilities, names = softmax(logits, axis=1), self.class_names
         return [
             Prediction(
-                int(label := row.argmax()),
+                int(label),
                 names[label] if names else None,
                 float(row[label]),
                 float(score),
                 None if threshold is None else bool(score < threshold),
             )
-            for row, score in zip(probabilities, scores, strict=True)
+            for label, row, score in zip(logits.argmax(1), probabilities, scores, strict=True)
         ]
 
     # -- what `evaluate` asks of a model ------------------------------------------------------------------------------
@@ -96,6 +104,8 @@ class Artefact:
         """images [B, 3, H, W] tensor -> logits [B, K] tensor."""
         return self.outputs(images).logits
 
+    reference = None
+
     def classifier(self) -> None:
         return None
 
@@ -104,51 +114,6 @@ class Artefact:
 
     def to(self, *_: Any, **__: Any) -> Artefact:
         return self
-
-    @property
-    def name(self) -> str:
-        return str(self.info.get("model", self.path.stem))
-
-    @property
-    def method(self) -> str:
-        return str(self.info.get("method", "custom"))
-
-    @property
-    def bits(self) -> str:
-        return str(self.info.get("bits", ""))
-
-    @property
-    def seed(self) -> int:
-        return int(self.info.get("seed") or 0)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.info.get("options") or {})
-
-    @property
-    def calibration(self) -> dict[str, Any] | None:
-        return self.info.get("calibration")
-
-    @property
-    def checkpoint_sha256(self) -> str | None:
-        return self.info.get("checkpoint_sha256")
-
-    @property
-    def class_names(self) -> list[str] | None:
-        return self.info.get("class_names")
-
-    @property
-    def num_classes(self) -> int:
-        return self._runtime.num_classes
-
-    @property
-    def reference(self) -> None:
-        return None
-
-    @property
-    def runtime(self) -> str:
-        """Name and version of what runs it."""
-        return self._runtime.version
 
     def advice(self) -> list[str]:
         """Sentences on what must be set to get these numbers where the file is loaded without quantlens."""
@@ -169,19 +134,6 @@ class Artefact:
                 "or quantize with W7A8, whose sums fit on every processor"
             )
         return said
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(f.stat().st_size for f in files_of(self.path))
-
-    @property
-    def size_mb(self) -> float:
-        """Megabytes (10⁶ bytes) on disk."""
-        return self.size_bytes / 1e6
-
-    @property
-    def size_ratio(self) -> float:
-        return self.size_bytes / (4 * self.num_parameters)
 
     @property
     def fingerprint(self) -> str:

@@ -21,8 +21,8 @@ LIMIT = 2**31 - 1
 SMALL = 4096
 """Bytes up to which the checker is given an initializer's values (it needs those of shapes and axes)."""
 
-GRAPH_IN_MODEL, TENSOR_IN_GRAPH, RAW_IN_TENSOR = (7 << 3) | 2, (5 << 3) | 2, (9 << 3) | 2
-"""Protobuf tags: field number and the wire type of what has a length."""
+GRAPH_IN_MODEL, TENSOR_IN_GRAPH, RAW_IN_TENSOR = 7, 5, 9
+"""Numbers of protobuf's fields."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,11 @@ class Initializer:
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
         return Initializer(name, kind, array.shape, array.nbytes, lambda: np.asarray(array, order="C").tobytes())
 
-    def proto(self, *, full: bool) -> Any:
-        """The TensorProto, with its values or without."""
+    def proto(self, content: bytes | None = None) -> Any:
+        """The TensorProto, with these values or without."""
         from onnx import TensorProto
 
-        tensor = TensorProto(name=self.name, data_type=self.kind, dims=self.shape)
-        if full:
-            tensor.raw_data = self.content()
-        return tensor
-
-    @property
-    def length(self) -> int:
-        """Bytes of the serialised TensorProto."""
-        return int(self.proto(full=False).ByteSize()) + 1 + len(_varint(self.size)) + self.size
-
-    def pieces(self) -> Iterator[bytes]:
-        yield self.proto(full=False).SerializeToString()
-        yield bytes([RAW_IN_TENSOR]) + _varint(self.size)
-        yield self.content()
+        return TensorProto(name=self.name, data_type=self.kind, dims=self.shape, raw_data=content)
 
 
 def check(model: Any, initializers: list[Initializer]) -> None:
@@ -73,7 +60,7 @@ def check(model: Any, initializers: list[Initializer]) -> None:
     tried.CopyFrom(model)
     for one in initializers:
         if one.size <= SMALL:
-            tried.graph.initializer.append(one.proto(full=True))
+            tried.graph.initializer.append(one.proto(one.content()))
         else:
             tried.graph.input.append(helper.make_tensor_value_info(one.name, one.kind, one.shape))
     onnx.checker.check_model(tried, full_check=True)
@@ -81,9 +68,11 @@ def check(model: Any, initializers: list[Initializer]) -> None:
 
 def pieces(model: Any, initializers: list[Initializer]) -> Iterator[bytes]:
     """The file, of a ModelProto whose graph has no initializers. Raises UnsupportedError beyond protobuf's 2 GiB."""
-    graph = model.graph.SerializeToString()
-    lengths = [one.length for one in initializers]
-    total = len(graph) + sum(1 + len(_varint(n)) + n for n in lengths)
+    graph, heads = model.graph.SerializeToString(), []
+    for one in initializers:
+        head = one.proto().SerializeToString() + _head(RAW_IN_TENSOR, one.size)
+        heads.append(_head(TENSOR_IN_GRAPH, len(head) + one.size) + head)
+    total = len(graph) + sum(map(len, heads)) + sum(one.size for one in initializers)
     if total > LIMIT:
         raise UnsupportedError(
             f"the model needs {total / 1e9:.1f} GB, more than the 2 GiB of an ONNX file; quantize it to fewer bits"
@@ -91,19 +80,16 @@ def pieces(model: Any, initializers: list[Initializer]) -> Iterator[bytes]:
     bare = type(model)()
     bare.CopyFrom(model)
     bare.ClearField("graph")
-    yield bare.SerializeToString()
-    yield bytes([GRAPH_IN_MODEL]) + _varint(total)
-    yield graph
-    for one, length in zip(initializers, lengths, strict=True):
-        yield bytes([TENSOR_IN_GRAPH]) + _varint(length)
-        yield from one.pieces()
+    yield bare.SerializeToString() + _head(GRAPH_IN_MODEL, total) + graph
+    for head, one in zip(heads, initializers, strict=True):
+        yield head
+        yield one.content()
 
 
-def _varint(value: int) -> bytes:
-    """A number in protobuf's base-128 form."""
-    found = bytearray()
-    while value > 0x7F:
-        found.append(value & 0x7F | 0x80)
-        value >>= 7
-    found.append(value)
-    return bytes(found)
+def _head(field: int, length: int) -> bytes:
+    """What protobuf writes before a field that has a length: its number, and the length in base 128."""
+    found = bytearray([field << 3 | 2])
+    while length > 0x7F:
+        found.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes([*found, length])

@@ -6,11 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from quantlens.errors import UnsupportedError
 from quantlens.export.onnx_graph import Emitter
-from quantlens.graph.graph import op_name
+from quantlens.graph.graph import argument, op_name
+
+Writer = Callable[[Emitter, fx.Node], str]
+
+LAST = (1 << 31) - 1
+"""The end of a slice that has none."""
 
 
 def write_graph(e: Emitter) -> str:
@@ -32,57 +38,45 @@ def write_graph(e: Emitter) -> str:
 
 
 def _linear(e: Emitter, node: fx.Node) -> str:
-    weight = e.graph.constant(node.args[1])
-    assert weight is not None
-    product = e.op("MatMul", e.value(node, 0), e.dequantized_weight(node, weight, transpose=True))
-    bias = node.args[2] if len(node.args) > 2 else None
-    if bias is None:
-        return product
-    return e.op("Add", product, e.read(bias))
+    product, bias = e.op("MatMul", e.value(node), e.weight(node, transpose=True)), argument(node, "bias")
+    return product if bias is None else e.op("Add", product, e.read(bias))
 
 
 def _conv(e: Emitter, node: fx.Node) -> str:
-    weight = e.graph.constant(node.args[1])
-    assert weight is not None
-    given = dict(enumerate(node.args))
-    stride, padding, dilation = (given.get(i, d) for i, d in ((3, 1), (4, 0), (5, 1)))
-    groups = given.get(8 if op_name(node) == "aten.convolution.default" else 6, 1)
-    if op_name(node) == "aten.convolution.default" and given.get(6):
+    if argument(node, "transposed"):
         raise UnsupportedError("export does not know transposed convolutions")
 
-    def two(value: Any) -> list[int]:
+    def two(name: str) -> list[int]:
+        value = argument(node, name)
         return [value, value] if isinstance(value, int) else [value[0], value[-1]]
 
-    attributes: dict[str, Any] = {"strides": two(stride), "dilations": two(dilation), "group": groups}
+    attributes: dict[str, Any] = {"strides": two("stride"), "dilations": two("dilation")}
+    padding, bias = argument(node, "padding"), argument(node, "bias")
     if isinstance(padding, str):
         attributes["auto_pad"] = "VALID" if padding == "valid" else "SAME_UPPER"
     else:
-        attributes["pads"] = two(padding) * 2
-    inputs = [e.value(node, 0), e.dequantized_weight(node, weight, transpose=False)]
-    if given.get(2) is not None:
-        inputs.append(e.read(given[2]))
-    return e.op("Conv", *inputs, kernel_shape=list(weight.shape[2:]), **attributes)
+        attributes["pads"] = two("padding") * 2
+    inputs = [e.value(node), e.weight(node), *([] if bias is None else [e.read(bias)])]
+    kernel = argument(node, "weight").meta["shape"][2:]
+    return e.op("Conv", *inputs, kernel_shape=kernel, group=argument(node, "groups"), **attributes)
 
 
 def _layer_norm(e: Emitter, node: fx.Node) -> str:
-    shape = node.args[1]
-    scale = node.args[2] if len(node.args) > 2 else None
-    shift = node.args[3] if len(node.args) > 3 else None
-    eps = node.args[4] if len(node.args) > 4 else 1e-5
-    ones = e.read(scale) if scale is not None else e.constant(np.ones(shape, np.float32))
-    inputs = [e.value(node, 0), ones] + ([e.read(shift)] if shift is not None else [])
-    return e.op("LayerNormalization", *inputs, axis=-len(shape), epsilon=float(eps))
+    shape, scale, shift = (argument(node, name) for name in ("normalized_shape", "weight", "bias"))
+    inputs = [e.value(node), np.ones(shape, np.float32) if scale is None else e.read(scale)]
+    inputs += [] if shift is None else [e.read(shift)]
+    return e.op("LayerNormalization", *inputs, axis=-len(shape), epsilon=float(argument(node, "eps")))
 
 
 def _gelu(e: Emitter, node: fx.Node) -> str:
-    return e.op("Gelu", e.value(node, 0), approximate=str(node.kwargs.get("approximate", "none")))
+    return e.op("Gelu", e.value(node), approximate=argument(node, "approximate"))
 
 
 def _softmax(e: Emitter, node: fx.Node) -> str:
-    return e.op("Softmax", e.value(node, 0), axis=int(node.args[1]))
+    return e.op("Softmax", e.value(node), axis=argument(node, "dim"))
 
 
-def _binary(kind: str) -> Callable[[Emitter, fx.Node], str]:
+def _binary(kind: str) -> Writer:
     def write(e: Emitter, node: fx.Node) -> str:
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
             raise UnsupportedError(f"export does not know {op_name(node)} with {dict(node.kwargs)}")
@@ -92,125 +86,106 @@ def _binary(kind: str) -> Callable[[Emitter, fx.Node], str]:
 
 
 def _reshape(e: Emitter, node: fx.Node) -> str:
-    return e.op("Reshape", e.value(node, 0), e.shape(node.meta["shape"]))
+    return e.op("Reshape", e.value(node), e.shape(node.meta["shape"]))
 
 
 def _permute(e: Emitter, node: fx.Node) -> str:
+    """permute and transpose: the order in which the dimensions of a small array end up."""
     rank = len(node.meta["shape"])
-    return e.op("Transpose", e.value(node, 0), perm=[d % rank for d in node.args[1]])
-
-
-def _transpose(e: Emitter, node: fx.Node) -> str:
-    order = list(range(len(node.meta["shape"])))
-    a, b = (d % len(order) for d in node.args[1:3])
-    order[a], order[b] = order[b], order[a]
-    return e.op("Transpose", e.value(node, 0), perm=order)
+    order = node.target(torch.empty(*range(rank), device="meta"), *node.args[1:]).shape  # type: ignore[operator]
+    return e.op("Transpose", e.value(node), perm=list(order))
 
 
 def _select(e: Emitter, node: fx.Node) -> str:
-    return e.op("Gather", e.value(node, 0), e.constant(np.int64(node.args[2])), axis=int(node.args[1]))
+    return e.op("Gather", e.value(node), np.int64(argument(node, "index")), axis=argument(node, "dim"))
 
 
 def _index_select(e: Emitter, node: fx.Node) -> str:
-    index = e.graph.constant(node.args[2])
+    index, axis = e.graph.constant(argument(node, "index")), argument(node, "dim")
     assert index is not None
-    first, last = int(index.min()), int(index.max())
-    if index.tolist() == list(range(first, last + 1)):
-        return _slice_of(e, e.value(node, 0), int(node.args[1]), first, last + 1)
-    return e.op("Gather", e.value(node, 0), e.constant(index, dtype=np.int64), axis=int(node.args[1]))
-
-
-def _pieces(e: Emitter, node: fx.Node) -> str:
-    """unbind, split, chunk: written when a piece is read."""
-    return e.value(node, 0)
+    wanted = index.tolist()
+    if wanted == list(range(wanted[0], wanted[0] + len(wanted))):
+        return _slice_of(e, e.value(node), axis, wanted[0], wanted[0] + len(wanted))
+    return e.op("Gather", e.value(node), wanted, axis=axis)
 
 
 def _getitem(e: Emitter, node: fx.Node) -> str:
+    """A piece of unbind, split or chunk."""
     parent, index = node.args
-    source, kind = e.names[parent], op_name(parent)
-    axis = parent.args[-1] if kind == "aten.unbind.int" and len(parent.args) > 1 else 0
-    if kind == "aten.unbind.int":
-        return e.op("Gather", source, e.constant(np.int64(index)), axis=int(axis))
-    axis = parent.args[2] if len(parent.args) > 2 else 0
-    whole = parent.args[0].meta["shape"][axis]
-    sizes = parent.args[1]
+    source, axis = e.names[parent], argument(parent, "dim")
+    if op_name(parent) == "aten.unbind.int":
+        return e.op("Gather", source, np.int64(index), axis=axis)
+    whole, sizes = parent.args[0].meta["shape"][axis], parent.args[1]
     if isinstance(sizes, int):
-        step = sizes if kind == "aten.split.Tensor" else -(-whole // sizes)
-        sizes = [min(step, whole - start) for start in range(0, whole, step)]
+        step = sizes if op_name(parent) == "aten.split.Tensor" else -(-whole // sizes)
+        start = index * step
+        return _slice_of(e, source, axis, start, min(start + step, whole))
     start = sum(sizes[:index])
-    return _slice_of(e, source, int(axis), start, start + sizes[index])
+    return _slice_of(e, source, axis, start, start + sizes[index])
 
 
 def _slice_of(e: Emitter, source: str, axis: int, start: int, stop: int, step: int = 1) -> str:
-    parts = (e.constant([v], dtype=np.int64) for v in (start, stop, axis, step))
-    return e.op("Slice", source, *parts)
+    return e.op("Slice", source, [start], [stop], [axis], [step])
 
 
 def _slice(e: Emitter, node: fx.Node) -> str:
-    given = dict(enumerate(node.args))
-    axis, start, stop, step = given.get(1, 0), given.get(2), given.get(3), given.get(4, 1)
-    start, stop = start or 0, min(stop, (1 << 31) - 1) if stop is not None else (1 << 31) - 1
-    return _slice_of(e, e.value(node, 0), int(axis), int(start), int(stop), int(step))
+    axis, start, stop, step = (argument(node, name) for name in ("dim", "start", "end", "step"))
+    stop = LAST if stop is None else min(stop, LAST)
+    return _slice_of(e, e.value(node), axis, start or 0, stop, step)
 
 
 def _roll(e: Emitter, node: fx.Node) -> str:
-    value = e.value(node, 0)
-    for shift, axis in zip(node.args[1], node.args[2], strict=True):
+    value = e.value(node)
+    for shift, axis in zip(argument(node, "shifts"), argument(node, "dims"), strict=True):
         size = node.meta["shape"][axis]
         cut = (-shift) % size
         if cut:
-            back = _slice_of(e, value, axis, cut, size)
-            front = _slice_of(e, value, axis, 0, cut)
+            back, front = _slice_of(e, value, axis, cut, size), _slice_of(e, value, axis, 0, cut)
             value = e.op("Concat", back, front, axis=axis)
     return value
 
 
 def _cat(e: Emitter, node: fx.Node) -> str:
-    axis = node.args[1] if len(node.args) > 1 else 0
-    return e.op("Concat", *(e.read(a) for a in node.args[0]), axis=int(axis))
+    return e.op("Concat", *map(e.read, node.args[0]), axis=argument(node, "dim"))
 
 
 def _expand(e: Emitter, node: fx.Node) -> str:
     before, after = node.args[0].meta["shape"], node.meta["shape"]
     if before == after:
-        return e.value(node, 0)
-    if None not in after:
-        shape = e.constant([int(d) for d in after], dtype=np.int64)
-    elif after[0] is None and None not in after[1:] and before[0] is not None:
-        shape = e.op("Concat", e.batch(), e.constant([int(d) for d in after[1:]], dtype=np.int64), axis=0)
-    else:
+        return e.value(node)
+    batch_first = after[0] is None and before[0] is not None
+    known = list(after[1:] if batch_first else after)
+    if None in known:
         raise UnsupportedError(f"export cannot expand {before} to {after}")
-    return e.op("Expand", e.value(node, 0), shape)
+    return e.op("Expand", e.value(node), e.op("Concat", e.batch(), known, axis=0) if batch_first else known)
 
 
 def _mean(e: Emitter, node: fx.Node) -> str:
-    keep = bool(node.args[2]) if len(node.args) > 2 else False
-    return e.op("ReduceMean", e.value(node, 0), e.constant(list(node.args[1]), dtype=np.int64), keepdims=int(keep))
+    return e.op("ReduceMean", e.value(node), list(argument(node, "dim")), keepdims=int(argument(node, "keepdim")))
 
 
 def _same(e: Emitter, node: fx.Node) -> str:
-    return e.value(node, 0)
+    """What changes no value; unbind, split and chunk, too, which are written when a piece is read."""
+    return e.value(node)
 
 
-def _unary(kind: str) -> Callable[[Emitter, fx.Node], str]:
-    return lambda e, node: e.op(kind, e.value(node, 0))
+def _unary(kind: str) -> Writer:
+    return lambda e, node: e.op(kind, e.value(node))
 
 
 def _silu(e: Emitter, node: fx.Node) -> str:
-    value = e.value(node, 0)
+    value = e.value(node)
     return e.op("Mul", value, e.op("Sigmoid", value))
 
 
 def _pad(e: Emitter, node: fx.Node) -> str:
-    rank, pads = len(node.meta["shape"]), list(node.args[1])
-    before, after = [0] * rank, [0] * rank
-    for i in range(len(pads) // 2):
-        before[rank - 1 - i], after[rank - 1 - i] = pads[2 * i], pads[2 * i + 1]
-    fill = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0.0
-    return e.op("Pad", e.value(node, 0), e.constant(before + after, dtype=np.int64), e.constant(np.float32(fill)))
+    pads = list(argument(node, "pad"))
+    before, after = pads[-2::-2], pads[::-2]
+    rest = [0] * (len(node.meta["shape"]) - len(before))
+    return e.op("Pad", e.value(node), rest + before + rest + after, float(argument(node, "value") or 0))
 
 
-OPERATIONS: dict[str, Callable[[Emitter, fx.Node], str]] = {
+OPERATIONS: dict[str, Writer] = {
     "aten.linear.default": _linear,
     "aten.conv2d.default": _conv,
     "aten.conv2d.padding": _conv,
@@ -233,13 +208,13 @@ OPERATIONS: dict[str, Callable[[Emitter, fx.Node], str]] = {
     "aten.unsqueeze.default": _reshape,
     "aten.squeeze.dim": _reshape,
     "aten.permute.default": _permute,
-    "aten.transpose.int": _transpose,
+    "aten.transpose.int": _permute,
     "aten.select.int": _select,
     "aten.index_select.default": _index_select,
-    "aten.unbind.int": _pieces,
-    "aten.split.Tensor": _pieces,
-    "aten.split_with_sizes.default": _pieces,
-    "aten.chunk.default": _pieces,
+    "aten.unbind.int": _same,
+    "aten.split.Tensor": _same,
+    "aten.split_with_sizes.default": _same,
+    "aten.chunk.default": _same,
     "<built-in function getitem>": _getitem,
     "aten.slice.Tensor": _slice,
     "aten.roll.default": _roll,

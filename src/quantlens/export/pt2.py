@@ -20,10 +20,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.errors import UnsupportedError
+from quantlens.export.onnx_graph import is_integer
 from quantlens.files import write_whole
-from quantlens.formats import Quantizer, Uniform
-from quantlens.graph.graph import put_tensor, replace_argument
+from quantlens.formats import Uniform
 from quantlens.qmodel import QuantizedModel
+from quantlens.qmodel.simulation import simulate as simulation
+
+STANDARD = frozenset((bits, signed) for bits in range(1, 9) for signed in (True, False))
+"""Widths and signs of codes that the operators know."""
 
 
 def export_pt2(qmodel: QuantizedModel, path: Path, *, simulate: bool) -> Path:
@@ -33,7 +37,7 @@ def export_pt2(qmodel: QuantizedModel, path: Path, *, simulate: bool) -> Path:
     """
     import torch.ao.quantization.fx._decomposed
 
-    module = _standard(qmodel, simulate)
+    module = _Logits(_standard(qmodel, simulate))
     batch = torch.export.Dim("batch", min=1, max=4096)
     size = qmodel.preprocess.input_size
     with torch.no_grad():
@@ -45,43 +49,36 @@ def export_pt2(qmodel: QuantizedModel, path: Path, *, simulate: bool) -> Path:
 
 
 def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
-    """The graph as a module that gives logits, with the standard operators on its edges."""
-    graph = qmodel.graph.clone(share=True)
-    if qmodel.plan.operators and not simulate:
-        raise UnsupportedError("integer LayerNorm and softmax have no standard operators; export with --simulate")
+    """The simulation, with the standard operators in the place of the quantizers that they can be."""
     if qmodel.plan.operators:
-        return _Logits(copy.deepcopy(qmodel).simulation())
-    root = nn.Module()
-    for name, value in graph.tensors().items():
-        put_tensor(root, name, value)
-    edges = graph.sites.edges
-    for number, (key, quantizer) in enumerate(qmodel.plan.quantizers.items()):
-        edge = edges[key]
-        if not _is_standard(quantizer) and not simulate:
+        if not simulate:
+            raise UnsupportedError("integer LayerNorm and softmax have no standard operators; export with --simulate")
+        return copy.deepcopy(qmodel).simulation()
+    quantizers: dict[str, Any] = dict(qmodel.plan.quantizers)
+    for key, quantizer in quantizers.items():
+        if is_integer(quantizer, STANDARD):
+            quantizers[key] = _Standard(quantizer)
+        elif not simulate:
             raise UnsupportedError(
                 f"{key} has the format {quantizer.kind!r} with {quantizer.bits} bits, which PyTorch's quantize "
                 "operators do not know; quantize with --target, or export with --simulate"
             )
-        if edge.is_weight:
-            value = _weight(graph.fx, root, edge, quantizer, graph.tensor(str(edge.value.target)), f"q{number}")
-            replace_argument(edge.node, edge.position, value)
-        elif edge.position is not None:
-            with graph.fx.inserting_before(edge.node):
-                value = _activation(graph.fx, root, quantizer, edge.value, f"q{number}")
-            replace_argument(edge.node, edge.position, value)
-        else:
-            users = list(edge.node.users)
-            with graph.fx.inserting_after(edge.node):
-                value = _activation(graph.fx, root, quantizer, edge.node, f"q{number}")
-            for user in users:
-                user.replace_input_with(edge.node, value)
-    for node in reversed(list(graph.fx.nodes)):
-        if not node.users and node.op == "get_attr":
-            graph.fx.erase_node(node)
-    return fx.GraphModule(root, graph.fx).eval()
+    module = simulation(qmodel.graph, quantizers)
+    weights = {f"quantized_weights.{edge.key.replace('.', '_')}": edge for edge, _ in qmodel.weight_edges()}
+    for node in [n for n in module.graph.nodes if n.op == "get_attr" and n.target in weights]:
+        edge = weights[node.target]
+        if isinstance(quantizers[edge.key], _Standard):
+            quantizer = qmodel.plan.quantizers[edge.key]
+            module.add_submodule(f"codes.{edge.key}", _Standard(quantizer, qmodel.graph.tensor(edge.value.target)))
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(module.graph.call_module(f"codes.{edge.key}"))
+            module.graph.erase_node(node)
+    return fx.GraphModule(module, module.graph)
 
 
 class _Logits(nn.Module):
+    """The first output of a simulation."""
+
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
@@ -90,63 +87,23 @@ class _Logits(nn.Module):
         return self.module(images)[0]
 
 
-def _is_standard(quantizer: Quantizer) -> bool:
-    """Uniform, at most 8 bits, zero points that are codes."""
-    if type(quantizer) is not Uniform or quantizer.bits > 8:
-        return False
-    zero = quantizer.zero_point
-    return bool(((zero >= quantizer.qmin) & (zero <= quantizer.qmax)).all())
+class _Standard(nn.Module):
+    """A uniform quantizer as PyTorch's operators. weight: what it is for, kept as codes; None for an activation."""
 
+    def __init__(self, quantizer: Uniform, weight: Tensor | None = None):
+        super().__init__()
+        operators, self.axis = torch.ops.quantized_decomposed, quantizer.axis
+        self.register_buffer("codes", None if weight is None else quantizer.encode(weight))
+        if self.axis is None:
+            self.quantize, self.dequantize = operators.quantize_per_tensor, operators.dequantize_per_tensor
+            self.scale, self.zero = float(quantizer.scale), int(quantizer.zero_point)
+        else:
+            self.quantize, self.dequantize = operators.quantize_per_channel, operators.dequantize_per_channel
+            self.register_buffer("scale", quantizer.scale)
+            self.register_buffer("zero", quantizer.zero_point)
+        self.codes_are = (quantizer.qmin, quantizer.qmax, quantizer.code_dtype)
 
-def _weight(graph: fx.Graph, root: nn.Module, edge: Any, quantizer: Quantizer, weight: Tensor, name: str) -> fx.Node:
-    with torch.no_grad():
-        if not _is_standard(quantizer):
-            put_tensor(root, f"{name}_value", quantizer(weight))
-            with graph.inserting_before(edge.node):
-                return graph.get_attr(f"{name}_value")
-        codes = quantizer.encode(weight)
-    put_tensor(root, f"{name}_codes", codes)
-    with graph.inserting_before(edge.node):
-        return _dequantized(graph, root, quantizer, graph.get_attr(f"{name}_codes"), codes.dtype, name)
-
-
-def _activation(graph: fx.Graph, root: nn.Module, quantizer: Quantizer, source: fx.Node, name: str) -> fx.Node:
-    """Nodes that quantize and dequantize ``source``, at the place where the graph inserts."""
-    if not _is_standard(quantizer):
-        root.add_module(f"{name}_simulated", quantizer)
-        return graph.call_module(f"{name}_simulated", (source,))
-    assert isinstance(quantizer, Uniform)
-    operators = torch.ops.quantized_decomposed
-    low, high, kind = quantizer.qmin, quantizer.qmax, quantizer.code_dtype
-    if quantizer.axis is None:
-        scale, zero = float(quantizer.scale), int(quantizer.zero_point)
-        codes = graph.call_function(operators.quantize_per_tensor.default, (source, scale, zero, low, high, kind))
-    else:
-        scales, zeros = _parameters(graph, root, quantizer, name)
-        codes = graph.call_function(
-            operators.quantize_per_channel.default, (source, scales, zeros, quantizer.axis, low, high, kind)
-        )
-    with graph.inserting_after(codes):
-        return _dequantized(graph, root, quantizer, codes, kind, f"{name}_back")
-
-
-def _dequantized(
-    graph: fx.Graph, root: nn.Module, quantizer: Quantizer, codes: fx.Node, kind: torch.dtype, name: str
-) -> fx.Node:
-    assert isinstance(quantizer, Uniform)
-    operators = torch.ops.quantized_decomposed
-    low, high = quantizer.qmin, quantizer.qmax
-    if quantizer.axis is None:
-        arguments = (codes, float(quantizer.scale), int(quantizer.zero_point), low, high, kind)
-        return graph.call_function(operators.dequantize_per_tensor.default, arguments)
-    with graph.inserting_before(codes):  # what is inserted after a node comes out in reverse
-        scales, zeros = _parameters(graph, root, quantizer, name)
-    return graph.call_function(
-        operators.dequantize_per_channel.default, (codes, scales, zeros, quantizer.axis, low, high, kind)
-    )
-
-
-def _parameters(graph: fx.Graph, root: nn.Module, quantizer: Uniform, name: str) -> tuple[fx.Node, fx.Node]:
-    put_tensor(root, f"{name}_scale", quantizer.scale)
-    put_tensor(root, f"{name}_zero", quantizer.zero_point)
-    return graph.get_attr(f"{name}_scale"), graph.get_attr(f"{name}_zero")
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        axis = () if self.axis is None else (self.axis,)
+        how = (self.scale, self.zero, *axis, *self.codes_are)
+        return self.dequantize(self.quantize(x, *how) if self.codes is None else self.codes, *how)

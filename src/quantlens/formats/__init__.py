@@ -5,7 +5,7 @@ from quantlens.formats.base import Quantizer, formats, restore, round_ste
 from quantlens.formats.group_scaled import GroupScaled
 from quantlens.formats.integer_ops import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax
 from quantlens.formats.log import Log
-from quantlens.formats.operators import Operator, restore_operator
+from quantlens.formats.operators import Operator
 from quantlens.formats.power_of_two import PowerOfTwo
 from quantlens.formats.shifted_log import ShiftedLog
 from quantlens.formats.sqrt_softmax import SqrtSoftmax
@@ -29,7 +29,6 @@ __all__ = [
     "affine_parameters",
     "formats",
     "restore",
-    "restore_operator",
     "round_ste",
     "symmetric_parameters",
 ]

@@ -16,12 +16,10 @@ for this and for the boundary to zero see :mod:`quantlens.formats.log`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from quantlens.formats.base import Quantizer
+from quantlens.formats.base import parameter
 from quantlens.formats.log import Log
 
 RESOLUTION = 37
@@ -38,21 +36,14 @@ class AdaLog(Log):
     every level.
     """
 
-    kind = "adalog"
-    shift: Tensor
+    kind, settings = "adalog", ("numerator",)
 
     def __init__(self, delta: Tensor, bits: int, *, numerator: int, shift: Tensor | float = 0.0):
-        Quantizer.__init__(self, bits, signed=False)
-        if bits < 2:
-            raise ValueError("a log format needs at least 2 bits")
         if numerator < 1:
             raise ValueError("the numerator q of the base 2^(q/37) must be at least 1")
-        shift = torch.as_tensor(shift, dtype=torch.float32).detach().clone()
-        if shift.dim() != 0 or not bool(torch.isfinite(shift)):
-            raise ValueError("shift must be one finite number")
+        super().__init__(delta, bits, steps=RESOLUTION / numerator, levels=adaptive_levels(numerator, bits))
         self.numerator = numerator
-        self._prepare(delta, RESOLUTION / numerator, adaptive_levels(numerator, bits))
-        self.register_buffer("shift", shift.to(self.delta.device))
+        self._hold(shift=parameter("shift", shift, positive=False).to(self.delta.device))
         self._top -= float(self.shift)
         self._shifted = bool(self.shift != 0)
 
@@ -66,16 +57,6 @@ class AdaLog(Log):
     def decode(self, codes: Tensor) -> Tensor:
         values = super().decode(codes)
         return values.sub_(self.shift) if self._shifted else values
-
-    def config(self) -> dict[str, Any]:
-        return {**Quantizer.config(self), "numerator": self.numerator}
-
-    @classmethod
-    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> AdaLog:
-        return cls(tensors["delta"], config["bits"], numerator=config["numerator"], shift=tensors["shift"])
-
-    def extra_repr(self) -> str:
-        return f"{Quantizer.extra_repr(self)}, base {self.base:.3g}"
 
 
 def adaptive_levels(numerator: int, bits: int) -> Tensor:

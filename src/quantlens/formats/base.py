@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from inspect import signature
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,57 @@ from torch import Tensor, nn
 from quantlens.errors import UnsupportedError
 from quantlens.plugins import Registry
 
-_FORMATS: Registry[type[Quantizer]] = Registry(
-    "number format",
+_KINDS: Registry[type[Described]] = Registry(
+    "number format or operator",
     "quantlens.formats",
     hint="it may be a plugin's, which --plugin MODULE_OR_FILE and ql.load_plugin load",
 )
 
 
-class Quantizer(nn.Module, ABC):
+class Described(nn.Module, ABC):
+    """A module that plain data makes again: a configuration and the tensors in its buffers, which do not change.
+
+    kind: its name, unique, written into checkpoints. settings: names of the attributes that the configuration holds.
+    """
+
+    kind: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor:
+            """Buffers are tensors."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass that sets ``kind`` is registered under it."""
+        super().__init_subclass__(**kwargs)
+        if "kind" in cls.__dict__:
+            _KINDS.add(cls, cls.kind)
+
+    def _hold(self, *, derived: bool = False, **buffers: Tensor | None) -> None:
+        """Keep tensors as buffers; ``derived``: they follow from the others, and are not saved."""
+        for name, value in buffers.items():
+            self.register_buffer(name, value, persistent=not derived)
+
+    def config(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON-able data."""
+        return {"kind": self.kind, **{name: getattr(self, name) for name in self.settings}}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters that, with :meth:`config`, make the module again."""
+        return dict(self.state_dict())
+
+    @classmethod
+    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """The inverse of :meth:`config` and :meth:`tensors`, which hold the arguments of the class by name."""
+        given = {**config, **tensors}
+        return cls(**{name: given[name] for name in signature(cls).parameters if name in given})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.config().items() if name not in ("kind", "output"))
+
+
+class Quantizer(Described):
     """A number format with its parameters.
 
     ``forward(x)`` is fake quantization: float in, float out, bit for bit ``decode(encode(x))``, with a straight-through
@@ -26,7 +70,7 @@ class Quantizer(nn.Module, ABC):
 
     Attributes
     ----------
-    bits: width of a code.
+    bits: width of a code, at least ``narrowest``.
     signed: whether codes may be negative.
     granularity: "tensor", "channel", "head", "token" or "group": what shares one scale.
     dynamic: whether the scales are found when values are quantized, and are no parameters.
@@ -35,26 +79,24 @@ class Quantizer(nn.Module, ABC):
     """
 
     dynamic: ClassVar[bool] = False
-    kind: ClassVar[str]
-    """Name of the format, unique, written into checkpoints. A subclass that sets it is registered under it."""
+    narrowest: ClassVar[int] = 1
 
     def __init__(self, bits: int, *, signed: bool, granularity: str = "tensor", axis: int | None = None):
         super().__init__()
-        if not 1 <= bits <= 16:
-            raise UnsupportedError(f"{bits} bits: integer codes have 1 to 16 bits")
+        if not self.narrowest <= bits <= 16:
+            raise UnsupportedError(f"{bits} bits: codes of this format have at least {self.narrowest} bits, at most 16")
         if (granularity == "tensor") != (axis is None):
             raise ValueError(f"granularity {granularity!r} and axis {axis!r} contradict each other")
         self.bits, self.signed, self.granularity, self.axis = bits, signed, granularity, axis
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "kind" in cls.__dict__:
-            _FORMATS.add(cls, cls.kind)
-
     # -- the three verbs --------------------------------------------------------------------------------------------
-    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Quantize and dequantize: same shape and dtype as ``x``."""
+        if not needs_grad(x):
+            return self._value(x)
+        with torch.no_grad():
+            value, inside = self._value(x), self._inside(x)
+        return value + (x - x.detach()) * inside.to(x.dtype)
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -63,6 +105,14 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
         """float32 values of integer codes."""
+
+    def _value(self, x: Tensor) -> Tensor:
+        """x̂, without a gradient."""
+        return self.decode(self.encode(x))
+
+    def _inside(self, x: Tensor) -> Tensor:
+        """Where ``x`` lies in the range, bool: there the gradient passes."""
+        return torch.ones_like(x, dtype=torch.bool)
 
     # -- ranges of codes --------------------------------------------------------------------------------------------
     @property
@@ -79,28 +129,9 @@ class Quantizer(nn.Module, ABC):
             return torch.int8 if self.signed else torch.uint8
         return torch.int16 if self.signed or self.bits <= 15 else torch.int32
 
-    # -- plain data -------------------------------------------------------------------------------------------------
     def config(self) -> dict[str, Any]:
-        """Everything but the tensors, as JSON-able data."""
-        return {
-            "kind": self.kind,
-            "bits": self.bits,
-            "signed": self.signed,
-            "granularity": self.granularity,
-            "axis": self.axis,
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The parameters that, with :meth:`config`, make the quantizer again."""
-        return {name: value for name, value in self.named_buffers() if name not in self._non_persistent_buffers_set}
-
-    @classmethod
-    @abstractmethod
-    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Quantizer:
-        """The inverse of :meth:`config` and :meth:`tensors`."""
-
-    def extra_repr(self) -> str:
-        return f"{'int' if self.signed else 'uint'}{self.bits}, per {self.granularity}"
+        common = {name: getattr(self, name) for name in ("bits", "signed", "granularity", "axis")}
+        return {"kind": self.kind, **common, **super().config()}
 
     def spread(self, parameter: Tensor, dims: int) -> Tensor:
         """A [n] parameter shaped to broadcast along :attr:`axis` of a tensor with ``dims`` dimensions."""
@@ -111,15 +142,26 @@ class Quantizer(nn.Module, ABC):
         return parameter.reshape(shape)
 
 
-def restore(config: dict[str, Any], tensors: dict[str, Tensor]) -> Quantizer:
-    """Make a quantizer from its plain data. Raises UnknownNameError for a format that neither this version nor a plugin
-    has."""
-    return _FORMATS.get(str(config.get("kind")), suggest=False).restore(config, tensors)
+def restore(config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """Make a quantizer or an operator from its plain data. Raises UnknownNameError for a kind that neither this version
+    nor a plugin has."""
+    return _KINDS.get(str(config.get("kind")), suggest=False).restore(config, tensors)
 
 
 def formats() -> dict[str, type[Quantizer]]:
     """Number formats by name, those of plugins included."""
-    return _FORMATS.all()
+    return {name: kind for name, kind in _KINDS.all().items() if issubclass(kind, Quantizer)}
+
+
+def parameter(name: str, value: Tensor | float, *, dims: int = 0, positive: bool = True) -> Tensor:
+    """A parameter of a format as a float32 tensor of its own. Raises ValueError unless it has so many dimensions and
+    all of its numbers are finite (and positive)."""
+    tensor = torch.as_tensor(value, dtype=torch.float32).detach().clone()
+    good = torch.isfinite(tensor) & (tensor > 0) if positive else torch.isfinite(tensor)
+    if tensor.dim() != dims or not bool(good.all()):
+        what = ("one " if dims == 0 else "a list of ") + ("positive finite" if positive else "finite")
+        raise ValueError(f"{name} must be {what} {'number' if dims == 0 else 'numbers'}")
+    return tensor
 
 
 class RoundSTE(torch.autograd.Function):

@@ -12,12 +12,12 @@ and whose groups have 32 values.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from quantlens.formats.base import Quantizer, needs_grad
+from quantlens.formats.base import Quantizer, needs_grad, parameter
 
 PARTS = 8
 """Scales per octave."""
@@ -36,22 +36,18 @@ class GroupScaled(Quantizer):
     groups. Only the first C lie in [:attr:`qmin`, :attr:`qmax`].
     """
 
-    kind, dynamic = "block-scaled", True
-    scale: Tensor
-    powers: Tensor
+    kind, settings, dynamic = "block-scaled", ("group_size",), True
 
     def __init__(self, scale: Tensor | float, bits: int, group_size: int, *, axis: int = -1):
         super().__init__(bits, signed=True, granularity="group", axis=axis)
-        scale = torch.as_tensor(scale, dtype=torch.float32).detach().clone()
-        if scale.dim() or not bool(torch.isfinite(scale)) or not bool(scale > 0) or group_size < 1:
-            raise ValueError(f"scale {scale.tolist()} must be one positive number, group size {group_size} at least 1")
-        if axis not in (-1, -2):
-            raise ValueError(f"axis {axis}: channels are the last dimension or the one before it")
+        scale = parameter("scale", scale)
+        if axis not in (-1, -2) or group_size < 1:
+            raise ValueError(f"group size {group_size}, axis {axis}: at least 1, and the last dimension or next to it")
         self.group_size = group_size
-        self.register_buffer("scale", scale)
         # a table, because torch.exp2 differs in its last bit between positions in a tensor
         powers = torch.exp2(torch.arange(LEAST, MOST + 1, dtype=torch.float64) / PARTS)
-        self.register_buffer("powers", powers.float().to(scale.device), persistent=False)
+        self._hold(scale=scale)
+        self._hold(derived=True, powers=powers.float().to(scale.device))
 
     def groups(self, x: Tensor) -> Tensor:
         """x [..., C] (or [..., C, N]) as [..., G, group_size] (or [..., N, G, group_size]), a view where it can be."""
@@ -103,13 +99,6 @@ class GroupScaled(Quantizer):
         levels = levels.unflatten(-1, (-1, self.group_size)) + 0.5
         return self.whole(levels.mul_(self.scales(exponents.unsqueeze(-1))))
 
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "group_size": self.group_size}
-
     @classmethod
-    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> GroupScaled:
-        size = config["group_size"] if "group_size" in config else config["block"]  # the name in older files
-        return cls(tensors["scale"], config["bits"], size, axis=config["axis"])
-
-    def extra_repr(self) -> str:
-        return f"int{self.bits}, per token and {self.group_size} channels"
+    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        return super().restore({"group_size": config.get("block"), **config}, tensors)  # the name in older files

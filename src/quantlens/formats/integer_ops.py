@@ -9,17 +9,16 @@ that of the float operation.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantlens.formats.base import Quantizer, bounded_, needs_grad
+from quantlens.formats.base import Quantizer, bounded_, needs_grad, parameter
 from quantlens.formats.log import Log
 from quantlens.formats.operators import Operator
-from quantlens.formats.power_of_two import PowerOfTwo
-from quantlens.formats.uniform import Uniform
+from quantlens.formats.uniform import Affine
 
 FRACTION = 16
 """Fractional bits of the normalised integers in an integer LayerNorm."""
@@ -50,19 +49,25 @@ class IntegerLayerNorm(Operator):
 
     An integer kernel holds ΣX², V and D·2¹⁶ in 64 bits, n and M·n + B in 32.
 
-    scale: float32 [], the input's smallest scale s. weight, bias: γ and β [C]. eps: of the float LayerNorm. output:
-    a Uniform or PowerOfTwo format, per tensor or along the last dimension.
+    scale: float32 [], the input's smallest scale s. multiplier, shift, offset: M, N and B [C]. eps: of the float
+    LayerNorm. output: a Uniform or PowerOfTwo format, per tensor or along the last dimension.
     """
 
-    kind = "integer-layer-norm"
-    scale: Tensor
-    multiplier: Tensor
-    shift: Tensor
-    offset: Tensor
+    kind, settings = "integer-layer-norm", ("eps",)
 
-    def __init__(self, scale: Tensor, weight: Tensor, bias: Tensor, eps: float, output: Quantizer):
+    def __init__(self, scale: Tensor, multiplier: Tensor, shift: Tensor, offset: Tensor, eps: float, output: Quantizer):
+        super().__init__(output)
+        self.eps = float(eps)
+        multiplier, shift, offset = multiplier.to(torch.int16), shift.to(torch.int8), offset.to(torch.int32)
+        self._hold(scale=parameter("scale", scale), multiplier=multiplier, shift=shift, offset=offset)
+        down = torch.exp2(-shift.double())
+        self._hold(derived=True, _gain=multiplier.double() * down, _add=offset.double() * down)
+
+    @classmethod
+    def of(cls, scale: Tensor, weight: Tensor, bias: Tensor, eps: float, output: Affine) -> IntegerLayerNorm:
+        """In place of a float LayerNorm. weight, bias: γ and β [C]. eps: its own."""
         weight, bias = weight.detach().double(), bias.detach().double()
-        step = _steps(output).double().to(weight.device)
+        step = output.scales.double().to(weight.device)
         gain, shift_to = weight / step, bias / step
         # the largest N that keeps |M| below 2⁸ and |B| below 2²⁹
         room = (MULTIPLIER_BITS - 1e-9) - torch.log2(gain.abs().clamp_min(2.0**-40)) + FRACTION
@@ -71,24 +76,7 @@ class IntegerLayerNorm(Operator):
         most = 2**MULTIPLIER_BITS - 1
         multiplier = (gain * torch.exp2(shift - FRACTION)).round().clamp(-most, most)
         offset = (shift_to * torch.exp2(shift)).round().clamp(-(2**29), 2**29)
-        self._make(scale, multiplier, shift, offset, eps, output)
-
-    def _make(
-        self, scale: Tensor, multiplier: Tensor, shift: Tensor, offset: Tensor, eps: float, output: Quantizer
-    ) -> None:
-        super().__init__(output)
-        self.eps = float(eps)
-        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float32).detach().clone())
-        self.register_buffer("multiplier", multiplier.to(torch.int16))
-        self.register_buffer("shift", shift.to(torch.int8))
-        self.register_buffer("offset", offset.to(torch.int32))
-        down = torch.exp2(-self.shift.double())
-        self.register_buffer("_gain", self.multiplier.double() * down, persistent=False)
-        self.register_buffer("_add", self.offset.double() * down, persistent=False)
-        low, high = _level_bounds(output)
-        self.register_buffer("_low", low.double(), persistent=False)
-        self.register_buffer("_high", high.double(), persistent=False)
-        self.register_buffer("_step", _steps(output), persistent=False)
+        return cls(scale, multiplier, shift, offset, eps, output)
 
     def forward(  # type: ignore[override]
         self,
@@ -105,7 +93,7 @@ class IntegerLayerNorm(Operator):
             rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
             out = torch.empty_like(rows, dtype=torch.float32)
             for part, into in _pieces(rows, out):
-                into.copy_(self._levels(part)).mul_(self._step)
+                into.copy_(self._levels(part)).mul_(self.output.scales)
             out = out.view(x.shape)
         if needs_grad(x):
             soft = functional.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
@@ -116,8 +104,7 @@ class IntegerLayerNorm(Operator):
         """Codes of the output: what an integer kernel computes. x [..., C] on the input's grid."""
         with torch.no_grad():
             levels = self._levels(x.reshape(-1, x.shape[-1])).view(x.shape)
-            zero = self.output.zero_point.double()  # type: ignore[union-attr, operator]
-            return (levels + zero).to(self.output.code_dtype)
+            return (levels + self.output.zero_point.double()).to(self.output.code_dtype)
 
     def _levels(self, rows: Tensor) -> Tensor:
         """float64 [n, C] integers: output codes less the zero point."""
@@ -129,22 +116,8 @@ class IntegerLayerNorm(Operator):
         variance = (channels * square - total * total + guard).clamp_min_(1.0)
         factor = (2.0**FRACTION * channels) / variance.sqrt()
         normalised = integers.mul_(factor).sub_(total * (factor / channels)).round_()
-        levels = normalised.mul_(self._gain).add_(self._add).round_()  # type: ignore[arg-type]
-        return bounded_(levels, self._low, self._high)  # type: ignore[arg-type]
-
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "eps": self.eps}
-
-    @classmethod
-    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerLayerNorm:
-        self = cls.__new__(cls)
-        output = cls.restore_output(config, tensors)
-        scale, multiplier, shift, offset = (tensors[name] for name in ("scale", "multiplier", "shift", "offset"))
-        self._make(scale, multiplier, shift, offset, config["eps"], output)
-        return self
-
-    def extra_repr(self) -> str:
-        return f"{len(self.multiplier)} channels"
+        levels = normalised.mul_(self._gain).add_(self._add).round_()
+        return bounded_(levels, *self.output.bounds(2))
 
 
 class LogIntSoftmax(Operator):
@@ -163,19 +136,16 @@ class LogIntSoftmax(Operator):
     gives zeros); None if nothing is masked. bits: width of the output codes. An integer kernel holds Σe in 64 bits.
     """
 
-    kind = "log-int-softmax"
-    scale: Tensor
-    output: Log
+    kind, settings = "log-int-softmax", ("levels",)
 
     def __init__(self, scale: Tensor, levels: int, bits: int, *, lowest: Tensor | None = None):
-        scale = torch.as_tensor(scale, dtype=torch.float32).detach().clone()
+        scale = parameter("scale", scale)
         super().__init__(Log(torch.tensor(1.0, device=scale.device), bits, steps=1))
         self.levels = levels
-        self.register_buffer("scale", scale)
-        self.register_buffer("lowest", None if lowest is None else lowest.detach().float().clone().reshape(()))
         table = integer_exponential(-torch.arange(levels + 1, device=scale.device, dtype=torch.float64), float(scale))
         table[-1] = 0.0  # one more step than there are: the masked
-        self.register_buffer("_table", table, persistent=False)
+        self._hold(scale=scale, lowest=None if lowest is None else lowest.detach().float().clone().reshape(()))
+        self._hold(derived=True, _table=table)
 
     def forward(self, x: Tensor, dim: int = -1, *_: Any) -> Tensor:  # type: ignore[override]
         """x [...] on the input's grid -> float32 [...] probabilities, powers of two or 0."""
@@ -203,18 +173,15 @@ class LogIntSoftmax(Operator):
         if self.lowest is not None:
             steps.masked_fill_(rows <= self.lowest + 0.5 * self.scale, self.levels)
         steps = steps.clamp_(0, self.levels).to(torch.int32)
-        exponentials = self._table.index_select(0, steps.view(-1)).view(steps.shape)  # type: ignore[operator]
+        exponentials = self._table.index_select(0, steps.view(-1)).view(steps.shape)
         ratio = (exponentials.sum(1, keepdim=True) / exponentials).round_().nan_to_num_(nan=torch.inf)
         # the exponent of ratio, one more from 1.5·2^k on: half a mantissa added carries into the exponent
         code = ((ratio.view(torch.int64) + (1 << 51)) >> 52) - 1023
         return code.clamp_(0, self.output.qmax)
 
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "levels": self.levels}
-
     @classmethod
-    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> LogIntSoftmax:
-        return cls(tensors["scale"], config["levels"], config["output"]["bits"], lowest=tensors.get("lowest"))
+    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        return super().restore({**config, "bits": config["output"]["bits"]}, tensors)
 
 
 class MaskedSoftmax(Operator):
@@ -225,23 +192,16 @@ class MaskedSoftmax(Operator):
     """
 
     kind = "masked-softmax"
-    scale: Tensor
-    lowest: Tensor
 
     def __init__(self, scale: Tensor, lowest: Tensor, output: Quantizer):
         super().__init__(output)
-        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float32).detach().clone())
-        self.register_buffer("lowest", lowest.detach().float().clone().reshape(()))
+        self._hold(scale=parameter("scale", scale), lowest=lowest.detach().float().clone().reshape(()))
 
     def forward(self, x: Tensor, dim: int = -1, *_: Any) -> Tensor:  # type: ignore[override]
         """x [...] on the input's grid -> probabilities on the output's."""
         masked = x <= self.lowest + 0.5 * self.scale
         kept = functional.softmax(x.masked_fill(masked, torch.finfo(x.dtype).min), dim)
         return self.output(kept.masked_fill(masked & ~masked.all(dim, keepdim=True), 0.0))
-
-    @classmethod
-    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> MaskedSoftmax:
-        return cls(tensors["scale"], tensors["lowest"], cls.restore_output(config, tensors))
 
 
 def integer_exponential(steps: Tensor, scale: float) -> Tensor:
@@ -269,17 +229,3 @@ def _pieces(rows: Tensor, out: Tensor) -> Any:
     """Rows of both, some :data:`PIECE` elements at a time."""
     count = max(1, PIECE // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, rows.shape[0])
     return zip(rows.split(count), out.split(count), strict=True)
-
-
-def _steps(output: Quantizer) -> Tensor:
-    """float32 [] or [C]: the scales of a uniform or power-of-two format along the last dimension."""
-    if isinstance(output, PowerOfTwo):
-        return output.scales
-    assert isinstance(output, Uniform)
-    return output.scale
-
-
-def _level_bounds(output: Quantizer) -> tuple[Tensor, Tensor]:
-    """The output's code bounds less its zero point."""
-    zero = output.zero_point
-    return output.qmin - zero, output.qmax - zero  # type: ignore[operator, return-value]

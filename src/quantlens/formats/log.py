@@ -12,40 +12,52 @@ zero whatever is nearer to the next level that it lacks (x < δ·2^(−7.75) for
 from __future__ import annotations
 
 import math
-from typing import Any
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
-from quantlens.formats.base import Quantizer, needs_grad
+from quantlens.formats.base import Quantizer, parameter
 
 
-class Log(Quantizer):
-    """Log format per tensor. delta: float32 [] > 0, the value of code 0. base: 2 or √2 (``steps`` = 1 or 2 codes an
-    octave)."""
+class Table(Quantizer):
+    """A format per tensor whose codes are positions in a table of values, the buffer ``levels`` [2ᵇ]."""
 
-    kind = "log"
-    delta: Tensor
-    steps: float
+    @abstractmethod
+    def _index(self, x: Tensor) -> Tensor:
+        """Codes as float32."""
 
-    def __init__(self, delta: Tensor, bits: int, *, steps: int = 1):
+    def encode(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._index(x).to(self.code_dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return torch.index_select(self.levels, 0, codes.to(torch.int32).reshape(-1)).view(codes.shape)
+
+    def _value(self, x: Tensor) -> Tensor:
+        return self.decode(self._index(x).to(torch.int32))
+
+
+class Log(Table):
+    """Log format per tensor. delta: float32 [] > 0, the value of code 0. steps: codes per octave, 1 (base 2) or 2 (√2).
+
+    levels: what the codes multiply δ by, float64 [2ᵇ], where they are no such powers (the last one becomes 0).
+    """
+
+    kind, settings, narrowest = "log", ("steps",), 2
+
+    def __init__(self, delta: Tensor, bits: int, *, steps: float = 1, levels: Tensor | None = None):
         super().__init__(bits, signed=False)
-        if steps not in (1, 2):
+        if levels is None and steps not in (1, 2):
             raise ValueError("steps (codes per octave) must be 1 (log2) or 2 (log√2)")
-        if bits < 2:
-            raise ValueError("a log format needs at least 2 bits")
-        self._prepare(delta, steps, torch.exp2(-torch.arange(2**bits, dtype=torch.float64) / steps))
-
-    def _prepare(self, delta: Tensor, steps: float, levels: Tensor) -> None:
-        """Take δ, the codes per octave and what the codes multiply δ by, float64 [2ᵇ] (the last one becomes 0)."""
-        delta = torch.as_tensor(delta, dtype=torch.float32).detach().clone()
-        if delta.dim() != 0 or not bool(torch.isfinite(delta)) or not bool(delta > 0):
-            raise ValueError("delta must be one positive finite number")
-        self.steps = steps
-        self.register_buffer("delta", delta)
-        table = self.delta * levels.float().to(delta.device)
+        if levels is None:
+            levels = torch.exp2(-torch.arange(2**bits, dtype=torch.float64) / steps)
+        delta = parameter("delta", delta)
+        table = delta * levels.float().to(delta.device)
         table[-1] = 0.0
-        self.register_buffer("levels", table, persistent=False)
+        self._hold(delta=delta)
+        self._hold(derived=True, levels=table)
+        self.steps = steps
         self.offset = steps * math.log2(float(delta))
         self._top = float(delta)
 
@@ -60,28 +72,5 @@ class Log(Quantizer):
         is_zero = k > last + self.steps
         return k.round_().clamp_(0.0, last).add_(is_zero)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if needs_grad(x):
-            with torch.no_grad():
-                codes = self.encode(x)
-                value = self.decode(codes)
-                inside = ((x <= self._top) & (codes != self.qmax)).to(x.dtype)
-            return value + (x - x.detach()) * inside
-        return self.decode(self._index(x).to(torch.int32))
-
-    def encode(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self._index(x).to(self.code_dtype)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return torch.index_select(self.levels, 0, codes.to(torch.int32).reshape(-1)).view(codes.shape)
-
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "steps": self.steps}
-
-    @classmethod
-    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
-        return cls(tensors["delta"], config["bits"], steps=config["steps"])
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, base {'2' if self.steps == 1 else '√2'}"
+    def _inside(self, x: Tensor) -> Tensor:
+        return (x <= self._top) & (self.encode(x) != self.qmax)

@@ -13,15 +13,14 @@ values than codes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from quantlens.formats.base import Quantizer, needs_grad
+from quantlens.formats.base import parameter
+from quantlens.formats.log import Table
 
 
-class ShiftedLog(Quantizer):
+class ShiftedLog(Table):
     """Shift-uniform-log2 format per tensor.
 
     eta: float32 [] > 0, η. low, high: float32 [], m and M, finite, m ≤ M; ValueError for others. exponents: int32
@@ -29,26 +28,19 @@ class ShiftedLog(Quantizer):
     """
 
     kind = "shifted-log2"
-    eta: Tensor
-    low: Tensor
-    high: Tensor
-    exponents: Tensor
 
     def __init__(self, eta: Tensor, low: Tensor, high: Tensor, bits: int):
         super().__init__(bits, signed=False)
-        for name, value in (("eta", eta), ("low", low), ("high", high)):
-            value = torch.as_tensor(value, dtype=torch.float32).detach().clone()
-            if value.dim() != 0 or not bool(torch.isfinite(value)):
-                raise ValueError(f"{name} must be one finite number")
-            self.register_buffer(name, value)
-        if not bool(self.eta > 0) or not bool(self.low <= self.high):
-            raise ValueError("eta must be positive, and low no larger than high")
-        span = float(self.high) - float(self.low)
+        eta = parameter("eta", eta)
+        low, high = (parameter(name, end, positive=False) for name, end in (("low", low), ("high", high)))
+        span = float(high) - float(low)
+        if span < 0:
+            raise ValueError("low must be no larger than high")
         self._step = span / self.qmax if span > 0 else 1.0
-        exponents = (torch.arange(2**bits, dtype=torch.float64) * self._step + float(self.low)).round()
-        table = torch.exp2(exponents) - float(self.eta)
-        self.register_buffer("exponents", exponents.to(self.eta.device, torch.int32), persistent=False)
-        self.register_buffer("levels", table.to(self.eta.device, torch.float32), persistent=False)
+        exponents = (torch.arange(2**bits, dtype=torch.float64) * self._step + float(low)).round()
+        levels = (torch.exp2(exponents) - float(eta)).to(eta.device, torch.float32)
+        self._hold(eta=eta, low=low, high=high)
+        self._hold(derived=True, exponents=exponents.to(eta.device, torch.int32), levels=levels)
 
     @classmethod
     def covering(cls, eta: float, values: Tensor, bits: int) -> ShiftedLog:
@@ -57,30 +49,12 @@ class ShiftedLog(Quantizer):
         low, high = ends.log2()
         return cls(torch.tensor(eta, device=values.device), low, high, bits)
 
+    def _logarithm(self, x: Tensor) -> Tensor:
+        return (x + self.eta).clamp_min_(torch.finfo(torch.float32).tiny).log2_()
+
     def _index(self, x: Tensor) -> Tensor:
-        """Codes as float32."""
-        logarithm = torch.log2((x + self.eta).clamp_min_(torch.finfo(torch.float32).tiny))
-        return logarithm.sub_(self.low).mul_(1.0 / self._step).round_().clamp_(0.0, float(self.qmax))
+        return self._logarithm(x).sub_(self.low).mul_(1.0 / self._step).round_().clamp_(0.0, float(self.qmax))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if needs_grad(x):
-            with torch.no_grad():
-                value = self.decode(self.encode(x))
-                logarithm = torch.log2((x + self.eta).clamp_min(torch.finfo(torch.float32).tiny))
-                inside = ((logarithm >= self.low) & (logarithm <= self.high)).to(x.dtype)
-            return value + (x - x.detach()) * inside
-        return self.decode(self._index(x).to(torch.int32))
-
-    def encode(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self._index(x).to(self.code_dtype)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return torch.index_select(self.levels, 0, codes.to(torch.int32).reshape(-1)).view(codes.shape)
-
-    @classmethod
-    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> ShiftedLog:
-        return cls(tensors["eta"], tensors["low"], tensors["high"], config["bits"])
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, η {float(self.eta):.3g}"
+    def _inside(self, x: Tensor) -> Tensor:
+        logarithm = self._logarithm(x)
+        return (logarithm >= self.low) & (logarithm <= self.high)

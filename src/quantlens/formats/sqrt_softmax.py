@@ -11,12 +11,10 @@ product with v, whose rows are then divided by Σ k².
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from quantlens.formats.base import Quantizer, needs_grad
+from quantlens.formats.base import Quantizer
 
 
 class SqrtSoftmax(Quantizer):
@@ -33,24 +31,14 @@ class SqrtSoftmax(Quantizer):
         peak = roots.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
         return roots.mul_(self.qmax / peak).round_().nan_to_num_(0.0)
 
-    def _value(self, k: Tensor) -> Tensor:
-        squares = k * k
-        return squares.div_(squares.sum(-1, keepdim=True).clamp_min_(1.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if needs_grad(x):
-            with torch.no_grad():
-                value = self._value(self._index(x))
-            return value + (x - x.detach())
-        return self._value(self._index(x))
+    def _value(self, x: Tensor) -> Tensor:
+        return self.decode(self._index(x))
 
     def encode(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             return self._index(x).to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
-        return self._value(codes.float())
-
-    @classmethod
-    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> SqrtSoftmax:
-        return cls(config["bits"])
+        k = codes.float()
+        squares = k * k
+        return squares.div_(squares.sum(-1, keepdim=True).clamp_min_(1.0))

@@ -14,13 +14,11 @@ By sign (GELU outputs, codes two's complement): Δ1·(−2ᵇ⁻¹ … −1) and
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantlens.errors import UnsupportedError
-from quantlens.formats.base import Quantizer, needs_grad
+from quantlens.formats.base import Quantizer, parameter
 
 MAGNITUDE, SIGN = "magnitude", "sign"
 
@@ -33,20 +31,17 @@ class Twin(Quantizer):
     UnsupportedError for one bit.
     """
 
-    kind = "twin"
-    steps: Tensor
+    kind, settings, narrowest = "twin", ("split",), 2  # one bit selects the range
 
     def __init__(self, steps: Tensor, bits: int, *, split: str):
         if split not in (MAGNITUDE, SIGN):
             raise ValueError(f"split {split!r}: a twin format splits by magnitude or sign")
         super().__init__(bits, signed=split == SIGN)
-        if bits < 2:
-            raise UnsupportedError("a twin format needs at least 2 bits: one selects the range")
-        steps = torch.as_tensor(steps, dtype=torch.float32).detach().clone()
-        if steps.shape != (2,) or not bool(torch.isfinite(steps).all()) or not bool((steps > 0).all()):
+        steps = parameter("steps", steps, dims=1)
+        if len(steps) != 2:
             raise ValueError("steps must be two positive finite numbers")
         self.split = split
-        self.register_buffer("steps", steps)
+        self._hold(steps=steps)
         self._one, self._two = (float(s) for s in steps)
         self._half = 1 << (bits - 1)
         shift = self.shift
@@ -62,8 +57,7 @@ class Twin(Quantizer):
     def by_magnitude(cls, shift: int, bits: int, *, top: float = 1.0) -> Twin:
         """For values in [0, top]: Δ2 = top/(2ᵇ⁻¹ − 1), Δ1 = Δ2·2^(−shift), ranges [0, s] and (s, top] with s =
         top·2^(−shift)."""
-        two = torch.tensor(top, dtype=torch.float64) / (2 ** (bits - 1) - 1)
-        two = two.float()
+        two = (torch.tensor(top, dtype=torch.float64) / (2 ** (bits - 1) - 1)).float()
         return cls(torch.stack([two * 2.0**-shift, two]), bits, split=MAGNITUDE)
 
     @classmethod
@@ -91,13 +85,11 @@ class Twin(Quantizer):
             return one.clamp_(-self._half, 0), two.clamp_(0, self._half - 1)
         return one.clamp_(0, self._half - 1), two.clamp_(self._first, self._half - 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if needs_grad(x):
-            with torch.no_grad():
-                value = self.forward(x)
-                low, high = self.range
-                inside = ((x >= low) & (x <= high)).to(x.dtype)
-            return value + (x - x.detach()) * inside
+    def _inside(self, x: Tensor) -> Tensor:
+        low, high = self.range
+        return (x >= low) & (x <= high)
+
+    def _value(self, x: Tensor) -> Tensor:
         one, two = self._magnitudes(x)
         one, two = one.mul_(self._one), two.mul_(self._two)
         return one.add_(two) if self.split == SIGN else torch.where(x > self._boundary, two, one)
@@ -114,16 +106,3 @@ class Twin(Quantizer):
             return codes.float() * torch.where(codes < 0, self._one, self._two)
         second = codes >= self._half
         return (codes - self._half * second).float() * torch.where(second, self._two, self._one)
-
-    # -- plain data -------------------------------------------------------------------------------------------------
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "split": self.split}
-
-    @classmethod
-    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Twin:
-        return cls(tensors["steps"], config["bits"], split=config["split"])
-
-    def extra_repr(self) -> str:
-        shift = self.shift
-        ratio = f"shift {shift}" if shift is not None else f"steps 1:{self._two / self._one:.3g}"
-        return f"{super().extra_repr()}, split by {self.split}, {ratio}"

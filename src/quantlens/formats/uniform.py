@@ -13,13 +13,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlens.formats.base import Quantizer, bounded_, needs_grad, round_ste
+from quantlens.formats.base import Quantizer, bounded_, needs_grad, parameter, round_ste
 
 MAX_ZERO_POINT = 1 << 20
 """Largest |z|. float32 holds integers exactly to 2²⁴; beyond 2²⁰ a range is as good as constant."""
 
 
-class Uniform(Quantizer):
+class Affine(Quantizer):
+    """Codes on an equally spaced grid: what :class:`Uniform` and :class:`~quantlens.formats.PowerOfTwo` share.
+
+    Buffers: ``zero_point``, and ``scales`` and ``inverse``, by which integers are multiplied, and values.
+    """
+
+    def _derive(self, inverse: Tensor) -> None:
+        """What forward needs, computed once: 1/s and the code bounds less z."""
+        low, high = (self.qmin - self.zero_point).float(), (self.qmax - self.zero_point).float()
+        self._hold(derived=True, inverse=inverse, _low=low, _high=high)
+        self._bounds = None if self.zero_point.dim() else (float(low), float(high))
+
+    @property
+    def scales(self) -> Tensor:
+        """float32 [] or [n], by which the integers code − z are multiplied."""
+        return self.scale
+
+    def _levels(self, x: Tensor) -> Tensor:
+        """round(x/s) clamped to the codes less z: the integer by which s is multiplied."""
+        levels = (x * self.spread(self.inverse, x.dim())).round_()
+        return bounded_(levels, *self.bounds(x.dim()))
+
+    def _zero(self, dims: int) -> Tensor:
+        return self.spread(self.zero_point, dims) if self.zero_point.dim() else self.zero_point
+
+    def bounds(self, dims: int) -> tuple[Any, Any]:
+        """Smallest and largest level (code less zero point): numbers, or shaped to broadcast to ``dims`` dimensions."""
+        return self._bounds or self._gradient_bounds(dims)
+
+    def _gradient_bounds(self, dims: int) -> tuple[Any, Any]:
+        """As tensors: a clamp by tensors passes half of the gradient at the very bounds, one by numbers nothing."""
+        return self.spread(self._low, dims), self.spread(self._high, dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = self.spread(self.scales, x.dim())
+        if needs_grad(x):
+            return round_ste(x * self.spread(self.inverse, x.dim())).clamp(*self._gradient_bounds(x.dim())) * scales
+        return self._levels(x).mul_(scales)
+
+    def encode(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return (self._levels(x).to(torch.int32) + self._zero(x.dim())).to(self.code_dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        dims = codes.dim()
+        return (codes.to(torch.int32) - self._zero(dims)).float() * self.spread(self.scales, dims)
+
+
+class Uniform(Affine):
     """Uniform format with scale and integer zero point, per tensor or along one axis.
 
     scale: float32 [] or [n], positive and finite. zero_point: integers, same shape; ``None`` for symmetric (z = 0,
@@ -27,8 +75,6 @@ class Uniform(Quantizer):
     """
 
     kind = "uniform"
-    scale: Tensor
-    zero_point: Tensor
 
     def __init__(
         self,
@@ -43,72 +89,16 @@ class Uniform(Quantizer):
         super().__init__(
             bits, signed=zero_point is None if signed is None else signed, granularity=granularity, axis=axis
         )
-        scale = torch.as_tensor(scale, dtype=torch.float32).detach().clone()
-        if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
-            raise ValueError("scale must be positive and finite")
-        if zero_point is None:
-            zero_point = torch.zeros_like(scale)
-        zero_point = torch.as_tensor(zero_point, device=scale.device).round().to(torch.int32)
-        if zero_point.shape != scale.shape or scale.dim() != (0 if axis is None else 1):
-            raise ValueError(
-                f"scale {tuple(scale.shape)} and zero point {tuple(zero_point.shape)} do not fit axis {axis}"
-            )
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
-        self._derive()
-
-    def _derive(self) -> None:
-        """What forward needs, computed once: 1/s and the code bounds less z."""
-        self.register_buffer("inverse", 1.0 / self.scale, persistent=False)
-        self.register_buffer("_low", (self.qmin - self.zero_point).float(), persistent=False)
-        self.register_buffer("_high", (self.qmax - self.zero_point).float(), persistent=False)
-        one = self.axis is None
-        self._bounds = (float(self._low), float(self._high)) if one else None
+        scale = parameter("scale", scale, dims=0 if axis is None else 1)
+        zero_point = torch.zeros_like(scale) if zero_point is None else torch.as_tensor(zero_point, device=scale.device)
+        if zero_point.shape != scale.shape:
+            raise ValueError(f"scale {tuple(scale.shape)} and zero point {tuple(zero_point.shape)} do not fit")
+        self._hold(scale=scale, zero_point=zero_point.round().to(torch.int32))
+        self._derive(1.0 / scale)
 
     @property
     def symmetric(self) -> bool:
         return self.signed and not bool(self.zero_point.any())
-
-    def _levels(self, x: Tensor) -> Tensor:
-        """round(x/s) clamped to the codes less z: the integer by which s is multiplied."""
-        dims = x.dim()
-        levels = (x * self.spread(self.inverse, dims)).round_()
-        return bounded_(levels, *self.bounds(dims))
-
-    def bounds(self, dims: int) -> tuple[Any, Any]:
-        """Smallest and largest level (code less zero point): numbers, or shaped to broadcast to ``dims`` dimensions."""
-        if self._bounds is not None:
-            return self._bounds
-        return self.spread(self._low, dims), self.spread(self._high, dims)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if needs_grad(x):
-            dims = x.dim()
-            levels = round_ste(x * self.spread(self.inverse, dims))
-            levels = levels.clamp(self.spread(self._low, dims), self.spread(self._high, dims))
-            return levels * self.spread(self.scale, dims)
-        return self._levels(x).mul_(self.spread(self.scale, x.dim()))
-
-    def encode(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            levels = self._levels(x).to(torch.int32)
-            return (levels + self.spread(self.zero_point, x.dim())).to(self.code_dtype)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        dims = codes.dim()
-        levels = codes.to(torch.int32) - self.spread(self.zero_point, dims)
-        return levels.float() * self.spread(self.scale, dims)
-
-    @classmethod
-    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Uniform:
-        return cls(
-            tensors["scale"],
-            tensors["zero_point"],
-            config["bits"],
-            signed=config["signed"],
-            granularity=config["granularity"],
-            axis=config["axis"],
-        )
 
 
 def pixel_codes(device: torch.device | str = "cpu") -> Uniform:

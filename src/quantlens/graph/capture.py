@@ -9,7 +9,6 @@ into q·kᵀ, scale, mask, softmax and ·v, and bring equivalent spellings to on
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -17,14 +16,13 @@ from torch import Tensor, fx, nn
 
 from quantlens.ambient import isolated
 from quantlens.errors import CaptureError
-from quantlens.graph.graph import Graph, op_name, put_tensor, replace_argument
+from quantlens.graph.graph import Graph, argument, op_name, put_tensor, replace_argument
 
 aten = torch.ops.aten
 
 SPELLINGS = {
     "aten.view.default": aten.reshape.default,
     "aten._unsafe_view.default": aten.reshape.default,
-    "aten._softmax.default": aten.softmax.int,
     "aten.bmm.default": aten.matmul.default,
     "aten.mm.default": aten.matmul.default,
 }
@@ -90,63 +88,46 @@ def graph_of(model: Any) -> Graph:
 def _flatten(program: Any, share: bool) -> Graph:
     """The exported program as a Graph: parameters become ``get_attr`` nodes under their ``state_dict`` names."""
     signature = program.graph_signature
-    lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    lifted |= {k: f"_lifted.{v}" for k, v in getattr(signature, "inputs_to_lifted_tensor_constants", {}).items()}
-    values: dict[str, Tensor] = {}
-    for name, fqn in lifted.items():
-        raw = fqn.removeprefix("_lifted.")
-        value = program.state_dict.get(raw)
-        values[name] = (program.constants[raw] if value is None else value).detach()
+    constants = signature.inputs_to_lifted_tensor_constants
+    held_by = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **constants}
+    tensors = {**program.constants, **program.state_dict}
     root, graph = nn.Module(), fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    batch_symbol = None
+    batch = None
     for node in program.graph.nodes:
         value = node.meta.get("val")
-        if node.op == "placeholder":
-            if node.name in lifted:
-                held = values[node.name]
-                held = held.contiguous() if share else held.clone(memory_format=torch.contiguous_format)
-                put_tensor(root, lifted[node.name], held)
-                new = graph.get_attr(lifted[node.name])
-            elif node.name in signature.user_inputs:
-                if any(n.op == "placeholder" for n in graph.nodes):
-                    raise CaptureError("the model takes more than one input; only one image tensor is supported")
-                new = graph.placeholder("images")
-                batch_symbol = value.shape[0].node.expr if isinstance(value.shape[0], torch.SymInt) else None
-            else:
-                raise CaptureError(f"the model's input {node.name!r} is neither a parameter nor the images")
+        if node.op == "placeholder" and node.name in held_by:
+            held = tensors[held_by[node.name]].detach()
+            held = held.contiguous() if share else held.clone(memory_format=torch.contiguous_format)
+            name = f"{'_lifted.' if node.name in constants else ''}{held_by[node.name]}"
+            put_tensor(root, name, held)
+            new = graph.get_attr(name)
+        elif node.op == "placeholder" and batch is None:
+            new, batch = graph.placeholder("images"), value.shape[0].node.expr
         elif node.op == "output":
             graph.output(mapping[_logits(node, signature)])
             break
-        else:
-            if node.op != "call_function":
-                raise CaptureError(
-                    f"the model uses {node.op} {node.target!r}, which cannot be flattened into one graph"
-                )
+        elif node.op == "call_function":
             new = graph.node_copy(node, lambda n: mapping[n])
-        new.meta = {
-            "module": _module(node),
-            "shape": _shape(value),
-            "symbolic": isinstance(value, torch.SymInt | int),
-        }
+        else:
+            raise CaptureError(f"the model uses {node.op} {node.target!r}, which cannot be flattened into one graph")
+        symbolic = isinstance(value, torch.SymInt | int)
+        new.meta = {"module": _module(node), "shape": _shape(value), "symbolic": symbolic}
         if isinstance(value, torch.SymInt):
-            new.meta["is_batch"] = value.node.expr == batch_symbol
+            new.meta["is_batch"] = value.node.expr == batch
         mapping[node] = new
     return Graph(root, graph)
 
 
 def _logits(output: fx.Node, signature: Any) -> fx.Node:
-    names = list(signature.user_outputs)
     nodes = {n.name: n for n in output.all_input_nodes}
-    wanted = [nodes[n] for n in names if n in nodes]
-    if len(wanted) != 1:
-        two_d = [n for n in wanted if len(n.meta["val"].shape) == 2]
-        if len(two_d) != 1:
-            raise CaptureError(
-                f"the model returns {len(wanted)} tensors; wrap it in a module that returns the logits [B, classes]"
-            )
-        wanted = two_d
-    return wanted[0]
+    wanted = [nodes[n] for n in signature.user_outputs if n in nodes]
+    found = wanted if len(wanted) == 1 else [n for n in wanted if len(n.meta["val"].shape) == 2]
+    if len(found) != 1:
+        raise CaptureError(
+            f"the model returns {len(wanted)} tensors; wrap it in a module that returns the logits [B, classes]"
+        )
+    return found[0]
 
 
 def _module(node: fx.Node) -> str:
@@ -163,7 +144,6 @@ def _shape(value: Any) -> tuple[int | None, ...] | None:
 
 def _normalise(graph: Graph) -> None:
     """One spelling for each operation; identities and assertions gone; one node for the batch size."""
-    batch = None
     for node in list(graph.fx.nodes):
         if node.op != "call_function":
             continue
@@ -174,57 +154,43 @@ def _normalise(graph: Graph) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.fx.erase_node(node)
         elif name == "aten.addmm.default" and not node.kwargs:
-            bias, x, weight = node.args
-            with graph.fx.inserting_before(node):
-                product = graph.fx.call_function(aten.matmul.default, (x, weight))
-                product.meta = dict(node.meta)
+            bias, *factors = node.args
+            product = graph.insert(node, aten.matmul.default, tuple(factors), node.meta["shape"])
             node.target, node.args = aten.add.Tensor, (product, bias)
         elif name == "aten._softmax.default":
             node.target, node.args = aten.softmax.int, node.args[:2]
         elif name in SPELLINGS:
             node.target = SPELLINGS[name]
-        elif node.meta.get("is_batch"):
-            if batch is None:
-                with graph.fx.inserting_after(graph.input):
-                    batch = graph.fx.call_function(aten.sym_size.int, (graph.input, 0))
-                batch.meta = {"module": "", "shape": None, "symbolic": True, "is_batch": True}
-            if node is not batch:
-                node.replace_all_uses_with(batch)
-                graph.fx.erase_node(node)
+    sizes = [node for node in graph.fx.nodes if node.meta.get("is_batch")]
+    if sizes:
+        batch = graph.insert(graph.input.next, aten.sym_size.int, (graph.input, 0), ())
+        batch.meta = {"module": "", "shape": None, "symbolic": True, "is_batch": True}
+    for node in sizes:
+        node.replace_all_uses_with(batch)
+        graph.fx.erase_node(node)
 
 
 def _fold_constants(graph: Graph) -> None:
-    """Compute once what depends on parameters alone, and keep it under ``<parameter>.folded``-like names."""
+    """Compute once what depends on parameters alone, and keep it under ``<parameter>_folded``-like names."""
     constant: dict[fx.Node, Any] = {}
     origin: dict[fx.Node, str] = {}
     for node in list(graph.fx.nodes):
+        sources = node.all_input_nodes
         if node.op == "get_attr":
             constant[node], origin[node] = graph.tensor(str(node.target)), str(node.target)
-        elif node.op == "call_function" and not node.meta.get("symbolic"):
-            sources = node.all_input_nodes
-            if sources and all(s in constant for s in sources):
-                lookup = constant
-                args = fx.map_arg(node.args, lambda n, c=lookup: c[n])
-                kwargs = fx.map_arg(node.kwargs, lambda n, c=lookup: c[n])
-                with torch.no_grad():
-                    constant[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-                floats = [s for s in sources if isinstance(constant[s], Tensor) and constant[s].is_floating_point()]
-                origin[node] = origin[(floats or sources)[0]]
-    used: dict[str, int] = {}
-    for node in list(graph.fx.nodes):
-        if node not in constant or node.op == "get_attr" or not isinstance(constant[node], Tensor):
+        elif node.op != "call_function" or node.meta.get("symbolic") or not sources:
             continue
-        if all(user in constant for user in node.users):
-            continue
-        stem = origin[node]
-        used[stem] = used.get(stem, 0) + 1
-        path, _, leaf = stem.rpartition(".")
-        name = f"{path}.{leaf}_folded{used[stem] if used[stem] > 1 else ''}".lstrip(".")
-        put_tensor(graph.root, name, constant[node].contiguous().clone())
-        with graph.fx.inserting_before(node):
-            new = graph.fx.get_attr(name)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
+        elif all(s in constant for s in sources):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), constant.__getitem__)
+            with torch.no_grad():
+                constant[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            floats = [s for s in sources if isinstance(constant[s], Tensor) and constant[s].is_floating_point()]
+            origin[node] = origin[(floats or sources)[0]]
+    for node, value in constant.items():
+        read = any(user not in constant for user in node.users)
+        if node.op == "call_function" and read and isinstance(value, Tensor):
+            name = graph.unused(f"{origin[node]}_folded", "")
+            node.replace_all_uses_with(graph.insert_tensor(node, name, value.contiguous().clone()))
     _eliminate_dead(graph)
 
 
@@ -233,44 +199,34 @@ def _open_attention(graph: Graph) -> None:
     for node in list(graph.fx.nodes):
         if op_name(node) != "aten.scaled_dot_product_attention.default":
             continue
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        call = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        q, k, v, mask = call["query"], call["key"], call["value"], call.get("attn_mask")
-        if call.get("is_causal") or call.get("enable_gqa"):
+        q, k, v = (argument(node, name) for name in ("query", "key", "value"))
+        mask, scale = argument(node, "attn_mask"), argument(node, "scale")
+        if argument(node, "is_causal") or argument(node, "enable_gqa"):
             raise CaptureError(f"{node.meta['module']}: causal or grouped-query attention is not supported")
-        scale = call.get("scale")
         if scale is None:
             scale = float(q.meta["shape"][-1]) ** -0.5
-        lead, tokens, keys = q.meta["shape"][:-2], q.meta["shape"][-2], k.meta["shape"][-2]
-        square = (*lead, tokens, keys)
-
-        def add(target: Any, args: tuple, shape: tuple, at: fx.Node = node) -> fx.Node:
-            with graph.fx.inserting_before(at):
-                new = graph.fx.call_function(target, args)
-            new.meta = {"module": at.meta["module"], "shape": shape, "symbolic": False}
-            return new
-
-        kt = add(aten.transpose.int, (k, -2, -1), (*k.meta["shape"][:-2], k.meta["shape"][-1], keys))
-        logits = add(aten.matmul.default, (q, kt), square)
-        logits = add(aten.mul.Tensor, (logits, float(scale)), square)
+        *lead, keys, size = k.meta["shape"]
+        square = (*q.meta["shape"][:-1], keys)
+        kt = graph.insert(node, aten.transpose.int, (k, -2, -1), (*lead, size, keys))
+        logits = graph.insert(node, aten.matmul.default, (q, kt), square)
+        logits = graph.insert(node, aten.mul.Tensor, (logits, float(scale)), square)
         if mask is not None:
-            constant = graph.constant(mask)
-            if constant is not None and constant.dtype == torch.bool:
-                bias = torch.zeros(constant.shape, device=constant.device).masked_fill(~constant, float("-inf"))
-                graph.set_tensor(f"{mask.target}_bias", bias)
-                with graph.fx.inserting_before(node):
-                    shape = mask.meta["shape"]
-                    mask = graph.fx.get_attr(f"{mask.target}_bias")
-                    mask.meta = {"module": node.meta["module"], "shape": shape, "symbolic": False}
-            elif constant is None:
-                raise CaptureError(
-                    f"{node.meta['module']}: an attention mask computed from the images is not supported"
-                )
-            logits = add(aten.add.Tensor, (logits, mask), square)
-        probs = add(aten.softmax.int, (logits, -1), square)
-        out = add(aten.matmul.default, (probs, v), (*lead, tokens, v.meta["shape"][-1]))
+            logits = graph.insert(node, aten.add.Tensor, (logits, _bias_of_mask(graph, node, mask)), square)
+        probs = graph.insert(node, aten.softmax.int, (logits, -1), square)
+        out = graph.insert(node, aten.matmul.default, (probs, v), (*square[:-1], v.meta["shape"][-1]))
         node.replace_all_uses_with(out)
         graph.fx.erase_node(node)
+
+
+def _bias_of_mask(graph: Graph, node: fx.Node, mask: fx.Node) -> fx.Node:
+    """What is added to the logits of an attention for its mask: the mask, or −∞ where a boolean one is False."""
+    constant = graph.constant(mask)
+    if constant is None:
+        raise CaptureError(f"{node.meta['module']}: an attention mask computed from the images is not supported")
+    if constant.dtype != torch.bool:
+        return mask
+    bias = torch.zeros(constant.shape, device=constant.device).masked_fill(~constant, float("-inf"))
+    return graph.insert_tensor(node, f"{mask.target}_bias", bias)
 
 
 def _matmul_by_constant_to_linear(graph: Graph) -> None:
@@ -283,11 +239,8 @@ def _matmul_by_constant_to_linear(graph: Graph) -> None:
             continue
         name = str(node.args[1].target)  # type: ignore[union-attr]
         stem = name.removesuffix("_folded").removesuffix(".weight")
-        transposed = f"{stem}.weight" if not _exists(graph, f"{stem}.weight") else f"{name}_t"
-        graph.set_tensor(transposed, weight.t().contiguous())
-        with graph.fx.inserting_before(node):
-            new = graph.fx.get_attr(transposed)
-            new.meta = {"module": node.meta["module"], "shape": tuple(weight.t().shape), "symbolic": False}
+        taken = f"{stem}.weight" in dict(graph.root.named_buffers())
+        new = graph.insert_tensor(node, f"{name}_t" if taken else f"{stem}.weight", weight.t().contiguous())
         node.target, node.args = aten.linear.default, (node.args[0], new)
         users = list(node.users)
         if len(users) == 1 and op_name(users[0]) == "aten.add.Tensor" and not users[0].kwargs:
@@ -300,29 +253,8 @@ def _matmul_by_constant_to_linear(graph: Graph) -> None:
                 graph.fx.erase_node(users[0])
 
 
-def _exists(graph: Graph, name: str) -> bool:
-    try:
-        return isinstance(graph.tensor(name), Tensor)
-    except AttributeError:
-        return False
-
-
 def _eliminate_dead(graph: Graph) -> None:
     for node in reversed(list(graph.fx.nodes)):
         if not node.users and node.op not in ("output", "placeholder"):
             graph.fx.erase_node(node)
     graph.invalidate()
-
-
-SYMBOLIC_FUNCTIONS = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "floordiv": operator.floordiv,
-    "mod": operator.mod,
-    "neg": operator.neg,
-    "getitem": operator.getitem,
-    "truediv": operator.truediv,
-}
-"""Plain Python functions that may stand in a graph (sizes computed from the batch); anything else is an ATen
-operation."""

@@ -8,8 +8,8 @@ tuple; the batch and what is derived from it is ``None``).
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -72,15 +72,12 @@ def replace_argument(node: fx.Node, which: int | str, value: Any) -> None:
     """
     schema = _schema(node)
     names = [a.name for a in schema]
-    if isinstance(which, str) and which not in names and which not in node.kwargs:
+    if which not in (names if isinstance(which, str) else range(len(names))):
         raise ValueError(f"{op_name(node)} has no argument {which!r}")
-    name = which if isinstance(which, str) else (names[which] if which < len(names) else None)
-    position = names.index(name) if name in names else which
-    if name in node.kwargs or (isinstance(position, int) and position < len(names) and schema[position].kwarg_only):
-        node.kwargs = {**node.kwargs, str(name): value}
+    position = names.index(which) if isinstance(which, str) else which
+    if schema[position].kwarg_only or names[position] in node.kwargs:
+        node.update_kwarg(names[position], value)
         return
-    if not isinstance(position, int) or position > max(len(node.args), len(names) - 1):
-        raise ValueError(f"{op_name(node)} has no argument {which!r}")
     args, kwargs = list(node.args), dict(node.kwargs)
     for missing in schema[len(args) : position]:
         if missing.name not in kwargs and not missing.has_default_value():
@@ -147,10 +144,7 @@ class Graph(nn.Module):
         """Parameter or constant by qualified name: the tensor itself, so that a write into it changes this graph, and
         those that share its tensors (``clone(share=True)``), but no model: the graph that a method is given owns all
         of its tensors. Raises ``AttributeError`` if there is none."""
-        value: Any = self.root
-        for part in name.split("."):
-            value = getattr(value, part)
-        return value
+        return attrgetter(name)(self.root)
 
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Put ``value`` under ``name``, as a buffer (made if new)."""
@@ -175,6 +169,28 @@ class Graph(nn.Module):
     def device(self) -> torch.device:
         return next(iter(self.tensors().values())).device
 
+    def insert(self, before: fx.Node, target: Any, args: tuple[Any, ...], shape: Sequence[int | None]) -> fx.Node:
+        """A call in front of a node, in its module; ``shape``: of what it gives."""
+        with self.fx.inserting_before(before):
+            made = self.fx.call_function(target, args)
+        made.meta = {"module": before.meta.get("module", ""), "shape": tuple(shape), "symbolic": False}
+        return made
+
+    def insert_tensor(self, before: fx.Node, name: str, value: Tensor | None = None) -> fx.Node:
+        """A tensor, by its name or put under it, to be read in front of a node."""
+        if value is not None:
+            self.set_tensor(name, value)
+        with self.fx.inserting_before(before):
+            made = self.fx.get_attr(name)
+        shape = tuple(self.tensor(name).shape)
+        made.meta = {"module": before.meta.get("module", ""), "shape": shape, "symbolic": False}
+        return made
+
+    def change(self, name: str, new: Callable[[Tensor], Tensor]) -> None:
+        """Replace a tensor by what ``new`` makes of it in float64, in the type it has."""
+        old = self.tensor(name)
+        self.set_tensor(name, new(old.to(torch.float64, copy=True)).to(old.dtype))
+
     def unused(self, stem: str, leaf: str) -> str:
         """A name for a new tensor: ``<stem><leaf>``, with a number between them where the graph reads that already."""
         names, number = {str(n.target) for n in self.fx.nodes if n.op == "get_attr"}, 1
@@ -189,16 +205,10 @@ class Graph(nn.Module):
         share: hold the same tensors, at no memory, until they are replaced by :meth:`set_tensor`; for those who write
         into none of them.
         """
-        root = nn.Module()
-        for name, value in self.tensors().items():
-            put_tensor(root, name, value if share else value.detach().clone())
-        graph = fx.Graph()
-        mapping: dict[fx.Node, fx.Node] = {}
-        for node in self.fx.nodes:
-            new = graph.node_copy(node, lambda n: mapping[n])
-            new.meta = copy.copy(node.meta)
-            mapping[node] = new
-        twin = Graph(root, graph)
+        tensors = self.tensors()
+        if not share:
+            tensors = {name: value.detach().clone() for name, value in tensors.items()}
+        twin = Graph(tensor_tree(tensors), copy_graph(self.fx))
         twin.train(self.training)
         return twin
 
@@ -207,7 +217,7 @@ class Graph(nn.Module):
         device = self.device
         for node in self.fx.nodes:
             if "device" in node.kwargs:
-                replace_argument(node, "device", device)
+                node.update_kwarg("device", device)
         self._module = None
         return self
 
@@ -215,10 +225,7 @@ class Graph(nn.Module):
     def module(self) -> fx.GraphModule:
         """The graph as compiled Python, made once."""
         if self._module is None:
-            root = nn.Module()
-            for name, value in self.tensors().items():
-                put_tensor(root, name, value)
-            self._module = fx.GraphModule(root, copy_graph(self.fx))
+            self._module = fx.GraphModule(tensor_tree(self.tensors()), copy_graph(self.fx))
         return self._module
 
     def forward(self, images: Tensor) -> Tensor:
@@ -239,33 +246,25 @@ class Graph(nn.Module):
         ``hook(edge_key, tensor)`` is called on each tensor that crosses an edge of a site (see ``sites``) and returns
         what is used in its place. Weights are not looked up through the hook unless the hook knows their key.
         """
-        keep = set(keep)
-        inside = set(nodes)
-        last: dict[fx.Node, fx.Node] = {}
-        for node in nodes:
-            for source in node.all_input_nodes:
-                last[source] = node
+        kept = set(keep)
+        last = {source: node for node in nodes for source in node.all_input_nodes}
         edges = self.sites.edges_by_node if hook is not None else {}
         for node in nodes:
             if node.op == "get_attr":
                 env[node] = self.tensor(str(node.target))
                 continue
-            args = fx.map_arg(node.args, lambda n: self._value(n, env))
-            kwargs = fx.map_arg(node.kwargs, lambda n: self._value(n, env))
-            out_key = None
-            if hook is not None and node in edges:
-                args = list(args)
-                for edge in edges[node]:
-                    if edge.position is None:
-                        out_key = edge.key
-                    else:
-                        args[edge.position] = hook(edge.key, args[edge.position])
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(n, env))
+            args = list(args)
+            for edge in edges.get(node, ()):
+                if edge.position is not None:
+                    args[edge.position] = hook(edge.key, args[edge.position])  # type: ignore[misc]
             value = node.target(*args, **kwargs)  # type: ignore[operator]
-            if out_key is not None and hook is not None:
-                value = hook(out_key, value)
+            for edge in edges.get(node, ()):
+                if edge.position is None:
+                    value = hook(edge.key, value)  # type: ignore[misc]
             env[node] = value
             for source in node.all_input_nodes:
-                if last[source] is node and source not in keep and (source in inside or source.op != "placeholder"):
+                if last[source] is node and source not in kept and source.op != "placeholder":
                     env.pop(source, None)
         return env
 
@@ -283,51 +282,34 @@ class Graph(nn.Module):
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     new = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        mapping[node] = new.node_copy(node, lambda n: mapping[n])
+    new.output(new.graph_copy(graph, {}))
     return new
+
+
+def tensor_tree(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module that holds tensors under their dotted names."""
+    root = nn.Module()
+    for name, value in tensors.items():
+        put_tensor(root, name, value)
+    return root
 
 
 def put_tensor(root: nn.Module, name: str, value: Tensor) -> None:
     """Register ``value`` as a buffer at the dotted ``name`` below ``root``, making containers on the way."""
     *path, leaf = name.split(".")
-    module = root
     for part in path:
-        child = getattr(module, part, None)
-        if not isinstance(child, nn.Module):
-            child = nn.Module()
-            module.add_module(part, child)
-        module = child
-    if leaf in module._buffers:
-        module._buffers[leaf] = value
-    else:
-        module.register_buffer(leaf, value)
+        if not isinstance(getattr(root, part, None), nn.Module):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    root.register_buffer(leaf, value)
 
 
-def with_features(
-    graph: fx.Graph, root: nn.Module, terms: list[tuple[fx.Node, float]] | None, taps: Sequence[fx.Node] = ()
-) -> fx.GraphModule:
-    """``graph`` as a module that returns (logits, features): features [B, D] are what the classifier's linear layers
-    read (before any quantizer on their input; several layers side by side), or ``None`` without such layers. With
-    ``taps``, the values of those nodes come third, as a tuple."""
-    output = next(n for n in reversed(graph.nodes) if n.op == "output")
-    logits = output.args[0]
-    features: Any = None
-    if terms:
-        sources = list(dict.fromkeys(unquantized_input(node) for node, _ in terms))
-        if all(len(s.meta.get("shape") or ()) == 2 for s in sources):
-            features = sources[0]
-            if len(sources) > 1:
-                with graph.inserting_before(output):
-                    features = graph.call_function(torch.cat, (sources, 1))
-    replace_argument(output, 0, (logits, features, tuple(taps)) if taps else (logits, features))
-    return fx.GraphModule(root, graph)
-
-
-def unquantized_input(node: fx.Node) -> fx.Node:
-    """What a linear node reads, looking through a quantizer on the edge."""
-    source = node.args[0]
-    if isinstance(source, fx.Node) and source.op == "call_module" and str(source.target).startswith("quantizers."):
-        source = source.args[0]
-    return source  # type: ignore[return-value]
+def walk(start: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+    """Nodes from ``start`` on, breadth first, each once; ``onward(node)`` gives those that come after a node."""
+    queue = list(dict.fromkeys(start))
+    seen = set(queue)
+    for node in queue:
+        yield node
+        new = [n for n in dict.fromkeys(onward(node)) if n not in seen]
+        queue += new
+        seen.update(new)

@@ -6,6 +6,7 @@ are accepted.
 
 from __future__ import annotations
 
+import operator
 import re
 from typing import Any
 
@@ -13,11 +14,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.errors import BadWeightsError
-from quantlens.graph.capture import SYMBOLIC_FUNCTIONS
 from quantlens.graph.graph import Graph, put_tensor
 
 _ATEN = re.compile(r"aten\.([a-z_0-9]+)\.([A-Za-z_0-9]+)")
 _REFUSED = {"from_file", "_print", "set_data"}
+SYMBOLIC_FUNCTIONS = {
+    name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "getitem", "truediv")
+}
+"""Plain Python functions that may stand in a graph (sizes computed from the batch); anything else is an ATen
+operation."""
 _ENUMS = {str(v): v for v in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.strided)}
 
 

@@ -10,16 +10,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
-from quantlens.graph.graph import VIEWS, Graph, argument, op_name
-
-aten = torch.ops.aten
+from quantlens.graph.graph import VIEWS, Graph, argument, op_name, walk
 
 CONVS = {"aten.conv2d.default", "aten.conv2d.padding", "aten.convolution.default"}
 ADDS = {"aten.add.Tensor", "aten.add_.Tensor"}
@@ -109,44 +106,48 @@ class SiteMap:
     def of_kind(self, *kinds: str) -> list[Site]:
         return [s for s in self if s.kind in kinds]
 
-    def block(self, name: str) -> Block:
-        return next(b for b in self.blocks if b.name == name)
-
 
 def dynamic_nodes(graph: Graph) -> set[fx.Node]:
     """Nodes whose values depend on the pixels (sizes do not count)."""
     found = {graph.input}
     for node in graph.fx.nodes:
-        if node.op == "call_function" and not node.meta.get("symbolic"):
-            if op_name(node).startswith("aten.sym_size"):
-                continue
-            if any(s in found for s in node.all_input_nodes):
-                found.add(node)
+        size = node.meta.get("symbolic") or op_name(node).startswith("aten.sym_size")
+        if node.op == "call_function" and not size and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
     return found
 
 
 def find_sites(graph: Graph) -> SiteMap:
     """Read the sites and blocks off a graph. Cheap; called through :attr:`Graph.sites`."""
     dynamic = dynamic_nodes(graph)
-    softmaxes = {n for n in graph.fx.nodes if op_name(n) == "aten.softmax.int" and n in dynamic}
-    score_nodes = {m: s for s in softmaxes if (m := _scores_of(s)) is not None}
-    probs = set(score_nodes.values())
-    context_nodes = {c: s for s in probs if (c := _context_of(s)) is not None}
-    found = []
-    for node in graph.fx.nodes:
-        described = _describe(graph, node, dynamic, score_nodes, probs, context_nodes)
-        if described is not None:
-            found.append((*described, node))
-    names = _numbered([(kind, name) for kind, name, _, _ in found])
-    blocks = _find_blocks(graph, dynamic, score_nodes)
+    attentions = _find_attentions(graph, dynamic)
+    described = {node: _describe(graph, node, dynamic, attentions) for node in graph.fx.nodes if node in dynamic}
+    found = [(node, *kind_and_name) for node, kind_and_name in described.items() if kind_and_name is not None]
+    blocks = _find_blocks(graph, dynamic, attentions)
     owner = {n: b.name for b in blocks for n in b.nodes}
     sites = []
-    for name, (kind, _, positions, node) in zip(names, found, strict=True):
-        edges = {e: Edge(f"{name}.{e}", name, e, node, p) for e, p in positions.items()}
+    for name, (node, kind, _) in zip(_numbered([row[1:] for row in found]), found, strict=True):
+        positions = {**{edge: position for position, edge in enumerate(EDGES[kind])}, "output": None}
+        edges = {edge: Edge(f"{name}.{edge}", name, edge, node, position) for edge, position in positions.items()}
         sites.append(Site(name, kind, node, owner.get(node), edges))
     by_node = {s.node: s for s in sites}
     head = [by_node[n] for n, _ in classifier_terms(graph) or [] if n in by_node]
     return SiteMap(sites, blocks, head)
+
+
+def _find_attentions(graph: Graph, dynamic: set[fx.Node]) -> dict[fx.Node, tuple[str, fx.Node]]:
+    """What the operations of attentions are, with the node whose module names them: q·kᵀ "scores", the softmax over
+    these "probs", its product with v "context"."""
+    found: dict[fx.Node, tuple[str, fx.Node]] = {}
+    for softmax in graph.fx.nodes:
+        scores = _scores_of(softmax) if softmax in dynamic and op_name(softmax) == "aten.softmax.int" else None
+        if scores is None:
+            continue
+        found |= {scores: ("scores", scores), softmax: ("probs", scores)}
+        context = _first_product(softmax.users, lambda n: n.users if op_name(n) in VIEWS else ())
+        if context is not None:
+            found[context] = ("context", context)
+    return found
 
 
 def _numbered(found: list[tuple[str, str]]) -> list[str]:
@@ -162,53 +163,56 @@ def _numbered(found: list[tuple[str, str]]) -> list[str]:
     return names
 
 
-# kind       operation                     edges                    name
-# linear     ``aten.linear``               input, weight, output    the module (``blocks.3.attn.qkv``)
-# conv       ``aten.conv2d`` …             input, weight, output    the module (``patch_embed.proj``)
-# scores     q·kᵀ                          q, k, output             ``blocks.3.attn.scores``
-# probs      softmax over the scores       input, output            ``blocks.3.attn.probs``
-# context    probs·v                       probs, v, output         ``blocks.3.attn.context``
-# layer_norm ``aten.layer_norm``           input, output            the module (``blocks.3.norm1``)
-# gelu       ``aten.gelu``                 input, output            the module (``blocks.3.mlp.act``)
-# add        sum of two activations        lhs, rhs, output         ``blocks.3.add1``
-# matmul     any other product             lhs, rhs, output         ``<module>.matmul``
+EDGES = {
+    "linear": ("input", "weight"),
+    "conv": ("input", "weight"),
+    "scores": ("q", "k"),
+    "probs": ("input",),
+    "context": ("probs", "v"),
+    "layer_norm": ("input",),
+    "gelu": ("input",),
+    "add": ("lhs", "rhs"),
+    "matmul": ("lhs", "rhs"),
+}
+"""Kinds of sites: the edges of their operands, in the order of the arguments; each has an ``output`` too."""
+
+
+# kind       operation                     name
+# linear     ``aten.linear``               the module (``blocks.3.attn.qkv``)
+# conv       ``aten.conv2d`` …             the module (``patch_embed.proj``)
+# scores     q·kᵀ                          ``blocks.3.attn.scores``
+# probs      softmax over the scores       ``blocks.3.attn.probs``
+# context    probs·v                       ``blocks.3.attn.context``
+# layer_norm ``aten.layer_norm``           the module (``blocks.3.norm1``)
+# gelu       ``aten.gelu``                 the module (``blocks.3.mlp.act``)
+# add        sum of two activations        ``blocks.3.add1``
+# matmul     any other product             ``<module>.matmul``
 def _describe(
-    graph: Graph,
-    node: fx.Node,
-    dynamic: set[fx.Node],
-    score_nodes: dict[fx.Node, fx.Node],
-    probs: set[fx.Node],
-    context_nodes: dict[fx.Node, fx.Node],
-) -> tuple[str, str, dict[str, int | None]] | None:
-    """kind, name and edge positions of a node, ``None`` if it is no site."""
-    if node not in dynamic or node.op != "call_function":
-        return None
+    graph: Graph, node: fx.Node, dynamic: set[fx.Node], attentions: dict[fx.Node, tuple[str, fx.Node]]
+) -> tuple[str, str] | None:
+    """kind and name of a node that depends on the pixels, ``None`` if it is no site."""
     op, module = op_name(node), node.meta.get("module", "")
     if op == "aten.linear.default" and graph.constant(node.args[1]) is not None:
-        return "linear", _by_weight(node.args[1], module), {"input": 0, "weight": 1, "output": None}
+        return "linear", _by_weight(node.args[1], module)
     if op in CONVS and graph.constant(node.args[1]) is not None and not argument(node, "transposed", False):
-        return "conv", _by_weight(node.args[1], module), {"input": 0, "weight": 1, "output": None}
-    if node in score_nodes:
-        return "scores", _join(module, "scores"), {"q": 0, "k": 1, "output": None}
-    if node in probs:
-        home = next(m for m, s in score_nodes.items() if s is node).meta.get("module", "")
-        return "probs", _join(home, "probs"), {"input": 0, "output": None}
-    if node in context_nodes:
-        return "context", _join(module, "context"), {"probs": 0, "v": 1, "output": None}
+        return "conv", _by_weight(node.args[1], module)
+    if node in attentions:
+        kind, named_by = attentions[node]
+        return kind, _join(named_by.meta.get("module", ""), kind)
     if op == "aten.matmul.default":
-        if graph.constant(node.args[1]) is not None and str(node.args[1].target).endswith(ROTATION):  # type: ignore[union-attr]
-            return None
-        return "matmul", _join(module, "matmul"), {"lhs": 0, "rhs": 1, "output": None}
+        rotation = graph.constant(node.args[1]) is not None and str(node.args[1].target).endswith(ROTATION)  # type: ignore[union-attr]
+        return None if rotation else ("matmul", _join(module, "matmul"))
     if op == "aten.layer_norm.default":
-        weight = node.args[2] if len(node.args) > 2 else None
-        return "layer_norm", _by_weight(weight, module), {"input": 0, "output": None}
+        return "layer_norm", _by_weight(argument(node, "weight"), module)
     if op == "aten.gelu.default":
-        return "gelu", module or "gelu", {"input": 0, "output": None}
-    if op in ADDS and all(isinstance(a, fx.Node) and a in dynamic for a in node.args[:2]):
-        if _is_logit_sum(node):
-            return None
-        return "add", _join(module, "add"), {"lhs": 0, "rhs": 1, "output": None}
+        return "gelu", module or "gelu"
+    if _is_sum(node, dynamic) and not _is_logit_sum(node):
+        return "add", _join(module, "add")
     return None
+
+
+def _is_sum(node: fx.Node, dynamic: set[fx.Node]) -> bool:
+    return op_name(node) in ADDS and all(isinstance(a, fx.Node) and a in dynamic for a in node.args[:2])
 
 
 def _is_logit_sum(node: fx.Node) -> bool:
@@ -233,76 +237,39 @@ def _by_weight(weight: Any, module: str) -> str:
 def _scores_of(softmax: fx.Node) -> fx.Node | None:
     """Walk up from a softmax to the matmul that made its logits, through scaling, bias, mask and views."""
     passing = VIEWS | ADDS | SCALINGS | {"aten.masked_fill.Scalar", "aten.where.self", "aten._safe_softmax.default"}
-    queue, seen = [softmax.args[0]], set()
-    while queue:
-        node = queue.pop()
-        if not isinstance(node, fx.Node) or node in seen:
-            continue
-        seen.add(node)
-        if op_name(node) == "aten.matmul.default":
-            return node
-        if op_name(node) in passing:
-            queue.extend(a for a in node.args if isinstance(a, fx.Node))
-    return None
+    return _first_product(softmax.all_input_nodes, lambda n: n.all_input_nodes if op_name(n) in passing else ())
 
 
-def _context_of(softmax: fx.Node) -> fx.Node | None:
-    """Walk down from a softmax to the matmul that uses it as left operand."""
-    queue, seen = list(softmax.users), set()
-    while queue:
-        node = queue.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        if op_name(node) == "aten.matmul.default":
-            return node
-        if op_name(node) in VIEWS:
-            queue.extend(node.users)
-    return None
+def _first_product(start: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> fx.Node | None:
+    return next((n for n in walk(start, onward) if op_name(n) == "aten.matmul.default"), None)
 
 
 # -- blocks -------------------------------------------------------------------------------------------------------
-def _find_blocks(graph: Graph, dynamic: set[fx.Node], score_nodes: dict[fx.Node, fx.Node]) -> list[Block]:
+def _find_blocks(graph: Graph, dynamic: set[fx.Node], attentions: dict[fx.Node, tuple[str, fx.Node]]) -> list[Block]:
     """Transformer blocks: the smallest module around an attention that does its residual addition itself.
 
     A module whose nodes do not have exactly one activation in and one out is no block (its parent is tried).
     """
-    order = {n: i for i, n in enumerate(graph.fx.nodes)}
-    modules_with_add = {
-        n.meta.get("module", "")
-        for n in graph.fx.nodes
-        if op_name(n) in ADDS and all(isinstance(a, fx.Node) and a in dynamic for a in n.args[:2])
-    }
-    names: dict[str, None] = {}
-    blocks = []
-    for node in sorted(score_nodes, key=order.__getitem__):
-        path = node.meta.get("module", "")
-        while path:
-            if path in modules_with_add and path not in names:
-                block = _as_block(graph, path, order, dynamic)
-                if block is not None:
-                    names[path] = None
-                    blocks.append(block)
-                    break
-            if path in names:
-                break
-            path = path.rpartition(".")[0]
-    return blocks
+    summing = {n.meta.get("module", "") for n in graph.fx.nodes if _is_sum(n, dynamic)}
+    blocks: dict[str, Block] = {}
+    for node in graph.fx.nodes:
+        path = node.meta.get("module", "") if attentions.get(node, ("",))[0] == "scores" else ""
+        while path and path not in blocks:
+            block = _as_block(graph, path, dynamic) if path in summing else None
+            if block is None:
+                path = path.rpartition(".")[0]
+            else:
+                blocks[path] = block
+    return list(blocks.values())
 
 
-def _as_block(graph: Graph, path: str, order: dict[fx.Node, int], dynamic: set[fx.Node]) -> Block | None:
-    inside = [n for n in graph.fx.nodes if _is_within(n.meta.get("module", ""), path) and n.op == "call_function"]
-    members = set(inside)
+def _as_block(graph: Graph, path: str, dynamic: set[fx.Node]) -> Block | None:
+    calls = (n for n in graph.fx.nodes if n.op == "call_function")
+    inside = dict.fromkeys(n for n in calls if f"{n.meta.get('module', '')}.".startswith(f"{path}."))
     tensors = [n for n in inside if n in dynamic]
-    sources = {s for n in tensors for s in n.all_input_nodes if s in dynamic and s not in members}
-    results = [n for n in tensors if any(u not in members for u in n.users)]
-    if len(sources) != 1 or len(results) != 1:
-        return None
-    return Block(path, sources.pop(), results[0], tuple(sorted(inside, key=order.__getitem__)))
-
-
-def _is_within(module: str, path: str) -> bool:
-    return module == path or module.startswith(f"{path}.")
+    sources = {s for n in tensors for s in n.all_input_nodes if s in dynamic and s not in inside}
+    results = [n for n in tensors if any(u not in inside for u in n.users)]
+    return Block(path, sources.pop(), results[0], tuple(inside)) if len(sources) == len(results) == 1 else None
 
 
 # -- classifier ---------------------------------------------------------------------------------------------------
@@ -312,19 +279,18 @@ def classifier_terms(graph: Graph) -> list[tuple[fx.Node, float]] | None:
     One term for most models, two of weight ½ for a distilled DeiT.
     """
 
-    def walk(node: Any, factor: float) -> list[tuple[fx.Node, float]] | None:
+    def terms(node: Any, factor: float) -> list[tuple[fx.Node, float]] | None:
         if not isinstance(node, fx.Node):
             return None
         op = op_name(node)
         if op == "aten.linear.default":
             return [(node, factor)] if graph.constant(node.args[1]) is not None else None
-        if op in ("aten.div.Tensor", "aten.div.Scalar") and isinstance(node.args[1], int | float):
-            return walk(node.args[0], factor / float(node.args[1]))
-        if op in ("aten.mul.Tensor", "aten.mul.Scalar") and isinstance(node.args[1], int | float):
-            return walk(node.args[0], factor * float(node.args[1]))
+        if op in SCALINGS and isinstance(node.args[1], int | float):
+            number = float(node.args[1])
+            return terms(node.args[0], factor / number if "div" in op else factor * number)
         if op in ADDS and not node.kwargs:
-            left, right = walk(node.args[0], factor), walk(node.args[1], factor)
+            left, right = terms(node.args[0], factor), terms(node.args[1], factor)
             return left + right if left and right else None
         return None
 
-    return walk(graph.output, 1.0)
+    return terms(graph.output, 1.0)

@@ -1,23 +1,18 @@
-"""What methods that search scales by the similarity of outputs share: one product of the graph after the other, on
-samples of the float model's tensors."""
+"""What methods share that search scales product by product: the pass over the products, starting scales, candidates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration
 from quantlens.calibration.products import Product, find_products, visit_products
+from quantlens.calibration.ranges.guided import HEADS
 from quantlens.calibration.ranges.similarity import Operand, alternate, candidate_factors, search
 from quantlens.calibration.sampling import ProductSampler
-from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, Uniform
-from quantlens.graph import Graph
-from quantlens.methods.base import Departure, Option, Run, Widths, matmul_operand_edges
-from quantlens.qmodel import Plan
-from quantlens.qmodel.bits import FLOAT
+from quantlens.methods.base import FLOAT, Calibration, Departure, Graph, Option, Plan, Run, Widths
 
 ALPHA = 0.5
 """Smallest candidate, as a multiple of the scale that the largest magnitude gives."""
@@ -32,18 +27,39 @@ UNSIGNED = Departure(
 def search_options(rounds: int) -> dict[str, Option]:
     """Options of every search."""
     return {
-        "candidates": Option(100, "candidates per scale"),
-        "rounds": Option(rounds, "most times that both scales of a product are searched"),
+        "candidates": Option(100, "candidates per scale", least=1),
+        "rounds": Option(rounds, "most times that both scales of a product are searched", least=1),
     }
 
 
-def factors_of(run: Run, beta: float, alpha: float = ALPHA) -> tuple[list[float], int]:
-    """What the scale that the largest magnitude gives is multiplied by, and the number of rounds. Raises QuantlensError
-    for numbers that make no search."""
-    candidates, rounds = int(run["candidates"]), int(run["rounds"])
-    if candidates < 1 or rounds < 1:
-        raise QuantlensError(f"candidates={candidates}, rounds={rounds}: give at least one of each (100, 3)")
-    return candidate_factors(alpha, beta, candidates), rounds
+def factors_of(run: Run, beta: float, alpha: float = ALPHA) -> list[float]:
+    """What the scale that the largest magnitude gives is multiplied by."""
+    return candidate_factors(alpha, beta, run["candidates"])
+
+
+def quantized_products(graph: Graph, bits: Widths) -> list[Product]:
+    """The products that have an operand to be quantized."""
+    return [p for p in find_products(graph) if any(bits.of(graph, e) != FLOAT for e in p.quantized)]
+
+
+Settle = Callable[[Product, list[Sequence[Tensor]]], Iterable[Quantizer | None]]
+"""(product, the float values that each of its operands has: one tensor per chunk of images, one for a weight) -> the
+quantizers of its operands, None for one that stays in float."""
+
+
+def settle_products(graph: Graph, calibration: Calibration, bits: Widths, run: Run, settle: Settle) -> Plan:
+    """A plan with the quantizers that ``settle`` chooses, one product after the other, none waiting for another. Raises
+    QuantlensError naming the edge where values are not finite."""
+    plan = Plan()
+
+    def on_product(product: Product, tensors: list[Sequence[Tensor]]) -> None:
+        for edge, quantizer in zip(product.quantized, settle(product, tensors), strict=True):
+            if quantizer is not None:
+                plan.quantizers[edge.key] = quantizer
+
+    products = quantized_products(graph, bits)
+    visit_products(graph, calibration, products, on_product, seed=run.seed, progress=run.progress)
+    return plan
 
 
 def search_scales(
@@ -57,86 +73,66 @@ def search_scales(
     unsigned: bool,
     weight_channels: Collection[str],
 ) -> Plan:
-    """Scales of all matmul operands by alternating search, one site after the other, on the float model's tensors.
+    """Scales of all matmul operands by alternating search, on the float model's tensors.
 
     beta: end of the candidates, as :data:`ALPHA`. margin, unsigned: of :func:`operand`. weight_channels: site kinds
     whose weights have a scale per output channel.
     """
-    factors, rounds = factors_of(run, beta)
-    quantizers: dict[str, Quantizer] = {}
+    factors = factors_of(run, beta)
     sampler = ProductSampler(torch.Generator().manual_seed(run.seed))
 
-    def settle(product: Product, tensors: list[Sequence[Tensor]], wanted: set[str]) -> None:
-        values = sampler.joined(product, tensors)
-        together = values is not None
-        if values is None:
-            values = sampler.each_alone(tensors)
-        sides = []
-        for edge, parts, value in zip(product.quantized, tensors, values, strict=True):
-            if edge.key in wanted:
-                channels = together and edge.is_weight and product.site.kind in weight_channels
-                sides.append(operand(value, parts, bits.of(graph, edge), margin, unsigned, channels=channels))
-            else:
-                sides.append(Operand(value))
-        if together:
-            sides = list(alternate(sides[0], sides[1], factors, rounds)[:2])
-        else:
+    def settle(product: Product, tensors: list[Sequence[Tensor]]) -> list[Quantizer | None]:
+        joined = sampler.joined(product, tensors)
+        values = sampler.each_alone(tensors) if joined is None else joined
+        widths = [bits.of(graph, edge) for edge in product.quantized]
+        by_channel = joined is not None and product.site.kind in weight_channels
+        sides = [
+            operand(value, parts, width, margin, unsigned, channels=by_channel and edge.is_weight)
+            for edge, parts, value, width in zip(product.quantized, tensors, values, widths, strict=True)
+        ]
+        if joined is None:
             sides = [search(s, Operand(torch.eye(s.values.shape[-1]).to(s.values)), factors) for s in sides]
-        for edge, side in zip(product.quantized, sides, strict=True):
-            if side.scale is not None:
-                quantizers[edge.key] = quantizer_of(side, bits.of(graph, edge))
+        else:
+            sides = list(alternate(sides[0], sides[1], factors, run["rounds"])[:2])
+        return [quantizer_of(side, width) for side, width in zip(sides, widths, strict=True)]
 
-    settle_products(graph, calibration, bits, run, settle)
-    return Plan({e.key: quantizers[e.key] for e in matmul_operand_edges(graph) if e.key in quantizers})
-
-
-def settle_products(
-    graph: Graph,
-    calibration: Calibration,
-    bits: Widths,
-    run: Run,
-    settle: Callable[[Product, list[Sequence[Tensor]], set[str]], None],
-) -> None:
-    """Show ``settle`` every product that has an operand to be quantized: the product, the float values that each of its
-    operands has (one tensor per chunk of images, one for a weight), and the keys of all edges to be quantized.
-
-    Raises QuantlensError naming the edge where values are not finite.
-    """
-    wanted = {e.key for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT}
-    products = [p for p in find_products(graph) if any(e.key in wanted for e in p.quantized)]
-
-    def on_product(product: Product, tensors: list[Sequence[Tensor]]) -> None:
-        settle(product, tensors, wanted)
-
-    visit_products(graph, calibration, products, on_product, seed=run.seed, progress=run.progress)
-
-
-def quantizer_of(side: Operand, bits: int) -> Uniform:
-    """The quantizer with an operand's current scale."""
-    assert side.scale is not None
-    return Uniform(
-        side.scale,
-        torch.zeros_like(side.scale),
-        bits,
-        signed=side.low < 0,
-        granularity="channel" if side.per_row else "tensor",
-        axis=0 if side.per_row else None,
-    )
+    return settle_products(graph, calibration, bits, run, settle)
 
 
 def operand(
     values: Tensor, parts: Sequence[Tensor], bits: int, margin: float, unsigned: bool, *, channels: bool = False
 ) -> Operand:
-    """An operand at its starting scale max|x|/(2ᵇ⁻¹ − margin), which the largest magnitude of all its values gives.
-    unsigned: codes of tensors without negative values."""
+    """An operand at its starting scale max|x|/(2ᵇ⁻¹ − margin), which the largest magnitude of all its values gives; in
+    float at 32 bits. unsigned: codes of tensors without negative values."""
+    if bits == FLOAT:
+        return Operand(values)
     unsigned = unsigned and all(bool((part >= 0).all()) for part in parts)
-    if channels:
-        largest = values.abs().amax(dim=1)
-    else:
-        largest = torch.stack([part.abs().max() for part in parts]).max()
+    largest = values.abs().amax(dim=1) if channels else torch.stack([part.abs().max() for part in parts]).max()
     low, high = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     steps = high if unsigned else max(2 ** (bits - 1) - margin, 0.5)
+    return Operand.of(values, starting_scale(largest, steps), low, high)
+
+
+def starting_scale(largest: Tensor, steps: float) -> Tensor:
+    """largest/steps; 1 where there is nothing to represent, where any scale does."""
     start = largest.double() / steps
-    # nothing to represent: any scale does
-    start = torch.where(start > torch.finfo(torch.float32).tiny * 1e6, start, torch.ones_like(start)).float()
-    return Operand.of(values, start, low, high)
+    return torch.where(start > torch.finfo(torch.float32).tiny * 1e6, start, torch.ones_like(start)).float()
+
+
+def quantizer_of(side: Operand, bits: int) -> Quantizer | None:
+    """The quantizer with an operand's current scale; None for one that stays in float."""
+    if side.scale is None:
+        return None
+    where = {"granularity": "channel", "axis": 0} if side.per_row else {}
+    return Uniform(side.scale, None, bits, signed=side.low < 0, **where)  # type: ignore[arg-type]
+
+
+def grouped_uniform(groups: str | Tensor | None, scale: Tensor, zero: Tensor, bits: int, *, signed: bool) -> Uniform:
+    """The uniform format of an operand whose groups (of a :class:`~quantlens.calibration.ranges.guided.Side`) have
+    scales and zero points [G]."""
+    if isinstance(groups, Tensor):
+        granularity = "channel" if len(scale) == len(groups) else "group"
+        return Uniform(scale[groups], zero[groups], bits, signed=signed, granularity=granularity, axis=0)
+    if groups == HEADS:
+        return Uniform(scale, zero, bits, signed=signed, granularity="head", axis=-3)
+    return Uniform(scale[0], zero[0], bits, signed=signed)

@@ -18,24 +18,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Observer, Replacement
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Observer
 from quantlens.calibration.ranges import affine, clipping, log_by_quantile, mse
 from quantlens.calibration.ranges.power_of_two import token_weights
 from quantlens.calibration.ranges.rules import REPQ_QUANTILES
-from quantlens.errors import QuantlensError
 from quantlens.formats import PowerOfTwo, Quantizer, Uniform
 from quantlens.formats.base import bounded_
 from quantlens.formats.uniform import MAX_ZERO_POINT
-from quantlens.graph import Edge, Graph
 from quantlens.graph.graph import VIEWS, op_name
-from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, weight_quantizers
-from quantlens.methods._shifts import shift_axis
-from quantlens.methods.base import EVERYTHING, Method, MethodInfo, Option, Run, Widths, everything_edges
-from quantlens.qmodel import Plan
-from quantlens.qmodel.bits import FLOAT
-from quantlens.reconstruction import Report, Settings, reconstruct
+from quantlens.methods._reconstruction import CHECKPOINT, FULL, steps, train, weight_quantizers
+from quantlens.methods.base import (
+    EVERYTHING,
+    FLOAT,
+    Edge,
+    Graph,
+    Method,
+    MethodInfo,
+    Option,
+    Plan,
+    Run,
+    Widths,
+    everything_edges,
+    readers,
+)
+from quantlens.reconstruction import Settings
 from quantlens.transforms import NormGroup, find_norm_groups
 from quantlens.transforms.equalisation import Factors, balance, columns, equalise_norms, smooth_factors
 from quantlens.transforms.norms import keeps_channels_last
@@ -88,63 +96,66 @@ class AOCQ(Method):
             "scales": Option(True, "level two, stage one: activation scales refined, s₀ → s₄", (True, False)),
             "rounding": Option(True, "level two, stage two: rounding of the weights learned", (True, False)),
             "loss": Option("token-norm", "level three: token-norm, or plain mse", ("token-norm", "mse")),
-            "iterations": Option(80, f"steps per block in stage two, with {FULL} or more calibration images"),
-            "scale_iterations": Option(32, f"steps per block in stage one, over all {ROUNDS} rounds; likewise"),
-            "batch_size": Option(8, "images per step"),
+            "iterations": Option(80, f"steps per block in stage two, with {FULL} or more calibration images", least=0),
+            "scale_iterations": Option(
+                32, f"steps per block in stage one, over all {ROUNDS} rounds; likewise", least=0
+            ),
+            "batch_size": Option(8, "images per step", least=1),
             "checkpoint": CHECKPOINT,
         },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        rewrites = []
+        plan = Plan()
         if run["operator"]:
             done = balance_norms(graph, calibration, bits, run.seed)
-            rewrites.append(f"LN_α: channels balanced at {len(done)} LayerNorms")
-        activations = activation_quantizers(graph, calibration, bits, run)
+            plan.rewrites = [f"LN_α: channels balanced at {len(done)} LayerNorms"]
+        plan.quantizers = activation_quantizers(graph, calibration, bits, run)
         weights = weight_quantizers(graph, bits)
-        stages = [s for s in ("scales", "rounding") if run[s]]
-        reports: dict[str, Report] = {}
-        plan = Plan(activations)
-        for number, stage in enumerate(stages):
+        common = {"loss": run["loss"], "batch_size": run["batch_size"]}
+        count, told = calibration.count, {}
+        refined = Settings(
+            optimise=("scales",),
+            inputs="quantized",
+            rounds=ROUNDS,
+            lr_scales=0.003,
+            iterations=steps(run, count, "scale_iterations"),
+            **common,
+        )
+        rounded = Settings(
+            optimise=("rounding",),
+            inputs="mixed",
+            straight_through=True,
+            lr_rounding=0.03,
+            iterations=steps(run, count),
+            **common,
+        )
+        stages = {stage: each for stage, each in (("scales", refined), ("rounding", rounded)) if run[stage]}
+        for number, (stage, settings) in enumerate(stages.items()):
             if stage == "rounding":
                 plan.quantizers |= weights
-            settings = stage_settings(stage, calibration.count, run)
-            folder = f"{run['checkpoint']}/{stage}" if run["checkpoint"] else None
-            progress = portion(run.progress, number, len(stages))
-            reports[stage] = reconstruct(
-                graph, plan, calibration, settings, seed=run.seed, progress=progress, checkpoint=folder
-            )
-        plan.quantizers = {**weights, **plan.quantizers}
-        plan.rewrites = rewrites
-        plan.notes["reconstruction"] = {stage: report.info() for stage, report in reports.items()}
+            part = number, len(stages)
+            told[stage] = train(graph, plan, calibration, run, settings, stage=stage, part=part)
+        plan.quantizers = weights | plan.quantizers
+        plan.notes["reconstruction"] = told
         return plan
-
-
-def stage_settings(stage: str, images: int, run: Run) -> Settings:
-    """Settings of stage one ("scales") or two ("rounding")."""
-    steps = run["scale_iterations"] if stage == "scales" else run["iterations"]
-    if not isinstance(steps, int) or steps < 0 or not isinstance(run["batch_size"], int) or run["batch_size"] < 1:
-        raise QuantlensError("aocq: iterations are whole numbers from 0 on, batch_size from 1 on")
-    steps = math.ceil(steps * min(1.0, images / FULL))
-    common: dict[str, Any] = {"loss": run["loss"], "batch_size": run["batch_size"], "iterations": steps}
-    if stage == "scales":
-        return Settings(optimise=("scales",), inputs="quantized", rounds=ROUNDS, lr_scales=0.003, **common)
-    return Settings(optimise=("rounding",), inputs="mixed", straight_through=True, lr_rounding=0.03, **common)
 
 
 # -- level one: LN_α -----------------------------------------------------------------------------------------------
 def balance_norms(graph: Graph, calibration: Calibration, bits: Widths, seed: int) -> list[str]:
     """LN_α at every LayerNorm that feeds linear layers alone, exactly. Returns the norms changed."""
     groups = {g.norm.edges["output"].key: g for g in find_norm_groups(graph)}
-    edges = [g.norm.edges["output"] for g in groups.values()]
     factors: dict[str, Factors] = {}
     generator = torch.Generator().manual_seed(seed)
 
     def on_edge(edge: Edge, view: EdgeView) -> None:
-        rows = _sample(view.tensors(), generator)
-        factors[groups[edge.key].norm.name] = ln_alpha(graph, groups[edge.key], view(axis=-1), rows, bits)
+        pieces = [part.reshape(-1, part.shape[-1]) for part in view.tensors()]
+        share = -(-ROWS // len(pieces))  # as many tokens from each
+        picked = [torch.randperm(len(part), generator=generator)[:share].to(part.device) for part in pieces]
+        rows = torch.cat([part[index] for part, index in zip(pieces, picked, strict=True)])
+        factors[edge.site] = ln_alpha(graph, groups[edge.key], view(axis=-1), rows, bits)
 
-    edges = [e for e in edges if bits.of(graph, e) != FLOAT]
+    edges = [g.norm.edges["output"] for g in groups.values() if bits.of(graph, g.norm.edges["output"]) != FLOAT]
     CalibrationPass(graph, calibration, sequential=False, seed=seed).run(edges, on_edge)
     return equalise_norms(graph, list(groups.values()), factors)
 
@@ -159,56 +170,59 @@ def ln_alpha(graph: Graph, group: NormGroup, seen: Observation, rows: Tensor, bi
     weight = torch.cat([graph.tensor(str(linear.weight)) for linear in group.linears])
     expected = rows @ weight.T
     half, middle = (seen.high - seen.low) / 2, (seen.high + seen.low) / 2
-    candidates = [balance(seen.low, seen.high, m) for m in STRENGTHS]
-    for m in STRENGTHS[1:-1]:
-        scale = smooth_factors(half, columns(graph, group), m)
-        candidates.append(Factors(scale, middle / scale))
-    best, least = balance(seen.low, seen.high, 0.0, shift=False), math.inf
-    for candidate in candidates:
-        low = (seen.low / candidate.scale - candidate.shift).min()
-        high = (seen.high / candidate.scale - candidate.shift).max()
-        x = affine(low, high, width)(rows / candidate.scale - candidate.shift) + candidate.shift
+
+    def error(candidate: Factors) -> float:
+        ends = [end / candidate.scale - candidate.shift for end in (seen.low, seen.high)]
+        balanced = rows / candidate.scale - candidate.shift
+        x = affine(ends[0].min(), ends[1].max(), width)(balanced) + candidate.shift
         w = weight * candidate.scale
         if weight_width != FLOAT:
-            ends = mse(Observation.of(w), weight_width, steps=10, shrink=0.05)
-            w = affine(*ends, weight_width, granularity="channel", axis=0)(w)
-        error = float((x @ w.T - expected).square().sum())
-        if error < least:
-            best, least = candidate, error
-    return best
+            range_ = mse(Observation.of(w), weight_width, steps=10, shrink=0.05)
+            w = affine(*range_, weight_width, granularity="channel", axis=0)(w)
+        return float((x @ w.T - expected).square().sum())
 
-
-def _sample(tensors: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """About :data:`ROWS` tokens [n, C], as many from each piece."""
-    share = -(-ROWS // len(tensors))
-    rows = []
-    for part in tensors:
-        flat = part.reshape(-1, part.shape[-1])
-        index = torch.randperm(len(flat), generator=generator)[:share]
-        rows.append(flat[index.to(flat.device)])
-    return torch.cat(rows)
+    smooth = (smooth_factors(half, columns(graph, group), m) for m in STRENGTHS[1:-1])
+    candidates = [balance(seen.low, seen.high, m) for m in STRENGTHS]
+    return min([*candidates, *(Factors(scale, middle / scale) for scale in smooth)], key=error)
 
 
 # -- level one: Add_α ----------------------------------------------------------------------------------------------
+PASSES_ON = VIEWS | {"aten.cat.default"}
+"""Operations that move values or join them to others."""
+
+
+def shift_axis(graph: Graph, edges: Sequence[Edge]) -> int | None:
+    """The dimension of the output channels (−1 of a linear layer, 1 of a convolution) of a tensor that one such layer
+    makes and only GELUs, sums and LayerNorms read; None for any other tensor.
+
+    The layer requantizes per output channel anyway, and what reads the values works on each alone: a power of two per
+    channel is a shift at both ends. A matrix product would have to sum over channels of different scale.
+    """
+    site = graph.sites[edges[0].site]
+    if len(edges) > 1 or edges[0].position is not None or site.kind not in ("linear", "conv"):
+        return None
+    kinds = {other.node: other.kind for other in graph.sites}
+    read = [node for node, _ in readers(graph, site.node, PASSES_ON) if not op_name(node).startswith("aten.sym_size")]
+    # an addition that is no site: of a constant, the position embedding
+    found = {kinds.get(node, "add" if op_name(node) == "aten.add.Tensor" else "") for node in read}
+    if not found or not found <= {"gelu", "add", "layer_norm"}:
+        return None
+    return -1 if site.kind == "linear" else 1
+
+
 def residual_edges(graph: Graph) -> set[str]:
     """Keys of the edges whose value a residual sum reads or makes, or a LayerNorm reads, channels last: at the reader,
     and at the layer that made it (operations that only move tokens may lie between)."""
     by_node = {site.node: site for site in graph.sites}
-    found: set[str] = set()
-    for site in graph.sites.of_kind("layer_norm", "add"):
-        for edge in site.edges.values():
-            if edge.position is None:
-                if site.kind == "add":
-                    found.add(edge.key)
-                continue
-            found.add(edge.key)
-            node: Any = edge.value
-            while node not in by_node and op_name(node) in VIEWS and isinstance(node.args[0], fx.Node):
-                if not keeps_channels_last(node, node.args[0]):
-                    break
-                node = node.args[0]
-            if node in by_node and by_node[node].kind in ("linear", "add"):
-                found.add(by_node[node].edges["output"].key)
+    sites = graph.sites.of_kind("layer_norm", "add")
+    read = [edge for site in sites for edge in site.edges.values() if edge.position is not None]
+    found = {edge.key for edge in read} | {site.edges["output"].key for site in sites if site.kind == "add"}
+    for edge in read:
+        node: Any = edge.value
+        while node not in by_node and op_name(node) in VIEWS and keeps_channels_last(node, node.args[0]):
+            node = node.args[0]
+        if node in by_node and by_node[node].kind in ("linear", "add"):
+            found.add(by_node[node].edges["output"].key)
     return found
 
 
@@ -228,23 +242,17 @@ def add_alpha(seen: Observation, bits: int, *, axis: int = -1, weights: Tensor |
     finest = max(float(half) / (last / 2) / 2**EXPONENTS, float(largest) / MAX_ZERO_POINT)
     mean = torch.full_like(values[0], 1 / values.shape[1]) if weights is None else weights / len(weights)
 
-    def zeros(step: Tensor | float) -> Tensor:
-        return (last / 2 - middle / step).round()
+    def error(step: float) -> Tensor:
+        zero = (last / 2 - middle / step).round()[:, None]
+        rounded = bounded_((values / step).round_(), -zero, last - zero)
+        return rounded.mul_(step).sub_(values).square_() @ mean
 
-    best, least = (finest, torch.zeros_like(low)), math.inf
-    for scale in (finest * 2 ** (i / 4) for i in range(-3, 2)):
-        errors = []
-        for k in range(EXPONENTS + 1):
-            step = scale * 2**k
-            z = zeros(step)[:, None]
-            error = bounded_((values / step).round_(), -z, last - z).mul_(step).sub_(values)
-            errors.append(error.square_() @ mean)
-        error, exponents = torch.stack(errors).min(0)
-        if float(error.sum()) < least:
-            best, least = (scale, exponents), float(error.sum())
-    scale, exponents = best
-    z = zeros(scale * torch.exp2(exponents.float()))
-    return PowerOfTwo(torch.tensor(scale, device=low.device), exponents, z, bits, axis=axis)
+    scales = [finest * 2 ** (i / 4) for i in range(-3, 2)]
+    tried = [torch.stack([error(scale * 2**k) for k in range(EXPONENTS + 1)]).min(0) for scale in scales]
+    best = min(range(len(scales)), key=lambda i: float(tried[i].values.sum()))
+    scale, exponents = scales[best], tried[best].indices
+    zero = (last / 2 - middle / (scale * torch.exp2(exponents.float()))).round()
+    return PowerOfTwo(torch.tensor(scale, device=low.device), exponents, zero, bits, axis=axis)
 
 
 # -- starting point ------------------------------------------------------------------------------------------------
@@ -258,21 +266,23 @@ def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, 
         by_token |= {s.edges["input"].key for s in graph.sites.of_kind("layer_norm")}
     quantizers: dict[str, Quantizer] = {}
 
-    def on_edge(edge: Edge, view: EdgeView) -> Replacement | None:
+    def on_edge(edge: Edge, view: EdgeView) -> None:
         width, group = bits.of(graph, edge), groups[edge.key]
-        axis = -1 if all(e.key in residual for e in group) else shift_axis(graph, group) if run["operator"] else None
+        keys = {e.key for e in group}
+        axis = -1 if keys <= residual else shift_axis(graph, group) if run["operator"] else None
         if axis is not None:
             seen = view(axis=axis)
-            weights = token_weights(seen) if by_token & {e.key for e in group} else None
-            made: Quantizer = add_alpha(seen, width, axis=axis, weights=weights)
+            weights = token_weights(seen) if by_token & keys else None
+            made = add_alpha(seen, width, axis=axis, weights=weights)
         elif edge.key.endswith(".probs.input"):
             made = scores_quantizer(view, width)
         elif edge.key.endswith(".probs.output"):
-            made = probs_quantizer(view, width)
+            seen = view(tail=1.0 - min(REPQ_QUANTILES))
+            formats = affine(*mse(seen, width), width), log_by_quantile(seen, width)
+            made = min(formats, key=lambda q: float((q(seen.values) - seen.values).square().sum()))
         else:
             made = affine(*clipping(view(), width), width)
-        quantizers.update({e.key: made for e in group})
-        return None
+        quantizers.update(dict.fromkeys(keys, made))
 
     CalibrationPass(graph, calibration, sequential=False, seed=run.seed).run([g[0] for g in groups.values()], on_edge)
     return quantizers
@@ -287,12 +297,3 @@ def scores_quantizer(view: EdgeView, bits: int) -> Uniform:
     for piece in pieces:
         observer.update(torch.maximum(piece, piece.amax(-1, keepdim=True) - depth))
     return affine(*mse(observer.result(), bits), bits)
-
-
-def probs_quantizer(view: EdgeView, bits: int) -> Quantizer:
-    """Softmax outputs: uniform or log√2, whichever has the smaller squared error."""
-    seen = view(tail=1.0 - min(REPQ_QUANTILES))
-    return min(
-        (affine(*mse(seen, bits), bits), log_by_quantile(seen, bits)),
-        key=lambda q: float((q(seen.values) - seen.values).square().sum()),
-    )

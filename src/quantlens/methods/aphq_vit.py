@@ -13,25 +13,30 @@ Block reconstruction as in QDrop (:mod:`quantlens.methods.qdrop`: AdaRound, LSQ,
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
-from quantlens.calibration import Calibration
-from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
     DEPARTURES,
     HOURS,
     READINGS,
-    Start,
     drop_and_reconstruct,
     portion,
     started,
     step_options,
     steps,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Option, Run, Widths
-from quantlens.qmodel import Plan
+from quantlens.methods.base import (
+    MATMUL_OPERANDS,
+    Calibration,
+    Departure,
+    Graph,
+    Method,
+    MethodInfo,
+    Option,
+    Plan,
+    Run,
+    Widths,
+)
 from quantlens.reconstruction import Metric, MetricLoss, find_units, perturbation_metrics
 from quantlens.reconstruction.mlp import Fit, find_mlps, replace_gelu
 
@@ -67,25 +72,26 @@ class APHQViT(Method):
         because=HOURS,
         aliases=("aphq",),
         options={
-            "mlp_iterations": Option(100, "steps per MLP of 1024 tokens (the paper: 20000 of 32 images)"),
+            "mlp_iterations": Option(100, "steps per MLP of 1024 tokens (the paper: 20000 of 32 images)", least=0),
             **step_options(20_000, 32),
         },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        original, plan = graph.clone(share=True), Plan()
+        original, mlps = graph.clone(share=True), find_mlps(graph)
         metrics = perturbation_metrics(graph, calibration, seed=run.seed)
-        if mlps := find_mlps(graph):
+        rewrites, notes = [], {}
+        if mlps:
             width = bits.of(graph, mlps[0].second.edges["input"])
-            fit = Fit(steps("aphq-vit", run, calibration.count, "mlp_iterations"), quantile=QUANTILES.get(width, 0.99))
+            fit = Fit(steps(run, calibration.count, "mlp_iterations"), quantile=QUANTILES.get(width, 0.99))
             weights, told = block_weights(graph, metrics), portion(run.progress, 0, 2)
             errors = replace_gelu(graph, calibration, fit, weights, seed=run.seed, progress=told)
-            plan.rewrites.append(f"GELU replaced by ReLU and the layers refitted in {len(errors)} MLPs (not exact)")
-            plan.notes["mlp"] = {name: [round(e, 6) for e in pair] for name, pair in errors.items()}
-        plan.quantizers, rewrites = started(graph, calibration, bits, run, Start())
-        plan.rewrites += rewrites
-        second = replace(run, progress=portion(run.progress, 1, 2))
-        drop_and_reconstruct("aphq-vit", graph, plan, calibration, second, MetricLoss(metrics), reference=original)
+            rewrites = [f"GELU replaced by ReLU and the layers refitted in {len(errors)} MLPs (not exact)"]
+            notes = {"mlp": {name: [round(e, 6) for e in pair] for name, pair in errors.items()}}
+        plan = started(graph, calibration, bits, run)
+        plan.rewrites[:0], plan.notes = rewrites, notes
+        loss = MetricLoss(metrics)
+        drop_and_reconstruct(graph, plan, calibration, run, loss, reference=original, part=(1, 2))
         return plan
 
 

@@ -2,14 +2,16 @@
 
 A method is one file in this folder with one class: its paper as data (:class:`MethodInfo`) and one verb,
 :meth:`Method.build`, which reads calibration images, may rewrite the graph exactly, and returns a quantizer for every
-edge it quantizes. Everything else (options, bits, folding LayerScale, the record of what was done) is here.
+edge it quantizes. Everything else (options, bits, folding LayerScale, the record of what was done) is here; methods
+import what `build` is written in (Calibration, Graph, Edge, Plan, FLOAT) from here, too.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -31,7 +33,7 @@ from quantlens.qmodel import Bits, Plan, QuantizedModel
 from quantlens.qmodel.bits import FLOAT
 from quantlens.qmodel.model import float_copy
 from quantlens.qmodel.plan import Provenance
-from quantlens.qmodel.targets import TARGETS, target_named
+from quantlens.qmodel.targets import TARGETS, Target, target_named
 from quantlens.transforms import fold_layer_scale
 
 Progress = Callable[[int, int], None]
@@ -46,17 +48,38 @@ OURS, PAPER = "ours", "paper"
 @dataclass(frozen=True)
 class Option:
     """An option of a method: its default, what it means, the values allowed (None: any of the type), and the name of
-    the type, which a default or a choice tells by itself."""
+    the type, which a default or a choice tells by itself. A number lies above ``above``, and from ``least`` to
+    ``most``."""
 
     default: Any
     help: str
     choices: tuple[Any, ...] | None = None
     type: str = ""
+    above: float = -math.inf
+    least: float = -math.inf
+    most: float = math.inf
 
     def __post_init__(self) -> None:
         if not self.type:
             values = (value for value in (self.default, *(self.choices or ())) if value is not None)
             object.__setattr__(self, "type", type(next(values, "")).__name__)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("default", "help", "choices", "type")}
+
+    def instead_of(self, value: Any) -> str:
+        """What to give instead of a value that the option cannot have; "" where it can."""
+        if self.choices is not None:
+            return "" if value in self.choices else f"choose one of {', '.join(map(str, self.choices))}"
+        if self.type not in ("int", "float") or (value is None and self.default is None):
+            return ""
+        is_number = isinstance(value, int if self.type == "int" else int | float) and not isinstance(value, bool)
+        if is_number and self.above < value and self.least <= value <= self.most and math.isfinite(value):
+            return ""
+        ends = {"above": self.above, "of at least": self.least, "of at most": self.most} if is_number else {}
+        limits = " and ".join(f"{word} {end}" for word, end in ends.items() if math.isfinite(end))
+        such = "" if self.default is None else f", such as {self.default}"
+        return f"give a {'whole ' * (self.type == 'int')}number{limits and ' '}{limits}{such}"
 
 
 @dataclass(frozen=True)
@@ -116,16 +139,11 @@ class MethodInfo:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data; options and arguments of ``quantize`` are lists of name, type, default, choices, help."""
 
-        def listed(options: Mapping[str, Option]) -> list[dict[str, Any]]:
-            return [{"name": name, **asdict(option)} for name, option in options.items()]
-
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "because"}
-        return kept | {
-            "citation": self.citation,
-            "departures": [asdict(departure) for departure in self.departures],
-            "options": listed(self.options),
-            "arguments": listed(self.shared),
-        }
+        kept["departures"] = [asdict(departure) for departure in self.departures]
+        for key, options in (("options", self.options), ("arguments", self.shared)):
+            kept[key] = [{"name": name, **option.to_dict()} for name, option in options.items()]
+        return kept | {"citation": self.citation}
 
 
 SHARED_OPTIONS = {
@@ -182,53 +200,51 @@ class Method(ABC):
         calibration: float images [N, 3, H, W] prepared as the model wants them, an iterable of such batches, an image
         set or a source. Raises UnknownNameError for an option the method does not have.
         """
-        widths, settings = Bits.parse(bits), self.options(options)
+        asked, settings = Bits.parse(bits), self.options(options)
+        widths = Widths(asked, settings)
         images = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)
-        if widths.is_float:
+        if asked.is_float:
             return float_copy(model)
         started = time.perf_counter()
         with torch.no_grad():
             torch.default_generator.manual_seed(seed)
             graph = graph_of(model).clone()
-            check_names(graph, widths)
+            names = [site.name for site in graph.sites]
+            for module, _ in asked.modules:
+                if not any(f"{name}.".startswith(f"{module}.") for name in names):
+                    raise UnknownNameError("module or site", module, names)
             folded = fold_layer_scale(graph)
+            done = [f"LayerScale folded into {len(folded)} linear layers"] if folded else []
             split = split_outlier_channels(graph, images) if settings["outlier_channels"] == "split" else []
-            pixels = self._pixels(graph, model, images, settings)
-            seen = None if split or pixels or images.fingerprint is None else _seen(model, images.fingerprint)
+            pixels: list[str] = []
+            if settings["image"] == "pixels" and settings["patch_bits"] == 8 and self.info.quantizes != EVERYTHING:
+                pixels = read_as_pixels(graph, model.preprocess, images)
+            done += [*split, *(["the image is read as pixel/255, whose codes are exact"] if pixels else [])]
+            seen: ObservationCache | None = None
+            if not split and not pixels and images.fingerprint is not None:
+                seen = model.derived.setdefault(f"seen, images {images.fingerprint}", {})
             run = Run(self.settings(settings) | settings, seed, progress, seen)
-            plan = self.build(graph, images, Widths(widths, settings), run)
+            plan = self.build(graph, images, widths, run)
         if not isinstance(plan, Plan):
             raise QuantlensError(f"the method {self.info.name} gave {type(plan).__name__}; its `build` returns a Plan")
         graph.invalidate()
-        target = target_named(settings["target"])
-        if target is not None:
-            edges = graph.sites.edges
-            plan.quantizers = {
-                k: target.conform(k, q, graph.tensor(str(edges[k].value.target)) if edges[k].is_weight else None)
-                for k, q in plan.quantizers.items()
-            }
+        widths.conform(graph, plan)
         plan.quantizers |= {key: pixel_codes(images.device) for key in pixels if key in plan.quantizers}
-        plan.rewrites[:0] = [*split, *(["the image is read as pixel/255, whose codes are exact"] if pixels else [])]
-        if folded:
-            plan.rewrites.insert(0, f"LayerScale folded into {len(folded)} linear layers")
+        order = {key: place for place, key in enumerate(graph.sites.edges)}
+        plan.quantizers = dict(sorted(plan.quantizers.items(), key=lambda item: order.get(item[0], -1)))
+        plan.rewrites[:0] = done
         plan.provenance = Provenance.of(
             model,
             method=self.info.name,
             method_version=self.info.version,
-            bits=str(widths),
-            widths=widths.to_mapping() if widths.is_mixed else None,
+            bits=str(asked),
+            widths=asked.to_mapping() if asked.is_mixed else None,
             seed=seed,
             options=settings,
             calibration=images.info(),
             seconds=round(time.perf_counter() - started, 3),
         )
         return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model)
-
-    def _pixels(self, graph: Graph, model: Any, images: Calibration, settings: dict[str, Any]) -> list[str]:
-        """Keys of the edges that read the image as pixels from now on; see :mod:`quantlens.transforms.pixels`."""
-        if settings["image"] != "pixels" or int(settings["patch_bits"]) != 8 or self.info.quantizes == EVERYTHING:
-            return []
-        return read_as_pixels(graph, model.preprocess, images)
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options with their values, shared ones too: defaults (those of the variant; with a target also
@@ -240,7 +256,10 @@ class Method(ABC):
         for name, value in given.items():
             if name not in known:
                 raise UnknownNameError(f"option of {self.info.name}", name, known)
-            wanted = _unlike(name, known[name], value)
+            wanted = known[name].instead_of(value)
+            if name in ("patch_bits", "head_bits"):
+                fits = type(value) is int and (2 <= value <= 16 or value == FLOAT)
+                wanted = "" if fits else f"give 2 to 16 bits, or {FLOAT} for float"
             if wanted:
                 raise QuantlensError(f"{self.info.name}: option {name}={value!r}; {wanted}")
         usual = {name: option.default for name, option in known.items()}
@@ -251,26 +270,6 @@ class Method(ABC):
         """The settings that departures are about, with the values of the variant in ``options``."""
         paper = options.get("variant") == PAPER
         return {d.setting: d.paper if paper else d.ours for d in self.info.departures}
-
-
-def _unlike(name: str, option: Option, value: Any) -> str:
-    """What to give instead of a value that an option cannot have; "" where it can."""
-    if option.choices is not None:
-        return "" if value in option.choices else f"choose one of {', '.join(map(str, option.choices))}"
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if name in ("patch_bits", "head_bits"):
-        return "" if whole and (2 <= value <= 16 or value == FLOAT) else f"give 2 to 16 bits, or {FLOAT} for float"
-    if option.type not in ("int", "float") or (value is None and option.default is None):
-        return ""
-    fits = whole or (option.type == "float" and isinstance(value, float))
-    such = "" if option.default is None else f", such as {option.default}"
-    return "" if fits else f"give a {'whole ' * (option.type == 'int')}number{such}"
-
-
-def _seen(model: Any, fingerprint: str) -> ObservationCache:
-    """What was seen of a model on the images with that fingerprint; it lives as long as the model is loaded."""
-    found: ObservationCache = model.derived.setdefault(f"seen, images {fingerprint}", {})
-    return found
 
 
 @dataclass(frozen=True)
@@ -294,41 +293,41 @@ class Widths:
     bits: Bits
     options: dict[str, Any]
 
+    @property
+    def target(self) -> Target | None:
+        return target_named(self.options["target"])
+
     def of(self, graph: Graph, edge: Edge) -> int:
         """Width of an edge; 32 means that it stays in float. Raises UnsupportedError for a width that the target (an
         option) has no kernels for."""
-        width, target = self._asked(graph, edge), target_named(self.options["target"])
-        if target is None or width == FLOAT:
+        site, head, widths = graph.sites[edge.site], self.options["head_bits"], self.bits.of(edge.site)
+        width = widths.weights if edge.is_weight else widths.activations
+        if head is not None and any(site.name == h.name for h in graph.sites.head):
+            width = int(head)
+        elif width != FLOAT and not edge.is_weight and site.kind == "conv" and graph.is_image(edge.value):
+            width = int(self.options["patch_bits"])
+        if self.target is None or width == FLOAT:
             return width
-        if not target.takes(graph.sites[edge.site].kind, edge.name):
+        if not self.target.takes(site.kind, edge.name):
             return FLOAT
-        target.check_width(width, weight=edge.is_weight)
+        self.target.check_width(width, weight=edge.is_weight)
         return width
 
     def weights(self, low: Tensor, high: Tensor, width: int) -> Uniform:
         """The grid of a weight's rows [out] over [low, high]: asymmetric, or what the target (an option) makes of it,
         so that weights are fitted and rounded on the grid that ships."""
-        made, target = affine(low, high, width, granularity="channel", axis=0), target_named(self.options["target"])
-        if target is None or not target.symmetric_weights:
+        made = affine(low, high, width, granularity="channel", axis=0)
+        if self.target is None or not self.target.symmetric_weights:
             return made
-        return target.symmetric(torch.maximum(low.abs(), high.abs()), made)
+        return self.target.symmetric(torch.maximum(low.abs(), high.abs()), made)
 
-    def _asked(self, graph: Graph, edge: Edge) -> int:
-        site = graph.sites[edge.site]
-        head = self.options["head_bits"]
-        if head is not None and any(site.name == h.name for h in graph.sites.head):
-            return int(head)
-        if not edge.is_weight and site.kind == "conv" and graph.is_image(edge.value):
-            return FLOAT if self.bits.of(edge.site).activations == FLOAT else int(self.options["patch_bits"])
-        widths = self.bits.of(edge.site)
-        return widths.weights if edge.is_weight else widths.activations
-
-
-def check_names(graph: Graph, bits: Bits) -> None:
-    """Raises UnknownNameError for a module that mixed precision names and the graph does not have."""
-    for name, _ in bits.modules:
-        if not any(site.name == name or site.name.startswith(f"{name}.") for site in graph.sites):
-            raise UnknownNameError("module or site", name, [site.name for site in graph.sites])
+    def conform(self, graph: Graph, plan: Plan) -> None:
+        """Bring a plan's quantizers inside the target (an option)."""
+        if self.target is not None:
+            for key, quantizer in plan.quantizers.items():
+                edge = graph.sites.edges[key]
+                weight = graph.tensor(str(edge.value.target)) if edge.is_weight else None
+                plan.quantizers[key] = self.target.conform(key, quantizer, weight)
 
 
 def matmul_operand_edges(graph: Graph) -> list[Edge]:
@@ -345,8 +344,9 @@ def matmul_operand_edges(graph: Graph) -> list[Edge]:
     return [site.edges[name] for site in graph.sites for name in chosen.get(site.kind, ())]
 
 
-CHOICES = {"aten.index_select.default"}
-"""Operations that choose some channels of a tensor."""
+def quantized_edges(graph: Graph, bits: Widths) -> list[Edge]:
+    """:func:`matmul_operand_edges` that do not stay in float."""
+    return [edge for edge in matmul_operand_edges(graph) if bits.of(graph, edge) != FLOAT]
 
 
 def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
@@ -369,18 +369,15 @@ def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
             if edge.is_weight:
                 continue
             if edge.position is None:
-                if site.node not in passed_on and not all(op_name(u) in CHOICES for u in site.node.users):
+                if site.node not in passed_on and not set(map(op_name, site.node.users)) <= {
+                    "aten.index_select.default"
+                }:
                     groups.setdefault(site.node, []).append(edge)
             elif site.kind == "probs":
                 groups[edge.key] = [edge]
             elif _origin(edge.value) not in by_node:
                 groups.setdefault(_origin(edge.value, scalings=False), []).append(edge)
-    order = {node: i for i, node in enumerate(graph.fx.nodes)}
-
-    def place(edge: Edge) -> tuple[int, bool, int]:
-        return order[edge.node], edge.position is None, edge.position or 0
-
-    return sorted((tuple(sorted(g, key=place)) for g in groups.values()), key=lambda g: place(g[0]))
+    return [tuple(edges) for edges in groups.values()]
 
 
 def _origin(value: fx.Node, *, scalings: bool = True) -> fx.Node:
@@ -390,3 +387,16 @@ def _origin(value: fx.Node, *, scalings: bool = True) -> fx.Node:
     ):
         value = value.args[0]  # type: ignore[assignment]
     return value
+
+
+def readers(graph: Graph, node: fx.Node, through: Collection[str] = VIEWS | SCALINGS) -> list[tuple[fx.Node, fx.Node]]:
+    """What reads a value after the operations ``through``, each with the node whose value it reads; sites end a way."""
+    sites, found, queue = {site.node for site in graph.sites}, [], [node]
+    while queue:
+        value = queue.pop()
+        for user in value.users:
+            if op_name(user) in through and user not in sites:
+                queue.append(user)
+            else:
+                found.append((user, value))
+    return found

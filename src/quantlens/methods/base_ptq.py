@@ -9,11 +9,8 @@ attention the left operand, then the right one. α = 0.5, β = 1.2, n = 100, one
 
 from __future__ import annotations
 
-from quantlens.calibration import Calibration
-from quantlens.graph import Graph
 from quantlens.methods._scale_search import IMAGE, search_options, search_scales
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.qmodel import Plan
+from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 
 
 class BasePTQ(Method):

@@ -14,30 +14,26 @@ tensors without negative values unsigned 0 … 2ᵇ − 1; the scale of least sq
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Replacement
-from quantlens.calibration.products import patches
+from quantlens.calibration.products import check_finite, patches
 from quantlens.calibration.sampling import ProductSampler
-from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, Uniform
-from quantlens.graph import Edge, Graph
-from quantlens.graph.sites import Site
+from quantlens.graph import Edge, Graph, Site
 from quantlens.methods.base import (
     MATMUL_OPERANDS,
     Departure,
     Method,
     MethodInfo,
     Option,
+    Plan,
     Run,
     Widths,
-    matmul_operand_edges,
+    quantized_edges,
 )
-from quantlens.qmodel import Plan
-from quantlens.qmodel.bits import FLOAT
 from quantlens.reconstruction.bias import LAYERS
 
 ROWS = 8192
@@ -48,6 +44,9 @@ ENOUGH = 8
 
 VALUES = 1 << 17
 """Values that a scale of least squared error is fitted on."""
+
+SMALLEST = torch.finfo(torch.float32).tiny * 1e6
+"""Values up to here are nothing to represent: any scale does."""
 
 STARTS = 40
 BLOCK = 32
@@ -96,7 +95,7 @@ class BitSplit(Method):
         ),
         aliases=("bitsplit",),
         options={
-            "rounds": Option(10, "most rounds over all bits of a layer (the authors: 100)"),
+            "rounds": Option(10, "most rounds over all bits of a layer (the authors: 100)", least=1),
             "damping": Option(
                 1.0, "weight of the distance to the float weights, as a multiple of the inputs' mean square"
             ),
@@ -104,116 +103,74 @@ class BitSplit(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        if int(run["rounds"]) < 1:
-            raise QuantlensError(f"rounds={run['rounds']}: give at least 1 (10)")
-        edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
-        fitted = {e.site for e in edges if e.is_weight}
-        targets = _targets(graph, calibration, fitted, run.seed)
+        edges = quantized_edges(graph, bits)
+        network = run["inputs"] == "network"
+        exact = float_rows(graph, calibration, {e.site for e in edges if e.is_weight}, run.seed) if network else {}
         quantizers: dict[str, Quantizer] = {}
         stitched: dict[str, tuple[Uniform, Tensor]] = {}
         generator = torch.Generator().manual_seed(run.seed)
 
-        def on_edge(edge: Edge, view: EdgeView) -> Replacement | None:
-            width = bits.of(graph, edge)
-            if width == FLOAT:
-                return None
-            if width < 2:
-                raise QuantlensError(
-                    f"{edge.key}: {width} bit; bit-split's codes have a sign and at least one more bit"
-                )
+        def on_edge(edge: Edge, view: EdgeView) -> Replacement:
+            width, site = bits.of(graph, edge), graph.sites[edge.site]
             if not edge.is_weight:
                 quantizers[edge.key] = quantizer = activation_quantizer(view.tensors(), width, generator, edge.key)
                 return quantizer
-            name = str(edge.value.target)
+            name = str(site.weight)
             if name not in stitched:
-                site = graph.sites[edge.site]
-                own, rows = quantizers.get(f"{site.name}.input"), None
-                if site.name in targets:
-                    rows = _rows(site, view.tensors(site.edges["input"]), graph, run.seed)
-                stitched[name] = _stitch(graph.tensor(name), width, rows, targets.pop(site.name, None), own, run)
+                check_finite(edge.key, graph.tensor(name))
+                rows = layer_rows(site, view.tensors(site.edges["input"]), graph, run.seed)
+                own = quantizers.get(f"{site.name}.input")
+                stitched[name] = _stitch(graph.tensor(name), width, rows, exact.pop(site.name, rows), own, run)
             quantizers[edge.key], value = stitched[name]
             return lambda _: value
 
-        # an input that stays in float is visited too, because its weight is fitted on it
-        shown = {e.key for e in edges} | {f"{name}.input" for name in fitted}
-        order = [e for e in matmul_operand_edges(graph) if e.key in shown]
-        CalibrationPass(graph, calibration, sequential=run["inputs"] == "network", seed=run.seed).run(
-            order, on_edge, run.progress
-        )
+        CalibrationPass(graph, calibration, sequential=network, seed=run.seed).run(edges, on_edge, run.progress)
         for name, (_, value) in stitched.items():
             graph.set_tensor(name, value)
         rewrites = [f"weights of {len(stitched)} layers replaced by their stitched values"] if stitched else []
-        return Plan({e.key: quantizers[e.key] for e in matmul_operand_edges(graph) if e.key in quantizers}, rewrites)
+        return Plan(quantizers, rewrites)
 
 
 # -- a layer's data ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Target:
-    """What a layer's float output is known by: its rows [m, out], or (where they are narrower) its input's [m, in]."""
-
-    rows: Tensor
-    is_input: bool
-
-    def output(self, weight: Tensor) -> Tensor:
-        """[m, out] before the bias, with the float weight [out, in]."""
-        return self.rows @ weight.T if self.is_input else self.rows
-
-
-def _targets(graph: Graph, calibration: Calibration, names: set[str], seed: int) -> dict[str, Target]:
-    """Float outputs of the layers named, at the rows that :func:`_rows` picks."""
-    found: dict[str, Target] = {}
+def float_rows(graph: Graph, calibration: Calibration, names: set[str], seed: int) -> dict[str, Tensor | None]:
+    """:func:`layer_rows` of the float network, by name of the layer."""
+    found: dict[str, Tensor | None] = {}
 
     def note(edge: Edge, view: EdgeView) -> None:
-        site = graph.sites[edge.site]
-        rows = _rows(site, view.tensors(), graph, seed)
-        if rows is None or len(rows) < ENOUGH * rows.shape[1]:
-            return
-        weight = graph.tensor(str(site.weight)).flatten(1)
-        keep = rows.shape[1] <= weight.shape[0]
-        found[site.name] = Target(rows if keep else rows @ weight.T, keep)
+        found[edge.site] = layer_rows(graph.sites[edge.site], view.tensors(), graph, seed)
 
-    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(
-        [site.edges["input"] for site in graph.sites.of_kind(*LAYERS) if site.name in names], note
-    )
+    inputs = [site.edges["input"] for site in graph.sites.of_kind(*LAYERS) if site.name in names]
+    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(inputs, note)
     return found
 
 
-def _rows(site: Site, pieces: Sequence[Tensor], graph: Graph, seed: int) -> Tensor | None:
+def layer_rows(site: Site, pieces: Sequence[Tensor], graph: Graph, seed: int) -> Tensor | None:
     """Up to :data:`ROWS` input rows [m, in] of a layer; the same tokens whenever it is asked. ``None`` for a
-    convolution that is no product."""
-    generator = torch.Generator().manual_seed(seed)
+    convolution that is no product, and where there are not :data:`ENOUGH`."""
+    weight, sampler = graph.tensor(str(site.weight)), ProductSampler(torch.Generator().manual_seed(seed))
+    if patches(site, weight, pieces[0][:1]) is None:
+        return None
     share = -(-ROWS // len(pieces))
-    found = []
-    for piece in pieces:
-        rows = patches(site, graph.tensor(str(site.weight)), piece)
-        if rows is None:
-            return None
-        if len(rows) > share:
-            rows = rows[torch.randperm(len(rows), generator=generator)[:share].to(rows.device)]
-        found.append(rows)
-    rows = torch.cat(found).float()
-    if not bool(torch.isfinite(rows).all()):
-        raise QuantlensError(f"{site.name}.input: values are not finite; check the weights and the calibration images")
-    return rows
+    rows = torch.cat([sampler.some_rows([patches(site, weight, piece)], share) for piece in pieces])
+    check_finite(f"{site.name}.input", rows)
+    return rows if len(rows) >= ENOUGH * rows.shape[1] else None
 
 
 def _stitch(
-    weight: Tensor, bits: int, rows: Tensor | None, target: Target | None, own: Quantizer | None, run: Run
+    weight: Tensor, bits: int, rows: Tensor | None, exact: Tensor | None, own: Quantizer | None, run: Run
 ) -> tuple[Uniform, Tensor]:
-    """A weight's quantizer and its quantized values."""
+    """A weight's quantizer and its quantized values. rows, exact: what the layer reads before its own quantizer, and
+    what it reads in the float network; ``None`` to fit it to the weight itself."""
     flat = weight.flatten(1)
-    if not bool(torch.isfinite(flat).all()):
-        raise QuantlensError("weights are not finite; check the checkpoint")
     codes, scale = round_alternating(flat, bits)
-    if rows is not None and target is not None:
+    cross, gram = flat, None
+    if rows is not None and exact is not None:
         inputs = rows if own is None else own(rows)
-        gram, cross = inputs.T @ inputs, target.output(flat).T @ inputs
-        damping = float(run["damping"]) * gram.diagonal().mean()
+        gram, cross = inputs.T @ inputs, (exact @ flat.T).T @ inputs
+        damping = run["damping"] * gram.diagonal().mean()
         gram.diagonal().add_(damping)
         cross.add_(flat * damping)
-        codes, scale, _ = bit_split(cross, gram, codes, scale, bits, int(run["rounds"]))
-    else:
-        codes, scale, _ = bit_split(flat, None, codes, scale, bits, int(run["rounds"]))
+    codes, scale, _ = bit_split(cross, gram, codes, scale, bits, run["rounds"])
     quantizer = Uniform(scale, None, bits, signed=True, granularity="channel", axis=0)
     return quantizer, (codes * quantizer.scale[:, None]).reshape(weight.shape)
 
@@ -222,32 +179,28 @@ def _stitch(
 def activation_quantizer(pieces: Sequence[Tensor], bits: int, generator: torch.Generator, name: str = "") -> Uniform:
     """One symmetric scale with the least squared error over pieces of any shape; unsigned codes where no value is
     negative."""
-    low = torch.stack([p.min() for p in pieces]).min()
-    high = torch.stack([p.abs().max() for p in pieces]).max()
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        raise QuantlensError(f"{name}: values are not finite; check the weights and the calibration images")
-    unsigned = bool(low >= 0)
-    top = 2**bits - 1 if unsigned else max(2 ** (bits - 1) - 1, 1)
+    for piece in pieces:
+        check_finite(name, piece)
+    unsigned = all(bool((piece >= 0).all()) for piece in pieces)
+    high = torch.stack([piece.abs().max() for piece in pieces]).max()
+    if not bool(high > SMALLEST):
+        return Uniform(torch.ones(()), None, bits, signed=not unsigned)
+    top = 2**bits - 1 if unsigned else 2 ** (bits - 1) - 1
     bottom = 0 if unsigned else -top
-    share = -(-VALUES // len(pieces))
-    sampler = ProductSampler(generator)
-    values = torch.cat([sampler.some_values(p, share) for p in pieces])[None]
-    if not bool(high > torch.finfo(torch.float32).tiny * 1e6):
-        return Uniform(torch.ones(()), torch.zeros(()), bits, signed=not unsigned)
+    sampler, share = ProductSampler(generator), -(-VALUES // len(pieces))
+    values = torch.cat([sampler.some_values(piece, share) for piece in pieces])[None]
     scales = high / top * torch.arange(1, STARTS + 1, device=high.device) / STARTS
-    errors = torch.stack([_error(values, s, bottom, top) for s in scales])
+    rounded = ((values / s).round_().clamp_(bottom, top).mul_(s) for s in scales)
+    errors = torch.stack([found.sub_(values).square_().sum() for found in rounded])
     scale = _alternate(values, scales[errors.argmin()][None], bottom, top)[0]
-    return Uniform(scale, torch.zeros_like(scale), bits, signed=not unsigned)
+    return Uniform(scale, None, bits, signed=not unsigned)
 
 
 def round_alternating(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes [out, in] within ±(2ᵇ⁻¹ − 1) and scale [out] of a weight: rounding and the scale of least squared error in
     turn, from the largest magnitude, until the scale stays (Wang et al., the start of Algorithm 1)."""
-    top = max(2 ** (bits - 1) - 1, 1)
-    largest = weight.abs().amax(1)
-    alive = largest > torch.finfo(torch.float32).tiny * 1e6
-    scale = torch.where(alive, largest / top, torch.ones_like(largest))
-    scale = _alternate(weight, scale, -top, top)
+    top, largest = 2 ** (bits - 1) - 1, weight.abs().amax(1)
+    scale = _alternate(weight, torch.where(largest > SMALLEST, largest / top, 1.0), -top, top)
     return (weight / scale[:, None]).round_().clamp_(-top, top), scale
 
 
@@ -261,10 +214,6 @@ def _alternate(rows: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
             return new
         scale = new
     return scale
-
-
-def _error(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    return (values / scale).round_().clamp_(low, high).mul_(scale).sub_(values).square_().sum()
 
 
 # -- bit by bit ---------------------------------------------------------------------------------------------------
@@ -297,9 +246,9 @@ def bit_split(
 
 
 def split_bits(codes: Tensor, bits: int) -> Tensor:
-    """[max(bits − 1, 1), in, out] ternary planes Bⱼ of codes [out, in], with Σ 2ʲ·Bⱼ = codesᵀ; the sign goes to every
+    """[bits − 1, in, out] ternary planes Bⱼ of codes [out, in], with Σ 2ʲ·Bⱼ = codesᵀ; the sign goes to every
     bit."""
-    powers = 2 ** torch.arange(max(bits - 1, 1), device=codes.device)
+    powers = 2 ** torch.arange(bits - 1, device=codes.device)
     magnitude = codes.abs().T.long()
     return (magnitude // powers[:, None, None] % 2).to(codes.dtype) * codes.T.sign()
 
@@ -342,7 +291,7 @@ def _best_scale(cross: Tensor, gram: Tensor, codes: Tensor, scale: Tensor) -> Te
     """α = (t·q)/(q·H·q) per channel; the old one where that is not positive."""
     along, norm = (cross * codes).sum(1).double(), ((codes @ gram) * codes).sum(1).double()
     best = along / norm.clamp_min(torch.finfo(torch.float64).tiny)
-    usable = (norm > 0) & torch.isfinite(best) & (best > torch.finfo(torch.float32).tiny * 1e6)
+    usable = (norm > 0) & torch.isfinite(best) & (best > SMALLEST)
     return torch.where(usable, best.to(scale.dtype), scale)
 
 

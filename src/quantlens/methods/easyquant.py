@@ -9,11 +9,8 @@ left operand and the right one, in turn.
 
 from __future__ import annotations
 
-from quantlens.calibration import Calibration
-from quantlens.graph import Graph
 from quantlens.methods._scale_search import UNSIGNED, search_options, search_scales
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.qmodel import Plan
+from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 
 
 class EasyQuant(Method):

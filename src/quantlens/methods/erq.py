@@ -16,24 +16,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
 from quantlens.calibration import Calibration, Observation
 from quantlens.calibration.ranges import quantile_mse
-from quantlens.errors import QuantlensError
-from quantlens.graph import Graph
-from quantlens.methods._layer_fit import Fitted, fit_layers
 from quantlens.methods._scale_search import IMAGE
-from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Option, Run, Widths
+from quantlens.methods.base import MATMUL_OPERANDS, Departure, Graph, Method, MethodInfo, Option, Plan, Run, Widths
+from quantlens.methods.composition import Fitted, Layer, fit_layers
 from quantlens.methods.repq_vit import RepQViT
-from quantlens.qmodel import Plan
-from quantlens.reconstruction.closed_form import (
-    Grid,
-    Moments,
-    output_shift,
-    ridge,
-    round_halves,
-)
+from quantlens.reconstruction.closed_form import Grid, output_shift, ridge, round_halves
 
 QUANTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999, 1.0)
 """Candidates of the authors' code for weights."""
@@ -77,31 +66,31 @@ class ERQ(Method):
         readings=READINGS,
         options={
             **RepQViT.info.options,
-            "activation_damping": Option(0.1, "λ of the activations' error, as a multiple of the inputs' mean square"),
-            "weight_damping": Option(0.1, "λ of the weights' error, as a multiple of the inputs' mean square"),
+            "activation_damping": Option(
+                0.1, "λ of the activations' error, as a multiple of the inputs' mean square", above=0
+            ),
+            "weight_damping": Option(0.1, "λ of the weights' error, as a multiple of the inputs' mean square", above=0),
         },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        first, second = float(run["activation_damping"]), float(run["weight_damping"])
-        if not (first > 0 and second > 0):
-            raise QuantlensError(
-                f"erq: activation_damping={first}, weight_damping={second}: give numbers above 0, such as 0.1"
-            )
+        first, second = run["activation_damping"], run["weight_damping"]
 
-        def fit(weight: Tensor, moments: Moments, width: int, free_bias: bool) -> Fitted:
-            moments = moments if free_bias else moments.uncentred()
-            target = ridge(weight, moments, first)
-            low, high = quantile_mse(Observation.of(target, 1 - QUANTILES[0]), width, QUANTILES)
-            quantizer = bits.weights(low, high, width)
-            grid, order = Grid.of(quantizer), None
+        def fit(layer: Layer) -> Fitted:
+            moments = layer.moments(network=False)
+            if moments is None:
+                return Fitted(plan.quantizers[f"{layer.site.name}.weight"])
+            moments = moments if layer.free else moments.uncentred()
+            target = ridge(layer.weight, moments, first)
+            low, high = quantile_mse(Observation.of(target, 1 - QUANTILES[0]), layer.width, QUANTILES)
+            quantizer = bits.weights(low, high, layer.width)
+            grid, order, own = Grid.of(quantizer), None, not run["judged_by_rest"]
             if run["sorted_columns"]:
                 order = (grid.round(target) - target).square().sum(0).argsort(descending=True)
-            own = not run["judged_by_rest"]
             value = round_halves(target, moments.gram, grid, damping=second, order=order, own=own)
-            return Fitted(quantizer, value, output_shift(weight, value, moments) if free_bias else None)
+            return Fitted(quantizer, value, output_shift(layer.weight, value, moments) if layer.free else None)
 
         plan = RepQViT().build(graph, calibration, bits, replace(run, progress=None))
-        count = fit_layers(graph, calibration, plan, fit, run, network=False)
+        count = fit_layers(graph, calibration, bits, plan, fit, run, sequential=False)
         plan.rewrites.append(f"weights of {count} layers fitted to the float outputs on quantized inputs, and rounded")
         return plan

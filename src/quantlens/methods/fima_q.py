@@ -14,20 +14,15 @@ knows what an error at a block's output does to the model's output:
 
 from __future__ import annotations
 
-from quantlens.calibration import Calibration
-from quantlens.errors import QuantlensError
-from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
     DEPARTURES,
     HOURS,
     READINGS,
-    Start,
     drop_and_reconstruct,
     started,
     step_options,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.qmodel import Plan
+from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 from quantlens.reconstruction import MetricLoss, fisher_metrics
 
 
@@ -55,16 +50,13 @@ class FIMAQ(Method):
         because=HOURS,
         aliases=("fimaq", "fima"),
         options={
-            "rank": Option(5, "rank of the low-rank part, and groups of images that it is made of"),
+            "rank": Option(5, "rank of the low-rank part, and groups of images that it is made of", least=1),
             **step_options(20_000, 32),
         },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        rank = run["rank"]
-        if not isinstance(rank, int) or rank < 1:
-            raise QuantlensError(f"fima-q: rank={rank}: give a rank of at least 1")
-        plan = Plan(*started(graph, calibration, bits, run, Start()))
-        metrics = fisher_metrics(graph, plan.quantizers, calibration, rank=rank)
-        drop_and_reconstruct("fima-q", graph, plan, calibration, run, MetricLoss(metrics))
+        plan = started(graph, calibration, bits, run)
+        metrics = fisher_metrics(graph, plan.quantizers, calibration, rank=run["rank"])
+        drop_and_reconstruct(graph, plan, calibration, run, MetricLoss(metrics))
         return plan

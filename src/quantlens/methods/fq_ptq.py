@@ -18,7 +18,6 @@ accumulators that they are added to and are not quantized by themselves.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -37,13 +36,24 @@ from quantlens.formats import (
     Quantizer,
     Uniform,
 )
-from quantlens.graph import Edge, Graph
-from quantlens.graph.graph import VIEWS, op_name
+from quantlens.graph.graph import VIEWS, argument, op_name
 from quantlens.graph.layout import axes_of_last
 from quantlens.graph.sites import SCALINGS, Site
-from quantlens.methods.base import EVERYTHING, Departure, Method, MethodInfo, Option, Run, Widths, everything_edges
-from quantlens.qmodel import Plan
-from quantlens.qmodel.bits import FLOAT
+from quantlens.methods.base import (
+    EVERYTHING,
+    FLOAT,
+    Departure,
+    Edge,
+    Graph,
+    Method,
+    MethodInfo,
+    Option,
+    Plan,
+    Run,
+    Widths,
+    everything_edges,
+    readers,
+)
 
 MASKED = 50.0
 """An entry of the attention this far below its row's largest is masked."""
@@ -93,7 +103,11 @@ class FQViT(Method):
                 True, "log-int-softmax (False: float softmax with uniform codes of its output)", (True, False)
             ),
             "softmax_bits": Option(
-                None, "width of the softmax's output, 2 to 16 (None: as other activations)", type="int"
+                None,
+                "width of the softmax's output, 2 to 16 (None: as other activations)",
+                type="int",
+                least=2,
+                most=16,
             ),
             "integer_layernorm": Option(
                 True, "LayerNorm on integers (False: in float, between quantizers)", (True, False)
@@ -102,127 +116,79 @@ class FQViT(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        softmax_bits = None if run["softmax_bits"] is None else _softmax_bits(run["softmax_bits"])
-        tensors = [Shared.of(graph, group, bits, softmax_bits) for group in everything_edges(graph)]
-        chosen = _Choice(graph, bits, run, [tensor for tensor in tensors if tensor.width != FLOAT])
-        CalibrationPass(graph, calibration, sequential=False, seed=run.seed).run(
-            chosen.edges(), chosen.on_edge, run.progress
-        )
-        quantizers, operators = chosen.quantizers, integer_operators(graph, chosen, run)
-        for name in operators:
-            del quantizers[f"{name}.output"]  # the operator puts out values on that grid
-        order = {key: i for i, key in enumerate(graph.sites.edges)}
-        return Plan({k: quantizers[k] for k in sorted(quantizers, key=order.__getitem__)}, operators=operators)
+        widths = {group: tensor_width(graph, group, bits, run["softmax_bits"]) for group in everything_edges(graph)}
+        groups = {group[0].key: group for group, width in widths.items() if width != FLOAT}
+        plan, masked = Plan(), set[str]()
 
+        def on_edge(edge: Edge, view: EdgeView) -> None:
+            """Choose the quantizer of a weight, or of all edges that carry one tensor."""
+            if edge.is_weight:
+                plan.quantizers[edge.key] = symmetric_weight(view(axis=0), bits.of(graph, edge))
+                return
+            group, is_softmax = groups[edge.key], graph.sites[edge.site].kind == "probs"
+            width = widths[group]
+            if is_softmax and edge.position is not None:
+                made, has_mask = softmax_input(view.tensors(), width)
+                if has_mask:
+                    masked.add(edge.site)
+            elif is_softmax and run["lis"]:
+                made = Log(torch.tensor(1.0, device=graph.device), width, steps=1)
+            else:
+                made = _activation(view, width, channel_axis(graph, group, sums=run["sums"]), run)
+            plan.quantizers |= {e.key: made for e in group}
 
-class _Choice:
-    """The quantizer of every edge, chosen as the walk shows its values; and the softmaxes whose input is masked."""
-
-    def __init__(self, graph: Graph, bits: Widths, run: Run, tensors: list[Shared]):
-        self.graph, self.bits, self.run = graph, bits, run
-        self.tensors = {edge.key: tensor for tensor in tensors for edge in tensor.edges}
-        self.quantizers: dict[str, Quantizer] = {}
-        self.masked: set[str] = set()
-
-    def edges(self) -> list[Edge]:
-        """What is quantized: activations of a width, then weights."""
-        layers = self.graph.sites.of_kind("linear", "conv")
-        weights = [site.edges["weight"] for site in layers]
-        return [
-            *(tensor.edge(key) for key, tensor in self.tensors.items()),
-            *(edge for edge in weights if self.bits.of(self.graph, edge) != FLOAT),
-        ]
-
-    def on_edge(self, edge: Edge, view: EdgeView) -> None:
-        """Choose the quantizer of one edge; edges that carry one tensor share one."""
-        if edge.is_weight:
-            self.quantizers[edge.key] = symmetric_weight(view(axis=0), self.bits.of(self.graph, edge))
-            return
-        tensor = self.tensors[edge.key]
-        if edge is not tensor.edges[0]:
-            self.quantizers[edge.key] = self.quantizers[tensor.edges[0].key]
-        elif self.graph.sites[edge.site].kind == "probs" and edge.position is not None:
-            quantizer, has_mask = softmax_input(view.tensors(), tensor.width)
-            self.quantizers[edge.key] = quantizer
-            if has_mask:
-                self.masked.add(edge.site)
-        elif self.graph.sites[edge.site].kind == "probs" and self.run["lis"]:
-            self.quantizers[edge.key] = Log(torch.tensor(1.0, device=self.graph.device), tensor.width, steps=1)
-        else:
-            self.quantizers[edge.key] = self._activation(tensor, view)
-
-    def _activation(self, tensor: Shared, view: EdgeView) -> Quantizer:
-        """Power-of-two factors per channel where they cost nothing, else one scale for the tensor."""
-        run, axis = self.run, tensor.channel_axis(sums=self.run["sums"])
-        if axis is None:
-            seen = view()
-            return affine(*with_zero(seen.low, seen.high), tensor.width)
-        return power_of_two_factors(
-            view(axis=axis), tensor.width, largest=run["largest_exponent"], zero_points=run["zero_points"], axis=axis
-        )
+        weights = [site.edges["weight"] for site in graph.sites.of_kind("linear", "conv")]
+        edges = [*(group[0] for group in groups.values()), *(e for e in weights if bits.of(graph, e) != FLOAT)]
+        CalibrationPass(graph, calibration, sequential=False, seed=run.seed).run(edges, on_edge, run.progress)
+        plan.operators = integer_operators(graph, plan.quantizers, masked, run)
+        for name in plan.operators:
+            del plan.quantizers[f"{name}.output"]  # the operator puts out values on that grid
+        return plan
 
 
 # -- which tensors -------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Shared:
-    """A tensor with one quantizer: the edges that carry it, the sites that read it, and its width."""
-
-    edges: tuple[Edge, ...]
-    readers: tuple[tuple[Site, fx.Node], ...]
-    """Each with the node whose value it reads."""
-    width: int
-
-    @classmethod
-    def of(cls, graph: Graph, edges: tuple[Edge, ...], bits: Widths, softmax_bits: int | None) -> Shared:
-        readers: list[tuple[Site, fx.Node]] = []
-        for edge in edges:
-            if edge.position is None:
-                readers += _readers(graph, edge.node)
-            else:
-                readers.append((graph.sites[edge.site], edge.value))
-        first = edges[0]
-        width = bits.of(graph, first)
-        heads = {site.name for site in graph.sites.head}
-        if readers and all(site.name in heads for site, _ in readers):
-            width = bits.of(graph, readers[0][0].edges["input"])
-        if graph.sites[first.site].kind == "probs" and first.position is None and width != FLOAT:
-            width = width if softmax_bits is None else softmax_bits
-        return cls(edges, tuple(readers), width)
-
-    def edge(self, key: str) -> Edge:
-        return next(e for e in self.edges if e.key == key)
-
-    def channel_axis(self, *, sums: bool) -> int | None:
-        """The dimension of the tensor (negative) that LayerNorms (``sums``: LayerNorms and sums) read as their last,
-        its channels, if LayerNorms and sums are all that reads it; else None."""
-        kinds = {site.kind for site, _ in self.readers}
-        nodes = [node for site, node in self.readers if site.kind == "layer_norm" or sums]
-        if not nodes or not kinds <= {"layer_norm", "add"}:
-            return None
-        sources = {edge.value for edge in self.edges}
-        shapes = {tuple(source.meta["shape"]) for source in sources}
-        if len(shapes) > 1:
-            return None
-        axes = [axes_of_last(sources, node) for node in nodes]
-        return next((axis for axis in (-1, 1 - len(shapes.pop())) if all(axis in found for found in axes)), None)
-
-
-def _readers(graph: Graph, node: fx.Node) -> list[tuple[Site, fx.Node]]:
-    """Sites that read a value through operations that move it or multiply it by one number."""
+def tensor_readers(graph: Graph, edges: tuple[Edge, ...]) -> list[tuple[Site, fx.Node]]:
+    """Sites that read a tensor that ``edges`` carry, each with the node whose value it reads."""
     by_node = {site.node: site for site in graph.sites}
-    found: list[tuple[Site, fx.Node]] = []
-    queue = [node]
-    while queue:
-        value = queue.pop()
-        for user in value.users:
-            if user in by_node:
-                found.append((by_node[user], value))
-            elif op_name(user) in VIEWS or op_name(user) in SCALINGS:
-                queue.append(user)
-    return found
+    found = [(by_node[e.node], e.value) for e in edges if e.position is not None]
+    made = [pair for e in edges if e.position is None for pair in readers(graph, e.node)]
+    return found + [(by_node[node], value) for node, value in made if node in by_node]
+
+
+def tensor_width(graph: Graph, edges: tuple[Edge, ...], bits: Widths, softmax_bits: int | None) -> int:
+    """Bits of a tensor: what the classifier alone reads has the classifier's, softmax outputs may have their own."""
+    heads = {site.name for site in graph.sites.head}
+    sites = [site for site, _ in tensor_readers(graph, edges)]
+    by_head = bool(sites) and all(site.name in heads for site in sites)
+    width = bits.of(graph, sites[0].edges["input"] if by_head else edges[0])
+    is_probs = graph.sites[edges[0].site].kind == "probs" and edges[0].position is None
+    return softmax_bits if is_probs and softmax_bits is not None and width != FLOAT else width
+
+
+def channel_axis(graph: Graph, edges: tuple[Edge, ...], *, sums: bool) -> int | None:
+    """The dimension of a tensor (negative) that LayerNorms (``sums``: LayerNorms and sums) read as their last, its
+    channels, if LayerNorms and sums are all that reads it; else None."""
+    found = tensor_readers(graph, edges)
+    nodes = [node for site, node in found if site.kind == "layer_norm" or sums]
+    sources = {edge.value for edge in edges}
+    shapes = {tuple(source.meta["shape"]) for source in sources}
+    if not nodes or len(shapes) > 1 or not {site.kind for site, _ in found} <= {"layer_norm", "add"}:
+        return None
+    axes = [axes_of_last(sources, node) for node in nodes]
+    return next((axis for axis in (-1, 1 - len(shapes.pop())) if all(axis in found for found in axes)), None)
 
 
 # -- ranges -------------------------------------------------------------------------------------------------------
+def _activation(view: EdgeView, bits: int, axis: int | None, run: Run) -> Quantizer:
+    """Power-of-two factors per channel where there is an axis, else one scale for the tensor."""
+    if axis is None:
+        seen = view()
+        return affine(*with_zero(seen.low, seen.high), bits)
+    return power_of_two_factors(
+        view(axis=axis), bits, largest=run["largest_exponent"], zero_points=run["zero_points"], axis=axis
+    )
+
+
 def with_zero(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """The range with zero taken in, so that the zero point is one of the codes."""
     return low.clamp_max(0.0), high.clamp_min(0.0)
@@ -258,16 +224,15 @@ def symmetric_weight(seen: Observation, bits: int) -> Uniform:
 
 
 # -- operators ----------------------------------------------------------------------------------------------------
-def integer_operators(graph: Graph, chosen: _Choice, run: Run) -> dict[str, Operator]:
+def integer_operators(
+    graph: Graph, quantizers: dict[str, Quantizer], masked: set[str], run: Run
+) -> dict[str, Operator]:
     """Operators by site name: integer LayerNorms and softmaxes, and float softmaxes over masked entries."""
-    quantizers, operators = chosen.quantizers, {}
-    for site in graph.sites.of_kind("layer_norm"):
-        if run["integer_layernorm"] and (made := integer_layer_norm(graph, site, quantizers)) is not None:
-            operators[site.name] = made
-    for site in graph.sites.of_kind("probs"):
-        if (softmax := integer_softmax(site, quantizers, masked=site.name in chosen.masked)) is not None:
-            operators[site.name] = softmax
-    return operators
+    norms = graph.sites.of_kind("layer_norm") if run["integer_layernorm"] else []
+    softmaxes = graph.sites.of_kind("probs")
+    made: dict[str, Operator | None] = {site.name: integer_layer_norm(graph, site, quantizers) for site in norms}
+    made |= {site.name: integer_softmax(site, quantizers, masked=site.name in masked) for site in softmaxes}
+    return {name: operator for name, operator in made.items() if operator is not None}
 
 
 def integer_softmax(site: Site, quantizers: dict[str, Quantizer], *, masked: bool) -> Operator | None:
@@ -282,48 +247,31 @@ def integer_softmax(site: Site, quantizers: dict[str, Quantizer], *, masked: boo
 
 
 def integer_layer_norm(graph: Graph, site: Site, quantizers: dict[str, Quantizer]) -> IntegerLayerNorm | None:
-    """The integer LayerNorm for a site, None where it stays in float: an unquantized side, several dimensions."""
-    output, found = quantizers.get(f"{site.name}.output"), _quantizer_of(graph, site.edges["input"], quantizers)
-    shape = site.node.args[1]
-    if found is None or not isinstance(output, Uniform | PowerOfTwo) or len(shape) != 1:  # type: ignore[arg-type]
+    """The integer LayerNorm for a site, None where it stays in float: an unquantized side, several dimensions, a scale
+    or shift that is computed."""
+    output, (source, factor) = quantizers.get(f"{site.name}.output"), _quantizer_of(graph, site, quantizers)
+    if not isinstance(output, Uniform | PowerOfTwo) or not isinstance(source, Uniform | PowerOfTwo):
         return None
-    source, factor = found
-    if not isinstance(source, Uniform | PowerOfTwo) or source.scale.dim() != 0 or factor == 0:
+    shape = argument(site.node, "normalized_shape")
+    given = [argument(site.node, name) for name in ("weight", "bias")]
+    gamma, beta = (graph.constant(value) for value in given)
+    computed = (gamma is None and given[0] is not None) or (beta is None and given[1] is not None)
+    if len(shape) != 1 or source.scale.dim() != 0 or factor == 0 or computed:
         return None
-    args = [*site.node.args[2:5], None, None, None]
-    gamma, beta = graph.constant(args[0]), graph.constant(args[1])
-    ones = torch.ones(shape[0], device=graph.device)  # type: ignore[index]
-    if (gamma is None and args[0] is not None) or (beta is None and args[1] is not None):
-        return None
-    eps = float(args[2]) if args[2] is not None else float(site.node.kwargs.get("eps", 1e-5))  # type: ignore[arg-type]
-    return IntegerLayerNorm(
-        source.scale * abs(factor),
-        ones if gamma is None else gamma,
-        ones * 0 if beta is None else beta,
-        eps,
-        output,
-    )
+    gamma = torch.ones(shape[0], device=graph.device) if gamma is None else gamma
+    beta = torch.zeros(shape[0], device=graph.device) if beta is None else beta
+    return IntegerLayerNorm.of(source.scale * abs(factor), gamma, beta, float(argument(site.node, "eps")), output)
 
 
-def _quantizer_of(graph: Graph, edge: Edge, quantizers: dict[str, Quantizer]) -> tuple[Quantizer, float] | None:
-    """The quantizer of the value that crosses an edge and the number it was multiplied by since; None if there is
-    none."""
-    if edge.key in quantizers:
-        return quantizers[edge.key], 1.0
-    by_node = {site.node: site for site in graph.sites}
-    value, factor = edge.value, 1.0
-    while value not in by_node:
+def _quantizer_of(graph: Graph, site: Site, quantizers: dict[str, Quantizer]) -> tuple[Quantizer | None, float]:
+    """The quantizer of a LayerNorm's input (None: there is none) and the number that its values were multiplied by."""
+    edge, by_node = site.edges["input"], {site.node: site for site in graph.sites}
+    found, value, factor = quantizers.get(edge.key), edge.value, 1.0
+    while found is None and value not in by_node:
         if op_name(value) in SCALINGS:
             number = float(value.args[1])  # type: ignore[arg-type]
             factor = factor / number if "div" in op_name(value) else factor * number
         elif op_name(value) not in VIEWS:
-            return None
+            return None, factor
         value = value.args[0]  # type: ignore[assignment]
-    found = quantizers.get(f"{by_node[value].name}.output")
-    return None if found is None else (found, factor)
-
-
-def _softmax_bits(value: object) -> int:
-    if not isinstance(value, int) or not 2 <= value <= 16:
-        raise QuantlensError(f"fq-ptq: softmax_bits={value!r}; give a whole number from 2 to 16")
-    return value
+    return found or quantizers.get(f"{by_node[value].name}.output"), factor

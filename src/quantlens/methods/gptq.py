@@ -15,17 +15,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
 from quantlens.calibration import Calibration, Observation
 from quantlens.calibration.ranges import minmax, quantile_mse
-from quantlens.errors import QuantlensError
-from quantlens.graph import Graph
-from quantlens.methods._layer_fit import Fitted, fit_layers
-from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Option, Run, Widths
+from quantlens.methods.base import MATMUL_OPERANDS, Departure, Graph, Method, MethodInfo, Option, Plan, Run, Widths
+from quantlens.methods.composition import Fitted, Layer, fit_layers
 from quantlens.methods.repq_vit import TAIL, RepQViT
-from quantlens.qmodel import Plan
-from quantlens.reconstruction.closed_form import Grid, Moments, round_columns
+from quantlens.reconstruction.closed_form import Grid, round_columns
 
 
 class GPTQ(Method):
@@ -58,25 +53,24 @@ class GPTQ(Method):
                 "columns in the order of falling mean square of their inputs (else as they stand)",
                 (True, False),
             ),
-            "damping": Option(0.01, "λ, as a multiple of the inputs' mean square"),
+            "damping": Option(0.01, "λ, as a multiple of the inputs' mean square", above=0),
         },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        damping = float(run["damping"])
-        if not damping > 0:
-            raise QuantlensError(f"gptq: damping={damping}; give a number above 0, such as 0.01")
-
-        def fit(weight: Tensor, moments: Moments, width: int, _: bool) -> Fitted:
-            seen = Observation.of(weight, TAIL)
-            low, high = minmax(seen) if run["weight_range"] == "minmax" else quantile_mse(seen, width)
-            quantizer = bits.weights(low, high, width)
-            gram = moments.second
+        def fit(layer: Layer) -> Fitted:
+            moments = layer.moments(network=True)
+            if moments is None:
+                return Fitted(plan.quantizers[f"{layer.site.name}.weight"])
+            seen = Observation.of(layer.weight, TAIL)
+            low, high = minmax(seen) if run["weight_range"] == "minmax" else quantile_mse(seen, layer.width)
+            quantizer, gram = bits.weights(low, high, layer.width), moments.second
             order = gram.diagonal().argsort(descending=True) if run["act_order"] else None
-            value = round_columns(weight, gram, Grid.of(quantizer), damping=damping, order=order)
-            return Fitted(quantizer, value)
+            return Fitted(
+                quantizer, round_columns(layer.weight, gram, Grid.of(quantizer), damping=run["damping"], order=order)
+            )
 
         plan = RepQViT().build(graph, calibration, bits, replace(run, progress=None))
-        count = fit_layers(graph, calibration, plan, fit, run, network=True)
+        count = fit_layers(graph, calibration, bits, plan, fit, run, sequential=True)
         plan.rewrites.append(f"weights of {count} layers replaced by their rounded values, errors taken up by columns")
         return plan

@@ -16,24 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantlens.calibration import Calibration
 from quantlens.formats import Quantizer
-from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
     FULL,
     GUARDED,
     HOURS,
-    Start,
     activation_quantizers,
-    portion,
     step_options,
     steps,
+    train,
     weight_quantizers,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Run, Widths
+from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Departure, Graph, Method, MethodInfo, Plan, Run, Widths
 from quantlens.methods.repq_vit import Reparameterization, rescale_norms
-from quantlens.qmodel import Plan
-from quantlens.reconstruction import Settings, reconstruct
+from quantlens.reconstruction import Settings
 from quantlens.transforms import NormGroup
 
 SMOOTH, QUANTIZED = "smooth", "quantized"
@@ -80,36 +76,26 @@ class IAndSViT(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        original, plan, reports = graph.clone(share=True), Plan(), {}
-        start = Start(by_head=False, shifted=True)
-        activations, norms = activation_quantizers(graph, calibration, bits, run, start)
+        original, plan, told = graph.clone(share=True), Plan(), {}
+        activations, norms = activation_quantizers(graph, calibration, bits, run, by_head=False, shifted=True)
         for number, stage in enumerate(RATES):
-            plan.quantizers = dict(activations)
             if stage == SMOOTH:
-                plan.quantizers |= channelwise(norms)
+                plan.quantizers = activations | channelwise(norms)
             else:
                 plan.rewrites = rescale_norms(graph, norms)
-                plan.quantizers |= weight_quantizers(graph, bits)
+                plan.quantizers = activations | weight_quantizers(graph, bits)
             settings = Settings(
                 ("weights",),
                 inputs="float" if stage == SMOOTH else "quantized",
-                iterations=steps("i-and-s-vit", run, calibration.count),
+                iterations=steps(run, calibration.count),
                 batch_size=run["batch_size"],
                 lr_weights=RATES[stage],
                 float_weights=stage == SMOOTH,
                 guarded=run["guarded"],
             )
-            reports[stage] = reconstruct(
-                graph,
-                plan,
-                calibration,
-                settings,
-                seed=run.seed,
-                reference=original,
-                progress=portion(run.progress, number, len(RATES)),
-                checkpoint=f"{run['checkpoint']}/{stage}" if run["checkpoint"] else None,
-            )
-        plan.notes["reconstruction"] = {name: report.info() for name, report in reports.items()}
+            part = number, len(RATES)
+            told[stage] = train(graph, plan, calibration, run, settings, reference=original, stage=stage, part=part)
+        plan.notes["reconstruction"] = told
         return plan
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation
 from quantlens.calibration.ranges import affine, minmax, symmetric
-from quantlens.formats import Uniform
-from quantlens.graph import Edge, Graph
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Run, Widths, matmul_operand_edges
-from quantlens.qmodel import Plan
-from quantlens.qmodel.bits import FLOAT
+from quantlens.methods.base import MATMUL_OPERANDS, Edge, Graph, Method, MethodInfo, Plan, Run, Widths, quantized_edges
 
 
 class MinMax(Method):
@@ -33,10 +31,7 @@ class MinMax(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        def choose(seen: Observation, width: int) -> tuple:
-            return minmax(seen)
-
-        return uniform_everywhere(graph, calibration, bits, run, choose, tail=0.0)
+        return uniform_everywhere(graph, calibration, bits, run, minmax, tail=0.0)
 
 
 def uniform_everywhere(
@@ -44,25 +39,21 @@ def uniform_everywhere(
     calibration: Calibration,
     bits: Widths,
     run: Run,
-    choose: Callable[[Observation, int], tuple],
+    choose: Callable[[Observation], tuple[Tensor, Tensor]],
     *,
     tail: float,
     symmetric_tensors: bool = False,
 ) -> Plan:
-    """Uniform quantizers on all matmul operands, ranges by ``choose(observation, bits) -> (low, high)`` of the float
-    model's activations: asymmetric, weights per output channel; or symmetric with one scale per tensor. ``choose``
-    reads no samples, so that all widths on the same images share one pass."""
-    quantizers: dict[str, Uniform] = {}
+    """Uniform quantizers on all matmul operands, ranges by ``choose(observation) -> (low, high)`` of the float model's
+    activations: asymmetric, weights per output channel; or symmetric with one scale per tensor. ``choose`` reads no
+    samples, so that all widths on the same images share one pass."""
+    plan, make = Plan(), symmetric if symmetric_tensors else affine
 
     def on_edge(edge: Edge, view: EdgeView) -> None:
-        width = bits.of(graph, edge)
         axis, granularity = (0, "channel") if edge.is_weight and not symmetric_tensors else (None, "tensor")
-        low, high = choose(view(axis=axis, tail=tail, sample=False), width)
-        make = symmetric if symmetric_tensors else affine
-        quantizers[edge.key] = make(low, high, width, granularity=granularity, axis=axis)
+        low, high = choose(view(axis=axis, tail=tail, sample=False))
+        plan.quantizers[edge.key] = make(low, high, bits.of(graph, edge), granularity=granularity, axis=axis)
 
-    edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
-    CalibrationPass(graph, calibration, sequential=False, seed=run.seed, seen=run.seen).run(
-        edges, on_edge, run.progress
-    )
-    return Plan(dict(quantizers))
+    shown = CalibrationPass(graph, calibration, sequential=False, seed=run.seed, seen=run.seen)
+    shown.run(quantized_edges(graph, bits), on_edge, run.progress)
+    return plan

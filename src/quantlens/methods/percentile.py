@@ -12,13 +12,11 @@ output channel that is all but the whole range, which is what the comparisons in
 
 from __future__ import annotations
 
-from quantlens.calibration import Calibration, Observation
+from functools import partial
+
 from quantlens.calibration.ranges import percentile
-from quantlens.errors import QuantlensError
-from quantlens.graph import Graph
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
+from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 from quantlens.methods.minmax import uniform_everywhere
-from quantlens.qmodel import Plan
 
 
 class Percentile(Method):
@@ -33,7 +31,7 @@ class Percentile(Method):
         summary="range between the quantiles 1 − p and p; weights per output channel, activations per tensor",
         readings=("p is not stated for transformers; 0.9999 here, for weights and activations",),
         options={
-            "p": Option(0.9999, "order of the upper quantile, above 0.5 and at most 1"),
+            "p": Option(0.9999, "order of the upper quantile, above 0.5 and at most 1", above=0.5, most=1),
             "format": Option(
                 "asymmetric",
                 "asymmetric, weights per output channel; or symmetric, one scale per tensor (the baseline of vt-ptq's "
@@ -44,12 +42,5 @@ class Percentile(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        p = float(run["p"])
-        if not 0.5 < p <= 1.0:
-            raise QuantlensError(f"percentile: p={p} must lie above 0.5 and be at most 1 (for example 0.9999)")
-
-        def choose(seen: Observation, width: int) -> tuple:
-            return percentile(seen, p)
-
-        plain = run["format"] == "symmetric"
-        return uniform_everywhere(graph, calibration, bits, run, choose, tail=1.0 - p, symmetric_tensors=plain)
+        choose, plain = partial(percentile, p=run["p"]), run["format"] == "symmetric"
+        return uniform_everywhere(graph, calibration, bits, run, choose, tail=1.0 - run["p"], symmetric_tensors=plain)

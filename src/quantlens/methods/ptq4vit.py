@@ -13,34 +13,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from quantlens.calibration import Calibration
 from quantlens.calibration.gradients import sample_products
-from quantlens.calibration.products import Product, find_products
+from quantlens.calibration.products import Product
 from quantlens.calibration.ranges.guided import HEADS, Side, alternate
 from quantlens.calibration.sampling import ProductSampler
-from quantlens.formats import Quantizer, Twin, Uniform
-from quantlens.graph import Edge, Graph
+from quantlens.formats import Quantizer, Twin
 from quantlens.graph.graph import VIEWS, op_name
 from quantlens.graph.sites import SCALINGS
-from quantlens.methods._scale_search import IMAGE, factors_of, search_options
+from quantlens.methods._scale_search import (
+    IMAGE,
+    factors_of,
+    grouped_uniform,
+    quantized_products,
+    search_options,
+    starting_scale,
+)
 from quantlens.methods.base import (
+    FLOAT,
     MATMUL_OPERANDS,
+    Calibration,
     Departure,
+    Edge,
+    Graph,
     Method,
     MethodInfo,
     Option,
+    Plan,
     Run,
     Widths,
-    matmul_operand_edges,
 )
-from quantlens.qmodel import Plan
-from quantlens.qmodel.bits import FLOAT
 
 SPLITS = 20
 """Candidates 2⁰, 2⁻¹ … for the end of the first range of softmax outputs."""
@@ -112,70 +118,45 @@ class PTQ4ViT(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        found, rounds = factors_of(run, BETA, ALPHA)
-        factors = torch.tensor(found, dtype=torch.float64)
-        wanted = {e.key for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT}
-        products = [p for p in find_products(graph) if any(e.key in wanted for e in p.quantized)]
-        samples = sample_products(
-            graph,
-            calibration,
-            products,
-            ProductSampler(torch.Generator().manual_seed(run.seed)),
-            fisher,
-            floor=run["floor"],
-        )
-        fused = fused_projections(graph)
-        quantizers: dict[str, Quantizer] = {}
+        factors = torch.tensor(factors_of(run, BETA, ALPHA), dtype=torch.float64)
+        products, fused, plan = quantized_products(graph, bits), fused_projections(graph), Plan()
+        sampler = ProductSampler(torch.Generator().manual_seed(run.seed))
+        samples = sample_products(graph, calibration, products, sampler, fisher, floor=run["floor"])
         for done, product in enumerate(products, 1):
             sample = samples.pop(product.site.name)
-            formats = []
-            for edge, read, values in zip(product.quantized, product.read, sample.operands, strict=True):
-                width = bits.of(graph, edge) if edge.key in wanted else FLOAT
-                formats.append(_format(product, edge, values, sample.largest[read.key], width, fused, factors, run))
-            sides = [f.side for f in formats]
+            widths = [bits.of(graph, edge) for edge in product.quantized]
+            sides = [
+                operand_side(product, edge, values, sample.largest[read.key], width, fused, factors, run)
+                for edge, read, values, width in zip(
+                    product.quantized, product.read, sample.operands, widths, strict=True
+                )
+            ]
             if sample.joined:
-                sides = list(alternate(sides[0], sides[1], sample.gradient, rounds))
+                sides = list(alternate(sides[0], sides[1], sample.gradient, run["rounds"]))
             else:
                 ones = [Side(torch.eye(s.values.shape[-1]).to(s.values)) for s in sides]
                 sides = [alternate(s, one, None, 1)[0] for s, one in zip(sides, ones, strict=True)]
-            for edge, chosen, side in zip(product.quantized, formats, sides, strict=True):
+            for edge, side, width in zip(product.quantized, sides, widths, strict=True):
                 if side.current is not None:
-                    quantizers[edge.key] = chosen.quantizer(side)
+                    plan.quantizers[edge.key] = quantizer_of(edge, side, width)
             if run.progress is not None:
                 run.progress(done, len(products))
-        return Plan({e.key: quantizers[e.key] for e in matmul_operand_edges(graph) if e.key in quantizers})
+        return plan
 
 
 # -- formats --------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Format:
-    """How an operand is coded: its side of the search, and what the found parameters make."""
-
-    side: Side
-    bits: int
-    kind: str = "uniform"
-
-    def quantizer(self, side: Side) -> Quantizer:
-        found = side.current
-        assert found is not None
-        if self.kind == "softmax":
-            return Twin.by_magnitude(int(found[0, 0]), self.bits)
-        if self.kind == "gelu":
-            return Twin.by_sign(found[0, 0], found[0, 1], self.bits)
-        if isinstance(side.groups, Tensor):
-            scale = found[side.groups, 0]
-            one_each = len(found) == len(scale)
-            return _symmetric(scale, self.bits, granularity="channel" if one_each else "group", axis=0)
-        if side.groups == HEADS:
-            return _symmetric(found[:, 0], self.bits, granularity="head", axis=-3)
-        return _symmetric(found[0, 0], self.bits)
+def quantizer_of(edge: Edge, side: Side, bits: int) -> Quantizer:
+    """The quantizer of an operand with the parameters found."""
+    found = side.current
+    assert found is not None
+    if edge.name == "output":
+        return Twin.by_magnitude(int(found), bits)
+    if after_gelu(edge):
+        return Twin.by_sign(found[0, 0], found[0, 1], bits)
+    return grouped_uniform(side.groups, found[:, 0], torch.zeros_like(found[:, 0]), bits, signed=True)
 
 
-def _symmetric(scale: Tensor, bits: int, *, granularity: str = "tensor", axis: int | None = None) -> Uniform:
-    return Uniform(scale, torch.zeros_like(scale), bits, signed=True, granularity=granularity, axis=axis)
-
-
-def _format(
+def operand_side(
     product: Product,
     edge: Edge,
     values: Tensor,
@@ -184,20 +165,19 @@ def _format(
     fused: set[str],
     factors: Tensor,
     run: Run,
-) -> Format:
-    """The format of one operand with its candidates.
+) -> Side:
+    """One operand with the candidates of its format's parameters.
 
     values [..., rows, k]; largest: largest magnitude, [] or [heads]. fused: names of the qkv layers. factors [C]: what
     Δ0 is multiplied by.
     """
     if bits == FLOAT:
-        return Format(Side(values), bits)
+        return Side(values)
     if edge.name == "output":
-        return _softmax_format(values, bits)
+        return _softmax_side(values, bits)
     groups: str | Tensor | None = None
     if edge.is_weight:
-        groups = _weight_groups(product, len(values), fused, run)
-        groups = groups if groups is None else groups.to(values.device)
+        groups = _weight_groups(product, values, fused, run)
     elif edge.name in ("q", "k", "v") and largest.dim() == 1:
         groups = HEADS
     if isinstance(groups, Tensor):
@@ -206,39 +186,36 @@ def _format(
     elif groups is None:
         largest = largest.amax().reshape(1)
     half = 2 ** (bits - 1)
-    start = largest.double() / (half - 0.5)
-    # nothing to represent: any scale does
-    start = torch.where(start > torch.finfo(torch.float32).tiny * 1e6, start, torch.ones_like(start)).float()
+    start = starting_scale(largest, half - 0.5)
     steps = factors.to(start)[:, None] * start
-    if edge.name == "input" and behind_gelu(edge.value):
-        return _gelu_format(values, start, steps[:, 0], bits, aligned=run["aligned_steps"])
+    if after_gelu(edge):
+        return _gelu_side(values, start, steps[:, 0], bits, aligned=run["aligned_steps"])
 
     def uniform(x: Tensor, step: Tensor) -> Tensor:
         return (x / step).round_().clamp_(-half, half - 1).mul_(step)
 
-    return Format(Side(values, uniform, steps[..., None], start[:, None], groups), bits)
+    return Side(values, uniform, steps[..., None], start[:, None], groups)
 
 
-def _weight_groups(product: Product, rows: int, fused: set[str], run: Run) -> Tensor | None:
+def _weight_groups(product: Product, weight: Tensor, fused: set[str], run: Run) -> Tensor | None:
     """Which rows of a weight share a scale: each its own, the thirds of qkv, or (None) all."""
+    rows = torch.arange(len(weight), device=weight.device)
     if product.site.kind == "conv" or run["weight_granularity"] == "channel":
-        return torch.arange(rows)
-    if product.site.name in fused and rows % 3 == 0:
-        return torch.arange(3).repeat_interleave(rows // 3)
-    return None
+        return rows
+    return rows // (len(rows) // 3) if product.site.name in fused and len(rows) % 3 == 0 else None
 
 
-def _softmax_format(values: Tensor, bits: int) -> Format:
+def _softmax_side(values: Tensor, bits: int) -> Side:
     """Twin, split by magnitude at 2⁻ⁱ; at first, where range 1 has about the step of 2b − 1 bits."""
     shifts = torch.arange(SPLITS, dtype=torch.float32, device=values.device)[:, None, None]
 
     def twin(x: Tensor, shift: Tensor) -> Tensor:
         return torch.stack([Twin.by_magnitude(int(m), bits)(x) for m in shift.flatten()])
 
-    return Format(Side(values, twin, shifts, shifts[bits]), bits, "softmax")
+    return Side(values, twin, shifts, shifts[bits])
 
 
-def _gelu_format(values: Tensor, start: Tensor, positive: Tensor, bits: int, *, aligned: bool) -> Format:
+def _gelu_side(values: Tensor, start: Tensor, positive: Tensor, bits: int, *, aligned: bool) -> Side:
     """Twin, split by sign. start [1], positive [C]: steps of the values that are not negative."""
 
     def twin(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -246,7 +223,7 @@ def _gelu_format(values: Tensor, start: Tensor, positive: Tensor, bits: int, *, 
         return torch.stack([Twin.by_sign(one, two, bits)(x) for one, two in both])
 
     pairs, first = (gelu_steps(p, bits, aligned=aligned) for p in (positive, start))
-    return Format(Side(values, twin, pairs, first[0]), bits, "gelu")
+    return Side(values, twin, pairs, first[0])
 
 
 def gelu_steps(positive: Tensor, bits: int, *, aligned: bool) -> Tensor:
@@ -263,11 +240,12 @@ def gelu_steps(positive: Tensor, bits: int, *, aligned: bool) -> Tensor:
     return torch.stack(pairs, 1).reshape(-1, 1, 2)
 
 
-def behind_gelu(value: fx.Node) -> bool:
-    """Whether a value is a GELU's output, moved at most."""
+def after_gelu(edge: Edge) -> bool:
+    """Whether a layer's input is a GELU's output, moved at most."""
+    value = edge.value
     while op_name(value) in VIEWS:
         value = value.args[0]  # type: ignore[assignment]
-    return op_name(value) == "aten.gelu.default"
+    return edge.name == "input" and op_name(value) == "aten.gelu.default"
 
 
 def fused_projections(graph: Graph) -> set[str]:
@@ -275,9 +253,7 @@ def fused_projections(graph: Graph) -> set[str]:
     linears = {site.node: site.name for site in graph.sites.of_kind("linear")}
 
     def origin(value: Any) -> str | None:
-        while isinstance(value, fx.Node) and value not in linears:
-            if op_name(value) not in VIEWS and op_name(value) not in SCALINGS:
-                return None
+        while op_name(value) in VIEWS | SCALINGS:
             value = value.args[0]
         return linears.get(value)
 

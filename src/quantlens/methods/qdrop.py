@@ -15,19 +15,15 @@ model's output (BRECQ, section 3.2), by squared error:
 
 from __future__ import annotations
 
-from quantlens.calibration import Calibration
-from quantlens.graph import Graph
 from quantlens.methods._reconstruction import (
     DEPARTURES,
     HOURS,
     READINGS,
-    Start,
     drop_and_reconstruct,
     started,
     step_options,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Departure, Method, MethodInfo, Run, Widths
-from quantlens.qmodel import Plan
+from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Departure, Graph, Method, MethodInfo, Plan, Run, Widths
 
 WHERE = "as in the re-implementations of APHQ-ViT and FIMA-Q; the paper is about convolutions"
 
@@ -57,7 +53,7 @@ class QDrop(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        start = Start(run["reparameterized"], run["by_head"])
-        plan = Plan(*started(graph, calibration, bits, run, start))
-        drop_and_reconstruct("qdrop", graph, plan, calibration, run)
+        settings = {name: run[name] for name in ("reparameterized", "by_head")}
+        plan = started(graph, calibration, bits, run, **settings)
+        drop_and_reconstruct(graph, plan, calibration, run)
         return plan

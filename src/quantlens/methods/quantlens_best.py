@@ -13,17 +13,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
-from quantlens.calibration import Calibration
-from quantlens.errors import QuantlensError
-from quantlens.graph import Graph
-from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
+from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps, train
+from quantlens.methods.base import (
+    MATMUL_OPERANDS,
+    Calibration,
+    Graph,
+    Method,
+    MethodInfo,
+    Option,
+    Plan,
+    Run,
+    Widths,
+    matmul_operand_edges,
+)
 from quantlens.methods.quantlens_fast import QuantlensFast
-from quantlens.qmodel import Plan
-from quantlens.reconstruction import MetricLoss, Settings, perturbation_metrics, reconstruct
+from quantlens.reconstruction import MetricLoss, Settings, perturbation_metrics
 from quantlens.reconstruction.views import with_views
 
 FITTED = 64
@@ -57,77 +63,51 @@ class QuantlensBest(Method):
                 f"steps per block, with {FULL} or more calibration images; 0: none (None: {STEPS}, or {LONG} where a "
                 f"weight or an activation has {NARROW} bits or fewer)",
                 type="int",
+                least=0,
             ),
-            "batch_size": Option(8, "images per step of a block"),
+            "batch_size": Option(8, "images per step of a block", least=1),
             "train_norms_and_biases": Option(
                 True, "biases and LayerNorms' parameters are trained with every block", (True, False)
             ),
-            "views_per_image": Option(1.0, "views that blocks are trained on beside every calibration image (0: none)"),
+            "views_per_image": Option(
+                1.0, "views that blocks are trained on beside every calibration image (0: none)", least=0
+            ),
             "ood_view_share": Option(
-                0.5, "share of the views that are out-of-distribution images made of the image; the rest are crops"
+                0.5,
+                "share of the views that are out-of-distribution images made of the image; the rest are crops",
+                least=0,
+                most=1,
             ),
             "checkpoint": CHECKPOINT,
         },
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        _check(run)
-        run = _with_iterations(graph, bits, run)
-        blocks, fitted = steps("quantlens-best", run, calibration.count), calibration.head(FITTED)
-        start = Run(
-            {**{name: option.default for name, option in FAST.items()}, **run.options},
-            run.seed,
-            portion(run.progress, 0, 2 if blocks else 1),
-        )
+        if run["iterations"] is None:
+            narrow = any(bits.of(graph, edge) <= NARROW for edge in matmul_operand_edges(graph))
+            run = replace(run, options={**run.options, "iterations": LONG if narrow else STEPS})
+        iterations, fitted = steps(run, calibration.count), calibration.head(FITTED)
+        options = {name: option.default for name, option in FAST.items()} | run.options
+        start = Run(options, run.seed, portion(run.progress, 0, 2 if iterations else 1))
         fast = QuantlensFast()
         plan = Plan({}, fast.rewrite(graph, fitted, bits, start))
         original = graph.clone(share=True)
-        metrics = perturbation_metrics(graph, fitted, seed=run.seed) if blocks else {}
-        fast.calibrate(graph, fitted, bits, plan, start, rounded=blocks == 0)
-        if blocks:
-            views = round(float(run["views_per_image"]) * calibration.count)
-            report = reconstruct(
-                graph,
-                plan,
-                with_views(calibration, views, float(run["ood_view_share"]), run.seed),
-                _settings(blocks, run, MetricLoss(metrics)),
-                seed=run.seed,
-                reference=original,
-                progress=portion(run.progress, 1, 2),
-                checkpoint=run["checkpoint"],
+        metrics = perturbation_metrics(graph, fitted, seed=run.seed) if iterations else {}
+        fast.calibrate(graph, fitted, bits, plan, start, rounded=iterations == 0)
+        if iterations:
+            settings = Settings(
+                optimise=("rounding", "scales", *(("vectors",) if run["train_norms_and_biases"] else ())),
+                loss=MetricLoss(metrics),
+                inputs="mixed",
+                input_drop=0.5,
+                iterations=iterations,
+                batch_size=run["batch_size"],
+                lr_rounding=0.03,
+                lr_scales=0.01,
+                straight_through=True,
             )
-            plan.notes["reconstruction"], plan.notes["iterations"] = report.info(), blocks
+            views = round(run["views_per_image"] * calibration.count)
+            images = with_views(calibration, views, run["ood_view_share"], run.seed)
+            told = train(graph, plan, images, run, settings, reference=original, part=(1, 2))
+            plan.notes |= {"reconstruction": told, "iterations": iterations}
         return plan
-
-
-def _check(run: Run) -> None:
-    """Raises QuantlensError for options out of range."""
-    if not 0 <= float(run["views_per_image"]) < math.inf:
-        raise QuantlensError(
-            f"quantlens-best: views_per_image={run['views_per_image']}; give 0 (none) or more per calibration image"
-        )
-    if not 0 <= float(run["ood_view_share"]) <= 1:
-        raise QuantlensError(f"quantlens-best: ood_view_share={run['ood_view_share']}; give a share from 0 to 1")
-
-
-def _with_iterations(graph: Graph, bits: Widths, run: Run) -> Run:
-    """The run with a number of steps per block."""
-    if run["iterations"] is not None:
-        return run
-    narrow = any(bits.of(graph, edge) <= NARROW for edge in matmul_operand_edges(graph))
-    return replace(run, options={**run.options, "iterations": LONG if narrow else STEPS})
-
-
-def _settings(iterations: int, run: Run, loss: MetricLoss) -> Settings:
-    """How the blocks are trained."""
-    return Settings(
-        optimise=("rounding", "scales", *(("vectors",) if run["train_norms_and_biases"] else ())),
-        loss=loss,
-        inputs="mixed",
-        input_drop=0.5,
-        iterations=iterations,
-        batch_size=run["batch_size"],
-        lr_rounding=0.03,
-        lr_scales=0.01,
-        straight_through=True,
-    )

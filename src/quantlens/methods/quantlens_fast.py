@@ -15,43 +15,189 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
 import torch
+from torch import Tensor
 
-from quantlens.calibration import Calibration, EdgeView
-from quantlens.calibration.ranges import affine, block_scaled, clipping
+from quantlens.calibration import Calibration, EdgeView, Observation
+from quantlens.calibration.measured_transforms import subtract_means
+from quantlens.calibration.ranges import affine, block_scaled, clipping, mse
 from quantlens.errors import QuantlensError
-from quantlens.formats import Quantizer, SqrtSoftmax, Uniform
-from quantlens.graph import Edge, Graph
-from quantlens.graph.sites import Site
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths
-from quantlens.methods.composition import (
-    ALL,
-    AUTO,
-    COARSE,
-    NONE,
-    ExactTransform,
-    RangeRule,
-    RotateHeads,
-    RotateHidden,
-    RotateInputs,
-    RotateNormOutputs,
-    RotateResidual,
-    SequentialPass,
-    SubtractMeans,
-    WeightFit,
-    Work,
-    apply,
+from quantlens.formats import GroupScaled, Quantizer, SqrtSoftmax
+from quantlens.graph import Edge, Graph, Site
+from quantlens.methods.base import (
+    FLOAT,
+    MATMUL_OPERANDS,
+    Method,
+    MethodInfo,
+    Option,
+    Plan,
+    Run,
+    Widths,
+    quantized_edges,
 )
-from quantlens.qmodel import Plan
-from quantlens.transforms.rotation import LARGEST, SMALLEST
+from quantlens.methods.composition import Fitted, Layer, RangeRule, fit_layers
+from quantlens.reconstruction.bias import subtract_from_biases
+from quantlens.reconstruction.closed_form import Factor, Grid, Moments, output_shift, ridge, round_columns
+from quantlens.transforms.heads import find_score_pairs, find_value_pairs, rotate_scores, rotate_values
+from quantlens.transforms.layers import alone
+from quantlens.transforms.norms import find_norm_groups
+from quantlens.transforms.rotation import (
+    LARGEST,
+    SMALLEST,
+    find_residuals,
+    hadamard,
+    layers_after_activations,
+    mean_keeping,
+    rotate_input,
+    rotate_residual,
+    rotation_size,
+)
 
-NARROW = 3
-"""Bits at which an activation is quantized dynamically by default."""
+COARSE, NARROW = 6, 3
+"""Bits of an activation at which a rotation at run time is worth its product; and at which it is quantized dynamically,
+by default."""
 
 SAMPLE = 8
 """Images that the step of groups is found on."""
 
+AUTO, ALL, NONE = "auto", "all", "none"
 CHOICES = (AUTO, ALL, NONE)
+
+
+@dataclass
+class Work:
+    """A quantization under way, as its exact transforms see and change it. means: of channels, by edge key, where a
+    transform has measured them."""
+
+    graph: Graph
+    calibration: Calibration
+    bits: Widths
+    run: Run
+    generator: torch.Generator
+    means: dict[str, Tensor] = field(default_factory=dict)
+
+    def coarse(self, edge: Edge) -> bool:
+        return self.bits.of(self.graph, edge) <= COARSE
+
+    def rotated(self, sites: list[Site], wanted: str) -> list[Site]:
+        """Layers whose input is rotated at run time: all that are quantized, none, or (auto) coarse ones."""
+        if wanted == NONE or self.run["rotate"] == NONE:
+            return []
+        inputs = [s.edges["input"] for s in sites if rotation_size(self.graph, s) >= SMALLEST]
+        found = [e for e in inputs if self.coarse(e) or (wanted == ALL and self.bits.of(self.graph, e) != FLOAT)]
+        return [self.graph.sites[edge.site] for edge in found]
+
+    def after_norms(self) -> list[Site]:
+        """Rotated layers after a LayerNorm: all or none, because the finer ones lose the residual stream's rotation."""
+        sites = [s for group in find_norm_groups(self.graph) for s in group.linears if alone(self.graph, s)]
+        wanted = ALL if self.rotated(sites, self.run["rotate_norm_outputs"]) else NONE
+        return sorted(self.rotated(sites, wanted), key=lambda site: site.name)
+
+    def after_activations(self) -> list[Site]:
+        """Rotated layers after an activation function."""
+        return self.rotated(layers_after_activations(self.graph), self.run["rotate_mlp_hidden"])
+
+
+ExactTransform = Callable[[Work], list[str]]
+"""Rewrites the graph of a :class:`Work` exactly; returns sentences of what it did."""
+
+
+def rotate_residuals(work: Work) -> list[str]:
+    """Rotate residual streams at no cost, but for those whose LayerNorms' outputs are rotated at run time instead."""
+    others = {site.name for site in work.after_norms()}
+    residuals = [r for r in find_residuals(work.graph) if not others & {x.name for n in r.norms for x in n.linears}]
+    for residual in residuals:
+        rotate_residual(work.graph, residual, mean_keeping(residual.channels, work.generator))
+    return [f"residual stream rotated ({len(residuals)})"] if residuals else []
+
+
+def rotate_heads(work: Work) -> list[str]:
+    """Rotate v with the layer that reads the context, and q with k, in every head."""
+    values, scores = find_value_pairs(work.graph), find_score_pairs(work.graph)
+    for value in values:
+        rotate_values(work.graph, value, work.generator)
+    for score in scores:
+        rotate_scores(work.graph, score, work.generator)
+    done = f"v rotated in the heads of {len(values)} attentions, q and k of {len(scores)}"
+    return [done] if values or scores else []
+
+
+def subtract_channel_means(work: Work) -> list[str]:
+    """Take means of channels out of LayerNorm outputs, keys and attention outputs, and note those of the inputs that
+    are rotated next."""
+    when, activations = (
+        work.run["subtract_mean"],
+        (e for e in quantized_edges(work.graph, work.bits) if not e.is_weight),
+    )
+    if when == NONE or (when == AUTO and not any(map(work.coarse, activations))):
+        return []
+    edges = (f"{site.name}.input" for site in work.after_activations())
+    done, work.means = subtract_means(work.graph, work.calibration, edges)
+    return done
+
+
+def rotate_inputs(work: Work) -> list[str]:
+    """Rotate inputs of layers at run time, by Hadamard matrices with random signs."""
+    chosen = {"an activation function": work.after_activations(), "a LayerNorm": work.after_norms()}
+    rotations: dict[int, Tensor] = {}
+    for site in (site for sites in chosen.values() for site in sites):
+        size = rotation_size(work.graph, site)
+        if size not in rotations:
+            rotations[size] = hadamard(size, work.generator)
+        rotate_input(work.graph, site, rotations[size], work.means.get(f"{site.name}.input"))
+    return [
+        f"inputs of {len(sites)} layers after {where} rotated at run time" for where, sites in chosen.items() if sites
+    ]
+
+
+@dataclass(frozen=True)
+class WeightFit:
+    """Weights in closed form from second moments of the layer's inputs: fitted to the float output on quantized inputs,
+    then rounded column by column, errors taken up by later columns (GPTQ). damping: λ of both, in units of the mean
+    squared input. fit: True, False, or auto (where the layer's input has one scale). columns: False rounds to nearest.
+    """
+
+    damping: float = 0.1
+    fit: bool | str = AUTO
+    columns: bool = True
+
+    def __call__(
+        self, layer: Layer, moments: Moments, grid: Callable[[Tensor], Quantizer]
+    ) -> tuple[Tensor, Quantizer, Tensor]:
+        """(the weight [out, in] before rounding, its quantizer, its values on that). grid: weight -> its quantizer."""
+        target, gram = layer.weight, moments.gram if layer.free else moments.second
+        factor = Factor.of(gram, self.damping, gram.diagonal().argsort(descending=True))
+        if self.fit is True or (self.fit == AUTO and not isinstance(layer.own, GroupScaled)):
+            target = ridge(target, moments, self.damping, factor if layer.free else None)
+        quantizer = grid(target)
+        if not self.columns:
+            return target, quantizer, Grid.of(quantizer).round(target)
+        return target, quantizer, round_columns(target, gram, Grid.of(quantizer), damping=self.damping, factor=factor)
+
+
+def activation_quantizer(run: Run, site: Site, edge: Edge, view: EdgeView, width: int) -> Quantizer:
+    """Softmax outputs as squares, others clipped where the squared error is least: per tensor, or dynamically per token
+    and group of channels where that error is smaller."""
+    is_softmax, granularity = edge.key.endswith(".probs.output"), run["activation_granularity"]
+    if is_softmax and run["softmax"] == "sqrt":
+        return SqrtSoftmax(width)
+    uniform = affine(*clipping(view(), width), width)
+    dynamic = granularity == "group" or (granularity == AUTO and width <= NARROW)
+    if is_softmax or site.kind == "conv" or not dynamic:
+        return uniform
+    # a product sums over the first dimension of its second operand: keys are [..., channels, tokens]
+    axis = -2 if edge.name == "k" else -1
+    values = view.tensors()[0][:SAMPLE]
+    channels = values.shape[axis]
+    size = min(run["group_size"], channels & -channels)
+    if size < SMALLEST:
+        return uniform
+    groups = block_scaled(values, width, size, axis=axis)
+    return min((uniform, groups), key=lambda q: float((q(values) - values).square_().sum()))
 
 
 class QuantlensFast(Method):
@@ -93,83 +239,68 @@ class QuantlensFast(Method):
                 f"channels), or auto (group where it has {NARROW} bits or fewer)",
                 (AUTO, "tensor", "group"),
             ),
-            "group_size": Option(LARGEST, "channels of a group, at most: a power of two"),
+            "group_size": Option(LARGEST, "channels of a group, at most: a power of two", least=SMALLEST),
             "softmax": Option(
                 "sqrt",
                 "softmax outputs: sqrt (squares of the codes, every row by its own peak and sum) or uniform",
                 ("sqrt", "uniform"),
             ),
-            "damping": Option(0.1, "damping of the weight fit, in units of the mean squared input"),
+            "damping": Option(0.1, "damping of the weight fit, in units of the mean squared input", above=0),
         },
     )
 
     def transforms(self, run: Run) -> list[ExactTransform]:
         """The exact transforms, in the order in which they are applied."""
-        off = run["rotate"] == NONE
-        norms = RotateNormOutputs(NONE if off else run["rotate_norm_outputs"])
-        hidden = RotateHidden(NONE if off else run["rotate_mlp_hidden"])
-        means = SubtractMeans(run["subtract_mean"], hidden)
-        return [means] if off else [RotateResidual(norms), RotateHeads(), means, RotateInputs((hidden, norms))]
+        if run["rotate"] == NONE:
+            return [subtract_channel_means]
+        return [rotate_residuals, rotate_heads, subtract_channel_means, rotate_inputs]
 
     def ranges(self, run: Run) -> RangeRule:
         """How an activation is quantized."""
-        return Ranges(run["activation_granularity"], int(run["group_size"]), run["softmax"])
+        return partial(activation_quantizer, run)
 
     def weight_fit(self, run: Run) -> WeightFit:
         """How a weight is fitted and rounded."""
-        return WeightFit(float(run["damping"]))
+        return WeightFit(run["damping"])
 
     def rewrite(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> list[str]:
         """Apply the transforms; returns one sentence per kind."""
-        return apply(self.transforms(run), Work(graph, calibration, bits, torch.Generator().manual_seed(run.seed)))
+        work = Work(graph, calibration, bits, run, torch.Generator().manual_seed(run.seed))
+        done: list[str] = []
+        for transform in self.transforms(run):
+            done += transform(work)
+            graph.invalidate()
+        return done
 
     def calibrate(
         self, graph: Graph, calibration: Calibration, bits: Widths, plan: Plan, run: Run, *, rounded: bool = True
     ) -> None:
         """Ranges and weights in one pass. rounded: put rounded weights into the graph, or as they are before that."""
-        fit = SequentialPass(graph, bits, plan, self.ranges(run), self.weight_fit(run))
-        fit.run(calibration, seed=run.seed, progress=run.progress, rounded=rounded)
+        fit_weight, names = self.weight_fit(run), [site.weight for site in graph.sites.of_kind("linear", "conv")]
+
+        def fit(layer: Layer) -> Fitted:
+            def grid(weight: Tensor) -> Quantizer:
+                return bits.weights(*mse(Observation.of(weight), layer.width), layer.width)
+
+            # a weight that two layers share is left as it is
+            moments = layer.moments(network=False) if names.count(layer.site.weight) == 1 else None
+            if moments is None:
+                return Fitted(grid(layer.weight))
+            target, quantizer, value = fit_weight(layer, moments, grid)
+            if layer.free:  # at once: the layers after it see it
+                subtract_from_biases(graph, {layer.site.name: output_shift(layer.weight, value, moments)})
+            return Fitted(quantizer, value, stored=None if rounded else target)
+
+        fit_layers(graph, calibration, bits, plan, fit, run, sequential=True, ranges=self.ranges(run))
+        kinds = [plan.quantizers[e.key].granularity for e in quantized_edges(graph, bits) if not e.is_weight]
+        plan.notes["activations"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        check(run)
+        size = run["group_size"]
+        if size & (size - 1):
+            raise QuantlensError(
+                f"quantlens-fast: group_size={size}; give a power of two from {SMALLEST} on, such as {LARGEST}"
+            )
         plan = Plan({}, self.rewrite(graph, calibration, bits, run))
         self.calibrate(graph, calibration, bits, plan, run)
         return plan
-
-
-def check(run: Run) -> None:
-    """Raises QuantlensError for options out of range."""
-    if not float(run["damping"]) > 0:
-        raise QuantlensError(f"quantlens-fast: damping={run['damping']}; give a number above 0, such as 0.1")
-    size = run["group_size"]
-    if not isinstance(size, int) or size < SMALLEST or size & (size - 1):
-        raise QuantlensError(
-            f"quantlens-fast: group_size={size}; give a power of two from {SMALLEST} on, such as {LARGEST}"
-        )
-
-
-class Ranges:
-    """The quantizer of an activation: softmax outputs as squares, others clipped where the squared error is least, per
-    tensor or dynamically per token and group."""
-
-    def __init__(self, granularity: str, group_size: int, softmax: str):
-        self.granularity, self.group_size, self.softmax = granularity, group_size, softmax
-
-    def __call__(self, site: Site, edge: Edge, view: EdgeView, width: int) -> Quantizer:
-        if edge.key.endswith(".probs.output"):
-            return SqrtSoftmax(width) if self.softmax == "sqrt" else affine(*clipping(view(), width), width)
-        uniform = affine(*clipping(view(), width), width)
-        dynamic = self.granularity == "group" or (self.granularity == AUTO and width <= NARROW)
-        return self._grouped(edge, view, uniform) if dynamic and site.kind != "conv" else uniform
-
-    def _grouped(self, edge: Edge, view: EdgeView, uniform: Uniform) -> Quantizer:
-        """Groups of channels with dynamic scales, where their squared error is smaller than that of ``uniform``."""
-        # a product sums over the first dimension of its second operand: keys are [..., channels, tokens]
-        axis = -2 if edge.name == "k" else -1
-        values = view.tensors()[0][:SAMPLE]
-        channels = values.shape[axis]
-        size = min(self.group_size, channels & -channels)
-        if size < SMALLEST:
-            return uniform
-        groups = block_scaled(values, uniform.bits, size, axis=axis)
-        return min((uniform, groups), key=lambda q: float((q(values) - values).square_().sum()))

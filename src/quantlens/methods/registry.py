@@ -15,8 +15,6 @@ from quantlens.plugins import Registry
 DEFAULT = "quantlens-fast"
 """What quantizes a model where no method is named."""
 
-_HELPERS = {"base", "composition", "registry"}
-
 
 def register(method: type[Method]) -> type[Method]:
     """Add a method class under its name and aliases (usable as a decorator). Raises QuantlensError for a class that is
@@ -56,8 +54,7 @@ def _key(name: str) -> str:
 def _scan() -> None:
     package = importlib.import_module("quantlens.methods")
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name not in _HELPERS and not module.name.startswith("_"):
-            _adopt("", importlib.import_module(f"quantlens.methods.{module.name}"))
+        _adopt("", importlib.import_module(f"quantlens.methods.{module.name}"))
 
 
 def _adopt(name: str, found: Any) -> None:

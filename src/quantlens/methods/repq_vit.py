@@ -27,18 +27,19 @@ from quantlens.calibration.ranges import affine, log_by_quantile, quantile_mse
 from quantlens.calibration.ranges.rules import REPQ_QUANTILES
 from quantlens.formats import Quantizer, Uniform, affine_parameters
 from quantlens.formats.uniform import is_constant
-from quantlens.graph import Edge, Graph
 from quantlens.methods.base import (
+    FLOAT,
     MATMUL_OPERANDS,
+    Edge,
+    Graph,
     Method,
     MethodInfo,
     Option,
+    Plan,
     Run,
     Widths,
     matmul_operand_edges,
 )
-from quantlens.qmodel import Plan
-from quantlens.qmodel.bits import FLOAT
 from quantlens.transforms import NormGroup, find_norm_groups, rescale_norm
 
 TAIL = 1.0 - min(REPQ_QUANTILES)

@@ -15,16 +15,15 @@ in through the bits: see :mod:`quantlens.allocation`. Each part of Table 3 can b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration
 from quantlens.calibration.products import Product
 from quantlens.calibration.ranges.similarity import Objective, Operand, Ranking, alternate_pair
 from quantlens.calibration.sampling import ProductSampler
 from quantlens.formats import Quantizer
-from quantlens.graph import Graph
 from quantlens.methods._scale_search import (
     UNSIGNED,
     factors_of,
@@ -33,8 +32,7 @@ from quantlens.methods._scale_search import (
     search_options,
     settle_products,
 )
-from quantlens.methods.base import MATMUL_OPERANDS, Method, MethodInfo, Option, Run, Widths, matmul_operand_edges
-from quantlens.qmodel import Plan
+from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 from quantlens.reconstruction.bias import LAYERS, corrected_layers, mean_output, subtract_from_biases
 
 RANKED_ROWS = 64
@@ -84,70 +82,51 @@ class VTPTQ(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        search = _Search(graph, calibration, bits, run)
-        settle_products(graph, calibration, bits, run, search.settle)
-        subtract_from_biases(graph, search.shifts)
-        done = [f"biases of {len(search.shifts)} layers take up the mean error of their outputs"]
-        found = {e.key: search.quantizers[e.key] for e in matmul_operand_edges(graph) if e.key in search.quantizers}
-        return Plan(found, done if search.shifts else [])
+        factors = factors_of(run, BETA)
+        generator = torch.Generator().manual_seed(run.seed)
+        sampler = ProductSampler(generator)
+        corrected = {site.name for site in corrected_layers(graph)} if run["bias_correction"] else set()
+        shifts: dict[str, Tensor] = {}
 
+        def settle(product: Product, tensors: list[Sequence[Tensor]]) -> list[Quantizer | None]:
+            layer = product.site.kind in LAYERS
+            swap = slice(None, None, -1 if layer else 1)  # a layer is inputs·weightᵀ, and its weight is searched first
+            pair = sampler.by_sample(product, tensors, calibration.count)
+            values = sampler.each_alone(tensors)[swap] if pair is None else pair
+            widths = [bits.of(graph, edge) for edge in product.quantized][swap]
+            sides = [
+                operand(value, parts, width, 1.0, run["unsigned"])
+                for value, parts, width in zip(values, tensors[swap], widths, strict=True)
+            ]
 
-class _Search:
-    """The scales of all products, found one after the other. quantizers: by edge key. shifts: E[ŴX̂ − WX] by layer."""
+            def correct(inputs: Operand, weight: Operand) -> Tensor:
+                return _layer_error(product, tensors, inputs, weight).to(inputs.values.dtype)
 
-    def __init__(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run):
-        self.graph, self.images, self.bits, self.run = graph, calibration.count, bits, run
-        self.factors, self.rounds = factors_of(run, BETA)
-        self.generator = torch.Generator().manual_seed(run.seed)
-        self.sampler = ProductSampler(self.generator)
-        self.corrected = {site.name for site in corrected_layers(graph)} if run["bias_correction"] else set()
-        self.quantizers: dict[str, Quantizer] = {}
-        self.shifts: dict[str, Tensor] = {}
+            if pair is not None:
+                left, right = sides
+                objective = _objective(product, left, right, run, generator)
+                if objective is not None:
+                    found = alternate_pair(
+                        objective,
+                        left,
+                        right,
+                        factors,
+                        run["rounds"],
+                        first="right" if layer else "left",
+                        correct=correct if product.site.name in corrected else None,
+                    )
+                    sides = list(found[:2])
+            elif run["similarity"]:
+                sides = [_alone(side, factors) for side in sides]
+            if product.site.name in corrected:
+                shifts[product.site.name] = _layer_error(product, tensors, *sides)
+            return [quantizer_of(side, width) for side, width in zip(sides, widths, strict=True)][swap]
 
-    def settle(self, product: Product, tensors: list[Sequence[Tensor]], wanted: set[str]) -> None:
-        """Choose the scales of one product. tensors: its operands, in pieces. wanted: edges that are quantized."""
-        pair = self.sampler.by_sample(product, tensors, self.images)
-        if pair is None:
-            values = self.sampler.each_alone(tensors)
-        else:
-            values = list(reversed(pair)) if product.site.kind in LAYERS else list(pair)
-        sides = [
-            operand(value, parts, self.bits.of(self.graph, edge), 1.0, self.run["unsigned"])
-            if edge.key in wanted
-            else Operand(value)
-            for edge, parts, value in zip(product.quantized, tensors, values, strict=True)
-        ]
-        if pair is not None:
-            sides = self._matched(product, tensors, sides)
-        elif self.run["similarity"]:
-            sides = [_alone(side, self.factors) for side in sides]
-        for edge, side in zip(product.quantized, sides, strict=True):
-            if side.scale is not None:
-                self.quantizers[edge.key] = quantizer_of(side, self.bits.of(self.graph, edge))
-        if product.site.name in self.corrected:
-            self.shifts[product.site.name] = _layer_error(product, tensors, weight=sides[0], inputs=sides[1])
-
-    def _matched(self, product: Product, tensors: list[Sequence[Tensor]], sides: list[Operand]) -> list[Operand]:
-        """Both operands with the scales that their product asks for; as given where nothing asks for a search."""
-        layer = product.site.kind in LAYERS
-        left, right = reversed(sides) if layer else sides
-        objective = _objective(product, left, right, self.run, self.generator)
-        if objective is None:
-            return sides
-
-        def correct(a: Operand, b: Operand) -> Tensor:
-            return _layer_error(product, tensors, weight=b, inputs=a).to(a.values.dtype)
-
-        left, right, _ = alternate_pair(
-            objective,
-            left,
-            right,
-            self.factors,
-            self.rounds,
-            first="right" if layer else "left",
-            correct=correct if product.site.name in self.corrected else None,
-        )
-        return [right, left] if layer else [left, right]
+        plan = settle_products(graph, calibration, bits, run, settle)
+        subtract_from_biases(graph, shifts)
+        if shifts:
+            plan.rewrites.append(f"biases of {len(shifts)} layers take up the mean error of their outputs")
+        return plan
 
 
 def _objective(
@@ -163,35 +142,23 @@ def _objective(
         pairs = ALL_PAIRS * (ALL_PAIRS - 1) // 2 if flat.shape[-1] > ALL_PAIRS else None
         if unit > 0:
             ranking = Ranking.of(
-                expected,
-                MARGIN * unit,
-                pairs=pairs,
-                rows=rows,
-                weight=WEIGHT / unit,
-                generator=generator,
+                expected, MARGIN * unit, pairs=pairs, rows=rows, weight=WEIGHT / unit, generator=generator
             )
     if ranking is None and not run["similarity"]:
         return None
     return Objective(expected, similarity=run["similarity"], ranking=ranking)
 
 
-def _layer_error(product: Product, tensors: list[Sequence[Tensor]], *, weight: Operand, inputs: Operand) -> Tensor:
+def _layer_error(product: Product, tensors: list[Sequence[Tensor]], inputs: Operand, weight: Operand) -> Tensor:
     """[out] float64 E[ŴX̂ − WX] of a layer over all calibration images (eq. 15)."""
     (float_weight,), pieces = tensors
-    quantized = Operand(float_weight, weight.start, weight.scale, weight.low, weight.high).quantized()
-
-    def through(x: Tensor) -> Tensor:
-        return Operand(x, inputs.start, inputs.scale, inputs.low, inputs.high).quantized()
-
-    expected = mean_output(product.site, pieces, float_weight)
-    return mean_output(product.site, (through(x) for x in pieces), quantized) - expected
+    quantized = replace(weight, values=float_weight).quantized()
+    got = mean_output(product.site, (replace(inputs, values=x).quantized() for x in pieces), quantized)
+    return got - mean_output(product.site, pieces, float_weight)
 
 
 def _alone(side: Operand, factors: list[float]) -> Operand:
     """An operand [m, k] matched by itself: the output is the operand."""
-    if side.scale is None:
-        return side
-    one = Operand(torch.eye(side.values.shape[-1]).to(side.values))
-    whole = Operand(side.values[None], side.start, side.scale, side.low, side.high)
+    one, whole = Operand(torch.eye(side.values.shape[-1]).to(side.values)), replace(side, values=side.values[None])
     found, _, _ = alternate_pair(Objective(whole.values), whole, one, factors, 1, first="left")
-    return Operand(side.values, side.start, found.scale, side.low, side.high)
+    return replace(side, scale=found.scale)

@@ -7,7 +7,7 @@ of rows at a time, so that 50 000 x 1000 float32 logits never stand in memory tw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,6 +26,15 @@ def row_blocks(n_rows: int, row_elements: int) -> Iterator[slice]:
     step = max(1, BLOCK_ELEMENTS // max(1, row_elements))
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
+
+
+def per_row(matrix: np.ndarray, function: Callable[[Float], Float], row_elements: int = 0) -> Float:
+    """`function` (float64 block [n, M] -> [n]) over blocks of rows, so that memory stays bounded."""
+    n, width = matrix.shape
+    out = np.empty(n)
+    for rows in row_blocks(n, max(width, row_elements)):
+        out[rows] = function(matrix[rows].astype(np.float64))
+    return out
 
 
 def as_matrix(values: ArrayLike, name: str) -> np.ndarray:
@@ -54,18 +63,9 @@ def as_vector(values: ArrayLike, name: str) -> Float:
     array = np.asarray(values)
     if array.ndim != 1:
         raise QuantlensError(f"the {name} have shape {array.shape}, but must be one number per image")
-    if array.dtype.kind not in "fiu":
-        raise QuantlensError(f"the {name} are of type {array.dtype}, but must be real numbers")
     if array.size == 0:
         raise QuantlensError(f"there are no {name}: at least one image is needed")
-    vector = array.astype(np.float64)
-    finite = np.isfinite(vector)
-    if not finite.all():
-        raise QuantlensError(
-            f"{int((~finite).sum())} of the {vector.size} {name} are NaN or infinite (the first is number "
-            f"{int(np.argmin(finite))}): drop those images or repair the model that gave them"
-        )
-    return vector
+    return as_matrix(array[:, None], name)[:, 0].astype(np.float64)
 
 
 def as_labels(labels: ArrayLike, n_images: int, n_classes: int) -> Int:

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from scipy.stats import norm
 from quantlens.metrics.classification import equal_width_bins
 
 Array = NDArray[Any]
+Key = TypeVar("Key")
 
 ID = ""
 """The name of the ID images among the sets."""
@@ -44,170 +44,102 @@ class Resamples:
     def __init__(self, count: int, seed: int = 0):
         self.count, self.seed = count, seed
         self._kept: dict[tuple[str, int, int], Array] = {}
-        self._bytes = 0
 
     def chunks(self, sizes: Mapping[str, int]) -> Iterator[tuple[slice, dict[str, Array]]]:
         """(which resamples, {set: float32 counts [images, resamples]}) for sets of these sizes, `ID` among them."""
         step = BLOCK * max(1, CHUNK_ELEMENTS // (BLOCK * max(sizes.values())))
         for start in range(0, self.count, step):
             stop = min(start + step, self.count)
-            yield slice(start, stop), {name: self._counts(name, n, start, stop) for name, n in sizes.items()}
-
-    def _counts(self, name: str, n: int, start: int, stop: int) -> Array:
-        blocks = [self._block(name, n, at // BLOCK) for at in range(start, stop, BLOCK)]
-        return np.concatenate(blocks, axis=1)[:, : stop - start].astype(np.float32)
+            places = range(start // BLOCK, -(-stop // BLOCK))
+            counts = {}
+            for name, n in sizes.items():
+                blocks = [self._block(name, n, index) for index in places]
+                counts[name] = np.concatenate(blocks, axis=1)[:, : stop - start].astype(np.float32)
+            yield slice(start, stop), counts
 
     def _block(self, name: str, n: int, index: int) -> Array:
         """uint16 [n, BLOCK]"""
         key = (name, n, index)
-        if key not in self._kept:
-            rng = np.random.default_rng([self.seed, zlib.crc32(name.encode()), n, index])
-            drawn = rng.integers(0, n, size=(BLOCK, n)) + n * np.arange(BLOCK)[:, None]
-            block = np.bincount(drawn.ravel(), minlength=n * BLOCK).reshape(BLOCK, n).T.astype(np.uint16)
-            if self._bytes + block.nbytes > KEPT_BYTES:
-                return block
+        if key in self._kept:
+            return self._kept[key]
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode()), n, index])
+        drawn = rng.integers(0, n, size=(BLOCK, n)) + n * np.arange(BLOCK)[:, None]
+        block = np.bincount(drawn.ravel(), minlength=n * BLOCK).reshape(BLOCK, n).T.astype(np.uint16)
+        if sum(kept.nbytes for kept in self._kept.values()) + block.nbytes <= KEPT_BYTES:
             self._kept[key] = block
-            self._bytes += block.nbytes
-        return self._kept[key]
-
-    def of_seeds(self, n: int) -> Array:
-        """Shares [n, count] of `n` seeds drawn with replacement; every column sums to 1."""
-        rng = np.random.default_rng([self.seed, zlib.crc32(b"seeds"), n])
-        return rng.multinomial(n, np.full(n, 1 / n), size=self.count).T / n
+        return block
 
 
-class Classification:
-    """One model's predictions on the ID images, for all resamples: vectors [N] as `classification.PerImage` has
-    them (for each image how many classes stand before the true one, the confidence, the NLL and the Brier score)."""
-
-    def __init__(
-        self, rank: Array, confidence: Array, nll: Array, brier: Array, *, n_bins: int, wanted: Collection[str]
-    ):
-        columns = {"top1": rank == 0, "top5": rank < 5, "nll": nll, "brier": brier}
-        self.means = {name: values for name, values in columns.items() if name in wanted}
-        self.gaps: Array | None = None
-        if "ece" in wanted:
-            gap = (rank == 0) - confidence
-            self.gaps = np.where(equal_width_bins(confidence, n_bins) == np.arange(n_bins)[:, None], gap, 0.0)
-
-    def of(self, drawn: Array) -> dict[str, Array]:
-        """{metric: [resamples]} for counts [N, resamples]."""
-        found: dict[str, Array] = {}
-        if self.means:
-            table = np.array(list(self.means.values()), dtype=drawn.dtype)
-            found |= dict(zip(self.means, table @ drawn / len(drawn), strict=True))
-        if self.gaps is not None:
-            found["ece"] = np.abs(self.gaps.astype(drawn.dtype) @ drawn).sum(axis=0) / len(drawn)
-        return found
+def classification(
+    rank: Array, confidence: Array, nll: Array, brier: Array, drawn: Array, *, n_bins: int, wanted: Collection[str]
+) -> dict[str, Array]:
+    """{metric: [resamples]} of ID images, for counts `drawn` [N, resamples]; vectors [N] as `classification.PerImage`
+    has them."""
+    columns = {"top1": rank == 0, "top5": rank < 5, "nll": nll, "brier": brier}
+    columns = {name: values for name, values in columns.items() if name in wanted}
+    found: dict[str, Array] = {}
+    if columns:
+        table = np.array(list(columns.values()), dtype=drawn.dtype)
+        found |= dict(zip(columns, table @ drawn / len(drawn), strict=True))
+    if "ece" in wanted:
+        gap = (rank == 0) - confidence
+        gaps = np.where(equal_width_bins(confidence, n_bins) == np.arange(n_bins)[:, None], gap, 0.0)
+        found["ece"] = np.abs(gaps.astype(drawn.dtype) @ drawn).sum(axis=0) / len(drawn)
+    return found
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where the U distinct scores of an OOD set, and the G distinct ones of the ID images, stand among each other."""
-
-    order: Array
-    starts: Array
-    below: Array
-    """[U] ID images with a lower score"""
-    upto: Array
-    """[U] ID images with a lower or the same score"""
-    ood_below: Array
-    """[G] distinct OOD scores that are lower"""
-
-
-class Ranking:
-    """One score on the ID images [N] and on those of every OOD set [M], sorted once for all resamples."""
-
-    def __init__(self, ids: Array, oods: Mapping[str, Array]):
-        self.order, ids = _sorted(ids)
-        self.starts = _starts(ids)
-        self.places = {}
-        for name, values in oods.items():
-            order, ranked = _sorted(values)
-            starts = _starts(ranked)
-            distinct = ranked[starts]
-            below, upto = (np.searchsorted(ids, distinct, side) for side in ("left", "right"))
-            self.places[name] = _Places(order, starts, below, upto, np.searchsorted(distinct, ids[self.starts]))
-
-    def of(self, counts: Mapping[str, Array], wanted: Collection[str]) -> dict[str, dict[str, Array]]:
-        """{set: {metric: [resamples]}} for counts [images, resamples] of every set, `ID` among them."""
-        taken = _running(counts[ID][self.order])
-        n = counts[ID].shape[0]
-        threshold = _last(taken, self.starts, n / 20, inclusive=True) if "fpr95_id" in wanted else None
-        found = {}
-        for name, places in self.places.items():
-            drawn = counts[name][places.order]
-            m = drawn.shape[0]
-            if places.starts.size < m:
-                drawn = np.add.reduceat(drawn, places.starts, axis=0)
-            caught = _running(drawn)
-            metrics: dict[str, Array] = {}
-            if "aupr_out" in wanted:
-                true = caught[1:]
-                precision = true / np.maximum(true + taken[places.upto], 1)
-                metrics["aupr_out"] = np.einsum("ur,ur->r", drawn, precision) / m
-            if "auroc" in wanted:
-                above = n - (taken[places.below] + taken[places.upto]) / 2
-                metrics["auroc"] = np.einsum("ur,ur->r", drawn, above) / (n * m)
-            columns = np.arange(drawn.shape[1])
-            if threshold is not None:
-                metrics["fpr95_id"] = 1 - caught[places.ood_below[threshold], columns] / m
-            if "fpr95_ood" in wanted:
-                last = _last(caught, np.arange(len(caught) - 1), 19 * m / 20, inclusive=False)
-                metrics["fpr95_ood"] = taken[places.upto[last], columns] / n
-            found[name] = metrics
-        return found
+def ranking(
+    ids: Array, oods: Mapping[str, Array], counts: Mapping[str, Array], wanted: Collection[str]
+) -> dict[str, dict[str, Array]]:
+    """{set: {metric: [resamples]}} of one score of the ID images [N] and of those of every OOD set [M], for counts
+    [images, resamples] of every set, `ID` among them. Scores are sorted once for all resamples."""
+    order, ids, starts = _sorted(ids)
+    taken = _running(counts[ID][order])
+    n = len(ids)
+    found = {}
+    for name, values in oods.items():
+        order, ranked, distinct = _sorted(values)
+        drawn = np.add.reduceat(counts[name][order], distinct, axis=0)  # [U, R] for U distinct scores
+        m, columns = len(ranked), np.arange(drawn.shape[1])
+        caught = _running(drawn)
+        below, upto = (np.searchsorted(ids, ranked[distinct], side) for side in ("left", "right"))
+        metrics: dict[str, Array] = {}
+        if "aupr_out" in wanted:
+            precision = caught[1:] / np.maximum(caught[1:] + taken[upto], 1)
+            metrics["aupr_out"] = np.einsum("ur,ur->r", drawn, precision) / m
+        if "auroc" in wanted:
+            above = n - (taken[below] + taken[upto]) / 2
+            metrics["auroc"] = np.einsum("ur,ur->r", drawn, above) / (n * m)
+        if "fpr95_id" in wanted:  # the highest threshold below which at most 5 % of the ID images are
+            threshold = np.maximum(np.count_nonzero(taken[starts] <= n / 20, axis=0) - 1, 0)
+            lower = np.searchsorted(ranked[distinct], ids[starts])
+            metrics["fpr95_id"] = 1 - caught[lower[threshold], columns] / m
+        if "fpr95_ood" in wanted:  # the lowest threshold up to which at least 95 % of the OOD images are
+            last = np.maximum(np.count_nonzero(caught[:-1] < 19 * m / 20, axis=0) - 1, 0)
+            metrics["fpr95_ood"] = taken[upto[last], columns] / n
+        found[name] = metrics
+    return found
 
 
-def _sorted(values: Array) -> tuple[Array, Array]:
+def _sorted(values: Array) -> tuple[Array, Array, Array]:
+    """The order of scores, the scores in it, and where each distinct one of them begins."""
     order = np.argsort(values, kind="stable")
-    return order, values[order]
+    ranked = values[order]
+    return order, ranked, np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
 
 
-def _starts(ranked: Array) -> Array:
-    """Where each distinct value of sorted values begins."""
-    return np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
-
-
-def _running(counts: Array, block: int = 32) -> Array:
-    """Running sums [n + 1, R] down the rows of counts [n, R], from a row of zeros.
-
-    Sums within blocks of rows are a product with a triangle of ones, which is five times as fast as numpy's cumsum down
-    columns. Counts are whole numbers below 2^24, so that float32 sums are exact in any order.
-    """
-    n, r = counts.shape
-    padded = -(-n // block) * block
-    rows = counts
-    if padded > n:
-        rows = np.zeros((padded, r), counts.dtype)
-        rows[:n] = counts
-    sums = np.empty((padded + 1, r), counts.dtype)
-    sums[0] = 0
-    body = sums[1:].reshape(-1, block, r)
-    np.matmul(np.tri(block, dtype=counts.dtype), rows.reshape(-1, block, r), out=body)
-    body[1:] += np.cumsum(body[:-1, -1], axis=0)[:, None]
-    return sums[: n + 1]
-
-
-def _last(sums: Array, rows: Array, limit: float, *, inclusive: bool) -> Array:
-    """For every column of rising sums [., R]: the last of `rows` at which the sum is still below `limit` (or equal to
-    it, if inclusive), by bisection. The first of `rows` counts always. int64 [R], positions in `rows`."""
-    columns = np.arange(sums.shape[1])
-    low = np.zeros(columns.size, np.int64)
-    high = np.full(columns.size, rows.size)
-    while (open_ := high - low > 1).any():
-        middle = (low + high) // 2
-        value = sums[rows[np.minimum(middle, rows.size - 1)], columns]
-        below = value <= limit if inclusive else value < limit
-        low, high = np.where(open_ & below, middle, low), np.where(open_ & ~below, middle, high)
-    return low
+def _running(counts: Array) -> Array:
+    """Running sums [n + 1, R] down the rows of counts [n, R], from a row of zeros. Counts are whole numbers below 2^24,
+    so that float32 sums are exact."""
+    sums = np.zeros((len(counts) + 1, counts.shape[1]), counts.dtype)
+    np.cumsum(counts, axis=0, out=sums[1:])
+    return sums
 
 
 # ---- differences -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A percentile interval and a two-sided p-value of "the difference is 0"."""
 
     low: float
@@ -227,9 +159,12 @@ def differences(pairs: Sequence[tuple[Array, Array]], resamples: Resamples) -> A
     same images: the pigeonhole bootstrap of Owen, Annals of Applied Statistics 1(2), 2007).
     """
     rows = np.stack([second - first for first, second in pairs])
-    if len(pairs) == 1:
+    n = len(rows)
+    if n == 1:
         return rows[0]
-    return np.einsum("pr,pr->r", rows, resamples.of_seeds(len(pairs)))
+    rng = np.random.default_rng([resamples.seed, zlib.crc32(b"seeds"), n])
+    shares = rng.multinomial(n, np.full(n, 1 / n), size=resamples.count).T / n
+    return np.einsum("pr,pr->r", rows, shares)
 
 
 def interval(drawn: Array, level: float = 0.95) -> Interval:
@@ -254,7 +189,7 @@ def simultaneous_intervals(values: Array, seed: int = 0, level: float = 0.95, re
     return np.stack([mean - width, mean + width], axis=1)
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
+def holm(p: Mapping[Key, float]) -> dict[Key, float]:
     """p-values corrected for their number: the step-down of Holm, Scandinavian Journal of Statistics 6, 1979."""
     ordered = sorted(p, key=lambda name: p[name])
     raised = np.maximum.accumulate([p[name] * (len(p) - i) for i, name in enumerate(ordered)])

@@ -43,29 +43,23 @@ def per_image(logits: ArrayLike, labels: ArrayLike) -> PerImage:
     if n == 0:
         raise QuantlensError("there are no images to evaluate: the logits have 0 rows")
     y = as_labels(labels, n, k)
-    out = PerImage(
-        predicted=np.empty(n, np.int64),
-        rank=np.empty(n, np.int64),
-        confidence=np.empty(n),
-        nll=np.empty(n),
-        brier=np.empty(n),
-    )
     classes = np.arange(k)
-    for rows in row_blocks(n, k):
+
+    def reduced(rows: slice) -> tuple[np.ndarray, ...]:
         block, true = f[rows], y[rows, None]
         own = np.take_along_axis(block, true, axis=1)
         before = (block > own) | ((block == own) & (classes < true))
         log_p = log_softmax(block)
         log_p_true = np.take_along_axis(log_p, true, axis=1)
         p = np.exp(log_p)
-        out.predicted[rows] = block.argmax(axis=1)
-        out.rank[rows] = before.sum(axis=1)
-        out.confidence[rows] = p.max(axis=1)
-        out.nll[rows] = -log_p_true[:, 0]
+        confidence = p.max(axis=1)
         error = -np.expm1(log_p_true)  # 1 - p_true, exact where p_true is near 1
         np.put_along_axis(p, true, error, axis=1)
-        out.brier[rows] = np.einsum("nk,nk->n", p, p)
-    return out
+        brier = np.einsum("nk,nk->n", p, p)
+        return block.argmax(axis=1), before.sum(axis=1), confidence, -log_p_true[:, 0], brier
+
+    blocks = [reduced(rows) for rows in row_blocks(n, k)]
+    return PerImage(*(np.concatenate(vectors) for vectors in zip(*blocks, strict=True)))
 
 
 def equal_width_bins(confidence: Float, n_bins: int) -> Int:

@@ -14,19 +14,10 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import ArrayLike
 
-from quantlens.errors import QuantlensError
 from quantlens.metrics._arrays import Float, Int, as_vector
 
 COUNTS = frozenset({"n", "n_id", "n_ood", "n_sets", "skipped", "num_classes"})
 """Keys that hold a number of things: they have no change by quantization and no mean over sets."""
-
-
-def _other_at_95(positive: Int, scores: Float) -> float:
-    """Share of the other images taken at the first threshold that takes at least 95 % of the positive ones."""
-    from sklearn.metrics import roc_curve
-
-    other, taken, _ = roc_curve(positive, scores, drop_intermediate=False)
-    return float(other[np.argmax(taken >= 0.95)])
 
 
 def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, Any]:
@@ -45,7 +36,12 @@ def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, Any]:
 
     Raises QuantlensError for an empty set and for scores that are NaN or infinite.
     """
-    from sklearn.metrics import average_precision_score, roc_auc_score  # late: it takes a second to import
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # late: it takes a second to import
+
+    def other_at_95(positive: Int, scores: Float) -> float:
+        """Share of the other images taken at the first threshold that takes at least 95 % of the positive ones."""
+        other, taken, _ = roc_curve(positive, scores, drop_intermediate=False)
+        return float(other[np.argmax(taken >= 0.95)])
 
     ins, outs = as_vector(id_scores, "ID scores"), as_vector(ood_scores, "OOD scores")
     n, m = ins.size, outs.size
@@ -55,8 +51,8 @@ def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, Any]:
         "aupr_out": float(average_precision_score(1 - inside, -scores)),
         "aupr_in": float(average_precision_score(inside, scores)),
         "auroc": float(roc_auc_score(inside, scores)),
-        "fpr95_id": _other_at_95(inside, scores),
-        "fpr95_ood": _other_at_95(1 - inside, -scores),
+        "fpr95_id": other_at_95(inside, scores),
+        "fpr95_ood": other_at_95(1 - inside, -scores),
         "chance_aupr_out": m / (n + m),
         "chance_aupr_in": n / (n + m),
         "n_id": n,
@@ -86,36 +82,21 @@ def change(value: Mapping[str, Any], fp32: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def mean_over_sets(
-    ood: Mapping[str, Mapping[str, Any]], groups: Mapping[str, str | None] | None = None
-) -> dict[str, dict[str, dict[str, Any]]]:
+def mean_over_sets(ood: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Mean of each metric over the OOD sets of a group, every set weighing the same.
 
-    `ood` is {set: {score: metrics, …}} as in a result; entries of a set that are not a dict are passed over.
-    `groups` is {set: "far" | "near" | None}; without it the group is read from each set's own "group" entry.
-    Returns {group: {score: {metric: mean, …, "n_sets": int}}} for every group that has a set, and "all" for
-    all sets together (also those without a group). Counts are left out; `n_sets` says how many sets the mean
-    is over. Raises QuantlensError when `groups` names a set that is not there or calls a group "all".
+    `ood` is {set: {"group": "far" | "near" | None, score: metrics, …}} as in a result; entries of a set that are not a
+    dict are passed over. Returns {group: {score: {metric: mean, …, "n_sets": int}}} for every group that has a set, and
+    "all" for all sets together (also those without a group). Counts are left out; `n_sets` says how many sets the mean
+    is over.
     """
-    if groups is None:
-        groups = {name: entry.get("group") for name, entry in ood.items()}
-    unknown = sorted(set(groups) - set(ood))
-    if unknown:
-        raise QuantlensError(f"groups names the OOD set {unknown[0]!r}, which was not evaluated")
-    if "all" in groups.values():
-        raise QuantlensError("an OOD group cannot be called 'all', which is the mean of all: rename it")
-    members: dict[str, list[str]] = {}
-    for name in ood:
-        group = groups.get(name)
-        if group is not None:
-            members.setdefault(str(group), []).append(name)
-    members["all"] = list(ood)
+    groups = dict.fromkeys(str(entry["group"]) for entry in ood.values() if entry.get("group") is not None)
     means: dict[str, dict[str, dict[str, Any]]] = {}
-    for group, names in members.items():
+    for group in (*groups, "all"):
         collected: dict[str, list[Mapping[str, Any]]] = {}
-        for name in names:
-            for score, metrics in ood[name].items():
-                if isinstance(metrics, Mapping):
+        for entry in ood.values():
+            for score, metrics in entry.items():
+                if isinstance(metrics, Mapping) and group in (entry.get("group"), "all"):
                     collected.setdefault(score, []).append(metrics)
         if collected:
             means[group] = {score: _mean_metrics(rows) for score, rows in collected.items()}
@@ -134,10 +115,8 @@ def score_histograms(id_scores: ArrayLike, ood: Mapping[str, ArrayLike], bins: i
     Returns {"edges": [bins + 1], "id": [bins], "ood": {name: [bins]}}; counts, so each list sums to its
     number of images. Edges are equally wide from the smallest to the largest score. Where these are equal, or
     too close for `bins` distinct edges in float64, the range is widened about its middle. Raises as
-    `ood_metrics`, and for fewer than one bin.
+    `ood_metrics`.
     """
-    if isinstance(bins, bool) or not isinstance(bins, int | np.integer) or bins < 1:
-        raise QuantlensError(f"bins is {bins!r}, but must be a whole number of at least 1")
     ins = as_vector(id_scores, "ID scores")
     outs = {name: as_vector(scores, f"scores of OOD set {name!r}") for name, scores in ood.items()}
     low = min(float(v.min()) for v in (ins, *outs.values()))

@@ -2,6 +2,6 @@
 that is not in the results but shares of stored counts."""
 
 from quantlens.plots.figures import FIGURES, available, check_figure, draw, plot
-from quantlens.plots.files import Figure
+from quantlens.plots.style import Figure
 
 __all__ = ["FIGURES", "Figure", "available", "check_figure", "draw", "plot"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import altair as alt
 
-from quantlens.plots.lines import SCORED, GroupLines
-from quantlens.plots.style import COLOURS, MUTED, PAPER, Panel, PanelRow
+from quantlens.plots.precisions import SCORED, GroupLines
+from quantlens.plots.style import COLOURS, MUTED, PAPER, Panel, PanelRow, one_row, tooltips
 from quantlens.studies.board import Board, Group, dig
 from quantlens.studies.text import BASELINE, number, percent, score_label
 
@@ -41,22 +41,20 @@ def shown_histograms(board: Board) -> tuple[list[tuple[str, str]], str]:
     each = 4 * max(len(board.groups) * len(board.sets), 1)
     kept = order[: max(1, HISTOGRAMS // each)]
     left_out = [f"{score_label(score)} at {bits}" for bits, score in order[len(kept) :]]
-    if not left_out:
-        return kept, ""
     shown = ", ".join(left_out[:4]) + (f" and {len(left_out) - 4} more" if len(left_out) > 4 else "")
-    return kept, f"Left out to keep the file small: {shown}; the store has them."
+    return kept, f"Left out to keep the file small: {shown}; the store has them." if left_out else ""
 
 
 def histograms(board: Board) -> list[PanelRow]:
     """Scores of ID images and of one OOD set's, at FP32 and quantized: a panel per group and set."""
     kept, note = shown_histograms(board)
-    row, chart = PanelRow("", note=note), histogram_chart()
+    panels, chart = [], histogram_chart()
     for group in board.groups:
         for name in board.sets:
             rows = [one for bits, score in kept for one in histogram_rows(group, bits, score, name)]
             if rows:
-                row.panels.append(Panel(chart, rows, f"{group.method} · {name}", group.model, "hist", str(group.index)))
-    return [row] if row.panels else []
+                panels.append(Panel(chart, rows, f"{group.method} · {name}", group.model, "hist", str(group.index)))
+    return one_row(panels, note=note)
 
 
 def histogram_rows(group: Group, bits: str, score: str, name: str) -> Iterator[dict[str, Any]]:
@@ -83,7 +81,7 @@ def histogram_chart() -> Any:
     edged = base.mark_line(interpolate="step-after", strokeWidth=1.4).encode(
         strokeDash=alt.StrokeDash("precision:N", scale=dash, legend=legend),
         order=alt.Order("place:Q"),
-        tooltip=[alt.Tooltip(f"{key}:N") for key in ("kind", "precision")],
+        tooltip=["kind:N", "precision:N"],
     )
     return (
         alt.layer(filled, edged)
@@ -94,34 +92,27 @@ def histogram_chart() -> Any:
     )
 
 
-def reliability_bins(result: Mapping[str, Any] | None) -> list[tuple[float, float, float]]:
-    """(confidence, accuracy, share of images) of the bins that hold images."""
-    tree = dig(result, ("id", "reliability")) or {"confidence": [], "accuracy": [], "count": []}
-    filled = [row for row in zip(tree["confidence"], tree["accuracy"], tree["count"], strict=True) if row[2]]
-    total = sum(n for *_, n in filled)
-    return [(confidence, accuracy, n / total) for confidence, accuracy, n in filled]
-
-
 def reliability(board: Board) -> list[PanelRow]:
     """Accuracy against confidence at FP32 (grey) and quantized, a panel per group, with both ECEs."""
-    lines, row = GroupLines(board), PanelRow("")
+    lines, panels = GroupLines(board), []
     for group in board.groups:
         rows = [one for bits in board.precisions for one in reliability_rows(group, bits)]
         if any(one["bits"] != BASELINE for one in rows):
-            colour = COLOURS[lines.looks[lines.name(group)].colour]
-            row.panels.append(
-                Panel(reliability_chart(colour), rows, group.method, group.model, "reliability", str(group.index))
-            )
-    return [row] if row.panels else []
+            chart = reliability_chart(COLOURS[lines.looks[lines.name(group)].colour])
+            panels.append(Panel(chart, rows, group.method, group.model, "reliability", str(group.index)))
+    return one_row(panels)
 
 
 def reliability_rows(group: Group, bits: str) -> Iterator[dict[str, Any]]:
-    """A row per bin, in percent, and the ECE in words."""
-    result = group.first(bits)
-    ece = f"ECE {bits} {percent(number(dig(result, ('id', 'ece'))))} %"
-    for confidence, accuracy, share in reliability_bins(result):
-        percents = {"confidence": 100 * confidence, "accuracy": 100 * accuracy, "share": 100 * share}
-        yield {"bits": bits, "ece": ece, **{key: round(value, 3) for key, value in percents.items()}}
+    """A row per bin that holds images, in percent, and the ECE in words."""
+    of_id = dig(group.first(bits), ("id",)) or {}
+    ece = f"ECE {bits} {percent(number(of_id.get('ece')))} %"
+    bins = of_id.get("reliability") or {"confidence": [], "accuracy": [], "count": []}
+    total = sum(bins["count"])
+    for confidence, accuracy, n in zip(bins["confidence"], bins["accuracy"], bins["count"], strict=True):
+        if n:
+            percents = {"confidence": 100 * confidence, "accuracy": 100 * accuracy, "share": 100 * (n / total)}
+            yield {"bits": bits, "ece": ece, **{key: round(value, 3) for key, value in percents.items()}}
 
 
 def reliability_chart(colour: str) -> Any:
@@ -132,7 +123,6 @@ def reliability_chart(colour: str) -> Any:
     shade = alt.condition(f"datum.bits == '{BASELINE}'", alt.value(MUTED), alt.value(colour))
     base = alt.Chart().encode(x=x, y=y, detail="bits:N")
     diagonal = alt.Chart(alt.Data(values=[{"at": 0}, {"at": 100}])).mark_line(strokeDash=[5, 4], color=MUTED)
-    columns = [("bits", "bits"), ("confidence", "confidence %"), ("accuracy", "accuracy %"), ("share", "% of images")]
     words = (
         alt.Chart()
         .mark_text(align="right", fontSize=11)
@@ -146,7 +136,7 @@ def reliability_chart(colour: str) -> Any:
         base.mark_point(filled=True, opacity=0.8, stroke=PAPER, strokeWidth=0.8).encode(
             color=shade,
             size=alt.Size("share:Q", scale=alt.Scale(domain=[0, 100], range=[12, 500]), legend=None),
-            tooltip=[alt.Tooltip(f"{key}:N", title=title) for key, title in columns],
+            tooltip=tooltips(bits="bits", confidence="confidence %", accuracy="accuracy %", share="% of images"),
         ),
         words,
     ]

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.plots import attention, cells, mixed, points, precisions
-from quantlens.plots.files import Figure
-from quantlens.plots.style import PanelRow, composed, finished
+from quantlens.plots import cells, mixed, points, precisions
+from quantlens.plots.style import Figure, PanelRow, composed, finished
 from quantlens.studies.board import Board, board_of
 
 FIGURES: dict[str, tuple[str, Callable[[Board], list[PanelRow]]]] = {
@@ -17,7 +16,7 @@ FIGURES: dict[str, tuple[str, Callable[[Board], list[PanelRow]]]] = {
     "changes": ("what quantization changed, ranked", precisions.changes),
     "histograms": ("OOD scores of ID and OOD images", cells.histograms),
     "reliability": ("accuracy against confidence", cells.reliability),
-    "drift": ("drift of attention against bits", attention.drift),
+    "drift": ("drift of attention against bits", precisions.drift),
     "drift-aupr": ("change of AUPR-out against drift of attention", points.association),
     "widths": ("widths that mixed precision chose", mixed.widths),
     "fronts": ("Pareto fronts of mixed precision", mixed.fronts),

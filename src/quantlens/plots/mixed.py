@@ -8,8 +8,8 @@ from typing import Any
 import altair as alt
 
 from quantlens.plots.points import marks
-from quantlens.plots.style import COLOURS, INK, Look, Panel, PanelRow, Rows, encodings
-from quantlens.studies.board import Board, dig
+from quantlens.plots.style import COLOURS, INK, Look, Panel, PanelRow, Rows, encodings, one_row, tooltips
+from quantlens.studies.board import Board
 from quantlens.studies.text import fixed
 
 UNITS = {"size": (1e6, "MB", "size of the packed model"), "bops": (1e9, "G", "bit operations of one image")}
@@ -64,7 +64,7 @@ def widths_of(groups: Rows, caption: str, detail: str = "") -> Panel:
     )
     bars = base.mark_bar().encode(
         color=encodings({kind: Look(i) for i, kind in enumerate(KINDS)})["color"],
-        tooltip=[alt.Tooltip("said:N", title="width")],
+        tooltip=tooltips(said="width"),
     )
     words = base.mark_text(dy=-5, fontSize=9.5, color=INK).encode(text="y:Q")
     return Panel(alt.layer(bars, words).properties(height=170), rows, caption, detail, "widths")
@@ -74,33 +74,28 @@ def mixed_cells(board: Board) -> list[tuple[str, Mapping[str, Any]]]:
     """(model, bits and seed of a cell; its allocation) of the cells with mixed precision; methods that share widths
     count once."""
     found: dict[str, Mapping[str, Any]] = {}
-    for group in board.groups:
-        for bits, results in group.cells.items():
-            for result in results:
-                allocation = dig(result, ("allocation",))
-                if isinstance(allocation, Mapping) and allocation.get("groups"):
-                    seed = f", seed {result['seed']}" if len(board.seeds) > 1 else ""
-                    model = f"{group.model} " if len(board.models) > 1 else ""
-                    found.setdefault(f"{model}{bits}{seed}", allocation)
+    cells = [(g, bits, result) for g in board.groups for bits, results in g.cells.items() for result in results]
+    for group, bits, result in cells:
+        allocation = result.get("allocation")
+        if isinstance(allocation, Mapping) and allocation.get("groups"):
+            seed = f", seed {result['seed']}" if len(board.seeds) > 1 else ""
+            model = f"{group.model} " if len(board.models) > 1 else ""
+            found.setdefault(f"{model}{bits}{seed}", allocation)
     return list(found.items())
 
 
 def widths(board: Board) -> list[PanelRow]:
     """The widths of a study's cells with mixed precision."""
-    row = PanelRow("", large=True)
+    panels = []
     for name, allocation in mixed_cells(board):
         unit, label, _ = UNITS.get(str(allocation.get("cost")), UNITS["size"])
         spent, allowed = (fixed(allocation[key] / unit, 2) for key in ("total", "budget"))
         facts = f"{allocation['sensitivity']}; {spent} of {allowed} {label}, {fixed(allocation['seconds'], 1)} s"
-        row.panels.append(widths_of(allocation["groups"], name, facts))
-    return [row] if row.panels else []
+        panels.append(widths_of(allocation["groups"], name, facts))
+    return one_row(panels, large=True)
 
 
 def fronts(board: Board) -> list[PanelRow]:
     """The Pareto fronts that the widths of a study were chosen from."""
-    row = PanelRow("", large=True)
-    for name, allocation in mixed_cells(board):
-        frontier = allocation.get("frontier")
-        panel = front(frontier, name, allocation["sensitivity"]) if frontier and frontier["points"] else None
-        row.panels += [panel] if panel else []
-    return [row] if row.panels else []
+    with_front = [(name, a) for name, a in mixed_cells(board) if (a.get("frontier") or {}).get("points")]
+    return one_row((front(a["frontier"], name, a["sensitivity"]) for name, a in with_front), large=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -10,11 +10,11 @@ import altair as alt
 from quantlens.attention.metrics import CAUSES, WHERE
 from quantlens.errors import QuantlensError
 from quantlens.metrics import METRICS
-from quantlens.plots.lines import SHOWN, GroupLines
-from quantlens.plots.style import INK, MUTED, PAPER, Look, Panel, PanelRow, Rows, encodings
+from quantlens.plots.precisions import SHOWN, GroupLines
+from quantlens.plots.style import INK, MUTED, PAPER, Look, Panel, PanelRow, Rows, encodings, one_row, tooltips
 from quantlens.studies.board import Board
 from quantlens.studies.choices import Place, choice_score, places
-from quantlens.studies.drift import Pair, links
+from quantlens.studies.drift import Link, links
 from quantlens.studies.text import count, fixed, score_label
 
 KINDS = {"linear and convolution layers": ("linear", "conv"), "attention products": ("scores", "probs", "context")}
@@ -30,84 +30,64 @@ def marks(rows: Rows, looks: Mapping[str, Look], **encoded: Any) -> Any:
         alt.Chart()
         .transform_filter(SHOWN)
         .mark_point(filled=True, opacity=0.9, size=45, stroke=PAPER, strokeWidth=0.6)
-        .encode(**used, **encoded, tooltip=[alt.Tooltip("line:N", title="line"), alt.Tooltip("said:N", title="is")])
+        .encode(**used, **encoded, tooltip=tooltips(line="line", said="is"))
     )
 
 
 # -- drift and the change of AUPR-out ---------------------------------------------------------------------------------
 def association(board: Board) -> list[PanelRow]:
     """The change of AUPR-out against the two first metrics of drift, a mark per quantized cell."""
-    lines, row = GroupLines(board), PanelRow("", large=True)
-    for link in links(board):
-        if link.metric in CAUSES[:2]:
-            found = link.found
-            rho = (
-                "too few cells for a correlation" if found.spearman is None else f"Spearman {fixed(found.spearman, 2)}"
-            )
-            interval = "" if found.low is None else f" (95 % {fixed(found.low, 2)} to {fixed(found.high, 2)})"
-            words = f"on {WHERE[link.where]} · {rho}{interval}, {count(found.n, 'cell')}"
-            rows = [_cell(pair, link.metric.digits, lines) for pair in link.pairs]
-            row.panels.append(
-                Panel(scatter(rows, link.metric.label, lines), rows, link.metric.title, words, "lines scatter")
-            )
-    return [row] if row.panels else []
+    lines = GroupLines(board)
+    return one_row((scatter(link, lines) for link in links(board) if link.metric in CAUSES[:2]), large=True)
 
 
-def _cell(pair: Pair, digits: int, lines: GroupLines) -> dict[str, Any]:
-    said = f"{pair.group.name}, {pair.bits}, seed {pair.seed}: drift {fixed(pair.x, digits)}"
-    said += f", Δ AUPR-out {fixed(pair.y, 1, sign=True)} points"
-    return {"line": lines.name(pair.group), "x": pair.x, "y": pair.y, "said": said}
-
-
-def scatter(rows: Rows, label: str, lines: GroupLines) -> Any:
-    """The change of AUPR-out against drift, whose axis `label` names."""
+def scatter(link: Link, lines: GroupLines) -> Panel:
+    """The change of AUPR-out against a metric of drift."""
+    found, metric = link.found, link.metric
+    rho = "too few cells for a correlation" if found.spearman is None else f"Spearman {fixed(found.spearman, 2)}"
+    interval = "" if found.low is None else f" (95 % {fixed(found.low, 2)} to {fixed(found.high, 2)})"
+    words = f"on {WHERE[link.where]} · {rho}{interval}, {count(found.n, 'cell')}"
+    rows = []
+    for pair in link.pairs:
+        drifted, changed = fixed(pair.x, metric.digits), fixed(pair.y, 1, sign=True)
+        said = f"{pair.group.name}, {pair.bits}, seed {pair.seed}: drift {drifted}, Δ AUPR-out {changed} points"
+        rows.append({"line": lines.name(pair.group), "x": pair.x, "y": pair.y, "said": said})
     zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=MUTED).encode(y="zero:Q")
-    shown = marks(rows, lines.looks, x=alt.X("x:Q", title=label), y=alt.Y("y:Q", title="Δ AUPR-out, points"))
-    return alt.layer(zero, shown).properties(height=230)
+    shown = marks(rows, lines.looks, x=alt.X("x:Q", title=metric.label), y=alt.Y("y:Q", title="Δ AUPR-out, points"))
+    return Panel(alt.layer(zero, shown).properties(height=230), rows, metric.title, words, "lines scatter")
 
 
 # -- exported files ---------------------------------------------------------------------------------------------------
 def latency(board: Board) -> list[PanelRow]:
     """Top-1 and AUPR-out against latency, a numbered mark per exported file: a row per place of measurement."""
-    titles = {
-        "top1": "Top-1 against latency",
-        "aupr_out": f"AUPR-out by {score_label(choice_score(board))} against latency",
-    }
     rows = []
     for place in places(board):
-        panels = []
-        for metric, title in titles.items():
-            files = file_rows(place, metric)
-            if files:
-                chart = latency_chart(files, METRICS[metric].label)
-                panels.append(Panel(chart, files, title, "numbers as in the table; area: file size", "decision"))
-        if panels:
-            rows.append(PanelRow(place.heading, panels, large=True))
+        top1, aupr = ([getattr(choice, name) for choice in place.choices] for name in ("top1", "aupr"))
+        by_score = f"AUPR-out by {score_label(choice_score(board))}"
+        panels = [latency_panel(place, top1, "top1", "Top-1"), latency_panel(place, aupr, "aupr_out", by_score)]
+        rows += one_row(panels, heading=place.heading, large=True)
     return rows
 
 
-def file_rows(place: Place, metric: str) -> list[dict[str, Any]]:
-    """A row per file that has the metric ("top1", "aupr_out")."""
-    found = []
+def latency_panel(place: Place, values: Sequence[float | None], metric: str, title: str) -> Panel | None:
+    """A metric of each file against its median latency; the area of a mark grows with the size of its file. None
+    without a value."""
+    rows = []
     on, off = FRONT
-    for i, choice in enumerate(place.choices):
-        value = choice.top1 if metric == "top1" else choice.aupr
+    for i, (choice, value) in enumerate(zip(place.choices, values, strict=True)):
         if value is not None:
             size = "" if choice.size is None else f", {fixed(choice.size, 2)} MB"
             row = {"line": on if place.front[i] == i else off, "number": i + 1, "x": choice.latency, "y": 100 * value}
             said = f"{i + 1}. {choice.name}: {fixed(100 * value, 2)} % in {fixed(choice.latency, 2)} ms{size}"
-            found.append({**row, "size": choice.size or 0.0, "said": said})
-    return found
-
-
-def latency_chart(rows: list[dict[str, Any]], label: str) -> Any:
-    """A metric against median latency; the area of a mark grows with the size of its file."""
-    size = alt.Size("size:Q", scale=alt.Scale(range=[30, 300], zero=True), legend=None)
+            rows.append({**row, "size": choice.size or 0.0, "said": said})
+    if not rows:
+        return None
+    area = alt.Size("size:Q", scale=alt.Scale(range=[30, 300], zero=True), legend=None)
     x = alt.X("x:Q", title="median latency, ms", scale=alt.Scale(zero=True))
-    y = alt.Y("y:Q", title=label, scale=alt.Scale(zero=False, padding=14))
-    numbers = alt.Chart().mark_text(dy=-14, color=INK, fontSize=11)
-    shown = marks(rows, FRONT, x=x, y=y, size=size)
-    return alt.layer(shown, numbers.encode(x="x:Q", y="y:Q", text="number:N")).properties(height=250)
+    y = alt.Y("y:Q", title=METRICS[metric].label, scale=alt.Scale(zero=False, padding=14))
+    numbers = alt.Chart().mark_text(dy=-14, color=INK, fontSize=11).encode(x="x:Q", y="y:Q", text="number:N")
+    chart = alt.layer(marks(rows, FRONT, x=x, y=y, size=area), numbers).properties(height=250)
+    return Panel(chart, rows, f"{title} against latency", "numbers as in the table; area: file size", "decision")
 
 
 # -- which layer hurts ------------------------------------------------------------------------------------------------
@@ -131,9 +111,9 @@ def layers(board: Board) -> list[PanelRow]:
 
 def effects(found: Any) -> Panel | None:
     """SQNR of every site in execution order, a mark each; None where none has any noise."""
-    names = [*KINDS, OTHER]
-    starts: dict[str, int] = {}
+    looks = {name: Look(i, i) for i, name in enumerate([*KINDS, OTHER])}
     rows = []
+    starts: dict[str, int] = {}
     for i, part in enumerate(found.sites):
         if part.block is not None:
             starts.setdefault(part.block, i)
@@ -149,5 +129,5 @@ def effects(found: Any) -> Panel | None:
         "x:Q", title="execution order, by block", axis=axis, scale=alt.Scale(domain=[-1, len(found.sites)], nice=False)
     )
     y = alt.Y("y:Q", title="SQNR of the logits, dB: low marks hurt", scale=alt.Scale(zero=False))
-    chart = marks(rows, {name: Look(i, i) for i, name in enumerate(names)}, x=x, y=y).properties(height=250)
+    chart = marks(rows, looks, x=x, y=y).properties(height=250)
     return Panel(chart, rows, f"Every site alone at {found.bits}", found.model, "effects")

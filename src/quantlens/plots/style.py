@@ -1,12 +1,19 @@
-"""The one style of all figures, and how panels are arranged."""
+"""The one style of all figures, how panels are arranged, and a figure as a file."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import altair as alt
+
+from quantlens.errors import UnknownNameError
+from quantlens.files import write_whole
+
+FORMATS = ("pdf", "png", "svg")
 
 COLOURS = ("#0b62a4", "#c9500c", "#00795a", "#a8478a", "#9a6a00", "#3a8fc4", "#44494f")
 """Of the light theme; they differ in lightness too, and are told apart with the usual colour blindnesses."""
@@ -53,6 +60,11 @@ def encodings(looks: Mapping[str, Look]) -> dict[str, Any]:
     }
 
 
+def tooltips(**titles: str) -> list[Any]:
+    """What a mark says: field -> title."""
+    return [alt.Tooltip(f"{name}:N", title=title) for name, title in titles.items()]
+
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -82,6 +94,12 @@ class PanelRow:
     panels: list[Panel] = field(default_factory=list)
     note: str = ""
     large: bool = False
+
+
+def one_row(panels: Iterable[Panel | None], heading: str = "", **about: Any) -> list[PanelRow]:
+    """The panels that there are in one row; nothing without any."""
+    found = [panel for panel in panels if panel is not None]
+    return [PanelRow(heading, found, **about)] if found else []
 
 
 def bare(chart: Any) -> dict[str, Any]:
@@ -148,3 +166,35 @@ def theme() -> dict[str, Any]:
         },
         "title": {"anchor": "start", "color": INK, "fontSize": 13, "subtitleColor": MUTED, "subtitleFontSize": 11},
     }
+
+
+class Figure:
+    """A figure as a Vega-Lite specification. Notebooks show it."""
+
+    def __init__(self, spec: dict[str, Any]):
+        self.spec = spec
+
+    def to_dict(self) -> dict[str, Any]:
+        """The specification, with all values that are shown."""
+        return self.spec
+
+    def to_bytes(self, format: str) -> bytes:
+        """As "pdf", "png" (at twice its size) or "svg". Raises UnknownNameError for another format."""
+        import vl_convert
+
+        if format not in FORMATS:
+            raise UnknownNameError("format of a figure", format, FORMATS)
+        settings = {"scale": 2} if format == "png" else {}
+        drawn = getattr(vl_convert, f"vegalite_to_{format}")(self.spec, **settings)
+        return drawn.encode() if isinstance(drawn, str) else bytes(drawn)
+
+    def save(self, path: str | os.PathLike[str], format: str = "") -> Path:
+        """Write it whole or not at all, by default in the format that the file's name ends in. Raises UnknownNameError
+        for another format, StorageError."""
+        target = Path(path)
+        write_whole(target, self.to_bytes((format or target.suffix[1:]).lower()), what="the figure")
+        return target
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        major = str(self.spec["$schema"]).rpartition("/v")[2].partition(".")[0]
+        return {f"application/vnd.vegalite.v{major}+json": self.spec}

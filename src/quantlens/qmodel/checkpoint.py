@@ -14,6 +14,8 @@ import hashlib
 import json
 import warnings
 import zlib
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from quantlens.ambient import isolated
 from quantlens.data import Preprocess
 from quantlens.errors import BadWeightsError, QuantlensWarning, StorageError
 from quantlens.files import write_whole
-from quantlens.formats import restore, restore_operator
+from quantlens.formats import restore
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
 from quantlens.qmodel.model import QuantizedModel
 from quantlens.qmodel.plan import Plan
@@ -42,16 +44,8 @@ SMALL = 1 << 16
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Integer codes (any shape, signed or not) -> uint8 [ceil(n·bits/8)], each code in ``bits`` bits, least
     significant first."""
-    flat = codes.reshape(-1).to(torch.int64).cpu().numpy() & ((1 << bits) - 1)
-    if 8 % bits == 0:  # a byte holds whole codes
-        each = 8 // bits
-        packed = np.zeros(-(-len(flat) // each), np.uint8)
-        for place in range(each):
-            part = flat[place::each].astype(np.uint8)
-            packed[: len(part)] |= part << np.uint8(place * bits)
-        return torch.from_numpy(packed)
-    shifts = np.arange(bits, dtype=np.int64)
-    stream = ((flat[:, None] >> shifts) & 1).astype(np.uint8).reshape(-1)
+    flat = codes.reshape(-1).cpu().numpy().astype("<u2")  # two's complement
+    stream = np.unpackbits(flat.view(np.uint8).reshape(-1, 2), axis=1, count=bits, bitorder="little")
     return torch.from_numpy(np.packbits(stream, bitorder="little"))
 
 
@@ -62,17 +56,13 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -
         raise BadWeightsError(
             f"packed codes of length {packed.numel()} do not hold {count} codes of {bits} bits; the file is damaged"
         )
-    if 8 % bits == 0:
-        codes, each = np.empty(packed.numel() * 8 // bits, np.int32), 8 // bits
-        for place in range(each):
-            codes[place::each] = packed.cpu().numpy() >> np.uint8(place * bits) & np.uint8((1 << bits) - 1)
-        codes = codes[:count]
-    else:
-        stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
-        codes = stream.astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))
+    stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little")
+    wide = np.zeros((count, 8 if bits <= 8 else 16), np.uint8)
+    wide[:, :bits] = stream.reshape(count, bits)
+    codes = np.packbits(wide, bitorder="little").view("u1" if bits <= 8 else "<u2").astype(np.int32)
     if signed:
-        codes = np.where(codes >= 1 << (bits - 1), codes - (1 << bits), codes)
-    return torch.from_numpy(codes.astype(np.int32)).reshape(shape)
+        codes -= codes >> (bits - 1) << bits
+    return torch.from_numpy(codes).reshape(shape)
 
 
 @isolated
@@ -125,35 +115,29 @@ def _split(small: Tensor, about: dict[str, list[Any]]) -> dict[str, Tensor]:
 
 
 def _content(qmodel: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    graph = qmodel.graph
+    graph, plan = qmodel.graph, qmodel.plan
+    read = Counter(str(edge.value.target) for edge, _ in qmodel.weight_edges())
     tensors: dict[str, Tensor] = {}
     weights: dict[str, dict[str, Any]] = {}
-    by_weight: dict[str, str] = {}
     for edge, quantizer in qmodel.weight_edges():
         name = str(edge.value.target)
-        weight = graph.tensor(name)
-        if name in by_weight:  # two sites share one weight: keep the float values, both quantize them again
-            weights.pop(by_weight[name], None)
-            tensors[f"float/{name}"] = weight
-            continue
-        by_weight[name] = edge.key
-        weights[edge.key] = {"tensor": name, "shape": list(weight.shape)}
-        tensors[f"codes/{edge.key}"] = pack(quantizer.encode(weight), quantizer.bits)
+        if read[name] == 1:  # a weight that two sites share stays in float: both quantize it again
+            weights[edge.key] = {"tensor": name, "shape": list(graph.tensor(name).shape)}
+            tensors[f"codes/{edge.key}"] = pack(quantizer.encode(graph.tensor(name)), quantizer.bits)
     packed = {w["tensor"] for w in weights.values()}
     tensors |= {f"float/{k}": v for k, v in graph.tensors().items() if k not in packed}
-    for key, quantizer in qmodel.plan.quantizers.items():
-        tensors |= {f"quantizer/{key}/{name}": value for name, value in quantizer.tensors().items()}
-    for name, operator in qmodel.plan.operators.items():
-        tensors |= {f"operator/{name}/{key}": value for key, value in operator.tensors().items()}
+    parts = {f"quantizer/{k}": q for k, q in plan.quantizers.items()}
+    parts |= {f"operator/{k}": o for k, o in plan.operators.items()}  # type: ignore[misc]
+    tensors |= {f"{owner}/{name}": v for owner, part in parts.items() for name, v in part.tensors().items()}
     header = {
         "version": VERSION,
         "quantlens": __version__,
         "graph": graph_to_dict(graph),
-        "quantizers": {key: q.config() for key, q in qmodel.plan.quantizers.items()},
-        "operators": {name: o.config() for name, o in qmodel.plan.operators.items()},
+        "quantizers": {key: q.config() for key, q in plan.quantizers.items()},
+        "operators": {name: o.config() for name, o in plan.operators.items()},
         "weights": weights,
-        "rewrites": qmodel.plan.rewrites,
-        "info": dict(qmodel.plan.info),
+        "rewrites": plan.rewrites,
+        "info": dict(plan.info),
         "preprocess": qmodel.preprocess.to_dict(),
     }
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
@@ -173,21 +157,17 @@ def _described(path: Path) -> tuple[dict[str, Any], str, str | None]:
     if not path.is_file():
         raise BadWeightsError(f"no quantized checkpoint at {path}")
     try:
-        with path.open("rb"):
-            pass
+        path.open("rb").close()
         with safe_open(path, "pt") as stream:
             metadata = stream.metadata() or {}
             text = metadata.get("header", "")
             if metadata.get("format") == FORMAT and "header" in stream.keys():  # noqa: SIM118
                 text = zlib.decompress(stream.get_tensor("header").numpy().tobytes()).decode()
+        header = json.loads(text) if metadata.get("format") == FORMAT else None
     except PermissionError as error:
         raise BadWeightsError(f"{path} cannot be read: you have no permission to") from error
     except Exception as error:
         raise BadWeightsError(f"{path} is damaged or no safetensors file: {error}") from error
-    try:
-        header = json.loads(text) if metadata.get("format") == FORMAT else None
-    except ValueError as error:
-        raise BadWeightsError(f"{path} is damaged: its header cannot be read ({error})") from error
     if not isinstance(header, dict):
         raise BadWeightsError(
             f"{path} is a safetensors file but no quantized checkpoint of quantlens; make one with `quantlens quantize`"
@@ -201,11 +181,9 @@ def _described(path: Path) -> tuple[dict[str, Any], str, str | None]:
 
 def is_quantized_checkpoint(path: str | Path) -> bool:
     """Whether ``path`` is a file written by :func:`save`."""
-    try:
-        read_header(path)
-    except BadWeightsError:
-        return False
-    return True
+    with suppress(BadWeightsError):
+        return bool(read_header(path))
+    return False
 
 
 @isolated
@@ -229,14 +207,14 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
         warnings.warn(text, QuantlensWarning, stacklevel=3)
     elif digest != digest_of(text, tensors):
         raise BadWeightsError(f"{path} is damaged: its content does not match its digest; copy or make it again")
+
+    def own(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
     try:
-        own = _by_owner(tensors)
-        quantizers = {k: restore(config, own.get(f"quantizer/{k}", {})) for k, config in header["quantizers"].items()}
-        operators = {
-            k: restore_operator(config, own.get(f"operator/{k}", {}))
-            for k, config in header.get("operators", {}).items()
-        }
-        values = {k.removeprefix("float/"): v for k, v in tensors.items() if k.startswith("float/")}
+        quantizers = {k: restore(config, own(f"quantizer/{k}/")) for k, config in header["quantizers"].items()}
+        operators = {k: restore(config, own(f"operator/{k}/")) for k, config in header.get("operators", {}).items()}
+        values = own("float/")
         for key, weight in header["weights"].items():
             q = quantizers[key]
             codes = unpack(tensors[f"codes/{key}"], q.bits, tuple(weight["shape"]), signed=q.signed)
@@ -247,12 +225,3 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BadWeightsError(f"{path} is damaged: {type(error).__name__} {error}") from error
     return model.to(device)
-
-
-def _by_owner(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors named ``owner/name`` by owner, which may hold slashes itself."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        owner, _, name = key.rpartition("/")
-        found.setdefault(owner, {})[name] = value
-    return found

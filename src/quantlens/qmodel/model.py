@@ -156,14 +156,12 @@ class QuantizedModel(nn.Module):
         return self.size_bytes() / (4 * self.num_parameters)
 
     def size_bytes(self) -> int:
-        total = sum(t.numel() * t.element_size() for t in self.graph.tensors().values())
+        total = sum(t.nbytes for t in self.graph.tensors().values())
         for edge, quantizer in self.weight_edges():
             weight = self.graph.tensor(str(edge.value.target))
-            total += -(-weight.numel() * quantizer.bits // 8) - weight.numel() * weight.element_size()
-        return total + sum(t.numel() * t.element_size() for q in self._parts() for t in q.tensors().values())
-
-    def _parts(self) -> list[Any]:
-        return [*self.plan.quantizers.values(), *self.plan.operators.values()]
+            total += -(-weight.numel() * quantizer.bits // 8) - weight.nbytes
+        parts = (*self.plan.quantizers.values(), *self.plan.operators.values())
+        return total + sum(t.nbytes for part in parts for t in part.tensors().values())
 
     def weight_edges(self) -> list[tuple[Edge, Quantizer]]:
         """Edges of quantized weights with their quantizers, in graph order."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from quantlens.formats.base import Quantizer
 from quantlens.formats.operators import Operator
-from quantlens.graph.graph import Graph, put_tensor, replace_argument, with_features
+from quantlens.graph.graph import Graph, put_tensor, replace_argument, tensor_tree
 from quantlens.graph.sites import Edge, classifier_terms
 
 
@@ -48,12 +49,9 @@ class _Simulation:
         self.graph = graph.clone(share=True)
         self.sites = self.graph.sites
         self.terms = classifier_terms(self.graph)
-        self.root = nn.Module()
-        for name, value in self.graph.tensors().items():
-            put_tensor(self.root, name, value)
-        self.quantizers, self.operators = nn.ModuleList(), nn.ModuleList()
-        self.root.add_module("quantizers", self.quantizers)
-        self.root.add_module("operators", self.operators)
+        self.root = tensor_tree(self.graph.tensors())
+        self.root.add_module("quantizers", nn.ModuleList())
+        self.root.add_module("operators", nn.ModuleList())
         self.after: dict[fx.Node, fx.Node] = {}
         """node -> the call that its readers read in its place"""
 
@@ -67,30 +65,33 @@ class _Simulation:
             weight = self.graph.fx.get_attr(name)
         replace_argument(edge.node, edge.position, weight)  # type: ignore[arg-type]
 
+    def _call(self, part: Quantizer | Operator, like: fx.Node, args: Any, kwargs: Any = None) -> fx.Node:
+        """A call of a quantizer or operator, whose value is of the kind that ``like`` has."""
+        held = "quantizers" if isinstance(part, Quantizer) else "operators"
+        parts: Any = self.root.get_submodule(held)
+        parts.append(part)
+        call = self.graph.fx.call_module(f"{held}.{len(parts) - 1}", args, kwargs)
+        call.meta = dict(like.meta)
+        return call
+
     def quantize_input(self, edge: Edge, quantizer: Quantizer) -> None:
         """One operation reads the value through the quantizer."""
-        self.quantizers.append(quantizer)
         with self.graph.fx.inserting_before(edge.node):
-            call = self.graph.fx.call_module(f"quantizers.{len(self.quantizers) - 1}", (edge.value,))
-        call.meta = dict(edge.value.meta)
+            call = self._call(quantizer, edge.value, (edge.value,))
         replace_argument(edge.node, edge.position, call)  # type: ignore[arg-type]
 
     def quantize_output(self, edge: Edge, quantizer: Quantizer) -> None:
         """Everybody reads the value through the quantizer."""
-        self.quantizers.append(quantizer)
         with self.graph.fx.inserting_after(edge.node):
-            call = self.graph.fx.call_module(f"quantizers.{len(self.quantizers) - 1}", (edge.node,))
-        call.meta = dict(edge.node.meta)
+            call = self._call(quantizer, edge.node, (edge.node,))
         edge.node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
         self.after[edge.node] = call
 
     def replace_site(self, name: str, operator: Operator) -> None:
         """An operator computes in the site's place."""
         node = self.sites[name].node
-        self.operators.append(operator)
         with self.graph.fx.inserting_after(node):
-            call = self.graph.fx.call_module(f"operators.{len(self.operators) - 1}", node.args, node.kwargs)
-        call.meta = dict(node.meta)
+            call = self._call(operator, node, node.args, node.kwargs)
         node.replace_all_uses_with(call)
         self.after.setdefault(node, call)
         self.graph.fx.erase_node(node)
@@ -100,15 +101,27 @@ class _Simulation:
         for node in reversed(list(self.graph.fx.nodes)):
             if not node.users and node.op == "get_attr":
                 self.graph.fx.erase_node(node)
-        tapped = [self.after.get(e.node, e.node) if e.position is None else e.value for e in taps]
-        module = with_features(self.graph.fx, self.root, self.terms, tapped)
-        module.eval()
-        return module
+        tapped = tuple(self.after.get(e.node, e.node) if e.position is None else e.value for e in taps)
+        output = next(n for n in self.graph.fx.nodes if n.op == "output")
+        results = (output.args[0], self._features(output))
+        output.update_arg(0, (*results, tapped) if tapped else results)
+        return fx.GraphModule(self.root, self.graph.fx).eval()
+
+    def _features(self, before: fx.Node) -> fx.Node | None:
+        """What the classifier's linear layers read (before any quantizer on their input; several layers side by side),
+        [B, D]; ``None`` without such layers."""
+        read = [node.args[0] for node, _ in self.terms or ()]
+        sources = list(dict.fromkeys(n.args[0] if str(n.target).startswith("quantizers.") else n for n in read))
+        if not sources or any(len(s.meta.get("shape") or ()) != 2 for s in sources):
+            return None
+        if len(sources) == 1:
+            return sources[0]
+        with self.graph.fx.inserting_before(before):
+            return self.graph.fx.call_function(torch.cat, (sources, 1))
 
 
 def classifier_of(graph: Graph, quantizers: Mapping[str, Quantizer]) -> tuple[Tensor, Tensor] | None:
-    """Weight [K, D] and bias [K] of the classifier under ``quantizers``, for features as ``with_features`` gives
-    them."""
+    """Weight [K, D] and bias [K] of the classifier under ``quantizers``, for the features of the simulation."""
     terms = classifier_terms(graph)
     if not terms:
         return None

@@ -1,14 +1,25 @@
 """Parts that methods optimise with, each usable alone: bias correction, rounding, scales, blocks."""
 
 from quantlens import _moved
-from quantlens.reconstruction.bias import correct_biases, expected_error
+from quantlens.reconstruction.bias import correct_biases
 from quantlens.reconstruction.block_metrics import fisher_metrics, perturbation_metrics
 from quantlens.reconstruction.blocks import reconstruct
-from quantlens.reconstruction.losses import LOSSES, Context, Loss, Metric, MetricLoss, divergence, mse, token_norm
 from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale
-from quantlens.reconstruction.settings import Report, Settings, UnitReport
-from quantlens.reconstruction.trainer import Group, Trainer
+from quantlens.reconstruction.settings import (
+    LOSSES,
+    Context,
+    Loss,
+    Metric,
+    MetricLoss,
+    Report,
+    Settings,
+    UnitReport,
+    divergence,
+    mse,
+    token_norm,
+)
+from quantlens.reconstruction.trainer import Group, train
 from quantlens.reconstruction.units import Unit, find_units
 
 __all__ = [
@@ -22,19 +33,18 @@ __all__ = [
     "MetricLoss",
     "Report",
     "Settings",
-    "Trainer",
     "Unit",
     "UnitReport",
     "annealed_beta",
     "correct_biases",
     "divergence",
-    "expected_error",
     "find_units",
     "fisher_metrics",
     "mse",
     "perturbation_metrics",
     "reconstruct",
     "token_norm",
+    "train",
 ]
 
 

@@ -13,9 +13,8 @@ Fisher matrix F of that output, so that ∂L/∂ŷ ≈ F·(ŷ − y).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -25,10 +24,8 @@ from quantlens.calibration.images import images_together
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.metrics.divergence import kl_divergence
-from quantlens.reconstruction.closed_form import damped
-from quantlens.reconstruction.losses import Metric
-from quantlens.reconstruction.streams import frozen_hook, run_unit
-from quantlens.reconstruction.units import Unit, find_units
+from quantlens.reconstruction.settings import Metric
+from quantlens.reconstruction.units import Unit, find_units, frozen_hook, run_unit
 
 TEMPERATURE = 20.0
 """Of both softmaxes, as in the code of FIMA-Q and APHQ-ViT."""
@@ -61,7 +58,8 @@ def fisher_metrics(
     probe = _Probe(graph, temperature)
     for batch in probe.batches(calibration, least=rank):
         for index, unit in enumerate(probe.measured):
-            changed = run_unit(graph, unit, batch.sources(unit), batch.count, frozen_hook(graph, unit, quantizers))[0]
+            hook = frozen_hook(graph, unit, quantizers)
+            changed = run_unit(graph, unit, {n: batch.values[n] for n in unit.sources}, batch.count, hook)[0]
             gradient, error = probe.gradient(batch, index, changed), changed - batch.values[unit.results[0]]
             for kept, new in zip(rows.setdefault(unit.name, ([], [])), (gradient, error), strict=True):
                 kept.append(new.abs().mean(0, keepdim=True))
@@ -73,7 +71,9 @@ def low_rank(gradients: Tensor, errors: Tensor, damping: float = DAMPING) -> Met
     g, d = gradients.flatten(1).double(), errors.flatten(1).double()
     if not bool(g.any()) or not bool(d.any()):
         return None
-    factors = torch.linalg.solve_triangular(torch.linalg.cholesky(damped(d @ d.T, damping)), g, upper=False)
+    inner = d @ d.T
+    inner.diagonal().add_(damping * inner.diagonal().mean())
+    factors = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), g, upper=False)
     diagonal = g.mean(0)
     factors /= (factors @ d.T).square().sum(0).mean().sqrt()
     diagonal /= (d.square() @ diagonal).mean()
@@ -124,9 +124,6 @@ class _Batch:
     values: dict[fx.Node, Tensor]
     expected: Tensor
 
-    def sources(self, unit: Unit) -> dict[fx.Node, Any]:
-        return {node: self.values[node] for node in unit.sources}
-
 
 class _Probe:
     """Gradients of the damage at the output of any unit."""
@@ -141,21 +138,20 @@ class _Probe:
         for chunk in calibration:
             for images in chunk.chunk(math.ceil(len(chunk) / most)):
                 values: dict[fx.Node, Tensor] = {self.graph.input: images}
-                for unit in self.units:
-                    env = {node: values[node] for node in unit.sources}
-                    values.update(zip(unit.results, run_unit(self.graph, unit, env, len(images), None), strict=True))
-                expected = (values[self.graph.output] / self.temperature).log_softmax(-1)
-                yield _Batch(len(images), values, expected)
+                yield _Batch(len(images), values, self._run(self.units, values, len(images)))
 
     def gradient(self, batch: _Batch, index: int, changed: Tensor) -> Tensor:
         """∂L/∂ŷ for ``changed`` = ŷ, the result of measured unit number ``index``, L summed over the images."""
         unit = self.measured[index]
         with torch.enable_grad():
             leaf = changed.detach().requires_grad_(True)
-            values = {**batch.values, unit.results[0]: leaf}
-            for later in self.units[self.units.index(unit) + 1 :]:
-                env = {node: values[node] for node in later.sources}
-                values.update(zip(later.results, run_unit(self.graph, later, env, batch.count, None), strict=True))
-            got = (values[self.graph.output] / self.temperature).log_softmax(-1)
-            loss = kl_divergence(batch.expected, got, "sum")
-            return torch.autograd.grad(loss, leaf)[0]
+            later = self.units[self.units.index(unit) + 1 :]
+            got = self._run(later, {**batch.values, unit.results[0]: leaf}, batch.count)
+            return torch.autograd.grad(kl_divergence(batch.expected, got, "sum"), leaf)[0]
+
+    def _run(self, units: Sequence[Unit], values: dict[fx.Node, Tensor], count: int) -> Tensor:
+        """Add the results of units to ``values``; returns the log-probabilities."""
+        for unit in units:
+            env = {node: values[node] for node in unit.sources}
+            values.update(zip(unit.results, run_unit(self.graph, unit, env, count), strict=True))
+        return (values[self.graph.output] / self.temperature).log_softmax(-1)

@@ -19,21 +19,17 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.calibration import CHUNK, MEMORY, ActivationStore, Calibration
-from quantlens.calibration.process_memory import held_memory
+from quantlens.calibration.cache import held_memory
 from quantlens.errors import UnsupportedError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.qmodel import Plan
 from quantlens.reconstruction.checkpoints import Checkpoint
-from quantlens.reconstruction.learners import Learners
-from quantlens.reconstruction.losses import Context
 from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale
-from quantlens.reconstruction.settings import Report, Result, Settings, UnitReport
-from quantlens.reconstruction.streams import ImageCache, Streams, frozen_hook, random_mask
-from quantlens.reconstruction.trained_tensors import Latent, Vector
-from quantlens.reconstruction.trainer import Group, Trainer
-from quantlens.reconstruction.units import Unit, find_units
+from quantlens.reconstruction.settings import LOSSES, Context, Report, Result, Settings, UnitReport
+from quantlens.reconstruction.trainer import Group, Latent, Learners, Vector, train
+from quantlens.reconstruction.units import Outputs, Streams, Unit, find_units, frozen_hook, random_mask, run_unit
 
 Progress = Callable[[int, int], None]
 
@@ -76,18 +72,16 @@ def reconstruct(
         streams = Streams(graph, units, calibration, store)
         for index, (unit, original) in enumerate(zip(units, originals, strict=True)):
             streams.advance_float(unit, reference or graph, original)
-            outputs, result = None, None if saved is None else saved.read(index, unit)
+            outputs, result = None, saved.read(index, unit) if saved else None
+            resumed += result is not None
             if result is None:
                 outputs, result = _UnitTraining(graph, plan.quantizers, unit, streams, settings, seed, index).run(tell)
-                if saved is not None:
+                if saved:
                     saved.write(index, unit, result)
-            else:
-                resumed += 1
             for name, value in result.tensors.items():
                 graph.set_tensor(name, value.to(graph.device))
             plan.quantizers.update({k: q.to(graph.device) for k, q in result.quantizers.items()})
-            outputs = outputs or streams.outputs(unit, frozen_hook(graph, unit, plan.quantizers))
-            streams.advance_quantized(unit, outputs)
+            streams.quantized.update(outputs or streams.outputs(unit, frozen_hook(graph, unit, plan.quantizers)))
             streams.forget(index)
             tell(each)
             reports.append(result.report)
@@ -104,8 +98,8 @@ def _units(graph: Graph, plan: Plan, reference: Graph) -> tuple[list[Unit], list
     return units, originals
 
 
-Outputs = dict[fx.Node, ImageCache]
-"""A unit's results for all images."""
+Made = tuple[dict[str, Tensor], dict[str, Quantizer]]
+"""Tensors of the graph by name, quantizers by edge key."""
 
 
 class _UnitTraining:
@@ -122,43 +116,41 @@ class _UnitTraining:
         index: int,
     ):
         self.graph, self.quantizers, self.unit, self.streams = graph, quantizers, unit, streams
-        self.settings, self.loss, self.device = settings, settings.function(), graph.device
+        self.settings, self.device = settings, graph.device
+        self.loss = LOSSES[settings.loss] if isinstance(settings.loss, str) else settings.loss
         self.generator = torch.Generator().manual_seed((seed << 20) + index)
         self.learners = Learners.of(graph, quantizers, unit, settings)
-        self.scale_of: dict[fx.Node, float] = {}
 
     def run(self, tell: Callable[[int], None]) -> tuple[Outputs, Result]:
         """Train in rounds, measure after each, keep the best. Returns the kept unit's results for all images, and what
         is to be changed; leaves graph and quantizers as they are. tell: called with the number of steps done."""
         started, trained = time.perf_counter(), len(self.learners.modules())
         outputs = self.streams.outputs(self.unit, frozen_hook(self.graph, self.unit, self.quantizers))
-        best = Result(UnitReport(self.unit.name, 0.0, 0.0, (), False, 0, 0.0))
-        if not trained or not self.unit.results:
-            return outputs, best
-        self.scale_of = {node: self._size(node) for node in self.unit.results}
-        before, history, state = self._measure(outputs), [], self.learners.state()
-        lowest, steps, rounds = before, self.settings.iterations, self.settings.rounds
+        self.scale_of = {node: self._size(node) for node in self.unit.results} if trained else {}
+        before = self._measure(outputs) if trained else 0.0
+        lowest, state, history = before, self.learners.state(), list[float]()
+        made: Made = ({}, {})
+        steps, rounds = self.settings.iterations, self.settings.rounds
         for number in range(rounds if math.isfinite(before) and before > 0 and steps > 0 else 0):
             first, last = steps * number // rounds, steps * (number + 1) // rounds
             self.learners.restore(state)
             self._train(before, first, last, 0.5**number, tell)
-            result, new = self._frozen(best.report)
-            after = self._measure(new)
-            history.append(after)
-            if after < lowest or not self.settings.guarded:
-                new, outputs, lowest, best, state = outputs, new, after, result, self.learners.state()
+            tried, new = self._frozen()
+            history.append(self._measure(new))
+            if history[-1] < lowest or not self.settings.guarded:
+                new, outputs, lowest, made, state = outputs, new, history[-1], tried, self.learners.state()
             for cache in new.values():
                 cache.free()
         seconds = round(time.perf_counter() - started, 3)
-        best.report = UnitReport(self.unit.name, before, lowest, tuple(history), best.changes, trained, seconds)
-        return outputs, best
+        report = UnitReport(self.unit.name, before, lowest, history, any(made), trained, seconds)
+        return outputs, Result(report, *made)
 
-    def _frozen(self, report: UnitReport) -> tuple[Result, Outputs]:
+    def _frozen(self) -> tuple[Made, Outputs]:
         """What training has made so far, and the unit's results with it."""
-        result = Result(report, *self.learners.freeze(self.graph.sites.edges))
-        hook = frozen_hook(self.graph, self.unit, {**self.quantizers, **result.quantizers}, result.tensors)
+        made = self.learners.freeze(self.graph.sites.edges)
+        hook = frozen_hook(self.graph, self.unit, {**self.quantizers, **made[1]}, made[0])
         constants = {node: value.detach() for node, value in self.learners.constants().items()}
-        return result, self.streams.outputs(self.unit, hook, constants)
+        return made, self.streams.outputs(self.unit, hook, constants)
 
     # -- the loss
     def _context(self, node: fx.Node, images: Tensor) -> Context:
@@ -166,14 +158,12 @@ class _UnitTraining:
 
     def _measure(self, outputs: Outputs) -> float:
         """The loss over all images."""
-        total, count = 0.0, self.streams.count
-        for first in range(0, count, CHUNK):
-            last = min(first + CHUNK, count)
-            images = torch.arange(first, last)
+        total = 0.0
+        for first, last in self.streams.chunks:
             for node, cache in outputs.items():
-                got = cache.slice(first, last, self.device)
-                expected = self.streams.float[node].slice(first, last, self.device)
-                total += float(self.loss(got, expected, self._context(node, images))) * (last - first) / count
+                got, expected = (c.slice(first, last, self.device) for c in (cache, self.streams.float[node]))
+                loss = self.loss(got, expected, self._context(node, torch.arange(first, last)))
+                total += float(loss) * (last - first) / self.streams.count
         return total
 
     def _size(self, node: fx.Node) -> float:
@@ -196,7 +186,8 @@ class _UnitTraining:
             env = self.streams.inputs(self.unit, images, settings.inputs, settings.input_drop, self.generator)
             env.update(self.learners.constants())
             total = torch.zeros((), device=self.device)
-            for node, got in zip(self.unit.results, self.streams.run(self.unit, env, len(images), hook), strict=True):
+            outputs = run_unit(self.graph, self.unit, env, len(images), hook)
+            for node, got in zip(self.unit.results, outputs, strict=True):
                 expected = self.streams.float[node].pick(images, self.device)
                 total = total + self.loss(got, expected, self._context(node, images))
             total = total / start
@@ -205,7 +196,7 @@ class _UnitTraining:
                 total = total + sum(m.regulariser(beta) for m in soft) / weights
             return total
 
-        Trainer(self._groups(factor)).run(last - first, loss, lambda done: tell(first + done))
+        train(self._groups(factor), last - first, loss, lambda done: tell(first + done))
 
     def _groups(self, factor: float) -> list[Group]:
         """The parameters by kind, with their learning rates; that of soft rounding stays."""

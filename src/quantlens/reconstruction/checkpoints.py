@@ -16,8 +16,7 @@ from safetensors.torch import save as pack
 from torch import Tensor
 
 from quantlens.calibration import Calibration
-from quantlens.errors import StorageError
-from quantlens.files import write_whole
+from quantlens.files import check_writable, write_whole
 from quantlens.formats import Quantizer, restore
 from quantlens.graph import Graph
 from quantlens.qmodel import Plan
@@ -30,7 +29,7 @@ VERSION = 1
 
 class Checkpoint:
     """Finished units in a folder, one safetensors file each, written atomically and keyed by a fingerprint of all
-    that determines them."""
+    that determines them. Raises StorageError for a folder that cannot be written."""
 
     def __init__(
         self,
@@ -42,7 +41,8 @@ class Checkpoint:
         seed: int,
         reference: Graph | None = None,
     ):
-        self.folder = made_folder(folder)
+        self.folder = Path(folder)
+        check_writable(self.folder / "unit")
         self.key = fingerprint(graph, plan.quantizers, calibration, settings, seed, reference)
 
     def _path(self, index: int, unit: Unit) -> Path:
@@ -50,66 +50,36 @@ class Checkpoint:
 
     def read(self, index: int, unit: Unit) -> Result | None:
         """A stored unit; None if there is none that fits, or the file is damaged."""
-        found = stored(self._path(index, unit), self.key)
-        if found is None:
+        try:
+            with safe_open(str(self._path(index, unit)), "pt") as file:
+                about = file.metadata() or {}
+                if about.get("fingerprint") != self.key:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            record = json.loads(about["record"])
+        except (SafetensorError, OSError, KeyError, ValueError):
             return None
-        tensors, record = found
-        made: list[Quantizer] = []
-        for number, config in enumerate(record["formats"]):
-            prefix = f"q{number}."
-            made.append(restore(config, {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}))
-        report = {**record["report"], "rounds": tuple(record["report"]["rounds"])}
-        return Result(
-            UnitReport(**report),
-            {k[2:]: v for k, v in tensors.items() if k.startswith("w.")},
-            {key: made[number] for key, number in record["quantizers"].items()},
-        )
+
+        def parts(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        made = [restore(config, parts(f"q{number}.")) for number, config in enumerate(record["formats"])]
+        quantizers = {key: made[number] for key, number in record["quantizers"].items()}
+        return Result(UnitReport(**record["report"]), parts("w."), quantizers)
 
     def write(self, index: int, unit: Unit, result: Result) -> None:
-        tensors = {f"w.{k}": v.detach().cpu().contiguous() for k, v in result.tensors.items()}
-        numbers: dict[int, int] = {}
-        configs: list[dict[str, Any]] = []
-        for quantizer in result.quantizers.values():
-            if id(quantizer) not in numbers:
-                numbers[id(quantizer)] = number = len(configs)
-                configs.append(quantizer.config())
-                tensors |= {f"q{number}.{k}": v.cpu().contiguous() for k, v in quantizer.tensors().items()}
+        """Store a unit; edges that share a quantizer share it again when it is read."""
+        made = list({id(q): q for q in result.quantizers.values()}.values())
+        numbers = {id(q): number for number, q in enumerate(made)}
+        tensors = {f"w.{name}": value for name, value in result.tensors.items()}
+        tensors |= {f"q{number}.{k}": v for number, q in enumerate(made) for k, v in q.tensors().items()}
         record = {
-            "report": {**asdict(result.report), "rounds": list(result.report.rounds)},
-            "formats": configs,
+            "report": asdict(result.report),
+            "formats": [q.config() for q in made],
             "quantizers": {key: numbers[id(q)] for key, q in result.quantizers.items()},
         }
-        store(self._path(index, unit), self.key, tensors, record)
-
-
-def made_folder(folder: Path | str) -> Path:
-    """The folder, made where it is absent. Raises StorageError where it cannot be."""
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot make the folder {path}: {error.strerror}") from error
-    return path
-
-
-def store(path: Path, key: str, tensors: dict[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    write_whole(path, pack(tensors, {"fingerprint": key, "record": json.dumps(record)}))
-
-
-def stored(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What :func:`store` wrote under that key; None without such a file, or with a damaged one."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(str(path), "pt") as file:
-            about = file.metadata() or {}
-            if about.get("fingerprint") != key:
-                return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(about["record"])
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return None
+        content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        write_whole(self._path(index, unit), pack(content, {"fingerprint": self.key, "record": json.dumps(record)}))
 
 
 def fingerprint(
@@ -142,8 +112,7 @@ def fingerprint(
             for name, tensor in part.tensors().items():
                 add(name, tensor)
     shared: dict[int, int] = {}
-    for key in sorted(quantizers):
-        quantizer = quantizers[key]
+    for key, quantizer in sorted(quantizers.items()):
         add(key, json.dumps(quantizer.config(), sort_keys=True), shared.setdefault(id(quantizer), len(shared)))
         for name, tensor in sorted(quantizer.tensors().items()):
             add(name, tensor)
@@ -155,10 +124,6 @@ def fingerprint(
             code = getattr(value, "__code__", None)
             extra = (code.co_code.hex(), code.co_consts) if code is not None else ()
             value = (getattr(value, "__module__", ""), getattr(value, "__qualname__", repr(type(value))), *extra)
-        elif isinstance(value, Mapping):
-            for name in sorted(value):
-                add(item.name, name, value[name])
-            continue
         add(item.name, value)
     for chunk in calibration:
         add(chunk)

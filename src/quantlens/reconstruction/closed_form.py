@@ -57,9 +57,7 @@ class Moments:
         """
         sums: _Sums | None = None
         for quantized, plain in pieces:
-            if sums is None:
-                few = weight is not None and 2 * weight.shape[0] < weight.shape[1]
-                sums = _Sums(quantized, plain, weight if few else None)
+            sums = sums or _Sums(quantized, plain, weight)
             sums.add(quantized, plain)
         if sums is None or sums.count == 0:
             raise ValueError("no rows to fit weights on")
@@ -84,50 +82,43 @@ class _Sums:
 
     def __init__(self, quantized: Tensor, plain: Tensor, weight: Tensor | None):
         width = quantized.shape[1]
-        self.count, self.weight = 0, None if weight is None else weight.float()
+        few = weight is not None and 2 * weight.shape[0] < width
+        self.weight = weight.float() if few else None  # type: ignore[union-attr]
         self.guess = quantized.float().mean(0)
         self.error_guess = plain.float().mean(0) - self.guess
+        self.count, self.waiting = 0, 0
         self.total, self.error_total = (self.guess.new_zeros(width, dtype=torch.float64) for _ in range(2))
-        self.gram = self.guess.new_zeros(width, width, dtype=torch.float64)
-        self.waiting, self.gram32 = 0, torch.zeros_like(self.gram, dtype=torch.float32)
-        self.errors: tuple[Tensor, Tensor] | None = None  # float64, float32; None as long as x̄ is x
+        sizes = [width] if quantized is plain else [width, width if self.weight is None else len(self.weight)]
+        self.products = [self.total.new_zeros(size, width) for size in sizes]  # of x̄, and of x − x̄ where it is not 0
+        self.parts = [torch.zeros_like(product, dtype=torch.float32) for product in self.products]
 
     def add(self, quantized: Tensor, plain: Tensor) -> None:
         """Add rows."""
-        for rows, exact in zip(quantized.split(ROWS), plain.split(ROWS), strict=True):
-            rows = rows.float()
-            change = None if quantized is plain else exact.float() - rows
-            rows = rows - self.guess
+        for wide, exact in zip(quantized.split(ROWS), plain.split(ROWS), strict=True):
+            rows = wide.float() - self.guess
             self.total += rows.sum(0)
-            for start in range(0, len(self.gram), SQUARE):  # on and above the diagonal
+            for start in range(0, rows.shape[1], SQUARE):  # on and above the diagonal
                 block = slice(start, start + SQUARE)
-                self.gram32[block, start:].addmm_(rows[:, block].T, rows[:, start:])
-            if change is not None:
-                self._add_error(change, rows)
+                self.parts[0][block, start:].addmm_(rows[:, block].T, rows[:, start:])
+            if quantized is not plain:
+                change = (exact.float() - wide.float()).sub_(self.error_guess)
+                self.error_total += change.sum(0)
+                self.parts[1].addmm_((change if self.weight is None else change @ self.weight.T).T, rows)
             self.count += len(rows)
             self.waiting += len(rows)
             if self.waiting >= TOGETHER:
                 self._settle()
 
-    def _add_error(self, change: Tensor, rows: Tensor) -> None:
-        change -= self.error_guess
-        self.error_total += change.sum(0)
-        outputs = change if self.weight is None else change @ self.weight.T
-        if self.errors is None:
-            error = self.gram.new_zeros(outputs.shape[1], len(self.gram))
-            self.errors = error, torch.zeros_like(error, dtype=torch.float32)
-        self.errors[1].addmm_(outputs.T, rows)
-
     def _settle(self) -> None:
         """Add the float32 products to their float64 sums."""
-        for total, part in ((self.gram, self.gram32), *([self.errors] if self.errors is not None else [])):
+        for total, part in zip(self.products, self.parts, strict=True):
             total += part
             part.zero_()
         self.waiting = 0
 
     def result(self) -> Moments:
         self._settle()
-        gram, error = self.gram, None if self.errors is None else self.errors[0]
+        gram, error = self.products[0], self.products[1] if len(self.products) > 1 else None
         for start in range(SQUARE, len(gram), SQUARE):  # the half that was left out
             gram[start : start + SQUARE, :start] = gram[:start, start : start + SQUARE].T
         offset, error_offset = self.total / self.count, self.error_total / self.count
@@ -169,13 +160,6 @@ class Grid:
 
 
 # -- the matrices -------------------------------------------------------------------------------------------------
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """gram + λI with λ = damping · mean of its diagonal; gram [in, in], float64. All zeros become the identity."""
-    made = gram.clone()
-    made.diagonal().add_(_amount(gram.diagonal(), damping))
-    return made
-
-
 def _amount(diagonal: Tensor, damping: float) -> Tensor:
     """[] λ of a Gram matrix with this diagonal."""
     mean = diagonal.mean()
@@ -335,17 +319,3 @@ def refine(weight: Tensor, grid: Grid, curvature: Tensor, flips: int = FLIPS) ->
         slope[step] += moved[:, None] * curvature[at]
         change[step, at] = -moved
     return error
-
-
-__all__ = [
-    "Factor",
-    "Grid",
-    "Moments",
-    "damped",
-    "inverse_factor",
-    "output_shift",
-    "refine",
-    "ridge",
-    "round_columns",
-    "round_halves",
-]

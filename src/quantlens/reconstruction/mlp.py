@@ -8,21 +8,20 @@ values are clipped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView
-from quantlens.graph import Edge, Graph
+from quantlens.graph import Edge, Graph, Site
 from quantlens.graph.graph import argument
-from quantlens.graph.sites import Site
 from quantlens.reconstruction.closed_form import Moments, output_shift, ridge
-from quantlens.reconstruction.trainer import Group, Trainer
+from quantlens.reconstruction.trainer import Group, train
 from quantlens.transforms.layers import alone
 
 CLIPPED = 2
@@ -107,21 +106,8 @@ def replace_gelu(
     return errors
 
 
-class _Weights(NamedTuple):
-    """Weights and biases of both layers."""
-
-    first: Tensor
-    start: Tensor | None
-    second: Tensor
-    end: Tensor | None
-
-    def hidden(self, inputs: Tensor) -> Tensor:
-        """What the activation function reads."""
-        return functional.linear(inputs, self.first, self.start)
-
-    def outputs(self, hidden: Tensor) -> Tensor:
-        """What the second layer makes of hidden values."""
-        return functional.linear(hidden, self.second, self.end)
+Weights = list[Any]
+"""Weight and bias (None without) of the first layer, then of the second."""
 
 
 class _Refit:
@@ -129,76 +115,61 @@ class _Refit:
 
     def __init__(self, graph: Graph, mlp: Mlp, inputs: Tensor, spread: Tensor | None, fit: Fit):
         self.fit, self.names = fit, (mlp.first.weight, mlp.first.bias, mlp.second.weight, mlp.second.bias)
-        self.old = _Weights(*(None if n is None else graph.tensor(n) for n in self.names))  # type: ignore[arg-type]
+        self.old: Weights = [None if n is None else graph.tensor(n) for n in self.names]
         self.inputs = inputs.reshape(-1, inputs.shape[-1])
         self.gelu = partial(functional.gelu, approximate=str(argument(mlp.gelu.node, "approximate")))
-        hidden = self.gelu(self.old.hidden(self.inputs))
-        self.outputs = self.old.outputs(hidden)
+        hidden = self.gelu(functional.linear(self.inputs, *self.old[:2]))
+        self.outputs = functional.linear(hidden, *self.old[2:])
         shape = (*inputs.shape[:-1], self.outputs.shape[-1])
         spread = torch.ones((), device=inputs.device) if spread is None else spread.to(inputs.device)
         self.spread = spread.expand(shape).reshape(self.outputs.shape)
-        positive = hidden[hidden > 0]
-        self.bound = float(_quantile(positive, fit.quantile)) if len(positive) else math.inf
+        positive, self.bound = hidden[hidden > 0], math.inf
+        if len(positive):
+            self.bound = float(positive.kthvalue(max(1, math.ceil(fit.quantile * len(positive)))).values)
 
-    def errors(self, weights: _Weights, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def errors(self, weights: Weights, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Weighted mean squared error of some rows' outputs, and the same with clipped hidden values."""
-        hidden = weights.hidden(self.inputs[rows]).relu()
+        hidden = functional.linear(self.inputs[rows], *weights[:2]).relu()
         plain, clipped = (
-            (weights.outputs(h) - self.outputs[rows]).square().mul(self.spread[rows]).mean()
+            (functional.linear(h, *weights[2:]) - self.outputs[rows]).square().mul(self.spread[rows]).mean()
             for h in (hidden, hidden.clamp_max(self.bound))
         )
         return plain, clipped
 
-    def loss(self, weights: _Weights, rows: Tensor | slice = slice(None)) -> Tensor:
+    def loss(self, weights: Weights, rows: Tensor | slice = slice(None)) -> Tensor:
         plain, clipped = self.errors(weights, rows)
         return plain + CLIPPED * clipped
 
     def run(self, generator: torch.Generator) -> tuple[dict[str, Tensor], tuple[float, float]]:
-        """The new tensors by name, and the relative error before and after."""
+        """The new tensors by name, and the relative error before and after. The best of the weights as they were; with
+        the best second layer for the old first one; and both trained from there."""
+        start = self._least_squares()
+        best = min((self.old, start, self._trained(start, generator)), key=lambda weights: float(self.loss(weights)))
         size = float((self.outputs.square() * self.spread).mean()) or 1.0
-        best, least = self.old, math.inf
-        for candidate in self._candidates(generator):
-            if (loss := float(self.loss(candidate))) < least:
-                best, least = candidate, loss
-        made = {n: t for n, t in zip(self.names, best, strict=True) if n is not None and t is not None}
+        made = {n: t for n, t in zip(self.names, best, strict=True) if n is not None}
         return made, (float(self.errors(self.old)[0]) / size, float(self.errors(best)[0]) / size)
 
-    def _candidates(self, generator: torch.Generator) -> Iterator[_Weights]:
-        """As it was; with the best second layer for the old first one; both trained from there."""
-        yield self.old
-        start = self._least_squares()
-        yield start
-        yield self._train(start, generator)
-
-    def _least_squares(self) -> _Weights:
+    def _least_squares(self) -> Weights:
         """The second layer by ridge regression, hidden values after ReLU against those after GELU."""
-        if self.old.end is None:
+        *first, weight, bias = self.old
+        if bias is None:
             return self.old
-        before = self.old.hidden(self.inputs)
+        before = functional.linear(self.inputs, *first)
         plain, wanted = before.relu(), self.gelu(before)
         clipped = plain.clamp_max(self.bound)
         moments = Moments.of([(plain, wanted), *[(clipped, wanted)] * CLIPPED])
-        second = ridge(self.old.second, moments, RIDGE)
-        return self.old._replace(
-            second=second, end=(self.old.end - output_shift(self.old.second, second, moments)).float()
-        )
+        fitted = ridge(weight, moments, RIDGE)
+        return [*first, fitted, (bias - output_shift(weight, fitted, moments)).float()]
 
-    def _train(self, start: _Weights, generator: torch.Generator) -> _Weights:
+    def _trained(self, start: Weights, generator: torch.Generator) -> Weights:
         """Adam on both layers."""
-        weights = _Weights(*(None if t is None else t.clone().requires_grad_(True) for t in start))  # type: ignore[arg-type]
-        count, groups = len(self.inputs), []
-        for pair in (weights[:2], weights[2:]):
-            rate = self.fit.lr * float(pair[0].detach().std())  # type: ignore[union-attr]
-            groups.append(Group([t for t in pair if t is not None], rate))
+        weights = [None if t is None else t.clone().requires_grad_(True) for t in start]
+        pairs = [[t for t in pair if t is not None] for pair in (weights[:2], weights[2:])]
+        count = len(self.inputs)
 
         def loss(_: float) -> Tensor:
             rows = torch.randint(count, (min(self.fit.batch, count),), generator=generator)
             return self.loss(weights, rows.to(self.inputs.device))
 
-        Trainer(groups).run(self.fit.steps, loss)
-        return _Weights(*(None if t is None else t.detach() for t in weights))  # type: ignore[arg-type]
-
-
-def _quantile(values: Tensor, p: float) -> Tensor:
-    """The p-quantile of a flat tensor of any size."""
-    return values.kthvalue(max(1, math.ceil(p * len(values)))).values
+        train([Group(pair, self.fit.lr * float(pair[0].detach().std())) for pair in pairs], self.fit.steps, loss)
+        return [None if t is None else t.detach() for t in weights]

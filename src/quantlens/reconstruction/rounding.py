@@ -32,11 +32,6 @@ class AdaRound(nn.Module):
     Raises UnsupportedError for a format that is not uniform, ValueError for a weight that is not finite.
     """
 
-    floor: Tensor
-    scale: Tensor
-    low: Tensor
-    high: Tensor
-
     def __init__(self, quantizer: Quantizer, weight: Tensor, *, straight_through: bool = False):
         super().__init__()
         if not isinstance(quantizer, Uniform):
@@ -47,17 +42,13 @@ class AdaRound(nn.Module):
             raise ValueError("the weight holds NaN or infinity")
         self.straight_through = straight_through
         weight = weight.detach().float()
-        dims = weight.dim()
-        spread = quantizer.spread
-        inverse = 1.0 / quantizer.scale
-        levels = weight * spread(inverse, dims)
+        dims, spread = weight.dim(), quantizer.spread
+        levels = weight * spread(1.0 / quantizer.scale, dims)
         self.register_buffer("scale", spread(quantizer.scale, dims).clone())
         self.register_buffer("low", spread((quantizer.qmin - quantizer.zero_point).float(), dims))
         self.register_buffer("high", spread((quantizer.qmax - quantizer.zero_point).float(), dims))
-        floor = levels.floor()
-        self.register_buffer("floor", floor)
-        share = (levels - floor - GAMMA) / (ZETA - GAMMA)
-        self.alpha = nn.Parameter(torch.logit(share))
+        self.register_buffer("floor", levels.floor())
+        self.alpha = nn.Parameter(torch.logit((levels - self.floor - GAMMA) / (ZETA - GAMMA)))
 
     def h(self) -> Tensor:
         """How far each weight is from the level below to the one above, in [0, 1]."""
@@ -85,6 +76,3 @@ def annealed_beta(progress: float) -> float | None:
     """β of the regulariser at ``progress`` (0 … 1 of the iterations): ``None`` in the first fifth, when the regulariser
     is off, then falling linearly from 20 to 2 (BRECQ's schedule)."""
     return None if progress < 0.2 else 20.0 - 18.0 * (progress - 0.2) / 0.8
-
-
-__all__ = ["GAMMA", "ZETA", "AdaRound", "annealed_beta"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlens.errors import UnsupportedError
-from quantlens.formats import GroupScaled, PowerOfTwo, Quantizer, Uniform
+from quantlens.formats import GroupScaled, PowerOfTwo, Quantizer, Uniform, restore
 from quantlens.formats.base import bounded_
 
 SMALLEST, LARGEST = 0.05, 8.0
@@ -99,28 +99,17 @@ class LearnedScale(nn.Module):
         return self.quantizer.scale * self.ratio.clamp(SMALLEST, LARGEST)
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        q, dims, scale = self.quantizer, x.dim(), self.scale
+        scale = self.scale
         count = x.numel() // max(scale.numel(), 1)
-        factor = 1.0 / math.sqrt(max(count, 1) * max(q.qmax, 1))
-        if isinstance(q, GroupScaled):
-            return _in_groups(q, x, kept, factor, scale)
-        if isinstance(q, PowerOfTwo):
-            powers = torch.exp2(q.exponents.to(scale.dtype))
-            inverse = q.spread((1.0 / scale.detach()) / powers, dims)
-            spread = q.spread(scale * powers, dims)
-            low, high = q.bounds(dims)
-            if q.zero_point.dim():
-                zero = moved_zero(q, scale.detach()).to(scale.dtype)
-                low, high = q.spread(q.qmin - zero, dims), q.spread(q.qmax - zero, dims)
-            return _Quantize.apply(x, spread, inverse, low, high, kept, factor)
-        inverse = q.spread(1.0 / scale.detach(), dims)
-        low, high = q.bounds(dims)
-        return _Quantize.apply(x, q.spread(scale, dims), inverse, low, high, kept, factor)
+        return _through(self.quantizer, x, kept, scale, 1.0 / math.sqrt(max(count, 1) * max(self.quantizer.qmax, 1)))
 
     @torch.no_grad()
     def freeze(self) -> Quantizer:
         """The quantizer with the scale as learned, of the same format, width and granularity."""
-        return with_scale(self.quantizer, self.scale)
+        tensors = {**self.quantizer.tensors(), "scale": self.scale}
+        if isinstance(self.quantizer, PowerOfTwo):
+            tensors["zero_point"] = moved_zero(self.quantizer, self.scale)
+        return restore(self.quantizer.config(), tensors)
 
 
 def learnable(quantizer: Any) -> bool:
@@ -128,16 +117,27 @@ def learnable(quantizer: Any) -> bool:
     return isinstance(quantizer, Uniform | PowerOfTwo | GroupScaled)
 
 
-def _in_groups(q: GroupScaled, x: Tensor, kept: Tensor | None, factor: float, scale: Tensor) -> Tensor:
-    """A group's scale is as a constant times the learned one: the gradient does not see that it is rounded, nor that it
-    depends on x."""
-    groups, now = q.groups(x), scale.detach()
-    with torch.no_grad():
-        scales = q.scales(q.exponents(groups, now))
-        inverse = scales.reciprocal()
-    kept = None if kept is None else q.groups(kept)
-    spread = scales * (scale / now) if scale.requires_grad else scales
-    return q.whole(_Quantize.apply(groups, spread, inverse, float(q.qmin), float(q.qmax), kept, factor, 0.5))
+def _through(q: Any, x: Tensor, kept: Tensor | None, scale: Tensor, factor: float = 0.0) -> Tensor:
+    """x̂ on the grid of a quantizer whose scale is ``scale``, straight through the rounding."""
+    now, dims = scale.detach(), x.dim()
+    if isinstance(q, GroupScaled):
+        # a group's scale is as a constant times the learned one: the gradient does not see that it is rounded, nor
+        # that it depends on x
+        groups = q.groups(x)
+        with torch.no_grad():
+            scales = q.scales(q.exponents(groups, now))
+        kept = None if kept is None else q.groups(kept)
+        spread = scales * (scale / now) if scale.requires_grad else scales
+        ends = float(q.qmin), float(q.qmax)
+        return q.whole(_Quantize.apply(groups, spread, scales.reciprocal(), *ends, kept, factor, 0.5))
+    inverse, ends = 1.0 / now, q.bounds(dims)
+    if isinstance(q, PowerOfTwo):
+        powers = torch.exp2(q.exponents.to(scale.dtype))
+        scale, inverse = scale * powers, inverse / powers
+        if q.zero_point.dim():
+            zero = moved_zero(q, now).to(scale.dtype)
+            ends = q.spread(q.qmin - zero, dims), q.spread(q.qmax - zero, dims)
+    return _Quantize.apply(x, q.spread(scale, dims), q.spread(inverse, dims), *ends, kept, factor)
 
 
 def moved_zero(quantizer: PowerOfTwo, scale: Tensor) -> Tensor:
@@ -149,44 +149,10 @@ def moved_zero(quantizer: PowerOfTwo, scale: Tensor) -> Tensor:
     return (middle + (quantizer.zero_point - middle) * (quantizer.scale / scale)).round()
 
 
-def with_scale(quantizer: Any, scale: Tensor) -> Quantizer:
-    """The same quantizer with another base scale (same shape, positive)."""
-    if isinstance(quantizer, PowerOfTwo):
-        return PowerOfTwo(
-            scale,
-            quantizer.exponents,
-            moved_zero(quantizer, scale),
-            quantizer.bits,
-            signed=quantizer.signed,
-            axis=quantizer.axis,  # type: ignore[arg-type]
-        )
-    if isinstance(quantizer, GroupScaled):
-        return GroupScaled(scale, quantizer.bits, quantizer.group_size, axis=quantizer.axis)  # type: ignore[arg-type]
-    return Uniform(
-        scale,
-        quantizer.zero_point,
-        quantizer.bits,
-        signed=quantizer.signed,
-        granularity=quantizer.granularity,
-        axis=quantizer.axis,
-    )
-
-
 def fake_quantize(quantizer: Any, x: Tensor, kept: Tensor | None = None) -> Tensor:
     """``quantizer(x)`` with its straight-through gradient, lean in memory; elements where ``kept`` is set pass in
     float."""
-    if isinstance(quantizer, PowerOfTwo):
-        dims = x.dim()
-        spread, inverse = quantizer.spread(quantizer.scales, dims), quantizer.spread(quantizer.inverse, dims)
-        return _Quantize.apply(x, spread, inverse, *quantizer.bounds(dims), kept, 0.0)
-    if isinstance(quantizer, Uniform):
-        dims = x.dim()
-        scale, inverse = quantizer.spread(quantizer.scale, dims), quantizer.spread(quantizer.inverse, dims)
-        return _Quantize.apply(x, scale, inverse, *quantizer.bounds(dims), kept, 0.0)
-    if isinstance(quantizer, GroupScaled):
-        return _in_groups(quantizer, x, kept, 0.0, quantizer.scale)
+    if learnable(quantizer):
+        return _through(quantizer, x, kept, quantizer.scale)
     value = quantizer(x)
     return value if kept is None else torch.where(kept, x, value)
-
-
-__all__ = ["LearnedScale", "fake_quantize", "learnable", "with_scale"]

@@ -1,13 +1,23 @@
-"""The network as parts that run alone, one after the other: blocks, and what lies between them."""
+"""The network as parts that run alone, one after the other: blocks, and what lies between them; and the values between
+these for all calibration images, of the float and of the quantized graph, in bounded memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
+from quantlens.calibration import CHUNK, ActivationStore, Calibration, StoredTensor
+from quantlens.errors import UnsupportedError
+from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.graph.sites import dynamic_nodes
+
+Hook = Callable[[str, Tensor], Tensor]
+"""(edge key, value) -> what is used in its place."""
 
 
 @dataclass(frozen=True)
@@ -30,36 +40,25 @@ def find_units(graph: Graph) -> list[Unit]:
     parts: list[tuple[str, list[fx.Node]]] = []
     places: dict[str, list[fx.Node]] = {}
     for node in graph.fx.nodes:
-        if node.op != "call_function" or node not in dynamic:
-            continue
-        home = owner.get(node)
-        if home is not None:
-            if home not in places:
+        if node.op == "call_function" and node in dynamic:
+            home = owner.get(node, "")
+            if home not in places or (home == "" and parts[-1][0] != ""):
                 places[home] = []
                 parts.append((home, places[home]))
             places[home].append(node)
-        else:
-            if not parts or parts[-1][0] in places:
-                parts.append(("", []))
-            parts[-1][1].append(node)
-    of_node = graph.sites.edges_by_node
-    units = []
-    for name, inside in parts:
-        members = set(inside)
-        sources = dict.fromkeys(s for n in inside for s in n.all_input_nodes if s in dynamic and s not in members)
-        results = [n for n in inside if n is graph.output or any(u not in members for u in n.users)]
-        edges = tuple(e for n in inside for e in of_node.get(n, []))
-        layers = list(dict.fromkeys(e.site for e in edges if e.is_weight))
-        title = name or (f"{layers[0]}…{layers[-1]}" if len(layers) > 1 else "".join(layers))
-        if not title:
-            title = f"{inside[0].name}…{inside[-1].name}"
-        nodes = tuple(sorted({*inside, *_constant_parents(inside, dynamic)}, key=_order(graph).__getitem__))
-        units.append(Unit(title, tuple(sources), tuple(results), nodes, edges))
-    return units
+    return [_unit(graph, name, nodes, dynamic) for name, nodes in parts]
 
 
-def _order(graph: Graph) -> dict[fx.Node, int]:
-    return {node: i for i, node in enumerate(graph.fx.nodes)}
+def _unit(graph: Graph, name: str, inside: list[fx.Node], dynamic: set[fx.Node]) -> Unit:
+    members = set(inside)
+    sources = dict.fromkeys(s for n in inside for s in n.all_input_nodes if s in dynamic and s not in members)
+    results = [n for n in inside if n is graph.output or any(u not in members for u in n.users)]
+    edges = tuple(e for n in inside for e in graph.sites.edges_by_node.get(n, []))
+    if not name:
+        layers = list(dict.fromkeys(e.site for e in edges if e.is_weight)) or [inside[0].name, inside[-1].name]
+        name = f"{layers[0]}…{layers[-1]}" if len(layers) > 1 else layers[0]
+    needed = members | _constant_parents(inside, dynamic)
+    return Unit(name, tuple(sources), tuple(results), tuple(n for n in graph.fx.nodes if n in needed), edges)
 
 
 def _constant_parents(nodes: list[fx.Node], dynamic: set[fx.Node]) -> set[fx.Node]:
@@ -73,3 +72,141 @@ def _constant_parents(nodes: list[fx.Node], dynamic: set[fx.Node]) -> set[fx.Nod
                     found.add(source)
                 queue.append(source)
     return found
+
+
+# -- running them -----------------------------------------------------------------------------------------------------
+def run_unit(graph: Graph, unit: Unit, env: dict[fx.Node, Any], images: int, hook: Hook | None = None) -> list[Tensor]:
+    """Values of a unit's results; ``env`` holds its sources, ``images`` is the size of the batch."""
+    shape = (images, *graph.input.meta["shape"][1:])
+    env.setdefault(graph.input, torch.empty(shape, device="meta"))  # for its batch size alone
+    out = graph.run(unit.nodes, env, hook=hook, keep=unit.results)
+    return [out[node] for node in unit.results]
+
+
+def quantized_weights(
+    graph: Graph, unit: Unit, quantizers: Mapping[str, Quantizer], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Weights of a unit by edge key, encoded once, where they have a quantizer or stand in ``tensors`` (by name) for
+    the graph's."""
+    found: dict[str, Tensor] = {}
+    for edge in unit.edges:
+        name = str(edge.value.target)
+        if edge.is_weight and (edge.key in quantizers or name in tensors):
+            weight = tensors[name] if name in tensors else graph.tensor(name)
+            found[edge.key] = quantizers[edge.key](weight) if edge.key in quantizers else weight
+    return found
+
+
+def frozen_hook(
+    graph: Graph, unit: Unit, quantizers: Mapping[str, Quantizer], tensors: Mapping[str, Tensor] | None = None
+) -> Hook:
+    """Applies quantizers to the edges of a unit. tensors: see :func:`quantized_weights`."""
+    weights = quantized_weights(graph, unit, quantizers, tensors or {})
+
+    def hook(key: str, value: Tensor) -> Tensor:
+        if key in weights:
+            return weights[key]
+        return quantizers[key](value) if key in quantizers else value
+
+    return hook
+
+
+def random_mask(shape: torch.Size, p: float, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Bool, True with probability p; drawn on the CPU, so that all devices see the same."""
+    return (torch.rand(shape, generator=generator) < p).to(device)
+
+
+# -- the values between them ------------------------------------------------------------------------------------------
+class ImageCache:
+    """One value for all images, [N·k, …]: k rows per image, in the order of the images (k = 1 but for windows)."""
+
+    values: StoredTensor
+
+    def __init__(self, store: ActivationStore, count: int):
+        self.store, self.count, self.rows = store, count, 0
+
+    def put(self, first: int, images: int, value: Tensor) -> None:
+        """Store the value of ``images`` images, starting at number ``first``. Raises StorageError for a full disk."""
+        if not self.rows:
+            if value.shape[0] % images:
+                raise UnsupportedError(f"a value of shape {list(value.shape)} cannot be told apart by image")
+            self.rows = value.shape[0] // images
+            self.values = self.store.empty((self.count * self.rows, *value.shape[1:]), value.dtype, value.device)
+        self.values.write(first * self.rows, value)
+
+    def slice(self, first: int, last: int, device: torch.device) -> Tensor:
+        """The values of the images numbered ``first`` … ``last`` − 1."""
+        return self.values.rows(first * self.rows, last * self.rows).to(device)
+
+    def pick(self, images: Tensor, device: torch.device) -> Tensor:
+        """The values of the images numbered ``images`` (int64, CPU)."""
+        rows = (images[:, None] * self.rows + torch.arange(self.rows)).flatten()
+        return self.values.pick(rows).to(device)
+
+    def free(self) -> None:
+        """Give the room back; the values are not to be read any more."""
+        self.values.free()
+
+
+Outputs = dict[fx.Node, ImageCache]
+"""A unit's results for all images."""
+
+
+class Streams:
+    """The values between units for all images, of the float graph and of the quantized one. chunks: (first, last + 1)
+    of the images that go through a unit together."""
+
+    def __init__(self, graph: Graph, units: list[Unit], calibration: Calibration, store: ActivationStore):
+        self.graph, self.store, self.count, self.device = graph, store, calibration.count, graph.device
+        self.chunks = [(first, min(first + CHUNK, self.count)) for first in range(0, self.count, CHUNK)]
+        images = ImageCache(store, self.count)
+        for (first, last), chunk in zip(self.chunks, calibration, strict=True):
+            images.put(first, last - first, chunk)
+        self.float: Outputs = {graph.input: images}
+        self.quantized: Outputs = {graph.input: images}
+        self.last_use = {s: i for i, unit in enumerate(units) for s in unit.sources}
+
+    def outputs(self, unit: Unit, hook: Hook, constants: Mapping[fx.Node, Tensor] | None = None) -> Outputs:
+        """The quantized unit's results for all images. constants: what stands in for tensors of the graph."""
+        return self._outputs(self.quantized, unit, self.graph, unit, hook, constants or {})
+
+    def advance_float(self, unit: Unit, graph: Graph, same: Unit) -> None:
+        """Take the float stream through ``unit``, as its counterpart ``same`` in the float model ``graph`` has it."""
+        self.float.update(self._outputs(self.float, unit, graph, same, None, {}))
+
+    def _outputs(
+        self,
+        inputs: Outputs,
+        unit: Unit,
+        graph: Graph,
+        same: Unit,
+        hook: Hook | None,
+        constants: Mapping[fx.Node, Tensor],
+    ) -> Outputs:
+        """Results of ``unit``, computed by its counterpart ``same`` in ``graph``."""
+        caches = {node: ImageCache(self.store, self.count) for node in unit.results}
+        for first, last in self.chunks:
+            pairs = zip(unit.sources, same.sources, strict=True)
+            env: dict[fx.Node, Any] = {s: inputs[n].slice(first, last, self.device) for n, s in pairs}
+            env.update(constants)
+            for node, value in zip(unit.results, run_unit(graph, same, env, last - first, hook), strict=True):
+                caches[node].put(first, last - first, value)
+        return caches
+
+    def forget(self, done: int) -> None:
+        """Free what no unit after number ``done`` reads."""
+        for stream in (self.float, self.quantized):
+            for node in [n for n in stream if self.last_use.get(n, -1) <= done]:
+                stream.pop(node).free()
+
+    def inputs(self, unit: Unit, images: Tensor, kind: str, float_share: float, generator: torch.Generator) -> dict:
+        """The unit's sources for a mini-batch: of the "quantized" or the "float" stream, or "mixed", element by element
+        (the float one with probability ``float_share``)."""
+        env: dict[fx.Node, Any] = {}
+        for node in unit.sources:
+            same = self.quantized[node] is self.float[node]
+            env[node] = (self.float if kind == "float" or same else self.quantized)[node].pick(images, self.device)
+            if kind == "mixed" and not same:
+                exact = self.float[node].pick(images, self.device)
+                env[node] = torch.where(random_mask(exact.shape, float_share, generator, self.device), exact, env[node])
+        return env

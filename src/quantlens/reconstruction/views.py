@@ -4,7 +4,6 @@ noise with an image's spectrum) stand for out-of-distribution images."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -43,17 +42,15 @@ def cropped(images: Tensor, generator: torch.Generator) -> Tensor:
 def shuffled(images: Tensor, generator: torch.Generator) -> Tensor:
     """Every image with its tiles in another order; how many tiles per side is drawn from those of :data:`TILES` that
     divide the image (none: the image as it is)."""
-    count, channels, height, width = images.shape
+    count, _, height, width = images.shape
     fitting = [t for t in TILES if height % t == 0 and width % t == 0]
     if not fitting:
         return images
     side = fitting[int(torch.randint(len(fitting), (), generator=generator))]
-    tiles = images.reshape(count, channels, side, height // side, side, width // side)
-    tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(count, side * side, -1)
+    size = height // side, width // side
+    tiles = nn.functional.unfold(images, size, stride=size)  # [B, values of a tile, tiles]
     order = torch.rand(count, side * side, generator=generator).argsort(1).to(images.device)
-    tiles = tiles.gather(1, order[:, :, None].expand_as(tiles))
-    tiles = tiles.reshape(count, side, side, channels, height // side, width // side)
-    return tiles.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
+    return nn.functional.fold(tiles.gather(2, order[:, None].expand_as(tiles)), (height, width), size, stride=size)
 
 
 def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -99,13 +96,10 @@ def with_views(calibration: Calibration, count: int, ood_share: float, seed: int
     They are kept in memory."""
     if count <= 0:
         return calibration
-    generator, parts, left = torch.Generator().manual_seed(seed), list(calibration), count
-    for chunk in itertools.cycle(list(parts)):
-        parts.append(draw(chunk, ood_share, generator)[:left])
-        left -= len(parts[-1])
-        if left == 0:
-            break
+    generator, chunks = torch.Generator().manual_seed(seed), list(calibration)
+    views: list[Tensor] = []
+    while sum(map(len, views)) < count:
+        views.append(draw(chunks[len(views) % len(chunks)], ood_share, generator))
+    images = torch.cat([*chunks, *views])[: calibration.count + count]
     source = f"{calibration.source} and {count} views"
-    return Calibration(
-        torch.cat(parts), calibration.count + count, source=source, fingerprint=None, device=calibration.device
-    )
+    return Calibration(images, len(images), source=source, fingerprint=None, device=calibration.device)

@@ -28,8 +28,8 @@ def write_report(
     progress: called with (what, done, in all) while changes are resampled, once per store.
     Raises QuantlensError for an empty store, StorageError where the file cannot be written.
     """
-    from quantlens.report.marks import mark
     from quantlens.studies.board import board_of, open_store
+    from quantlens.studies.significance import mark
 
     store, folder = open_store(store_or_dir)
     board = board_of(store)
@@ -46,12 +46,11 @@ def write_report(
 def render(board: Any, *, title: str | None = None) -> str:
     """The HTML text of a board."""
     from quantlens.report import page
-    from quantlens.report.charts import Charts
 
     context = page_context(board)
     return page.render(
         "report.html.j2",
-        Charts(board.score or "", board.lowest or ""),
+        shown=(board.score or "", board.lowest or ""),
         title=str(title or board.study.get("name") or "Quantization report"),
         data=page.safe_json({"deltas": context["deltas"].by_score}),
         **context,
@@ -61,9 +60,9 @@ def render(board: Any, *, title: str | None = None) -> str:
 def page_context(board: Any) -> dict[str, Any]:
     """Every table, figure and sentence of the page, by its name in the templates."""
     from quantlens.plots.figures import FIGURES
-    from quantlens.plots.lines import GroupLines
+    from quantlens.plots.precisions import GroupLines
     from quantlens.report import attention as lens
-    from quantlens.report import charts, frontier, inspection, runinfo, summary, tables
+    from quantlens.report import frontier, inspection, page, runinfo, summary, tables
     from quantlens.report.decision import decision
     from quantlens.studies import text
 
@@ -77,7 +76,7 @@ def page_context(board: Any) -> dict[str, Any]:
         "decision": shipped,
         "tiles": [] if shipped and not board.groups else summary.tiles(board),
         "scope": summary.scope(board) if board.groups else "",
-        "legend": charts.legend(lines.looks),
+        "legend": page.legend(lines.looks),
         "scores": [(s, text.score_label(s)) for s in board.scores],
         "score": board.score or "",
         "score_name": text.score_label(board.score or ""),

@@ -3,12 +3,12 @@ often their guards are right."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from quantlens.metrics import METRICS
 from quantlens.plots.points import latency
-from quantlens.plots.style import Panel
 from quantlens.report.runinfo import Listing
 from quantlens.studies.board import Board, dig
 from quantlens.studies.choices import Choice, choice_score, places
@@ -29,20 +29,11 @@ TEXT_COLUMNS = frozenset({1, 2, 3, 4})
 
 
 @dataclass(frozen=True)
-class Section:
-    """One processor, batch size and thread count: its table, charts and what must be said of them."""
-
-    heading: str
-    table: Listing
-    panels: list[Panel]
-    note: str
-
-
-@dataclass(frozen=True)
 class Decision:
-    """The section of the report; guards: how often the thresholds of the files are right."""
+    """The section of the report. places: heading, table, panels and a note of each processor, batch size and thread
+    count. guards: how often the thresholds of the files are right."""
 
-    places: list[Section]
+    places: list[dict[str, Any]]
     guards: Listing | None
     score: str
     sentence: str
@@ -58,12 +49,12 @@ def decision(board: Board) -> Decision | None:
         table = Listing(
             f"Exported files: {place.heading}; AUPR-out by {score}, mean of the OOD sets",
             COLUMNS,
-            [_row(i, c, place.front) for i, c in enumerate(place.choices)],
+            [_row(i, c, best) for i, (c, best) in enumerate(zip(place.choices, place.front, strict=True), 1)],
             frozenset(range(len(COLUMNS))) - TEXT_COLUMNS,
         )
-        sections.append(Section(place.heading, table, panels.get(place.heading, []), _note(place.choices)))
-    files = {str(one.facts["fingerprint"]) for one in board.timings}
-    files |= {str(facts["fingerprint"]) for facts, _ in board.artefacts}
+        about = {"heading": place.heading, "note": _note(place.choices)}
+        sections.append({**about, "table": table, "panels": panels.get(place.heading, [])})
+    files = {facts["fingerprint"] for facts in (*(t.facts for t in board.timings), *(f for f, _ in board.artefacts))}
     sentence = f"The store holds {len(files)} exported or float models, timed or evaluated in their runtimes."
     return Decision(sections, guards(board), score, sentence)
 
@@ -80,15 +71,14 @@ def _note(choices: Sequence[Choice]) -> str:
     return " ".join(notes)
 
 
-def _row(index: int, choice: Choice, front: Sequence[int | None]) -> list[str]:
+def _row(place: int, choice: Choice, best: int | None) -> list[str]:
     timing, facts = choice.timed.timing, choice.timed.facts
     said = f" ({choice.words})" if choice.words and choice.top1 is not None else ""
     nothing = choice.words or "not measured"
-    best = front[index]
     return [
-        str(index + 1),
+        str(place),
         choice.name,
-        "not weighed" if best is None else "on the front" if best == index else f"no: {best + 1} is better",
+        "not weighed" if best is None else "on the front" if best + 1 == place else f"no: {best + 1} is better",
         str(facts.get("runtime", MISSING)),
         " ".join(str(facts.get(key, MISSING)) for key in ("model", "method", "bits")),
         nothing if choice.top1 is None else percent(choice.top1, 2) + said,
@@ -107,22 +97,17 @@ def _row(index: int, choice: Choice, front: Sequence[int | None]) -> list[str]:
 
 def guards(board: Board) -> Listing | None:
     """Shares of ID images kept and of OOD images flagged by the files that have a threshold; None without any."""
-    having = [(facts, result) for facts, result in board.artefacts if isinstance(result.get("guard"), Mapping)]
+    having = [(facts, result["guard"]) for facts, result in board.artefacts if result.get("guard")]
     if not having:
         return None
-    sets = list(dict.fromkeys(name for _, result in having for name in result["guard"]["ood"]))
+    sets = dict.fromkeys(name for _, guard in having for name in guard["ood"])
+    ood = [("ood", name, key) for name in sets for key in ("flagged", "balanced_accuracy")]
     columns = ["File", "Runtime", "Score", "Unknown below", "Set to keep %", metric_heading("kept")]
-    columns += [
-        f"{name}: {what}" for name in sets for what in (METRICS[key].label for key in ("flagged", "balanced_accuracy"))
-    ]
+    columns += [f"{name}: {METRICS[key].label}" for _, name, key in ood]
     rows = []
-    for facts, result in having:
-        guard = result["guard"]
-        row = [str(facts.get("file")), str(facts.get("runtime")), score_label(str(guard["score"]))]
+    for facts, guard in having:
+        row = [str(facts.get("file")), str(facts.get("runtime")), score_label(guard["score"])]
         row += [fixed(number(dig(guard, ("threshold", "value"))), 3), percent(number(guard.get("keep")))]
-        row += [percent(number(dig(guard, ("id", "kept"))))]
-        for name in sets:
-            row += [percent(number(dig(guard, ("ood", name, key)))) for key in ("flagged", "balanced_accuracy")]
-        rows.append(row)
+        rows.append([*row, *(percent(number(dig(guard, path))) for path in (("id", "kept"), *ood))])
     caption = "How often the guards are right: ID images kept, OOD images flagged, and the mean of the two"
     return Listing(caption, columns, rows, frozenset(range(3, len(columns))))

@@ -1,25 +1,29 @@
-"""A page: one self-contained HTML file. Style and scripts are inlined and pinned by hash in a strict content policy."""
+"""A page: one self-contained HTML file. Style and scripts are inlined and pinned by hash in a strict content policy.
+Vega draws the figures of `plots` in the browser, from a compressed block that holds it and every chart's data."""
 
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantlens._version import __version__
-from quantlens.report.charts import Charts, library
+from quantlens.plots.style import GLYPHS, VARIABLES, Look, Panel, finished
 
 HERE = Path(__file__).parent
 
 
-def render(template: str, charts: Charts, **context: Any) -> str:
-    """The HTML text of a template, whose `chart(panel)` places a panel's chart."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+def render(template: str, *, shown: tuple[str, str] = ("", ""), **context: Any) -> str:
+    """The HTML text of a template, whose `chart(panel)` places a panel's chart. shown: the score and the precision that
+    charts show first."""
     environment = Environment(
         loader=FileSystemLoader(HERE / "templates"),
         autoescape=True,
@@ -27,9 +31,9 @@ def render(template: str, charts: Charts, **context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"chart": charts, "version": __version__}
-    style, script = (_asset(name) for name in ("report.css", "charts.js"))
-    script += _asset("report.js")
+    environment.globals |= {"chart": Charts(*shown), "version": __version__}
+    style, *scripts = (_asset(name) for name in ("report.css", "charts.js", "report.js"))
+    script = "".join(scripts)
     return environment.get_template(template).render(
         policy=content_policy(style, script, library()), style=Markup(style), script=Markup(script), **context
     )
@@ -52,3 +56,45 @@ def safe_json(value: Any) -> Markup:
     """JSON that can stand inside a script element whatever text it holds."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+# ---- charts ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def library() -> str:
+    """Vega, Vega-Lite and vega-embed as one script, which vl-convert brings."""
+    import vl_convert
+
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+
+
+class Charts:
+    """The charts of one page. score, bits: those shown first."""
+
+    def __init__(self, score: str = "", bits: str = ""):
+        self.score, self.bits = score, bits
+        self.specs: list[dict[str, Any]] = []
+
+    def __call__(self, panel: Panel) -> Markup:
+        """The element that a panel's chart is drawn in. The legend of lines stands above all of them."""
+        spec = {**panel.spec(), "width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+        config = {"legend": {"disable": True}} if panel.kind.startswith("lines") else {}
+        self.specs.append(finished(spec, self.score, self.bits, **config))
+        return Markup('<div class="chart {}" data-chart="{}"></div>').format(panel.kind, len(self.specs) - 1)
+
+    def block(self) -> Markup:
+        """The element with Vega and the data, which charts.js reads; empty for a page without charts."""
+        if not self.specs:
+            return Markup()
+        specs = json.dumps(self.specs, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        for colour, variable in VARIABLES.items():
+            specs = specs.replace(f'"{colour}"', f'"{variable}"')
+        text = f'{{"library":{json.dumps(library())},"specs":{specs}}}'
+        packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+        return Markup('<script type="application/gzip" id="charts">{}</script>').format(packed)
+
+
+def legend(looks: Mapping[str, Look]) -> list[tuple[str, str, int]]:
+    """(name, marker, number of its colour) of every line."""
+    return [(name, GLYPHS[look.form], look.colour) for name, look in looks.items()]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +15,8 @@ from quantlens.studies.text import (
     duration,
     fixed,
     metric_heading,
+    metric_text,
     number,
-    percent,
     plain,
     score_label,
 )
@@ -80,160 +78,95 @@ class Listing:
     numeric: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A failed cell: which, its error in one line, and the whole stored text where that is longer."""
-
-    what: str
-    error: str
-    trace: str = ""
-
-
 def listings(board: Board) -> list[Listing]:
-    found = [
-        images(board),
-        checkpoints(board),
-        preprocessing(board),
-        calibration(board),
-        unavailable(board),
-        environments(board),
-        times(board),
-    ]
-    return [table for table in found if table.rows]
+    makers = (images, checkpoints, preprocessing, calibration, unavailable, environments, times)
+    return [table for make in makers if (table := make(board)).rows]
 
 
 def images(board: Board) -> Listing:
     """Every set of images with its role; a set named by several cells stands once."""
-    rows: dict[tuple[str, ...], None] = {}
-
-    def add(role: str, entry: Any) -> None:
-        if isinstance(entry, Mapping):
-            skipped = entry.get("skipped")
-            skipped = len(skipped) if isinstance(skipped, list | tuple) else skipped
-            rows[
-                (
-                    role,
-                    *(plain(v) for v in (entry.get("source"), entry.get("fingerprint"), entry.get("n"), skipped)),
-                )
-            ] = None
-
+    rows: dict[tuple[Any, ...], None] = {}
     for result in board.results:
-        add("in distribution", result.get("id"))
+        found = [(0, "in distribution", result.get("id"))]
         for name, entry in (result.get("ood") or {}).items():
-            kind = entry.get("group") if isinstance(entry, Mapping) else None
-            add(f"OOD, {kind}: {name}" if kind else f"OOD: {name}", entry)
-    for result in board.results:
-        add("calibration", result.get("calibration"))
-        add("fit of OOD statistics", result.get("fit"))
-    rank = ["in distribution", "OOD", "calibration", "fit of OOD statistics"]
-    ordered = sorted(rows, key=lambda row: next(i for i, r in enumerate(rank) if row[0].startswith(r)))
-    return Listing(
-        "Images",
-        ["Role", "Source", "Fingerprint", "Images", "Skipped"],
-        [list(r) for r in ordered],
-        frozenset({3, 4}),
-    )
+            found.append((1, f"OOD, {entry['group']}: {name}" if entry.get("group") else f"OOD: {name}", entry))
+        found += [(2, "calibration", result.get("calibration")), (3, "fit of OOD statistics", result.get("fit"))]
+        for rank, role, entry in found:
+            if entry:
+                source, mark, n, skipped = (entry.get(key) for key in ("source", "fingerprint", "n", "skipped"))
+                skipped = len(skipped) if isinstance(skipped, list) else skipped
+                rows[(rank, role, *map(plain, (source, mark, n, skipped)))] = None
+    ordered = [list(row[1:]) for row in sorted(rows, key=lambda row: row[0])]
+    return Listing("Images", ["Role", "Source", "Fingerprint", "Images", "Skipped"], ordered, frozenset({3, 4}))
 
 
 def checkpoints(board: Board) -> Listing:
     """Each checkpoint with the FP32 metrics measured on the very images of this study."""
+    names = ("top1", "top5", "nll", "ece", "brier")
     rows: dict[str, list[str]] = {}
     for group in board.groups:
         sample = group.fp32 if group.fp32_own else next(iter(group.quantized), group.fp32)
-        ids = dig(group.fp32, ("id",)) or {}
-        metrics = [percent(number(ids.get(k))) for k in ("top1", "top5")]
-        metrics += [
-            fixed(number(ids.get("nll")), 3),
-            percent(number(ids.get("ece"))),
-            fixed(number(ids.get("brier")), 3),
-        ]
         parameters = number(dig(sample, ("num_parameters",)))
         rows[group.model] = [
             group.model,
             plain(dig(sample, ("checkpoint_sha256",))),
-            MISSING if parameters is None else f"{parameters / 1e6:.2f}",
+            fixed(None if parameters is None else parameters / 1e6, 2),
             fixed(number(dig(group.fp32, ("size_mb",))), 1),
-            *metrics,
+            *(metric_text(name, number(dig(group.fp32, ("id", name)))) for name in names),
         ]
-    return Listing(
-        "Checkpoints and their FP32 metrics on these images",
-        [
-            "Model",
-            "SHA-256 of the checkpoint",
-            "Parameters, millions",
-            "FP32 size MB",
-            *map(metric_heading, ("top1", "top5", "nll", "ece", "brier")),
-        ],
-        list(rows.values()),
-        frozenset(range(2, 9)),
-    )
+    columns = [
+        "Model",
+        "SHA-256 of the checkpoint",
+        "Parameters, millions",
+        "FP32 size MB",
+        *map(metric_heading, names),
+    ]
+    caption = "Checkpoints and their FP32 metrics on these images"
+    return Listing(caption, columns, list(rows.values()), frozenset(range(2, 9)))
 
 
 def preprocessing(board: Board) -> Listing:
-    keys = ["input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"]
+    keys = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
     rows: dict[str, list[str]] = {}
     for group in board.groups:
         for result in (*group.quantized, *group.results(BASELINE)):
-            found = result.get("preprocess")
-            if isinstance(found, Mapping):
+            if found := result.get("preprocess"):
                 rows.setdefault(group.model, [group.model, *(_short(found.get(k)) for k in keys)])
-    return Listing(
-        "Preprocessing, as the model's own configuration gives it",
-        ["Model", "Input size", "Interpolation", "Crop share", "Crop mode", "Mean", "Std"],
-        list(rows.values()),
-    )
+    columns = ["Model", "Input size", "Interpolation", "Crop share", "Crop mode", "Mean", "Std"]
+    return Listing("Preprocessing, as the model's own configuration gives it", columns, list(rows.values()))
 
 
 def calibration(board: Board) -> Listing:
     """Method, options and calibration images of every group; the options are those of its first cell."""
     rows = []
     for group in board.groups:
-        first = next(iter(group.quantized), None)
-        if first is None:
-            continue
-        options = first.get("options")
-        found = dig(first, ("calibration",)) or {}
-        rows.append(
-            [
-                group.model,
-                group.method,
-                plain(options) if options else "defaults",
-                plain(found.get("source")),
-                plain(found.get("n")),
-            ]
-        )
-    return Listing(
-        "Methods and calibration",
-        ["Model", "Method", "Options", "Calibration images", "Images"],
-        rows,
-        frozenset({4}),
-    )
+        for first in group.quantized[:1]:
+            options, used = first.get("options"), first.get("calibration") or {}
+            said = plain(options) if options else "defaults"
+            rows.append([group.model, group.method, said, plain(used.get("source")), plain(used.get("n"))])
+    columns = ["Model", "Method", "Options", "Calibration images", "Images"]
+    return Listing("Methods and calibration", columns, rows, frozenset({4}))
 
 
 def unavailable(board: Board) -> Listing:
-    rows: dict[tuple[str, str, str], None] = {}
-    for result in board.results:
-        for score, reason in (dig(result, ("scores_unavailable",)) or {}).items():
-            rows[(plain(result.get("model")), score_label(str(score)), plain(reason))] = None
-    return Listing("Scores that could not be computed", ["Model", "Score", "Reason"], [list(r) for r in rows])
+    rows = dict.fromkeys(
+        (plain(result.get("model")), score_label(score), plain(reason))
+        for result in board.results
+        for score, reason in (result.get("scores_unavailable") or {}).items()
+    )
+    return Listing("Scores that could not be computed", ["Model", "Score", "Reason"], list(map(list, rows)))
 
 
 def machines(board: Board) -> list[dict[str, Any]]:
     """The distinct environments of the cells; the study's own where no cell has one."""
-    found: dict[str, dict[str, Any]] = {}
-    for result in board.results:
-        entry = result.get("environment")
-        if isinstance(entry, Mapping) and entry:
-            found[json.dumps(entry, sort_keys=True, default=str)] = dict(entry)
-    if not found and isinstance(board.study.get("environment"), Mapping):
-        found["study"] = dict(board.study["environment"])
-    return list(found.values())
+    found = [e for r in board.results if (e := r.get("environment"))] or [board.study.get("environment") or {}]
+    return list({json.dumps(one, sort_keys=True): one for one in found if one}.values())
 
 
 def environments(board: Board) -> Listing:
     """Several machines side by side; a single one stands among the facts."""
     found = machines(board)
-    keys = list(dict.fromkeys(k for e in found for k in e)) if len(found) > 1 else []
+    keys = dict.fromkeys(k for e in found for k in e) if len(found) > 1 else {}
     rows = [[k, *(plain(e.get(k)) for e in found)] for k in keys]
     return Listing("Environments", ["", *(f"Machine {i + 1}" for i in range(len(found)))], rows)
 
@@ -245,38 +178,29 @@ def times(board: Board) -> Listing:
         cells = group.quantized
         stats = [Stat.of(dig(r, ("seconds", key)) for r in cells) for key in ("calibration", "evaluation")]
         if any(stats):
-            rows.append(
-                [
-                    group.model,
-                    group.method,
-                    str(len(cells)),
-                    *(duration(s.mean if s else None) for s in stats),
-                ]
-            )
-    total = Stat.of(c.seconds for c in [*board.done, *board.inspections, *board.failed])
-    caption = "Time per quantized cell (mean)"
-    if total is not None:
-        caption += f"; all cells together took {duration(total.mean * total.n)}"
+            means = [duration(stat.mean) if stat else MISSING for stat in stats]
+            rows.append([group.model, group.method, str(len(cells)), *means])
+    total = sum(c.seconds for c in (*board.done, *board.inspections, *board.failed))
+    caption = f"Time per quantized cell (mean); all cells together took {duration(total)}"
     return Listing(caption, ["Model", "Method", "Cells", "Calibration", "Evaluation"], rows, frozenset({2, 3, 4}))
 
 
-def failures(board: Board) -> list[Failure]:
+def failures(board: Board) -> list[tuple[str, str, str]]:
+    """Of every failed cell: which, its error in one line, and the whole stored text where that is longer."""
     found = []
     for cell in board.failed:
-        spec = cell.spec if isinstance(cell.spec, Mapping) else {}
-        what = [plain(spec.get(k)) for k in ("model", "method", "bits") if spec.get(k) is not None]
-        what += ["inspection"] if spec.get("inspects") else []
-        if spec.get("seed") is not None:
-            what.append(f"seed {plain(spec.get('seed'))}")
+        what = [plain(cell.spec[k]) for k in ("model", "method", "bits") if cell.spec.get(k) is not None]
+        what += ["inspection"] if cell.spec.get("inspects") else []
+        what += [f"seed {cell.spec['seed']}"] if cell.spec.get("seed") is not None else []
         text = str(cell.error or "no error message was stored").strip()
         last = text.splitlines()[-1].removeprefix("quantlens.errors.")
-        found.append(Failure(" · ".join(what) or str(cell.key), last, text if text != last else ""))
+        found.append((" · ".join(what) or cell.key, last, text if text != last else ""))
     return found
 
 
 def conventions(board: Board) -> list[tuple[str, str]]:
     """(term, what it means here)."""
-    edges = next((e for r in board.results if isinstance(e := dig(r, ("id", "reliability", "edges")), list)), None)
+    edges = next((e for r in board.results if (e := dig(r, ("id", "reliability", "edges")))), None)
     said = {"bins": f"{len(edges) - 1} bins of equal width" if edges else "bins of equal width"}
     said |= {"fitted": _fitted(board), "baseline": BASELINE}
     return [(term, meaning.format(**said)) for term, meaning in CONVENTIONS]
@@ -285,10 +209,9 @@ def conventions(board: Board) -> list[tuple[str, str]]:
 def _fitted(board: Board) -> str:
     """What the statistics of scores were fitted on."""
     fits = dict.fromkeys(
-        f"{plain(f.get('source'))} ({count(int(n), 'image')})"
+        f"{plain(f.get('source'))} ({count(int(f.get('n') or 0), 'image')})"
         for r in board.results
-        if isinstance(f := r.get("fit"), Mapping)
-        if (n := number(f.get("n"))) is not None
+        if (f := r.get("fit"))
     )
     if not fits:
         return "no set of images for fitting is named in the store"
@@ -303,42 +226,37 @@ def study_facts(board: Board) -> list[tuple[str, str]]:
         ("Study", plain(board.study.get("name") or "unnamed")),
         ("Created", date(board.study.get("created"))),
         ("Cells", cells_text(board)),
-        ("Seeds", ", ".join(fixed(s, 0) for s in board.seeds) or MISSING),
+        ("Seeds", ", ".join(map(str, board.seeds)) or MISSING),
     ]
-    dates = sorted(str(c.created) for c in board.done if c.created)
+    dates = sorted(str(c.created) for c in board.done)
     if dates:
         facts.append(("First and last cell", f"{date(dates[0])} to {date(dates[-1])}"))
     found = machines(board)
     if len(found) == 1:
-        facts += [(str(k).capitalize(), plain(v)) for k, v in found[0].items()]
+        facts += [(k.capitalize(), plain(v)) for k, v in found[0].items()]
     return [(k, v) for k, v in facts if v != MISSING]
 
 
 def cells_text(board: Board) -> str:
     """ "92 done, 1 failed, 3 still to run": the store's cells against the study's plan, where it has one."""
-    done = len(board.done) + len(board.inspections)
-    finished = done + len(board.failed)
-    planned = number(board.study.get("planned"))
-    text = f"{done} done, {len(board.failed)} failed"
-    return text if planned is None or planned <= finished else f"{text}, {planned - finished:.0f} still to run"
+    done, failed = len(board.done) + len(board.inspections), len(board.failed)
+    rest = board.study.get("planned", 0) - done - failed
+    return f"{done} done, {failed} failed" + (f", {rest} still to run" if rest > 0 else "")
 
 
 def date(value: Any) -> str:
-    """An ISO time to the minute: "2026-11-20 22:00"; other text as it is."""
-    text = plain(value)
-    return text[:16].replace("T", " ") if re.match(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d", text) else text
+    """An ISO time to the minute: "2026-11-20 22:00"."""
+    return plain(value)[:16].replace("T", " ")
 
 
 def config_text(board: Board) -> str:
     """The study's configuration, as stored."""
     config = board.study.get("config")
-    if not config:
-        return ""
-    return config if isinstance(config, str) else json.dumps(config, indent=2, ensure_ascii=False, default=str)
+    return json.dumps(config, indent=2, ensure_ascii=False) if config else ""
 
 
 def _short(value: Any) -> str:
     """Numbers of a list with four significant digits: "0.485, 0.456, 0.406"."""
-    if isinstance(value, list | tuple):
-        return ", ".join(f"{v:.4g}" if number(v) is not None else plain(v) for v in value)
+    if isinstance(value, list):
+        return ", ".join(map(_short, value))
     return f"{value:.4g}" if isinstance(value, float) else plain(value)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from quantlens.metrics import METRICS, names_of
-from quantlens.report.marks import signed
 from quantlens.studies.board import Board, Group, Path, dig
+from quantlens.studies.significance import SIGN
 from quantlens.studies.text import (
     BASELINE,
     MISSING,
@@ -17,15 +18,19 @@ from quantlens.studies.text import (
     count,
     fixed,
     mean_std,
+    metric_digits,
     metric_heading,
     number,
     percent,
     plain,
     score_label,
+    span,
 )
 
 CLASS_ROWS = 8000
 """Rows of all per-class tables together; with more, every table keeps its worst classes and says so."""
+
+PARTS = {"far": "far sets", "near": "near sets", "all": "all sets"}
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,17 @@ class Column:
     spread: bool = True
 
 
-def metric_column(board: Board, path: Path, digits: int = 3, title: str = "") -> Column:
+def metric_column(board: Board, path: Path, digits: int | None = None, title: str = "") -> Column:
     """A metric of the result by its path, whose last part is its name in METRICS."""
     metric = METRICS[path[-1]]
     rated = metric.family != "size"
-    title = title or metric_heading(metric.name)
-    return Column(title, lambda g, b: board.shown(g, b, path), digits, metric.sign if rated else 0, rated)
+    return Column(
+        title or metric_heading(metric.name),
+        lambda g, b: board.shown(g, b, path),
+        metric_digits(metric.name) if digits is None else digits,
+        metric.sign if rated else 0,
+        rated,
+    )
 
 
 @dataclass(frozen=True)
@@ -68,18 +78,18 @@ class Row:
     values: Sequence[Value]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
-    """Rows of groups; `heads` are (metric title, precisions) spans; `score` where it belongs to one OOD
-    score."""
+    """Rows of groups; `heads` are (metric title, precisions) spans; `score` where it belongs to one OOD score, which is
+    an `alternative` if another one is shown first."""
 
     caption: str
     heads: list[tuple[str, list[str]]]
     rows: list[Row]
-    score: str = ""
-    alternative: bool = False
-    has_best: bool = False
-    more: bool = False
+    score: str
+    alternative: bool
+    has_best: bool
+    more: bool
 
 
 def value_of(stat: Stat | None, column: Column, best: bool = False) -> Value:
@@ -89,15 +99,9 @@ def value_of(stat: Stat | None, column: Column, best: bool = False) -> Value:
     return Value(fixed(stat.mean, column.digits), spread, count(stat.n, "seed") if stat.n > 1 else "", best)
 
 
-def seeds_text(group: Group) -> str:
-    """How many seeds the group's precisions have: "3", or "1 to 3" where they differ."""
-    counts = sorted({len(results) for results in group.cells.values()})
-    if not counts:
-        return MISSING
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-
-
-def by_precision(board: Board, caption: str, columns: Sequence[Column], score: str = "") -> Table | None:
+def by_precision(
+    board: Board, caption: str, columns: Sequence[Column], score: str = "", more: bool = False
+) -> Table | None:
     """A table of groups × (metric, precision); None where the store has none of the metrics."""
     stats = {(g.index, c, b): c.of(g, b) for g in board.groups for c in columns for b in board.precisions}
     if not any(stats.values()):
@@ -112,51 +116,37 @@ def by_precision(board: Board, caption: str, columns: Sequence[Column], score: s
     rows = []
     for g in board.groups:
         keys = [(g.index, c, b) for c in columns for b in board.precisions]
-        rows.append(Row(g.model, g.method, seeds_text(g), [value_of(stats[k], k[1], k in best) for k in keys]))
-    return Table(
-        caption,
-        [(c.title, board.precisions) for c in columns],
-        rows,
-        score,
-        score != (board.score or ""),
-        bool(best),
-    )
+        rows.append(
+            Row(
+                g.model,
+                g.method,
+                span(len(results) for results in g.cells.values()),
+                [value_of(stats[k], k[1], k in best) for k in keys],
+            )
+        )
+    heads = [(c.title, board.precisions) for c in columns]
+    return Table(caption, heads, rows, score, score not in ("", board.score), bool(best), more)
 
 
-def accuracy_columns(board: Board) -> list[Column]:
-    sizes = [n for r in board.results if (n := number(dig(r, ("id", "n")))) is not None]
-    digits = 2 if sizes and min(sizes) >= 5000 else 1
-    return [metric_column(board, ("id", "top1"), digits), metric_column(board, ("id", "nll"))]
+TABLE_1 = {
+    "Table 1. Accuracy and negative log-likelihood on the ID images": ("top1", "nll"),
+    "Expected calibration error on the ID images; size of the packed weights": ("ece", "size_mb"),
+    "Top-5 accuracy and Brier score": ("top5", "brier"),
+    "Adaptive ECE (bins of equal count); packed size as a share of FP32": ("ece_adaptive", "size_ratio"),
+}
 
 
 def table_1(board: Board) -> list[Table]:
     """The paper's Table 1 (top-1 and NLL by precision), then ECE and packed size, then further metrics
     (`more`)."""
-    wanted = [
-        ("Table 1. Accuracy and negative log-likelihood on the ID images", accuracy_columns(board)),
-        (
-            "Expected calibration error on the ID images; size of the packed weights",
-            [metric_column(board, ("id", "ece"), 1), metric_column(board, ("size_mb",), 2)],
-        ),
-        (
-            "Top-5 accuracy and Brier score",
-            [metric_column(board, ("id", "top5"), 1), metric_column(board, ("id", "brier"))],
-        ),
-        (
-            "Adaptive ECE (bins of equal count); packed size as a share of FP32",
-            [metric_column(board, ("id", "ece_adaptive"), 1), metric_column(board, ("size_ratio",), 1)],
-        ),
-    ]
+    sizes = [n for r in board.results if (n := number(dig(r, ("id", "n")))) is not None]
+    finer = {"top1": 2} if sizes and min(sizes) >= 5000 else {}
     tables = []
-    for i, (caption, columns) in enumerate(wanted):
-        table = by_precision(board, caption, columns)
-        if table is not None:
-            table.alternative, table.more = False, i > 1
-            tables.append(table)
-    return tables
-
-
-PARTS = {"far": "far sets", "near": "near sets", "all": "all sets"}
+    for i, (caption, names) in enumerate(TABLE_1.items()):
+        paths = [(name,) if METRICS[name].family == "size" else ("id", name) for name in names]
+        columns = [metric_column(board, path, finer.get(path[-1])) for path in paths]
+        tables.append(by_precision(board, caption, columns, more=i > 1))
+    return [table for table in tables if table is not None]
 
 
 def table_2(board: Board) -> list[Table]:
@@ -164,15 +154,12 @@ def table_2(board: Board) -> list[Table]:
     tables = []
     for score in board.scores:
         columns = [
-            metric_column(board, ("ood_mean", p, score, "aupr_out"), 1, f"{metric_heading('aupr_out')}, {PARTS[p]}")
+            metric_column(board, ("ood_mean", p, score, "aupr_out"), None, f"{metric_heading('aupr_out')}, {PARTS[p]}")
             for p in board.parts()
         ]
-        table = by_precision(
-            board, f"Table 2. AUPR-out by {score_label(score)}, means over the OOD sets", columns, score
-        )
-        if columns and table is not None:
-            tables.append(table)
-    return tables
+        caption = f"Table 2. AUPR-out by {score_label(score)}, means over the OOD sets"
+        tables.append(by_precision(board, caption, columns, score))
+    return [table for table in tables if table is not None]
 
 
 @dataclass
@@ -189,25 +176,22 @@ class DeltaTable:
 def delta_table(board: Board) -> DeltaTable:
     """Quantized less FP32, mean ± standard deviation over seeds; top-1, ECE and AUPR-out in points. The largest loss of
     top-1 comes first."""
-    parts = board.parts()
-    names = ("top1", "nll", "ece")
+    parts, names, shown = board.parts(), ("top1", "nll", "ece"), board.score or ""
     columns = [*map(delta_title, names), *(f"{delta_title('aupr_out')}, {PARTS[p]}" for p in parts)]
-    entries = []
-    for group in board.groups:
-        for bits in (b for b in board.quantized if group.cells.get(b)):
-            top1 = board.change(group, bits, ("id", "top1"))
-            head = [group.model, group.method, bits, str(len(group.cells[bits]))]
-            head += [delta_text(board, group, bits, ("id", name)) for name in names]
-            oods = {
-                s: [delta_text(board, group, bits, ("ood_mean", p, s, "aupr_out")) for p in parts] for s in board.scores
-            }
-            entries.append((top1.mean if top1 else float("inf"), head, oods))
-    entries.sort(key=lambda entry: entry[0])
-    shown = board.score or ""
-    table = DeltaTable(columns, parts, [head + oods.get(shown, [MISSING] * len(parts)) for _, head, oods in entries])
-    if parts:
-        table.by_score = {s: [oods[s] for _, _, oods in entries] for s in board.scores}
-    return table
+    entries = [(g, b) for g, b in product(board.groups, board.quantized) if g.cells.get(b)]
+    changes = [board.change(g, b, ("id", "top1")) for g, b in entries]
+    order = sorted(range(len(entries)), key=lambda i: found.mean if (found := changes[i]) else float("inf"))
+    entries = [entries[i] for i in order]
+
+    def oods(score: str) -> list[list[str]]:
+        paths = [("ood_mean", p, score, "aupr_out") for p in parts]
+        return [[delta_text(board, g, b, path) for path in paths] for g, b in entries]
+
+    rows = [
+        [g.model, g.method, b, str(len(g.cells[b])), *(delta_text(board, g, b, ("id", name)) for name in names), *last]
+        for (g, b), last in zip(entries, oods(shown), strict=True)
+    ]
+    return DeltaTable(columns, parts, rows, {score: oods(score) for score in board.scores} if parts else {})
 
 
 def delta_title(name: str) -> str:
@@ -217,8 +201,8 @@ def delta_title(name: str) -> str:
 
 def delta_text(board: Board, group: Group, bits: str, path: Path) -> str:
     """A change as it is shown, marked where it is not significant."""
-    digits = 1 if METRICS[path[-1]].percent else 3
-    return signed(board, group, bits, path, mean_std(board.shown(group, bits, path, change=True), digits, sign=True))
+    text = mean_std(board.shown(group, bits, path, change=True), metric_digits(path[-1]), sign=True)
+    return text + SIGN if (group.index, bits, ".".join(path)) in board.unsure else text
 
 
 SET_SHARES = names_of("ood")
@@ -239,22 +223,18 @@ SET_COLUMNS = [
     "n OOD",
 ]
 SET_TEXT_COLUMNS = 6
-MEAN_SETS = {"far": "mean, far sets", "near": "mean, near sets", "all": "mean, all sets"}
 
 
 def set_rows(board: Board) -> list[list[str]]:
     """One row per score, OOD set (and mean of sets), group and precision, in SET_COLUMNS."""
-    means = {p for r in board.results for p in (r.get("ood_mean") or {}) if p in MEAN_SETS}
     places: list[tuple[str, str, Path]] = [(name, kind or MISSING, ("ood", name)) for name, kind in board.sets.items()]
-    places += [(MEAN_SETS[p], p, ("ood_mean", p)) for p in MEAN_SETS if p in means]
+    means = {part for result in board.results for part in result.get("ood_mean") or {}}
+    places += [(f"mean, {PARTS[p]}", p, ("ood_mean", p)) for p in PARTS if p in means]
     rows = []
-    for score in board.scores:
-        for name, kind, prefix in places:
-            for group in board.groups:
-                for bits in board.precisions:
-                    row = set_row(board, group, bits, (*prefix, score))
-                    if row is not None:
-                        rows.append([group.model, group.method, bits, name, kind, score_label(score), *row])
+    for score, (name, kind, path), group, bits in product(board.scores, places, board.groups, board.precisions):
+        row = set_row(board, group, bits, (*path, score))
+        if row is not None:
+            rows.append([group.model, group.method, bits, name, kind, score_label(score), *row])
     return rows
 
 
@@ -263,12 +243,14 @@ def set_row(board: Board, group: Group, bits: str, path: Path) -> list[str] | No
     stats = {key: board.stat(group, bits, (*path, key)) for key in (*SET_SHARES, *SET_CHANCES, "n_id", "n_ood")}
     if not any(stats.values()):
         return None
-    shares = [mean_std(stats[k], 1, factor=100) for k in SET_SHARES]
-    delta = MISSING if bits == BASELINE else delta_text(board, group, bits, (*path, "aupr_out"))
-    chances = [percent(s.mean if (s := stats[k]) else None) for k in SET_CHANCES]
-    counts = [fixed(s.mean if (s := stats[k]) else None, 0) for k in ("n_id", "n_ood")]
-    seeds = MISSING if bits == BASELINE else str(max(s.n for s in stats.values() if s))
-    return [seeds, shares[0], delta, *shares[1:], *chances, *counts]
+    means = {key: None if stat is None else stat.mean for key, stat in stats.items()}
+    seeds, delta = MISSING, MISSING
+    if bits != BASELINE:
+        seeds = str(max(stat.n for stat in stats.values() if stat))
+        delta = delta_text(board, group, bits, (*path, "aupr_out"))
+    first, *shares = (mean_std(stats[key], 1, factor=100) for key in SET_SHARES)
+    chances = [percent(means[key]) for key in SET_CHANCES]
+    return [seeds, first, delta, *shares, *chances, fixed(means["n_id"], 0), fixed(means["n_ood"], 0)]
 
 
 @dataclass(frozen=True)
@@ -288,46 +270,35 @@ class ClassTable:
 def class_tables(board: Board) -> list[ClassTable]:
     """Top-1 per class (mean over seeds) at every precision."""
     tables = []
-    having = [g for g in board.groups if any(class_metrics(g, b) for b in board.precisions)]
-    keep = max(20, CLASS_ROWS // max(len(having), 1))
-    for group in having:
-        found = {b: class_metrics(group, b) for b in board.precisions}
-        precisions = [b for b in board.precisions if found[b]]
-        last = precisions[-1]
-        names = {c: entry for b in precisions for c, entry in found[b].items()}
-        rows = []
-        for key, (label, n, _) in names.items():
-            values = [found[b][key][2] if key in found[b] else None for b in precisions]
-            delta = None
-            if precisions[0] == BASELINE and last != BASELINE and values[0] is not None and values[-1] is not None:
-                delta = values[-1] - values[0]
-            order = (values[-1] if values[-1] is not None else 2.0, delta or 0.0, -(n or 0))
-            text = [key, label, fixed(n, 0), *map(percent, values), percent(delta, sign=True)]
-            rows.append((order, text))
-        rows.sort(key=lambda row: row[0])
-        sizes = sorted(n for _, n, _ in names.values() if n is not None)
-        tables.append(
-            ClassTable(
-                group.model,
-                group.method,
-                precisions,
-                last,
-                [text for _, text in rows[:keep]],
-                len(rows),
-                int(sizes[len(sizes) // 2]) if sizes else 0,
-            )
-        )
+    for group in board.groups:
+        found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+        for bits in board.precisions:
+            for result in group.results(bits):
+                for entry in dig(result, ("id", "per_class")) or ():
+                    found.setdefault(plain(entry.get("class")), {}).setdefault(bits, []).append(entry)
+        precisions = [b for b in board.precisions if any(b in entries for entries in found.values())]
+        if precisions:
+            rows = [_class_row(name, entries, precisions) for name, entries in found.items()]
+            rows.sort(key=lambda row: row[0])
+            keep = max(20, CLASS_ROWS // len(board.groups))
+            sizes = sorted(n for _, n, _ in rows)
+            texts = [text for _, _, text in rows[:keep]]
+            middle = int(sizes[len(sizes) // 2])
+            tables.append(ClassTable(group.model, group.method, precisions, precisions[-1], texts, len(rows), middle))
     return tables
 
 
-def class_metrics(group: Group, bits: str) -> dict[str, tuple[str, float | None, float | None]]:
-    """class → (name, images, mean top-1 over seeds)."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for result in group.results(bits):
-        for entry in dig(result, ("id", "per_class")) or ():
-            found.setdefault(plain(entry.get("class")), []).append(entry)
-    metrics = {}
-    for key, entries in found.items():
-        top1 = Stat.of(e.get("top1") for e in entries)
-        metrics[key] = str(entries[0].get("name") or ""), number(entries[0].get("n")), top1.mean if top1 else None
-    return metrics
+def _class_row(
+    key: str, entries: Mapping[str, list[Mapping[str, Any]]], precisions: list[str]
+) -> tuple[tuple[float, ...], float, list[str]]:
+    """(what it is sorted by, number of images, texts) of a class. entries: of every seed at each precision."""
+    stats = [Stat.of(e.get("top1") for e in entries.get(b, ())) for b in precisions]
+    values = [None if stat is None else stat.mean for stat in stats]
+    first, last, delta = values[0], values[-1], None
+    if first is not None and last is not None and precisions[0] == BASELINE != precisions[-1]:
+        delta = last - first
+    named = next(entries[b][0] for b in reversed(precisions) if b in entries)
+    n = number(named.get("n"))
+    order = (2.0 if last is None else last, delta or 0.0, -(n or 0))
+    texts = [key, str(named.get("name") or ""), fixed(n, 0), *map(percent, values), percent(delta, sign=True)]
+    return order, n or 0.0, texts

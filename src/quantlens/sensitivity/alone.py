@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 
 from quantlens.calibration import CHUNK, Calibration
 from quantlens.formats import Quantizer
-from quantlens.graph import Edge, Graph
+from quantlens.graph import Graph
 from quantlens.graph.graph import op_name
 from quantlens.graph.sites import dynamic_nodes
 from quantlens.methods.base import Progress
@@ -58,47 +59,47 @@ def effects_alone(
     rows: images of all variants together in one pass over the rest of the model (default: :data:`ROWS`); no more images
     than that, and than a chunk, go through the model at once.
     """
-    rows = rows or ROWS.get(graph.device.type, MANY_ROWS)
-    run = _Run(graph, quantizers, parts, rows)
     with torch.no_grad():
-        visit_starts(graph, run.nodes, calibration, run.visit, progress, at_once=min(rows, CHUNK))
+        run = _Run(graph, quantizers, parts, rows or ROWS.get(graph.device.type, MANY_ROWS))
+        visit_starts(graph, run.nodes, calibration, run.visit, progress, at_once=min(run.rows, CHUNK))
         run.flush()
-    return run.tally.effects(len(calibration))
+    signal, noise, images = float(run.signal), run.noise.tolist(), len(calibration)
+    means = zip(noise, (run.kl / images).tolist(), (run.changed / images).tolist(), strict=True)
+    return [Effect(sqnr_db(signal, n), kl, changed) for n, kl, changed in means]
 
 
 class _Run:
     """One pass over the images. Variants of one chunk wait at the end of their block until they are enough."""
 
     def __init__(self, graph: Graph, quantizers: Mapping[str, Quantizer], parts: Sequence[Sequence[str]], rows: int):
+        self.graph, self.quantizers, self.parts, self.rows = graph, quantizers, parts, rows
         edges = graph.sites.edges
-        self.graph, self.quantizers, self.rows = graph, quantizers, rows
-        self.edges: list[list[Edge]] = [[edges[key] for key in keys] for keys in parts]
-        self.nodes = [list(dict.fromkeys(edge.node for edge in part)) for part in self.edges]
-        self.tally = _Tally(len(parts), graph.device)
-        self._ends = _Ends(graph)
-        self._after = [self._ends.after(part) for part in self.nodes]
-        self._weights: dict[str, Tensor] = {}
-        self._images: Tensor | None = None
-        self._expected: Tensor | None = None
+        self.nodes = [list(dict.fromkeys(edges[key].node for key in keys)) for keys in parts]
+        weights = [edges[key] for key in dict.fromkeys(chain.from_iterable(parts)) if edges[key].is_weight]
+        self._weights = {e.key: quantizers[e.key](graph.tensor(str(e.value.target))) for e in weights}
+        self._ends = block_ends(graph, self.nodes)
         self._waiting: list[tuple[int, Tensor]] = []
-        self._place: fx.Node | None = None
+        self._images: Any = None
+        self._expected: Any = None
+        self._place: Any = None
+        self.signal = torch.zeros((), dtype=torch.float64, device=graph.device)
+        self.noise, self.kl, self.changed = self.signal.new_zeros(3, len(parts)).unbind()
 
     def visit(self, part: int, env: dict[fx.Node, Any], ahead: Ahead) -> None:
         """Run one variant to the end of its block."""
-        images, end = env[self.graph.input], self._after[part]
+        images, end = env[self.graph.input], self._ends[part]
         if images is not self._images:
             self.flush()
-            self._images = images
-            self._expected = self._run(env, self.graph.output, None)
-            self.tally.expect(self._expected)
+            self._images, self._expected = images, self._run(env, self.graph.output).double()
+            self.signal += self._expected.square().sum()
         if end is not self._place or (len(self._waiting) + 1) * len(images) > self.rows:
             self.flush()
         self._place = end
         self._waiting.append((part, self._run(env, end, self._hook(part))))
 
     def flush(self) -> None:
-        """Take the variants that wait to the output together, and note what they do there."""
-        if not self._waiting or self._place is None or self._expected is None or self._images is None:
+        """Take the variants that wait to the output together, and add up what they do there."""
+        if not self._waiting:
             return
         numbers, values = zip(*self._waiting, strict=True)
         stacked = values[0] if len(values) == 1 else torch.cat(values)
@@ -106,71 +107,42 @@ class _Run:
         if self._place is not self.graph.output:
             shape = (len(numbers) * len(self._images), *self._images.shape[1:])
             pixels = torch.empty(shape, device="meta")  # for its batch size alone
-            stacked = self._run({self._place: stacked, self.graph.input: pixels}, self.graph.output, None)
-        for number, logits in zip(numbers, stacked.chunk(len(numbers)), strict=True):
-            self.tally.add(number, self._expected, logits)
+            stacked = self._run({self._place: stacked, self.graph.input: pixels}, self.graph.output)
+        for part, logits in zip(numbers, stacked.double().chunk(len(numbers)), strict=True):
+            self.noise[part] += (logits - self._expected).square().sum()
+            self.kl[part] += kl_of_logits(self._expected, logits).sum()
+            self.changed[part] += (logits.argmax(-1) != self._expected.argmax(-1)).sum()
 
-    def _run(self, env: dict[fx.Node, Any], end: fx.Node, hook: Hook | None) -> Tensor:
+    def _run(self, env: dict[fx.Node, Any], end: fx.Node, hook: Hook | None = None) -> Tensor:
         nodes = part_between(self.graph, env, [end])
         return self.graph.run(nodes, dict(env), hook=hook, keep=[end])[end]
 
     def _hook(self, part: int) -> Hook:
         """Applies the quantizers of one part; every weight is quantized once."""
-        own = {edge.key: edge for edge in self.edges[part]}
-        for edge in own.values():
-            if edge.is_weight and edge.key not in self._weights:
-                self._weights[edge.key] = self.quantizers[edge.key](self.graph.tensor(str(edge.value.target)))
+        own = set(self.parts[part])
 
         def apply(key: str, value: Tensor) -> Tensor:
             if key not in own:
                 return value
-            return self._weights[key] if own[key].is_weight else self.quantizers[key](value)
+            return self._weights[key] if key in self._weights else self.quantizers[key](value)
 
         return apply
 
 
-class _Ends:
-    """The places where one tensor [B, …] is all that the rest of the model needs: ends of blocks, and the output."""
+def block_ends(graph: Graph, parts: Sequence[Sequence[fx.Node]]) -> list[fx.Node]:
+    """The first place at or after all nodes of each part where one tensor [B, …] is all that the rest of the model
+    needs: the end of a block, or the output."""
+    order, dynamic = {node: i for i, node in enumerate(graph.fx.nodes)}, dynamic_nodes(graph)
 
-    def __init__(self, graph: Graph):
-        self._order = {node: i for i, node in enumerate(graph.fx.nodes)}
-        dynamic = dynamic_nodes(graph)
-        around = dict.fromkeys(node for block in graph.sites.blocks for node in (block.source, block.result))
-        found = [node for node in around if self._suffices(graph, node, dynamic)]
-        self._ends = sorted({*found, graph.output}, key=self._order.__getitem__)
-
-    def _suffices(self, graph: Graph, end: fx.Node, dynamic: set[fx.Node]) -> bool:
-        if end.op != "call_function":
-            return False
+    def suffices(end: fx.Node) -> bool:
         rest = part_between(graph, {end: None, graph.input: None}, [graph.output])
-        return all(
-            self._order[node] > self._order[end] and graph.input not in node.all_input_nodes
+        return end.op == "call_function" and all(
+            order[node] > order[end] and graph.input not in node.all_input_nodes
             for node in rest
             if node in dynamic and not op_name(node).startswith("aten.sym_size")
         )
 
-    def after(self, nodes: Sequence[fx.Node]) -> fx.Node:
-        """The first such place at or after all of ``nodes``."""
-        last = max(self._order[node] for node in nodes)
-        return next(end for end in self._ends if self._order[end] >= last or end is self._ends[-1])
-
-
-class _Tally:
-    """Sums over the images, float64, on the device until they are asked for."""
-
-    def __init__(self, parts: int, device: torch.device):
-        self.signal = torch.zeros((), dtype=torch.float64, device=device)
-        self.noise, self.kl, self.changed = (torch.zeros(parts, dtype=torch.float64, device=device) for _ in range(3))
-
-    def expect(self, logits: Tensor) -> None:
-        self.signal += logits.double().square().sum()
-
-    def add(self, part: int, expected: Tensor, logits: Tensor) -> None:
-        self.noise[part] += (logits.double() - expected.double()).square().sum()
-        self.kl[part] += kl_of_logits(expected.double(), logits.double()).sum()
-        self.changed[part] += (logits.argmax(-1) != expected.argmax(-1)).sum()
-
-    def effects(self, images: int) -> list[Effect]:
-        signal = float(self.signal)
-        noise, kl, changed = self.noise.tolist(), (self.kl / images).tolist(), (self.changed / images).tolist()
-        return [Effect(sqnr_db(signal, n), k, c) for n, k, c in zip(noise, kl, changed, strict=True)]
+    around = {node for block in graph.sites.blocks for node in (block.source, block.result)}
+    ends = sorted({*filter(suffices, around), graph.output}, key=order.__getitem__)
+    lasts = [max(order[node] for node in part) for part in parts]
+    return [next((end for end in ends if order[end] >= last), ends[-1]) for last in lasts]

@@ -67,8 +67,7 @@ class _FloatPass:
         part = [node for node in self.order[self._reached : to] if node.op == "call_function"]
         alive = {n for n in [*self.env, *part] if self._last_use.get(n, -1) >= to} | set(extra)
         self.graph.run(part, self.env, keep=alive)
-        for node in [n for n in self.env if n not in alive]:
-            del self.env[node]
+        self.env = {node: value for node, value in self.env.items() if node in alive}
         self._reached = to
 
     def ahead(self, targets: Iterable[fx.Node]) -> dict[fx.Node, Any]:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.files import write_whole
+from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.methods import registry
+from quantlens.methods.base import Progress
 from quantlens.qmodel import Bits, QuantizedModel, float_model
 from quantlens.sensitivity.alone import Effect, effects_alone
 from quantlens.sensitivity.statistics import EdgeStatistics, edge_statistics
@@ -24,7 +27,7 @@ from quantlens.sensitivity.statistics import EdgeStatistics, edge_statistics
 FORMAT = 1
 SITE, BLOCK, EDGE = "site", "block", "edge"
 GRANULARITIES = (SITE, BLOCK, EDGE)
-RANKS = {"sqnr": "signal to quantization noise of the logits", "kl": "KL divergence of the classes"}
+RANKS = ("sqnr", "kl")
 SAME_DB = 60.0
 """A method's exact rewrites leave the logits at least this close to the model's: float rounding gives some 90 dB."""
 
@@ -93,8 +96,7 @@ class Inspection:
     def ranked(self, by: str = SITE, rank: str = "sqnr") -> list[Part]:
         """Parts ("site", "block", "edge") with the one that hurts most first: by falling noise (``rank="sqnr"``) or by
         falling KL divergence ("kl"). Raises UnknownNameError."""
-        _known("granularity", by, GRANULARITIES)
-        _known("rank", rank, RANKS)
+        check_names((by,), rank)
 
         def harm(part: Part) -> float:
             if rank == "kl":
@@ -128,11 +130,8 @@ class Inspection:
 
 
 def _read_part(data: Mapping[str, Any]) -> Part:
-    edges = []
-    for edge in data["edges"]:
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in edge.items()}
-        edges.append(EdgeStatistics(**fields))
-    return Part(**{**data, "effect": Effect(**data["effect"]), "edges": tuple(edges)})
+    edges = tuple(EdgeStatistics(**edge) for edge in data["edges"])
+    return Part(**{**data, "effect": Effect(**data["effect"]), "edges": edges})
 
 
 def inspect(
@@ -157,35 +156,34 @@ def inspect(
     Raises QuantlensError where the bits are FP32, UnknownNameError for a name that does not exist, UnsupportedError for
     a method whose parts cannot be taken one by one: one that trains weights, or computes in integers throughout.
     """
-    by, step = _granularities(by), progress or (lambda what, done, total: None)
+    by, bits, step = check_names(by), Bits.parse(bits), progress or (lambda what, done, total: None)
+    if bits.is_float:
+        raise QuantlensError(f"{bits} quantizes nothing; give bits such as W8A8 or W4A4")
     calibration = Calibration.of(images, model.preprocess, device=model.device, seed=seed)
-    quantized = _quantized(model, calibration, Bits.parse(bits), method, seed, options, step)
+    quantized = registry.get(method).apply(
+        model, calibration, bits, seed=seed, progress=partial(step, "choosing ranges"), **options
+    )
+    _check_same(model, quantized, calibration)
     graph, plan = quantized.graph, quantized.plan
-    members = {kind: _members(graph, plan.quantizers, kind) for kind in by}
-    if not any(members.values()):
+    named = [(kind, name, keys) for kind in by for name, keys in _members(graph, plan.quantizers, kind).items()]
+    if not named:
         raise UnsupportedError(f"{model.name} has no transformer blocks; inspect its sites instead")
     started = time.perf_counter()
-    seen = _statistics(graph, quantized, calibration, seed, step)
+    seen = _statistics(graph, plan.quantizers, calibration, seed, partial(step, "statistics"))
     looked = time.perf_counter()
-    named = [(kind, name, keys) for kind, found in members.items() for name, keys in found.items()]
-    effects = effects_alone(
-        graph,
-        plan.quantizers,
-        [keys for _, _, keys in named],
-        calibration,
-        rows=rows,
-        progress=lambda done, total: step("one part at a time", done, total),
-    )
-    parts: dict[str, list[Part]] = {kind: [] for kind in by}
+    keys_of = [keys for _, _, keys in named]
+    told = partial(step, "one part at a time")
+    effects = effects_alone(graph, plan.quantizers, keys_of, calibration, rows=rows, progress=told)
+    parts: dict[str, tuple[Part, ...]] = dict.fromkeys(by, ())
     for (kind, name, keys), effect in zip(named, effects, strict=True):
-        parts[kind].append(_part(graph, kind, name, [seen[key] for key in keys], effect))
+        parts[kind] += (_part(graph, kind, name, [seen[key] for key in keys], effect),)
     return Inspection(
         model.name,
         model.checkpoint_sha256,
         quantized.method,
         quantized.bits,
         seed,
-        {kind: tuple(found) for kind, found in parts.items()},
+        parts,
         calibration.info(),
         dict(plan.provenance.options),
         tuple(plan.rewrites),
@@ -193,43 +191,16 @@ def inspect(
     )
 
 
-def _quantized(
-    model: Any, calibration: Calibration, bits: Bits, method: str, seed: int, options: dict[str, Any], step: Stage
-) -> QuantizedModel:
-    """The model with all its quantizers; see :func:`inspect` for what is refused."""
-    maker = registry.get(method)
-    if bits.is_float:
-        raise QuantlensError(f"{bits} quantizes nothing; give bits such as W8A8 or W4A4")
-    quantized = maker.apply(
-        model,
-        calibration,
-        bits,
-        seed=seed,
-        progress=lambda done, total: step("choosing ranges", done, total),
-        **options,
-    )
-    _check_same(model, quantized, calibration)
-    return quantized
-
-
-def check_names(by: Sequence[str], rank: str) -> None:
-    """Raises UnknownNameError for a granularity or a rank that does not exist."""
-    _granularities(by)
-    _known("rank", rank, RANKS)
-
-
-def _granularities(by: Sequence[str]) -> tuple[str, ...]:
+def check_names(by: Sequence[str], rank: str = "sqnr") -> tuple[str, ...]:
+    """The granularities, each once. Raises UnknownNameError for a granularity or a rank that does not exist,
+    QuantlensError without any."""
     wanted = (by,) if isinstance(by, str) else tuple(dict.fromkeys(by))
-    for name in wanted:
-        _known("granularity", name, GRANULARITIES)
     if not wanted:
         raise QuantlensError(f"nothing to inspect: choose some of {', '.join(GRANULARITIES)}")
+    for what, name, known in [("rank", rank, RANKS), *(("granularity", one, GRANULARITIES) for one in wanted)]:
+        if name not in known:
+            raise UnknownNameError(what, name, known)
     return wanted
-
-
-def _known(what: str, name: str, names: Sequence[str] | Mapping[str, str]) -> None:
-    if name not in names:
-        raise UnknownNameError(what, name, names)
 
 
 def _check_same(model: Any, quantized: QuantizedModel, calibration: Calibration) -> None:
@@ -252,31 +223,26 @@ def _check_same(model: Any, quantized: QuantizedModel, calibration: Calibration)
 
 def _members(graph: Graph, quantizers: Mapping[str, Any], by: str) -> dict[str, list[str]]:
     """Name -> keys of the quantizers that belong to it, in graph order; parts without a quantizer are left out."""
-    edges = graph.sites.edges
     found: dict[str, list[str]] = {}
-    for key in (key for key in edges if key in quantizers):
-        site = graph.sites[edges[key].site]
-        name = {SITE: site.name, BLOCK: site.block, EDGE: key}[by]
-        if name is not None:
+    for key, edge in graph.sites.edges.items():
+        name = {SITE: edge.site, BLOCK: graph.sites[edge.site].block, EDGE: key}[by]
+        if name is not None and key in quantizers:
             found.setdefault(name, []).append(key)
     return found
 
 
 def _statistics(
-    graph: Graph, quantized: QuantizedModel, calibration: Calibration, seed: int, step: Stage
+    graph: Graph, quantizers: Mapping[str, Quantizer], calibration: Calibration, seed: int, progress: Progress
 ) -> dict[str, EdgeStatistics]:
     """By edge key, of the float model."""
-    quantizers, sites = quantized.plan.quantizers, graph.sites
     found: dict[str, EdgeStatistics] = {}
 
-    def look_at(edge: Edge, view: EdgeView) -> None:
-        found[edge.key] = edge_statistics(edge, sites[edge.site].kind, view, quantizers[edge.key])
+    def on_edge(edge: Edge, view: EdgeView) -> None:
+        found[edge.key] = edge_statistics(edge, graph.sites[edge.site].kind, view, quantizers[edge.key])
 
-    wanted = [edge for key, edge in sites.edges.items() if key in quantizers]
+    wanted = [edge for key, edge in graph.sites.edges.items() if key in quantizers]
     with torch.no_grad():
-        CalibrationPass(graph, calibration, sequential=False, seed=seed).run(
-            wanted, look_at, lambda done, total: step("statistics", done, total)
-        )
+        CalibrationPass(graph, calibration, sequential=False, seed=seed).run(wanted, on_edge, progress)
     return found
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, repeat
 from typing import Any
 
 import torch
@@ -57,26 +59,40 @@ def edge_statistics(edge: Edge, kind: str, view: EdgeView, quantizer: Quantizer)
 
     Raises QuantlensError naming the edge where values are not finite.
     """
-    moments, noise = _Moments(), _Noise(quantizer)
-    channels = _Channels(tokens=not edge.is_weight and kind != "conv")
+    about: Any = None
+    count, signal, error = 0, 0.0, 0.0
+    sums = torch.zeros(4, dtype=torch.float64)
+    extremes, by_channels, norms = [], [], []
     for value in view.tensors():
-        moments.add(value)
-        noise.add(value)
+        extremes.append(torch.stack(value.aminmax()))
+        one = value.double()
+        about = one.mean() if about is None else about
+        one = one - about
+        sums = sums + torch.stack([power.sum() for power in accumulate(repeat(one, 4), torch.mul)]).cpu()
+        count += value.numel()
+        signal += float(value.square().sum(dtype=torch.float64))
+        error += float((quantizer(value) - value).square_().sum(dtype=torch.float64))
         seen = by_channel(edge, kind, value)
         if seen is not None:
-            channels.add(seen)
-    if not math.isfinite(moments.low) or not math.isfinite(moments.high):
+            rows = seen.reshape(-1, seen.shape[-1])
+            by_channels.append(torch.stack(rows.aminmax(dim=0)))
+            if not edge.is_weight and kind != "conv":
+                norms.append(rows.norm(dim=-1))
+    low, high = (float(end) for end in _extremes(extremes))
+    if not math.isfinite(low) or not math.isfinite(high):
         raise QuantlensError(f"{edge.key}: values are not finite; check the weights and the calibration images")
     return EdgeStatistics(
         edge.key,
         edge.name,
         edge.is_weight,
         quantizer.bits,
-        moments.low,
-        moments.high,
-        moments.kurtosis(),
-        noise.sqnr_db(),
-        **channels.figures(),
+        low,
+        high,
+        _kurtosis(sums / count) if low < high else None,
+        sqnr_db(signal, error),
+        **(_of_channels(*_extremes(by_channels)) if by_channels else {}),
+        token_norm=float(torch.cat(norms).max()) if norms else None,
+        token_norm_median=float(torch.cat(norms).median()) if norms else None,
     )
 
 
@@ -98,86 +114,31 @@ def by_channel(edge: Edge, kind: str, value: Tensor) -> Tensor | None:
     return value
 
 
-class _Moments:
-    """Extremes and central moments of values that arrive in pieces: sums of powers about the first piece's mean, in
-    float64, so that nothing cancels."""
-
-    def __init__(self) -> None:
-        self.low, self.high = math.inf, -math.inf
-        self._count, self._about = 0, torch.zeros(())
-        self._sums = torch.zeros(4, dtype=torch.float64)
-
-    def add(self, value: Tensor) -> None:
-        if self._count == 0:
-            self._about = value.double().mean()
-        low, high = value.aminmax()
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
-        if low.isnan():
-            self.low = math.nan
-        power = one = value.double() - self._about
-        sums = []
-        for _ in range(4):
-            sums.append(power.sum())
-            power = power * one
-        self._sums = self._sums + torch.stack(sums).cpu()
-        self._count += value.numel()
-
-    def kurtosis(self) -> float | None:
-        if not self.low < self.high:
-            return None
-        m, s2, s3, s4 = (self._sums / self._count).tolist()
-        variance = s2 - m * m
-        fourth = s4 - 4 * m * s3 + 6 * m * m * s2 - 3 * m**4
-        return fourth / variance**2 if variance > 0 else None
+def _extremes(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest of the (smallest, largest) of every piece [2, …]."""
+    stacked = torch.stack(list(pieces))
+    return stacked[:, 0].amin(0), stacked[:, 1].amax(0)
 
 
-class _Noise:
-    """Signal and error of a quantizer on values that arrive in pieces."""
-
-    def __init__(self, quantizer: Quantizer):
-        self._quantizer, self._signal, self._error = quantizer, 0.0, 0.0
-
-    def add(self, value: Tensor) -> None:
-        self._signal += float(value.square().sum(dtype=torch.float64))
-        self._error += float((self._quantizer(value) - value).square_().sum(dtype=torch.float64))
-
-    def sqnr_db(self) -> float | None:
-        return sqnr_db(self._signal, self._error)
+def _kurtosis(moments: Tensor) -> float | None:
+    """Of the first four moments about some value, float64; it is near the mean, so that nothing cancels."""
+    m, s2, s3, s4 = moments.tolist()
+    variance = s2 - m * m
+    fourth = s4 - 4 * m * s3 + 6 * m * m * s2 - 3 * m**4
+    return fourth / variance**2 if variance > 0 else None
 
 
-@dataclass
-class _Channels:
-    """Extremes of channels and norms of tokens of values [tokens …, C] that arrive in pieces."""
-
-    tokens: bool
-    low: Tensor | None = None
-    high: Tensor | None = None
-    norms: list[Tensor] = field(default_factory=list)
-
-    def add(self, value: Tensor) -> None:
-        rows = value.flatten(0, -2) if value.dim() > 1 else value[None]
-        low, high = rows.aminmax(dim=0)
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
-        if self.tokens:
-            self.norms.append(rows.norm(dim=-1))
-
-    def figures(self) -> dict[str, Any]:
-        """The fields of :class:`EdgeStatistics` from ``channels`` on."""
-        if self.low is None or self.high is None:
-            return {}
-        ranges, largest = self.high - self.low, torch.maximum(self.high.abs(), self.low.abs())
-        massive, middle = outlier_channels(largest), float(ranges.median())
-        others = largest.clone()
-        others[massive] = 0
-        norms = torch.cat(self.norms) if self.norms else None
-        return {
-            "channels": len(ranges),
-            "range_ratio": float(ranges.max()) / middle if middle > 0 else None,
-            "dead": tuple((ranges == 0).nonzero().flatten().tolist()),
-            "massive": tuple(massive.tolist()),
-            "peaks": tuple(largest[massive].tolist()),
-            "rest": float(others.max()) if len(massive) else None,
-            "token_norm": None if norms is None else float(norms.max()),
-            "token_norm_median": None if norms is None else float(norms.median()),
-        }
+def _of_channels(low: Tensor, high: Tensor) -> dict[str, Any]:
+    """The fields of :class:`EdgeStatistics` that follow from the smallest and largest value of every channel [C]."""
+    ranges, largest = high - low, torch.maximum(high.abs(), low.abs())
+    massive, middle = outlier_channels(largest), float(ranges.median())
+    others = largest.clone()
+    others[massive] = 0
+    return {
+        "channels": len(ranges),
+        "range_ratio": float(ranges.max()) / middle if middle > 0 else None,
+        "dead": tuple((ranges == 0).nonzero().flatten().tolist()),
+        "massive": tuple(massive.tolist()),
+        "peaks": tuple(largest[massive].tolist()),
+        "rest": float(others.max()) if len(massive) else None,
+    }

@@ -1,4 +1,4 @@
-"""What a study asks of the other packages, in one object, so that a test can put a small one in its place."""
+"""What a study does with models and methods, in one object, so that a test can put a small one in its place."""
 
 from __future__ import annotations
 
@@ -76,20 +76,6 @@ class Backend:
             model, calibration, method=choice.name, bits=bits, seed=seed, progress=progress, **choice.options
         )
 
-    def open_source(self, spec: str) -> Any:
-        """A Source: its images are listed, not read."""
-        from quantlens.data import open_source
-
-        return open_source(spec)
-
-    def load_images(
-        self, source: Any, preprocess: Any, *, cache_dir: Any, skip_bad: bool, progress: Steps | None
-    ) -> Any:
-        """The decoded images of a Source."""
-        from quantlens.data import load_images
-
-        return load_images(source, preprocess, cache_dir=cache_dir, skip_bad=skip_bad, progress=progress)
-
     def evaluate(self, model: Any, id: Any, ood: Mapping[str, Any], **settings: Any) -> Any:
         """The Result of a model; with mixed precision it says which widths were chosen, under "allocation"."""
         from quantlens.evaluation import evaluate
@@ -109,10 +95,9 @@ class Backend:
         from quantlens.errors import UnsupportedError
 
         try:
-            found = survey(reference, {"": model}, id, ood, images=spec.images, show=spec.show, progress=progress)
+            return survey(reference, model, id, ood, images=spec.images, show=spec.show, progress=progress)
         except UnsupportedError as error:
             return {"attention": {"unavailable": str(error)}}
-        return found[""]
 
     def inspect(
         self, model: Any, images: Any, choice: MethodChoice, bits: str, seed: int, progress: Any
@@ -123,24 +108,6 @@ class Backend:
 
         found = inspect(model, images, bits, method=choice.name, seed=seed, progress=progress, **choice.options)
         return dict(_six_digits(found.to_dict()))
-
-    def environment(self, device: str) -> dict[str, Any]:
-        """What the metrics are measured with."""
-        from quantlens.evaluation.environment import environment
-
-        return environment(device)
-
-    def device(self, name: str) -> str:
-        """The device to run on."""
-        from quantlens.evaluation.environment import choose_device
-
-        return choose_device(name)
-
-    def set_threads(self, count: int) -> None:
-        """Share the processor among several worker processes."""
-        import torch
-
-        torch.set_num_threads(max(1, count))
 
     def free(self, *, at_once: bool = False) -> None:
         """Give back the memory of a cell that is over: graphs are cycles, which counting references does not free. A

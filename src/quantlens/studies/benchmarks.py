@@ -7,13 +7,11 @@ of one run were interleaved, so ratios are taken within it.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantlens.errors import StorageError
-from quantlens.studies.store import Store, now, packed, to_json, unpacked
+from quantlens.studies.store import Store, now, packed, to_json
 
 
 @dataclass(frozen=True)
@@ -71,38 +69,24 @@ def put_timings(
 
 def timed(store: Store) -> list[Timed]:
     """All timings, run by run in the order in which they were taken. A store of before there were any has none."""
-    if not _known(store):
-        return []
-    rows = store.rows(
-        "SELECT t.run, t.timing, a.facts, a.result FROM timings t JOIN artefacts a ON a.fingerprint = t.fingerprint"
-    )
     found = []
-    for run, timing, facts, result in rows:
-        stored = _read(store, timing)
-        key = (run, stored["position"])
-        one = Timed(
-            run, stored["timing"], stored["machine"], stored["created"], _read(store, facts), _read(store, result)
-        )
-        found.append((key, one))
-    return [one for _, one in sorted(found, key=lambda item: item[0])]
+    for run, timing, facts, result in _rows(
+        store,
+        "SELECT t.run, t.timing, a.facts, a.result FROM timings t JOIN artefacts a ON a.fingerprint = t.fingerprint "
+        "ORDER BY t.run, json_extract(t.timing, '$.position')",
+    ):
+        found.append(Timed(run, timing["timing"], timing["machine"], timing["created"], facts, result))
+    return found
 
 
 def evaluated(store: Store) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(facts, evaluation) of every artefact that was evaluated, oldest first."""
-    if not _known(store):
-        return []
-    rows = store.rows("SELECT facts, result FROM artefacts WHERE result IS NOT NULL ORDER BY created, rowid")
-    return [(_read(store, facts), _read(store, result)) for facts, result in rows]
+    rows = _rows(store, "SELECT '', facts, result FROM artefacts WHERE result IS NOT NULL ORDER BY created, rowid")
+    return [(facts, result) for _, facts, result in rows]
 
 
-def _known(store: Store) -> bool:
-    return bool(store.rows("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'timings'"))
-
-
-def _read(store: Store, text: str | bytes | None) -> Any:
-    try:
-        return unpacked(text)
-    except (zlib.error, ValueError) as problem:
-        raise StorageError(
-            f"the store {store.path} is damaged (a benchmark: {problem}); move it away and run the benchmark again"
-        ) from problem
+def _rows(store: Store, query: str) -> Iterator[tuple[Any, ...]]:
+    """What a query finds: a name, then JSON. Nothing in a store of before there were benchmarks."""
+    if store.rows("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'timings'"):
+        for name, *columns in store.rows(query):
+            yield (name, *(store.read(column, "a benchmark") for column in columns))

@@ -47,6 +47,8 @@ class Group:
     cells: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     fp32: dict[str, Any] | None = None
     fp32_own: bool = False
+    of_model: str = ""
+    """what FP32 has the same of"""
 
     @property
     def name(self) -> str:
@@ -87,38 +89,34 @@ class Board:
     def __post_init__(self) -> None:
         self.models = _unique(g.model for g in self.groups)
         self.methods = _unique(g.method for g in self.groups)
-        quantized = _unique(b for g in self.groups for b in g.cells)
-        self.quantized = sorted(quantized, key=precision_order)
+        self.quantized = sorted(_unique(b for g in self.groups for b in g.cells), key=precision_order)
         has_baseline = any(g.fp32 is not None for g in self.groups)
         self.precisions = ([BASELINE] if has_baseline else []) + self.quantized
-        self.results = [r for g in self.groups for r in g.quantized]
-        self.results += [r for g in self.groups for r in g.results(BASELINE)]
-        self.seeds = sorted(
-            {s for r in self.results if r.get("bits") != BASELINE and (s := number(r.get("seed"))) is not None}
-        )
-        self.sets = self._ood_sets()
-        self.scores = self._scores()
-
-    def _ood_sets(self) -> dict[str, str]:
-        """OOD set → "far" or "near" ("" if not stated), far sets first."""
-        sets: dict[str, str] = {}
+        quantized = [r for g in self.groups for r in g.quantized]
+        self.results = quantized + [r for g in self.groups for r in g.results(BASELINE)]
+        self.seeds = sorted({r["seed"] for r in quantized})
+        kinds: dict[str, str] = {}
+        scores: set[str] = set()
         for result in self.results:
             for name, entry in _items(result.get("ood")):
-                sets[name] = sets.get(name) or str(entry.get("group") or "")
-        rank = {"far": 0, "near": 1}
-        return dict(sorted(sets.items(), key=lambda item: rank.get(item[1], 2)))
-
-    def _scores(self) -> list[str]:
-        names: set[str] = set()
-        for result in self.results:
+                kinds[name] = kinds.get(name) or str(entry.get("group") or "")
             for _, entry in (*_items(result.get("ood")), *_items(result.get("ood_mean"))):
-                names.update(key for key, value in entry.items() if isinstance(value, Mapping))
-        return sorted(names, key=score_order)
+                scores.update(score for score, _ in _items(entry))
+        rank = {"far": 0, "near": 1}
+        self.sets = dict(sorted(kinds.items(), key=lambda item: rank.get(item[1], 2)))
+        """OOD set → "far" or "near" ("" if not stated), far sets first"""
+        self.scores = sorted(scores, key=score_order)
 
     @property
     def score(self) -> str | None:
         """The score shown first: MSP as in the paper, else the first there is."""
         return self.scores[0] if self.scores else None
+
+    @property
+    def ood_path(self) -> Path | None:
+        """Path of the headline OOD metric: AUPR-out of the far sets, else of all or near ones."""
+        found = [("ood_mean", part, score, "aupr_out") for part in self.parts() for score in self.scores]
+        return found[0] if found else None
 
     @property
     def lowest(self) -> str | None:
@@ -196,132 +194,93 @@ def collect(
     what `studies.benchmarks` finds in the store. inspections: `Store.inspections`; those that failed are among the
     failed cells."""
     listed = list(cells)
-    done = [c for c in listed if c.status == "done" and isinstance(c.result, Mapping)]
-    looked = [c for c in inspections if c.status == "done" and isinstance(c.result, Mapping)]
-    failed = [c for c in (*listed, *inspections) if c not in done and c not in looked]
-    newest: dict[tuple[str, str, str], tuple[dict[str, Any], dict[str, Any]]] = {}
-    for cell in sorted(done, key=lambda c: str(c.created or "")):
+    done = [c for c in listed if c.status == "done"]
+    looked = [c for c in inspections if c.status == "done"]
+    failed = [c for c in (*listed, *inspections) if c.status != "done"]
+    newest = {}
+    for cell in sorted(done, key=lambda c: str(c.created)):
         result, traits = _normal(cell)
-        newest[(_key(traits), result["bits"], str(result["seed"]))] = (result, traits)
+        newest[_key(traits), result["bits"], result["seed"]] = result, traits
 
     groups: dict[str, Group] = {}
-    baselines: dict[str, dict[str, Any]] = {}
-    for result, traits in newest.values():
-        if result["bits"] == BASELINE:
-            baselines[_key(traits, ("model", "checkpoint", "id"))] = result
+    baselines: dict[str, Group] = {}
+    for (key, bits, _), (result, traits) in newest.items():
+        of_model = _key({name: traits[name] for name in ("model", "checkpoint", "id")})
+        if bits == BASELINE:
+            baselines[of_model] = Group(traits["model"], "fp32", traits, fp32=result, fp32_own=True)
             continue
-        group = groups.setdefault(_key(traits), Group(traits["model"], traits["method"], traits))
-        group.cells.setdefault(result["bits"], []).append(result)
-    _attach_baselines(groups, baselines)
-    ordered = _ordered(list(groups.values()), listed)
-    _tell_apart(ordered)
-    for index, group in enumerate(ordered):
-        group.index = index
-        for results in group.cells.values():
-            results.sort(key=lambda r: (number(r["seed"]) is None, number(r["seed"]) or 0, str(r["seed"])))
-    return Board(ordered, done, failed, dict(study or {}), timings, artefacts, looked)
-
-
-def _attach_baselines(groups: dict[str, Group], baselines: dict[str, dict[str, Any]]) -> None:
-    """Give every group its FP32 metrics; a model that was only measured at FP32 becomes a group of its
-    own."""
-    used = set()
+        group = groups.setdefault(key, Group(traits["model"], traits["method"], traits, of_model=of_model))
+        group.cells.setdefault(bits, []).append(result)
+        group.fp32 = result.get("fp32") or group.fp32
     for group in groups.values():
-        key = _key(group.traits, ("model", "checkpoint", "id"))
-        if key in baselines:
-            group.fp32, group.fp32_own = baselines[key], True
-            used.add(key)
-            continue
-        carried = [r["fp32"] for r in group.quantized if isinstance(r.get("fp32"), Mapping)]
-        group.fp32 = dict(carried[-1]) if carried else None
-    for key, result in baselines.items():
-        if key not in used:
-            traits = json.loads(key) | {"method": "fp32", "options": {}, "calibration": ""}
-            groups[key] = Group(traits["model"], "fp32", traits, fp32=result, fp32_own=True)
+        group.cells = {bits: sorted(results, key=lambda r: r["seed"]) for bits, results in group.cells.items()}
+        if group.of_model in baselines:
+            group.fp32, group.fp32_own = baselines[group.of_model].fp32, True
+    measured = {group.of_model for group in groups.values()}
+    found = [*groups.values(), *(one for key, one in baselines.items() if key not in measured)]
+    places = [_unique(str(c.spec.get(name)) for c in listed) for name in ("model", "method")]
+    found.sort(key=lambda g: tuple((*p, n).index(n) for p, n in zip(places, (g.model, g.method), strict=True)))
+    _tell_apart(found)
+    for index, group in enumerate(found):
+        group.index = index
+    return Board(found, done, failed, dict(study or {}), timings, artefacts, looked)
 
 
 def _normal(cell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The result with model, method, bits and seed as the spec names them, and the traits that make its
     group."""
-    spec = cell.spec if isinstance(cell.spec, Mapping) else {}
     result = {**cell.result, "cell_key": cell.key}
     for key, default in (("model", "model"), ("method", "unknown"), ("bits", BASELINE), ("seed", 0)):
-        stated = [v for v in (spec.get(key), result.get(key)) if v is not None]
-        result[key] = stated[0] if stated else default
-    result["model"], result["method"] = str(result["model"]), str(result["method"])
-    if result["method"].lower() == "fp32" or str(result["bits"]).upper() == BASELINE:
-        result["bits"] = BASELINE
-    else:
-        result["bits"] = str(result["bits"]).upper()
-    options = spec["options"] if isinstance(spec.get("options"), Mapping) else result.get("options")
+        stated = (cell.spec.get(key), result.get(key), default)
+        result[key] = next(value for value in stated if value is not None)
+    result["bits"] = BASELINE if result["method"] == "fp32" else str(result["bits"]).upper()
     traits = {
         "model": result["model"],
-        "checkpoint": str(result.get("checkpoint_sha256") or spec.get("checkpoint_sha256") or ""),
-        "id": plain([dig(result, ("id", "source")), dig(result, ("id", "fingerprint"))]),
+        "checkpoint": str(result.get("checkpoint_sha256") or cell.spec.get("checkpoint_sha256") or ""),
+        "id": [dig(result, ("id", "source")), dig(result, ("id", "fingerprint"))],
         "method": result["method"],
-        "options": dict(options) if isinstance(options, Mapping) else {},
-        "calibration": calibration_source(result),
+        "options": cell.spec.get("options") or result.get("options") or {},
+        "calibration": _calibration_source(result),
     }
     return result, traits
 
 
-def calibration_source(result: Mapping[str, Any]) -> str:
+def _calibration_source(result: Mapping[str, Any]) -> str:
     """Where the calibration images came from and how many, without the seed of a random sample (that varies
     with the cell's)."""
-    source = dig(result, ("calibration", "source"))
-    if not isinstance(source, str):
-        return ""
-    bare = _SEED_IN_SOURCE.sub(r"\1", source).rstrip("?&")
-    n = dig(result, ("calibration", "n"))
-    return bare if n is None else f"{bare} ({n} images)"
+    used = result.get("calibration") or {}
+    bare = _SEED_IN_SOURCE.sub(r"\1", str(used.get("source") or "")).rstrip("?&")
+    return f"{bare} ({used['n']} images)" if bare and "n" in used else bare
 
 
 def _tell_apart(groups: Sequence[Group]) -> None:
     """Put what differs into the names of groups that would otherwise read alike (other weights, ID set,
     options, images)."""
-    for model in {g.model for g in groups}:
+    for model in _unique(g.model for g in groups):
         same = [g for g in groups if g.model == model]
-        for trait, cut in (("checkpoint", 8), ("id", 60)):
-            if len({g.traits[trait] for g in same}) > 1:
-                for g in same:
-                    text = g.traits[trait] if trait == "checkpoint" else json.loads(g.traits["id"])[0]
-                    g.model = f"{g.model} [{str(text or 'unknown')[:cut]}]"
-    named: dict[tuple[str, str], list[Group]] = {}
-    for g in groups:
-        named.setdefault((g.model, g.method), []).append(g)
-    for same in named.values():
-        if len(same) < 2:
-            continue
-        keys = sorted({k for g in same for k in g.traits["options"]})
-        differing = [k for k in keys if len({plain(g.traits["options"].get(k)) for g in same}) > 1]
-        sources = len({g.traits["calibration"] for g in same}) > 1
+        weights = len({g.traits["checkpoint"] for g in same}) > 1
+        images = len({tuple(g.traits["id"]) for g in same}) > 1
         for g in same:
+            g.model += f" [{g.traits['checkpoint'][:8] or 'unknown'}]" if weights else ""
+            g.model += f" [{str(g.traits['id'][0] or 'unknown')[:60]}]" if images else ""
+    for name in _unique(g.name for g in groups):
+        same = [g for g in groups if g.name == name]
+        options = sorted({k for g in same for k in g.traits["options"]})
+        differing = [k for k in options if len({plain(g.traits["options"].get(k)) for g in same}) > 1]
+        sources = len({g.traits["calibration"] for g in same}) > 1
+        for g in same if len(same) > 1 else ():
             notes = [f"{k}={plain(g.traits['options'][k])}" for k in differing if k in g.traits["options"]]
             notes += [f"calibrated on {g.traits['calibration'] or 'unknown'}"] if sources else []
-            g.method = f"{g.method} ({', '.join(notes) or 'defaults'})"
+            g.method += f" ({', '.join(notes) or 'defaults'})"
 
 
-def _ordered(groups: list[Group], cells: Sequence[Any]) -> list[Group]:
-    """Groups by model, then method, each in the order in which the store first names them."""
-    specs = [c.spec if isinstance(c.spec, Mapping) else {} for c in cells]
-    models = _unique(str(s.get("model")) for s in specs)
-    methods = _unique(str(s.get("method")) for s in specs)
-
-    def rank(names: list[str], name: str) -> int:
-        return names.index(name) if name in names else len(names)
-
-    return sorted(groups, key=lambda g: (rank(models, g.model), rank(methods, g.method)))
-
-
-def _key(traits: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
-    chosen = traits if names is None else {name: traits[name] for name in names}
-    return json.dumps(chosen, sort_keys=True, default=str)
+def _key(traits: Mapping[str, Any]) -> str:
+    return json.dumps(traits, sort_keys=True, default=str)
 
 
 def _items(tree: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    if not isinstance(tree, Mapping):
-        return []
-    return [(str(k), v) for k, v in tree.items() if isinstance(v, Mapping)]
+    """The parts of a mapping that are mappings themselves."""
+    return [(str(k), v) for k, v in (tree or {}).items() if isinstance(v, Mapping)]
 
 
 def _unique(items: Iterable[Any]) -> list[Any]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from quantlens.data import open_source
 from quantlens.errors import QuantlensError
-from quantlens.evaluation.images import fingerprint, groups_of, refuse_overlap
+from quantlens.evaluation.images import fingerprint, groups_of, refuse_overlap, source_name
 from quantlens.plugins import load_all
 from quantlens.studies.backend import Backend, MethodChoice
 from quantlens.studies.config import ModelSpec, StudyConfig
-from quantlens.studies.store import INSPECTION, to_json
+from quantlens.studies.store import INSPECTION, OF_THE_MODEL, to_json
 
 CELL_FORMAT = 1
 """Part of every key: raised when the metrics of unchanged inputs change (another definition of a metric, say)."""
@@ -40,21 +42,40 @@ class PlannedCell:
 
     @property
     def kind(self) -> str:
-        if self.inspects:
-            return "inspection"
-        return "fp32" if self.method is None else self.method_label
+        return "inspection" if self.inspects else self.method_label
 
     @property
     def needs_fp32(self) -> bool:
         """Whether it is compared with the FP32 cell of its model, and so comes after it."""
         return self.method is not None and not self.inspects
 
+    def about(self) -> dict[str, Any]:
+        """What it is, for a reader of the store."""
+        return {
+            "model": self.model.label,
+            "architecture": self.model.name,
+            "weights": self.model.weights,
+            "model_options": self.model.options,
+            "method": self.method_label,
+            "method_name": "fp32" if self.method is None else self.method.name,
+            "method_version": None if self.method is None else self.method.version,
+            "bits": self.bits,
+            "seed": self.seed,
+            "options": {} if self.method is None else self.method.options,
+            **({"inspects": True} if self.inspects else {}),
+        }
+
     def __str__(self) -> str:
-        if self.inspects:
-            return f"{self.model.label} inspection {self.bits}"
-        if self.method is None:
-            return f"{self.model.label} FP32"
-        return f"{self.model.label} {self.method_label} {self.bits} seed {self.seed}"
+        return label(self.about())
+
+
+def label(spec: Mapping[str, Any]) -> str:
+    """A cell in words."""
+    if spec.get("inspects"):
+        return f"{spec['model']} inspection {spec['bits']}"
+    if spec["method_name"] == "fp32":
+        return f"{spec['model']} FP32"
+    return f"{spec['model']} {spec['method']} {spec['bits']} seed {spec['seed']}"
 
 
 def plan_study(config: StudyConfig, backend: Backend | None = None) -> list[PlannedCell]:
@@ -92,58 +113,80 @@ class StudyImages:
     groups: dict[str, str]
     inspected: Any = None
 
-    def __post_init__(self) -> None:
-        asked = [source for source in (self.fit, self.inspected) if source is not None]
-        every = [self.id, *self.ood.values(), *self.calibration.values(), *asked]
-        object.__setattr__(self, "_marks", {id(source): fingerprint(source) for source in every})
+    @cached_property
+    def named(self) -> dict[str, Any]:
+        """Every source by what it is for."""
+        sources = {"the ID set": self.id, "the fit set": self.fit, "the inspected images": self.inspected}
+        sources |= {f"OOD set {name}": source for name, source in self.ood.items()}
+        sources |= {f"the calibration images of seed {seed}": source for seed, source in self.calibration.items()}
+        return {name: source for name, source in sources.items() if source is not None}
 
-    def mark(self, source: Any) -> str:
-        """The fingerprint of one of these sources (it reads a directory, so it is taken once)."""
-        return str(self._marks[id(source)])  # type: ignore[attr-defined]
-
+    @cached_property
     def marks(self) -> dict[str, str]:
-        """The fingerprints of all these sources by what they are for, to compare those of two machines."""
-        named = {"the ID set": self.id, **{f"OOD set {name}": source for name, source in self.ood.items()}}
-        named |= {f"the calibration images of seed {seed}": source for seed, source in self.calibration.items()}
-        if self.fit is not None:
-            named["the fit set"] = self.fit
-        if self.inspected is not None:
-            named["the inspected images"] = self.inspected
-        return {name: self.mark(source) for name, source in named.items()}
+        """The fingerprints of all these sources (that reads directories, so it is done once)."""
+        return {name: str(fingerprint(source)) for name, source in self.named.items()}
+
+    def mark(self, source: Any) -> str | None:
+        """The fingerprint of one of these sources; None of None."""
+        return next((self.marks[name] for name, one in self.named.items() if one is source), None)
 
     @staticmethod
-    def open(config: StudyConfig, backend: Backend) -> StudyImages:
+    def open(config: StudyConfig) -> StudyImages:
         """Open every source; calibration and fit images must not be among those evaluated."""
-        id_source = backend.open_source(config.id)
-        ood = {name: backend.open_source(spec.source) for name, spec in config.ood.items()}
-        fit = None if config.fit is None else backend.open_source(config.fit)
+        evaluated = {"the ID set": open_source(config.id)}
+        ood = {name: open_source(spec.source) for name, spec in config.ood.items()}
+        evaluated |= {f"OOD set {name}": source for name, source in ood.items()}
+        fit = None if config.fit is None else open_source(config.fit)
         calibration: dict[int, Any] = {}
-        learnt = [] if fit is None else [(fit, "the fit set")]
+        learnt = {} if fit is None else {"the fit set": fit}
         if config.calibration is not None and any(bits != FP32 for bits in config.bits):
-            pool = _enough(backend, config.calibration.source, config.calibration.n, "calibration", "n")
-            learnt.append((pool, "the calibration images"))
-            calibration = {seed: backend.open_source(config.calibration.drawn(seed)) for seed in config.seeds}
-        for source, what in learnt:
-            refuse_overlap(source, what, id_source, "the ID set")
-            for name, other in ood.items():
-                refuse_overlap(source, what, other, f"OOD set {name}")
-        given = {name: spec.group for name, spec in config.ood.items() if spec.group is not None}
+            given = config.calibration
+            learnt["the calibration images"] = _enough(given.source, given.n, "calibration", "n")
+            calibration = {seed: open_source(given.drawn(seed)) for seed in config.seeds}
+        for what, source in learnt.items():
+            for name, other in evaluated.items():
+                refuse_overlap(source, what, other, name)
+        groups = groups_of(ood, {name: spec.group for name, spec in config.ood.items() if spec.group is not None})
         inspected = None
         if config.inspect is not None:
-            bare = config.inspect.source or (config.calibration.source if config.calibration else "")
-            _enough(backend, bare, config.inspect.images, "inspect", "images")
-            inspected = backend.open_source(config.inspected())
-        return StudyImages(id_source, ood, fit, calibration, groups_of(ood, given), inspected)
+            drawn = config.inspected()
+            _enough(drawn.source, drawn.n, "inspect", "images")
+            inspected = open_source(drawn.drawn(config.inspect.seed))
+        return StudyImages(evaluated["the ID set"], ood, fit, calibration, groups, inspected)
 
 
-def _enough(backend: Backend, spec: str, count: int, what: str, key: str) -> Any:
+def _enough(spec: str, count: int, what: str, key: str) -> Any:
     """The Source, if it has as many images as `what` asks for under the key `key`."""
-    pool = backend.open_source(spec)
+    pool = open_source(spec)
     if len(pool) < count:
         raise QuantlensError(
             f"{what} asks for {count} images, but {spec} has {len(pool)}; lower `{key}` or give a larger source"
         )
     return pool
+
+
+def spec_of(cell: PlannedCell, config: StudyConfig, images: StudyImages) -> dict[str, Any]:
+    """What a cell is, for a reader of the store: with the labels and sources that this study uses. The checkpoint and
+    the preprocessing are None until the model has been loaded (`store.OF_THE_MODEL`)."""
+
+    def listed(source: Any, name: str = "") -> Any:
+        if source is None:
+            return None
+        return {"source": name or source_name(source), "fingerprint": images.mark(source), "n": len(source)}
+
+    common = {**cell.about(), **dict.fromkeys(OF_THE_MODEL)}
+    if cell.inspects:
+        return common | {"images": listed(images.inspected), "format": INSPECTION_FORMAT}
+    drawn = "" if config.calibration is None else config.calibration.drawn(cell.seed)
+    return common | {
+        "calibration": None if cell.method is None else listed(images.calibration.get(cell.seed), drawn),
+        "id": listed(images.id),
+        "ood": {name: {**listed(s), "group": images.groups[name]} for name, s in images.ood.items()},
+        "fit": listed(images.fit),
+        "scores": None if config.scores is None else list(config.scores),
+        "format": CELL_FORMAT,
+        **({} if config.attention is None else {"attention": config.attention.model_dump()}),
+    }
 
 
 def identity(cell: PlannedCell, config: StudyConfig, images: StudyImages) -> str:
@@ -162,7 +205,7 @@ def cell_key(
         {
             "cell": CELL_FORMAT,
             "model": {"name": cell.model.name, "checkpoint": checkpoint_sha256, "options": cell.model.options},
-            "preprocess": dict(preprocess),
+            "preprocess": preprocess,
             **_determinants(cell, config, images),
         }
     )
@@ -171,28 +214,25 @@ def cell_key(
 
 def _determinants(cell: PlannedCell, config: StudyConfig, images: StudyImages) -> dict[str, Any]:
     method = cell.method
-    if cell.inspects:
-        assert method is not None
-        chosen = [method.name, method.version, method.spelled()]
-        mark = images.mark(images.inspected)
-        return {"inspection": INSPECTION_FORMAT, "method": chosen, "bits": cell.bits, "seed": cell.seed, "images": mark}
-    looks = {} if config.attention is None else {"attention": [LENS_FORMAT, *config.attention.model_dump().values()]}
-    mixed = {}
-    if cell.bits.startswith("MP"):
-        from quantlens.allocation.allocation import VERSION
-
-        mixed = {"allocation": VERSION}
-    return {
-        **looks,
-        **mixed,
+    common = {
         "method": None if method is None else [method.name, method.version, method.spelled()],
         "bits": cell.bits,
         "seed": cell.seed,
+    }
+    if cell.inspects:
+        return common | {"inspection": INSPECTION_FORMAT, "images": images.mark(images.inspected)}
+    if config.attention is not None:
+        common["attention"] = [LENS_FORMAT, *config.attention.model_dump().values()]
+    if cell.bits.startswith("MP"):
+        from quantlens.allocation.allocation import VERSION
+
+        common["allocation"] = VERSION
+    return common | {
         "calibration": None if method is None else images.mark(images.calibration[cell.seed]),
         "id": images.mark(images.id),
         # The result names each set and averages far and near apart, so names and groups belong to the cell.
         "ood": [[name, images.mark(images.ood[name]), images.groups[name]] for name in sorted(images.ood)],
-        "fit": None if images.fit is None else images.mark(images.fit),
+        "fit": images.mark(images.fit),
         "scores": None if config.scores is None else sorted(config.scores),
     }
 

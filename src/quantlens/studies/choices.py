@@ -8,32 +8,23 @@ from typing import Any
 
 from quantlens.studies.benchmarks import Timed
 from quantlens.studies.board import Board, dig
-from quantlens.studies.text import BASELINE, number
+from quantlens.studies.text import BASELINE, count, number
 
 
 @dataclass(frozen=True)
 class Choice:
     """One file at one place (processor, batch size, threads): its metrics, and the words that stand where one is
-    missing."""
+    missing. over_float: the median of the float model in the same runtime and the same run, over this one's."""
 
     timed: Timed
+    name: str
+    latency: float
+    size: float | None
     top1: float | None
     nll: float | None
     aupr: float | None
     words: str
     over_float: float | None
-
-    @property
-    def latency(self) -> float:
-        return float(self.timed.timing["median_ms"])
-
-    @property
-    def size(self) -> float | None:
-        return number(self.timed.timing.get("size_mb"))
-
-    @property
-    def name(self) -> str:
-        return str(self.timed.timing["label"])
 
     def losses(self) -> tuple[float, ...] | None:
         """The four metrics of the front, each so that less is better; None where one is missing."""
@@ -56,11 +47,11 @@ def places(board: Board) -> list[Place]:
     """The newest timing of every file, by place."""
     found: dict[tuple[str, int, int], dict[str, Timed]] = {}
     for one in board.timings:
-        found.setdefault(one.place, {})[str(one.facts["fingerprint"])] = one
+        found.setdefault(one.place, {})[one.facts["fingerprint"]] = one
     listed = []
     for (cpu, batch, threads), rows in found.items():
         choices = [_choice(board, one) for one in rows.values()]
-        heading = f"Batch {batch}, {threads} thread{'s' if threads > 1 else ''}, {cpu}"
+        heading = f"Batch {batch}, {count(threads, 'thread')}, {cpu}"
         listed.append(Place(heading, choices, pareto([c.losses() for c in choices])))
     return listed
 
@@ -76,15 +67,14 @@ def pareto(losses: Sequence[tuple[float, ...] | None]) -> list[int | None]:
     all, better in one); None for a point without metrics. Less is better."""
     found: list[int | None] = []
     for i, own in enumerate(losses):
-        if own is None:
-            found.append(None)
-            continue
         better = (
             j
             for j, other in enumerate(losses)
-            if other is not None and other != own and all(a <= b for a, b in zip(other, own, strict=True))
+            if own is not None
+            and other not in (None, own)
+            and all(a <= b for a, b in zip(other or (), own, strict=True))
         )
-        found.append(next(better, i))
+        found.append(next(better, None if own is None else i))
     return found
 
 
@@ -99,43 +89,34 @@ def _measured(board: Board, one: Timed) -> tuple[Mapping[str, Any] | None, str]:
     images of the newest evaluation."""
     wanted = _images(board.artefacts[-1][1]) if board.artefacts else None
     if one.result is not None:
-        if _images(one.result) == wanted:
-            return one.result, ""
-        return None, "evaluated on other images"
-    if one.facts.get("bits") != BASELINE:
-        return None, "not evaluated"
-    checkpoint = one.facts.get("checkpoint_sha256")
-    for _, result in reversed(board.artefacts):
-        same = checkpoint is not None and result.get("checkpoint_sha256") == checkpoint and _images(result) == wanted
-        if same and isinstance(result.get("fp32"), Mapping):
-            return result["fp32"], "measured in PyTorch"
-    for group in board.groups:
-        if group.fp32_own and group.fp32 and group.traits["checkpoint"] == checkpoint and _images(group.fp32) == wanted:
-            return group.fp32, "measured in PyTorch"
+        return (one.result, "") if _images(one.result) == wanted else (None, "evaluated on other images")
+    known = []
+    if one.facts.get("bits") == BASELINE:
+        known += [(r.get("checkpoint_sha256"), r, r.get("fp32")) for _, r in reversed(board.artefacts)]
+        known += [(g.traits["checkpoint"], g.fp32, g.fp32) for g in board.groups if g.fp32_own and g.fp32]
+    for checkpoint, result, fp32 in known:
+        if fp32 and checkpoint and checkpoint == one.facts.get("checkpoint_sha256") and _images(result) == wanted:
+            return fp32, "measured in PyTorch"
     return None, "not evaluated"
 
 
 def _choice(board: Board, one: Timed) -> Choice:
-    figures, words = _measured(board, one)
+    measured, words = _measured(board, one)
+
+    def same(other: Timed) -> tuple[Any, ...]:
+        runtime = str(other.facts.get("runtime", "")).partition(" ")[0]
+        return other.run, other.place, other.facts.get("checkpoint_sha256"), runtime
+
+    floats = (other for other in board.timings if other.facts.get("bits") == BASELINE and same(other) == same(one))
+    base = next(floats, None)
     return Choice(
         one,
-        number(dig(figures, ("id", "top1"))),
-        number(dig(figures, ("id", "nll"))),
-        number(dig(figures, ("ood_mean", "all", choice_score(board), "aupr_out"))),
+        one.timing["label"],
+        one.timing["median_ms"],
+        number(one.timing.get("size_mb")),
+        number(dig(measured, ("id", "top1"))),
+        number(dig(measured, ("id", "nll"))),
+        number(dig(measured, ("ood_mean", "all", choice_score(board), "aupr_out"))),
         words,
-        _over_float(board, one),
+        None if base is None else base.timing["median_ms"] / one.timing["median_ms"],
     )
-
-
-def _over_float(board: Board, one: Timed) -> float | None:
-    """The median of the float model in the same runtime and the same run, over this one's."""
-    for other in board.timings:
-        same = other.run == one.run and other.place == one.place
-        same = same and other.facts.get("checkpoint_sha256") == one.facts.get("checkpoint_sha256")
-        if same and other.facts.get("bits") == BASELINE and _runtime(other) == _runtime(one):
-            return float(other.timing["median_ms"]) / float(one.timing["median_ms"])
-    return None
-
-
-def _runtime(one: Timed) -> str:
-    return str(one.facts.get("runtime", "")).partition(" ")[0]

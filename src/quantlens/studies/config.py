@@ -8,35 +8,100 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from quantlens._moved import ARGUMENTS, arguments_apart
 from quantlens.errors import QuantlensError
-from quantlens.studies.study_file import first_problem, read_yaml, resolve_path, resolve_source
+
+_VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+# ---- paths, sources and precisions -----------------------------------------------------------------------------------
 
 
-def _named(value: Any) -> Any:
-    """A bare string stands for {name: string}."""
-    return {"name": value} if isinstance(value, str) else value
+def _value(match: re.Match[str]) -> str:
+    """What a variable stands for."""
+    found = os.environ.get(match["name"]) or match["default"]
+    if found is None:
+        raise ValueError(f"uses {match[0]}, which is not set; run `export {match['name']}=…` first")
+    return found
 
 
-def _sourced(value: Any) -> Any:
-    """A bare string stands for {source: string}."""
-    return {"source": value} if isinstance(value, str) else value
+def _path(text: str, info: ValidationInfo) -> str:
+    """A path with variables replaced, relative to the directory that the validation is given (if it is)."""
+    return text if info.context is None else str(info.context / Path(_VARIABLE.sub(_value, text)).expanduser())
 
 
-def _not_sampled(source: str, count: str) -> str:
-    """ValueError for a source that draws a sample, which the key `count` is for."""
+def _source(text: str, info: ValidationInfo) -> str:
+    """A SOURCE with variables replaced and such a path; `embedded:` names stay as they are."""
+    if info.context is None:
+        return text
+    kind, colon, rest = _VARIABLE.sub(_value, text).partition(":")
+    return f"{kind}:{info.context / Path(rest).expanduser()}" if colon and kind != "embedded" else kind + colon + rest
+
+
+def _weights(text: str, info: ValidationInfo) -> str:
+    return text if text in ("pretrained", "random") else _path(text, info)
+
+
+def _plugin(text: str, info: ValidationInfo) -> str:
+    return _path(text, info) if "/" in text or text.endswith(".py") else text
+
+
+def _not_sampled(count: str, source: str) -> str:
+    """Refuse a source that draws a sample, which the key `count` is for."""
     if re.search(r"[?&](n|seed)=", source):
         raise ValueError(f"must not draw a sample itself: write the number of images as `{count}`")
     return source
+
+
+def _bits(text: str) -> str:
+    """A precision in its one spelling: `W4A8`, `FP32`, `MP6` for mixed precision."""
+    from quantlens.allocation import is_target, parse_target
+    from quantlens.qmodel.bits import Bits
+
+    try:
+        return f"MP{parse_target(text)}" if is_target(text) else str(Bits.parse(text))
+    except QuantlensError as error:
+        raise ValueError(str(error)) from None
+
+
+Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
+Precision = Annotated[str, AfterValidator(_bits)]
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+
+class _Strict(BaseModel):
+    """Has no keys but those declared. A bare string stands for {`_short`: string}, and a label is the name at first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    _short: ClassVar[str] = "name"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled_out(cls, value: Any) -> Any:
+        value = {cls._short: value} if isinstance(value, str) else value
+        if "label" in cls.model_fields and isinstance(value, dict):
+            return {"label": value.get("name", ""), **value}
+        return value
 
 
 class ModelSpec(_Strict):
@@ -44,15 +109,9 @@ class ModelSpec(_Strict):
     default of the name), a label for tables, and further keyword arguments of `load_model`."""
 
     name: str = Field(min_length=1)
-    weights: str | None = None
+    weights: Annotated[str, AfterValidator(_weights)] | None = None
     label: str = ""
     options: dict[str, Any] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _label_is_name(cls, value: Any) -> Any:
-        value = _named(value)
-        return {"label": value.get("name", ""), **value} if isinstance(value, dict) else value
 
 
 class MethodSpec(_Strict):
@@ -70,14 +129,11 @@ class MethodSpec(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _label_is_name(cls, value: Any) -> Any:
-        value = _named(value)
-        if not isinstance(value, dict):
+    def _arguments_apart(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("options"), dict):
             return value
-        if isinstance(options := value.get("options"), dict):
-            shared, own = arguments_apart(options, lambda name: f"`{name}` beside `options`")
-            value = {**shared, **value, "options": own}
-        return {"label": value.get("name", ""), **value}
+        shared, own = arguments_apart(value["options"], lambda name: f"`{name}` beside `options`")
+        return {**shared, **value, "options": own}
 
     def settings(self) -> dict[str, Any]:
         """What a method is called with."""
@@ -88,13 +144,9 @@ class MethodSpec(_Strict):
 class CalibrationSpec(_Strict):
     """Where calibration images come from, and how many of them each seed draws."""
 
-    source: str = Field(min_length=1)
+    _short = "source"
+    source: Annotated[Source, AfterValidator(partial(_not_sampled, "n"))]
     n: int = Field(default=32, ge=1)
-
-    @field_validator("source")
-    @classmethod
-    def _no_sample(cls, value: str) -> str:
-        return _not_sampled(value, "n")
 
     def drawn(self, seed: int) -> str:
         """The source of the images that this seed draws."""
@@ -107,7 +159,8 @@ class OodSpec(_Strict):
     """One out-of-distribution set; near sets are averaged apart from far ones. A set that does not say its group is
     far, but for the embedded sets, which know theirs."""
 
-    source: str = Field(min_length=1)
+    _short = "source"
+    source: Source
     group: Literal["far", "near"] | None = None
 
 
@@ -123,29 +176,18 @@ class InspectSpec(_Strict):
     """Which layer hurts (:func:`quantlens.sensitivity.inspect`), found once per model: every site and block alone,
     quantized by `method` at `bits`, on `images` that `seed` draws from `source` (by default that of `calibration`)."""
 
-    bits: str = "W8A8"
+    bits: Precision = "W8A8"
     images: int = Field(default=16, ge=1)
-    method: MethodSpec = MethodSpec(name="minmax", label="minmax")
+    method: MethodSpec = MethodSpec(name="minmax")
     seed: int = Field(default=0, ge=0)
-    source: str | None = None
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _method_by_name(cls, value: Any) -> Any:
-        return _named(value)
+    source: Annotated[Source, AfterValidator(partial(_not_sampled, "images"))] | None = None
 
     @field_validator("bits")
     @classmethod
     def _widths(cls, value: str) -> str:
-        bits = parse_bits(value)
-        if bits == "FP32" or bits.startswith("MP"):
-            raise ValueError(f"{bits} is no pair of widths; give bits such as W8A8 or W4A4")
-        return bits
-
-    @field_validator("source")
-    @classmethod
-    def _no_sample(cls, value: str | None) -> str | None:
-        return None if value is None else _not_sampled(value, "images")
+        if not value.startswith("W"):
+            raise ValueError(f"{value} is no pair of widths; give bits such as W8A8 or W4A4")
+        return value
 
 
 class ResourcesSpec(_Strict):
@@ -169,53 +211,31 @@ class StudyConfig(_Strict):
     name: str = "study"
     models: tuple[ModelSpec, ...] = Field(min_length=1)
     methods: tuple[MethodSpec, ...] = ()
-    bits: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    bits: tuple[Precision, ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
     calibration: CalibrationSpec | None = None
-    id: str = Field(min_length=1)
+    id: Source
     ood: dict[str, OodSpec] = {}
-    fit: str | None = None
+    fit: Source | None = None
     scores: tuple[str, ...] | None = None
     attention: AttentionSpec | None = None
     inspect: InspectSpec | None = None
-    plugins: tuple[str, ...] = ()
+    plugins: tuple[Annotated[str, AfterValidator(_plugin)], ...] = ()
     resources: ResourcesSpec = ResourcesSpec()
     device: str = "auto"
     batch_size: int = Field(default=64, ge=1)
     skip_bad: bool = False
-    cache: bool | str = True
+    cache: bool | Annotated[str, AfterValidator(_path)] = True
     outputs: bool | Literal["scores"] = True
-
-    @field_validator("models", "methods", mode="before")
-    @classmethod
-    def _lists_of_names(cls, value: Any) -> Any:
-        return [_named(v) for v in value] if isinstance(value, list | tuple) else value
-
-    @field_validator("calibration", mode="before")
-    @classmethod
-    def _calibration_source(cls, value: Any) -> Any:
-        return _sourced(value)
-
-    @field_validator("ood", mode="before")
-    @classmethod
-    def _ood_sources(cls, value: Any) -> Any:
-        return {k: _sourced(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     @field_validator("attention", "inspect", mode="before")
     @classmethod
     def _asked_for(cls, value: Any) -> Any:
         return ({} if value else None) if isinstance(value, bool) else value
 
-    @field_validator("bits")
+    @field_validator("bits", "seeds")
     @classmethod
-    def _bits_exist(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(parse_bits(bits) for bits in value))
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds_differ(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if any(seed < 0 for seed in value):
-            raise ValueError("a seed is a whole number of at least 0")
+    def _each_once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(dict.fromkeys(value))
 
     @model_validator(mode="after")
@@ -234,36 +254,43 @@ class StudyConfig(_Strict):
             raise ValueError("`inspect` has no images: give it a `source`, or the study `calibration`")
         return self
 
-    def inspected(self) -> str:
-        """The source of the images that `inspect` draws; the study must have it."""
-        from quantlens.data.sources import with_sample
-
+    def inspected(self) -> CalibrationSpec:
+        """Where the images of `inspect` come from, and how many of them; the study must have it."""
         assert self.inspect is not None
         source = self.inspect.source or (self.calibration.source if self.calibration else "")
-        return with_sample(source, self.inspect.images, self.inspect.seed)
+        return CalibrationSpec(source=source, n=self.inspect.images)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it is kept in the store."""
         return self.model_dump(mode="json")
 
 
-def parse_bits(text: str) -> str:
-    """A precision in its one spelling (`W4A8`, `FP32`, `MP6` for mixed precision); ValueError when it is none."""
-    from quantlens.allocation import is_target, parse_target
-    from quantlens.qmodel.bits import Bits
-
-    try:
-        return f"MP{parse_target(text)}" if is_target(text) else str(Bits.parse(text))
-    except QuantlensError as error:
-        raise ValueError(str(error)) from None
-
-
 def load_config(path: str | os.PathLike[str]) -> StudyConfig:
     """Read a study file (YAML, safe tags only)."""
     path = Path(path)
     where = f"study file {path}"
-    data = read_yaml(path, where)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise QuantlensError(f"{where} does not exist; see examples/ for files to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise QuantlensError(f"{where} cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" at line {mark.line + 1}" if mark is not None else ""
+        raise QuantlensError(f"{where} is not valid YAML{at}: {getattr(error, 'problem', None) or error}") from error
     return parse_config(data, base=path.parent, where=where, name=path.stem)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice (YAML would silently keep the last)."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [(self.construct_object(key, deep=True), key.start_mark) for key, _ in node.value]
+        for i, (key, mark) in enumerate(keys):
+            if any(key == before for before, _ in keys[:i]):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", mark)
+        return super().construct_mapping(node, deep)
 
 
 def parse_config(data: Any, *, base: Path | None = None, where: str = "the study", name: str = "study") -> StudyConfig:
@@ -271,36 +298,49 @@ def parse_config(data: Any, *, base: Path | None = None, where: str = "the study
     if not isinstance(data, dict):
         raise QuantlensError(f"{where} must hold keys such as `models:` and `bits:`, not {type(data).__name__}")
     try:
-        config = StudyConfig.model_validate({"name": name, **data})
+        return StudyConfig.model_validate({"name": name, **data}, context=(base or Path()).resolve())
     except ValidationError as error:
-        raise QuantlensError(f"{where}: {first_problem(error, StudyConfig)}") from None
-    return _resolved(config, Path.cwd() if base is None else base.resolve(), where)
+        raise QuantlensError(f"{where}: {_first_problem(error)}") from None
 
 
-def _resolved(config: StudyConfig, base: Path, where: str) -> StudyConfig:
-    def weights(model: ModelSpec) -> ModelSpec:
-        if model.weights in (None, "pretrained", "random"):
-            return model
-        assert model.weights is not None
-        return model.model_copy(update={"weights": resolve_path(model.weights, base, where)})
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
-    update: dict[str, Any] = {
-        "models": tuple(weights(m) for m in config.models),
-        "plugins": tuple(resolve_path(p, base, where) if "/" in p or p.endswith(".py") else p for p in config.plugins),
-        "id": resolve_source(config.id, base, where),
-        "ood": {
-            name: spec.model_copy(update={"source": resolve_source(spec.source, base, where)})
-            for name, spec in config.ood.items()
-        },
-    }
-    if config.calibration is not None:
-        source = resolve_source(config.calibration.source, base, where)
-        update["calibration"] = config.calibration.model_copy(update={"source": source})
-    if config.inspect is not None and config.inspect.source is not None:
-        source = resolve_source(config.inspect.source, base, where)
-        update["inspect"] = config.inspect.model_copy(update={"source": source})
-    if config.fit is not None:
-        update["fit"] = resolve_source(config.fit, base, where)
-    if isinstance(config.cache, str):
-        update["cache"] = resolve_path(config.cache, base, where)
-    return config.model_copy(update=update)
+
+def _first_problem(error: ValidationError) -> str:
+    """The first mistake in a study file as a sentence."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    # A misspelt key is most likely the reason of a missing one.
+    problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
+    *place, key = location = problem["loc"] or ("",)
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(place)
+        close = get_close_matches(str(key), known, n=1, cutoff=0.5)
+        at = f" in `{_spell(place)}`" if place else ""
+        return f"unknown key {key!r}{at}; " + (
+            f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}"
+        )
+    if problem["type"] == "missing":
+        return f"the key `{_spell(location)}` is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"`{_spell(location)}`: {message.replace('Input', 'input', 1)}" if problem["loc"] else message
+
+
+def _spell(location: Sequence[Any]) -> str:
+    """("models", 0, "name") -> models[0].name"""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
+def _keys_at(location: Sequence[Any]) -> list[str]:
+    """The keys that may stand at a place of the study file."""
+    here: Any = StudyConfig
+    for part in location:  # an index of a list and a name in a mapping lead to no other model
+        if part in here.model_fields:
+            here = _model_in(here.model_fields[part].annotation) or here
+    return list(here.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    """The pydantic model inside `tuple[Model, ...]`, `dict[str, Model]` or `Model | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 from quantlens.attention.metrics import CAUSES, WHERE, DriftMetric, value_in
 from quantlens.metrics.correlation import Association, associate
@@ -37,37 +38,26 @@ class Link:
     found: Association
 
 
-def changed_path(board: Board) -> Path | None:
-    """Path of the metric that drift is compared with: AUPR-out of the far sets, else of all or near ones."""
-    if not board.parts() or board.score is None:
-        return None
-    return ("ood_mean", board.parts()[0], board.score, "aupr_out")
-
-
 def links(board: Board) -> list[Link]:
-    """Every metric of drift that cells have beside a change of AUPR-out."""
-    path = changed_path(board)
-    found = []
-    for metric, where in ((m, w) for m in CAUSES for w in WHERE if path is not None):
-        of_cells = pairs(board, path or (), where, metric)
-        if of_cells:
-            association = associate(
-                [p.x for p in of_cells],
-                [p.y for p in of_cells],
-                [(p.group.index, p.bits) for p in of_cells],
-                [p.bits for p in of_cells],
-            )
-            found.append(Link(metric, where, of_cells, association))
+    """Every metric of drift that cells have beside a change of AUPR-out (`Board.ood_path`)."""
+    found: list[Link] = []
+    if board.ood_path is None:
+        return found
+    for metric, where in product(CAUSES, WHERE):
+        pairs = _pairs(board, board.ood_path, where, metric)
+        if pairs:
+            x, y, bits = [p.x for p in pairs], [p.y for p in pairs], [p.bits for p in pairs]
+            conditions = [(p.group.index, p.bits) for p in pairs]
+            found.append(Link(metric, where, pairs, associate(x, y, conditions, bits)))
     return found
 
 
-def pairs(board: Board, path: Path, where: str, metric: DriftMetric) -> list[Pair]:
-    """(drift, change of AUPR-out in points) of every quantized cell that has both."""
+def _pairs(board: Board, path: Path, where: str, metric: DriftMetric) -> list[Pair]:
+    """Every quantized cell that has both."""
     found = []
     for group in board.groups:
-        for bits, results in group.cells.items():
-            for result in results:
-                x, change = value_in(result, where, metric), change_of(group, result, path)
-                if x is not None and change is not None:
-                    found.append(Pair(group, bits, str(result.get("seed")), x, 100 * change))
+        for bits, result in ((bits, result) for bits, results in group.cells.items() for result in results):
+            x, change = value_in(result, where, metric), change_of(group, result, path)
+            if x is not None and change is not None:
+                found.append(Pair(group, bits, str(result["seed"]), x, 100 * change))
     return found

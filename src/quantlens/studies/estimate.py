@@ -10,12 +10,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from quantlens.evaluation.environment import cores
+import psutil
+import torch
+
+from quantlens.ambient import isolated
+from quantlens.evaluation.environment import choose_device, cores
 from quantlens.studies.backend import Backend
-from quantlens.studies.cell_labels import reason
 from quantlens.studies.cells import PlannedCell, StudyImages, cell_key, plan_study
 from quantlens.studies.config import ModelSpec, StudyConfig
-from quantlens.studies.measuring import ModelWork, Outcome
+from quantlens.studies.measuring import ModelWork, Outcome, reason
 from quantlens.studies.progress import Quiet, display, duration
 from quantlens.studies.store import Store, packed
 
@@ -77,6 +80,7 @@ class Estimate:
         return out
 
 
+@isolated
 def estimate(
     config: StudyConfig,
     directory: str | Path,
@@ -87,19 +91,12 @@ def estimate(
 ) -> Estimate:
     """What the cells of a study that are not finished in `directory` cost. A pilot of every model and method runs;
     nothing is stored. Raises as `run_study` does for what cannot run."""
-    import torch
-
     backend, shown = backend or Backend(), display(progress)
     cells = plan_study(config, backend)
-    pilots = _Pilots(config, StudyImages.open(config, backend), backend, shown, Estimate(len(cells), workers))
-    threads = torch.get_num_threads()
-    backend.set_threads(max(1, cores() // workers))
-    try:
-        for spec in config.models:
-            pilots.run(spec, [cell for cell in cells if cell.model == spec], directory)
-    finally:
-        backend.set_threads(threads)
-        shown.stop()
+    pilots = _Pilots(config, StudyImages.open(config), backend, shown, Estimate(len(cells), workers))
+    torch.set_num_threads(max(1, cores() // workers))
+    for spec in config.models:
+        pilots.run(spec, [cell for cell in cells if cell.model == spec], directory)
     return pilots.found
 
 
@@ -116,8 +113,6 @@ class _Pilots:
 
     def run(self, spec: ModelSpec, cells: list[PlannedCell], directory: str | Path) -> None:
         """The pilots of one model."""
-        import psutil
-
         started = time.perf_counter()
         work = self._work(spec)
         decoding = _timed(work.decode)
@@ -126,7 +121,7 @@ class _Pilots:
         self.found.models[spec.label] = cost
         keys = [cell_key(c, self.config, self.images, str(work.checkpoint_sha256), work.preprocess) for c in cells]
         with Store(directory) as store:
-            finished = store.statuses(keys) if store.exists() else {}
+            finished = store.statuses(keys) if store.path.is_file() else {}
         left = [cell for cell, key in zip(cells, keys, strict=True) if key not in finished]
         self.found.finished += len(cells) - len(left)
         for kind in dict.fromkeys(cell.kind for cell in left):
@@ -144,7 +139,7 @@ class _Pilots:
         if small.attention is not None:
             attention = small.attention.model_copy(update={"images": len(self.few.id)})
             small = small.model_copy(update={"attention": attention})
-        return ModelWork(small, self.backend, self.few, self.backend.device(small.device), spec, Quiet())
+        return ModelWork(small, self.backend, self.few, choose_device(small.device), spec, Quiet())
 
     def _kind(self, work: ModelWork, cost: ModelCost, kind: str, cells: list[PlannedCell]) -> None:
         """The pilot of FP32, of the inspection, or of a method at its lowest precision."""

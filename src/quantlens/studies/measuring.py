@@ -1,22 +1,27 @@
-"""The work of a study without its store: load a model, decode its images once, and measure its cells.
-
-Executors put this where they like: in the process that holds the store, or in a worker that never sees it.
-"""
+"""What a worker does, wherever it runs: load models, decode their images once, measure cells and hand them back. It
+never sees the store."""
 
 from __future__ import annotations
 
 import errno
+import platform
+import re
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from threadpoolctl import threadpool_limits
 
+from quantlens.data import load_images
 from quantlens.errors import QuantlensError, StorageError
+from quantlens.evaluation.environment import choose_device
 from quantlens.evaluation.images import source_name
 from quantlens.evaluation.outputs import pack
+from quantlens.plugins import load_all
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import PlannedCell, StudyImages, weights_of
 from quantlens.studies.config import ModelSpec, StudyConfig
@@ -32,10 +37,6 @@ class Outcome:
     error: str | None
     seconds: float
     outputs: bytes | None = None
-
-    @property
-    def status(self) -> str:
-        return "done" if self.error is None else "failed"
 
 
 class ModelWork:
@@ -91,9 +92,12 @@ class ModelWork:
 
     def measure(self, cell: PlannedCell) -> tuple[dict[str, Any], bytes | None]:
         """The result dict of a cell, not compared with FP32 yet, and its per-image outputs packed."""
-        if cell.inspects:
-            return self._inspect(cell), None
         config, step = self.config, self.shown.step
+        if cell.inspects and cell.method is not None:
+            images = self._load(self.images.inspected, "the inspected images")
+            return {
+                "inspection": self.backend.inspect(self.model, images, cell.method, cell.bits, cell.seed, step)
+            }, None
         started = time.perf_counter()
         measured = self.model
         if cell.method is not None:
@@ -126,13 +130,6 @@ class ModelWork:
             data["seconds"] = {**data["seconds"], "attention": time.perf_counter() - started}
         return data, outputs
 
-    def _inspect(self, cell: PlannedCell) -> dict[str, Any]:
-        """The result of an inspection: what `Inspection.to_dict` gives, under "inspection"."""
-        images = self._load(self.images.inspected, "the inspected images")
-        assert cell.method is not None
-        found = self.backend.inspect(self.model, images, cell.method, cell.bits, cell.seed, self.shown.step)
-        return {"inspection": found}
-
     def attempt(self, cell: PlannedCell) -> Outcome:
         """Measure a cell; what it raises is its outcome, unless it would stop every other cell too (see `stops`)."""
         started = time.perf_counter()
@@ -148,13 +145,97 @@ class ModelWork:
 
     def _load(self, source: Any, what: str) -> Any:
         cache = self.config.cache
-        return self.backend.load_images(
+        return load_images(
             source,
             self.model.preprocess,
             cache_dir=None if cache is True else cache,
             skip_bad=self.config.skip_bad,
             progress=lambda done, total: self.shown.step(f"decoding {what}", done, total),
         )
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The study cannot go on; the sentence says why."""
+
+    message: str
+
+
+class Worker:
+    """A worker, which keeps the model it worked on last.
+
+    Images and weights are read from the paths of the study, so those must exist on every node. threads: of torch; None
+    leaves them. images: the study's, where they have been listed in this process; otherwise they are listed here, and
+    must have the fingerprints `marks` of those of the driver.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        backend: Backend,
+        threads: int | None = None,
+        marks: Mapping[str, str] | None = None,
+        images: StudyImages | None = None,
+        shown: Quiet | None = None,
+    ) -> None:
+        self.config, self.backend, self.threads, self.marks = config, backend, threads, marks or {}
+        self.images, self.shown = images, shown or Quiet()
+        self.work: ModelWork | None = None
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What a method returns, or the `Stop` of what would stop every other cell, too."""
+        try:
+            return getattr(self, method)(*arguments)
+        except (QuantlensError, OSError) as error:
+            full = f"the disk is full ({error}); free some space and run the same command again"
+            return Stop(full if is_full_disk(error) else str(error))
+
+    def start(self) -> None:
+        """List the images on this node."""
+        load_all(self.config.plugins)
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        if self.images is None:
+            self.images = StudyImages.open(self.config)
+            for name, mark in self.marks.items():
+                if self.images.marks.get(name) != mark:
+                    raise QuantlensError(
+                        f"the images of {name} on node {platform.node()} are not those of the driver's machine; put "
+                        "the same files under the same path on every node"
+                    )
+
+    def load(self, index: int) -> tuple[str | None, dict[str, Any]] | Outcome:
+        """Load the model with that number in the study: its checkpoint and preprocessing, which the keys of its cells
+        are made of; an Outcome is the error of one that cannot be loaded."""
+        assert self.images is not None
+        spec, device = self.config.models[index], choose_device(self.config.device)
+        try:
+            if self.work is None or self.work.label != spec.label:
+                if self.work is not None:
+                    self.work = None
+                    self.backend.free(at_once=True)
+                self.shown.working(f"loading {spec.label}")
+                self.work = ModelWork(self.config, self.backend, self.images, device, spec, self.shown)
+        except Exception as error:
+            if stops(error):
+                raise
+            return Outcome(None, told(error), 0.0)
+        return self.work.checkpoint_sha256, self.work.preprocess
+
+    def run(self, index: int, cell: PlannedCell, checkpoint_sha256: str | None) -> Outcome:
+        """Measure a cell of a model; the driver compares it with FP32. checkpoint_sha256: as the driver knows it."""
+        loaded = self.load(index)
+        if isinstance(loaded, Outcome):
+            return loaded
+        if loaded[0] != checkpoint_sha256:
+            raise QuantlensError(
+                f"{self.config.models[index].label}: the checkpoint on node {platform.node()} is another one (SHA-256 "
+                f"{str(loaded[0])[:12]}…, not {str(checkpoint_sha256)[:12]}…); put the same file on every node"
+            )
+        assert self.work is not None
+        self.shown.working(str(cell))
+        self.work.decode()
+        return self.work.attempt(cell)
 
 
 def stops(problem: BaseException) -> bool:
@@ -167,11 +248,12 @@ def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def full_disk(error: BaseException) -> str:
-    """The sentence for a disk that is full where a worker runs."""
-    return f"the disk is full ({error}); free some space and run the same command again"
-
-
 def told(problem: BaseException) -> str:
     """The traceback as text."""
     return "".join(traceback.format_exception(problem))
+
+
+def reason(error: str | None) -> str:
+    """The last line of a traceback, without the module of quantlens' exceptions."""
+    last = ((error or "").strip().splitlines() or ["unknown reason"])[-1]
+    return re.sub(r"^quantlens\.errors\.\w+: ", "", last)

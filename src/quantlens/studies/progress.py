@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-
-def duration(seconds: float) -> str:
-    """`8 s`, `3 min 05 s`, `2 h 14 min`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+from quantlens.studies.text import duration
 
 
 class Quiet:
-    """Shows nothing; the base of the other displays, and what keeps the time."""
+    """Shows nothing; the base of the other displays, and what keeps the time. parallel: workers."""
 
     def __init__(self) -> None:
-        self.total = self.ended = self.at_start = 0
-        self.started = time.monotonic()
+        self.total = self.ended = 0
         self.parallel = 1
-        """Workers."""
         self._times: dict[str, list[float]] = {}
 
-    def start(self, total: int, finished_before: int) -> None:
-        """`finished_before` of the `total` cells were finished before."""
-        self.total, self.ended, self.at_start, self.started = total, finished_before, finished_before, time.monotonic()
+    def start(self, total: int) -> None:
+        """The study begins; so many cells are planned."""
+        self.total = total
 
     def working(self, what: str) -> None:
         """A cell begins, or a model is loaded."""
@@ -53,11 +42,14 @@ class Quiet:
 
     def left(self) -> float | None:
         """Seconds left, from the mean time of the cells so far (methods weigh equally); None when nothing ran yet."""
-        if not self._times:
-            return None
-        means = [sum(times) / len(times) for kind, times in self._times.items() if kind not in ("fp32", "inspection")]
-        means = means or [sum(times) / len(times) for times in self._times.values()]
-        return sum(means) / len(means) * (self.total - self.ended) / self.parallel
+        means = {kind: sum(times) / len(times) for kind, times in self._times.items()}
+        methods = [mean for kind, mean in means.items() if kind not in ("fp32", "inspection")] or list(means.values())
+        return sum(methods) / len(methods) * (self.total - self.ended) / self.parallel if methods else None
+
+    def left_text(self) -> str:
+        """ "about 3 min 05 s left", or "" where that is not known or nothing is left."""
+        left = self.left()
+        return f"about {duration(left)} left" if left else ""
 
 
 class Lines(Quiet):
@@ -67,22 +59,17 @@ class Lines(Quiet):
         super().__init__()
         self.console = console
 
-    def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
-
-    def start(self, total: int, finished_before: int) -> None:
-        super().start(total, finished_before)
-        self._print(f"{total} cells")
+    def start(self, total: int) -> None:
+        super().start(total)
+        self.message(f"{total} cells")
 
     def finished(self, kind: str, what: str, seconds: float, error: str | None = None) -> None:
         super().finished(kind, what, seconds, error)
-        left = self.left()
-        ending = "" if left is None or self.ended >= self.total else f", about {duration(left)} left"
-        outcome = f"FAILED: {error}" if error else duration(seconds)
-        self._print(f"[{self.ended}/{self.total}] {what}: {outcome}{ending}")
+        parts = [f"FAILED: {error}" if error else duration(seconds), self.left_text()]
+        self.message(f"[{self.ended}/{self.total}] {what}: {', '.join(filter(None, parts))}")
 
     def message(self, text: str) -> None:
-        self._print(text)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
 class Live(Quiet):
@@ -105,9 +92,9 @@ class Live(Quiet):
         self.cell = self.progress.add_task("", total=None, left="", visible=False)
         self._what = ""
 
-    def start(self, total: int, finished_before: int) -> None:
-        super().start(total, finished_before)
-        self.progress.update(self.study, total=total, completed=finished_before)
+    def start(self, total: int) -> None:
+        super().start(total)
+        self.progress.update(self.study, total=total)
         self.progress.start()
 
     def working(self, what: str) -> None:
@@ -128,9 +115,7 @@ class Live(Quiet):
         self._show()
 
     def _show(self) -> None:
-        left = self.left()
-        text = "" if left is None or self.ended >= self.total else f"about {duration(left)} left"
-        self.progress.update(self.study, completed=self.ended, left=text)
+        self.progress.update(self.study, completed=self.ended, left=self.left_text())
 
     def message(self, text: str) -> None:
         self.progress.console.print(text, highlight=False)

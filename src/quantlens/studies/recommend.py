@@ -108,13 +108,11 @@ def recommend(
     methods: Sequence[str] = METHODS,
     minutes: float = 15.0,
     seed: int = 0,
-    device: str | None = None,
-    weights: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Recommendation:
     """The smallest and the fastest setting whose loss of top-1 is at most ``max_loss`` (0.01: one point).
 
-    model: as for :func:`quantlens.quantize`, or the name of one (with its ``weights``). id: labelled images as for
+    model: as for :func:`quantlens.quantize`, or the name of one. id: labelled images as for
     :func:`quantlens.evaluate`, as ood. calibration: as for ``quantize``; None takes 32 images that ``seed`` draws from
     the SOURCE ``id``, on which nothing is then measured. target: a runtime in which exported files are timed
     (``openvino-cpu``, ``onnxruntime-cpu``), "auto" for the one that suits this processor, None for no files. methods:
@@ -128,9 +126,9 @@ def recommend(
     if not 0 <= max_loss < 1:
         raise QuantlensError(f"max_loss is {max_loss}; give a fraction such as 0.01, which is one point")
     if not isinstance(model, Model):
-        model = load_model(model, weights, device=device or "cpu")
-    search = _Search(model, max_loss, seed, time.monotonic() + 60 * minutes, weights, progress or (lambda *_: None))
-    search.open(id, ood or {}, calibration, device)
+        model = load_model(model)
+    search = _Search(model, max_loss, seed, time.monotonic() + 60 * minutes, progress or (lambda *_: None))
+    search.open(id, ood or {}, calibration)
     try:
         search.files(methods, target)
         search.sizes(methods)
@@ -142,22 +140,14 @@ def recommend(
 class _Search:
     """The state of one search: images, the FP32 result, trials."""
 
-    def __init__(
-        self,
-        model: Model,
-        max_loss: float,
-        seed: int,
-        deadline: float,
-        weights: str | None,
-        progress: Callable[..., None],
-    ):
+    def __init__(self, model: Model, max_loss: float, seed: int, deadline: float, progress: Any):
         self.model, self.max_loss, self.seed, self.deadline = model, max_loss, seed, deadline
-        self.weights, self.progress = weights, progress
+        self.progress = progress
         self.trials: list[Trial] = []
         self.lost: list[np.ndarray] = []
         self.notes: list[str] = []
 
-    def open(self, id: Any, ood: Mapping[str, Any], calibration: Any, device: str | None) -> None:
+    def open(self, id: Any, ood: Mapping[str, Any], calibration: Any) -> None:
         """Open the images, and measure the FP32 model on them."""
         preprocess = self.model.preprocess
         self.calibration_source = calibration if isinstance(calibration, str) else None
@@ -177,7 +167,7 @@ class _Search:
             id, preprocess, "the ID set", progress=lambda *done: self.progress("decoding images", *done)
         )
         self.ood = {name: as_image_set(images, preprocess, name) for name, images in ood.items()}
-        self.settings: dict[str, Any] = {"keep": "scores", "scores": ["msp"], "device": device}
+        self.settings: dict[str, Any] = {"keep": "scores", "scores": ["msp"]}
         self.settings["progress"] = self.progress
         self.fp32 = evaluate(self.model, self.id, self.ood, **self.settings)
         self.few = self.id.select(
@@ -300,7 +290,7 @@ class _Search:
 
     def _command(self, method: str, bits: str, target: str | None) -> str:
         words = ["quantlens", "quantize", self.model.name]
-        words += ["--weights", self.weights] if self.weights else []
+        words += ["--weights", str(self.model.weights_path)] if self.model.weights_path else []
         words += ["--calibration", self.calibration_source or "SOURCE", "--n", str(len(self.calibration))]
         words += ["--method", method, "--bits", bits, "--seed", str(self.seed)]
         words += ["--target", target] if target else []

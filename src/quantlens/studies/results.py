@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.evaluation.flat import columns, frame, row
+from quantlens.files import write_whole
 from quantlens.metrics import Spread
+from quantlens.studies.board import dig
+from quantlens.studies.store import Store
 
 SHOWN = ("id.top1", "id.nll", "ood_mean.far.{score}.aupr_out", "ood_mean.near.{score}.aupr_out", "size_mb")
 """Paths of the metrics that a summary shows."""
@@ -48,10 +51,11 @@ class Results:
         groups: dict[tuple[str, str, str], list[Any]] = {}
         for cell in self.cells:
             groups.setdefault((cell.spec["model"], cell.spec["method"], cell.spec["bits"]), []).append(cell)
-        return [
-            Mean(*names, [int(cell.spec["seed"]) for cell in members], _spreads(members, paths))
-            for names, members in groups.items()
-        ]
+        found = []
+        for names, members in groups.items():
+            spreads = {path: Spread.of(dig(cell.result, tuple(path.split("."))) for cell in members) for path in paths}
+            found.append(Mean(*names, [int(cell.spec["seed"]) for cell in members], spreads))
+        return found
 
     def shown(self) -> list[str]:
         """Paths of the metrics that a summary shows: OOD detection by MSP, or by the first score there is."""
@@ -66,8 +70,8 @@ class Results:
 
     def to_csv(self) -> str:
         """The rows as CSV text; what a cell does not have is empty. Raises QuantlensError without cells."""
-        rows = self._rows()
         text = io.StringIO()
+        rows = self._rows()
         writer = csv.DictWriter(text, columns(rows), lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(rows)
@@ -84,7 +88,11 @@ class Results:
                 "writing Parquet needs pyarrow: run `pip install 'quantlens[parquet]'`, or write --csv instead"
             ) from error
         rows = self._rows()
-        arrays = {name: pyarrow.array(_one_type([one.get(name) for one in rows])) for name in columns(rows)}
+        arrays = {}
+        for name in columns(rows):
+            values = [one.get(name) for one in rows]
+            kind = pyarrow.float64() if any(isinstance(value, float) for value in values) else None
+            arrays[name] = pyarrow.array(values, kind)
         sink = io.BytesIO()
         parquet.write_table(pyarrow.table(arrays), sink, compression="zstd")
         return sink.getvalue()
@@ -99,41 +107,17 @@ class Results:
 def results(directory: str | Path) -> Results:
     """The results of the study in `directory`, the --out of `quantlens study`. Raises StorageError where there is none
     or its store is damaged."""
-    from quantlens.studies.store import Store
-
     with Store(directory) as store:
         return Results(store.cells())
 
 
 def write_csv(directory: str | Path, target: str | Path) -> Path:
     """Write `Results.to_csv` of the study in `directory`, whole or not at all. Returns the path."""
-    return _write(target, results(directory).to_csv())
+    write_whole(Path(target), results(directory).to_csv())
+    return Path(target)
 
 
 def write_parquet(directory: str | Path, target: str | Path) -> Path:
     """As `write_csv`, in the format of `Results.to_parquet`."""
-    return _write(target, results(directory).to_parquet())
-
-
-def _write(target: str | Path, content: str | bytes) -> Path:
-    from quantlens.files import write_whole
-
-    write_whole(Path(target), content)
+    write_whole(Path(target), results(directory).to_parquet())
     return Path(target)
-
-
-def _spreads(cells: Sequence[Any], paths: Sequence[str]) -> dict[str, Spread | None]:
-    return {path: Spread.of(_dig(cell.result, path) for cell in cells) for path in paths}
-
-
-def _dig(value: Any, path: str) -> Any:
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def _one_type(values: list[Any]) -> list[Any]:
-    """Numbers of a column as floats where one of them is."""
-    if not any(isinstance(value, float) for value in values):
-        return values
-    return [None if value is None else float(value) for value in values]

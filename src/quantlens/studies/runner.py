@@ -21,12 +21,18 @@ from quantlens.ambient import isolated
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.plugins import given
 from quantlens.studies.backend import Backend
-from quantlens.studies.config import ResourcesSpec, StudyConfig, parse_config
-from quantlens.studies.executors import EXECUTORS, execute
+from quantlens.studies.config import StudyConfig, parse_config
+from quantlens.studies.executors.driver import Driver
+from quantlens.studies.executors.local import processes
+from quantlens.studies.executors.ray import actors
 from quantlens.studies.progress import Quiet, display
 from quantlens.studies.session import Session, Summary
 
 __all__ = ["StudyInterrupted", "Summary", "run_study"]
+
+
+EXECUTORS = ("local", "ray")
+"""The names that `run_study` and `--executor` take."""
 
 
 class StudyInterrupted(KeyboardInterrupt):
@@ -59,13 +65,22 @@ def run_study(
     that cannot be read, a full disk, another process that runs a study in `out_dir`) raises QuantlensError. Ctrl-C
     raises `StudyInterrupted`; the store is whole at every moment, and the same call carries on.
     """
+    started = time.monotonic()
     if not isinstance(config, StudyConfig):
         config = parse_config(dict(config))
     # what was loaded in this process, workers must load too
     config = config.model_copy(update={"plugins": tuple(dict.fromkeys([*config.plugins, *given()]))})
-    _check(workers, limit, executor, address, gpus_per_worker)
-    resources = _resources(config, gpus_per_worker)
-    started = time.monotonic()
+    for name, value in (("workers", workers), ("limit", limit)):
+        if value is not None and value < 1:
+            raise QuantlensError(f"{name} is {value}; give at least 1")
+    if executor not in EXECUTORS:
+        raise UnknownNameError("executor", executor, EXECUTORS)
+    resources = config.resources
+    if gpus_per_worker is not None:
+        asked = {"resources": {"cpu": resources.cpu, "gpu": gpus_per_worker}}
+        resources = parse_config(config.to_dict() | asked, where=f"--gpus-per-worker {gpus_per_worker:g}").resources
+    if executor == "local" and (address is not None or gpus_per_worker is not None):
+        raise QuantlensError("an address and GPUs per worker are for a cluster; add --executor ray")
     session = Session(
         config,
         Path(out_dir),
@@ -77,33 +92,10 @@ def run_study(
     )
     try:
         with session.running():
-            execute(session, executor, workers, address, resources)
+            ray = executor == "ray"
+            room = actors(session, workers, address, resources) if ray else processes(session, workers)
+            with room as (slots, what):
+                Driver(session, slots, what).run()
     except KeyboardInterrupt:
         raise StudyInterrupted(session.interrupted()) from None
     return replace(session.summary(), seconds=time.monotonic() - started)
-
-
-def _check(
-    workers: int | None, limit: int | None, executor: str, address: str | None, gpus_per_worker: float | None
-) -> None:
-    for name, value in (("workers", workers), ("limit", limit)):
-        if value is not None and value < 1:
-            raise QuantlensError(f"{name} is {value}; give at least 1")
-    if executor not in EXECUTORS:
-        raise UnknownNameError("executor", executor, EXECUTORS)
-    if executor == "local" and (address is not None or gpus_per_worker is not None):
-        raise QuantlensError("an address and GPUs per worker are for a cluster; add --executor ray")
-
-
-def _resources(config: StudyConfig, gpus_per_worker: float | None) -> ResourcesSpec:
-    """What each worker asks a cluster for."""
-    if gpus_per_worker is None:
-        return config.resources
-    from pydantic import ValidationError
-
-    try:
-        return ResourcesSpec(cpu=config.resources.cpu, gpu=gpus_per_worker)
-    except ValidationError:
-        raise QuantlensError(
-            f"--gpus-per-worker {gpus_per_worker:g}: a worker has a part of one GPU, or whole ones: 0.25, 0.5, 1, 2"
-        ) from None

@@ -12,13 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.errors import QuantlensError, StorageError
+from quantlens.evaluation.environment import choose_device, environment
 from quantlens.evaluation.outputs import path_of
 from quantlens.files import write_whole
 from quantlens.studies.backend import Backend
-from quantlens.studies.cell_labels import label, reason, spec_of
-from quantlens.studies.cells import PlannedCell, StudyImages, cell_key, identity, plan_study, weights_of
+from quantlens.studies.cells import (
+    PlannedCell,
+    StudyImages,
+    cell_key,
+    identity,
+    label,
+    plan_study,
+    spec_of,
+    weights_of,
+)
 from quantlens.studies.config import ModelSpec, StudyConfig
-from quantlens.studies.measuring import Outcome, told
+from quantlens.studies.measuring import Outcome, reason, told
 from quantlens.studies.progress import Quiet
 from quantlens.studies.store import INSPECTION, Store, relabelled
 
@@ -108,8 +117,8 @@ class Session:
             choose_scores(config.scores)
         for model in config.models:
             backend.check_model(model.name, weights_of(model))
-        self.device = backend.device(config.device if device is None else device)
-        self.images = StudyImages.open(config, backend)
+        self.device = choose_device(config.device if device is None else device)
+        self.images = StudyImages.open(config)
         self.tasks = [Task(c, identity(c, config, self.images), spec_of(c, config, self.images)) for c in cells]
         self.groups = [
             Group(i, model, [t for t in self.tasks if t.cell.model == model]) for i, model in enumerate(config.models)
@@ -123,9 +132,8 @@ class Session:
         try:
             with self.store.driving():
                 plan = [(task.identity, task.spec) for task in self.tasks]
-                environment = self.backend.environment(self.device)
-                self.store.begin(self.config.name, self.config.to_dict(), environment, plan)
-                self.shown.start(len(self.tasks), 0)
+                self.store.begin(self.config.name, self.config.to_dict(), environment(self.device), plan)
+                self.shown.start(len(self.tasks))
                 yield
         finally:
             self.shown.stop()
@@ -183,7 +191,9 @@ class Session:
         result = None if outcome.result is None else relabelled(outcome.result, task.spec)
         if outcome.outputs is not None:
             write_whole(path_of(self.directory, task.key), outcome.outputs, what="the per-image outputs")
-        self.store.put(task.key, task.spec, outcome.status, result, outcome.error, outcome.seconds)
+        self.store.put(
+            task.key, task.spec, "done" if outcome.error is None else "failed", result, outcome.error, outcome.seconds
+        )
         self.ran += 1
         error = None if outcome.error is None else reason(outcome.error)
         self.shown.finished(task.cell.kind, str(task.cell), outcome.seconds, error)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from quantlens.errors import StorageError
@@ -17,10 +18,14 @@ from quantlens.evaluation.bootstrap import Wanted, replicate
 from quantlens.evaluation.outputs import Outputs
 from quantlens.files import write_whole
 from quantlens.metrics.bootstrap import Array, Resamples, differences, interval
+from quantlens.studies.board import Board
+from quantlens.studies.text import count
 
 VERSION = 1
 RESAMPLES = 1000
 ASKED = ("top1", "nll", "ece", "aupr_out")
+SIGN = " ○"
+"""Stands after a change that is not significant."""
 
 
 class Significance:
@@ -33,7 +38,7 @@ class Significance:
         self.known = self._read()
         self.asked: dict[str, list[str]] = {}
         self._baseline: tuple[str, Outputs] | None = None
-        self._replicas: dict[tuple[str, Wanted], dict[str, Array]] = {}
+        self._replicas: dict[Wanted, dict[str, Array]] = {}
 
     def not_significant(self, baseline: str, keys: Sequence[str]) -> frozenset[str] | None:
         """Paths of the metrics ("id.top1", "ood_mean.far.msp.aupr_out", …) in which the cells `keys` (the seeds of one
@@ -61,11 +66,10 @@ class Significance:
                 raise StorageError(f"the per-image outputs {key} are not of the images of {baseline}")
             sets = tuple(s for s in first.ood_scores if s in second.ood_scores)
             wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), ASKED)
-            if (baseline, wanted) not in self._replicas:
-                self._replicas[baseline, wanted] = replicate(first, wanted, self.resamples)
-            before = self._replicas[baseline, wanted]
+            if wanted not in self._replicas:
+                self._replicas[wanted] = replicate(first, wanted, self.resamples)
             for path, after in replicate(second, wanted, self.resamples).items():
-                drawn.setdefault(path, []).append((before[path], after))
+                drawn.setdefault(path, []).append((self._replicas[wanted][path], after))
         return [
             path
             for path, pairs in drawn.items()
@@ -74,15 +78,41 @@ class Significance:
 
     def _read(self) -> dict[str, list[str]]:
         try:
-            found = json.loads(self.file.read_text(encoding="utf-8"))
-            return {str(name): [str(path) for path in paths] for name, paths in found.items()}
-        except (OSError, ValueError, AttributeError, TypeError):
+            return dict(json.loads(self.file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
             return {}
 
     def save(self) -> None:
         """Keep the answers for the next report; a store that cannot be written is left as it is."""
         if self.asked and self._read() != self.asked:
-            try:
+            with suppress(StorageError):
                 write_whole(self.file, json.dumps(self.asked, sort_keys=True))
-            except StorageError:
-                return
+
+
+def mark(board: Board, directory: Path | None, progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Fill the board's `unsure` (group, precision, path of a metric) and the sentence that explains the sign."""
+    rows = [(group, bits, results) for group in board.groups for bits, results in group.cells.items()]
+    if directory is None or not rows:
+        return
+    significance = Significance(directory)
+    unsure: set[tuple[int, str, str]] = set()
+    missing = 0
+    for done, (group, bits, results) in enumerate(rows, 1):
+        if progress is not None:
+            progress("resampling the changes", done, len(rows))
+        found = None
+        if group.fp32 is not None and group.fp32_own:
+            found = significance.not_significant(group.fp32["cell_key"], [result["cell_key"] for result in results])
+        missing += found is None
+        unsure.update((group.index, bits, path) for path in found or ())
+    significance.save()
+    board.unsure = frozenset(unsure)
+    without = "per-image outputs were not kept or are damaged"
+    board.unsure_note = (
+        f"{SIGN.strip()} not significant: the 95 % interval of Δ, by a paired bootstrap over images and seeds, "
+        "holds 0. Where nothing differs at all, one Δ in twenty still lacks the sign by chance."
+    )
+    if missing == len(rows):
+        board.unsure_note = f"No change is marked as possible chance: {without} (see docs/compare.md)."
+    elif missing:
+        board.unsure_note += f" {count(missing, 'row has', 'rows have')} no marks, as {without}."

@@ -16,27 +16,38 @@ Tables
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import sqlite3
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from quantlens.errors import StorageError
-from quantlens.studies.database import Database
 
 FORMAT = 3
-"""1 had no artefacts and timings, 2 no labels in its plan, and claims of several processes. Both are read as they are;
-the first write brings them to 3."""
+"""Version of the file's layout. 1 had no artefacts and timings, 2 no labels in its plan, and claims of several
+processes. Both are read as they are; the first write brings them to 3."""
 
 INSPECTION = "inspection-"
 """How the keys of inspections begin; those of cells with metrics are hashes alone."""
 
 COMPRESS_ABOVE = 64 * 1024
 """Results whose JSON is longer than this many bytes are stored as zlib-compressed JSON."""
+
+BUSY_SECONDS = 30.0
+"""How long a writer waits for another one, such as `quantlens bench --store` beside a study."""
+
+SHARED_MEMORY = 64 << 10
+"""Bytes of disk without which SQLite cannot work: twice what its shared-memory file begins with."""
+
+OF_THE_MODEL = ("checkpoint_sha256", "preprocess")
+"""Keys of a spec that are known once the model has been loaded; a plan has None there."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS cells (
@@ -53,10 +64,20 @@ CREATE TABLE IF NOT EXISTS timings (
     run TEXT NOT NULL, fingerprint TEXT NOT NULL, batch INTEGER NOT NULL, threads INTEGER NOT NULL,
     timing TEXT NOT NULL, PRIMARY KEY (run, fingerprint, batch, threads));
 """
-OF_THE_MODEL = ("checkpoint_sha256", "preprocess")
-"""Keys of a spec that are known once the model has been loaded; a plan has None there."""
+_PLANNED = "plan p JOIN bindings b ON b.identity = p.identity JOIN cells c ON c.key = b.key"
 
-_COLUMNS = "c.key, c.spec, c.status, c.result, c.error, c.created, c.seconds"
+_AGAIN = "run the same command again afterwards: finished cells are kept"
+_PROBLEMS = {
+    "disk is full": f"the disk that holds the store {{path}} is full; free some space and {_AGAIN}",
+    "read-?only": f"the store {{path}} is read-only; give write permission to it and its directory, and {_AGAIN}",
+    "not a database|malformed|corrupt": "the store {path} is damaged ({message}); move it away and run the study again",
+    "locked|busy": f"the store {{path}} was kept locked by another process for {BUSY_SECONDS:.0f} s; end that process "
+    f"and {_AGAIN}",
+    "unable to open": "the store {path} cannot be opened; check that its directory exists and can be written",
+    "disk i/o": f"the disk that holds the store {{path}} reports an error ({{message}}); check the disk and {_AGAIN}",
+    "": "the store {path} cannot be used ({message}); move it away and run the study again",
+}
+"""What SQLite says -> the sentence with a cure."""
 
 
 @dataclass(frozen=True)
@@ -86,28 +107,29 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
-class Store(Database):
-    """The store in directory `directory` (see :class:`Database`)."""
+class Store:
+    """The store in `directory`. The first write makes the file; reading one that does not exist raises `StorageError`.
+    Use it as a context manager, or call `close()`. Not to be shared between threads. In WAL mode a reader never waits
+    for a writer, and a process that is killed leaves the file whole (keep it on a local disk, not on a network share).
+    """
 
-    FORMAT = FORMAT
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = Path(directory)
+        self.path = self.directory / "store.sqlite"
+        self._connection: sqlite3.Connection | None = None
+        self._writable = False
 
-    def lay_out(self, connection: sqlite3.Connection) -> None:
-        columns = [name for _, name, *_ in connection.execute("PRAGMA table_info(plan)")]
-        if columns and "spec" not in columns:
-            connection.execute("ALTER TABLE plan ADD COLUMN spec TEXT")
-        connection.execute("DROP TABLE IF EXISTS claims")
-        for statement in _SCHEMA.split(";"):
-            connection.execute(statement)
+    def __enter__(self) -> Store:
+        return self
 
-    @contextmanager
-    def driving(self) -> Iterator[None]:
-        """Inside, this process alone runs a study on the store; a second one raises StorageError."""
-        refusal = (
-            f"another process runs a study on {self.directory} at this moment; wait until it has ended, or choose "
-            "another directory with --out"
-        )
-        with self.locked(refusal):
-            yield
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice; a later call opens it again."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     # ---- cells ---------------------------------------------------------------------------------------------------
 
@@ -122,63 +144,61 @@ class Store(Database):
     ) -> bool:
         """Write a finished cell: `status` is "done" (with `result`) or "failed" (with `error`, the traceback). A cell
         that is done already is left as it is. Returns whether the cell was written."""
-        if status not in ("done", "failed"):
-            raise ValueError(f"status must be 'done' or 'failed', not {status!r}")
-        row = (key, to_json(dict(spec)), status, packed(result), error, now(), float(seconds))
+        row = (key, to_json(spec), status, packed(result), error, now(), float(seconds))
         with self.writing() as connection:
-            before = connection.execute("SELECT status FROM cells WHERE key = ?", (key,)).fetchone()
-            if before == ("done",):
-                return False
-            connection.execute(
-                "INSERT OR REPLACE INTO cells (key, spec, status, result, error, created, seconds) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                row,
-            )
-        return True
+            done = connection.execute("SELECT 1 FROM cells WHERE key = ? AND status = 'done'", (key,)).fetchone()
+            if done is None:
+                connection.execute(
+                    "INSERT OR REPLACE INTO cells (key, spec, status, result, error, created, seconds) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    row,
+                )
+        return done is None
 
     def cells(self, *, everything: bool = False) -> list[Cell]:
         """The finished cells of the current study in its order, under its labels; with `everything` those of earlier
         ones too, as they were measured. Inspections are apart, in `inspections`."""
-        return self._cells(everything, "NOT LIKE")
+        return self._find(f"c.key NOT LIKE '{INSPECTION}%'", everything=everything)
 
     def inspections(self, *, everything: bool = False) -> list[Cell]:
         """The finished inspections, as `cells` gives cells: each result is {"inspection": Inspection.to_dict()}."""
-        return self._cells(everything, "LIKE")
+        return self._find(f"c.key LIKE '{INSPECTION}%'", everything=everything)
 
-    def _cells(self, everything: bool, like: str) -> list[Cell]:
-        wanted = f"c.key {like} '{INSPECTION}%'"
-        if not everything and self.rows("SELECT 1 FROM plan LIMIT 1"):
-            return [self._cell(row, labels) for *row, labels in self._planned(f"AND {wanted}")]
-        return [
-            self._cell(row)
-            for row in self.rows(f"SELECT {_COLUMNS} FROM cells c WHERE {wanted} ORDER BY c.created, c.rowid")
-        ]
-
-    def _planned(self, condition: str) -> list[tuple[Any, ...]]:
-        """The finished cells of the current study that meet a condition, in order, each with its spec in the plan."""
-        labels = "p.spec" if self.rows("SELECT 1 FROM pragma_table_info('plan') WHERE name = 'spec'") else "NULL"
-        return self.rows(
-            f"SELECT {_COLUMNS}, {labels} FROM plan p JOIN bindings b ON b.identity = p.identity "
-            f"JOIN cells c ON c.key = b.key {condition} ORDER BY p.position"
-        )
+    def failures(self) -> list[Cell]:
+        """The failed cells of the current study, inspections among them, in its order."""
+        return self._find("c.status = 'failed'")
 
     def cell(self, key: str) -> Cell | None:
         """The finished cell of that key, as it was measured."""
-        rows = self.rows(f"SELECT {_COLUMNS} FROM cells c WHERE c.key = ?", (key,))
-        return self._cell(rows[0]) if rows else None
+        return next(iter(self._find("c.key = ?", key, everything=True)), None)
 
-    def _cell(self, row: Sequence[Any], labels: str | None = None) -> Cell:
-        key, spec, status, result, error, created, seconds = row
-        try:
-            known, found = json.loads(spec), unpacked(result)
-        except (zlib.error, ValueError) as problem:
-            raise StorageError(
-                f"the store {self.path} is damaged (cell {key[:12]}: {problem}); move it away and run the study again"
-            ) from problem
+    def _find(self, condition: str, *values: Any, everything: bool = False) -> list[Cell]:
+        """The cells that meet a condition: those of the current study, or of all where there is no plan."""
+        labels, tables, order = "NULL", "cells c", "c.created, c.rowid"
+        if not everything and self.rows("SELECT 1 FROM plan LIMIT 1"):
+            labels = "p.spec" if self.rows("SELECT 1 FROM pragma_table_info('plan') WHERE name = 'spec'") else "NULL"
+            tables, order = _PLANNED, "p.position"
+        columns = f"c.key, c.spec, c.status, c.result, c.error, c.created, c.seconds, {labels}"
+        query = f"SELECT {columns} FROM {tables} WHERE {condition} ORDER BY {order}"
+        return [self._cell(*row) for row in self.rows(query, values)]
+
+    def _cell(self, key: str, spec: str, status: str, result: str | bytes | None, *rest: Any) -> Cell:
+        *others, labels = rest
+        known, found = json.loads(spec), self.read(result, f"cell {key[:12]}")
         if labels is not None:
             known = json.loads(labels) | {name: known.get(name) for name in OF_THE_MODEL}
             found = None if found is None else relabelled(found, known)
-        return Cell(key, known, status, found, error, created, seconds)
+        return Cell(key, known, status, found, *others)
+
+    def read(self, stored: str | bytes | None, what: str) -> Any:
+        """The inverse of `packed`. Raises StorageError where that fails."""
+        try:
+            text = zlib.decompress(stored).decode() if isinstance(stored, bytes) else stored
+            return None if text is None else json.loads(text)
+        except (zlib.error, ValueError) as problem:
+            raise StorageError(
+                f"the store {self.path} is damaged ({what}: {problem}); move it away and start again"
+            ) from problem
 
     def statuses(self, keys: Iterable[str]) -> dict[str, str]:
         """Key -> "done" or "failed", for those of `keys` that are finished."""
@@ -196,33 +216,28 @@ class Store(Database):
     ) -> None:
         """Make this configuration the current study. plan: (identity, spec) of its cells in order, the spec without
         what `OF_THE_MODEL` names. The same configuration again (in the same environment) adds no row."""
-        row = (name, to_json(dict(config)), to_json(dict(environment)))
-        planned = [(i, identity, to_json(dict(spec))) for i, (identity, spec) in enumerate(plan)]
+        row = (name, to_json(config), to_json(environment))
         with self.writing() as connection:
             last = connection.execute("SELECT name, config, environment FROM study ORDER BY id DESC LIMIT 1").fetchone()
             if last != row:
                 connection.execute(
                     "INSERT INTO study (name, config, environment, created) VALUES (?, ?, ?, ?)", (*row, now())
                 )
-            if planned != connection.execute("SELECT position, identity, spec FROM plan ORDER BY position").fetchall():
-                connection.execute("DELETE FROM plan")
-                connection.executemany("INSERT INTO plan (position, identity, spec) VALUES (?, ?, ?)", planned)
+            connection.execute("DELETE FROM plan")
+            connection.executemany(
+                "INSERT INTO plan (position, identity, spec) VALUES (?, ?, ?)",
+                [(i, identity, to_json(spec)) for i, (identity, spec) in enumerate(plan)],
+            )
 
     def study(self) -> dict[str, Any]:
         """The current study: {"id", "name", "config", "environment", "created", "planned"}; {} when none was begun.
         `planned` is the number of its cells."""
-        rows = self.rows("SELECT id, name, config, environment, created FROM study ORDER BY id DESC LIMIT 1")
-        if not rows:
-            return {}
-        number, name, config, environment, created = rows[0]
-        return {
-            "id": number,
-            "name": name,
-            "config": json.loads(config),
-            "environment": json.loads(environment),
-            "created": created,
-            "planned": self.rows("SELECT count(*) FROM plan")[0][0],
-        }
+        columns = ("id", "name", "config", "environment", "created", "planned")
+        query = f"SELECT {', '.join(columns[:-1])}, (SELECT count(*) FROM plan) FROM study ORDER BY id DESC LIMIT 1"
+        for row in self.rows(query):
+            found = dict(zip(columns, row, strict=True))
+            return found | {name: json.loads(found[name]) for name in ("config", "environment")}
+        return {}
 
     def bind(self, keys: Mapping[str, str]) -> None:
         """Record which key answers for each planned identity."""
@@ -231,14 +246,134 @@ class Store(Database):
 
     def counts(self) -> dict[str, int]:
         """{"done", "failed"}: how many cells of the current study are finished."""
-        rows = self.rows(
-            "SELECT c.status FROM plan p JOIN bindings b ON b.identity = p.identity JOIN cells c ON c.key = b.key"
-        )
-        return {"done": 0, "failed": 0, **Counter(status for (status,) in rows)}
+        rows = self.rows(f"SELECT c.status, count(*) FROM {_PLANNED} GROUP BY c.status")
+        return {"done": 0, "failed": 0, **dict(rows)}
 
-    def failures(self) -> list[Cell]:
-        """The failed cells of the current study, inspections among them, in its order."""
-        return [self._cell(row, labels) for *row, labels in self._planned("AND c.status = 'failed'")]
+    # ---- the file ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        """Inside, this process alone runs a study on the store; a second one raises StorageError at once.
+
+        SQLite locks the empty file `store.lock`; the system gives the lock up with the process, however that ends.
+        """
+        with self._errors():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = sqlite3.connect(self.directory / "store.lock", timeout=0, isolation_level=None)
+        refusal = f"another process runs a study on {self.directory} at this moment"
+        try:
+            with self._errors(locked=f"{refusal}; wait until it has ended, or choose another directory with --out"):
+                lock.execute("BEGIN EXCLUSIVE")
+            yield
+        finally:
+            lock.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it is in the file, or none."""
+        with self._errors():
+            connection = self._connect(write=True)
+            with _transaction(connection):
+                yield connection
+
+    def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """What a query finds."""
+        with self._errors():
+            return self._connect(write=False).execute(query, parameters).fetchall()
+
+    def _connect(self, write: bool) -> sqlite3.Connection:
+        if self._connection is None or (write and not self._writable):
+            self.close()
+            self._connection = self._open_to_write() if write else self._open_to_read()
+            self._writable = write
+        return self._connection
+
+    def _open_to_write(self) -> sqlite3.Connection:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return self._open("mode=rwc")
+
+    def _open_to_read(self) -> sqlite3.Connection:
+        if not self.path.is_file():
+            raise StorageError(
+                f"there is no study in {self.directory} ({self.path.name} is missing); run `quantlens study STUDY.yaml "
+                f"--out {self.directory}` first"
+            )
+        # A WAL file can be read in place only where SQLite may write its shared-memory file; elsewhere nobody
+        # writes, and "immutable" is true.
+        first, second = ("mode=rw", "mode=ro") if os.access(self.directory, os.W_OK) else ("mode=ro", "immutable=1")
+        try:
+            return self._open(first)
+        except sqlite3.OperationalError:
+            return self._open(second)
+
+    def _open(self, mode: str) -> sqlite3.Connection:
+        location = f"{self.path.resolve().as_uri()}?{mode}"
+        connection = sqlite3.connect(location, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+        try:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version > FORMAT:
+                raise StorageError(
+                    f"the store {self.path} was written by a newer quantlens (format {version}, this one reads "
+                    f"{FORMAT}); install that version"
+                )
+            if mode == "mode=rwc":
+                _prepare(connection, version)
+            connection.execute("SELECT count(*) FROM cells").fetchone()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @contextmanager
+    def _errors(self, **said: str) -> Iterator[None]:
+        """Turn what SQLite and the file system say into one sentence with a cure. said: word -> another sentence."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            message = str(error).lower()
+            if "disk i/o" in message and self._no_room():
+                message = "disk is full"
+            sentences = {**said, **_PROBLEMS}
+            found = next(sentence for pattern, sentence in sentences.items() if re.search(pattern, message))
+            raise StorageError(found.format(path=self.path, message=error)) from error
+        except OSError as error:
+            raise StorageError(
+                f"the store {self.path} cannot be written: {error.strerror or error}; choose another directory with "
+                "--out, or free space"
+            ) from error
+
+    def _no_room(self) -> bool:
+        """Whether the disk is full: SQLite calls it an I/O error where there is no room for its shared memory."""
+        try:
+            return shutil.disk_usage(self.directory).free < SHARED_MEMORY
+        except OSError:
+            return False
+
+
+def _prepare(connection: sqlite3.Connection, version: int) -> None:
+    """Before the first write: bring a new file, or one of an older layout, to `FORMAT`."""
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    if version == FORMAT:
+        return
+    with _transaction(connection):
+        columns = [name for _, name, *_ in connection.execute("PRAGMA table_info(plan)")]
+        if columns and "spec" not in columns:
+            connection.execute("ALTER TABLE plan ADD COLUMN spec TEXT")
+        for statement in ("DROP TABLE IF EXISTS claims", *_SCHEMA.split(";"), f"PRAGMA user_version = {FORMAT}"):
+            connection.execute(statement)
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
 
 
 def relabelled(result: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,10 +382,8 @@ def relabelled(result: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, 
         found = result["inspection"]
         images = {**found["images"], "source": spec["images"]["source"]}
         return {**result, "inspection": {**found, "model": spec["model"], "images": images}}
-    changed = dict(result)
-    changed["model"], changed["method"] = spec["model"], spec["method"]
-    changed["architecture"], changed["method_name"] = spec["architecture"], spec["method_name"]
-    changed["calibration"] = None if spec["calibration"] is None else dict(spec["calibration"])
+    labels = ("model", "method", "architecture", "method_name", "calibration")
+    changed = {**result, **{name: spec[name] for name in labels}}
     changed["id"] = {**result["id"], "source": spec["id"]["source"]}
     changed["ood"] = {name: {**entry, "source": spec["ood"][name]["source"]} for name, entry in result["ood"].items()}
     if result.get("fit") and spec.get("fit"):
@@ -262,11 +395,5 @@ def packed(result: Mapping[str, Any] | None) -> str | bytes | None:
     """JSON text, or its zlib compression when it is long."""
     if result is None:
         return None
-    text = to_json(dict(result))
+    text = to_json(result)
     return zlib.compress(text.encode(), 6) if len(text) > COMPRESS_ABOVE else text
-
-
-def unpacked(stored: str | bytes | None) -> dict[str, Any] | None:
-    """The inverse of `packed`. Raises zlib.error or ValueError for what is neither."""
-    text = zlib.decompress(stored).decode() if isinstance(stored, bytes) else stored
-    return None if text is None else dict(json.loads(text))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from quantlens.metrics import METRICS, available_scores
@@ -16,17 +16,13 @@ MISSING = "–"
 MINUS = "−"
 BASELINE = "FP32"
 
-_BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
-
 
 def fixed(value: float | None, digits: int, *, sign: bool = False) -> str:
     """`value` with `digits` decimals, a true minus sign, and no "-0.0"; the missing mark for None."""
     if value is None:
         return MISSING
-    text = f"{abs(value):.{digits}f}"
-    if not text.strip("0."):
-        return text
-    return (MINUS if value < 0 else "+" if sign else "") + text
+    text = f"{value:{'+' if sign else ''}z.{digits}f}"
+    return text.lstrip("+") if not text.strip("+0.") else text.replace("-", MINUS)
 
 
 def percent(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
@@ -45,20 +41,18 @@ def mean_std(stat: Stat | None, digits: int, *, factor: float = 1.0, sign: bool 
 
 def parse_bits(bits: str) -> tuple[int, int] | None:
     """(weight bits, activation bits) of "W4A8"; None for FP32 and for mixed precision."""
-    match = _BITS.fullmatch(bits.strip())
+    match = re.fullmatch(r"W(\d+)A(\d+)", bits)
     return (int(match[1]), int(match[2])) if match else None
 
 
-def precision_order(bits: str) -> tuple[int, int, int, int, str]:
+def precision_order(bits: str) -> tuple[int | str, ...]:
     """Sort key: FP32, then falling bit widths (the paper's W8A8, W6A6, W4A8, W8A4, W4A4), then names without
     widths."""
-    if bits == BASELINE:
-        return (0, 0, 0, 0, "")
     widths = parse_bits(bits)
     if widths is None:
-        return (2, 0, 0, 0, bits)
+        return (0,) if bits == BASELINE else (2, bits)
     w, a = widths
-    return (1, -(w + a), abs(w - a), w, "")
+    return (1, -(w + a), abs(w - a), w)
 
 
 def score_order(score: str) -> tuple[int, str]:
@@ -68,40 +62,50 @@ def score_order(score: str) -> tuple[int, str]:
 
 def metric_heading(name: str) -> str:
     """A metric as a column's title, with its unit and the better direction: "Top-1 % ↑"."""
-    text = METRICS[name].heading
-    return text[0].upper() + text[1:]
+    return _capital(METRICS[name].heading)
 
 
 def metric_title(name: str) -> str:
     """A metric's name in running text and as a chart's title: "Top-1"."""
-    text = METRICS[name].title
+    return _capital(METRICS[name].title)
+
+
+def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def metric_digits(name: str) -> int:
+    """Decimals of a metric in the report: percentages have one."""
+    return 1 if METRICS[name].percent else METRICS[name].digits
+
+
+def metric_text(name: str, value: float | None) -> str:
+    """A metric as it is shown: a fraction as a percentage, without the percent sign."""
+    return fixed(None if value is None else value * METRICS[name].factor, metric_digits(name))
 
 
 def join_words(words: Sequence[str], *, limit: int = 8) -> str:
     """ "a", "a and b", "a, b and c"; beyond `limit` the rest is counted."""
-    shown = list(words)
-    if len(shown) > limit:
-        shown = [*shown[: limit - 1], f"{len(words) - limit + 1} more"]
-    if len(shown) <= 1:
-        return "".join(shown)
-    return ", ".join(shown[:-1]) + " and " + shown[-1]
+    shown = [*words[: limit - 1], f"{len(words) - limit + 1} more"] if len(words) > limit else list(words)
+    return " and ".join(filter(None, [", ".join(shown[:-1]), *shown[-1:]]))
+
+
+def span(values: Iterable[int]) -> str:
+    """ "3" where all are the same, else "1 to 3"; the missing mark without any."""
+    found = sorted(values)
+    return " to ".join(map(str, dict.fromkeys((found[0], found[-1])))) if found else MISSING
 
 
 def count(n: int, noun: str, plural: str = "") -> str:
     return f"{n} {noun if n == 1 else plural or noun + 's'}"
 
 
-def duration(seconds: float | None) -> str:
-    """ "4.2 s", "3 min 20 s", "2 h 05 min"."""
-    if seconds is None:
-        return MISSING
+def duration(seconds: float) -> str:
+    """ "4.2 s", "42 s", "3 min 20 s", "2 h 05 min"."""
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.{1 if seconds < 10 else 0}f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def plain(value: Any) -> str:

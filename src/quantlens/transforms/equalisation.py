@@ -81,7 +81,7 @@ def equalise_norms(graph: Graph, groups: list[NormGroup], factors: Mapping[str, 
         chosen = factors.get(group.norm.name)
         if chosen is None:
             continue
-        channels = graph.tensor(str(group.norm.node.args[2].target)).shape  # type: ignore[union-attr]
+        channels = graph.tensor(group.parameters[0]).shape
         good = bool((chosen.scale > 0).all()) and all(
             bool(torch.isfinite(t).all()) for t in (chosen.scale, chosen.shift)
         )

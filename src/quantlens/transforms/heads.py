@@ -12,6 +12,7 @@ NeurIPS 2024).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,26 +67,17 @@ def find_value_pairs(graph: Graph) -> list[ValuePair]:
     pairs = []
     for context in graph.sites.of_kind("context"):
         made = _made(graph, by_node, context, "v", VIEWS)
-        if made is None:
-            continue
-        values, heads = made
-        rows = heads.flatten()  # v is [.., heads, tokens, d]; a channel is (head, d)
-        after = _numbers(graph, context.node, like=heads)
-        if after is None or graph.output in after:
+        after = _numbers(graph, context.node, like=made[1]) if made is not None else None
+        if made is None or after is None or graph.output in after:
             continue
         ends = [(u, a) for a in after for u in a.users if u not in after]
-        if len(ends) != 1 or op_name(ends[0][0]) != "aten.linear.default" or ends[0][0].args[0] is not ends[0][1]:
+        proj = by_node.get(ends[0][0]) if len(ends) == 1 else None
+        if proj is None or proj.kind != "linear" or proj.edges["input"].value is not ends[0][1]:
             continue
-        proj, of = by_node.get(ends[0][0]), _one_per_column(after[ends[0][1]])
-        if (
-            proj is None
-            or of is None
-            or len(of) != len(rows)
-            or not alone(graph, proj)
-            or not torch.equal(of.sort().values, torch.arange(len(of)))
-        ):
-            continue
-        pairs.append(ValuePair(context, values, rows, proj, of, len(heads)))
+        values, heads = made  # v is [.., heads, tokens, d]; a channel is (head, d)
+        of = _one_per_channel(after[ends[0][1]], heads=False)
+        if of is not None and of.numel() == heads.numel() and alone(graph, proj):
+            pairs.append(ValuePair(context, values, heads.flatten(), proj, of.flatten(), len(heads)))
     return pairs
 
 
@@ -107,7 +99,9 @@ def _made(
     """The linear layer that makes an operand [.., heads, tokens, d] (or [.., heads, d, tokens]) of a product, and its
     output channels [heads, d] that are the operand; None unless this product alone reads them."""
     value = product.edges[operand].value
-    source = _source(value, through)
+    source: Any = value
+    while _passes(source, through):
+        source = source.args[0]
     layer = by_node.get(source)
     if layer is None or layer.kind != "linear" or not alone(graph, layer):
         return None
@@ -117,27 +111,18 @@ def _made(
     rows = _one_per_channel(seen.get(value))
     if rows is None and operand == "k" and isinstance(seen.get(value), Tensor):
         rows = _one_per_channel(seen[value].transpose(-1, -2))
-    if rows is None:
-        return None
     readers = [(u, a) for a in seen for u in a.users if u not in seen and u.op == "call_function"]
     others = [seen[a] for u, a in readers if not (u is product.node and a is value)]
-    if any(bool(torch.isin(rows, o).any()) for o in others if isinstance(o, Tensor)):
+    if rows is None or any(bool(torch.isin(rows, o).any()) for o in others if isinstance(o, Tensor)):
         return None
     return layer, rows
 
 
 def rescale_values(graph: Graph, pair: ValuePair, scale: Tensor) -> None:
     """Divide v by ``scale`` [C] > 0 (in the order of ``pair.rows``) and undo it in proj's columns, exactly."""
-    weight, name = graph.tensor(str(pair.values.weight)), str(pair.values.weight)
-    factor = torch.ones(weight.shape[0], dtype=torch.float64, device=weight.device)
-    factor[pair.rows.to(weight.device)] = scale.to(weight.device, torch.float64)
-    graph.set_tensor(name, (weight.double() / factor[:, None]).to(weight.dtype))
-    if pair.values.bias is not None:
-        bias = graph.tensor(pair.values.bias)
-        graph.set_tensor(pair.values.bias, (bias.double() / factor).to(bias.dtype))
-    columns_of = scale.to(weight.device, torch.float64)[pair.of.to(weight.device)]
-    proj = graph.tensor(str(pair.proj.weight))
-    graph.set_tensor(str(pair.proj.weight), (proj.double() * columns_of).to(proj.dtype))
+    scale = scale.to(graph.device, torch.float64)
+    _change_rows(graph, pair.values, pair.rows, lambda rows: rows / scale.view(-1, *[1] * (rows.dim() - 1)))
+    graph.change(str(pair.proj.weight), lambda weight: weight * scale[pair.of.to(weight.device)])
 
 
 def rotate_values(graph: Graph, pair: ValuePair, generator: torch.Generator) -> None:
@@ -145,12 +130,14 @@ def rotate_values(graph: Graph, pair: ValuePair, generator: torch.Generator) -> 
     rows = pair.rows.view(pair.heads, -1)
     rotation = torch.stack([orthogonal(rows.shape[1], generator) for _ in range(pair.heads)])
     _turn_rows(graph, pair.values, rows, rotation)
-    name = str(pair.proj.weight)
-    weight = graph.tensor(name)
-    place = pair.of.argsort().to(weight.device).view(pair.heads, -1)  # the columns of every head, in v's order
-    turned = weight.to(torch.float64, copy=True)
-    turned[:, place] = torch.einsum("ohd,hed->ohe", turned[:, place], rotation.to(weight.device))
-    graph.set_tensor(name, turned.to(weight.dtype))
+    place = pair.of.argsort().view(pair.heads, -1)  # the columns of every head, in v's order
+
+    def turned(weight: Tensor) -> Tensor:
+        columns = weight[:, place.to(weight.device)]
+        weight[:, place.to(weight.device)] = torch.einsum("ohd,hed->ohe", columns, rotation.to(weight.device))
+        return weight
+
+    graph.change(str(pair.proj.weight), turned)
 
 
 def rotate_scores(graph: Graph, pair: ScorePair, generator: torch.Generator) -> None:
@@ -163,22 +150,20 @@ def rotate_scores(graph: Graph, pair: ScorePair, generator: torch.Generator) -> 
 
 def _turn_rows(graph: Graph, layer: Site, rows: Tensor, rotation: Tensor) -> None:
     """Multiply the output channels ``rows`` [heads, d] of a linear layer by ``rotation`` [heads, d, d]."""
-    weight = graph.tensor(str(layer.weight))
-    rows, rotation = rows.to(weight.device), rotation.to(weight.device)
-    turned = weight.to(torch.float64, copy=True)
-    turned[rows] = torch.einsum("hed,hdi->hei", rotation, turned[rows])
-    graph.set_tensor(str(layer.weight), turned.to(weight.dtype))
-    if layer.bias is not None:
-        bias = graph.tensor(layer.bias)
-        turned = bias.to(torch.float64, copy=True)
-        turned[rows] = torch.einsum("hed,hd->he", rotation, turned[rows])
-        graph.set_tensor(layer.bias, turned.to(bias.dtype))
+    rotation = rotation.to(graph.device)
+    _change_rows(graph, layer, rows, lambda values: torch.einsum("hed,hd...->he...", rotation, values))
 
 
-def _source(node: Any, through: set[str] = VIEWS) -> Any:
-    while isinstance(node, fx.Node) and _passes(node, through):
-        node = node.args[0]
-    return node
+def _change_rows(graph: Graph, layer: Site, rows: Tensor, new: Callable[[Tensor], Tensor]) -> None:
+    """Replace what a linear layer has for its output channels ``rows``, in weight and bias, by what ``new`` makes."""
+
+    def changed(value: Tensor) -> Tensor:
+        value[rows.to(value.device)] = new(value[rows.to(value.device)])
+        return value
+
+    for name in (layer.weight, layer.bias):
+        if name is not None:
+            graph.change(name, changed)
 
 
 def _passes(node: fx.Node, through: set[str]) -> bool:
@@ -212,12 +197,9 @@ def _numbers(
             while queue:
                 for user in queue.pop(0).users:
                     if user not in env and _passes(user, through) and user.args[0] in env:
-                        if op_name(user) in SCALINGS:
-                            env[user] = env[user.args[0]]
-                            queue.append(user)
-                            continue
                         args = fx.map_arg(user.args, lambda n, e=env, s=stub: e[n] if n in e else graph._value(n, s))
-                        env[user] = user.target(*args, **user.kwargs)  # type: ignore[operator]
+                        scaled = op_name(user) in SCALINGS  # a number stays what it is
+                        env[user] = args[0] if scaled else user.target(*args, **user.kwargs)  # type: ignore[operator]
                         queue.append(user)
         except (RuntimeError, IndexError, TypeError):
             continue
@@ -245,21 +227,15 @@ def _window_counts(graph: Graph) -> list[int]:
     return sorted(counts)
 
 
-def _one_per_channel(numbers: Any) -> Tensor | None:
-    """[heads, d] if ``numbers`` [.., heads, tokens, d] holds the same number for every image and token."""
-    if not isinstance(numbers, Tensor) or numbers.dim() < 3:
+def _one_per_channel(numbers: Any, *, heads: bool = True) -> Tensor | None:
+    """[heads, d] if ``numbers`` [.., heads, tokens, d] (without heads: [.., tokens, d], one head) holds the same number
+    for every image and token, and no number twice."""
+    if not isinstance(numbers, Tensor) or numbers.dim() < 2 + heads:
         return None
+    numbers = numbers if heads else numbers.unsqueeze(-3)
     first = numbers.reshape(-1, *numbers.shape[-3:])[0, :, 0, :]
     same = bool((numbers == first[:, None, :]).all())
-    return first if same and len(first.flatten().unique()) == first.numel() else None
-
-
-def _one_per_column(numbers: Any) -> Tensor | None:
-    """[C] if ``numbers`` [.., C] holds the same number for every image and token."""
-    if not isinstance(numbers, Tensor) or numbers.dim() < 2:
-        return None
-    first = numbers.reshape(-1, numbers.shape[-1])[0]
-    return first if bool((numbers == first).all()) else None
+    return first if same and len(first.unique()) == first.numel() else None
 
 
 __all__ = [

@@ -34,16 +34,20 @@ def ensure_bias(graph: Graph, linear: Site) -> str:
     """The name of the linear's bias, which is made (zeros) if it has none."""
     if linear.bias is not None:
         return linear.bias
-    name = graph.unused(linear.name, ".bias")
-    weight = graph.tensor(linear.weight)  # type: ignore[arg-type]
-    graph.set_tensor(name, torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
-    node = linear.node
-    with graph.fx.inserting_before(node):
-        bias = graph.fx.get_attr(name)
-    bias.meta = {"module": node.meta.get("module", ""), "shape": (weight.shape[0],), "symbolic": False}
-    replace_argument(node, "bias", bias)
-    graph._module = None
+    name, weight = graph.unused(linear.name, ".bias"), graph.tensor(str(linear.weight))
+    replace_argument(linear.node, "bias", graph.insert_tensor(linear.node, name, weight.new_zeros(len(weight))))
     return name
+
+
+def add_to_bias(graph: Graph, layer: Site, value: Tensor, channels: Tensor | None = None) -> None:
+    """Add float64 numbers to a layer's bias, which is made where it has none, or to these channels of it."""
+
+    def added(bias: Tensor) -> Tensor:
+        place = slice(None) if channels is None else channels.to(bias.device)
+        bias[place] += value.to(bias.device)
+        return bias
+
+    graph.change(ensure_bias(graph, layer), added)
 
 
 def fold_layer_scale(graph: Graph) -> list[str]:
@@ -57,19 +61,16 @@ def fold_layer_scale(graph: Graph) -> list[str]:
         if op_name(node) != "aten.mul.Tensor" or len(node.args) != 2:
             continue
         for value, factor in (node.args, node.args[::-1]):
-            gamma = graph.constant(factor)
-            if gamma is None or not isinstance(value, fx.Node) or value not in by_node:
+            linear, gamma = by_node.get(value), graph.constant(factor)  # type: ignore[arg-type]
+            if linear is None or gamma is None or linear.kind != "linear" or len(linear.node.users) != 1:
                 continue
-            linear = by_node[value]
-            if linear.kind != "linear" or len(value.users) != 1 or gamma.shape != (value.meta["shape"][-1],):
+            if gamma.shape != linear.node.meta["shape"][-1:] or not alone(graph, linear):
                 continue
-            if not alone(graph, linear):
-                continue
-            weight = graph.tensor(linear.weight)  # type: ignore[arg-type]
-            graph.set_tensor(linear.weight, weight * gamma[:, None])  # type: ignore[arg-type]
+            weight = str(linear.weight)
+            graph.set_tensor(weight, graph.tensor(weight) * gamma[:, None])
             if linear.bias is not None:
                 graph.set_tensor(linear.bias, graph.tensor(linear.bias) * gamma)
-            node.replace_all_uses_with(value)
+            node.replace_all_uses_with(linear.node)
             graph.fx.erase_node(node)
             if not factor.users:  # type: ignore[union-attr]
                 graph.fx.erase_node(factor)  # type: ignore[arg-type]
@@ -90,8 +91,7 @@ def split_linear(graph: Graph, linear: Site, parts: Mapping[str, Tensor]) -> lis
     Returns the names of the new sites, ``<name>.<suffix>`` (widths given for ``<name>`` are theirs too). The caller
     calls :meth:`Graph.invalidate` when all is done.
     """
-    node, weight = linear.node, graph.tensor(linear.weight)  # type: ignore[arg-type]
-    module, source = node.meta.get("module", ""), node.args[0]
+    node, weight, source = linear.node, graph.tensor(str(linear.weight)), linear.node.args[0]
     rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     chosen = {}
     for suffix, channels in parts.items():
@@ -101,34 +101,24 @@ def split_linear(graph: Graph, linear: Site, parts: Mapping[str, Tensor]) -> lis
     if not bool(rest.any()):
         raise ValueError(f"{linear.name}: no input channel is left of {len(rest)}")
 
-    def made(call: fx.Node, width: int) -> fx.Node:
-        call.meta = {"module": module, "shape": (*source.meta["shape"][:-1], width), "symbolic": False}  # type: ignore[union-attr]
-        return call
-
-    def constant(name: str) -> fx.Node:
-        found = graph.fx.get_attr(name)
-        found.meta = {"module": module, "shape": tuple(graph.tensor(name).shape), "symbolic": False}
-        return found
-
     def read(name: str, channels: Tensor) -> fx.Node:
-        held = graph.unused(name, "_channels")
-        graph.set_tensor(held, channels)
-        call = graph.fx.call_function(aten.index_select.default, (source, -1, constant(held)))
-        return made(call, len(channels))
+        held = graph.insert_tensor(node, graph.unused(name, "_channels"), channels)
+        shape = (*source.meta["shape"][:-1], len(channels))  # type: ignore[union-attr]
+        return graph.insert(node, aten.index_select.default, (source, -1, held), shape)
 
+    outputs = []
+    for stem, channels in chosen.items():
+        part, held = read(stem, channels), weight[:, channels].contiguous()
+        made = graph.insert_tensor(node, f"{stem}.weight", held)
+        outputs.append(graph.insert(node, aten.linear.default, (part, made), node.meta["shape"]))
     kept = rest.nonzero().flatten()
-    with graph.fx.inserting_before(node):
-        outputs = []
-        for stem, channels in chosen.items():
-            graph.set_tensor(f"{stem}.weight", weight[:, channels].contiguous())
-            part = graph.fx.call_function(aten.linear.default, (read(stem, channels), constant(f"{stem}.weight")))
-            outputs.append(made(part, weight.shape[0]))
-        replace_argument(node, 0, read(linear.name, kept))
-    graph.set_tensor(linear.weight, weight[:, kept].contiguous())  # type: ignore[arg-type]
+    replace_argument(node, 0, read(linear.name, kept))
+    graph.set_tensor(str(linear.weight), weight[:, kept].contiguous())
     readers, total = list(node.users), node
     for part in outputs:
         with graph.fx.inserting_after(total):
-            total = made(graph.fx.call_function(aten.add.Tensor, (total, part)), weight.shape[0])
+            total = graph.fx.call_function(aten.add.Tensor, (total, part))
+        total.meta = dict(node.meta)
     for reader in readers:
         reader.replace_input_with(node, total)
     return list(chosen)
@@ -143,23 +133,19 @@ def permute_hidden(graph: Graph, first: Site, second: Site, order: Tensor) -> No
     for name in (first.weight, first.bias):
         if name is not None:
             graph.set_tensor(name, graph.tensor(name)[order.to(graph.tensor(name).device)].contiguous())
-    weight = graph.tensor(second.weight)  # type: ignore[arg-type]
-    graph.set_tensor(second.weight, weight[:, order.to(weight.device)].contiguous())  # type: ignore[arg-type]
+    weight = graph.tensor(str(second.weight))
+    graph.set_tensor(str(second.weight), weight[:, order.to(weight.device)].contiguous())
 
 
 def hidden_source(graph: Graph, linear: Site) -> Site | None:
     """The linear layer whose outputs ``linear`` reads through one activation function, where nothing else reads them
     and no other layer has the same weights; None if there is none."""
-    node = linear.node.args[0]
-    by_node = {site.node: site for site in graph.sites.of_kind("linear")}
-    while True:  # activation functions, then the layer before them
-        if not isinstance(node, fx.Node) or len(node.users) != 1:
-            return None
-        if op_name(node) not in ACTIVATIONS:
-            break
+    node: Any = linear.node.args[0]
+    while op_name(node) in ACTIVATIONS and len(node.users) == 1:
         node = node.args[0]
-    source = by_node.get(node)  # type: ignore[arg-type]
-    return source if source is not None and alone(graph, source) and alone(graph, linear) else None
+    source = {site.node: site for site in graph.sites.of_kind("linear")}.get(node)
+    own = source is not None and len(node.users) == 1 and alone(graph, source) and alone(graph, linear)
+    return source if own else None
 
 
 def rescale_input(graph: Graph, layer: Site, scale: Tensor, shift: Tensor | None = None) -> None:
@@ -177,15 +163,12 @@ def rescale_input(graph: Graph, layer: Site, scale: Tensor, shift: Tensor | None
     if shift is not None and pads(layer):
         raise ValueError(f"{layer.name} pads its input, and padding is not shifted")
     precise = scale.to(weight.device, torch.float64)
-    new = weight.double() * precise.view(spread)
     value = with_constant(graph, node, aten.mul.Tensor, source, (layer.name, "_input_factor"), 1.0 / precise, spread)
     if shift is not None:
         moved = shift.to(weight.device, torch.float64)
-        bias = ensure_bias(graph, layer)
-        extra = (new * moved.view(spread)).flatten(1).sum(1)
-        graph.set_tensor(bias, (graph.tensor(bias).double() + extra).to(weight.dtype))
+        add_to_bias(graph, layer, (weight.double() * precise.view(spread) * moved.view(spread)).flatten(1).sum(1))
         value = with_constant(graph, node, aten.add.Tensor, value, (layer.name, "_input_shift"), -moved, spread)
-    graph.set_tensor(name, new.to(weight.dtype))
+    graph.change(name, lambda weight: weight * precise.view(spread))
     replace_argument(node, 0, value)
 
 
@@ -206,11 +189,6 @@ def with_constant(
 ) -> fx.Node:
     """``operation(value, constant)`` in front of a layer, in its module; constant [C], viewed as ``spread``, in the
     weight's type, under the name ``called`` (see :meth:`Graph.unused`)."""
-    module, name = before.meta.get("module", ""), graph.unused(*called)
-    graph.set_tensor(name, constant.to(graph.constant(before.args[1]).dtype).view(spread))  # type: ignore[union-attr]
-    with graph.fx.inserting_before(before):
-        held = graph.fx.get_attr(name)
-        made = graph.fx.call_function(operation, (value, held))
-    held.meta = {"module": module, "shape": tuple(graph.tensor(name).shape), "symbolic": False}
-    made.meta = {"module": module, "shape": value.meta["shape"], "symbolic": False}
-    return made
+    name, kind = graph.unused(*called), graph.constant(before.args[1]).dtype  # type: ignore[union-attr]
+    held = graph.insert_tensor(before, name, constant.to(kind).view(spread))
+    return graph.insert(before, operation, (value, held), value.meta["shape"])

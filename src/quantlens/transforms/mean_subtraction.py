@@ -14,15 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from quantlens.graph import Graph
-from quantlens.graph.graph import VIEWS, op_name
+from quantlens.graph.graph import VIEWS, op_name, walk
 from quantlens.graph.sites import ADDS, SCALINGS, Site
 from quantlens.transforms.heads import ScorePair, ValuePair, find_score_pairs, find_value_pairs
-from quantlens.transforms.layers import alone, ensure_bias
+from quantlens.transforms.layers import add_to_bias
 from quantlens.transforms.norms import NormGroup, find_norm_groups, keeps_channels_last, rescale_norm
 
 
@@ -37,22 +38,10 @@ class MeanSubtraction:
     @classmethod
     def find(cls, graph: Graph) -> MeanSubtraction:
         """All such places of a graph."""
-
-        def own(*layers: Site) -> bool:  # a bias that two layers share cannot take up what one of them needs
-            return all(alone(graph, layer) for layer in layers)
-
         return cls(
-            {f"{group.norm.name}.output": group for group in find_norm_groups(graph) if own(*group.linears)},
-            {
-                f"{pair.k.name}.output": pair
-                for pair in find_score_pairs(graph)
-                if own(pair.k) and _rows_shift_freely(graph, pair.scores)
-            },
-            {
-                f"{pair.proj.name}.input": pair
-                for pair in find_value_pairs(graph)
-                if own(pair.values, pair.proj) and _rows_sum_to_one(pair.context)
-            },
+            {f"{group.norm.name}.output": group for group in find_norm_groups(graph)},
+            {f"{p.k.name}.output": p for p in find_score_pairs(graph) if _rows_shift_freely(graph, p.scores)},
+            {f"{p.proj.name}.input": p for p in find_value_pairs(graph) if _rows_sum_to_one(p.context)},
         )
 
     @property
@@ -67,71 +56,47 @@ class MeanSubtraction:
             rescale_norm(graph, group, torch.ones_like(means[key]), means[key])
         for key, pair in self.keys.items():
             rows = pair.k_rows.flatten()
-            _add(graph, pair.k, -means[key][rows.to(means[key].device)], rows)
+            add_to_bias(graph, pair.k, -means[key][rows.to(means[key].device)], rows)
         for key, context in self.outputs.items():
             mean = torch.empty_like(means[key])
             mean[context.of.to(mean.device)] = means[key]  # column j of proj carries channel of[j] of v
-            _add(graph, context.values, -mean, context.rows)
+            add_to_bias(graph, context.values, -mean, context.rows)
             weight = graph.tensor(str(context.proj.weight)).double()
-            _add(graph, context.proj, weight @ means[key].to(weight.device))
+            add_to_bias(graph, context.proj, weight @ means[key].to(weight.device))
         graph.invalidate()
         done = {"LayerNorms": len(self.norms), "keys": len(self.keys), "attention outputs": len(self.outputs)}
         found = ", ".join(f"{count} {what}" for what, count in done.items() if count)
         return [f"means taken out of {found}"] if found else []
 
 
-def _add(graph: Graph, layer: Site, value: Tensor, rows: Tensor | None = None) -> None:
-    """Add ``value`` to a layer's bias, or to these rows of it."""
-    name = ensure_bias(graph, layer)
-    bias = graph.tensor(name).to(torch.float64, copy=True)
-    if rows is None:
-        bias = bias + value.to(bias.device)
-    else:
-        bias[rows.to(bias.device)] += value.to(bias.device)
-    graph.set_tensor(name, bias.to(graph.tensor(name).dtype))
-
-
 def _rows_shift_freely(graph: Graph, scores: Site) -> bool:
     """Whether a number added to all logits of a query leaves the softmax as it is: it goes over the keys, and between
     the product and it there are sums, masks, views, and factors that are the same for all keys."""
-    queue, seen = list(scores.node.users), set()
-    while queue:
-        node = queue.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        op = op_name(node)
-        if op == "aten.softmax.int":
-            shape = node.meta.get("shape")
-            if shape is None or int(node.args[1]) % len(shape) != len(shape) - 1:  # type: ignore[arg-type]
-                return False
-        elif op in SCALINGS:
-            if not all(_same_for_all_keys(graph, other) for other in node.args[1:]):
-                return False
-            queue.extend(node.users)
-        elif op in VIEWS | ADDS | {"aten.masked_fill.Scalar", "aten.where.self"}:
-            queue.extend(node.users)
-        else:
-            return False
-    return True
+    passing = VIEWS | ADDS | SCALINGS | {"aten.masked_fill.Scalar", "aten.where.self"}
+
+    def free(node: fx.Node) -> bool:
+        if op_name(node) in SCALINGS:
+            return all(_same_for_all_keys(graph, other) for other in node.args[1:])
+        return op_name(node) in passing or _is_softmax_over_keys(node)
+
+    return all(free(n) for n in walk(scores.node.users, lambda n: n.users if op_name(n) in passing else ()))
 
 
 def _rows_sum_to_one(context: Site) -> bool:
     """Whether what an attention multiplies v with are whole rows of a softmax over the keys."""
-    node = context.edges["probs"].value
-    while op_name(node) != "aten.softmax.int":
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or not (
-            op_name(node) == "aten.expand.default" or keeps_channels_last(node, source)
-        ):
-            return False
-        node = source
-    rank = len(node.meta["shape"])
-    return int(node.args[1]) % rank == rank - 1  # type: ignore[arg-type]
+    node: Any = context.edges["probs"].value
+    while op_name(node) == "aten.expand.default" or (
+        op_name(node) in VIEWS and keeps_channels_last(node, node.args[0])
+    ):
+        node = node.args[0]
+    return _is_softmax_over_keys(node)
+
+
+def _is_softmax_over_keys(node: fx.Node) -> bool:
+    rank = len(node.meta.get("shape") or ())
+    return op_name(node) == "aten.softmax.int" and rank > 0 and node.args[1] % rank == rank - 1  # type: ignore[operator]
 
 
 def _same_for_all_keys(graph: Graph, factor: object) -> bool:
-    if not isinstance(factor, fx.Node):
-        return True
     constant = graph.constant(factor)
-    return constant is not None and (constant.dim() == 0 or constant.shape[-1] == 1)
+    return not isinstance(factor, fx.Node) or (constant is not None and constant.shape[-1:] in ((), (1,)))

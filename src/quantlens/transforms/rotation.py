@@ -18,24 +18,23 @@ Rotations inside the heads of an attention are in :mod:`quantlens.transforms.hea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from quantlens.graph.graph import Graph, argument, op_name, replace_argument
-from quantlens.graph.sites import ROTATION, Site, dynamic_nodes
-from quantlens.transforms.layers import ACTIVATIONS, alone, ensure_bias, with_constant
+from quantlens.graph.graph import VIEWS, Graph, argument, op_name, replace_argument, walk
+from quantlens.graph.layout import axes_of_last
+from quantlens.graph.sites import ADDS, ROTATION, Site, dynamic_nodes
+from quantlens.transforms.layers import ACTIVATIONS, add_to_bias, alone, with_constant
 from quantlens.transforms.norms import NormGroup, find_norm_groups, fold_norm, keeps_channels_last
 
 aten = torch.ops.aten
 
 LARGEST, SMALLEST = 64, 8
 """Input channels of a layer that are rotated together at run time, at most and at least."""
-
-ADDS = ("aten.add.Tensor", "aten.add_.Tensor")
-FLATTEN = ("aten.flatten.using_ints", "aten.reshape.default")
 
 
 def orthogonal(size: int, generator: torch.Generator) -> Tensor:
@@ -56,13 +55,13 @@ def mean_keeping(size: int, generator: torch.Generator) -> Tensor:
 class Residual:
     """A residual stream of ``channels`` channels: what writes to it and what reads it.
 
-    linears, convs: sites whose output channels are its channels. constants: names of parameters [.., channels] added or
-    joined to it (class token, position embedding). norms: the LayerNorms that read it, each with its linear layers.
+    layers: linear and conv sites whose output channels are its channels. constants: names of parameters [.., channels]
+    added or joined to it (class token, position embedding). norms: the LayerNorms that read it, each with its linear
+    layers.
     """
 
     channels: int
-    linears: list[Site] = field(default_factory=list)
-    convs: list[Site] = field(default_factory=list)
+    layers: list[Site] = field(default_factory=list)
     constants: list[str] = field(default_factory=list)
     norms: list[NormGroup] = field(default_factory=list)
 
@@ -72,59 +71,55 @@ def find_residuals(graph: Graph) -> list[Residual]:
     convolutions and constants of their own, read by LayerNorms alone that feed linear layers alone. A stream that
     anything else reads or writes (Swin's, whose channels are joined between stages) is left out."""
     groups = {group.norm.node: group for group in find_norm_groups(graph)}
+    by_node = {site.node: site for site in graph.sites}
     found: list[Residual] = []
     seen: set[fx.Node] = set()
     for norm in groups:
-        if norm in seen:
+        if norm.args[0] in seen:
             continue
-        stream, residual = _grow(graph, norm.args[0], groups)  # type: ignore[arg-type]
-        seen |= {group.norm.node for group in residual.norms} if residual is not None else {norm}
-        if residual is not None and stream:
+        channels = int(norm.args[0].meta["shape"][-1])  # type: ignore[union-attr]
+        sources = partial(_sources, graph, channels)
+
+        def onward(node: fx.Node, sources: Any = sources) -> list[fx.Node]:
+            return [*(sources(node) or ()), *(user for user in node.users if node in (sources(user) or ()))]
+
+        stream = list(walk([norm.args[0]], onward))  # type: ignore[list-item]
+        seen.update(stream)
+        residual = _residual(graph, stream, channels, groups, by_node)
+        if residual is not None:
             found.append(residual)
     return found
 
 
-def _grow(graph: Graph, start: fx.Node, groups: dict[fx.Node, NormGroup]) -> tuple[set[fx.Node], Residual | None]:
-    """All nodes of the stream that ``start`` belongs to; no residual if something keeps it from being rotated."""
-    by_node = {site.node: site for site in graph.sites}
-    residual = Residual(int(start.meta["shape"][-1]))
-    stream: set[fx.Node] = {start}
-    queue = [start]
-
-    def reach(node: fx.Node) -> None:
-        if node not in stream:
-            stream.add(node)
-            queue.append(node)
-
-    while queue:
-        node = queue.pop()
-        sources = _sources(graph, node, residual.channels)
-        if sources is None:
-            conv = _conv_after(node)
-            site = by_node.get(node if conv is None else conv)
-            if site is not None and site.kind == "linear" and alone(graph, site):
-                residual.linears.append(site)
-            elif site is not None and conv is not None and argument(conv, "groups", 1) == 1 and alone(graph, site):
-                residual.convs.append(site)
-            elif _is_constant(graph, node) and node.meta["shape"][-1:] == (residual.channels,):
-                residual.constants.append(str(node.target))
-            else:
-                return stream, None
-        else:
-            for source in sources:
-                reach(source)
+def _residual(
+    graph: Graph,
+    stream: list[fx.Node],
+    channels: int,
+    groups: dict[fx.Node, NormGroup],
+    by_node: dict[fx.Node, Site],
+) -> Residual | None:
+    """What writes and reads all nodes of a stream; None if something keeps it from being rotated."""
+    residual, inside = Residual(channels), set(stream)
+    for node in stream:
         for user in node.users:
             if user in groups and user.args[0] is node:
-                if all(g.norm.node is not user for g in residual.norms):
-                    residual.norms.append(groups[user])
-            elif node in (_sources(graph, user, residual.channels) or ()):
-                reach(user)
-            else:
-                return stream, None
-    return stream, residual
+                residual.norms.append(groups[user])
+            elif user not in inside:
+                return None
+        if _sources(graph, channels, node) is not None:
+            continue
+        layer = node if op_name(node) == "aten.linear.default" else _conv_after(node)
+        site = by_node.get(layer)  # type: ignore[arg-type]
+        if site is not None and alone(graph, site):
+            residual.layers.append(site)
+        elif _is_constant(graph, node) and node.meta["shape"][-1:] == (channels,):
+            residual.constants.append(str(node.target))
+        else:
+            return None
+    return residual
 
 
-def _sources(graph: Graph, node: fx.Node, channels: int) -> list[fx.Node] | None:
+def _sources(graph: Graph, channels: int, node: fx.Node) -> list[fx.Node] | None:
     """What a node of the stream passes on: both summands, all that is joined, or the value that it moves. ``None`` if
     it is something else."""
     op, nodes = op_name(node), node.all_input_nodes
@@ -158,57 +153,28 @@ def _is_constant(graph: Graph, node: fx.Node) -> bool:
 
 def _conv_after(node: fx.Node) -> fx.Node | None:
     """The convolution whose output [B, C, h, w] this node holds as tokens [B, h·w, C] or [B, h, w, C]."""
-    chain = [node]
-    while op_name(chain[-1]) in (*FLATTEN, "aten.transpose.int", "aten.permute.default"):
-        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
-        if len(chain[-1].users) != 1:
+    conv: Any = node
+    while op_name(conv) in VIEWS:
+        conv = conv.args[0]
+        if len(conv.users) != 1:
             return None
-    conv, moves = chain[-1], chain[-2::-1]  # in the order in which they are done
-    if "conv" not in op_name(conv) or len(conv.meta["shape"]) != 4:
-        return None
-    if argument(conv, "groups", 1) != 1 or argument(conv, "transposed", False):  # rows of other inputs do not mix
-        return None
-    _, channels, *grid = conv.meta["shape"]
-    if len(moves) == 1:
-        return conv if _order(moves[0]) == [0, 2, 3, 1] else None
-    if len(moves) != 2 or op_name(moves[0]) not in FLATTEN:
-        return None
-    flat = moves[0].meta["shape"][1:] == (channels, grid[0] * grid[1])
-    return conv if flat and _order(moves[1]) == [0, 2, 1] else None
-
-
-def _order(node: fx.Node) -> list[int] | None:
-    """How a node orders dimensions, ``None`` if it does something else."""
-    rank = len(node.meta["shape"])
-    if op_name(node) == "aten.permute.default":
-        return [d % rank for d in node.args[1]]  # type: ignore[union-attr, operator]
-    if op_name(node) != "aten.transpose.int":
-        return None
-    order, (one, other) = list(range(rank)), node.args[1:3]
-    order[one], order[other] = order[other], order[one]  # type: ignore[index]
-    return order
+    if "conv" not in op_name(conv) or len(conv.meta["shape"]) != 4 or argument(conv, "groups", 1) != 1:
+        return None  # rows of other inputs do not mix
+    return conv if axes_of_last({conv}, node) == (-3,) else None
 
 
 def rotate_residual(graph: Graph, residual: Residual, rotation: Tensor) -> None:
     """Multiply the stream by ``rotation`` Q [C, C] (orthogonal, Q·1 = 1), exactly: writers put out Q·y, the LayerNorms'
     scale and shift go into their linear layers, and these read with W·Qᵀ."""
+    q = rotation.to(graph.device, torch.float64)
     for group in residual.norms:
         fold_norm(graph, group)
-    q = rotation.double()
-    for site in (*residual.linears, *residual.convs):
-        weight = graph.tensor(str(site.weight))
-        turned = (q.to(weight.device) @ weight.double().flatten(1)).reshape(weight.shape)
-        graph.set_tensor(str(site.weight), turned.to(weight.dtype))
+    for site in residual.layers:
+        graph.change(str(site.weight), lambda weight: (q @ weight.flatten(1)).reshape(weight.shape))
         if site.bias is not None:
-            bias = graph.tensor(site.bias)
-            graph.set_tensor(site.bias, (q.to(bias.device) @ bias.double()).to(bias.dtype))
-    for name in residual.constants:
-        value = graph.tensor(name)
-        graph.set_tensor(name, (value.double() @ q.T.to(value.device)).to(value.dtype))
-    for group in residual.norms:
-        for linear in group.linears:
-            weight = graph.tensor(str(linear.weight))
-            graph.set_tensor(str(linear.weight), (weight.double() @ q.T.to(weight.device)).to(weight.dtype))
+            graph.change(site.bias, lambda bias: q @ bias)
+    for name in (*residual.constants, *(str(linear.weight) for group in residual.norms for linear in group.linears)):
+        graph.change(name, lambda value: value @ q.T)
     graph.invalidate()
 
 
@@ -258,38 +224,29 @@ def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | No
     of the layer, at n multiplications per channel and token; its constant is one for all layers that get an equal
     matrix. It is no site: it stays in float. The caller calls :meth:`Graph.invalidate` when all is done.
     """
-    node, source, size = linear.node, linear.node.args[0], len(rotation)
-    name = str(linear.weight)
+    node, size, name = linear.node, len(rotation), str(linear.weight)
+    source: Any = node.args[0]
+    lead = source.meta["shape"][:-1]
     weight = graph.tensor(name)
     missing = -weight.shape[1] % size
     weight = F.pad(weight, (0, missing))
-    held = f"hidden_{size}{ROTATION}"
-    value = rotation.to(weight.device, weight.dtype)
+    blocks = weight.shape[1] // size
+    held, value = f"hidden_{size}{ROTATION}", rotation.to(weight.device, weight.dtype)
     if held in graph.tensors() and not torch.equal(graph.tensor(held), value):
         held = graph.unused(linear.name, ROTATION)
-    graph.set_tensor(held, value)
     precise = rotation.to(weight.device, torch.float64)
-    blocks = weight.shape[1] // size
     turned = weight.double().unflatten(1, (blocks, size)) @ precise
     graph.set_tensor(name, turned.flatten(1).to(weight.dtype))
-    module, lead = node.meta.get("module", ""), source.meta["shape"][:-1]  # type: ignore[union-attr]
-    with graph.fx.inserting_before(node):
-        if missing:
-            source = graph.fx.call_function(aten.constant_pad_nd.default, (source, [0, missing]))
-            source.meta = {"module": module, "shape": (*lead, weight.shape[1]), "symbolic": False}
-        constant = graph.fx.get_attr(held)
-        split = graph.fx.call_function(aten.unflatten.int, (source, -1, [blocks, size]))
-        product = graph.fx.call_function(aten.matmul.default, (split, constant))
-        joined = graph.fx.call_function(aten.flatten.using_ints, (product, -2, -1))
-    shapes = (((size, size), constant), ((*lead, blocks, size), split), ((*lead, blocks, size), product))
-    for shape, made in (*shapes, ((*lead, weight.shape[1]), joined)):
-        made.meta = {"module": module, "shape": shape, "symbolic": False}
+    if missing:
+        source = graph.insert(node, aten.constant_pad_nd.default, (source, [0, missing]), (*lead, weight.shape[1]))
+    constant = graph.insert_tensor(node, held, value)
+    split = graph.insert(node, aten.unflatten.int, (source, -1, [blocks, size]), (*lead, blocks, size))
+    product = graph.insert(node, aten.matmul.default, (split, constant), (*lead, blocks, size))
+    joined = graph.insert(node, aten.flatten.using_ints, (product, -2, -1), (*lead, weight.shape[1]))
     if mean is not None:
         mean = F.pad(mean.to(weight.device, torch.float64), (0, missing))
         shift = (mean.unflatten(0, (blocks, size)) @ precise).flatten()
-        bias = ensure_bias(graph, linear)
-        extra = turned.flatten(1) @ shift
-        graph.set_tensor(bias, (graph.tensor(bias).double() + extra).to(weight.dtype))
+        add_to_bias(graph, linear, turned.flatten(1) @ shift)
         joined = with_constant(graph, node, aten.add.Tensor, joined, (linear.name, "_input_mean"), -shift, (-1,))
     replace_argument(node, 0, joined)
 

@@ -6,7 +6,7 @@ model is built.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,62 +42,36 @@ class ZooSources:
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """One model that ships with the package.
-
-    `build()` gives the untrained architecture, `weights` is a safetensors file that fits it strictly,
-    `card()` reads what was measured when it was trained.
-    """
+    """One model that ships with the package. `weights` is a safetensors file that fits `build()` strictly."""
 
     name: str
     description: str
-    build: Callable[[], nn.Module]
     weights: Path
     preprocess: Preprocess
     class_names: list[str]
     sources: ZooSources
 
-    @property
-    def card_path(self) -> Path:
-        return self.weights.with_suffix(".json")
+    def build(self) -> nn.Module:
+        """The untrained architecture."""
+        from quantlens.zoo.recipe import RECIPES
+
+        return RECIPES[self.name].build()
 
     def card(self) -> dict[str, Any]:
         """Recipe, versions, SHA-256 of the weights and the metrics measured on the embedded sets."""
-        import json
-
-        return json.loads(self.card_path.read_text(encoding="utf-8"))
-
-
-def _digits_vit() -> nn.Module:
-    from quantlens.zoo.recipe import DIGITS_VIT
-
-    return DIGITS_VIT.build()
+        return json.loads(self.weights.with_suffix(".json").read_text(encoding="utf-8"))
 
 
 def available() -> dict[str, ZooEntry]:
     """Name -> entry of every model that ships with the package."""
-    ood = {
-        name: OODSource(f"embedded:{name}", info.group)
-        for name, info in available_embedded().items()
-        if info.group in ("near", "far")
-    }
-    return {
-        "digits-vit": ZooEntry(
-            name="digits-vit",
-            description=f"ViT for {SIZE}x{SIZE} images of {len(ID_DIGITS)} handwritten digits",
-            build=_digits_vit,
-            weights=WEIGHTS / "digits_vit.safetensors",
-            preprocess=Preprocess(
-                (3, SIZE, SIZE), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0
-            ),
-            class_names=[str(digit) for digit in ID_DIGITS],
-            sources=ZooSources(
-                id="embedded:digits-test",
-                calibration="embedded:digits-calibration",
-                fit="embedded:digits-fit",
-                ood=ood,
-            ),
-        )
-    }
-
-
-__all__ = ["OODSource", "ZooEntry", "ZooSources", "available"]
+    sets = available_embedded().items()
+    ood = {name: OODSource(f"embedded:{name}", info.group) for name, info in sets if info.group != "id"}
+    digits = ZooEntry(
+        name="digits-vit",
+        description=f"ViT for {SIZE}x{SIZE} images of {len(ID_DIGITS)} handwritten digits",
+        weights=WEIGHTS / "digits_vit.safetensors",
+        preprocess=Preprocess((3, SIZE, SIZE), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0),
+        class_names=[str(digit) for digit in ID_DIGITS],
+        sources=ZooSources("embedded:digits-test", "embedded:digits-calibration", "embedded:digits-fit", ood),
+    )
+    return {digits.name: digits}

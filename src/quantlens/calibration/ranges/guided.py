@@ -62,17 +62,16 @@ class Side:
         return self.quantize(self.values, *spread.unbind(-1))
 
 
-def search(a: Side, b: Side, gradient: Tensor | None, *, transposed: bool = False, near: int | None = None) -> Side:
+def search(a: Side, b: Side, gradient: Tensor | None, *, near: int | None = None) -> Side:
     """``a`` with the parameters, group by group, that make the loss of Â·B̂ᵀ least, B̂ being fixed.
 
-    gradient: g [..., rows of a, rows of b], ``None`` for 1. transposed: g is given as [..., rows of b, rows of a].
-    near: try only the candidates so many places around the one chosen before, and that one.
+    gradient: g [..., rows of a, rows of b], ``None`` for 1. near: try only the candidates so many places around the one
+    chosen before, and that one.
     """
     if a.candidates is None or a.current is None:
         return a
     fixed = b.quantized().mT
     expected = a.values @ b.values.mT
-    weights = gradient.mT.contiguous() if gradient is not None and transposed else gradient
     each = torch.arange(len(a.current), device=a.values.device)
     if near is None or a.place is None:
         places = torch.arange(len(a.candidates), device=each.device)[:, None].expand(-1, len(each))
@@ -83,41 +82,28 @@ def search(a: Side, b: Side, gradient: Tensor | None, *, transposed: bool = Fals
     losses = []
     for some in tried.split(max(1, TOGETHER // max(expected.numel(), a.values.numel()))):
         error = (a.quantized(some) @ fixed).sub_(expected)
-        if weights is not None:
-            error.mul_(weights)
+        if gradient is not None:
+            error.mul_(gradient)
         losses.append(by_group(error.square_(), a.groups, len(each)))
     least = torch.cat(losses).argmin(0)  # the first of equal ones
     return replace(a, current=tried[least, each], place=places[least, each])
 
 
-def weighted_error(a: Side, b: Side, gradient: Tensor | None) -> float:
-    """Σ (g ∘ (Â·B̂ᵀ − A·Bᵀ))² with the current parameters."""
-    error = a.quantized() @ b.quantized().mT - a.values @ b.values.mT
-    return float((error if gradient is None else error * gradient).double().square().sum())
-
-
-def alternate(a: Side, b: Side, gradient: Tensor | None, rounds: int, near: int = NEAR) -> tuple[Side, Side]:
+def alternate(a: Side, b: Side, gradient: Tensor | None, rounds: int) -> tuple[Side, Side]:
     """Search a's parameters with b fixed, then b's with a fixed, until nothing changes or ``rounds`` are done: all
-    candidates in the first round, then those ``near`` places around the chosen ones. The loss does not rise after
+    candidates in the first round, then those :data:`NEAR` places around the chosen ones. The loss does not rise after
     the first round.
 
     gradient: g [..., rows of a, rows of b] or ``None``.
     """
-    for done in range(rounds):
-        around = near if done else None
-        found = search(a, b, gradient, near=around)
-        if done and _same(a, found):  # b was searched with this a
-            break
-        a = found
-        found = search(b, a, gradient, transposed=True, near=around)
-        if done and _same(b, found):
-            break
-        b = found
-    return a, b
-
-
-def _same(old: Side, new: Side) -> bool:
-    return old.current is None or new.current is None or bool(torch.equal(old.current, new.current))
+    pair, gradients = [a, b], [gradient, None if gradient is None else gradient.mT.contiguous()]
+    for step in range(2 * rounds):
+        this, first_round = step % 2, step < 2
+        found = search(pair[this], pair[1 - this], gradients[this], near=None if first_round else NEAR)
+        old, pair[this] = pair[this], found
+        if not first_round and (old.current is None or torch.equal(old.current, found.current)):  # type: ignore[arg-type]
+            break  # the other one was searched with this one
+    return pair[0], pair[1]
 
 
 def by_group(terms: Tensor, groups: str | Tensor | None, count: int) -> Tensor:
@@ -161,6 +147,3 @@ def sample_rows(importance: Tensor, most: int, generator: torch.Generator) -> tu
     points = start + torch.arange(most, dtype=torch.float64, device=edges.device)
     index = torch.searchsorted(edges, points, right=True).clamp_(max=count - 1)
     return index, (1.0 / chance.gather(-1, index)).float()
-
-
-__all__ = ["FLOOR", "HEADS", "Side", "alternate", "by_group", "sample_rows", "search", "weighted_error"]

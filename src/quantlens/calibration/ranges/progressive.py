@@ -82,11 +82,9 @@ class OutputError:
 def losses(side: Side, terms: Callable[[Tensor], Tensor], tried: Tensor) -> Tensor:
     """[n, G] float64 error of candidates [n, G, P], group by group. terms: error [n, ..., rows, k] -> terms whose sum
     is the loss (:meth:`OutputError.rough`, :meth:`OutputError.exact`)."""
-    count = tried.shape[1]
-    found = []
-    for some in tried.split(max(1, TOGETHER // side.values.numel())):
-        found.append(by_group(terms(side.quantized(some).sub_(side.values)), side.groups, count))
-    return torch.cat(found)
+    parts = tried.split(max(1, TOGETHER // side.values.numel()))
+    errors = (side.quantized(part).sub_(side.values) for part in parts)
+    return torch.cat([by_group(terms(error), side.groups, tried.shape[1]) for error in errors])
 
 
 def progressive(
@@ -182,15 +180,3 @@ def adaptive(x: Tensor, scale: Tensor, numerator: Tensor, *, bits: int, shift: f
     gone = codes > last + octave
     levels = codes.round_().clamp_(0.0, last).div_(octave).neg_().exp2_().mul_(scale)
     return levels.masked_fill_(gone, 0.0).sub_(shift)
-
-
-__all__ = [
-    "Grid",
-    "OutputError",
-    "adaptive",
-    "asymmetric",
-    "asymmetric_grid",
-    "losses",
-    "progressive",
-    "ranked",
-]

@@ -5,15 +5,18 @@ Every rule takes G rows and gives G results; nothing here knows of models or sit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quantlens.calibration.observers import Observation
-from quantlens.formats import GroupScaled, Log, Uniform, affine_parameters, symmetric_parameters
+from quantlens.formats import GroupScaled, Log, Quantizer, Uniform, affine_parameters, symmetric_parameters
 from quantlens.formats.base import bounded_
+
+Q = TypeVar("Q", bound=Quantizer)
 
 REPQ_QUANTILES = (0.999, 0.9999, 0.99999)
 """Candidates of the RepQ-ViT authors' code."""
@@ -128,18 +131,21 @@ def _sorted(rows: Tensor) -> Tensor:
 # -- rule -> quantizer --------------------------------------------------------------------------------------------
 def affine(low: Tensor, high: Tensor, bits: int, *, granularity: str = "tensor", axis: int | None = None) -> Uniform:
     """Asymmetric uniform quantizer over [low, high]: [1] for a tensor, [G] along ``axis``."""
-    if axis is None:
-        low, high = low.reshape(()), high.reshape(())
-    scale, zero = affine_parameters(low, high, bits)
+    scale, zero = (p.reshape(() if axis is None else p.shape) for p in affine_parameters(low, high, bits))
     return Uniform(scale, zero, bits, signed=False, granularity=granularity, axis=axis)
 
 
 def symmetric(low: Tensor, high: Tensor, bits: int, *, granularity: str = "tensor", axis: int | None = None) -> Uniform:
     """Symmetric uniform quantizer over ±max(|low|, |high|)."""
-    magnitude = torch.maximum(low.abs(), high.abs())
-    if axis is None:
-        magnitude = magnitude.reshape(())
-    return Uniform(symmetric_parameters(magnitude, bits), None, bits, signed=True, granularity=granularity, axis=axis)
+    scale = symmetric_parameters(torch.maximum(low.abs(), high.abs()), bits)
+    scale = scale.reshape(() if axis is None else scale.shape)
+    return Uniform(scale, None, bits, signed=True, granularity=granularity, axis=axis)
+
+
+def closest(candidates: Iterable[Q], values: Tensor) -> Q:
+    """The quantizer with the least squared error, the first of equal ones."""
+    parts = values.split(1 << 20)
+    return min(candidates, key=lambda q: sum(float((q(part) - part).square_().sum()) for part in parts))
 
 
 def block_scaled(values: Tensor, bits: int, block: int, *, axis: int = -1) -> GroupScaled:
@@ -149,9 +155,7 @@ def block_scaled(values: Tensor, bits: int, block: int, *, axis: int = -1) -> Gr
     3.31 at 2, 3, 4 and 6 bits.
     """
     steps = torch.linspace(1.0, 6.0, 41) / 2 ** (bits - 1)
-    candidates = [GroupScaled(step, bits, block, axis=axis).to(values.device) for step in steps]
-    errors = [float((q(values) - values).square_().sum()) for q in candidates]
-    return candidates[min(range(len(errors)), key=errors.__getitem__)]
+    return closest((GroupScaled(step, bits, block, axis=axis).to(values.device) for step in steps), values)
 
 
 def log_by_quantile(
@@ -161,9 +165,6 @@ def log_by_quantile(
 
     Values are ≥ 0. A row that is all zero gives δ = 1.
     """
-    values = seen.values[0]
     deltas = torch.stack([seen.quantile(p)[0] for p in quantiles])
     deltas = torch.where(deltas > 0, deltas, torch.ones_like(deltas))
-    candidates = [Log(delta, bits, steps=steps) for delta in deltas]
-    errors = [sum(float((q(part) - part).square_().sum()) for part in values.split(1 << 20)) for q in candidates]
-    return candidates[min(range(len(errors)), key=errors.__getitem__)]
+    return closest((Log(delta, bits, steps=steps) for delta in deltas), seen.values[0])

@@ -60,6 +60,14 @@ def candidate_factors(alpha: float, beta: float, count: int) -> list[float]:
     return [alpha + i * (beta - alpha) / count for i in range(count)]
 
 
+def _cheapest(moving: Operand, factors: list[float], cost: Callable[[Tensor], Tensor]) -> Operand:
+    """The operand with the scale, or one scale per row, whose quantized values cost least: the current one, or
+    factor·start."""
+    scales = torch.stack([moving.scale, *(moving.start * factor for factor in factors)])  # type: ignore[operator]
+    least = torch.stack([cost(moving.quantized(scale)) for scale in scales]).argmin(0, keepdim=True)
+    return replace(moving, scale=scales.gather(0, least)[0])
+
+
 def similarity(a: Operand, b: Operand) -> float:
     """Cosine of the float product and the product of the quantized operands, over all elements; 0 if either is 0."""
     expected, got = a.values @ b.values.mT, a.quantized() @ b.quantized().mT
@@ -73,23 +81,19 @@ def search(a: Operand, b: Operand, factors: list[float]) -> Operand:
 
     One scale per row: every row's own similarity is maximised. The current scale competes, and wins a tie.
     """
-    if a.start is None or a.scale is None:
+    if a.scale is None:
         return a
-    fixed = b.quantized()
-    expected = a.values @ b.values.mT
+    fixed, expected = b.quantized(), a.values @ b.values.mT
     pull = expected @ fixed
     gram = fixed.mT @ fixed if fixed.shape[-1] <= fixed.shape[-2] else None
     dims = (-1,) if a.per_row else tuple(range(a.values.dim()))
     whole = expected.square().sum(dims).double()
-    best = a.scale
-    highest = torch.full_like(whole, -torch.inf)
-    for scale in (a.scale, *(a.start * factor for factor in factors)):
-        values = a.quantized(scale)
+
+    def cosine(values: Tensor) -> Tensor:
         norm = ((values @ gram).mul_(values) if gram is not None else (values @ fixed.mT).square_()).sum(dims)
-        found = _cosine(values.mul_(pull).sum(dims).double(), norm.double(), whole)
-        best = torch.where(found > highest, scale, best)
-        highest = torch.maximum(found, highest)
-    return replace(a, scale=best)
+        return _cosine(values.mul_(pull).sum(dims).double(), norm.double(), whole)
+
+    return _cheapest(a, factors, lambda values: -cosine(values))
 
 
 def alternate(a: Operand, b: Operand, factors: list[float], rounds: int) -> tuple[Operand, Operand, list[float]]:
@@ -99,26 +103,19 @@ def alternate(a: Operand, b: Operand, factors: list[float], rounds: int) -> tupl
     falls: scales per row maximise their rows' similarities, and if that lowers the similarity of the whole, the step
     is not taken.
     """
-    history = [similarity(a, b)]
+    pair, history = [a, b], [similarity(a, b)]
     for _ in range(rounds):
-        before = a, b
-        tried = search(a, b, factors)
-        history.append(found := similarity(tried, b))
-        if found < history[-2]:
-            tried, history[-1] = a, history[-2]
-        a = tried
-        tried = search(b, a, factors)
-        history.append(found := similarity(a, tried))
-        if found < history[-2]:
-            tried, history[-1] = b, history[-2]
-        b = tried
-        if _same(before[0], a) and _same(before[1], b):
+        before = list(pair)
+        for i in range(2):
+            tried = list(pair)
+            tried[i] = search(pair[i], pair[1 - i], factors)
+            found = similarity(*tried)
+            if found >= history[-1]:
+                pair = tried
+            history.append(max(found, history[-1]))
+        if all(old.scale is None or torch.equal(old.scale, new.scale) for old, new in zip(before, pair, strict=True)):
             break
-    return a, b, history
-
-
-def _same(old: Operand, new: Operand) -> bool:
-    return old.scale is None or new.scale is None or bool(torch.equal(old.scale, new.scale))
+    return pair[0], pair[1], history
 
 
 def _cosine(dot: Tensor, norm: Tensor, other: Tensor) -> Tensor:
@@ -162,55 +159,29 @@ class Ranking:
     ) -> Ranking:
         """The loss against ``expected`` [..., w]: over all w(w − 1)/2 pairs of columns, or over ``pairs`` pairs drawn
         with ``generator`` (with repetition, the same for all rows; its expectation is the loss over all pairs)."""
-        flat = expected.reshape(-1, expected.shape[-1])
-        flat = flat if rows is None else flat[rows]
-        count = flat.shape[1]
+        columns = _columns(expected, rows)
+        count = len(columns)
         if pairs is None or count < 2 or pairs >= count * (count - 1) // 2:
             first, second = torch.triu_indices(count, count, 1)
         else:
             first = torch.randint(count, (pairs,), generator=generator)
             second = (first + torch.randint(1, count, (pairs,), generator=generator)) % count
-        first, second = first.to(flat.device), second.to(flat.device)
-        columns = flat.T.contiguous()
+        first, second = first.to(columns.device), second.to(columns.device)
         return cls(first, second, (columns[first] - columns[second]).sign_(), float(margin), rows, weight)
 
     def loss(self, got: Tensor) -> Tensor:
         """[] mean hinge of ``got``, shaped as the float output was; 0 if there is no pair."""
-        flat = got.reshape(-1, got.shape[-1])
-        flat = flat if self.rows is None else flat[self.rows]
         if self.sign.numel() == 0:
-            return flat.new_zeros(())
-        # columns first: a pair is then two contiguous rows
-        columns = flat.T.contiguous()
+            return got.new_zeros(())
+        columns = _columns(got, self.rows)
         hinge = (columns[self.second] - columns[self.first]).mul_(self.sign).add_(self.margin).clamp_(min=0)
         return hinge.mean()
 
 
-def ranking_loss(
-    got: Tensor,
-    expected: Tensor,
-    margin: float,
-    *,
-    pairs: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """[] mean over rows and pairs p < q of max(0, θ − (gotₚ − got_q)·sign(expectedₚ − expected_q)) (Liu et al.,
-    eq. 10, which has the sum).
-
-    got, expected: [..., w], a row per query. margin: θ. pairs: how many pairs to draw with ``generator``; ``None`` for
-    all of them, exactly.
-    """
-    return Ranking.of(expected, margin, pairs=pairs, generator=generator).loss(got)
-
-
-def inversions(got: Tensor, expected: Tensor) -> float:
-    """Share of the pairs of columns whose order in ``got`` [..., w] is the reverse of that in ``expected``; a tie of
-    two columns that differ counts half."""
-    ranking = Ranking.of(expected, 0.0)
-    columns = got.reshape(-1, got.shape[-1]).T
-    found = (columns[ranking.first] - columns[ranking.second]).sign_() * ranking.sign
-    known = ranking.sign != 0
-    return float(((1 - found)[known] / 2).mean()) if bool(known.any()) else 0.0
+def _columns(values: Tensor, rows: Tensor | None) -> Tensor:
+    """[w, R] columns of some (None: all) rows of values [..., w]: a pair of them is two contiguous rows."""
+    flat = values.flatten(0, -2)
+    return (flat if rows is None else flat[rows]).T.contiguous()
 
 
 class Objective:
@@ -227,8 +198,10 @@ class Objective:
         self.size = _dot(self.centred, self.centred)
         self.count = expected.shape[-1] * expected.shape[-2]
 
-    def of(self, got: Tensor) -> Tensor:
-        """[] float64 cost of quantized outputs [s, m, n]."""
+    def of(self, got: Tensor, offset: Tensor | None = None) -> Tensor:
+        """[] float64 cost of quantized outputs [s, m, n], which are overwritten, less an offset [n]."""
+        if offset is not None:
+            got.sub_(offset)
         cost = torch.zeros((), dtype=torch.float64, device=got.device)
         if self.similarity:
             total = got.sum((-2, -1)).double()
@@ -257,19 +230,16 @@ def search_side(
     [n]. One scale per operand. The current scale competes, and wins a tie.
     """
     moving = left if side == "left" else right
-    if moving.start is None or moving.scale is None:
+    if moving.scale is None:
         return moving
-    scales = [moving.scale, *(moving.start * factor for factor in factors)]
     judge = _through_gram(objective, left, right, offset) if side == "left" else None
     if judge is None:
         fixed = right.quantized() if side == "left" else left.quantized()
 
         def judge(values: Tensor) -> Tensor:
-            got = values @ fixed.mT if side == "left" else fixed @ values.mT
-            return objective.of(got if offset is None else got.sub_(offset))
+            return objective.of(values @ fixed.mT if side == "left" else fixed @ values.mT, offset)
 
-    costs = torch.stack([judge(moving.quantized(scale)) for scale in scales])
-    return replace(moving, scale=scales[int(costs.argmin())])
+    return _cheapest(moving, factors, judge)
 
 
 def _through_gram(
@@ -317,19 +287,18 @@ def alternate_pair(
     """
     order: tuple[Side, Side] = ("right", "left") if first == "right" else ("left", "right")
 
-    def cost(a: Operand, b: Operand, offset: Tensor | None) -> float:
-        got = a.quantized() @ b.quantized().mT
-        return float(objective.of(got if offset is None else got.sub_(offset)))
+    def measured(a: Operand, b: Operand) -> tuple[float, Tensor | None]:
+        offset = None if correct is None else correct(a, b)
+        return float(objective.of(a.quantized() @ b.quantized().mT, offset)), offset
 
-    offset = correct(left, right) if correct is not None else None
-    history = [cost(left, right, offset)]
+    reached, offset = measured(left, right)
+    history = [reached]
     for _ in range(rounds):
         a, b = left, right
         for side in order:
             found = search_side(objective, a, b, side, factors, offset)
             a, b = (found, b) if side == "left" else (a, found)
-        offset = correct(a, b) if correct is not None else None
-        reached = cost(a, b, offset)
+        reached, offset = measured(a, b)
         if not reached < history[-1]:
             break
         left, right = a, b
@@ -342,18 +311,3 @@ def alternate_pair(
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """[s] float64 inner products of samples [s, m, n]."""
     return torch.linalg.vecdot(a.flatten(-2), b.flatten(-2)).double()
-
-
-__all__ = [
-    "Objective",
-    "Operand",
-    "Ranking",
-    "alternate",
-    "alternate_pair",
-    "candidate_factors",
-    "inversions",
-    "ranking_loss",
-    "search",
-    "search_side",
-    "similarity",
-]

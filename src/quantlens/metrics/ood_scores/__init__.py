@@ -12,34 +12,35 @@ name; `register_score` adds one. Departures from the papers are data in `availab
 
 # Scores are listed to people in the order of these imports.
 # isort: off
-from quantlens.metrics.ood_scores.base import FitData, LogitScorer, Scorer, l2_normalise
-from quantlens.metrics.ood_scores.registry import ScoreInfo, available_scores, make_scorer, register_score, score_label
+from quantlens.metrics.ood_scores.registry import (
+    FitData,
+    ScoreInfo,
+    Scorer,
+    available_scores,
+    make_scorer,
+    register_score,
+    score_label,
+)
 from quantlens.metrics.ood_scores.logits import energy, entropy, gen, maxlogit, msp
-from quantlens.metrics.ood_scores.neighbours import KNNScorer, knn
-from quantlens.metrics.ood_scores.vim import ViMScorer, vim, vim_dimension
-from quantlens.metrics.ood_scores.mahalanobis import (
-    WELL_DETERMINED,
-    MahalanobisScorer,
+from quantlens.metrics.ood_scores.features import (
     class_means,
+    knn,
+    l2_normalise,
     ledoit_wolf,
     mahalanobis,
-    relative_mahalanobis,
+    react,
     tied_covariances,
+    vim,
+    vim_dimension,
+    vim_parameters,
     whitening,
 )
-from quantlens.metrics.ood_scores.react import ReActScorer, react
 # isort: on
 
 __all__ = [
-    "WELL_DETERMINED",
     "FitData",
-    "KNNScorer",
-    "LogitScorer",
-    "MahalanobisScorer",
-    "ReActScorer",
     "ScoreInfo",
     "Scorer",
-    "ViMScorer",
     "available_scores",
     "class_means",
     "energy",
@@ -54,10 +55,10 @@ __all__ = [
     "msp",
     "react",
     "register_score",
-    "relative_mahalanobis",
     "score_label",
     "tied_covariances",
     "vim",
     "vim_dimension",
+    "vim_parameters",
     "whitening",
 ]

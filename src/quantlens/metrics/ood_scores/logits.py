@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
-from quantlens.metrics._arrays import Float, as_matrix, log_softmax
-from quantlens.metrics.ood_scores.base import per_row
+from quantlens.metrics._arrays import Float, as_matrix, log_softmax, per_row
 from quantlens.metrics.ood_scores.registry import ScoreInfo, register_score
 
 

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from quantlens.errors import QuantlensError
-from quantlens.studies.executors.worker import Loaded, Stop
-from quantlens.studies.measuring import Outcome, told
+from quantlens.studies.executors.local import Here, Process
+from quantlens.studies.executors.ray import Actor
+from quantlens.studies.measuring import Outcome, Stop, told
 from quantlens.studies.session import Group, Session, Task
 
 RETRIES = 2
@@ -27,50 +28,35 @@ WAIT_SECONDS = 60.0
 """After so long without a worker the person is told what the study waits for."""
 
 
-class Slot(Protocol):
-    """Room for one worker at a time."""
-
-    def submit(self, method: str, *arguments: Any) -> Future[Any]:
-        """Call a method of the `Worker` there."""
-        ...
-
-    def death(self, error: BaseException) -> str:
-        """How the worker died, if that is what an answer's exception says, else ""."""
-        ...
-
-    def replace(self) -> None:
-        """Put a fresh worker in the place of one that died."""
-        ...
-
-
 @dataclass(eq=False)
 class Place:
-    """A slot, the model its worker has loaded, and the seeds of that model it has calibration images of."""
+    """Room for one worker at a time. group: the model that it has loaded; seeds: those of that model it has calibration
+    images of. asked: what it does ("start", "load", "run"; "" where it is idle); task: the cell that it runs; outcome:
+    of a cell that was measured before the FP32 cell it is compared with (its worker waits, too)."""
 
-    slot: Slot
+    slot: Here | Process | Actor
     group: Group | None = None
     seeds: set[int] = field(default_factory=set)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker was asked: to start, to load a model, or to run a cell of it."""
-
-    place: Place
-    group: Group | None = None
+    asked: str = ""
+    answer: Future[Any] | None = None
     task: Task | None = None
+    outcome: Outcome | None = None
+
+    def ask(self, method: str, *arguments: Any) -> None:
+        """Call a method of the worker."""
+        self.asked, self.answer = method, self.slot.submit(method, *arguments)
+
+    def rest(self) -> None:
+        """The worker has nothing to do."""
+        self.asked, self.task, self.outcome = "", None, None
 
 
 class Driver:
     """Keeps every worker busy. what: the workers in words ("2 processes"), for the person."""
 
-    def __init__(self, session: Session, slots: Sequence[Slot], what: str = "") -> None:
+    def __init__(self, session: Session, slots: Sequence[Here | Process | Actor], what: str = "") -> None:
         self.session, self.what = session, what
         self.places = [Place(slot) for slot in slots]
-        self.idle: list[Place] = []
-        self.jobs: dict[Future[Any], Job] = {}
-        self.waiting: list[tuple[Job, Outcome]] = []
-        """Cells that were measured before the FP32 cell they are compared with; their workers wait too."""
         self.deaths: Counter[Any] = Counter()
 
     def run(self) -> None:
@@ -80,57 +66,54 @@ class Driver:
         if self.what:
             shown.working(self.what)
         for place in self.places:
-            self.ask(Job(place), "start")
+            place.ask("start")
         began, said = time.monotonic(), False
         while True:
             self.dispatch()
-            working = [job for job in self.jobs.values() if job.group is not None]
+            working = any(place.asked in ("load", "run") for place in self.places)
             if not working and (self.spent() or not any(group.left for group in self.session.groups)):
                 return
             if not working and not said and time.monotonic() - began > WAIT_SECONDS:
                 shown.message(f"waiting for room for {self.what}")
                 said = True
-            done, _ = wait(list(self.jobs), timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            answers = {place.answer: place for place in self.places if place.answer is not None}
+            done, _ = wait(answers, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
             for answer in done:
-                self.receive(self.jobs.pop(answer), answer)
+                self.receive(answers[answer], answer)
 
     def spent(self) -> bool:
         """Whether the limit is reached once the cells that run have ended."""
-        at_work = len(self.running()) + len(self.waiting)
-        return self.session.limit is not None and self.session.ran + at_work >= self.session.limit
+        return self.session.limit is not None and self.session.ran + len(self.running()) >= self.session.limit
 
     def running(self) -> list[Task]:
-        """The cells that workers measure now."""
-        return [job.task for job in self.jobs.values() if job.task is not None]
+        """The cells that workers measure now, or hold."""
+        return [place.task for place in self.places if place.task is not None]
 
     def free(self, group: Group) -> list[Task]:
         """The cells of a model that are neither finished nor in work."""
-        taken = [*self.running(), *(job.task for job, _ in self.waiting)]
+        taken = self.running()
         return [task for task in group.left if task not in taken]
 
     # -- giving out work --
 
-    def ask(self, job: Job, method: str, *arguments: Any) -> None:
-        """Ask a worker for something."""
-        self.jobs[job.place.slot.submit(method, *arguments)] = job
-
     def dispatch(self) -> None:
         """Give every idle worker something to do, if there is something."""
-        for place in list(self.idle):
+        for place in self.places:
+            if place.asked:
+                continue
             if self.spent():
                 return
             group = place.group
-            task = None if group is None or not group.known else self.choose(group, place)
+            task = self.choose(group, place) if group is not None and group.known else None
             if group is not None and task is not None:
-                self.idle.remove(place)
+                place.task = task
                 place.seeds |= {task.cell.seed} if task.cell.needs_fp32 else set()
-                self.ask(Job(place, group, task), "run", group.index, task.cell, group.checkpoint_sha256)
+                place.ask("run", group.index, task.cell, group.checkpoint_sha256)
                 continue
             other = self.next_model(place)
             if other is not None:
-                self.idle.remove(place)
                 place.group, place.seeds = other, set()
-                self.ask(Job(place, other), "load", other.index)
+                place.ask("load", other.index)
 
     def next_model(self, place: Place) -> Group | None:
         """The model with the most cells for each of its workers, other than the one that the worker has."""
@@ -143,63 +126,51 @@ class Driver:
         """A cell of the model that the worker has loaded: FP32 first; beside other workers a seed that it has
         calibrated on, or else one that none of them has."""
         free = self.free(group)
-        if not free or group.fp32 in free:
-            return group.fp32 if free else None
         others = [p.seeds for p in self.places if p is not place and p.group is group]
-        if not others:
-            return free[0]
+        if not free or group.fp32 in free or not others:
+            return group.fp32 if group.fp32 in free else next(iter(free), None)
         elsewhere = set().union(*others)
         return min(free, key=lambda task: task.cell.seed not in place.seeds and 1 + (task.cell.seed in elsewhere))
 
     # -- taking in results --
 
-    def receive(self, job: Job, answer: Future[Any]) -> None:
+    def receive(self, place: Place, answer: Future[Any]) -> None:
         """Note what a worker answered, and keep the cell."""
-        error, found = answer.exception(), None
-        if error is None:
-            found = answer.result()
-        else:
-            died = job.place.slot.death(error)
-            if died:
-                self.replace(job, died)
-                return
-            found = Outcome(None, told(error), 0.0)
-        if job.group is None and isinstance(found, Outcome):
+        place.answer, error = None, answer.exception()
+        if error is not None and (died := place.slot.death(error)):
+            self.replace(place, died)
+            return
+        if error is not None and place.asked == "start":
             raise QuantlensError(f"a worker could not be started: {str(error).splitlines()[-1]}") from error
+        found = answer.result() if error is None else Outcome(None, told(error), 0.0)
         if isinstance(found, Stop):
             raise QuantlensError(found.message)
-        if job.group is not None and job.task is None:
-            self.loaded(job.group, found)
-        elif job.task is not None:
-            self.finished(job, found)
+        group = place.group
+        if place.asked == "run":
+            self.finished(place, found)
             return
-        self.idle.append(job.place)
+        if group is not None and not group.known:
+            if isinstance(found, Outcome):
+                self.session.not_loaded(group, str(found.error))
+            else:
+                self.session.know(group, *found)
+                self.give_up(group)
+        place.rest()
 
-    def loaded(self, group: Group, found: Loaded | Outcome) -> None:
-        """A worker has a model, or the error of one that cannot be loaded."""
-        if group.known:
-            return
-        if isinstance(found, Outcome):
-            self.session.not_loaded(group, str(found.error))
-        else:
-            self.session.know(group, found.checkpoint_sha256, found.preprocess)
-            self.give_up(group)
-
-    def finished(self, job: Job, outcome: Outcome) -> None:
+    def finished(self, place: Place, outcome: Outcome) -> None:
         """Keep a cell, once the FP32 cell it is compared with is there; the worker is idle again."""
-        group, task = job.group, job.task
+        group, task = place.group, place.task
         assert group is not None
         assert task is not None
         if task.cell.needs_fp32 and outcome.error is None and group.fp32 in group.left:
-            self.waiting.append((job, outcome))
+            place.outcome = outcome
             return
         self.session.keep(task, group, outcome)
-        self.idle.append(job.place)
+        place.rest()
         if task is group.fp32:
-            ready = [one for one in self.waiting if one[0].group is group]
-            self.waiting = [one for one in self.waiting if one not in ready]
-            for one in ready:
-                self.finished(*one)
+            for other in self.places:
+                if other.group is group and other.outcome is not None:
+                    self.finished(other, other.outcome)
             self.give_up(group)
 
     def give_up(self, group: Group) -> None:
@@ -214,26 +185,27 @@ class Driver:
                 if not self.spent():
                     self.session.keep(task, group, Outcome(None, told(error), 0.0))
 
-    def replace(self, job: Job, died: str) -> None:
+    def replace(self, place: Place, died: str) -> None:
         """A worker died: another takes its place; what it did is done again, by whoever is free first."""
-        place, group, task = job.place, job.group, job.task
+        group, task = place.group, place.task
         about = task or group or place
         self.deaths[about] += 1
-        if group is None and self.deaths[about] > RETRIES:
+        loading = "its start" if group is None else f"loading {group.model.label}"
+        what = str(task.cell) if task else loading
+        if self.deaths[about] <= RETRIES:
+            self.session.shown.message(f"a worker {died} (out of memory?) at {what}; this is done again")
+        elif group is None:
             raise QuantlensError(
                 f"a worker process {died} as it began, {RETRIES + 1} times; a script that runs a study with several "
                 "workers does so under `if __name__ == '__main__':`"
             )
-        what = "its start" if group is None else f"loading {group.model.label}" if task is None else str(task.cell)
-        if self.deaths[about] <= RETRIES:
-            self.session.shown.message(f"a worker {died} (out of memory?) at {what}; this is done again")
-        elif group is not None:
+        else:
             text = f"a worker {died} at {what}, {RETRIES + 1} times (out of memory?); give each worker more room"
             if task is None:
                 self.session.not_loaded(group, text)
             else:
-                self.finished(job, Outcome(None, text, 0.0))
-                self.idle.remove(place)
+                self.finished(place, Outcome(None, text, 0.0))
         place.slot.replace()
+        place.rest()
         place.group, place.seeds = None, set()
-        self.ask(Job(place), "start")
+        place.ask("start")

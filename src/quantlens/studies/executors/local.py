@@ -14,7 +14,7 @@ from multiprocessing.context import SpawnContext
 from typing import Any
 
 from quantlens.evaluation.environment import cores
-from quantlens.studies.executors.worker import Worker
+from quantlens.studies.measuring import Worker
 from quantlens.studies.session import Session
 
 PATIENCE = 5.0
@@ -29,7 +29,7 @@ class Here:
 
     def submit(self, method: str, *arguments: Any) -> Future[Any]:
         answer: Future[Any] = Future()
-        answer.set_result(getattr(self.worker, method)(*arguments))
+        answer.set_result(self.worker.call(method, *arguments))
         return answer
 
     def death(self, error: BaseException) -> str:
@@ -40,13 +40,17 @@ class Here:
 
 
 @contextmanager
-def processes(session: Session, workers: int) -> Iterator[list[Process]]:
-    """So many worker processes, which end with this context, and within seconds of this process."""
+def processes(session: Session, workers: int | None) -> Iterator[tuple[list[Here] | list[Process], str]]:
+    """One worker here, or so many processes, which end with this context, and within seconds of this process; and what
+    they are in words."""
+    if workers in (None, 1):
+        yield [Here(session)], ""
+        return
+    assert workers is not None
     threads = max(1, cores() // workers)
-    arguments = (session.config, session.backend, threads, session.images.marks())
-    slots = [Process(threads, arguments) for _ in range(workers)]
+    slots = [Process(threads, (session.config, session.backend, threads, session.images.marks)) for _ in range(workers)]
     try:
-        yield slots
+        yield slots, f"{workers} processes"
     finally:
         for slot in slots:
             slot.end()
@@ -175,7 +179,7 @@ def _call(method: str, *arguments: Any) -> Any:
     global _busy
     _busy = True
     try:
-        return getattr(_worker, method)(*arguments)
+        return _worker.call(method, *arguments)
     except SystemExit:  # of _end: every `with` has been left by now, so temporary files are gone
         os._exit(128 + signal.SIGTERM)
     finally:

@@ -21,8 +21,7 @@ RATIO = 1.5
 
 def token_norms(tokens: Tensor, prefix: int = 0) -> Tensor:
     """Euclidean norms of patch tokens: [B, N, C] (or [B, H, W, C]) -> [B, P], class and register tokens left out."""
-    flat = tokens.flatten(1, -2)
-    return flat[:, prefix:].norm(dim=-1)
+    return tokens.flatten(1, -2)[:, prefix:].norm(dim=-1)
 
 
 def quantile(values: Tensor, q: float) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantlens.attention.tokens import large, outliers, overlap, quantile, token_norms
+from quantlens.attention.outlier_tokens import large, outliers, overlap, quantile, token_norms
 
 
 def test_outlier_rule():
