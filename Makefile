@@ -8,7 +8,7 @@ JOBS   ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --durations=20
 SELECT ?= not slow and not process and not browser
 
-.PHONY: help install dev demo test test-rest test-all test-processors test-oldest test-newest lint types zoo bench quality clean
+.PHONY: help install dev demo docs test test-rest test-all test-processors test-oldest test-newest lint types zoo bench quality clean
 .DEFAULT_GOAL := help
 
 help:            ## show this list
@@ -61,11 +61,14 @@ test-newest: .venv-newest/.installed  ## make test's selection with the newest v
 .FORCE:
 
 lint: dev        ## lint and format check
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check -q src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check -q src tests benchmarks docs
 
 types: dev       ## type check
 	$(BIN)/mypy
+
+docs: dev        ## build the documentation into site/ (a broken link fails); open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 zoo: install     ## train the shipped model again (about 15 minutes on one core)
 	$(BIN)/python -m quantlens.zoo.train digits-vit
@@ -77,4 +80,4 @@ quality: dev     ## what methods are worth, medians over seeds against bounds (b
 	$(BIN)/python -m benchmarks.quality
 
 clean:           ## remove what make made
-	rm -rf $(VENV) .venv-oldest .venv-newest quantlens-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest quantlens-demo site build dist .pytest_cache .mypy_cache .ruff_cache

@@ -99,7 +99,7 @@ def test_plots_draw_and_the_report_does_not():
         if room != "plots" and path.name != "picture_grids.py":
             assert not re.search(r"^\s*(import|from) altair", text, re.M), path
             assert not re.search(r"<svg|<path|vegalite_to", text), path
-            assert "vl_convert" not in text or path.relative_to(PACKAGE).as_posix() == "report/charts.py", path
+            assert "vl_convert" not in text or path.relative_to(PACKAGE).as_posix() == "report/page.py", path
 
 
 def test_importing_quantlens_is_light():

@@ -19,7 +19,12 @@ from quantlens import plugins
 from quantlens.cli import main
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+BLOCKS = [
+    (kind, f"# {title}\n{text}" if title else text)
+    for kind, title, text in re.findall(
+        r"```(\w+)(?: title=\"(.*?)\")?\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S
+    )
+]
 
 
 @pytest.fixture
@@ -37,13 +42,14 @@ def folder(tmp_path, monkeypatch):
 
 
 def commands():
-    lines = "\n".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line.strip()]
+    lines = "\n".join(text for kind, text in BLOCKS if kind == "console").replace("\\\n", " ").splitlines()
+    return [shlex.split(line.removeprefix("$ ")) for line in lines if line.strip()]
 
 
 def test_the_page_shows_all_four(folder):
-    assert {p.name for p in folder.iterdir()} == {"my_method.py", "my_format.py", "my_score.py", "my_transform.py"}
-    assert {kind for kind, _ in BLOCKS} == {"python", "bash", "toml"}
+    own = {"my_method.py", "my_format.py", "my_score.py", "my_transform.py"}
+    assert {p.name for p in folder.iterdir()} == own | {"weights_only.py"}
+    assert {kind for kind, _ in BLOCKS} == {"python", "console", "toml"}
     assert {c[1] for c in commands()} == {"methods", "quantize", "evaluate"}
 
 
@@ -63,6 +69,26 @@ def test_the_command_lines_run(folder, capsys, monkeypatch):
     assert "'mu-law'" in error
     assert "--plugin" in error
     assert error.count("\n") == 1
+
+
+def test_the_first_method_is_a_method(folder, loaded, pictures):
+    """On another architecture than the page's, and with the change that the page asks for."""
+    ql.load_plugin("weights_only.py")
+    model = loaded["swin"]
+    qmodel = ql.quantize(model, pictures, method="weights-only", bits="W8A32")
+    assert float((qmodel(pictures) - model(pictures)).abs().max()) < 0.1 * float(model(pictures).abs().max())
+    assert all(q.symmetric for q in qmodel.plan.quantizers.values())
+    code = (folder / "weights_only.py").read_text(encoding="utf-8")
+    changed = code.replace("import minmax,", "import mse,").replace("minmax(seen)", "mse(seen, width)")
+    assert changed.count("mse") == 2
+    (folder / "changed.py").write_text(changed.replace("weights-only", "weights-by-mse"), encoding="utf-8")
+    ql.load_plugin("changed.py")
+
+    searched = ql.quantize(model, pictures, method="weights-by-mse", bits="W3A32").plan.quantizers
+    whole = ql.quantize(model, pictures, method="weights-only", bits="W3A32").plan.quantizers
+    assert searched.keys() == whole.keys()
+    assert all((searched[key].scale <= whole[key].scale * 1.0001).all() for key in whole), "ranges only shrink"
+    assert any((searched[key].scale < whole[key].scale).any() for key in whole)
 
 
 def test_the_method_works_everywhere(folder, loaded, pictures):

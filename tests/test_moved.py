@@ -44,7 +44,7 @@ OLD_NAMES = [
     ("quantlens.studies.evaluate", "choose_scores", "quantlens.evaluation.scoring"),
     ("quantlens.studies.evaluate", "measurable", "quantlens.evaluation.run"),
     ("quantlens.report.attention", "write_drift", "quantlens.plots.precisions"),
-    ("quantlens.attention.lookup", "survey", "quantlens.attention.study_cell"),
+    ("quantlens.attention.lookup", "survey", "quantlens.attention.image_sets"),
     ("quantlens.attention.lookup", "look_at", "quantlens.attention.image_sets"),
     ("quantlens.attention.lookup", "maps_of", "quantlens.attention.maps"),
     ("quantlens.attention.lookup", "evenly", "quantlens.attention.image_sets"),

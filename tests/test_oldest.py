@@ -25,8 +25,8 @@ def floors(requirements: list[str]) -> dict[str, tuple[int, ...]]:
     for requirement in requirements:
         if requirement.startswith("quantlens["):
             continue
-        match = re.fullmatch(r"([A-Za-z0-9._-]+)>=([0-9.]+)", requirement)
-        assert match, f"{requirement}: this test reads NAME>=VERSION only"
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)>=([0-9.]+)(?:,<[0-9.]+)?", requirement)
+        assert match, f"{requirement}: this test reads NAME>=VERSION and NAME>=VERSION,<VERSION only"
         name, version = match[1].lower().replace("_", "-"), release(match[2])
         assert found.setdefault(name, version) == version, f"{name} has two lowest versions"
     return found

@@ -8,23 +8,8 @@ from pathlib import Path
 import torch
 
 import quantlens as ql
-from quantlens import plugins
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-
-
-def test_the_method_in_the_readme_is_a_method(loaded, pictures):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-    code = next(block for block in blocks if "@register" in block)
-    assert code.count("\n") <= 60
-    try:
-        exec(compile(code, "README.md", "exec"), {})
-        model = loaded["swin"]
-        qmodel = ql.quantize(model, pictures, method="weights-only", bits="W8A32")
-        assert float((qmodel(pictures) - model(pictures)).abs().max()) < 0.1 * float(model(pictures).abs().max())
-        assert all(q.symmetric for q in qmodel.plan.quantizers.values())
-    finally:
-        plugins.forget()
 
 
 def test_the_python_in_the_readme_runs(tmp_path, pictures):

@@ -15,28 +15,53 @@ from quantlens import _moved
 from quantlens._version import __version__
 
 if TYPE_CHECKING:
-    from quantlens import attention as attention
-    from quantlens import export as export
-    from quantlens import formats as formats
-    from quantlens import methods as methods
-    from quantlens.allocation import Allocation as Allocation
-    from quantlens.api import allocate as allocate
-    from quantlens.api import inspect as inspect
-    from quantlens.api import quantize as quantize
-    from quantlens.errors import QuantlensError as QuantlensError
-    from quantlens.evaluation import evaluate as evaluate
-    from quantlens.export.exported import Artefact as Artefact
-    from quantlens.models import Model as Model
-    from quantlens.models import load_model as load_model
-    from quantlens.plots import plot as plot
-    from quantlens.plugins import load_plugin as load_plugin
-    from quantlens.qmodel import QuantizedModel as QuantizedModel
-    from quantlens.qmodel.checkpoint import load as load
-    from quantlens.qmodel.checkpoint import save as save
-    from quantlens.sensitivity import Inspection as Inspection
-    from quantlens.studies.compare import compare as compare
-    from quantlens.studies.recommend import recommend as recommend
-    from quantlens.studies.results import results as results
+    from quantlens import attention, calibration, export, formats, graph, methods, qmodel, transforms
+    from quantlens.allocation import Allocation
+    from quantlens.api import allocate, inspect, quantize
+    from quantlens.errors import QuantlensError
+    from quantlens.evaluation import evaluate
+    from quantlens.export.exported import Artefact
+    from quantlens.models import Model, load_model
+    from quantlens.plots import plot
+    from quantlens.plugins import load_plugin
+    from quantlens.qmodel import QuantizedModel
+    from quantlens.qmodel.checkpoint import load, save
+    from quantlens.sensitivity import Inspection
+    from quantlens.studies.compare import compare
+    from quantlens.studies.recommend import recommend
+    from quantlens.studies.reproduce import reproduce
+    from quantlens.studies.results import results
+
+__all__ = [
+    "Allocation",
+    "Artefact",
+    "Inspection",
+    "Model",
+    "QuantizedModel",
+    "QuantlensError",
+    "__version__",
+    "allocate",
+    "attention",
+    "calibration",
+    "compare",
+    "evaluate",
+    "export",
+    "formats",
+    "graph",
+    "inspect",
+    "load",
+    "load_model",
+    "load_plugin",
+    "methods",
+    "plot",
+    "qmodel",
+    "quantize",
+    "recommend",
+    "reproduce",
+    "results",
+    "save",
+    "transforms",
+]
 
 _HOMES = {
     "load_model": "quantlens.models",
@@ -53,16 +78,13 @@ _HOMES = {
     "evaluate": "quantlens.evaluation",
     "compare": "quantlens.studies.compare",
     "recommend": "quantlens.studies.recommend",
+    "reproduce": "quantlens.studies.reproduce",
     "results": "quantlens.studies.results",
     "plot": "quantlens.plots",
     "QuantlensError": "quantlens.errors",
     "load_plugin": "quantlens.plugins",
 }
-
-_PACKAGES = frozenset({"attention", "calibration", "export", "formats", "graph", "methods", "qmodel", "transforms"})
-"""Packages that people use by their names; ``quantlens.export`` can be called, too."""
-
-__all__ = ["__version__", *sorted({*_HOMES, *_PACKAGES})]
+"""Where the names are; the others are packages."""
 
 _moved.install()
 
@@ -71,10 +93,10 @@ def __getattr__(name: str) -> Any:
     """Load what is asked for when it is asked for: importing quantlens alone must not import torch."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if name in _PACKAGES or f"quantlens.{name}" in _moved.PACKAGES:
+    if name in __all__ or f"quantlens.{name}" in _moved.PACKAGES:
         return import_module(f"quantlens.{name}")
     raise AttributeError(f"module 'quantlens' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_PACKAGES})
+    return sorted({*globals(), *__all__})

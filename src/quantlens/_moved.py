@@ -24,8 +24,10 @@ def _of(old: str, new: str, *names: str) -> dict[str, str]:
 
 
 MODULES: dict[str, str] = {
-    **_of("quantizers", "formats", "adalog", "base", "integer_ops", "log", "operators", "power_of_two"),
+    **_of("quantizers", "formats", "adalog", "base", "integer_ops", "log", "power_of_two"),
     **_of("quantizers", "formats", "shifted_log", "twin", "uniform"),
+    "quantlens.quantizers.operators": "quantlens.formats.base",
+    "quantlens.formats.operators": "quantlens.formats.base",
     "quantlens.quantizers.block_scaled": "quantlens.formats.group_scaled",
     "quantlens.quantizers.rows": "quantlens.formats.sqrt_softmax",
     **_of("quantizers", "qmodel", "bits", "model", "targets"),
@@ -35,7 +37,9 @@ MODULES: dict[str, str] = {
     **_of("reconstruction", "transforms", "equalisation", "heads"),
     "quantlens.reconstruction.massive": "quantlens.transforms.outlier_channels",
     "quantlens.reconstruction.centring": "quantlens.transforms.mean_subtraction",
-    "quantlens.reconstruction.pixels": "quantlens.transforms.pixels",
+    "quantlens.reconstruction.pixels": "quantlens.transforms.layers",
+    "quantlens.transforms.pixels": "quantlens.transforms.layers",
+    "quantlens.transforms.registry": "quantlens.transforms",
     "quantlens.reconstruction.sensitivity": "quantlens.reconstruction.block_metrics",
     **_of("allocation", "sensitivity", "alone", "inspection", "statistics"),
     **_of("studies", "evaluation", "environment", "images", "outputs"),
@@ -49,8 +53,9 @@ MODULES: dict[str, str] = {
     "quantlens.calibration.process_memory": "quantlens.calibration.cache",
     "quantlens.attention.lens": "quantlens.attention.recording",
     "quantlens.attention.measure": "quantlens.attention.drift",
-    "quantlens.attention.tokens": "quantlens.attention.outlier_tokens",
+    "quantlens.attention.tokens": "quantlens.attention.drift",
     "quantlens.attention.gradients": "quantlens.attention.maps",
+    "quantlens.attention.study_cell": "quantlens.attention.image_sets",
     "quantlens.attention.sets": "quantlens.attention.image_sets",
     "quantlens.attention.selection": "quantlens.attention.image_sets",
     "quantlens.attention.figures": "quantlens.attention.picture_grids",
@@ -60,6 +65,8 @@ MODULES: dict[str, str] = {
     "quantlens.report.marks": "quantlens.studies.significance",
     "quantlens.studies.pairing": "quantlens.studies.compare",
     "quantlens.studies.executors.worker": "quantlens.studies.measuring",
+    "quantlens.studies.executors.driver": "quantlens.studies.runner",
+    "quantlens.report.attention_gallery": "quantlens.report.attention",
     "quantlens.studies.cell_labels": "quantlens.studies.cells",
     "quantlens.studies.database": "quantlens.studies.store",
     "quantlens.studies.study_file": "quantlens.studies.config",
@@ -69,12 +76,15 @@ MODULES: dict[str, str] = {
     ),
     "quantlens.reconstruction.losses": "quantlens.reconstruction.settings",
     "quantlens.reconstruction.streams": "quantlens.reconstruction.units",
+    "quantlens.allocation.solver": "quantlens.allocation.choosing",
     "quantlens.allocation.spectra": "quantlens.allocation.sensitivity",
     "quantlens.demo": "quantlens.report.demo",
     "quantlens.plots.attention": "quantlens.plots.precisions",
+    "quantlens.plots.mixed": "quantlens.plots.points",
+    "quantlens.sensitivity.graph_parts": "quantlens.sensitivity.alone",
     "quantlens.plots.lines": "quantlens.plots.precisions",
+    "quantlens.plots.figures": "quantlens.plots",
     "quantlens.plots.files": "quantlens.plots.style",
-    "quantlens.report.attention_gallery": "quantlens.report.attention",
     "quantlens.report.text": "quantlens.studies.text",
     "quantlens.report.collect": "quantlens.studies.board",
     "quantlens.zoo.augment": "quantlens.zoo.recipe",
@@ -82,6 +92,9 @@ MODULES: dict[str, str] = {
 """Old module -> new module."""
 
 RENAMED: dict[str, str] = {
+    "quantlens.attention.tokens.outliers": "quantlens.attention.drift.outlier_tokens",
+    "quantlens.attention.tokens.large": "quantlens.attention.drift.large_tokens",
+    "quantlens.attention.tokens.overlap": "quantlens.attention.drift.token_overlap",
     "quantlens.calibration.Walk": "quantlens.calibration.CalibrationPass",
     "quantlens.calibration.Look": "quantlens.calibration.EdgeView",
     "quantlens.calibration.Seen": "quantlens.calibration.ObservationCache",
@@ -134,7 +147,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "quantlens.attention.lookup": (
         "quantlens.attention.maps",
         "quantlens.attention.image_sets",
-        "quantlens.attention.study_cell",
     ),
 }
 """Old package, or module of which several were made -> where its names are looked for now; those that still exist ask

@@ -191,7 +191,7 @@ def test_same_seed_same_choice(vit, pictures):
 
 def test_a_quantized_model_remembers_the_front(vit, pictures):
     """Enough of it to draw: the ends, the uniform models and the choice, as plain data."""
-    from quantlens.plots.mixed import front
+    from quantlens.plots.points import front
 
     frontier = ql.quantize(vit, pictures, method="minmax", bits="MP6").plan.info["allocation"]["frontier"]
     whole = ql.allocate(vit, pictures, "MP6", front=True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from quantlens.allocation.solver import pareto_front
+from quantlens.allocation.choosing import pareto_front
 
 
 def brute_force(costs, values):

@@ -13,9 +13,8 @@ from PIL import Image
 
 import quantlens as ql
 from quantlens.attention import pictures as drawing
-from quantlens.attention.drift import measure
+from quantlens.attention.drift import measure, outlier_tokens, token_norms
 from quantlens.attention.image_sets import chosen, evenly
-from quantlens.attention.outlier_tokens import outliers, token_norms
 from quantlens.attention.picture_grids import maps_picture
 from quantlens.attention.recording import Lens
 from quantlens.data import load_images, open_source
@@ -49,7 +48,7 @@ def test_the_result_holds_what_the_models_saw(digits, found):
         assert np.allclose(view.maps[label].reshape(10, -1), lens.rollout_of(seen).detach(), atol=2e-3)
         norms = torch.stack([token_norms(t, lens.layout.prefix) for t in seen.tokens], 1).detach()
         assert np.allclose(view.norms[label], norms, rtol=1e-3)
-        assert np.array_equal(view.outliers[label], outliers(torch.from_numpy(view.norms[label])))
+        assert np.array_equal(view.outliers[label], outlier_tokens(torch.from_numpy(view.norms[label])))
         assert np.array_equal(view.predicted[label], seen.logits.argmax(1))
     expected = measure(model, quantized, [batch])
     assert view.summary("W3A3") == expected["W3A3"].summary()

@@ -7,11 +7,9 @@ import pytest
 
 import quantlens as ql
 from quantlens.attention import pictures
-from quantlens.attention.drift import measure
-from quantlens.attention.image_sets import chosen, evenly
-from quantlens.attention.outlier_tokens import token_norms
+from quantlens.attention.drift import measure, token_norms
+from quantlens.attention.image_sets import chosen, evenly, survey
 from quantlens.attention.recording import Lens
-from quantlens.attention.study_cell import survey
 from quantlens.data import load_images, open_source
 
 

@@ -34,8 +34,8 @@ def test_what_cannot_be_written_is_refused_before_anything_is_computed(
     def refuse(*given: object, **options: object) -> None:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr("quantlens.models.load_model", refuse)
     monkeypatch.setattr("quantlens.evaluation.open_models.load_model", refuse)
+    monkeypatch.setattr("quantlens.models.load_model", refuse)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     code, out, err = run(*arguments)

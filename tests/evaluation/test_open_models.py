@@ -6,13 +6,16 @@ import pytest
 
 import quantlens as ql
 from quantlens.errors import BadWeightsError
-from quantlens.evaluation.open_models import open_float, open_models
+from quantlens.evaluation.open_models import open_models, weights_named
 
 
-def test_words_for_weights(monkeypatch):
-    monkeypatch.setattr("quantlens.evaluation.open_models.load_model", lambda name, weights, device: weights)
-    words = (None, "pretrained", "random", "a.pth")
-    assert [open_float("digits-vit", word) for word in words] == ["pretrained", "pretrained", None, "a.pth"]
+def test_words_for_weights():
+    assert [weights_named(w) for w in (None, "pretrained", "random", "a.pth")] == [
+        "pretrained",
+        "pretrained",
+        None,
+        "a.pth",
+    ]
 
 
 def test_a_name_a_file_and_what_it_was_made_from(tmp_path):

@@ -14,7 +14,7 @@ from quantlens.errors import BadWeightsError, QuantlensError, UnknownNameError, 
 from quantlens.export.export import export
 from quantlens.export.exported import Artefact
 from quantlens.export.parity import parity
-from quantlens.export.threshold import _threshold, guard_metrics, guard_score, looks_unknown
+from quantlens.export.threshold import GUARDS, _threshold, guard_metrics, looks_unknown
 from quantlens.formats import GroupScaled, Uniform
 from quantlens.metrics import METRICS
 from quantlens.qmodel import float_model
@@ -192,7 +192,7 @@ def test_the_guard(guard, ending, loaded, pictures, tmp_path):
     images = pictures.repeat(3, 1, 1, 1) * torch.linspace(0.5, 1.5, 24)[:, None, None, None]
     artefact = Artefact(export(model, tmp_path / f"m{ending}", guard=guard, guard_images=images, keep=0.75), threads=1)
     logits, scores = artefact.run(images.numpy())
-    assert np.allclose(scores, guard_score(logits, guard), atol=1e-4)
+    assert np.allclose(scores, GUARDS[guard](logits), atol=1e-4)
     expected = {
         "msp": torch.from_numpy(logits).softmax(1).amax(1),
         "energy": torch.from_numpy(logits).logsumexp(1),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from quantlens.calibration import Calibration
+from quantlens.calibration.images import CHUNK
 from quantlens.calibration.measured_transforms import read_as_pixels, split_outlier_channels, subtract_means
 from quantlens.graph import Graph, capture
 from quantlens.graph.graph import argument, op_name, replace_argument
@@ -51,7 +52,7 @@ class Images(Calibration):
     """Pictures, in float64."""
 
     def chunk(self, index: int) -> Tensor:
-        return self._images[index * self.size : (index + 1) * self.size].clone()
+        return self._images[index * CHUNK : (index + 1) * CHUNK].clone()
 
 
 def pictures(seed: int) -> Images:

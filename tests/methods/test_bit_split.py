@@ -77,7 +77,7 @@ def test_at_the_end_no_digit_can_be_better(bit):
     planes = split_bits(codes, 4)
     for _ in range(50):
         before = planes.clone()
-        _optimise_bit(cross, gram, gram.diagonal(), planes, bit, scale)
+        _optimise_bit(cross, gram, planes, bit, scale)
     assert torch.equal(before, planes)
     assert torch.equal(
         before[[j for j in range(3) if j != bit]], split_bits(codes, 4)[[j for j in range(3) if j != bit]]

@@ -124,7 +124,8 @@ def test_what_is_rotated_behind_a_norm_leaves_the_function(loaded, architecture,
     from quantlens.methods.base import Run, Widths
     from quantlens.qmodel import Bits
     from quantlens.transforms import find_norm_groups, fold_layer_scale
-    from quantlens.transforms.rotation import alone, find_residuals, rotation_size
+    from quantlens.transforms.layers import alone
+    from quantlens.transforms.rotation import find_residuals, rotation_size
 
     model = loaded[architecture]
     graph = graph_of(model).clone()

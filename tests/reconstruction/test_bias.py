@@ -5,8 +5,7 @@ import torch
 
 import quantlens as ql
 from quantlens.calibration import Calibration, CalibrationPass
-from quantlens.formats import Uniform
-from quantlens.formats.operators import Operator
+from quantlens.formats import Operator, Uniform
 from quantlens.graph import graph_of
 from quantlens.qmodel import QuantizedModel
 from quantlens.reconstruction.bias import (

@@ -95,11 +95,11 @@ def _damage(probe, batch, index):
     later = probe.units[probe.units.index(probe.measured[index]) + 1 :]
 
     def damage(value):
-        values = {**batch.values, probe.measured[index].results[0]: value}
+        values = {**batch, probe.measured[index].results[0]: value}
         for unit in later:
             sources = {n: values[n] for n in unit.sources}
             values.update(zip(unit.results, run_unit(probe.graph, unit, sources, len(value)), strict=True))
-        p, q = ((v / 20).softmax(-1) for v in (batch.values[probe.graph.output], values[probe.graph.output]))
+        p, q = ((v / 20).softmax(-1) for v in (batch[probe.graph.output], values[probe.graph.output]))
         return (p * (p / q).log()).sum()
 
     return damage
@@ -108,7 +108,7 @@ def _damage(probe, batch, index):
 def test_gradients_are_those_of_the_divergence(probe, small, pictures):
     batch = next(probe.batches(Calibration.of(pictures, small["vit"].preprocess)))
     for index, unit in enumerate(probe.measured):
-        value = batch.values[unit.results[0]]
+        value = batch[unit.results[0]]
         changed = value + 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(index))
         expected = grad(_damage(probe, batch, index))(changed)
         torch.testing.assert_close(probe.gradient(batch, index, changed), expected, rtol=1e-3, atol=1e-7)
@@ -122,7 +122,7 @@ def test_the_difference_of_gradients_is_the_hessian(small, pictures):
     probe, generator = _Probe(graph, 20.0), torch.Generator().manual_seed(5)
     batch = next(probe.batches(calibration))
     for index, unit in enumerate(probe.measured):
-        value = batch.values[unit.results[0]]
+        value = batch[unit.results[0]]
         signs = (torch.rand(value.shape, generator=generator) < 0.5).float() * 2 - 1
         exact = jvp(grad(_damage(probe, batch, index)), (value,), (signs,))[1].abs()
         got = found[unit.name].diagonal * exact.sum()
@@ -134,7 +134,7 @@ def test_one_number_for_all_channels_changes_nothing(probe, small, pictures):
     """Why the perturbation has random signs: LayerNorm takes a constant away, and its direction has no curvature."""
     batch = next(probe.batches(Calibration.of(pictures[:1], small["vit"].preprocess)))
     index = next(i for i, u in enumerate(probe.measured) if u.name == "blocks.0")
-    value = batch.values[probe.measured[index].results[0]]
+    value = batch[probe.measured[index].results[0]]
     generator = torch.Generator().manual_seed(0)
     signs = (torch.rand(value.shape, generator=generator) < 0.5).float() * 2 - 1
     derivative = grad(_damage(probe, batch, index))
@@ -160,10 +160,10 @@ def test_fisher_metrics_use_every_unit_quantized_alone(small, pictures):
     for half in (pictures[:4], pictures[4:]):
         batch = next(probe.batches(Calibration.of(half, model.preprocess)))
         unit = probe.measured[1]
-        sources = {n: batch.values[n] for n in unit.sources}
+        sources = {n: batch[n] for n in unit.sources}
         changed = run_unit(q.graph, unit, sources, 4, frozen_hook(q.graph, unit, q.plan.quantizers))[0]
         gradient = grad(_damage(probe, batch, 1))(changed)
-        rows.append((gradient.abs().mean(0), (changed - batch.values[unit.results[0]]).abs().mean(0)))
+        rows.append((gradient.abs().mean(0), (changed - batch[unit.results[0]]).abs().mean(0)))
     by_hand = low_rank(*(torch.stack(r) for r in zip(*rows, strict=True)))
     got = found[probe.measured[1].name]
     torch.testing.assert_close(got.diagonal, by_hand.diagonal, rtol=1e-3, atol=1e-6)

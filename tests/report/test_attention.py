@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import copy
 import io
+import re
 
 import numpy as np
 import pytest
@@ -41,19 +42,20 @@ def test_studies_without_attention_have_no_section(full_store):
 
 def test_a_gallery_for_every_image_and_a_picture_for_every_cell(store):
     board, section = _section(store)
-    assert [g.key for g in section.pictures.shown] == ["id-id-0", "id-id-7", "ood-textures-0", "ood-textures-7"]
-    assert [g.alternative for g in section.pictures.shown] == [False, True, True, True]
+    assert [g["key"] for g in section.pictures.shown] == ["id-id-0", "id-id-7", "ood-textures-0", "ood-textures-7"]
+    classes = re.findall(r'class="table gallery( alt)?"', render(board))
+    assert classes == ["", " alt", " alt", " alt"], "the first is shown, the others can be chosen"
     gallery = section.pictures.shown[0]
-    assert gallery.columns == board.precisions
-    assert [(method, model) for method, model, _ in gallery.maps] == [(g.method, g.model) for g in board.groups]
+    assert {len(shots) for *_, shots in gallery["maps"]} == {len(board.precisions)}
+    assert [(method, model) for method, model, _ in gallery["maps"]] == [(g.method, g.model) for g in board.groups]
     fp32 = board.groups[0].fp32["attention_examples"][0]
-    shot = gallery.maps[0][2][0]
+    shot = gallery["maps"][0][2][0]
     drawn = Image.open(io.BytesIO(base64.b64decode(shot.uri.removeprefix("data:image/webp;base64,")))).convert("RGB")
     values = pictures.relative(np.reshape(fp32["rollout"], (4, 4)))
     expected = pictures.overlay(pictures.from_webp(fp32["thumbnail"]), values, section.pictures.scale)
     assert np.abs(np.asarray(drawn, float) - np.asarray(expected, float)).mean() < 12
     assert (shot.label, shot.probability, shot.changed) == ("tench", "90 %", False)
-    lowest = gallery.maps[0][2][-1]
+    lowest = gallery["maps"][0][2][-1]
     assert lowest.changed
     page = render(board)
     assert "&lt;b&gt;otter" in page
@@ -112,7 +114,7 @@ def test_models_without_the_lens_say_why(store):
     board, section = _section(store)
     assert len(section.reasons) == 1
     assert "&lt;windows&gt;" in render(board)
-    assert {model for _, model, _ in section.pictures.shown[0].maps} == {MODELS[0]}
+    assert {model for _, model, _ in section.pictures.shown[0]["maps"]} == {MODELS[0]}
     for cell in store.cells():
         cell.result["attention"] = {"unavailable": "no"}
     assert "Attention maps and drift" in render(_section(store)[0])
@@ -135,7 +137,7 @@ def test_damaged_examples_do_no_harm(store, damage):
 def test_too_many_pictures_are_left_out_and_counted(store, monkeypatch):
     _, whole = _section(store)
     first = whole.pictures.shown[0]
-    size = sum(len(s.uri) for rows in (first.maps, first.norms) for *_, cells in rows for s in cells)
+    size = sum(len(s.uri) for rows in (first["maps"], first["norms"]) for *_, cells in rows for s in cells)
     monkeypatch.setattr(lens, "PICTURE_BYTES", int(2.5 * size))
     board, section = _section(store)
     assert (len(section.pictures.shown), section.pictures.left_out) == (2, 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from study_fakes import FakeBackend
 
-from quantlens.attention import study_cell
+from quantlens.attention import image_sets
 from quantlens.data import open_source
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.studies.backend import Backend
@@ -98,7 +98,7 @@ def test_a_model_without_global_attention_goes_on(tmp_path, monkeypatch):
     def refuse(*args, **settings):
         raise UnsupportedError("attention is computed in windows")
 
-    monkeypatch.setattr(study_cell, "survey", refuse)
+    monkeypatch.setattr(image_sets, "survey", refuse)
     study = parse_config(
         {**STUDY, "models": ["fake"], "calibration": {**STUDY["calibration"], "n": 16}, "attention": True}
     )

@@ -248,8 +248,8 @@ def test_how_a_cluster_is_divided() -> None:
 def test_a_worker_keeps_to_the_seeds_it_has_calibrated_on(tmp_path: Path, log: Path) -> None:
     """Two workers in turn: each goes through the cells of its seed; one nobody has begun comes before a shared one. A
     worker that is alone takes them in order."""
-    from quantlens.studies.executors.driver import Driver
     from quantlens.studies.progress import Quiet
+    from quantlens.studies.runner import Driver
     from quantlens.studies.session import Session
 
     session = Session(config(seeds=[0, 13, 37]), tmp_path / "out", FakeBackend(log), Quiet())

@@ -50,7 +50,7 @@ def test_fixed_signs():
 
 
 def test_mean_std():
-    assert mean_std(Stat(0.62, 0.0041, 3), 1, factor=100) == "62.0 ± 0.4"
+    assert mean_std(Stat(62.0, 0.41, 3), 1) == "62.0 ± 0.4"
     assert mean_std(Stat(-0.62, None, 1), 2) == "−0.62"
     assert mean_std(None, 2) == "–"
 

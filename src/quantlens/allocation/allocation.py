@@ -157,25 +157,19 @@ class Allocation:
     @classmethod
     def from_dict(cls, data: Any, where: str = "this") -> Allocation:
         """The inverse of :meth:`to_dict`. Raises QuantlensError, naming ``where``."""
-        try:
-            if data.get("format") != FORMAT:
-                raise QuantlensError(
-                    f"{where} has format {data.get('format')!r}, and this quantlens reads {FORMAT}; make it anew with "
-                    "`quantlens allocate`"
-                )
-            front = tuple(FrontPoint(int(p["cost"]), float(p["sensitivity"]), tuple(p["bits"])) for p in data["front"])
-            groups = tuple(_group(one) for one in data["groups"])
-            rest = {key: value for key, value in data.items() if key != "format"}
-            return cls(**{**rest, "candidates": tuple(data["candidates"]), "groups": groups, "front": front})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        from pydantic import TypeAdapter
+
+        if not isinstance(data, Mapping) or "groups" not in data:
+            raise QuantlensError(f"{where} is no allocation of quantlens; `quantlens allocate` writes one")
+        if data.get("format") != FORMAT:
             raise QuantlensError(
-                f"{where} is no allocation of quantlens, or a damaged one ({error}); `quantlens allocate` writes one"
-            ) from None
-
-
-def _group(data: Mapping[str, Any]) -> GroupChoice:
-    tables = {key: {int(bits): value for bits, value in data[key].items()} for key in ("sensitivity", "size", "bops")}
-    return GroupChoice(**{**data, "modules": tuple(data["modules"]), **tables})
+                f"{where} has format {data.get('format')!r}, and this quantlens reads {FORMAT}; make it anew with "
+                "`quantlens allocate`"
+            )
+        try:
+            return TypeAdapter(cls).validate_python({k: v for k, v in data.items() if k != "format"})
+        except ValueError as error:
+            raise QuantlensError(f"{where} is a damaged allocation of quantlens ({error})") from None
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------

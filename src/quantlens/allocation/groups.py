@@ -54,8 +54,8 @@ def find_groups(graph: Graph) -> list[Group]:
 
 def _groups_of(graph: Graph, block: Block) -> list[Group]:
     inside = [site for site in graph.sites if site.block == block.name]
-    by_node = {site.node: site for site in inside}
-    ends = [end for site in inside if site.kind == "context" for end in _output_projections(site.node, by_node)]
+    kinds = {site.node: site.kind for site in inside}
+    ends = [end for site in inside if site.kind == "context" for end in _output_projections(site.node, kinds)]
     nodes = set(block.nodes)
     above = set(walk(nodes.intersection(ends), lambda node: nodes.intersection(node.all_input_nodes)))
     parts = {
@@ -77,10 +77,9 @@ def _groups_of(graph: Graph, block: Block) -> list[Group]:
     return groups
 
 
-def _output_projections(context: fx.Node, by_node: dict[fx.Node, Site]) -> list[fx.Node]:
+def _output_projections(context: fx.Node, kinds: dict[fx.Node, str]) -> list[fx.Node]:
     """The linear layers that read an attention's result before any residual sum does; without one, the product
     itself."""
-    kinds = {node: site.kind for node, site in by_node.items()}
     reached = walk(context.users, lambda node: () if kinds.get(node) in ("linear", "add") else node.users)
     return [node for node in reached if kinds.get(node) == "linear"] or [context]
 

@@ -13,6 +13,7 @@ images have no labels. :data:`DEPARTURES` lists the differences from the paper.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -30,14 +31,11 @@ DEPARTURES = (
     "the loss is the cross-entropy against the model's own softmax, as calibration images have no labels: its gradient "
     "is zero at the float model and its Hessian is the Gauss-Newton matrix, the quadratic form of the KL divergence",
     "one Hessian-vector product serves all weights: what mixes in from other layers has mean zero",
-    "traces of inputs are E‖Jᵀu‖² by ordinary backward passes, in which nothing mixes; estimator=gradient takes those "
-    "of weights in the same way",
+    "traces of inputs are E‖Jᵀu‖² by ordinary backward passes, in which nothing mixes",
     "probes=16 on every piece=8 of the images, 64 samples from 32 images (ours; the paper was not at hand)",
     "an estimate below zero, which only noise can make, counts as zero",
 )
 """Where this file differs from HAWQ-V2, or the paper is silent."""
-
-HUTCHINSON, GRADIENT = "hutchinson", "gradient"
 
 
 def hessian_sensitivity(
@@ -48,21 +46,17 @@ def hessian_sensitivity(
     progress: Progress | None = None,
     probes: int = 16,
     piece: int = 8,
-    estimator: str = HUTCHINSON,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Ω of every group and width, float64 [G, W]; and by group the trace for all its weights and the standard error of
     Ω at the middle width, as a share of it.
 
-    probes: samples of every trace on every ``piece`` of images; an estimate below zero counts as zero. estimator:
-    "hutchinson", or "gradient", which takes weights as inputs are taken and is faster. Raises QuantlensError.
+    probes: samples of every trace on every ``piece`` of images; an estimate below zero counts as zero. Raises
+    QuantlensError.
     """
-    if estimator not in (HUTCHINSON, GRADIENT) or probes < 1 or piece < 1:
-        raise QuantlensError(
-            f"hessian: estimator={estimator!r}, probes={probes}, piece={piece}; choose {HUTCHINSON} or {GRADIENT}, and "
-            "at least one probe and image"
-        )
-    traces = Traces(candidates, piece, probes, estimator)
-    traces.collect(calibration, seed, progress)
+    if probes < 1 or piece < 1:
+        raise QuantlensError(f"hessian: probes={probes}, piece={piece}; choose at least one probe and image")
+    traces = Traces(candidates, probes)
+    traces.collect([part for chunk in calibration for part in chunk.split(piece)], seed, progress)
     return traces.sensitivities(len(calibration))
 
 
@@ -73,37 +67,42 @@ class Traces:
     over all images, float64 [W]. sizes: by edge key, its numbers (of one image for an input).
     """
 
-    def __init__(self, candidates: Candidates, piece: int, probes: int, estimator: str):
-        self.candidates, self.piece, self.probes = candidates, piece, probes
-        self.by_products = estimator == HUTCHINSON
+    def __init__(self, candidates: Candidates, probes: int):
+        self.candidates, self.probes = candidates, probes
         graph, widths = candidates.graph, candidates.widths
         self.weights = [e for part in candidates.edges for e in part if e.is_weight]
         self.inputs = [e for part in candidates.edges for e in part if not e.is_weight]
-        self.samples: dict[str, list[Tensor]] = {e.key: [] for e in [*self.weights, *self.inputs]}
+        self.samples: defaultdict[str, list[Tensor]] = defaultdict(list)
         self.errors = {e.key: torch.zeros(len(widths), dtype=torch.float64) for e in self.inputs}
         self.sizes = {e.key: graph.tensor(str(e.value.target)).numel() for e in self.weights}
         self._quantizers = {e.key: [candidates.quantizer(e, bits) for bits in widths] for e in self.inputs}
         self._shares = torch.zeros(0, dtype=torch.float64)
 
-    def collect(self, calibration: Calibration, seed: int, progress: Progress | None) -> None:
-        """Fill ``samples``, ``errors`` and ``sizes`` from all calibration images."""
+    def collect(self, pieces: Sequence[Tensor], seed: int, progress: Progress | None) -> None:
+        """Fill ``samples``, ``errors`` and ``sizes`` from all calibration images: samples of the weights by Hessian
+        products, of the inputs by gradients."""
         graph = self.candidates.graph
         generator = torch.Generator(device=graph.device).manual_seed(seed)
-        pieces = [part for chunk in calibration for part in chunk.split(self.piece)]
-        total, done = len(pieces) * self.probes * (2 if self.by_products else 1), 0
-        with torch.enable_grad():
-            for images in pieces:
-                note = partial(self._note, len(images))
-                logits, leaves = with_leaves(graph, images.clone(), self.weights, self.inputs, note)
-                for keys, values in self._sampled(logits, leaves, generator):
-                    for key, value in zip(keys, values, strict=True):
-                        self.samples[key].append(value.detach().cpu() / len(images))
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
-                del logits, leaves
+        total, done = 2 * len(pieces) * self.probes, 0
+        for images in pieces:
+            for _ in self._sampled(images, generator):
+                done += 1
+                if progress is not None:
+                    progress(done, total)
         shares = torch.tensor([len(p) for p in pieces], dtype=torch.float64).repeat_interleave(self.probes)
         self._shares = shares / shares.sum()
+
+    @torch.enable_grad()
+    def _sampled(self, images: Tensor, generator: torch.Generator) -> Iterator[None]:
+        """Take the samples of a piece of the images, one after the other."""
+        note = partial(self._note, len(images))
+        logits, leaves = with_leaves(self.candidates.graph, images.clone(), self.weights, self.inputs, note)
+        for edges, sample in ((self.weights, hessian_samples), (self.inputs, gradient_samples)):
+            chosen = [leaves[edge.key] for edge in edges]
+            for values in sample(logits, chosen, self.probes, generator) if chosen else ():
+                for edge, value in zip(edges, values, strict=True):
+                    self.samples[edge.key].append(value.detach().cpu() / len(images))
+                yield
 
     def _note(self, images: int, key: str, value: Tensor) -> None:
         """Add the squared errors of one input's values, [B, …] or [B·windows, …], at every width."""
@@ -111,18 +110,6 @@ class Traces:
         with torch.no_grad():
             plain = value.detach()
             self.errors[key] += torch.tensor([float((q(plain) - plain).square().sum()) for q in self._quantizers[key]])
-
-    def _sampled(
-        self, logits: Tensor, leaves: dict[str, Tensor], generator: torch.Generator
-    ) -> Iterator[tuple[list[str], list[Tensor]]]:
-        """(keys, one sample of each key's trace): of the weights by Hessian products where they are asked for, of all
-        else by gradients."""
-        products = [e.key for e in self.weights] if self.by_products else []
-        gradients = [key for key in leaves if key not in products]
-        for keys, sample in ((products, hessian_samples), (gradients, gradient_samples)):
-            if keys:
-                for values in sample(logits, [leaves[key] for key in keys], self.probes, generator):
-                    yield keys, values
 
     def sensitivities(self, images: int) -> tuple[Tensor, dict[str, Any]]:
         """Ω, float64 [G, W], and by group the trace for its weights and the relative standard error of Ω at the middle
@@ -137,7 +124,9 @@ class Traces:
             for edge in part:
                 values = torch.stack(self.samples[edge.key]).double()
                 if edge.is_weight:
-                    error = torch.stack([_squared_error(self.candidates, edge, bits) for bits in widths])
+                    weight = self.candidates.graph.tensor(str(edge.value.target))
+                    changes = (self.candidates.weight(edge, bits) - weight for bits in widths)
+                    error = torch.stack([change.double().square().sum().cpu() for change in changes])
                     weight_traces += values
                 else:
                     error = self.errors[edge.key] / images
@@ -209,8 +198,3 @@ def gradient_samples(
             logits, leaves, grad_outputs=normal - p * normal.sum(-1, keepdim=True), retain_graph=True
         )
         yield [slope.square().sum() for slope in found]
-
-
-def _squared_error(candidates: Candidates, edge: Edge, bits: int) -> Tensor:
-    weight = candidates.graph.tensor(str(edge.value.target))
-    return (candidates.weight(edge, bits) - weight).double().square().sum().cpu()

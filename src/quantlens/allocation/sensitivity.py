@@ -23,7 +23,7 @@ from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.methods.base import Progress, matmul_operand_edges
 from quantlens.metrics.divergence import kl_of_logits
-from quantlens.sensitivity.graph_parts import Ahead, Hook, Visit, part_between, visit_starts
+from quantlens.sensitivity.alone import Ahead, Hook, Visit, part_between, visit_starts
 
 DEPARTURES = (
     "formula=balanced, the default, is ours: both errors where the module adds to the residual stream, norms relative "
@@ -106,7 +106,7 @@ class Candidates:
         return apply
 
     def visit(self, calibration: Calibration, visit: Visit, progress: Progress | None) -> None:
-        """As :func:`~quantlens.sensitivity.graph_parts.visit_starts`, for the groups."""
+        """As :func:`~quantlens.sensitivity.alone.visit_starts`, for the groups."""
         visit_starts(self.graph, [[edge.node for edge in part] for part in self.edges], calibration, visit, progress)
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,7 +163,7 @@ class AttentionResult:
             "checkpoint_sha256": self.reference.checkpoint_sha256,
             "method": self.method,
             "seed": next(iter(self.models.values())).seed,
-            "map": self.settings.to_dict(),
+            "map": asdict(self.settings),
             "images": {
                 name: {"source": view.images.source, "fingerprint": view.images.fingerprint, "n": len(view)}
                 for name, view in self.sets.items()
@@ -172,7 +171,7 @@ class AttentionResult:
             "unavailable": self.unavailable or None,
             "drift": self.drift(),
         }
-        return _finite(about)
+        return json.loads(json.dumps(about), parse_constant=lambda constant: None)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What ``maps.npz`` holds: SET/positions, SET/LABEL/maps, and where available /norms and /outliers; predicted
@@ -223,12 +222,3 @@ def check_choice(choose: str) -> None:
     """Raises UnknownNameError unless ``choose`` is one of :data:`CHOICES`."""
     if choose not in CHOICES:
         raise UnknownNameError("choice of images", choose, CHOICES)
-
-
-def _finite(value: Any) -> Any:
-    """JSON-able values with None in the place of what is not finite."""
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,6 +5,7 @@ All functions take batches. Attention rows are distributions over N tokens; maps
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from quantlens.attention import outlier_tokens
 from quantlens.attention.recording import Lens, lens_of
 from quantlens.errors import QuantlensError
 from quantlens.metrics.divergence import kl_divergence
@@ -25,6 +25,8 @@ TOP = 0.1
 """Share of patches whose overlap is measured (the 20 largest of 196)."""
 CHUNK = 8
 """Images looked at at once: maps of more of them (45 MB for 8 of DeiT-Tiny) cost time, as they leave the cache."""
+SPREAD = 6.0
+RATIO = 1.5
 COUNTS = ("outliers", "outliers_fp32", "large_tokens", "large_tokens_fp32")
 BY_BLOCK = ("row_cosine", "row_kl", "outliers", "outliers_fp32", "outlier_overlap")
 BY_HEAD = ("row_cosine", "row_kl")
@@ -38,32 +40,29 @@ class Drift(SimpleNamespace):
     row_cosine, row_kl, entropy_change [n, L, H]: of attention rows (class and patch tokens alike), mean over rows; L
     blocks, H heads. rollout_spearman, rollout_overlap, centre_movement [n]: of rollout maps; overlap of the :data:`TOP`
     largest patches; movement as a share of the image's diagonal. outliers, large_tokens [n, L]: outlier tokens and
-    large tokens after every block (:mod:`~quantlens.attention.outlier_tokens`), outliers_fp32 and large_tokens_fp32
+    large tokens after every block (:func:`outlier_tokens`, :func:`large_tokens`), outliers_fp32 and large_tokens_fp32
     those of the float model; outlier_overlap [n, L]: positions in common (intersection over union).
     prediction_changed, confidence_change [n]. output_kl [n]: KL(float ‖ quantized) of the class probabilities, nats.
     """
 
     def per_image(self) -> Arrays:
         """One value per image and metric [n]: means over blocks and heads, numbers of tokens over all blocks."""
-        found = {}
-        for name, values in vars(self).items():
-            inner = tuple(range(1, values.ndim))
-            if name in COUNTS:
-                values = values.sum(axis=inner)
-            elif inner:
-                values = values.mean(axis=inner, dtype=np.float64)
-            found[name] = values
-        return found
+        return {name: _per_image(name, values) for name, values in vars(self).items()}
 
     def summary(self) -> dict[str, Any]:
         """Means over images as JSON-able numbers, and per block (``blocks``) and head (``heads``, [L][H])."""
         values = vars(self)
-        found: dict[str, Any] = {"n": len(self.output_kl)}
-        for name, array in values.items():
-            found[name] = float((array.sum(axis=1) if name in COUNTS else array).mean(dtype=np.float64))
-        blocks = {name: values[name].mean(axis=2) if name in BY_HEAD else values[name] for name in BY_BLOCK}
+        totals = {name: values[name].sum(axis=1) for name in COUNTS}
+        means = {name: float(array.mean(dtype=np.float64)) for name, array in (values | totals).items()}
         heads = {name: values[name] for name in BY_HEAD}
-        return found | {"blocks": _mean_image(blocks), "heads": _mean_image(heads)}
+        blocks = {name: values[name] for name in BY_BLOCK} | {name: array.mean(axis=2) for name, array in heads.items()}
+        return {"n": len(self.output_kl), **means, "blocks": _mean_image(blocks), "heads": _mean_image(heads)}
+
+
+def _per_image(name: str, values: np.ndarray) -> np.ndarray:
+    if name in COUNTS:
+        return values.sum(axis=1)
+    return values if values.ndim == 1 else values.mean(axis=tuple(range(1, values.ndim)), dtype=np.float64)
 
 
 def _mean_image(arrays: Arrays) -> dict[str, list]:
@@ -78,35 +77,40 @@ def measure(reference: Any, others: Mapping[str, Any], batches: Iterable[Tensor]
     :func:`~quantlens.attention.rollout.rollout`.
     Raises QuantlensError without images, UnsupportedError for models without global attention.
     """
-    first, lenses = lens_of(reference), {label: lens_of(model) for label, model in others.items()}
+    lenses: dict[Any, Lens] = {None: lens_of(reference)}
+    lenses |= {label: lens_of(model) for label, model in others.items()}
     pieces = (piece for batch in batches for piece in batch.split(CHUNK))
-    found = [observe(first, lenses, piece, rollout)[1] for piece in pieces]
+    found = [observe(lenses, piece, rollout)[1] for piece in pieces]
     if not found:
         raise QuantlensError("no images to measure attention drift on")
-    return {label: Drift(**joined([part[label] for part in found])) for label in lenses}
+    return {label: Drift(**arrays) for label, arrays in joined(found).items()}
 
 
-def joined(parts: Sequence[Arrays]) -> Arrays:
-    """Arrays of successive images as one of all."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def joined(parts: Sequence[dict[Any, Arrays]]) -> dict[Any, Arrays]:
+    """By label, arrays of successive images as one of all."""
+    return {
+        label: {name: np.concatenate([part[label][name] for part in parts]) for name in arrays}
+        for label, arrays in parts[0].items()
+    }
 
 
 @torch.inference_mode()
 def observe(
-    reference: Lens, lenses: Mapping[str, Lens], images: Tensor, rollout: Mapping[str, Any]
-) -> tuple[list[Arrays], dict[str, Arrays]]:
-    """What models see of a few images: (what the reference and then each of the others saw, the drift of the others).
+    lenses: Mapping[Any, Lens], images: Tensor, rollout: Mapping[str, Any]
+) -> tuple[dict[Any, Arrays], dict[Any, Arrays]]:
+    """What models (by label, the first one the reference) see of a few images, and the drift of all but the reference.
 
     What was seen: "maps" [B, rows, columns], "norms" of patch tokens and which are "outliers" and "large" [B, L, P],
     "predicted" and "confidence" [B].
     """
-    first = _Seen(reference, images, rollout)
+    reference, *others = lenses
+    first = _Seen(lenses[reference], images, rollout)
     rows = [Rows(probs) for probs in first.view.probs]
-    seen, drifts = [_arrays(first.kept)], {}
-    for label, lens in lenses.items():
-        other = first if lens.model is reference.model else _Seen(lens, images, rollout)
-        seen.append(_arrays(other.kept))
-        drifts[label] = _arrays(_drift(first, rows, other))
+    seen, drifts = {reference: _arrays(first.kept)}, {}
+    for label in others:
+        same = lenses[label].model is lenses[reference].model
+        other = first if same else _Seen(lenses[label], images, rollout)
+        seen[label], drifts[label] = _arrays(other.kept), _arrays(_drift(first, rows, other))
     return seen, drifts
 
 
@@ -120,15 +124,15 @@ class _Seen:
     def __init__(self, lens: Lens, images: Tensor, rollout: Mapping[str, Any]):
         self.view, self.layout = lens(images), lens.layout
         self.map = lens.rollout_of(self.view, **rollout)
-        norms = torch.stack([outlier_tokens.token_norms(t, self.layout.prefix) for t in self.view.tokens], dim=1)
+        norms = torch.stack([token_norms(t, self.layout.prefix) for t in self.view.tokens], dim=1)
         confidence, predicted = self.view.logits.softmax(1).max(1)
         self.kept = {
             "maps": self.map.unflatten(1, self.layout.grid),
             "predicted": predicted,
             "confidence": confidence,
             "norms": norms,
-            "outliers": outlier_tokens.outliers(norms),
-            "large": outlier_tokens.large(norms),
+            "outliers": outlier_tokens(norms),
+            "large": large_tokens(norms),
         }
 
 
@@ -151,7 +155,7 @@ def _drift(first: _Seen, first_rows: Sequence[Rows], second: _Seen) -> dict[str,
         "centre_movement": movement(first.map, second.map, first.layout.grid),
         "outliers": b["outliers"].sum(-1).float(),
         "outliers_fp32": a["outliers"].sum(-1).float(),
-        "outlier_overlap": outlier_tokens.overlap(a["outliers"], b["outliers"]),
+        "outlier_overlap": token_overlap(a["outliers"], b["outliers"]),
         "large_tokens": b["large"].sum(-1).float(),
         "large_tokens_fp32": a["large"].sum(-1).float(),
         "prediction_changed": b["predicted"] != a["predicted"],
@@ -237,3 +241,48 @@ def centre(maps: Tensor, grid: Sequence[int]) -> Tensor:
 def movement(first: Tensor, second: Tensor, grid: Sequence[int]) -> Tensor:
     """How far the centre of mass moves between two maps [B, P], as a share of the image's diagonal: [B]."""
     return (centre(first, grid) - centre(second, grid)).norm(dim=1) / 2**0.5
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------------
+def token_norms(tokens: Tensor, prefix: int = 0) -> Tensor:
+    """Euclidean norms of patch tokens: [B, N, C] (or [B, H, W, C]) -> [B, P], class and register tokens left out."""
+    return tokens.flatten(1, -2)[:, prefix:].norm(dim=-1)
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    """Quantile along the last dimension, which is kept with size 1, interpolated between neighbours: of an even number
+    of values the median is the mean of the middle two."""
+    ordered = values.sort(dim=-1).values
+    place = q * (values.shape[-1] - 1)
+    low, high = ordered[..., [math.floor(place)]], ordered[..., [math.ceil(place)]]
+    return low + (place - math.floor(place)) * (high - low)
+
+
+def outlier_tokens(norms: Tensor) -> Tensor:
+    """Which of the norms [..., P] of patch tokens stand far out of their image's others (Darcet et al., ICLR 2024,
+    section 2): bool [..., P].
+
+    They cut at a fixed norm that fits one model. Precisions and models have norms of different size, so the rule here
+    is relative to the image: a norm that exceeds the image's median by more than :data:`SPREAD` robust standard
+    deviations (1.4826·MAD) and is at least :data:`RATIO` times that median.
+    """
+    middle = quantile(norms, 0.5)
+    deviation = 1.4826 * quantile((norms - middle).abs(), 0.5)
+    return (norms > middle + SPREAD * deviation) & (norms >= RATIO * middle)
+
+
+def large_tokens(norms: Tensor) -> Tensor:
+    """Which of the norms [..., P] are at least :data:`RATIO` times the lower quartile of their row: bool [..., P].
+
+    Where many tokens are large, the median and the spread are theirs, and none is an outlier; what is then seen in a
+    picture is counted by this.
+    """
+    quartile = quantile(norms, 0.25)
+    return (norms >= RATIO * quartile) & (norms > quartile)
+
+
+def token_overlap(first: Tensor, second: Tensor) -> Tensor:
+    """Share of positions that two sets of outliers (bool [B, P]) have in common, intersection over union: [B]; 1 where
+    neither has any."""
+    both, either = (first & second).sum(-1), (first | second).sum(-1)
+    return torch.where(either > 0, both / either.clamp_min(1), torch.ones_like(both, dtype=torch.float32))

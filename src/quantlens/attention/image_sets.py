@@ -1,25 +1,29 @@
-"""One image set as a float model and its quantized versions see it: maps, token norms, drift, image by image."""
+"""One image set as a float model and its quantized versions see it: maps, token norms, drift, image by image; and what
+a study keeps of its sets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
+from PIL import Image
 from torch import Tensor
 
-from quantlens.attention.drift import CHUNK, Drift, joined, map_drift, observe
+from quantlens.attention import pictures
+from quantlens.attention.drift import CHUNK, Arrays, Drift, joined, map_drift, observe
 from quantlens.attention.maps import MapSettings, maps_of
 from quantlens.attention.recording import Lens
 from quantlens.errors import QuantlensError
+from quantlens.models.class_names import class_names
+from quantlens.qmodel import float_model
 
-FP32 = "FP32"
+FP32, MODEL = "FP32", "model"
+THUMBNAIL = 96
 MAP_BATCH = 16
 """Images whose gradient maps are computed at once."""
-
-Told = Callable[[int, int], None]
 
 
 @dataclass(repr=False)
@@ -29,7 +33,7 @@ class SetView:
     positions: which images of the set. maps [n, rows, columns]; rollout maps have 1 as their largest value, gradient
     maps are as they are. predicted [n]: classes; confidence [n]: their probabilities. norms [n, L, P] of the patch
     tokens after each of L blocks; outliers and large [n, L, P]: which of them are
-    (:mod:`~quantlens.attention.outlier_tokens`). drift: of every quantized model. map_drift: of maps other than
+    (:func:`~quantlens.attention.drift.outlier_tokens`). drift: of every quantized model. map_drift: of maps other than
     rollout. norms, outliers, large and drift are empty where attention is not over all tokens.
     """
 
@@ -74,14 +78,19 @@ class SetView:
         columns |= {f"map_{k}": v for k, v in self.map_drift.get(label, {}).items()}
         return [{name: values[i].item() for name, values in columns.items()} for i in range(len(self))]
 
-    def keep(self, label: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Put what a model saw in its places."""
-        for name, values in arrays.items():
-            getattr(self, name)[label] = values
+    def keep(self, parts: Sequence[dict[str, Arrays]]) -> None:
+        """Put what models saw of successive images in its places: label -> name -> values."""
+        for label, arrays in joined(parts).items():
+            for name, values in arrays.items():
+                getattr(self, name)[label] = values
 
 
 def look_at(
-    models: Mapping[str, Any], images: Any, positions: list[int], settings: MapSettings, progress: Told | None = None
+    models: Mapping[str, Any],
+    images: Any,
+    positions: list[int],
+    settings: MapSettings,
+    progress: Callable[[int, int], None] | None = None,
 ) -> SetView:
     """What models see of some images of an :class:`~quantlens.data.ImageSet`.
 
@@ -90,47 +99,37 @@ def look_at(
     """
     if not positions:
         raise QuantlensError("there are no images to look at")
-    view, told = SetView(images, positions), progress or (lambda done, total: None)
-    if all(isinstance(lens, Lens) for lens in models.values()):
-        _fill_in_drift(view, models, settings.rollout if settings.kind == "rollout" else {}, told)
+    view = SetView(images, positions)
+    first, *others = models
+
+    def batches(size: int) -> Iterator[Tensor]:
+        for start in range(0, len(view), size):
+            yield chosen(images, positions[start : start + size]).to(models[first].device)
+            if progress is not None:
+                progress(min(start + size, len(view)), len(view))
+
+    if isinstance(models[first], Lens):
+        rollout = settings.rollout if settings.kind == "rollout" else {}
+        found = [observe(models, batch, rollout) for batch in batches(CHUNK)]
+        view.keep([seen for seen, _ in found])
+        view.drift = {label: Drift(**arrays) for label, arrays in joined([drifts for _, drifts in found]).items()}
     if settings.kind != "rollout":
-        _fill_in_maps(view, models, settings, told)
+        view.keep([_maps_of_classes(models, batch, settings) for batch in batches(MAP_BATCH)])
+        view.map_drift = {label: map_drift(view.maps[first], view.maps[label]) for label in others}
     return view
 
 
-def _fill_in_drift(view: SetView, lenses: Mapping[str, Lens], rollout: Mapping[str, Any], told: Told) -> None:
-    """What one pass without gradients gives."""
-    reference, *others = lenses
-    found = []
-    for batch in _batches(view, CHUNK, lenses[reference].device, told):
-        found.append(observe(lenses[reference], {label: lenses[label] for label in others}, batch, rollout))
-    for label, parts in zip(lenses, zip(*(seen for seen, _ in found), strict=True), strict=True):
-        view.keep(label, joined(parts))
-    view.drift = {label: Drift(**joined([drifts[label] for _, drifts in found])) for label in others}
-
-
-def _fill_in_maps(view: SetView, models: Mapping[str, Any], settings: MapSettings, told: Told) -> None:
-    """Maps of a class, and their drift."""
-    found: dict[str, list[dict[str, np.ndarray]]] = {label: [] for label in models}
-    first, *others = models
-    for batch in _batches(view, MAP_BATCH, models[first].device, told):
-        target: Any = settings.target
-        for label, model in models.items():
-            maps, probabilities = maps_of(model, batch, settings.kind, target=target, **settings.rollout)
-            if target is None:
-                target = probabilities.argmax(1)
-            p = probabilities.detach().cpu().numpy()
-            found[label].append({"maps": maps, "predicted": p.argmax(1), "confidence": p.max(1)})
-    for label, parts in found.items():
-        view.keep(label, joined(parts))
-    view.map_drift = {label: map_drift(view.maps[first], view.maps[label]) for label in others}
-
-
-def _batches(view: SetView, size: int, device: torch.device, told: Told) -> Iterator[Tensor]:
-    """The images of a view, ready for the model, a few at a time."""
-    for start in range(0, len(view), size):
-        yield chosen(view.images, view.positions[start : start + size]).to(device)
-        told(min(start + size, len(view)), len(view))
+def _maps_of_classes(models: Mapping[str, Any], images: Tensor, settings: MapSettings) -> dict[str, Arrays]:
+    """Maps of a class (by default the one that the first model predicts), and what models predict: label -> arrays."""
+    target: Any = settings.target
+    found = {}
+    for label, model in models.items():
+        maps, probabilities = maps_of(model, images, settings.kind, target=target, **settings.rollout)
+        if target is None:
+            target = probabilities.argmax(1)
+        p = probabilities.detach().cpu().numpy()
+        found[label] = {"maps": maps, "predicted": p.argmax(1), "confidence": p.max(1)}
+    return found
 
 
 def evenly(count: int, wanted: int) -> list[int]:
@@ -144,3 +143,80 @@ def chosen(images: Any, positions: list[int]) -> Tensor:
     if images.values is not None:
         return images.values[positions]
     return images.preprocess.normalize(np.ascontiguousarray(images.pixels[positions]))
+
+
+def name_of(names: list[str] | None, index: int) -> str | None:
+    """The first of a class's names: "tench" of "tench, Tinca tinca"."""
+    return None if names is None else names[index].split(",")[0]
+
+
+# -- what a study keeps -----------------------------------------------------------------------------------------------
+def survey(
+    reference: Any,
+    model: Any,
+    id: Any,
+    ood: Mapping[str, Any] | None = None,
+    *,
+    images: int = 64,
+    show: int = 4,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """What a study keeps of the attention of ``model``: {"attention", "attention_examples"}.
+
+    reference: the float model, which ``model`` may be. id, ood: ImageSets. images: of each set so many, evenly spaced.
+    show: so many of these, evenly spaced, with their maps.
+
+    "attention" is {"id": summary, "ood": {name: summary}} (:meth:`Drift.summary`); "attention_examples" a list of
+    :func:`example`. Raises UnsupportedError for models without global attention.
+    """
+    first = Lens(reference)
+    lens = first if float_model(model) is first.model else Lens(model)
+    summaries: dict[tuple[str, bool], Any] = {}
+    examples = []
+    for name, image_set, is_ood in [("id", id, False), *((n, s, True) for n, s in (ood or {}).items())]:
+        told = progress and partial(progress, f"attention on {name}")
+        view = look_at({FP32: first, MODEL: lens}, image_set, evenly(len(image_set), images), MapSettings(), told)
+        summaries[name, is_ood] = view.drift[MODEL].summary()
+        for k in evenly(len(view), show):
+            about = {"set": name, "ood": is_ood, "index": view.positions[k]}
+            examples.append(about | example(view, k, lens, is_ood=is_ood, thumbnail=lens is first))
+    of_ood = {name: summary for (name, is_ood), summary in summaries.items() if is_ood}
+    return {"attention": {"id": summaries["id", False], "ood": of_ood}, "attention_examples": examples}
+
+
+def example(view: SetView, k: int, lens: Lens, *, is_ood: bool, thumbnail: bool) -> dict[str, Any]:
+    """The k-th image of a view as the model sees it, ready for JSON: {grid, truth, label, class_name, probability,
+    rollout, norms: {block: norms of patch tokens}}.
+
+    The norms are those after the last block and after the one where the float model has most outlier tokens.
+    thumbnail: a "thumbnail" too (base64 of a WebP file of at most 96 pixels) and "truth_name", of the float model.
+    """
+    images, index = view.images, view.positions[k]
+    predicted = int(view.predicted[MODEL][k])
+    truth = None if images.labels is None or is_ood else int(images.labels[index])
+    names = class_names(None if is_ood else images, lens.model)
+    found = {
+        "grid": list(lens.layout.grid),
+        "truth": truth,
+        "label": predicted,
+        "class_name": name_of(names, predicted),
+        "probability": round(float(view.confidence[MODEL][k]), 4),
+        "rollout": [round(v, 3) for v in view.maps[MODEL][k].ravel().tolist()],
+        "norms": {lens.blocks[b]: _short(view.norms[MODEL][k, b].tolist()) for b in _telling_blocks(view)},
+    }
+    if thumbnail:
+        small = pictures.photograph(images, index)
+        small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        found["thumbnail"] = pictures.webp(small, quality=75)
+        found["truth_name"] = None if truth is None else name_of(names, truth)
+    return found
+
+
+def _telling_blocks(view: SetView) -> list[int]:
+    """The last block, and the one with most outlier tokens in the float model, if it has any."""
+    counts = view.outliers[FP32].sum(2).mean(0)
+    return sorted({len(counts) - 1, *([int(counts.argmax())] if counts.max() > 0 else [])})
+
+
+def _short(values: list[float]) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]

@@ -12,7 +12,7 @@ Maps are not stretched to [0, 1] per image: between precisions, the size of a ma
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -63,10 +63,6 @@ class MapSettings:
         if self.kind != "rollout":
             words.append("class predicted by FP32" if self.target is None else f"class {self.target}")
         return ", ".join(words)
-
-    def to_dict(self) -> dict[str, Any]:
-        left_out = {"fusion"} if self.kind == "gradient-rollout" else set()
-        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 def maps_of(

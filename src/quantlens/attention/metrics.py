@@ -18,9 +18,8 @@ Summary = Mapping[str, Any]
 class DriftMetric:
     """A metric of a drift summary, or a number derived from some.
 
-    name: its key in a summary and in METRICS. digits: decimals shown. derived: how
-    it is computed where it is no key of a summary, in which case title, label (of its axis) and factor say what METRICS
-    says of the others.
+    name: its key in METRICS. digits: decimals shown. title, label (of its axis) and factor: as in METRICS. derived:
+    how it is computed from which ``keys`` of a summary, where it is none itself.
     """
 
     name: str
@@ -28,11 +27,13 @@ class DriftMetric:
     title: str = ""
     label: str = ""
     factor: float = 1.0
-    derived: Callable[[Summary], float | None] | None = None
+    keys: tuple[str, ...] = ()
+    derived: Callable[..., float] = float
 
     def of(self, summary: Summary) -> float | None:
         """The value in a summary, before ``factor``; None where there is none."""
-        return self.derived(summary) if self.derived else number(summary.get(self.name))
+        values = [number(summary.get(key)) for key in self.keys or (self.name,)]
+        return None if None in values else self.derived(*values)
 
 
 def _metric(name: str, digits: int = 3) -> DriftMetric:
@@ -40,16 +41,6 @@ def _metric(name: str, digits: int = 3) -> DriftMetric:
     known = METRICS[name]
     title = known.heading[0].upper() + known.heading[1:]
     return DriftMetric(name, digits, title, known.label, known.factor)
-
-
-def _rank_distance(summary: Summary) -> float | None:
-    value = number(summary.get("rollout_spearman"))
-    return None if value is None else 1 - value
-
-
-def _outlier_change(summary: Summary) -> float | None:
-    here, there = number(summary.get("outliers")), number(summary.get("outliers_fp32"))
-    return None if here is None or there is None else abs(here - there)
 
 
 RANK = _metric("rollout_spearman")
@@ -79,7 +70,8 @@ CAUSES = (
         "rank_distance",
         title="1 − rollout rank correlation",
         label="1 − rollout rank correlation",
-        derived=_rank_distance,
+        keys=("rollout_spearman",),
+        derived=lambda correlation: 1 - correlation,
     ),
     KL,
     DriftMetric("centre_movement", title="Centre of mass moved", label="share of the diagonal"),
@@ -88,7 +80,8 @@ CAUSES = (
         1,
         title="Outlier tokens, change of their number",
         label="outlier tokens per image, change",
-        derived=_outlier_change,
+        keys=("outliers", "outliers_fp32"),
+        derived=lambda quantized, fp32: abs(quantized - fp32),
     ),
     OUTPUT_KL,
 )

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from quantlens.attention import pictures
-from quantlens.attention.image_sets import FP32, SetView
+from quantlens.attention.image_sets import FP32, SetView, name_of
 from quantlens.models.class_names import class_names
 
 if TYPE_CHECKING:
@@ -84,11 +84,6 @@ def _images(
             yield view, k, names, title
 
 
-def name_of(names: list[str] | None, index: int) -> str | None:
-    """The first of a class's names: "tench" of "tench, Tinca tinca"."""
-    return None if names is None else names[index].split(",")[0]
-
-
 def cell(row: str, column: str, image: Image.Image, first: str = "", second: str = "", *, marked: bool = False) -> Cell:
     """A :data:`Cell`."""
     how = Image.Resampling.NEAREST if max(image.size) < 40 else Image.Resampling.LANCZOS
@@ -120,7 +115,7 @@ def grid(cells: Sequence[Cell], title: str, note: str, scale: pictures.Scale) ->
         nice=False,
     )
     said = f"{scale.label}, {scale.low:.3g} to {scale.high:.3g} and more"
-    bar = alt.Legend(title=said, orient="bottom", direction="horizontal", gradientLength=240, titleLimit=width)
+    bar = alt.Legend(title=said, orient="bottom", direction="horizontal", gradientLength=240, titleLimit=width + 100)
     layers = [
         base.mark_image(width=SIDE, height=SIDE).encode(url="image:N"),
         base.mark_text(dy=SIDE / 2 + 9, **words).encode(text="first:N", color=ink),
@@ -129,8 +124,8 @@ def grid(cells: Sequence[Cell], title: str, note: str, scale: pictures.Scale) ->
         .mark_point(opacity=0)
         .encode(fill=alt.Fill("value:Q", scale=ends, legend=bar)),
     ]
-    heading = alt.Title(title, anchor="start", fontSize=14, color=INK, limit=width)
-    lines = textwrap.wrap(note, width // 6)
+    heading = alt.Title(title, anchor="start", fontSize=14, color=INK, limit=width + 150)
+    lines = textwrap.wrap(note, (width + 100) // 6)
     below = alt.Title(lines, orient="bottom", anchor="start", fontWeight="normal", color=MUTED)
     drawn = alt.layer(*layers).properties(width=width, height=rows * (SIDE + 44), title=heading)
     whole = alt.vconcat(drawn).properties(title=below).configure_view(stroke=None)

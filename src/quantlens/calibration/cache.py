@@ -117,9 +117,6 @@ class StoredTensor:
             if value is not None:
                 self.write(0, value)
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
     def read(self) -> Tensor:
         """The whole tensor."""
         return self._read(0, self.shape) if self._value is None else self._value

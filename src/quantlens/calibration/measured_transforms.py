@@ -11,9 +11,9 @@ from torch import Tensor
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView
 from quantlens.calibration.cache import return_memory
 from quantlens.graph import Edge, Graph
+from quantlens.transforms.layers import pixel_readers, read_pixels
 from quantlens.transforms.mean_subtraction import MeanSubtraction
 from quantlens.transforms.outlier_channels import RATIO, outlier_candidates, outlier_channels, split_outliers
-from quantlens.transforms.pixels import pixel_readers, read_pixels
 
 ROWS = 256
 """Tokens that are summed together."""
@@ -79,16 +79,13 @@ def read_as_pixels(graph: Graph, preprocess: Any, calibration: Calibration) -> l
     preprocess: mean and std per channel, in units of 0 … 1.
     """
     readers = pixel_readers(graph, len(preprocess.mean))
-    if not readers or not _are_pictures(preprocess, calibration):
+    if not readers or not all(_are_pictures(images, preprocess) for images in calibration):
         return []
     return read_pixels(graph, readers, preprocess.mean, preprocess.std)
 
 
-def _are_pictures(preprocess: Any, calibration: Calibration) -> bool:
+def _are_pictures(images: Tensor, preprocess: Any) -> bool:
     """Whether every value is one of a picture's 256."""
-    for images in calibration:
-        mean, std = (images.new_tensor(v).view(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
-        pixels = (images * std + mean) * 255
-        if not bool(((pixels - pixels.round().clamp(0, 255)).abs() < 255 * NEAR).all()):
-            return False
-    return True
+    mean, std = (images.new_tensor(v).view(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
+    pixels = (images * std + mean) * 255
+    return bool(((pixels - pixels.round().clamp(0, 255)).abs() < 255 * NEAR).all())

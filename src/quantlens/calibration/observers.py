@@ -156,8 +156,6 @@ class Observer:
     def _merge(self, old: Observation, sample: Tensor, new: int) -> Tensor:
         """A sample of everything from a sample of the past and one of the new piece, in proportion to their counts."""
         most = VALUES // sample.shape[0]
-        if old.values.shape[1] == old.count and sample.shape[1] == new and old.count + new <= most:
-            return torch.cat([old.values, sample], 1)
         share = max(min(round(most * new / (old.count + new)), sample.shape[1]), 1)
         rest = min(old.values.shape[1], most - share)
         return torch.cat([self._pick(old.values, rest), self._pick(sample, share)], 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx
@@ -59,7 +60,7 @@ class EdgeView:
         if constant is not None:
             return [constant]
         self._images.advance_to(self._edge)
-        return _Pieces(self._images.chunks, value)
+        return _Pieces(self._images, value)
 
 
 OnEdge = Callable[[Edge, EdgeView], Replacement | None]
@@ -115,8 +116,8 @@ class _ImageStream:
 
     def __init__(self, graph: Graph, calibration: Calibration, wanted: set[fx.Node], store: ActivationStore):
         self.graph, self.calibration = graph, calibration
-        # a chunk that is the only one is never stored: the next step would read all of it back
-        self.chunks = [_ChunkValues(store if calibration.pieces > 1 else None) for _ in range(calibration.pieces)]
+        self._store = store
+        self._values: list[dict[fx.Node, Any]] = [{} for _ in range(calibration.pieces)]
         nodes = list(graph.fx.nodes)
         last = max((place for place, node in enumerate(nodes) if node in wanted), default=-1)
         self._nodes = nodes[: last + 1]
@@ -134,15 +135,16 @@ class _ImageStream:
         nodes, self._done = self._nodes[self._done : stop], stop
         calls = [node for node in nodes if node.op == "call_function"]
         starts = any(node.op == "placeholder" for node in nodes)
-        for index, chunk in enumerate(self.chunks):
-            env = chunk.take()
-            if starts:
-                env[self.graph.input] = self.calibration.chunk(index)
-            alive = {n for n in [*env, *calls] if self._last_use.get(n, -1) >= place}
-            alive |= {edge.node} if edge.position is None else set()
-            self.graph.run(calls, env, hook=self._hook, keep=alive)
-            chunk.keep({node: value for node, value in env.items() if node in alive})
-        if len(self.chunks) > 1:
+        for index in range(len(self)):
+            with self._chunk(index) as env:
+                if starts:
+                    env[self.graph.input] = self.calibration.chunk(index)
+                alive = {n for n in [*env, *calls] if self._last_use.get(n, -1) >= place}
+                alive |= {edge.node} if edge.position is None else set()
+                self.graph.run(calls, env, hook=self._hook, keep=alive)
+                for node in env.keys() - alive:
+                    del env[node]
+        if len(self) > 1:
             return_memory()
 
     def apply(self, edge: Edge, replacement: Replacement) -> None:
@@ -153,41 +155,34 @@ class _ImageStream:
         elif edge.position is not None:
             self._replacements[edge.key] = replacement
         else:
-            for chunk in self.chunks:
-                env = chunk.take()
-                env[edge.node] = replacement(env[edge.node])
-                chunk.keep(env)
+            for index in range(len(self)):
+                with self._chunk(index) as env:
+                    env[edge.node] = replacement(env[edge.node])
 
     def _hook(self, key: str, value: Tensor) -> Tensor:
         return self._replacements[key](value) if key in self._replacements else value
 
+    def __len__(self) -> int:
+        return len(self._values)
 
-class _ChunkValues:
-    """The values of one chunk of images that later nodes read, in a store if there is one."""
-
-    def __init__(self, store: ActivationStore | None):
-        self._store = store
-        self._values: dict[fx.Node, Any] = {}
-
-    def value(self, node: fx.Node) -> Any:
-        value = self._values[node]
+    def value(self, index: int, node: fx.Node) -> Any:
+        """The value of a node for chunk ``index``."""
+        value = self._values[index][node]
         return value.read() if isinstance(value, StoredTensor) else value
 
-    def take(self) -> dict[fx.Node, Any]:
-        """All values, which are the caller's from now on."""
-        found = {node: self.value(node) for node in self._values}
-        for value in self._values.values():
+    @contextmanager
+    def _chunk(self, index: int) -> Iterator[dict[fx.Node, Any]]:
+        """All values of chunk ``index``, to be changed; they are stored again afterwards. Those of a chunk that is the
+        only one never are: the next step would read all of it back."""
+        env = {node: self.value(index, node) for node in self._values[index]}
+        for value in self._values[index].values():
             if isinstance(value, StoredTensor):
                 value.free()
-        self._values = {}
-        return found
-
-    def keep(self, values: dict[fx.Node, Any]) -> None:
-        self._values = values
-        if self._store is not None:
-            for node, value in values.items():
-                if isinstance(value, Tensor):
-                    values[node] = self._store.put(_own(value))
+        self._values[index] = env
+        yield env
+        for node, value in env.items() if len(self) > 1 else ():
+            if isinstance(value, Tensor):
+                env[node] = self._store.put(_own(value))
 
 
 def _own(value: Tensor) -> Tensor:
@@ -198,13 +193,13 @@ def _own(value: Tensor) -> Tensor:
 class _Pieces(Sequence[Tensor]):
     """The values of one node, one tensor per chunk of images, read when they are asked for."""
 
-    def __init__(self, chunks: list[_ChunkValues], node: fx.Node):
-        self._chunks, self._node = chunks, node
+    def __init__(self, images: _ImageStream, node: fx.Node):
+        self._images, self._node = images, node
 
     def __len__(self) -> int:
-        return len(self._chunks)
+        return len(self._images)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [chunk.value(self._node) for chunk in self._chunks[index]]
-        return self._chunks[index].value(self._node)
+            return [self[number] for number in range(len(self))[index]]
+        return self._images.value(index, self._node)

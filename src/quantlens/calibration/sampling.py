@@ -3,7 +3,7 @@ calibration images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,17 +70,22 @@ class ProductSampler:
             if rows_of(right[0][:1]) is None:
                 return None
             return [left[0].flatten(1), self.some_rows(right, rows_of=rows_of)]
-        if not matrices(*tensors):
+        if not matrices(left, right):
             return None
-        pairs: list[list[Tensor]] = [[], []]
+        (rows, k), columns = left[0].shape[-2:], right[0].shape[-1]
+        size = max(rows * k, k * columns, rows * columns)
+        pairs = self._pairs(left, right, max(1, self.elements // (size * len(left))))
+        return [torch.cat(both) for both in zip(*pairs, strict=True)]
+
+    def _pairs(self, left: Sequence[Tensor], right: Sequence[Tensor], most: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """At most ``most`` (image, head) pairs of every chunk of left [..., r, k] and right [..., k, c]: [n, r, k] and
+        [n, c, k]."""
         for a, b in zip(left, right, strict=True):
-            a, b = (x.reshape(-1, *x.shape[-2:]) for x in _broadcast(a, b))
-            size = max(a[0].numel(), b[0].numel(), a.shape[-2] * b.shape[-1])
-            index = torch.randperm(len(a), generator=self.generator)
-            index = index[: max(1, self.elements // (size * len(left)))].to(a.device)
-            pairs[0].append(a[index])
-            pairs[1].append(b[index].mT.contiguous())
-        return [torch.cat(both) for both in pairs]
+            lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+            index = torch.randperm(lead.numel(), generator=self.generator)[:most].to(a.device)
+            where = torch.unravel_index(index, lead) if lead else None
+            a, b = (x[where] for x in _broadcast(a, b))
+            yield a, b.mT.contiguous()
 
     # -- of both, sample by sample --------------------------------------------------------------------------------
     def by_sample(
@@ -100,16 +105,10 @@ class ProductSampler:
             return None if rows is None else (rows, left[0].flatten(1))
         if not matrices(left, right):
             return None
-        pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
-        share = -(-self.samples // len(left))
-        for a, b in zip(left, right, strict=True):
-            a, b = _broadcast(a, b)
-            lead = a.shape[:-2]
-            index = torch.randperm(lead.numel(), generator=self.generator)[:share].to(a.device)
-            a, b = (x[torch.unravel_index(index, lead)] if lead else x[None] for x in (a, b))
-            pairs[0].append(self._rows_of_each(a, max(1, self.rows // 16)))
-            pairs[1].append(b.mT.contiguous())
-        return torch.cat(pairs[0]).float(), torch.cat(pairs[1]).float()
+        pairs = self._pairs(left, right, -(-self.samples // len(left)))
+        some = [(self._rows_of_each(a, max(1, self.rows // 16)), b) for a, b in pairs]
+        first, second = (torch.cat(both).float() for both in zip(*some, strict=True))
+        return first, second
 
     def _tokens_by_image(
         self, product: Product, weight: Tensor, inputs: Sequence[Tensor], images: int

@@ -202,15 +202,22 @@ def reading(skip_bad: bool, no_cache: bool) -> dict[str, Any]:
 
 
 def open_run(
-    model: str, weights: str | None, source: Any, device: str, step: Callable[[str, int, int], None], **reading: Any
+    step: Callable[[str, int, int], None],
+    model: str,
+    weights: str | None,
+    device: str,
+    source: str,
+    n: int | None,
+    seed: int,
+    **reading: Any,
 ) -> tuple[Any, Any]:
     """(float model, calibration images as it reads them) of a command line: what the commands that quantize begin with.
-
-    source: an opened Source. step: of :func:`stages`. reading: of :func:`reading`.
-    """
+    step: of :func:`stages`. reading: of :func:`reading`."""
     from quantlens.data import as_image_set
+    from quantlens.data.sources import open_calibration
     from quantlens.evaluation.open_models import open_float
 
+    images = open_calibration(source, n, seed)
     loaded = open_float(model, weights, device)
     told = partial(step, "decoding calibration images")
-    return loaded, as_image_set(source, loaded.preprocess, progress=told, **reading)
+    return loaded, as_image_set(images, loaded.preprocess, progress=told, **reading)

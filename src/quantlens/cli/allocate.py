@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from quantlens.cli import _common, _options
 from quantlens.errors import QuantlensError
 from quantlens.files import check_writable
-
-if TYPE_CHECKING:
-    from quantlens.allocation import Allocation
-
 
 HELP = """Choose bit widths for mixed precision: how sensitive every attention and every MLP is, and the widths of least
 total sensitivity within a budget, exactly.
@@ -79,23 +75,20 @@ def allocate(
     """See HELP."""
     from quantlens import api
     from quantlens.allocation import parse_target, sensitivity_options
-    from quantlens.data.sources import open_calibration
+    from quantlens.report.frontier import write_front
 
     check_writable(out, what="the allocation")
     how = sensitivity_options(sensitivity, _common.settings(option)) | _budget(bops_target, size_mb, bops)
-    how |= {"candidates": _common.whole_numbers([candidates or ""], "--candidates") or None}
+    widths = _common.whole_numbers([candidates or ""], "--candidates") or None
     parse_target(target)
-    source = open_calibration(calibration, n, seed)
     with _common.stages(quiet) as step:
         reading = _common.reading(skip_bad, no_cache)
-        loaded, images = _common.open_run(model, weights, source, device, step, **reading)
+        loaded, images = _common.open_run(step, model, weights, device, calibration, n, seed, **reading)
         how |= {"sensitivity": sensitivity, "progress": partial(step, f"sensitivity by {sensitivity}")}
-        found = api.allocate(loaded, images, target, front=front, seed=seed, **how)
+        found = api.allocate(loaded, images, target, candidates=widths, front=front, seed=seed, **how)
     found.save(out)
     _common.console().print(_table(found))
     if front:
-        from quantlens.report.frontier import write_front
-
         print(f"{write_front(found, out.with_name('front.html'))}: the front, {len(found.front)} points")
     print(f"{out}: {found.model} {found.name}, {_summary(found)}")
 
@@ -109,7 +102,7 @@ def _budget(bops_target: bool, size_mb: float | None, bops: float | None) -> dic
     return {"cost": cost, "budget": bops if size_mb is None else size_mb * 1e6}
 
 
-def _table(allocation: Allocation) -> Any:
+def _table(allocation: Any) -> Any:
     """A row per block: the widths of its attention and its MLP, and their sensitivities at the chosen width."""
     whole = allocation.cost_of("bops")
     rows = [
@@ -127,7 +120,7 @@ def _table(allocation: Allocation) -> Any:
     return _common.table(heads, rows, right=heads[1:], title=title, title_justify="center", box=None, pad_edge=False)
 
 
-def _summary(allocation: Allocation) -> str:
+def _summary(allocation: Any) -> str:
     """Size, bit operations and sensitivity, against the uniform model; how the sensitivity was measured."""
     size, work = allocation.cost_of("size") / 1e6, allocation.cost_of("bops") / 1e9
     text = f"{size:.2f} MB, {work:.2f} G bit operations"

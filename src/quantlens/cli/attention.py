@@ -36,6 +36,7 @@ MODEL is a name as for `quantize`, or a quantized checkpoint (.safetensors) whos
 """
 
 BITS = "W8A8,W6A6,W4A4"
+DRIFT = "drift of attention from FP32"
 
 
 def attention(
@@ -77,8 +78,8 @@ def attention(
     """See HELP."""
     from quantlens.attention.comparison import check_choice, check_names, compare
     from quantlens.attention.maps import MapSettings
-    from quantlens.data.sources import open_calibration
     from quantlens.evaluation.open_models import open_models
+    from quantlens.plots.precisions import write_drift
 
     check_writable(out / "drift.json")
     sets, maps = _common.pairs(ood, "--ood"), MapSettings(map, target, discard, fusion, compat)
@@ -90,11 +91,12 @@ def attention(
         if calibration is None:
             quantized, reference = open_models(model, weights, device)
         else:
-            source = open_calibration(calibration, n, seed)
-            reference, learnt = _common.open_run(model, weights, source, device, step, **reading)
+            reference, learnt = _common.open_run(step, model, weights, device, calibration, n, seed, **reading)
             quantized = _quantized(reference, learnt, bits or BITS, step, method=method, seed=seed, **settings)
         found = compare(reference, quantized, images, ood=sets, map=maps, limit=limit, progress=step, **reading)
-        written = [*found.save(out, show=show, choose=choose), *_chart(found, out)]
+        written = found.save(out, show=show, choose=choose)
+        if not found.unavailable:
+            written.append(write_drift(f"{found.model}, {found.method}: {DRIFT}", found.drift(), out / "drift.svg"))
     _show(found)
     print(f"written: {', '.join(str(path) for path in written)}")
 
@@ -120,16 +122,6 @@ def _quantized(reference: Any, images: Any, bits: str, step: Any, **how: Any) ->
         label: api.quantize(reference, images, bits=read, progress=partial(step, f"calibrating {label}"), **how)
         for label, read in widths.items()
     }
-
-
-def _chart(found: Any, folder: Path) -> list[Path]:
-    """The drift curves, where there are any."""
-    from quantlens.plots.precisions import write_drift
-
-    if found.unavailable:
-        return []
-    title = f"{found.model}, {found.method}: drift of attention from FP32"
-    return [write_drift(title, found.drift(), folder / "drift.svg")]
 
 
 def _show(found: Any) -> None:

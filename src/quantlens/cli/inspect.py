@@ -56,7 +56,6 @@ def inspect(
 ) -> None:
     """See HELP."""
     from quantlens import api
-    from quantlens.data.sources import open_calibration
     from quantlens.report.inspection import write_inspection
     from quantlens.sensitivity.inspection import check_names
 
@@ -64,11 +63,10 @@ def inspect(
     check_writable(html)
     parts = _common.names([by])
     check_names(parts, rank)
-    widths = api.read_bits(bits)
-    source = open_calibration(images or _shipped_images(model), n, seed)
+    widths, source = api.read_bits(bits), images or _shipped_images(model)
     with _common.stages(quiet) as step:
         reading = _common.reading(skip_bad, no_cache)
-        loaded, opened = _common.open_run(model, weights, source, device, step, **reading)
+        loaded, opened = _common.open_run(step, model, weights, device, source, n, seed, **reading)
         found = api.inspect(loaded, opened, widths, method=method, seed=seed, by=parts, progress=step, **settings)
     _show(found, rank, None if everything else top)
     if json is not None:

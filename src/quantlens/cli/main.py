@@ -36,6 +36,7 @@ from quantlens.cli import (
     quantize,
     recommend,
     report,
+    reproduce,
     sources,
     study,
 )
@@ -69,6 +70,7 @@ COMMANDS = (
     compare,
     report,
     plot,
+    reproduce,
     methods,
     models,
     sources,

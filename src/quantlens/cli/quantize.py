@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from quantlens.cli import _common, _options
 from quantlens.files import check_writable
-
-if TYPE_CHECKING:
-    from quantlens.qmodel import QuantizedModel
-
 
 HELP = """Quantize a model after training and save it packed: integer codes at their bit width, scales, and a header.
 
@@ -56,22 +52,20 @@ def quantize(
 ) -> None:
     """See HELP."""
     from quantlens import api
-    from quantlens.data.sources import open_calibration
 
     wanted = api.read_bits(bits)
     file = out or Path(f"{model.split('/')[-1]}-{api.spelled(wanted).lower()}.safetensors")
     check_writable(file)
-    source = open_calibration(calibration, n, seed)
     with _common.stages(quiet) as step:
         reading = _common.reading(skip_bad, no_cache)
-        loaded, images = _common.open_run(model, weights, source, device, step, **reading)
+        loaded, images = _common.open_run(step, model, weights, device, calibration, n, seed, **reading)
         told = partial(step, f"calibrating by {method}")
         quantized = api.quantize(loaded, images, method=method, bits=wanted, seed=seed, progress=told, **settings)
         quantized.save(file)
     print(f"{file}: {_summary(quantized, len(images), file.stat().st_size)}")
 
 
-def _summary(quantized: QuantizedModel, images: int, written: int) -> str:
+def _summary(quantized: Any, images: int, written: int) -> str:
     """Model, method, bits, size (bytes written), and the time that calibration took."""
     seconds = quantized.provenance.seconds
     took = "" if seconds is None else f", calibrated in {seconds:.1f} s on {images} images"

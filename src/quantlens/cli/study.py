@@ -90,17 +90,23 @@ def study(
         limit=limit,
     )
     if summary.done:
-        from quantlens.report import write_report
-        from quantlens.studies.results import results
-
-        written = write_report(directory) if report else None  # first, as not every console can show a table
-        title = f"{config.name}: mean ± standard deviation over seeds"
-        _common.console().print(means_table(results(directory).means(), title))
-        rest = f"{summary}; `quantlens report {directory}` writes the report"
-        print(rest if written is None else f"report: {written}")
-    if summary.failed and not summary.done:
+        _show(summary, config.name, report)
+    elif summary.failed:
         raise QuantlensError(f"every cell failed; the first: {summary.failed[0][0]}: {summary.failed[0][1]}")
     tell_failures(summary)
+
+
+def _show(summary: Summary, name: str, report: bool) -> None:
+    """The means over seeds, and the report where it is asked for."""
+    from quantlens.report import write_report
+    from quantlens.studies.results import results
+
+    directory = summary.directory
+    written = write_report(directory) if report else None  # first, as not every console can show a table
+    title = f"{name}: mean ± standard deviation over seeds"
+    _common.console().print(means_table(results(directory).means(), title))
+    rest = f"{summary}; `quantlens report {directory}` writes the report"
+    print(rest if written is None else f"report: {written}")
 
 
 def tell_failures(summary: Summary) -> None:

@@ -1,13 +1,12 @@
 """Image sources, preprocessing, the decoded-image cache, and the image sets that ship with the package."""
 
-from quantlens.data.cache import CacheInfo, cache_directory, cache_info, clear_cache
+from quantlens.data.cache import cache_directory
 from quantlens.data.embedded import EmbeddedInfo, available_embedded, load_embedded
 from quantlens.data.images import ImageSet, as_image_set, load_images
 from quantlens.data.preprocess import Preprocess
 from quantlens.data.sources import Source, SourceKind, available_sources, open_source
 
 __all__ = [
-    "CacheInfo",
     "EmbeddedInfo",
     "ImageSet",
     "Preprocess",
@@ -17,8 +16,6 @@ __all__ = [
     "available_embedded",
     "available_sources",
     "cache_directory",
-    "cache_info",
-    "clear_cache",
     "load_embedded",
     "load_images",
     "open_source",

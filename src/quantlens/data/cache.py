@@ -19,13 +19,11 @@ import errno
 import io
 import json
 import os
-import re
 import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,6 @@ from quantlens.files import write_whole
 FORMAT_VERSION = 2
 CHECKED_IMAGES = 512  # so many images, evenly spaced, have their CRC compared when an entry is opened
 STALE_SECONDS = 24 * 3600  # a temporary folder this old was left by a process that was killed
-_OWN = re.compile(r"\.?[0-9a-f]{32}\..+")
 CURE = (
     "free some space, set QUANTLENS_CACHE to a folder on another disk, or use --no-cache to keep the images in memory"
 )
@@ -50,24 +47,11 @@ class ReadOnlyError(StorageError):
     """The cache folder may not be written."""
 
 
-@dataclass(frozen=True)
-class CacheInfo:
-    """What a cache folder holds: entries, images in them, and bytes on disk (temporary files included)."""
+Skipped = list[tuple[int, str]]
+"""(position in the list, why it cannot be read) of images left out."""
 
-    directory: Path
-    entries: int
-    images: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One cached list: `pixels` uint8 [N,3,H,W] and `skipped`, (position in the list, reason) of each image
-    left out.
-    """
-
-    pixels: np.ndarray
-    skipped: list[tuple[int, str]]
+Entry = tuple[np.ndarray, Skipped]
+"""One cached list: pixels uint8 [N,3,H,W], and the images left out."""
 
 
 def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -103,7 +87,7 @@ def read_entry(directory: Path, key: str, total: int, image_shape: tuple[int, ..
             return None
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
-    return Entry(pixels[:kept], skipped)
+    return pixels[:kept], skipped
 
 
 def write_entry(
@@ -112,7 +96,7 @@ def write_entry(
     total: int,
     image_shape: tuple[int, ...],
     images: Iterator[np.ndarray],
-    skipped: list[tuple[int, str]],
+    skipped: Skipped,
 ) -> Entry:
     """Write the entry `key` of a list of `total` images and return it. images: uint8 of that shape, one by one; each
     that does not come is in `skipped` in the end.
@@ -143,7 +127,7 @@ def write_entry(
             raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB left")
         write_whole(directory / f"{key}.npy", content())
         side = {"format": FORMAT_VERSION, "pillow": PIL.__version__, "skipped": skipped, "crc32": checks}
-        write_whole(directory / f"{key}.json", json.dumps({**side, "images": len(checks)}))
+        write_whole(directory / f"{key}.json", json.dumps(side))
     except (OSError, StorageError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         reason = (getattr(cause, "strerror", None) or str(error)).lower()
@@ -156,50 +140,8 @@ def write_entry(
     return entry
 
 
-def cache_info(cache_dir: str | os.PathLike[str] | None = None) -> CacheInfo:
-    """Count what the cache folder holds."""
-    directory = cache_directory(cache_dir)
-    entries = images = size = 0
-    for path in _own_files(directory):
-        with suppress(OSError):
-            size += path.stat().st_size
-        if path.suffix == ".json":
-            entries += 1
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                images += int(json.loads(path.read_text(encoding="utf-8"))["images"])
-    return CacheInfo(directory, entries, images, size)
-
-
-def clear_cache(cache_dir: str | os.PathLike[str] | None = None) -> CacheInfo:
-    """Remove every entry (and nothing else that may lie in the folder); returns what was there.
-
-    Raises StorageError where a file cannot be removed.
-    """
-    info = cache_info(cache_dir)
-    try:
-        for path in _own_files(info.directory):
-            _remove(path)
-    except OSError as error:
-        raise StorageError(
-            f"cannot remove {error.filename} ({(error.strerror or str(error)).lower()}); remove "
-            f"{info.directory} by hand"
-        ) from error
-    return info
-
-
-def _own_files(directory: Path) -> list[Path]:
-    return [p for p in directory.glob("*") if _OWN.fullmatch(p.name)]
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _remove_stale(directory: Path) -> None:
-    for path in _own_files(directory):
+    for path in directory.glob(f".{'[0-9a-f]' * 32}.*"):
         with suppress(OSError):
-            if path.name.startswith(".") and time.time() - path.stat().st_mtime > STALE_SECONDS:
-                _remove(path)
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(path)

@@ -44,18 +44,22 @@ MIN_CONTRAST = 12.0  # grey levels
 PATCH_SIDES = (32, 48, 64, 96, 128, 192, 256)  # sides of the square cut from the photograph, in pixels
 
 
+Built = tuple[np.ndarray, list[str], np.ndarray | None, list[str] | None]
+"""Pixels, a name for each image, labels, class names."""
+
+
 @dataclass(frozen=True)
 class EmbeddedInfo:
     """What one embedded set is. `group` is "id", "near" (near OOD) or "far" (far OOD)."""
 
-    name: str
     group: str
     description: str
+    build: Callable[[], Built]
 
 
 def available_embedded() -> dict[str, EmbeddedInfo]:
     """Name -> description of every embedded set. Reads no image."""
-    return {name: EmbeddedInfo(name, group, description) for name, (group, description, _) in _SETS.items()}
+    return dict(_SETS)
 
 
 @cache
@@ -66,9 +70,9 @@ def load_embedded(name: str) -> ArraySource:
     """
     if name not in _SETS:
         raise UnknownNameError("embedded image set", name, _SETS, hint="`quantlens sources` lists them")
-    group, _, build = _SETS[name]
-    pixels, names, labels, classes = build()
+    pixels, names, labels, classes = _SETS[name].build()
     pixels.setflags(write=False)
+    group = _SETS[name].group
     return ArraySource(f"embedded:{name}", "embedded", name, names, labels, classes, group, pixels=pixels)
 
 
@@ -114,10 +118,6 @@ def _parts() -> dict[str, np.ndarray]:
     rows_of["train"] = np.sort(np.concatenate([rows_of["calibration"], rows_of["fit"]]))
     rows_of["held-out"] = np.flatnonzero(np.isin(digit, HELD_OUT_DIGITS))
     return rows_of
-
-
-Built = tuple[np.ndarray, list[str], np.ndarray | None, list[str] | None]
-"""Pixels, a name for each image, labels, class names."""
 
 
 def _digit_part(part: str) -> Built:
@@ -204,17 +204,22 @@ def _letter_counts(letter: str, rng: np.random.RandomState) -> np.ndarray:
 
 _ID_WORDS = ", ".join(map(str, ID_DIGITS[:-1])) + f" and {ID_DIGITS[-1]}"
 _HELD_OUT_WORDS = " and ".join(map(str, HELD_OUT_DIGITS))
-_SETS: dict[str, tuple[str, str, Callable[[], Built]]] = {
-    "digits-test": ("id", f"handwritten digits {_ID_WORDS}, held-out images", partial(_digit_part, "test")),
-    "digits-train": ("id", "the same digits, the images digits-vit was trained on", partial(_digit_part, "train")),
-    "digits-calibration": ("id", "a part of digits-train, for calibration", partial(_digit_part, "calibration")),
-    "digits-fit": ("id", "the rest of digits-train, for statistics of OOD scores", partial(_digit_part, "fit")),
-    "digits-held-out": (
+_SETS = {
+    "digits-test": EmbeddedInfo("id", f"handwritten digits {_ID_WORDS}, held-out images", partial(_digit_part, "test")),
+    "digits-train": EmbeddedInfo(
+        "id", "the same digits, the images digits-vit was trained on", partial(_digit_part, "train")
+    ),
+    "digits-calibration": EmbeddedInfo(
+        "id", "a part of digits-train, for calibration", partial(_digit_part, "calibration")
+    ),
+    "digits-fit": EmbeddedInfo(
+        "id", "the rest of digits-train, for statistics of OOD scores", partial(_digit_part, "fit")
+    ),
+    "digits-held-out": EmbeddedInfo(
         "near",
         f"handwritten digits {_HELD_OUT_WORDS}, never seen in training",
         partial(_digit_part, "held-out"),
     ),
-    "photo-patches": ("far", "grey patches of scikit-learn's two photographs", _photo_patches),
-    "letters": ("far", f"the letters {' '.join(LETTERS)}, drawn in the digits' style", _letters),
+    "photo-patches": EmbeddedInfo("far", "grey patches of scikit-learn's two photographs", _photo_patches),
+    "letters": EmbeddedInfo("far", f"the letters {' '.join(LETTERS)}, drawn in the digits' style", _letters),
 }
-"""Name -> group, description, and what builds it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
@@ -58,18 +59,12 @@ def _is_shown(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
 
 
-def images_below(spec: SourceSpec) -> tuple[Path, list[str]]:
-    """The folder and its images. Raises QuantlensError where there are none."""
+def open_images(spec: SourceSpec) -> FileSource:
+    """`images:DIR`: every image below DIR, no labels. Raises QuantlensError where there are none."""
     root = existing_directory(spec)
     names = list_images(root)
     if not names:
         raise QuantlensError(f"source {spec.text!r}: no image below {root}; files must end in {_SUFFIXES_TEXT}")
-    return root, names
-
-
-def open_images(spec: SourceSpec) -> FileSource:
-    """`images:DIR`: every image below DIR, no labels."""
-    root, names = images_below(spec)
     return FileSource(spec.text, spec.kind, root.resolve().name, names, root=root)
 
 
@@ -77,16 +72,16 @@ def open_imagefolder(spec: SourceSpec) -> FileSource:
     """`imagefolder:DIR`: one folder per class; the label is the rank of the folder's name, as in
     torchvision.
     """
-    root, names = images_below(spec)
-    loose = [name for name in names if "/" not in name]
+    source = open_images(spec)
+    loose = [name for name in source.names if "/" not in name]
     if loose:
         raise QuantlensError(
             f"source {spec.text!r}: {loose[0]} lies outside the class folders (with {len(loose) - 1} others); "
             f"move it into one, or use images:{spec.path} for images without labels"
         )
-    classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and _is_shown(folder.name))
-    labels = np.searchsorted(classes, [name.split("/", 1)[0] for name in names])
-    return FileSource(spec.text, spec.kind, root.resolve().name, names, labels, classes, root=root)
+    classes = sorted(folder.name for folder in source.root.iterdir() if folder.is_dir() and _is_shown(folder.name))
+    labels = np.searchsorted(classes, [name.split("/", 1)[0] for name in source.names])
+    return replace(source, labels=labels, class_names=classes)
 
 
 @cache
@@ -112,10 +107,10 @@ def open_imagenet(spec: SourceSpec) -> FileSource:
     """`imagenet:DIR`: wnid folders, or files `nXXXXXXXX_*` or `*_nXXXXXXXX.*`; the label is the rank of the
     wnid among the 1000, so a subset of the classes keeps its true labels.
     """
-    root, names = images_below(spec)
+    source = open_images(spec)
     rank = {wnid: k for k, wnid in enumerate(imagenet_wnids())}
-    labels = np.array([rank[_wnid(spec, name, rank)] for name in names], dtype=np.int64)
-    return FileSource(spec.text, spec.kind, root.resolve().name, names, labels, list(imagenet_class_names()), root=root)
+    labels = np.array([rank[_wnid(spec, name, rank)] for name in source.names], dtype=np.int64)
+    return replace(source, labels=labels, class_names=list(imagenet_class_names()))
 
 
 def _wnid(spec: SourceSpec, name: str, rank: dict[str, int]) -> str:

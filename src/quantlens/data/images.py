@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 CacheDir = str | os.PathLike[str] | bool | None
-Skipped = list[tuple[int, str]]  # (position, why it cannot be read)
 
 
 @dataclass(eq=False, repr=False)
@@ -114,15 +113,13 @@ def load_images(
     cache_dir: CacheDir = None,
     skip_bad: bool = False,
     progress: Progress | None = None,
-    limit: int | None = None,
     workers: int | None = None,
 ) -> ImageSet:
     """Decode, resize and crop the images of `source`, or take them from the on-disk cache.
 
-    `cache_dir` is a folder, None for the default one (`quantlens.data.cache`), or False for no cache: then
-    N*3*H*W bytes are held in memory. Embedded sets are never cached on disk. `limit` takes the first images
-    only. `progress(done, total)` is called after each decoded image. `workers` threads decode (as many as
-    there are processors by default).
+    `cache_dir` is a folder, None for the default one (`quantlens.data.cache`), or False for no cache: then N*3*H*W
+    bytes are held in memory. Embedded sets are never cached on disk. `progress(done, total)` is called after each
+    decoded image. `workers` threads decode (as many as there are processors by default).
 
     Raises BadImageError, naming the file, for an image that cannot be read; with `skip_bad` it is left out
     and recorded in `skipped`. Raises StorageError where the cache cannot be written: the disk is full, or a
@@ -130,20 +127,16 @@ def load_images(
     """
     if isinstance(source, str):
         source = open_source(source)
-    if limit is not None:
-        if limit < 1:
-            raise QuantlensError(f"limit {limit} leaves no image of {source.spec}; give 1 or more")
-        source = source.select(range(min(limit, len(source))))
     identity = source.identity() if cache_dir is not False else None
     key = None if identity is None else cache.cache_key(identity, preprocess.image_key())
-    bad: Skipped = []
+    bad: cache.Skipped = []
     decoded = _decoded(source, preprocess, bad, skip_bad, progress, workers)
-    entry = _entry(decoded, bad, len(source), preprocess.input_size, cache_dir, key)
-    if entry.skipped and not skip_bad:
-        raise _bad_image(source, *entry.skipped[0])
-    skipped = [(source.names[k], reason) for k, reason in entry.skipped]
+    pixels, bad = _entry(decoded, bad, len(source), preprocess.input_size, cache_dir, key)
+    if bad and not skip_bad:
+        raise _bad_image(source, *bad[0])
+    skipped = [(source.names[k], reason) for k, reason in bad]
     if skipped:
-        source = source.select(np.delete(np.arange(len(source)), [k for k, _ in entry.skipped]))
+        source = source.select(np.delete(np.arange(len(source)), [k for k, _ in bad]))
     if not len(source):
         raise QuantlensError(
             f"none of the {len(skipped)} images of {source.spec} can be read; the first is "
@@ -155,7 +148,7 @@ def load_images(
         source=source.spec,
         fingerprint=source.fingerprint(),
         preprocess=preprocess,
-        pixels=entry.pixels,
+        pixels=pixels,
         class_names=source.class_names,
         skipped=skipped,
         group=source.group,
@@ -164,7 +157,7 @@ def load_images(
 
 def _entry(
     decoded: Iterator[np.ndarray],
-    bad: Skipped,
+    bad: cache.Skipped,
     total: int,
     shape: tuple[int, ...],
     cache_dir: CacheDir,
@@ -184,11 +177,16 @@ def _entry(
     pixels = np.empty((total, *shape), dtype=np.uint8)
     for row, image in enumerate(decoded):
         pixels[row] = image
-    return cache.Entry(pixels[: total - len(bad)], bad)
+    return pixels[: total - len(bad)], bad
 
 
 def _decoded(
-    source: Source, preprocess: Preprocess, bad: Skipped, skip_bad: bool, progress: Progress | None, workers: int | None
+    source: Source,
+    preprocess: Preprocess,
+    bad: cache.Skipped,
+    skip_bad: bool,
+    progress: Progress | None,
+    workers: int | None,
 ) -> Iterator[np.ndarray]:
     """uint8 [3,H,W] of each image in order, a few of them in memory; those that cannot be read go to `bad`.
 
@@ -252,7 +250,8 @@ def as_image_set(
                 f"{x if isinstance(x, str) else x.spec}: preprocess is missing; give the model's own, model.preprocess"
             )
         return load_images(x, preprocess, cache_dir=cache_dir, skip_bad=skip_bad, progress=progress)
-    if _is_array(x) or (isinstance(x, tuple | list) and len(x) == 2 and _is_array(x[0]) and not _is_batch(x[1])):
+    labelled = isinstance(x, tuple | list) and len(x) == 2 and _is_array(x[0]) and getattr(x[1], "ndim", 0) != 4
+    if _is_array(x) or labelled:
         x = [x]
     if isinstance(x, Iterable) and not isinstance(x, dict | bytes):
         return _from_batches([_batch(item, name) for item in x], name)
@@ -278,10 +277,6 @@ def _is_array(x: Any) -> bool:
     import torch
 
     return isinstance(x, np.ndarray | torch.Tensor)
-
-
-def _is_batch(x: Any) -> bool:
-    return _is_array(x) and x.ndim == 4
 
 
 def _batch(item: Any, name: str) -> tuple[torch.Tensor, np.ndarray | None]:

@@ -10,10 +10,14 @@ from quantlens.evaluation.environment import choose_device
 from quantlens.models import Model, load_model
 
 
+def weights_named(weights: str | None) -> str | None:
+    """The ``weights`` of `load_model` for a person's word: trained ones unless they say ``random``."""
+    return None if weights == "random" else weights or "pretrained"
+
+
 def open_float(name: str, weights: str | None = None, device: str = "cpu") -> Model:
-    """A float model by name. weights: a file, or a person's word for them: "pretrained" (also None) or "random"."""
-    wanted = None if weights == "random" else weights or "pretrained"
-    return load_model(name, wanted, device=choose_device(device))
+    """A float model by name; `weights_named` reads the weights."""
+    return load_model(name, weights_named(weights), device=choose_device(device))
 
 
 def open_models(name: str, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:

@@ -10,16 +10,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from quantlens.errors import QuantlensError
+from quantlens.evaluation.outputs import Outputs
 from quantlens.files import write_whole
 from quantlens.metrics import METRICS, change, metric_of, names_of
-
-if TYPE_CHECKING:
-    from quantlens.evaluation.outputs import Outputs
 
 NOT_STORED = frozenset({"extra", "outputs"})
 """Fields of a Result that are no keys of its dictionary."""
@@ -139,12 +137,10 @@ def _words(name: str, values: Mapping[str, Any], title: str | None = None) -> st
 
 def summary(result: Result) -> list[str]:
     """A line that says what the model is, and one that says what the ID images are."""
-    quantized = result.method != "fp32"
-    name = result.title
     size = "" if result.size_mb is None else f", {result.size_mb:.2f} MB"
-    ratio = f" ({result.size_ratio:.3f} of FP32)" if quantized and result.size_ratio is not None else ""
+    ratio = f" ({result.size_ratio:.3f} of FP32)" if result.size_ratio is not None and result.method != "fp32" else ""
     skipped = f", {result.id['skipped']} skipped" if result.id.get("skipped") else ""
-    return [f"{name}{size}{ratio}", f"ID {result.id.get('source')}: {result.id.get('n')} images{skipped}"]
+    return [f"{result.title}{size}{ratio}", f"ID {result.id.get('source')}: {result.id.get('n')} images{skipped}"]
 
 
 def title_of(path: str) -> str:

@@ -79,33 +79,40 @@ def evaluate(
     if isinstance(reference, Result):
         check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
     measured = run.measure(model, sets, keep)
-    seconds = {"evaluation": time.perf_counter() - started}
+    result = Result(
+        **_facts(model),
+        fit=None if sets.fit is None else {"source": sets.fit.source, "n": len(sets.fit)},
+        seconds={"evaluation": time.perf_counter() - started},
+        **measured,
+    )
     calibrating = getattr(getattr(model, "provenance", None), "seconds", None)
     if calibrating is not None:
-        seconds["calibration"] = float(calibrating)
+        result.seconds["calibration"] = float(calibrating)
     if isinstance(reference, Result):
-        measured["fp32"] = metrics_only(vars(reference))
+        result.fp32 = metrics_only(vars(reference))
     elif reference is not None and reference is not False:
         reference = measurable(reference, device)
         _check_same_preprocess(reference, model)
-        measured["fp32"] = metrics_only(run.measure(reference, sets))
-    return Result(
-        model=model.name,
-        checkpoint_sha256=model.checkpoint_sha256,
-        method=model.method,
-        bits=model.bits,
-        seed=model.seed,
-        size_mb=model.size_mb,
-        size_ratio=model.size_ratio,
-        num_parameters=model.num_parameters,
-        options=plain(model.options),
-        calibration=plain(model.calibration),
-        preprocess=None if model.preprocess is None else plain(model.preprocess.to_dict()),
-        environment=environment(_device_of(model)),
-        fit=None if sets.fit is None else {"source": sets.fit.source, "n": len(sets.fit)},
-        seconds=seconds,
-        **measured,
-    )
+        result.fp32 = metrics_only(run.measure(reference, sets))
+    return result
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    """What a result says of the model itself."""
+    return {
+        "model": model.name,
+        "checkpoint_sha256": model.checkpoint_sha256,
+        "method": model.method,
+        "bits": model.bits,
+        "seed": model.seed,
+        "size_mb": model.size_mb,
+        "size_ratio": model.size_ratio,
+        "num_parameters": model.num_parameters,
+        "options": plain(model.options),
+        "calibration": plain(model.calibration),
+        "preprocess": None if model.preprocess is None else plain(model.preprocess.to_dict()),
+        "environment": environment(getattr(model, "device", "cpu")),
+    }
 
 
 # ---- running a model -------------------------------------------------------------------------------------------------
@@ -136,7 +143,8 @@ class _Run:
         ood_scores = {}
         for name, others in sets.ood.items():
             logits, features = self.forward(model, others, f"OOD set {name}")
-            ood_scores[name] = found = scored(scorers, logits, features)
+            found = scored(scorers, logits, features)
+            ood_scores[name] = found
             by_score = {score: ood_metrics(id_scores[score], values) for score, values in found.items()}
             ood_part[name] = {**describe(others), "group": sets.groups[name], **by_score}
             unknown[name] = looks_unknown(guard, logits)
@@ -178,7 +186,7 @@ class _Run:
         logits, features, done = [], [], 0
         size = min(self.batch_size, getattr(model, "images_together", None) or self.batch_size)
         with torch.inference_mode():
-            for pixels, _ in images.batches(batch_size=size, device=_device_of(model)):
+            for pixels, _ in images.batches(batch_size=size, device=getattr(model, "device", "cpu")):
                 outputs = model.outputs(pixels)
                 logits.append(outputs.logits.float().cpu().numpy())
                 if outputs.features is not None:
@@ -220,8 +228,3 @@ def _check_same_preprocess(reference: Any, model: Any) -> None:
             f"the FP32 reference {reference.name} takes other images than {model.name} (its preprocessing differs); "
             "give the model that was quantized"
         )
-
-
-def _device_of(model: Any) -> Any:
-    """The device that a model's images are to be on: the CPU for exported files."""
-    return getattr(model, "device", "cpu")

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,10 +46,9 @@ class Artefact:
         self.path = Path(path)
         if not self.path.is_file():
             raise BadWeightsError(f"no exported model at {self.path}")
-        runs: dict[str, Any] = {".onnx": _OnnxRuntime, ".xml": _OpenVINO}
-        if self.path.suffix not in runs:
+        if self.path.suffix not in _RUNTIMES:
             raise BadWeightsError(f"{self.path}: exported models end in .onnx or .xml")
-        self._runtime = runs[self.path.suffix](self.path, threads)
+        self._runtime = _RUNTIMES[self.path.suffix](self.path, threads)
         record = self._runtime.metadata
         try:
             info = json.loads(record["plan"])
@@ -71,7 +71,8 @@ class Artefact:
     # -- running ------------------------------------------------------------------------------------------------------
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """images float32 [B, 3, H, W], normalised -> logits [B, K], guard scores [B]."""
-        return self._runtime.run(np.ascontiguousarray(images, dtype=np.float32))
+        logits, scores = self._runtime.run(np.ascontiguousarray(images, dtype=np.float32))
+        return logits, scores
 
     def predict(self, images: Sequence[Any]) -> list[Prediction]:
         """Predictions for pictures: paths or PIL images."""
@@ -169,55 +170,64 @@ def files_of(path: Path) -> list[Path]:
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
-class _OnnxRuntime:
-    def __init__(self, path: Path, threads: int | None):
-        ort = _need("onnxruntime")
+class _Runtime(NamedTuple):
+    """An opened file. run: images -> logits and scores; version: name and version of what runs it."""
 
-        def session(*, precise: bool) -> Any:
-            options = ort.SessionOptions()
-            options.log_severity_level = 3
-            if precise:  # weights as unsigned codes, whose products ONNX Runtime adds without saturation
-                options.add_session_config_entry("session.x64quantprecision", "1")
-            if threads is not None:
-                options.intra_op_num_threads = threads
-            try:
-                return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            except Exception as error:
-                raise BadWeightsError(f"{path} cannot be run by ONNX Runtime: {error}") from error
-
-        self.session = session(precise=False)
-        self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
-        if saturates() and may_saturate(self.metadata):  # known only once it is open
-            self.session = session(precise=True)
-        self.version = f"onnxruntime {ort.__version__}"
-        self.num_classes = int(self.session.get_outputs()[0].shape[-1])
-
-    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        logits, score = self.session.run(["logits", "score"], {"images": images})
-        return logits, score
+    run: Callable[[np.ndarray], Sequence[np.ndarray]]
+    metadata: dict[str, str]
+    version: str
+    num_classes: int
 
 
-class _OpenVINO:
-    def __init__(self, path: Path, threads: int | None):
-        openvino = _need("openvino")
-        core = openvino.Core()
-        # float32 where the model is float: some CPUs would take bfloat16 by default, which is not what was measured
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        # without VNNI, OpenVINO saturates in its integer kernels, slower than float: the same codes in float operations
-        if saturates():
-            settings["LP_TRANSFORMS_MODE"] = False
+def _onnxruntime(path: Path, threads: int | None) -> _Runtime:
+    ort = _need("onnxruntime")
+
+    def opened(*, precise: bool) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if precise:  # weights as unsigned codes, whose products ONNX Runtime adds without saturation
+            options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = threads
+            options.intra_op_num_threads = threads
         try:
-            model = core.read_model(path)
-            self.compiled = core.compile_model(model, "CPU", settings)
+            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise BadWeightsError(f"{path} cannot be run by OpenVINO: {error}") from error
-        info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
-        self.metadata = {k: getattr(v, "value", v) for k, v in info.items()}
-        self.version = f"openvino {openvino.__version__.split('-')[0]}"
-        self.num_classes = int(model.output("logits").partial_shape[-1].get_length())
+            raise BadWeightsError(f"{path} cannot be run by ONNX Runtime: {error}") from error
 
-    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = self.compiled({"images": images})
-        return found["logits"], found["score"]
+    session = opened(precise=False)
+    metadata = dict(session.get_modelmeta().custom_metadata_map)
+    if saturates() and may_saturate(metadata):  # known only once it is open
+        session = opened(precise=True)
+    return _Runtime(
+        lambda images: session.run(["logits", "score"], {"images": images}),
+        metadata,
+        f"onnxruntime {ort.__version__}",
+        int(session.get_outputs()[0].shape[-1]),
+    )
+
+
+def _openvino(path: Path, threads: int | None) -> _Runtime:
+    openvino = _need("openvino")
+    # float32 where the model is float: some CPUs would take bfloat16 by default, which is not what was measured
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    # without VNNI, OpenVINO saturates in its integer kernels, slower than float: the same codes in float operations
+    if saturates():
+        settings["LP_TRANSFORMS_MODE"] = False
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    try:
+        core = openvino.Core()
+        model = core.read_model(path)
+        compiled = core.compile_model(model, "CPU", settings)
+    except Exception as error:
+        raise BadWeightsError(f"{path} cannot be run by OpenVINO: {error}") from error
+    info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
+    return _Runtime(
+        lambda images: itemgetter("logits", "score")(compiled({"images": images})),
+        {key: getattr(value, "value", value) for key, value in info.items()},
+        f"openvino {openvino.__version__.split('-')[0]}",
+        int(model.output("logits").partial_shape[-1].get_length()),
+    )
+
+
+_RUNTIMES = {".onnx": _onnxruntime, ".xml": _openvino}

@@ -27,28 +27,21 @@ GRAPH_IN_MODEL, TENSOR_IN_GRAPH, RAW_IN_TENSOR = 7, 5, 9
 
 @dataclass(frozen=True)
 class Initializer:
-    """A constant of the graph. kind: ONNX's TensorProto type; size: bytes of values; content: makes them when they are
-    written."""
+    """A constant of the graph. proto: ONNX's TensorProto without values; size: bytes of these; content: makes them when
+    they are written."""
 
-    name: str
-    kind: int
-    shape: tuple[int, ...]
+    proto: Any
     size: int
     content: Callable[[], bytes]
 
     @staticmethod
     def of(name: str, array: np.ndarray) -> Initializer:
         """From an array (which is kept, not copied), in its own type."""
-        from onnx import helper
+        from onnx import TensorProto, helper
 
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-        return Initializer(name, kind, array.shape, array.nbytes, lambda: np.asarray(array, order="C").tobytes())
-
-    def proto(self, content: bytes | None = None) -> Any:
-        """The TensorProto, with these values or without."""
-        from onnx import TensorProto
-
-        return TensorProto(name=self.name, data_type=self.kind, dims=self.shape, raw_data=content)
+        proto = TensorProto(name=name, data_type=kind, dims=array.shape)
+        return Initializer(proto, array.nbytes, array.tobytes)
 
 
 def check(model: Any, initializers: list[Initializer]) -> None:
@@ -59,10 +52,11 @@ def check(model: Any, initializers: list[Initializer]) -> None:
     tried = onnx.ModelProto()
     tried.CopyFrom(model)
     for one in initializers:
+        proto = one.proto
         if one.size <= SMALL:
-            tried.graph.initializer.append(one.proto(one.content()))
+            tried.graph.initializer.add(raw_data=one.content()).MergeFrom(proto)
         else:
-            tried.graph.input.append(helper.make_tensor_value_info(one.name, one.kind, one.shape))
+            tried.graph.input.append(helper.make_tensor_value_info(proto.name, proto.data_type, proto.dims))
     onnx.checker.check_model(tried, full_check=True)
 
 
@@ -70,7 +64,7 @@ def pieces(model: Any, initializers: list[Initializer]) -> Iterator[bytes]:
     """The file, of a ModelProto whose graph has no initializers. Raises UnsupportedError beyond protobuf's 2 GiB."""
     graph, heads = model.graph.SerializeToString(), []
     for one in initializers:
-        head = one.proto().SerializeToString() + _head(RAW_IN_TENSOR, one.size)
+        head = one.proto.SerializeToString() + _head(RAW_IN_TENSOR, one.size)
         heads.append(_head(TENSOR_IN_GRAPH, len(head) + one.size) + head)
     total = len(graph) + sum(map(len, heads)) + sum(one.size for one in initializers)
     if total > LIMIT:

@@ -84,7 +84,8 @@ class Emitter:
         if quantizer.bits == 4:
             flat = np.pad(raw.reshape(-1), (0, raw.size % 2)).astype(np.uint8) & 0xF
             raw = flat[0::2] | (flat[1::2] << 4)
-        self.constants[name] = Initializer(name, getattr(TensorProto, kind), values.shape, raw.nbytes, raw.tobytes)
+        proto = TensorProto(name=name, data_type=getattr(TensorProto, kind), dims=values.shape)
+        self.constants[name] = Initializer(proto, raw.nbytes, raw.tobytes)
         return name
 
     # -- values ------------------------------------------------------------------------------------------------------
@@ -215,13 +216,6 @@ class Emitter:
         return self.op("Gather", quantizer.levels, self.op("Cast", code, to=7))
 
     # -- shapes -------------------------------------------------------------------------------------------------------
-    def shape(self, dims: Any) -> str:
-        """A shape with at most one unknown dimension as a constant for Reshape."""
-        fixed = [-1 if d is None else int(d) for d in dims]
-        if fixed.count(-1) > 1:
-            raise UnsupportedError(f"export cannot reshape to {dims}: more than one dimension follows the batch")
-        return self.constant(fixed)
-
     def batch(self) -> str:
         """The batch size as int64 [1]."""
         if "batch" not in {n.output[0] for n in self.nodes}:

@@ -68,14 +68,6 @@ def _layer_norm(e: Emitter, node: fx.Node) -> str:
     return e.op("LayerNormalization", *inputs, axis=-len(shape), epsilon=float(argument(node, "eps")))
 
 
-def _gelu(e: Emitter, node: fx.Node) -> str:
-    return e.op("Gelu", e.value(node), approximate=argument(node, "approximate"))
-
-
-def _softmax(e: Emitter, node: fx.Node) -> str:
-    return e.op("Softmax", e.value(node), axis=argument(node, "dim"))
-
-
 def _binary(kind: str) -> Writer:
     def write(e: Emitter, node: fx.Node) -> str:
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
@@ -86,7 +78,10 @@ def _binary(kind: str) -> Writer:
 
 
 def _reshape(e: Emitter, node: fx.Node) -> str:
-    return e.op("Reshape", e.value(node), e.shape(node.meta["shape"]))
+    dims = node.meta["shape"]
+    if dims.count(None) > 1:
+        raise UnsupportedError(f"export cannot reshape to {dims}: more than one dimension follows the batch")
+    return e.op("Reshape", e.value(node), [-1 if d is None else d for d in dims])
 
 
 def _permute(e: Emitter, node: fx.Node) -> str:
@@ -169,8 +164,9 @@ def _same(e: Emitter, node: fx.Node) -> str:
     return e.value(node)
 
 
-def _unary(kind: str) -> Writer:
-    return lambda e, node: e.op(kind, e.value(node))
+def _call(kind: str, **attributes: str) -> Writer:
+    """An operator of one input. attributes: its own, and the arguments of the ATen operation that they are."""
+    return lambda e, node: e.op(kind, e.value(node), **{own: argument(node, name) for own, name in attributes.items()})
 
 
 def _silu(e: Emitter, node: fx.Node) -> str:
@@ -191,8 +187,8 @@ OPERATIONS: dict[str, Writer] = {
     "aten.conv2d.padding": _conv,
     "aten.convolution.default": _conv,
     "aten.layer_norm.default": _layer_norm,
-    "aten.gelu.default": _gelu,
-    "aten.softmax.int": _softmax,
+    "aten.gelu.default": _call("Gelu", approximate="approximate"),
+    "aten.softmax.int": _call("Softmax", axis="dim"),
     "aten.matmul.default": _binary("MatMul"),
     "aten.add.Tensor": _binary("Add"),
     "aten.sub.Tensor": _binary("Sub"),
@@ -224,11 +220,11 @@ OPERATIONS: dict[str, Writer] = {
     "aten.clone.default": _same,
     "aten.contiguous.default": _same,
     "aten.dropout.default": _same,
-    "aten.relu.default": _unary("Relu"),
-    "aten.sigmoid.default": _unary("Sigmoid"),
-    "aten.tanh.default": _unary("Tanh"),
-    "aten.sqrt.default": _unary("Sqrt"),
-    "aten.neg.default": _unary("Neg"),
+    "aten.relu.default": _call("Relu"),
+    "aten.sigmoid.default": _call("Sigmoid"),
+    "aten.tanh.default": _call("Tanh"),
+    "aten.sqrt.default": _call("Sqrt"),
+    "aten.neg.default": _call("Neg"),
     "aten.silu.default": _silu,
     "aten.constant_pad_nd.default": _pad,
 }

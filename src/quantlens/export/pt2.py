@@ -11,7 +11,6 @@ operators do not know become float operations of the same values.
 
 from __future__ import annotations
 
-import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def export_pt2(qmodel: QuantizedModel, path: Path, *, simulate: bool) -> Path:
     """
     import torch.ao.quantization.fx._decomposed
 
-    module = _Logits(_standard(qmodel, simulate))
+    module = _standard(qmodel, simulate)
     batch = torch.export.Dim("batch", min=1, max=4096)
     size = qmodel.preprocess.input_size
     with torch.no_grad():
@@ -49,12 +48,11 @@ def export_pt2(qmodel: QuantizedModel, path: Path, *, simulate: bool) -> Path:
 
 
 def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
-    """The simulation, with the standard operators in the place of the quantizers that they can be."""
-    if qmodel.plan.operators:
-        if not simulate:
-            raise UnsupportedError("integer LayerNorm and softmax have no standard operators; export with --simulate")
-        return copy.deepcopy(qmodel).simulation()
+    """The simulation, of which the logits alone are given, with the standard operators in the place of the quantizers
+    that they can be."""
     quantizers: dict[str, Any] = dict(qmodel.plan.quantizers)
+    if qmodel.plan.operators:
+        raise UnsupportedError("integer LayerNorm and softmax have no standard operators; quantize with --target")
     for key, quantizer in quantizers.items():
         if is_integer(quantizer, STANDARD):
             quantizers[key] = _Standard(quantizer)
@@ -73,18 +71,9 @@ def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
             with module.graph.inserting_before(node):
                 node.replace_all_uses_with(module.graph.call_module(f"codes.{edge.key}"))
             module.graph.erase_node(node)
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    output.args = (output.args[0][0],)
     return fx.GraphModule(module, module.graph)
-
-
-class _Logits(nn.Module):
-    """The first output of a simulation."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.module(images)[0]
 
 
 class _Standard(nn.Module):

@@ -27,7 +27,7 @@ def guard_threshold(qmodel: QuantizedModel, images: Any, guard: str, keep: float
     found = []
     with torch.inference_mode():
         for batch in Calibration.of(images, qmodel.preprocess, device=qmodel.device):
-            found.append(guard_score(qmodel(batch).cpu().numpy(), guard))
+            found.append(GUARDS[guard](qmodel(batch).cpu().numpy()))
     scores = np.concatenate(found)
     return {"value": _threshold(scores, keep), "n": len(scores)}
 
@@ -35,11 +35,6 @@ def guard_threshold(qmodel: QuantizedModel, images: Any, guard: str, keep: float
 def _threshold(scores: np.ndarray, keep: float) -> float:
     """The largest of the scores [n] that at least the share ``keep`` of them reaches."""
     return float(np.sort(scores)[min(int(len(scores) * (1 - keep)), len(scores) - 1)])
-
-
-def guard_score(logits: np.ndarray, guard: str) -> np.ndarray:
-    """The guard's score of logits [n, K]: [n], larger is more in-distribution."""
-    return GUARDS[guard](logits)
 
 
 def looks_unknown(guard: Mapping[str, Any] | None, logits: np.ndarray) -> np.ndarray | None:
@@ -50,7 +45,7 @@ def looks_unknown(guard: Mapping[str, Any] | None, logits: np.ndarray) -> np.nda
     threshold = (guard or {}).get("threshold")
     if guard is None or not threshold:
         return None
-    return guard_score(logits, str(guard["score"])) < float(threshold["value"])
+    return GUARDS[guard["score"]](logits) < float(threshold["value"])
 
 
 def guard_metrics(

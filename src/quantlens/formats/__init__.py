@@ -1,19 +1,19 @@
 """Number formats: x → integer codes → x̂, as value objects with their parameters."""
 
 from quantlens.formats.adalog import AdaLog
-from quantlens.formats.base import Quantizer, formats, restore, round_ste
+from quantlens.formats.base import Operator, Quantizer, restore, round_ste
 from quantlens.formats.group_scaled import GroupScaled
 from quantlens.formats.integer_ops import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax
 from quantlens.formats.log import Log
-from quantlens.formats.operators import Operator
 from quantlens.formats.power_of_two import PowerOfTwo
 from quantlens.formats.shifted_log import ShiftedLog
 from quantlens.formats.sqrt_softmax import SqrtSoftmax
 from quantlens.formats.twin import Twin
-from quantlens.formats.uniform import Uniform, affine_parameters, symmetric_parameters
+from quantlens.formats.uniform import Affine, Uniform, affine_parameters, symmetric_parameters
 
 __all__ = [
     "AdaLog",
+    "Affine",
     "GroupScaled",
     "IntegerLayerNorm",
     "Log",
@@ -27,7 +27,6 @@ __all__ = [
     "Twin",
     "Uniform",
     "affine_parameters",
-    "formats",
     "restore",
     "round_ste",
     "symmetric_parameters",

@@ -1,8 +1,10 @@
-"""What every number format is: a frozen rule x → integer codes → x̂ with its parameters as buffers."""
+"""What every number format is: a frozen rule x → integer codes → x̂ with its parameters as buffers. And what every
+operator in integer arithmetic is."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -13,7 +15,7 @@ from quantlens.errors import UnsupportedError
 from quantlens.plugins import Registry
 
 _KINDS: Registry[type[Described]] = Registry(
-    "number format or operator",
+    "number format",
     "quantlens.formats",
     hint="it may be a plugin's, which --plugin MODULE_OR_FILE and ql.load_plugin load",
 )
@@ -142,15 +144,41 @@ class Quantizer(Described):
         return parameter.reshape(shape)
 
 
+class Operator(Described):
+    """An operation in integer arithmetic in the place of a site's float operation (LayerNorm, softmax).
+
+    A quantizer changes the numbers on an edge; an operator changes how a site computes. Both are part of the plan. An
+    operator is called with the arguments of the node it replaces (``layer_norm(x, shape, γ, β, eps)``, ``softmax(x,
+    dim)``), whose tensors lie on the grids of the quantizers in front of it, and puts out values on its own output
+    grid. The site's ``output`` edge then needs no quantizer.
+
+    output: the number format of what comes out; every value is ``output.decode`` of a code. The names of its tensors
+    begin with ``output.``.
+    """
+
+    output: Any
+
+    def __init__(self, output: Quantizer):
+        super().__init__()
+        self.output = output
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The node's arguments -> the node's value, as float32 numbers on the output grid."""
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "output": self.output.config(), **super().config()}
+
+    @classmethod
+    def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        own = {name.removeprefix("output."): t for name, t in tensors.items() if name.startswith("output.")}
+        return super().restore({**config, "output": restore(config["output"], own)}, tensors)
+
+
 def restore(config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     """Make a quantizer or an operator from its plain data. Raises UnknownNameError for a kind that neither this version
     nor a plugin has."""
     return _KINDS.get(str(config.get("kind")), suggest=False).restore(config, tensors)
-
-
-def formats() -> dict[str, type[Quantizer]]:
-    """Number formats by name, those of plugins included."""
-    return {name: kind for name, kind in _KINDS.all().items() if issubclass(kind, Quantizer)}
 
 
 def parameter(name: str, value: Tensor | float, *, dims: int = 0, positive: bool = True) -> Tensor:
@@ -176,9 +204,7 @@ class RoundSTE(torch.autograd.Function):
         return grad
 
 
-def round_ste(x: Tensor) -> Tensor:
-    """:class:`RoundSTE` as a function."""
-    return RoundSTE.apply(x)
+round_ste: Callable[[Tensor], Tensor] = RoundSTE.apply
 
 
 def bounded_(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:

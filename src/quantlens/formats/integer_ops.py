@@ -9,15 +9,15 @@ that of the float operation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantlens.formats.base import Quantizer, bounded_, needs_grad, parameter
+from quantlens.formats.base import Operator, Quantizer, bounded_, needs_grad, parameter
 from quantlens.formats.log import Log
-from quantlens.formats.operators import Operator
 from quantlens.formats.uniform import Affine
 
 FRACTION = 16
@@ -90,11 +90,7 @@ class IntegerLayerNorm(Operator):
         """x [..., C] on the input's grid -> float32 [..., C] on the output's grid. The other arguments are those of
         the float operation, which the gradient needs."""
         with torch.no_grad():
-            rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
-            out = torch.empty_like(rows, dtype=torch.float32)
-            for part, into in _pieces(rows, out):
-                into.copy_(self._levels(part)).mul_(self.output.scales)
-            out = out.view(x.shape)
+            out = _by_rows(x, lambda rows: self._levels(rows).float().mul_(self.output.scales), torch.float32)
         if needs_grad(x):
             soft = functional.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
             return out + (soft - soft.detach())
@@ -159,12 +155,7 @@ class LogIntSoftmax(Operator):
     def encode(self, x: Tensor, dim: int = -1) -> Tensor:
         """Codes of the output, of its code dtype: k for 2^(−k), the last for 0."""
         with torch.no_grad():
-            moved = x.detach().movedim(dim, -1)
-            rows = moved.reshape(-1, moved.shape[-1]).contiguous()
-            out = torch.empty_like(rows, dtype=self.output.code_dtype)
-            for part, into in _pieces(rows, out):
-                into.copy_(self._codes(part))
-            return out.view(moved.shape).movedim(-1, dim)
+            return _by_rows(x.movedim(dim, -1), self._codes, self.output.code_dtype).movedim(-1, dim)
 
     def _codes(self, rows: Tensor) -> Tensor:
         """[n, k] float32 -> int64 codes."""
@@ -225,7 +216,11 @@ def integer_exponential(steps: Tensor, scale: float) -> Tensor:
     return (value * torch.exp2(most - octaves)).floor()
 
 
-def _pieces(rows: Tensor, out: Tensor) -> Any:
-    """Rows of both, some :data:`PIECE` elements at a time."""
+def _by_rows(x: Tensor, function: Callable[[Tensor], Tensor], kind: torch.dtype) -> Tensor:
+    """``function`` of the rows of x [..., k], some :data:`PIECE` elements at a time on a CPU, as ``kind``."""
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
     count = max(1, PIECE // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, rows.shape[0])
-    return zip(rows.split(count), out.split(count), strict=True)
+    out = torch.empty_like(rows, dtype=kind)
+    for part, into in zip(rows.split(count), out.split(count), strict=True):
+        into.copy_(function(part))
+    return out.view(x.shape)

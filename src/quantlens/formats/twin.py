@@ -63,8 +63,8 @@ class Twin(Quantizer):
     @classmethod
     def by_sign(cls, negative: float | Tensor, positive: float | Tensor, bits: int) -> Twin:
         """For values of both signs: a step for the negative ones and a step for the others."""
-        steps = [torch.as_tensor(s, dtype=torch.float32) for s in (negative, positive)]
-        return cls(torch.stack(steps), bits, split=SIGN)
+        steps = torch.stack([torch.as_tensor(step, dtype=torch.float32) for step in (negative, positive)])
+        return cls(steps, bits, split=SIGN)
 
     @property
     def shift(self) -> int | None:

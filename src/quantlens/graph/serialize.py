@@ -6,6 +6,7 @@ are accepted.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from typing import Any
@@ -18,11 +19,13 @@ from quantlens.graph.graph import Graph, put_tensor
 
 _ATEN = re.compile(r"aten\.([a-z_0-9]+)\.([A-Za-z_0-9]+)")
 _REFUSED = {"from_file", "_print", "set_data"}
-SYMBOLIC_FUNCTIONS = {
-    name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "getitem", "truediv")
+_PYTHON = {
+    f"python.{name}": getattr(operator, name)
+    for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "getitem", "truediv")
 }
 """Plain Python functions that may stand in a graph (sizes computed from the batch); anything else is an ATen
 operation."""
+_NAMES = {function: name for name, function in _PYTHON.items()}
 _ENUMS = {str(v): v for v in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.strided)}
 
 
@@ -32,7 +35,7 @@ def graph_to_dict(graph: Graph) -> list[dict[str, Any]]:
         {
             "op": node.op,
             "name": node.name,
-            "target": _target_name(node),
+            "target": _NAMES.get(node.target, str(node.target)),
             "args": _encode(node.args),
             "kwargs": {k: _encode(v) for k, v in node.kwargs.items() if k != "device"},
             "module": node.meta.get("module", ""),
@@ -52,22 +55,18 @@ def graph_from_dict(nodes: list[dict[str, Any]], tensors: dict[str, Tensor]) -> 
     made: dict[str, fx.Node] = {}
     for item in nodes:
         op, target = item["op"], item["target"]
-        args, kwargs = _decode(item["args"], made), {k: _decode(v, made) for k, v in item["kwargs"].items()}
-        if op == "placeholder":
-            node = graph.placeholder("images")
-        elif op == "get_attr":
+        if op == "get_attr":
             if target not in tensors:
                 raise BadWeightsError(
                     f"the checkpoint names the tensor {target!r} but does not hold it; the file is damaged"
                 )
             put_tensor(root, target, tensors[target])
-            node = graph.get_attr(target)
         elif op == "call_function":
-            node = graph.call_function(_target(target), tuple(args), kwargs)
-        elif op == "output":
-            node = graph.output(args[0])
-        else:
+            target = _target(target)
+        elif op not in ("placeholder", "output"):
             raise BadWeightsError(f"the checkpoint's graph holds an unknown kind of node {op!r}")
+        args, kwargs = _decode(item["args"], made), {k: _decode(v, made) for k, v in item["kwargs"].items()}
+        node = graph.create_node(op, target, tuple(args), kwargs)
         shape = item["shape"]
         node.meta = {
             "module": item["module"],
@@ -80,18 +79,9 @@ def graph_from_dict(nodes: list[dict[str, Any]], tensors: dict[str, Tensor]) -> 
     return result
 
 
-def _target_name(node: fx.Node) -> str:
-    if node.op != "call_function":
-        return str(node.target)
-    for name, function in SYMBOLIC_FUNCTIONS.items():
-        if node.target is function:
-            return f"python.{name}"
-    return str(node.target)
-
-
 def _target(name: str) -> Any:
-    if name.startswith("python.") and name[7:] in SYMBOLIC_FUNCTIONS:
-        return SYMBOLIC_FUNCTIONS[name[7:]]
+    if name in _PYTHON:
+        return _PYTHON[name]
     match = _ATEN.fullmatch(name)
     if match is None or match[1] in _REFUSED:
         raise BadWeightsError(f"the checkpoint's graph uses the operation {name!r}, which is not allowed")
@@ -115,7 +105,7 @@ def _encode(value: Any) -> Any:
         return {"enum": str(value)}
     if isinstance(value, slice):
         return {"slice": [_encode(v) for v in (value.start, value.stop, value.step)]}
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+    if isinstance(value, float) and math.isinf(value):
         return {"float": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value

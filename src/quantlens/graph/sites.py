@@ -81,10 +81,11 @@ class Block:
 class SiteMap:
     """All sites of a graph, in execution order; indexable by name."""
 
-    def __init__(self, sites: list[Site], blocks: list[Block], head: list[Site]):
+    def __init__(self, sites: list[Site], blocks: list[Block], head: list[fx.Node]):
         self._sites = {s.name: s for s in sites}
+        self.by_node = {s.node: s for s in sites}
         self.blocks = blocks
-        self.head = head
+        self.head = [self.by_node[node] for node in head if node in self.by_node]
         """The linear sites whose (weighted) sum is the model's output."""
         self.edges: dict[str, Edge] = {e.key: e for s in sites for e in s.edges.values()}
         self.edges_by_node: dict[fx.Node, list[Edge]] = {}
@@ -130,9 +131,7 @@ def find_sites(graph: Graph) -> SiteMap:
         positions = {**{edge: position for position, edge in enumerate(EDGES[kind])}, "output": None}
         edges = {edge: Edge(f"{name}.{edge}", name, edge, node, position) for edge, position in positions.items()}
         sites.append(Site(name, kind, node, owner.get(node), edges))
-    by_node = {s.node: s for s in sites}
-    head = [by_node[n] for n, _ in classifier_terms(graph) or [] if n in by_node]
-    return SiteMap(sites, blocks, head)
+    return SiteMap(sites, blocks, [node for node, _ in classifier_terms(graph) or []])
 
 
 def _find_attentions(graph: Graph, dynamic: set[fx.Node]) -> dict[fx.Node, tuple[str, fx.Node]]:

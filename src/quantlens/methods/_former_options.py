@@ -24,36 +24,15 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {
 }
 """Method -> old option -> new option."""
 
-_GRANULARITY = {"activation_granularity": {"block": "group"}}
+_VALUES = {"activation_granularity": {"block": "group"}, "softmax": {"rows": "sqrt"}}
 RENAMED_VALUES: dict[str, dict[str, dict[Any, Any]]] = {
-    "quantlens-best": {**_GRANULARITY, "softmax": {"rows": "sqrt"}},
+    "quantlens-best": _VALUES,
     "quantlens-fast": {
-        **_GRANULARITY,
-        "softmax": {"rows": "sqrt"},
+        **_VALUES,
         "rotate_norm_outputs": {"residual": "none", "blocks": "all"},
     },
 }
 """Method -> option of today -> old value -> new value."""
-
-_DISTILLATION = "research/2026-11-29-distillation.md"
-_WEIGHTS = "research/2026-11-29-rounding-or-weights.md"
-_BLOCKS = "research/2026-11-29-quantlens-best-training.md"
-_FAST = "research/2026-11-29-quantlens-best-start.md"
-_PARTS = "research/2026-11-29-quantlens-fast-parts.md"
-
-REMOVED_OPTIONS: dict[str, dict[str, str]] = {
-    "quantlens-best": {
-        **dict.fromkeys(("distillation", "distilled", "features", "plain", "strange"), _DISTILLATION),
-        **dict.fromkeys(("train", "lr_weights"), _WEIGHTS),
-        **dict.fromkeys(("loss", "lr_rounding", "lr_scales", "input_drop", "drop"), _BLOCKS),
-        **dict.fromkeys(("fitted", "rotate", "centre", "norms", "hidden"), _FAST),
-        **dict.fromkeys(("fit", "rounding", "damping", "block"), _FAST),
-    },
-    "quantlens-fast": dict.fromkeys(("fit", "rounding"), _PARTS),
-}
-"""Method -> option -> the page that tells what it gave."""
-
-_OPTIONS = "research/2026-11-29-options-of-methods.md"
 
 _START = {"layernorm": "reparameterized", "attention": "head", "softmax": "uniform", "token_scales": False}
 _DROPPING = {"lr_rounding": 0.03, "lr_scales": 0.01, "drop": 0.5, "input_drop": 0.5, "rounding": "straight-through"}
@@ -91,8 +70,21 @@ FIXED: dict[str, dict[str, Any]] = {
 """Method -> option -> its default, which is what the method does since the option is gone (or what its variant ``ours``
 does)."""
 
-for _method, _values in FIXED.items():
-    REMOVED_OPTIONS.setdefault(_method, {}).update(dict.fromkeys(_values, _OPTIONS))
+_GONE = {
+    ("quantlens-best", "distillation"): ("distillation", "distilled", "features", "plain", "strange"),
+    ("quantlens-best", "rounding-or-weights"): ("train", "lr_weights"),
+    ("quantlens-best", "quantlens-best-training"): ("loss", "lr_rounding", "lr_scales", "input_drop", "drop"),
+    ("quantlens-best", "quantlens-best-start"): (
+        *("fitted", "rotate", "centre", "norms", "hidden"),
+        *("fit", "rounding", "damping", "block"),
+    ),
+    ("quantlens-fast", "quantlens-fast-parts"): ("fit", "rounding"),
+    **{(method, "options-of-methods"): tuple(values) for method, values in FIXED.items()},
+}
+REMOVED_OPTIONS: dict[str, dict[str, str]] = {}
+"""Method -> option -> the page that tells what it gave."""
+for (_method, _page), _names in _GONE.items():
+    REMOVED_OPTIONS.setdefault(_method, {}).update(dict.fromkeys(_names, f"research/2026-11-29-{_page}.md"))
 
 REMOVED_IN = "0.3"
 
@@ -101,26 +93,23 @@ def current_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` options of a method under the names of today; an old name gets a DeprecationWarning. Raises
     QuantlensError for an option that is gone, and for one that is given under both names."""
     renamed = RENAMED_ARGUMENTS | RENAMED_OPTIONS.get(method, {})
-    removed, found = REMOVED_OPTIONS.get(method, {}), dict(given)
-    for old in given:
-        if old in removed:
+    removed, values, found = REMOVED_OPTIONS.get(method, {}), RENAMED_VALUES.get(method, {}), {}
+    for name, value in given.items():
+        if name in removed:
             raise QuantlensError(
-                f"option {old} of {method} was removed in quantlens {REMOVED_IN}; {removed[old]} tells what it gave"
+                f"option {name} of {method} was removed in quantlens {REMOVED_IN}; {removed[name]} tells what it gave"
             )
-        if old in renamed:
-            new = renamed[old]
-            if new in given:
-                raise QuantlensError(f"{method}: {old} is the old name of {new}; give one of them")
-            warn(f"quantlens: option {old} of {method} is {new} now; quantlens {DROPPED} drops the old name")
-            found[new] = found.pop(old)
-    for option, values in RENAMED_VALUES.get(method, {}).items():
-        old_value = found.get(option)
-        if isinstance(old_value, str) and old_value in values:
+        new = renamed.get(name, name)
+        if new != name and new in given:
+            raise QuantlensError(f"{method}: {name} is the old name of {new}; give one of them")
+        if new != name:
+            warn(f"quantlens: option {name} of {method} is {new} now; quantlens {DROPPED} drops the old name")
+        found[new] = values.get(new, {}).get(value, value) if isinstance(value, str) else value
+        if found[new] is not value:
             warn(
-                f"quantlens: {option}={old_value} of {method} is {option}={values[old_value]} now; quantlens {DROPPED} "
-                "drops the old value"
+                f"quantlens: {new}={value} of {method} is {new}={found[new]} now; quantlens {DROPPED} drops the old "
+                "value"
             )
-            found[option] = values[old_value]
     return found
 
 

@@ -12,9 +12,8 @@ from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observ
 from quantlens.calibration.ranges import affine, clipping, mse, quantile_mse
 from quantlens.formats import Quantizer, ShiftedLog
 from quantlens.methods.base import PAPER, Departure, Edge, Graph, Option, Plan, Progress, Run, Widths, quantized_edges
-from quantlens.methods.repq_vit import TAIL, Reparameterization, norm_groups, reparameterize, rescale_norms
+from quantlens.methods.repq_vit import TAIL, Norms, norm_groups, reparameterize, rescale_norms
 from quantlens.reconstruction import Loss, Settings, reconstruct
-from quantlens.transforms import NormGroup
 
 FULL = 32
 """Calibration images from which on a block gets all the steps asked for; fewer images get fewer steps in proportion,
@@ -155,7 +154,7 @@ def activation_quantizers(
     reparameterized: bool = True,
     by_head: bool = True,
     shifted: bool = False,
-) -> tuple[dict[str, Quantizer], dict[str, tuple[NormGroup, Reparameterization]]]:
+) -> tuple[dict[str, Quantizer], Norms]:
     """Quantizers for the activations that matrix products read, on the float model's tensors; and, where LayerNorm
     outputs are reparameterized, the LayerNorms to be rewritten, by name.
 
@@ -166,7 +165,7 @@ def activation_quantizers(
     """
     groups = {f"{name}.input": group for name, group in norm_groups(graph).items()} if reparameterized else {}
     quantizers: dict[str, Quantizer] = {}
-    norms: dict[str, tuple[NormGroup, Reparameterization]] = {}
+    norms: Norms = {}
 
     def on_edge(edge: Edge, view: EdgeView) -> None:
         width, heads = bits.of(graph, edge), by_head and _has_heads(graph, edge)

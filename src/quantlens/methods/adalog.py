@@ -52,8 +52,7 @@ from quantlens.methods.base import (
     Widths,
 )
 from quantlens.methods.ptq4vit import GELU_MINIMUM, after_gelu
-from quantlens.methods.repq_vit import Reparameterization, norm_groups, reparameterize, rescale_norms
-from quantlens.transforms import NormGroup
+from quantlens.methods.repq_vit import Norms, norm_groups, reparameterize, rescale_norms
 
 ROWS = 2048
 """Rows of a layer's input that weights are judged on."""
@@ -127,7 +126,6 @@ class Format:
     @property
     def parameters(self) -> Tensor:
         """[G, 2]."""
-        assert self.side.current is not None
         return self.side.current
 
     def quantizer(self) -> Quantizer:
@@ -166,19 +164,18 @@ class _Search:
         self.graph, self.bits, self.run = graph, bits, run
         self.sampler = ProductSampler(torch.Generator().manual_seed(run.seed), rows=ROWS)
         self.groups = norm_groups(graph)
-        self.norms: dict[str, tuple[NormGroup, Reparameterization]] = {}
+        self.norms: Norms = {}
 
     def settle(self, product: Product, tensors: list[Sequence[Tensor]]) -> list[Quantizer | None]:
         """Find the quantizers of a product's operands; see :func:`settle_products`."""
         values, joined = self._operands(product, tensors)
-        values = self._reparameterized(product, values)
-        steps, rounds = self.run["steps"], self.run["rounds"]
+        values, steps = self._reparameterized(product, values), self.run["steps"]
         rows = [FEWER if edge.name == "input" else None for edge in product.quantized]
         formats: dict[int, Format] = {}
         for i, (edge, x) in enumerate(zip(product.quantized, values, strict=True)):
             if self.bits.of(self.graph, edge) != FLOAT:
                 formats[i] = self._format(edge, x).improved(OutputError.own(), steps, rows[i])
-        for _ in range(rounds if joined else 0):
+        for _ in range(self.run["rounds"] if joined else 0):
             before = {i: one.parameters for i, one in formats.items()}
             for i in formats:
                 exact = values[1 - i]
@@ -211,16 +208,16 @@ class _Search:
         group = self.groups.get(product.site.name)
         if group is None:
             return values
-        bits = self.bits.of(self.graph, product.site.edges["input"])
-        if group.norm.name not in self.norms and bits != FLOAT:
+        name, bits = group.norm.name, self.bits.of(self.graph, product.site.edges["input"])
+        if name not in self.norms and bits != FLOAT:
             channels = values[1].T.contiguous()
-            format = self._uniform(channels, channels, bits, min(16, 2**bits), torch.arange(len(channels)))
+            each = torch.arange(len(channels), device=channels.device)
+            format = self._uniform(channels, channels, bits, min(16, 2**bits), each)
             scale, zero = format.improved(OutputError.own(), self.run["steps"]).parameters.unbind(-1)
-            found = reparameterize(-zero * scale, (2**bits - 1 - zero) * scale, bits)
-            self.norms[group.norm.name] = group, found
-        if group.norm.name not in self.norms:
+            self.norms[name] = group, reparameterize(-zero * scale, (2**bits - 1 - zero) * scale, bits)
+        if name not in self.norms:
             return values
-        _, found = self.norms[group.norm.name]
+        _, found = self.norms[name]
         return [values[0] * found.scale, values[1] / found.scale - found.shift]
 
     def _format(self, edge: Edge, values: Tensor) -> Format:
@@ -232,14 +229,13 @@ class _Search:
             return _logarithmic(values, bits, GELU_MINIMUM, smallest)
         zeros = min(16, 2**bits if edge.name == "input" else 2 ** (bits - 1))
         if edge.is_weight:
-            return self._uniform(values, values, bits, zeros, torch.arange(len(values)))
+            return self._uniform(values, values, bits, zeros, torch.arange(len(values), device=values.device))
         if edge.name in ("q", "k", "v") and values.dim() == 4 and values.shape[1] > 1:
             return self._uniform(values, values.movedim(1, 0).flatten(1), bits, zeros, HEADS)
         return self._uniform(values, values.reshape(1, -1), bits, zeros, None)
 
     def _uniform(self, values: Tensor, rows: Tensor, bits: int, zeros: int, groups: str | Tensor | None) -> Format:
         grid = asymmetric_grid(rows, bits, zeros=zeros, candidates=self.run["candidates"])
-        groups = groups.to(values.device) if isinstance(groups, Tensor) else groups
         side = Side(values, partial(asymmetric, bits=bits), grid.candidates, grid.start, groups)
         return Format(side, grid.spacing, bits)
 

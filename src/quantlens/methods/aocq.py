@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,6 +57,12 @@ EXPONENTS = 7
 """Largest shift of Add_α."""
 ROUNDS = 4
 """s₀ → s₄."""
+
+STAGES = {
+    "scales": ("scale_iterations", Settings(("scales",), inputs="quantized", rounds=ROUNDS, lr_scales=0.003)),
+    "rounding": ("iterations", Settings(("rounding",), inputs="mixed", straight_through=True, lr_rounding=0.03)),
+}
+"""Level two: stage -> (option with the steps per block, how blocks are trained)."""
 
 READINGS = (
     "only the idea is public: the formulas of all three levels are derived (docs/aocq.md)",
@@ -111,29 +118,13 @@ class AOCQ(Method):
             done = balance_norms(graph, calibration, bits, run.seed)
             plan.rewrites = [f"LN_α: channels balanced at {len(done)} LayerNorms"]
         plan.quantizers = activation_quantizers(graph, calibration, bits, run)
-        weights = weight_quantizers(graph, bits)
-        common = {"loss": run["loss"], "batch_size": run["batch_size"]}
-        count, told = calibration.count, {}
-        refined = Settings(
-            optimise=("scales",),
-            inputs="quantized",
-            rounds=ROUNDS,
-            lr_scales=0.003,
-            iterations=steps(run, count, "scale_iterations"),
-            **common,
-        )
-        rounded = Settings(
-            optimise=("rounding",),
-            inputs="mixed",
-            straight_through=True,
-            lr_rounding=0.03,
-            iterations=steps(run, count),
-            **common,
-        )
-        stages = {stage: each for stage, each in (("scales", refined), ("rounding", rounded)) if run[stage]}
-        for number, (stage, settings) in enumerate(stages.items()):
+        weights, stages, told = weight_quantizers(graph, bits), [s for s in STAGES if run[s]], {}
+        for number, stage in enumerate(stages):
+            option, settings = STAGES[stage]
             if stage == "rounding":
                 plan.quantizers |= weights
+            count = steps(run, calibration.count, option)
+            settings = replace(settings, iterations=count, loss=run["loss"], batch_size=run["batch_size"])
             part = number, len(stages)
             told[stage] = train(graph, plan, calibration, run, settings, stage=stage, part=part)
         plan.quantizers = weights | plan.quantizers
@@ -259,17 +250,17 @@ def add_alpha(seen: Observation, bits: int, *, axis: int = -1, weights: Tensor |
 def activation_quantizers(graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> dict[str, Quantizer]:
     """s₀: a quantizer for every group of :func:`everything_edges`, from the float model's activations."""
     groups = {g[0].key: g for g in everything_edges(graph) if bits.of(graph, g[0]) != FLOAT}
-    residual = residual_edges(graph) if run["operator"] else set()
-    by_token: set[str] = set()
-    if run["loss"] == "token-norm":  # the values of residual sums, not of the branches that they add
-        by_token = {s.edges["output"].key for s in graph.sites.of_kind("add")}
-        by_token |= {s.edges["input"].key for s in graph.sites.of_kind("layer_norm")}
+    residual = residual_edges(graph)
+    # the values of residual sums, not of the branches that they add
+    sums = {("add", "output"), ("layer_norm", "input")} if run["loss"] == "token-norm" else set()
+    by_token = {e.key for s in graph.sites for e in s.edges.values() if (s.kind, e.name) in sums}
     quantizers: dict[str, Quantizer] = {}
 
     def on_edge(edge: Edge, view: EdgeView) -> None:
         width, group = bits.of(graph, edge), groups[edge.key]
-        keys = {e.key for e in group}
-        axis = -1 if keys <= residual else shift_axis(graph, group) if run["operator"] else None
+        keys, axis = {e.key for e in group}, None
+        if run["operator"]:
+            axis = -1 if keys <= residual else shift_axis(graph, group)
         if axis is not None:
             seen = view(axis=axis)
             weights = token_weights(seen) if by_token & keys else None

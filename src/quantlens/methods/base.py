@@ -12,7 +12,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -63,9 +63,6 @@ class Option:
         if not self.type:
             values = (value for value in (self.default, *(self.choices or ())) if value is not None)
             object.__setattr__(self, "type", type(next(values, "")).__name__)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("default", "help", "choices", "type")}
 
     def instead_of(self, value: Any) -> str:
         """What to give instead of a value that the option cannot have; "" where it can."""
@@ -139,10 +136,12 @@ class MethodInfo:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data; options and arguments of ``quantize`` are lists of name, type, default, choices, help."""
 
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "because"}
-        kept["departures"] = [asdict(departure) for departure in self.departures]
+        kept = {name: value for name, value in asdict(self).items() if name != "because"}
         for key, options in (("options", self.options), ("arguments", self.shared)):
-            kept[key] = [{"name": name, **option.to_dict()} for name, option in options.items()]
+            kept[key] = [
+                {"name": name, "default": o.default, "help": o.help, "choices": o.choices, "type": o.type}
+                for name, o in options.items()
+            ]
         return kept | {"citation": self.citation}
 
 
@@ -365,13 +364,10 @@ def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
     passed_on = {_origin(s.edges["input"].value) for s in softmaxes} & {s.node for s in graph.sites.of_kind("scores")}
     groups: dict[Any, list[Edge]] = {}
     for site in graph.sites:
-        for edge in site.edges.values():
-            if edge.is_weight:
-                continue
+        chosen = set(map(op_name, site.node.users)) <= {"aten.index_select.default"}
+        for edge in (edge for edge in site.edges.values() if not edge.is_weight):
             if edge.position is None:
-                if site.node not in passed_on and not set(map(op_name, site.node.users)) <= {
-                    "aten.index_select.default"
-                }:
+                if site.node not in passed_on and not chosen:
                     groups.setdefault(site.node, []).append(edge)
             elif site.kind == "probs":
                 groups[edge.key] = [edge]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Replacement
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView
 from quantlens.calibration.products import check_finite, patches
 from quantlens.calibration.sampling import ProductSampler
 from quantlens.formats import Quantizer, Uniform
@@ -34,7 +34,7 @@ from quantlens.methods.base import (
     Widths,
     quantized_edges,
 )
-from quantlens.reconstruction.bias import LAYERS
+from quantlens.methods.composition import Fitted, Layer, fit_layers
 
 ROWS = 8192
 """Tokens (positions) that a layer's weights are fitted on."""
@@ -103,76 +103,60 @@ class BitSplit(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        edges = quantized_edges(graph, bits)
         network = run["inputs"] == "network"
-        exact = float_rows(graph, calibration, {e.site for e in edges if e.is_weight}, run.seed) if network else {}
-        quantizers: dict[str, Quantizer] = {}
-        stitched: dict[str, tuple[Uniform, Tensor]] = {}
+        exact = float_rows(graph, calibration, bits, run.seed) if network else {}
         generator = torch.Generator().manual_seed(run.seed)
 
-        def on_edge(edge: Edge, view: EdgeView) -> Replacement:
-            width, site = bits.of(graph, edge), graph.sites[edge.site]
-            if not edge.is_weight:
-                quantizers[edge.key] = quantizer = activation_quantizer(view.tensors(), width, generator, edge.key)
-                return quantizer
-            name = str(site.weight)
-            if name not in stitched:
-                check_finite(edge.key, graph.tensor(name))
-                rows = layer_rows(site, view.tensors(site.edges["input"]), graph, run.seed)
-                own = quantizers.get(f"{site.name}.input")
-                stitched[name] = _stitch(graph.tensor(name), width, rows, exact.pop(site.name, rows), own, run)
-            quantizers[edge.key], value = stitched[name]
-            return lambda _: value
+        def quantizer(site: Site, edge: Edge, view: EdgeView, width: int) -> Quantizer:
+            return activation_quantizer(view.tensors(), width, generator, edge.key)
 
-        CalibrationPass(graph, calibration, sequential=network, seed=run.seed).run(edges, on_edge, run.progress)
-        for name, (_, value) in stitched.items():
-            graph.set_tensor(name, value)
-        rewrites = [f"weights of {len(stitched)} layers replaced by their stitched values"] if stitched else []
-        return Plan(quantizers, rewrites)
+        def fit(layer: Layer) -> Fitted:
+            check_finite(f"{layer.site.name}.weight", layer.weight)
+            rows = layer_rows(layer.site, layer.pieces, layer.stored, run.seed)
+            codes, scale = round_alternating(layer.weight, layer.width)
+            target = exact.pop(layer.site.name, rows)
+            cross, gram = layer.weight, None
+            if rows is not None and target is not None:
+                inputs = rows if layer.own is None else layer.own(rows)
+                gram, cross = inputs.T @ inputs, (target @ layer.weight.T).T @ inputs
+                damping = run["damping"] * gram.diagonal().mean()
+                gram.diagonal().add_(damping)
+                cross.add_(layer.weight * damping)
+            codes, scale, _ = bit_split(cross, gram, codes, scale, layer.width, run["rounds"])
+            made = Uniform(scale, None, layer.width, signed=True, granularity="channel", axis=0)
+            return Fitted(made, codes * made.scale[:, None])
+
+        plan = Plan()
+        count = fit_layers(graph, calibration, bits, plan, fit, run, sequential=network, ranges=quantizer)
+        if count:
+            plan.rewrites.append(f"weights of {count} layers replaced by their stitched values")
+        return plan
 
 
 # -- a layer's data ------------------------------------------------------------------------------------------------
-def float_rows(graph: Graph, calibration: Calibration, names: set[str], seed: int) -> dict[str, Tensor | None]:
-    """:func:`layer_rows` of the float network, by name of the layer."""
+def float_rows(graph: Graph, calibration: Calibration, bits: Widths, seed: int) -> dict[str, Tensor | None]:
+    """:func:`layer_rows` of the float network, by name of the layer, for all whose weights are quantized."""
     found: dict[str, Tensor | None] = {}
 
     def note(edge: Edge, view: EdgeView) -> None:
-        found[edge.site] = layer_rows(graph.sites[edge.site], view.tensors(), graph, seed)
+        site = graph.sites[edge.site]
+        found[site.name] = layer_rows(site, view.tensors(), graph.tensor(str(site.weight)), seed)
 
-    inputs = [site.edges["input"] for site in graph.sites.of_kind(*LAYERS) if site.name in names]
+    names = [edge.site for edge in quantized_edges(graph, bits) if edge.is_weight]
+    inputs = [graph.sites[name].edges["input"] for name in names]
     CalibrationPass(graph, calibration, sequential=False, seed=seed).run(inputs, note)
     return found
 
 
-def layer_rows(site: Site, pieces: Sequence[Tensor], graph: Graph, seed: int) -> Tensor | None:
+def layer_rows(site: Site, pieces: Sequence[Tensor], weight: Tensor, seed: int) -> Tensor | None:
     """Up to :data:`ROWS` input rows [m, in] of a layer; the same tokens whenever it is asked. ``None`` for a
     convolution that is no product, and where there are not :data:`ENOUGH`."""
-    weight, sampler = graph.tensor(str(site.weight)), ProductSampler(torch.Generator().manual_seed(seed))
     if patches(site, weight, pieces[0][:1]) is None:
         return None
-    share = -(-ROWS // len(pieces))
+    sampler, share = ProductSampler(torch.Generator().manual_seed(seed)), -(-ROWS // len(pieces))
     rows = torch.cat([sampler.some_rows([patches(site, weight, piece)], share) for piece in pieces])
     check_finite(f"{site.name}.input", rows)
     return rows if len(rows) >= ENOUGH * rows.shape[1] else None
-
-
-def _stitch(
-    weight: Tensor, bits: int, rows: Tensor | None, exact: Tensor | None, own: Quantizer | None, run: Run
-) -> tuple[Uniform, Tensor]:
-    """A weight's quantizer and its quantized values. rows, exact: what the layer reads before its own quantizer, and
-    what it reads in the float network; ``None`` to fit it to the weight itself."""
-    flat = weight.flatten(1)
-    codes, scale = round_alternating(flat, bits)
-    cross, gram = flat, None
-    if rows is not None and exact is not None:
-        inputs = rows if own is None else own(rows)
-        gram, cross = inputs.T @ inputs, (exact @ flat.T).T @ inputs
-        damping = run["damping"] * gram.diagonal().mean()
-        gram.diagonal().add_(damping)
-        cross.add_(flat * damping)
-    codes, scale, _ = bit_split(cross, gram, codes, scale, bits, run["rounds"])
-    quantizer = Uniform(scale, None, bits, signed=True, granularity="channel", axis=0)
-    return quantizer, (codes * quantizer.scale[:, None]).reshape(weight.shape)
 
 
 # -- scales of least squared error ------------------------------------------------------------------------------------
@@ -231,12 +215,11 @@ def bit_split(
     if gram is None:
         gram = torch.eye(cross.shape[1], dtype=cross.dtype, device=cross.device)
     planes = split_bits(codes, bits)
-    curvature = gram.diagonal()
     history = [_cost(cross, gram, codes, scale)]
     for _ in range(rounds):
         scale = _best_scale(cross, gram, codes, scale)
         for bit in range(len(planes) - 1, -1, -1):
-            _optimise_bit(cross, gram, curvature, planes, bit, scale)
+            _optimise_bit(cross, gram, planes, bit, scale)
         codes = stitch_bits(planes)
         scale = _best_scale(cross, gram, codes, scale)
         history.append(_cost(cross, gram, codes, scale))
@@ -259,7 +242,7 @@ def stitch_bits(planes: Tensor) -> Tensor:
     return torch.einsum("b,bio->oi", powers, planes).contiguous()
 
 
-def _optimise_bit(cross: Tensor, gram: Tensor, curvature: Tensor, planes: Tensor, bit: int, scale: Tensor) -> None:
+def _optimise_bit(cross: Tensor, gram: Tensor, planes: Tensor, bit: int, scale: Tensor) -> None:
     """One pass over the coordinates of a ternary plane [in, out], in place: each the best of −1, 0, 1 for every
     channel, all else fixed.
 
@@ -267,7 +250,7 @@ def _optimise_bit(cross: Tensor, gram: Tensor, curvature: Tensor, planes: Tensor
     parabola whose minimum lies at B + pull/(s·Hₙₙ). A block's own pull is kept up to date coordinate by coordinate,
     the others' after the block.
     """
-    step, plane = float(2**bit), planes[bit]
+    step, plane, curvature = float(2**bit), planes[bit], gram.diagonal()
     pull = (cross / scale[:, None]).T - gram @ stitch_bits(planes).T
     alive = curvature > curvature.max().clamp_min(0) * torch.finfo(curvature.dtype).eps
     inverse = torch.where(alive, 1 / (step * curvature.clamp_min(torch.finfo(curvature.dtype).tiny)), 0.0).tolist()

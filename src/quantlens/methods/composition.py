@@ -95,8 +95,7 @@ def fit_layers(
     network makes.
     """
     free = {site.name for site in corrected_layers(graph)}
-    found: dict[str, Fitted] = {}
-    shifts: dict[str, Tensor] = {}
+    found: dict[str, tuple[str, Fitted]] = {}
 
     def on_edge(edge: Edge, view: EdgeView) -> Replacement:
         site, width = graph.sites[edge.site], bits.of(graph, edge)
@@ -105,24 +104,20 @@ def fit_layers(
                 plan.quantizers[edge.key] = ranges(site, edge, view, width)
             return plan.quantizers[edge.key]
         name = str(site.weight)
-        fitted = found.get(name)
-        if fitted is None:
-            own = plan.quantizers.get(f"{site.name}.input")
-            read = view.tensors(site.edges["input"])
-            fitted = fit(Layer(site, graph.tensor(name), read, own, width, site.name in free))
-            if fitted.shift is not None:
-                shifts[site.name] = fitted.shift
+        read, own = view.tensors(site.edges["input"]), plan.quantizers.get(f"{site.name}.input")
+        layer = Layer(site, graph.tensor(name), read, own, width, site.name in free)
+        first, fitted = found[name] if name in found else (site.name, fit(layer))
         plan.quantizers[edge.key] = fitted.quantizer
         if fitted.value is None:
             return fitted.quantizer
-        found[name] = fitted
+        found[name] = first, fitted
         value = fitted.value.reshape(graph.tensor(name).shape)
         return lambda _: value
 
     edges = quantized_edges(graph, bits)
     CalibrationPass(graph, calibration, sequential=sequential, seed=run.seed).run(edges, on_edge, run.progress)
-    for name, fitted in found.items():
+    for name, (_, fitted) in found.items():
         stored = fitted.value if fitted.stored is None else fitted.stored
         graph.set_tensor(name, stored.reshape(graph.tensor(name).shape))  # type: ignore[union-attr]
-    subtract_from_biases(graph, shifts)
+    subtract_from_biases(graph, {site: one.shift for site, one in found.values() if one.shift is not None})
     return len(found)

@@ -74,20 +74,19 @@ class ERQ(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        first, second = run["activation_damping"], run["weight_damping"]
-
         def fit(layer: Layer) -> Fitted:
             moments = layer.moments(network=False)
             if moments is None:
                 return Fitted(plan.quantizers[f"{layer.site.name}.weight"])
             moments = moments if layer.free else moments.uncentred()
-            target = ridge(layer.weight, moments, first)
+            target = ridge(layer.weight, moments, run["activation_damping"])
             low, high = quantile_mse(Observation.of(target, 1 - QUANTILES[0]), layer.width, QUANTILES)
             quantizer = bits.weights(low, high, layer.width)
             grid, order, own = Grid.of(quantizer), None, not run["judged_by_rest"]
             if run["sorted_columns"]:
                 order = (grid.round(target) - target).square().sum(0).argsort(descending=True)
-            value = round_halves(target, moments.gram, grid, damping=second, order=order, own=own)
+            damping = run["weight_damping"]
+            value = round_halves(target, moments.gram, grid, damping=damping, order=order, own=own)
             return Fitted(quantizer, value, output_shift(layer.weight, value, moments) if layer.free else None)
 
         plan = RepQViT().build(graph, calibration, bits, replace(run, progress=None))

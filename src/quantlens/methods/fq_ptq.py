@@ -200,16 +200,14 @@ def softmax_input(pieces: Sequence[Tensor], bits: int) -> tuple[Uniform, bool]:
     pieces: [..., k] values after bias and mask, softmax over the last dimension. If some entries are masked, code 0 is
     theirs and the range of the others begins at code 1.
     """
-    kept, has_mask = [], False
+    ends, has_mask = [], False
     for piece in pieces:
         if bool(piece.isnan().any()):
             raise QuantlensError("attention scores are NaN; check the weights and the calibration images")
-        seen = piece >= piece.amax(-1, keepdim=True) - MASKED
-        complete = bool(seen.all())
-        kept.append((piece if complete else piece[seen]).reshape(1, -1))
-        has_mask |= not complete
-    low = torch.stack([p.amin() for p in kept]).amin().reshape(1)
-    high = torch.stack([p.amax() for p in kept]).amax().reshape(1)
+        seen = piece[piece >= piece.amax(-1, keepdim=True) - MASKED]
+        ends.append(torch.stack(seen.aminmax()))
+        has_mask |= seen.numel() < piece.numel()
+    low, high = torch.stack(ends).amin(0)[:1], torch.stack(ends).amax(0)[1:]
     if has_mask:
         low = low - (high - low) / (2**bits - 2)
     return affine(low, high, bits), has_mask

@@ -14,9 +14,6 @@ transformers (Zhong et al., arXiv 2311.10126, 2023).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from quantlens.formats import Quantizer
 from quantlens.methods._reconstruction import (
     FULL,
     GUARDED,
@@ -28,9 +25,8 @@ from quantlens.methods._reconstruction import (
     weight_quantizers,
 )
 from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Departure, Graph, Method, MethodInfo, Plan, Run, Widths
-from quantlens.methods.repq_vit import Reparameterization, rescale_norms
+from quantlens.methods.repq_vit import rescale_norms
 from quantlens.reconstruction import Settings
-from quantlens.transforms import NormGroup
 
 SMOOTH, QUANTIZED = "smooth", "quantized"
 """Stages 1 and 3."""
@@ -80,7 +76,8 @@ class IAndSViT(Method):
         activations, norms = activation_quantizers(graph, calibration, bits, run, by_head=False, shifted=True)
         for number, stage in enumerate(RATES):
             if stage == SMOOTH:
-                plan.quantizers = activations | channelwise(norms)
+                by_channel = {x.name: found.channel for group, found in norms.values() for x in group.linears}
+                plan.quantizers = activations | {f"{name}.input": q for name, q in by_channel.items()}
             else:
                 plan.rewrites = rescale_norms(graph, norms)
                 plan.quantizers = activations | weight_quantizers(graph, bits)
@@ -97,8 +94,3 @@ class IAndSViT(Method):
             told[stage] = train(graph, plan, calibration, run, settings, reference=original, stage=stage, part=part)
         plan.notes["reconstruction"] = told
         return plan
-
-
-def channelwise(norms: Mapping[str, tuple[NormGroup, Reparameterization]]) -> dict[str, Quantizer]:
-    """Quantizers per channel for the inputs of the linear layers after LayerNorms."""
-    return {f"{linear.name}.input": found.channel for group, found in norms.values() for linear in group.linears}

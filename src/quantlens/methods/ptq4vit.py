@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from quantlens.calibration.gradients import sample_products
 from quantlens.calibration.products import Product
-from quantlens.calibration.ranges.guided import HEADS, Side, alternate
+from quantlens.calibration.ranges.guided import HEADS, Side, alternate, search
 from quantlens.calibration.sampling import ProductSampler
 from quantlens.formats import Quantizer, Twin
 from quantlens.graph.graph import VIEWS, op_name
@@ -134,8 +136,7 @@ class PTQ4ViT(Method):
             if sample.joined:
                 sides = list(alternate(sides[0], sides[1], sample.gradient, run["rounds"]))
             else:
-                ones = [Side(torch.eye(s.values.shape[-1]).to(s.values)) for s in sides]
-                sides = [alternate(s, one, None, 1)[0] for s, one in zip(sides, ones, strict=True)]
+                sides = [search(s, Side(torch.eye(s.values.shape[-1]).to(s.values)), None) for s in sides]
             for edge, side, width in zip(product.quantized, sides, widths, strict=True):
                 if side.current is not None:
                     plan.quantizers[edge.key] = quantizer_of(edge, side, width)
@@ -147,8 +148,7 @@ class PTQ4ViT(Method):
 # -- formats --------------------------------------------------------------------------------------------------------
 def quantizer_of(edge: Edge, side: Side, bits: int) -> Quantizer:
     """The quantizer of an operand with the parameters found."""
-    found = side.current
-    assert found is not None
+    found: Tensor = side.current
     if edge.name == "output":
         return Twin.by_magnitude(int(found), bits)
     if after_gelu(edge):
@@ -174,22 +174,28 @@ def operand_side(
     if bits == FLOAT:
         return Side(values)
     if edge.name == "output":
-        return _softmax_side(values, bits)
+        # split by magnitude at 2⁻ⁱ; at first, where range 1 has about the step of 2b − 1 bits
+        shifts = torch.arange(SPLITS, dtype=torch.float32, device=values.device)[:, None, None]
+        return _twin_side(values, lambda shift: Twin.by_magnitude(int(shift), bits), shifts, shifts[bits])
     groups: str | Tensor | None = None
-    if edge.is_weight:
-        groups = _weight_groups(product, values, fused, run)
+    rows = torch.arange(len(values), device=values.device)
+    if edge.is_weight and (product.site.kind == "conv" or run["weight_granularity"] == "channel"):
+        groups = rows
+    elif edge.is_weight and product.site.name in fused and len(rows) % 3 == 0:
+        groups = rows // (len(rows) // 3)
     elif edge.name in ("q", "k", "v") and largest.dim() == 1:
         groups = HEADS
     if isinstance(groups, Tensor):
-        rows = values.abs().amax(1)
-        largest = rows.new_zeros(int(groups[-1]) + 1).scatter_reduce(0, groups, rows, "amax")
+        by_row = values.abs().amax(1)
+        largest = by_row.new_zeros(int(groups[-1]) + 1).scatter_reduce(0, groups, by_row, "amax")
     elif groups is None:
         largest = largest.amax().reshape(1)
     half = 2 ** (bits - 1)
     start = starting_scale(largest, half - 0.5)
     steps = factors.to(start)[:, None] * start
     if after_gelu(edge):
-        return _gelu_side(values, start, steps[:, 0], bits, aligned=run["aligned_steps"])
+        pairs, first = (gelu_steps(p, bits, aligned=run["aligned_steps"]) for p in (steps[:, 0], start))
+        return _twin_side(values, partial(Twin.by_sign, bits=bits), pairs, first[0])
 
     def uniform(x: Tensor, step: Tensor) -> Tensor:
         return (x / step).round_().clamp_(-half, half - 1).mul_(step)
@@ -197,33 +203,13 @@ def operand_side(
     return Side(values, uniform, steps[..., None], start[:, None], groups)
 
 
-def _weight_groups(product: Product, weight: Tensor, fused: set[str], run: Run) -> Tensor | None:
-    """Which rows of a weight share a scale: each its own, the thirds of qkv, or (None) all."""
-    rows = torch.arange(len(weight), device=weight.device)
-    if product.site.kind == "conv" or run["weight_granularity"] == "channel":
-        return rows
-    return rows // (len(rows) // 3) if product.site.name in fused and len(rows) % 3 == 0 else None
+def _twin_side(values: Tensor, make: Callable[..., Twin], candidates: Tensor, first: Tensor) -> Side:
+    """An operand in twin formats, each made of its parameters."""
 
+    def twin(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.stack([make(*one)(x) for one in zip(*(p.flatten() for p in parameters), strict=True)])
 
-def _softmax_side(values: Tensor, bits: int) -> Side:
-    """Twin, split by magnitude at 2⁻ⁱ; at first, where range 1 has about the step of 2b − 1 bits."""
-    shifts = torch.arange(SPLITS, dtype=torch.float32, device=values.device)[:, None, None]
-
-    def twin(x: Tensor, shift: Tensor) -> Tensor:
-        return torch.stack([Twin.by_magnitude(int(m), bits)(x) for m in shift.flatten()])
-
-    return Side(values, twin, shifts, shifts[bits])
-
-
-def _gelu_side(values: Tensor, start: Tensor, positive: Tensor, bits: int, *, aligned: bool) -> Side:
-    """Twin, split by sign. start [1], positive [C]: steps of the values that are not negative."""
-
-    def twin(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        both = zip(low.flatten(), high.flatten(), strict=True)
-        return torch.stack([Twin.by_sign(one, two, bits)(x) for one, two in both])
-
-    pairs, first = (gelu_steps(p, bits, aligned=aligned) for p in (positive, start))
-    return Side(values, twin, pairs, first[0])
+    return Side(values, twin, candidates, first)
 
 
 def gelu_steps(positive: Tensor, bits: int, *, aligned: bool) -> Tensor:

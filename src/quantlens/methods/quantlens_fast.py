@@ -40,11 +40,9 @@ from quantlens.methods.base import (
     quantized_edges,
 )
 from quantlens.methods.composition import Fitted, Layer, RangeRule, fit_layers
-from quantlens.reconstruction.bias import subtract_from_biases
 from quantlens.reconstruction.closed_form import Factor, Grid, Moments, output_shift, ridge, round_columns
-from quantlens.transforms.heads import find_score_pairs, find_value_pairs, rotate_scores, rotate_values
-from quantlens.transforms.layers import alone
-from quantlens.transforms.norms import find_norm_groups
+from quantlens.transforms import find_norm_groups, find_score_pairs, find_value_pairs, rotate_scores, rotate_values
+from quantlens.transforms.layers import alone, ensure_bias
 from quantlens.transforms.rotation import (
     LARGEST,
     SMALLEST,
@@ -80,16 +78,13 @@ class Work:
     generator: torch.Generator
     means: dict[str, Tensor] = field(default_factory=dict)
 
-    def coarse(self, edge: Edge) -> bool:
-        return self.bits.of(self.graph, edge) <= COARSE
-
     def rotated(self, sites: list[Site], wanted: str) -> list[Site]:
         """Layers whose input is rotated at run time: all that are quantized, none, or (auto) coarse ones."""
         if wanted == NONE or self.run["rotate"] == NONE:
             return []
-        inputs = [s.edges["input"] for s in sites if rotation_size(self.graph, s) >= SMALLEST]
-        found = [e for e in inputs if self.coarse(e) or (wanted == ALL and self.bits.of(self.graph, e) != FLOAT)]
-        return [self.graph.sites[edge.site] for edge in found]
+        graph, most = self.graph, FLOAT - 1 if wanted == ALL else COARSE
+        wide = [site for site in sites if rotation_size(graph, site) >= SMALLEST]
+        return [site for site in wide if self.bits.of(graph, site.edges["input"]) <= most]
 
     def after_norms(self) -> list[Site]:
         """Rotated layers after a LayerNorm: all or none, because the finer ones lose the residual stream's rotation."""
@@ -129,11 +124,10 @@ def rotate_heads(work: Work) -> list[str]:
 def subtract_channel_means(work: Work) -> list[str]:
     """Take means of channels out of LayerNorm outputs, keys and attention outputs, and note those of the inputs that
     are rotated next."""
-    when, activations = (
-        work.run["subtract_mean"],
-        (e for e in quantized_edges(work.graph, work.bits) if not e.is_weight),
-    )
-    if when == NONE or (when == AUTO and not any(map(work.coarse, activations))):
+    when = work.run["subtract_mean"]
+    activations = [e for e in quantized_edges(work.graph, work.bits) if not e.is_weight]
+    coarse = any(work.bits.of(work.graph, edge) <= COARSE for edge in activations)
+    if when == NONE or (when == AUTO and not coarse):
         return []
     edges = (f"{site.name}.input" for site in work.after_activations())
     done, work.means = subtract_means(work.graph, work.calibration, edges)
@@ -288,7 +282,8 @@ class QuantlensFast(Method):
                 return Fitted(grid(layer.weight))
             target, quantizer, value = fit_weight(layer, moments, grid)
             if layer.free:  # at once: the layers after it see it
-                subtract_from_biases(graph, {layer.site.name: output_shift(layer.weight, value, moments)})
+                bias, shift = ensure_bias(graph, layer.site), output_shift(layer.weight, value, moments)
+                graph.set_tensor(bias, (graph.tensor(bias).double() - shift).to(value.dtype))
             return Fitted(quantizer, value, stored=None if rounded else target)
 
         fit_layers(graph, calibration, bits, plan, fit, run, sequential=True, ranges=self.ranges(run))

@@ -16,7 +16,6 @@ image itself at 8 bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +24,9 @@ from torch import Tensor
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, Observation, Replacement
 from quantlens.calibration.ranges import affine, log_by_quantile, quantile_mse
 from quantlens.calibration.ranges.rules import REPQ_QUANTILES
-from quantlens.formats import Quantizer, Uniform, affine_parameters
+from quantlens.formats import Uniform, affine_parameters
 from quantlens.formats.uniform import is_constant
 from quantlens.methods.base import (
-    FLOAT,
     MATMUL_OPERANDS,
     Edge,
     Graph,
@@ -38,7 +36,7 @@ from quantlens.methods.base import (
     Plan,
     Run,
     Widths,
-    matmul_operand_edges,
+    quantized_edges,
 )
 from quantlens.transforms import NormGroup, find_norm_groups, rescale_norm
 
@@ -57,6 +55,10 @@ class Reparameterization:
     shift: Tensor
     layer: Uniform
     channel: Uniform
+
+
+Norms = dict[str, tuple[NormGroup, Reparameterization]]
+"""LayerNorms that are reparameterized, by name."""
 
 
 class RepQViT(Method):
@@ -96,44 +98,37 @@ class RepQViT(Method):
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         groups = norm_groups(graph) if run["layernorm"] != "tensor" else {}
-        quantizers: dict[str, Quantizer] = {}
-        found: dict[str, Reparameterization] = {}
+        rewritten = run["layernorm"] == "reparameterized"
+        plan, norms = Plan(), Norms()
 
         def on_edge(edge: Edge, view: EdgeView) -> Replacement:
-            width, site = bits.of(graph, edge), edge.site
-            group = groups.get(site)
-            repar = found.get(group.norm.name) if group is not None else None
+            width, group = bits.of(graph, edge), groups.get(edge.site)
+            name = "" if group is None else group.norm.name
+            if edge.is_weight and rewritten and name in norms:
+                scale = norms[name][1].scale
+                weight = graph.tensor(str(edge.value.target)) * scale
+                made = bits.weights(*quantile_mse(Observation.of(weight, TAIL), width), width)
+                plan.quantizers[edge.key], value = made, made(weight) / scale
+                return lambda _: value
+            if group is not None and not edge.is_weight:
+                if not rewritten or name not in norms:
+                    norms[name] = group, reparameterize(*quantile_mse(view(axis=-1, tail=TAIL), width), width)
+                found = norms[name][1]
+                plan.quantizers[edge.key] = found.layer if run["layernorm"] != "channel" else found.channel
+                return found.channel
             if edge.is_weight:
-                if repar is None:
-                    low, high = quantile_mse(view(axis=0, tail=TAIL), width)
-                    quantizers[edge.key] = bits.weights(low, high, width)
-                    return quantizers[edge.key]
-                weight = graph.tensor(str(edge.value.target)) * repar.scale
-                low, high = quantile_mse(Observation.of(weight, TAIL), width)
-                quantizers[edge.key] = quantizer = bits.weights(low, high, width)
-                effective = quantizer(weight) / repar.scale
-                return lambda _: effective
-            if group is not None:
-                if repar is None:
-                    low, high = quantile_mse(view(axis=-1, tail=TAIL), width)
-                    repar = reparameterize(low, high, width)
-                    if run["layernorm"] == "reparameterized":
-                        found[group.norm.name] = repar
-                channelwise = run["layernorm"] == "channel"
-                quantizers[edge.key] = repar.channel if channelwise else repar.layer
-                return repar.channel
-            if edge.key.endswith(".probs.output") and run["softmax"] != "uniform":
-                steps = 2 if run["softmax"] == "log-sqrt2" else 1
-                quantizers[edge.key] = log_by_quantile(view(tail=TAIL), width, steps=steps)
+                made = bits.weights(*quantile_mse(view(axis=0, tail=TAIL), width), width)
+            elif edge.key.endswith(".probs.output") and run["softmax"] != "uniform":
+                made = log_by_quantile(view(tail=TAIL), width, steps=2 if run["softmax"] == "log-sqrt2" else 1)
             else:
-                low, high = quantile_mse(view(tail=TAIL), width)
-                quantizers[edge.key] = affine(low, high, width)
-            return quantizers[edge.key]
+                made = affine(*quantile_mse(view(tail=TAIL), width), width)
+            plan.quantizers[edge.key] = made
+            return made
 
-        edges = [e for e in matmul_operand_edges(graph) if bits.of(graph, e) != FLOAT]
-        CalibrationPass(graph, calibration, sequential=True, seed=run.seed).run(edges, on_edge, run.progress)
-        done = {group.norm.name: group for group in groups.values() if group.norm.name in found}
-        return Plan(quantizers, rescale_norms(graph, {name: (group, found[name]) for name, group in done.items()}))
+        shown = CalibrationPass(graph, calibration, sequential=True, seed=run.seed)
+        shown.run(quantized_edges(graph, bits), on_edge, run.progress)
+        plan.rewrites = rescale_norms(graph, norms) if rewritten else []
+        return plan
 
 
 def norm_groups(graph: Graph) -> dict[str, NormGroup]:
@@ -143,7 +138,7 @@ def norm_groups(graph: Graph) -> dict[str, NormGroup]:
     return {linear.name: group for group in groups for linear in group.linears}
 
 
-def rescale_norms(graph: Graph, norms: Mapping[str, tuple[NormGroup, Reparameterization]]) -> list[str]:
+def rescale_norms(graph: Graph, norms: Norms) -> list[str]:
     """Rewrite LayerNorms, by name; sentences for the plan."""
     for group, found in norms.values():
         rescale_norm(graph, group, found.scale, found.shift)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantlens.data.folders import imagenet_class_names
+from quantlens.data.folders import WNID, imagenet_class_names
 from quantlens.errors import StorageError
 
 
@@ -14,7 +14,7 @@ def class_names(images: Any, model: Any) -> list[str] | None:
     count = int(model.num_classes)
     for holder in (model, images):
         names = getattr(holder, "class_names", None)
-        if names is not None and len(names) == count and not all(_is_code(n) for n in names):
+        if names is not None and len(names) == count and not all(WNID.fullmatch(str(n)) for n in names):
             return [str(n) for n in names]
     return imagenet_names(count)
 
@@ -25,8 +25,3 @@ def imagenet_names(count: int | None) -> list[str] | None:
         return list(imagenet_class_names()) if count == 1000 else None
     except StorageError:
         return None
-
-
-def _is_code(name: Any) -> bool:
-    text = str(name)
-    return len(text) == 9 and text[0] == "n" and text[1:].isdigit()

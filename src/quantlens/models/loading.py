@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantlens import zoo
 from quantlens.ambient import isolated
 from quantlens.data import Preprocess
 from quantlens.errors import BadWeightsError, QuantlensError, UnknownNameError
@@ -31,16 +32,14 @@ class Model(nn.Module):
         *,
         name: str,
         preprocess: Preprocess,
-        checkpoint: str,
-        checkpoint_sha256: str,
+        path: Path | None,
+        checkpoint: str = "memory",
         class_names: list[str] | None = None,
-        weights_path: str | None = None,
     ):
         super().__init__()
-        self.module = module.eval()
-        self.name, self.preprocess = name, preprocess
-        self.checkpoint, self.checkpoint_sha256 = checkpoint, checkpoint_sha256
-        self.class_names, self.weights_path = class_names, weights_path
+        self.module, self.name, self.preprocess, self.class_names = module, name, preprocess, class_names
+        self.checkpoint, self.weights_path = path.name if path else checkpoint, str(path) if path else None
+        self.checkpoint_sha256 = files.file_sha256(path) if path else files.state_sha256(module.state_dict())
         self.derived: dict[str, Any] = {}
         self.eval()
 
@@ -89,15 +88,15 @@ def load_model(
 
     Raises UnknownNameError, BadWeightsError (with what does not fit).
     """
+    path = None if weights is None or weights == "pretrained" else Path(weights)
     if isinstance(model, nn.Module):
-        loaded = _from_module(model, weights, preprocess, input_size, name)
+        if weights == "pretrained":
+            raise BadWeightsError("weights='pretrained' needs a timm name; give a module its weights as a file")
+        loaded = _from_module(model, path, preprocess, input_size, name)
+    elif model in zoo.available():
+        loaded = _from_zoo(zoo.available()[model], path)
     else:
-        from quantlens import zoo
-
-        if model in zoo.available():
-            loaded = _from_zoo(model, weights)
-        else:
-            loaded = _from_timm(model, weights, num_classes, preprocess, input_size, seed)
+        loaded = _from_timm(model, weights == "pretrained", path, num_classes, preprocess, input_size, seed)
     if class_names is not None:
         loaded.class_names = class_names
     files.check_finite(loaded.module.state_dict(), loaded.weights_path or loaded.name)
@@ -107,108 +106,65 @@ def load_model(
 
 def _from_module(
     module: nn.Module,
-    weights: str | Path | None,
+    path: Path | None,
     preprocess: Preprocess | None,
     input_size: tuple[int, int, int] | None,
     name: str | None,
 ) -> Model:
-    path, module = None, copy.deepcopy(module)  # the caller's stays as it is: its mode, its gradients, its weights
-    if weights is not None:
-        if weights == "pretrained":
-            raise BadWeightsError("weights='pretrained' needs a timm name; give a module its weights as a file")
-        path = Path(weights)
-        files.fit(module, files.read_state(path), str(path), type(module).__name__)
-    sha = files.file_sha256(path) if path else files.state_sha256(module.state_dict())
-    if preprocess is None:
-        preprocess = _own_preprocess(module, input_size)
-    return Model(
-        module,
-        name=name or type(module).__name__,
-        preprocess=preprocess,
-        checkpoint=path.name if path else "memory",
-        checkpoint_sha256=sha,
-        weights_path=str(path) if path else None,
-    )
-
-
-def _own_preprocess(module: nn.Module, input_size: tuple[int, int, int] | None) -> Preprocess:
     """timm models carry their preprocessing; any other module gets ImageNet's mean and deviation at ``input_size``."""
+    module = copy.deepcopy(module)  # the caller's stays as it is: its mode, its gradients, its weights
+    if path is not None:
+        files.fit(module, files.read_state(path), str(path), type(module).__name__)
     config = getattr(module, "pretrained_cfg", None)
-    if isinstance(config, dict) and config.get("mean"):
-        from timm.data import resolve_model_data_config
-
-        return Preprocess.from_timm(resolve_model_data_config(module))
-    return Preprocess.from_timm(
-        {
-            "input_size": input_size or (3, 224, 224),
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "interpolation": "bicubic",
-            "crop_pct": 0.9,
-        }
-    )
+    if preprocess is None and isinstance(config, dict) and config.get("mean"):
+        preprocess = _own_preprocess(module, None)
+    preprocess = preprocess or Preprocess(input_size or (3, 224, 224), crop_pct=0.9)
+    return Model(module, name=name or type(module).__name__, preprocess=preprocess, path=path)
 
 
-def _from_zoo(name: str, weights: str | Path | None) -> Model:
-    from quantlens import zoo
-
-    entry = zoo.available()[name]
-    path = Path(entry.weights) if weights in (None, "pretrained") else Path(weights)  # type: ignore[arg-type]
-    module = entry.build()
-    files.fit(module, files.read_state(path), str(path), name)
-    return Model(
-        module,
-        name=name,
-        preprocess=entry.preprocess,
-        checkpoint=path.name,
-        checkpoint_sha256=files.file_sha256(path),
-        class_names=entry.class_names,
-        weights_path=str(path),
-    )
+def _from_zoo(entry: zoo.ZooEntry, path: Path | None) -> Model:
+    module, path = entry.build(), path or entry.weights
+    files.fit(module, files.read_state(path), str(path), entry.name)
+    return Model(module, name=entry.name, preprocess=entry.preprocess, path=path, class_names=entry.class_names)
 
 
 def _from_timm(
     name: str,
-    weights: str | Path | None,
+    pretrained: bool,
+    path: Path | None,
     num_classes: int | None,
     preprocess: Preprocess | None,
     input_size: tuple[int, int, int] | None,
     seed: int,
 ) -> Model:
-    from timm.data import resolve_model_data_config
-
-    pretrained = weights == "pretrained"
-    path = None if weights is None or pretrained else Path(weights)
     if path is not None:
         files.check_path(path)
     kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if input_size is not None:
         kwargs["img_size"] = input_size[-2:]
+    module = _create(name, pretrained, kwargs, seed)
     if path is not None and path.suffix == ".npz":
-        module = _create(name, pretrained, kwargs, seed)
         _load_npz(module, path, name)
     elif path is not None:
         raw = files.read_state(path)
-        module = _create(name, False, kwargs, seed)
-        state = files.adapt(raw, module)
-        classes = _classes_in(state, module)
-        if num_classes is None and classes is not None and classes != module.num_classes:
+        classes = _classes_in(files.adapt(raw, module), module)
+        if num_classes is None and classes not in (None, module.num_classes):
             module = _create(name, False, {**kwargs, "num_classes": classes}, seed)
-            state = files.adapt(raw, module)
-        files.fit(module, state, str(path), name)
-    else:
-        module = _create(name, pretrained, kwargs, seed)
-    override = {} if input_size is None else {"input_size": tuple(input_size)}
-    own = preprocess or Preprocess.from_timm({**resolve_model_data_config(module), **override})
+        files.fit(module, files.adapt(raw, module), str(path), name)
     return Model(
         module,
         name=name,
-        preprocess=own,
-        checkpoint=path.name if path else ("pretrained" if pretrained else "random"),
-        checkpoint_sha256=files.file_sha256(path) if path else files.state_sha256(module.state_dict()),
+        preprocess=preprocess or _own_preprocess(module, input_size),
+        path=path,
+        checkpoint="pretrained" if pretrained else "random",
         class_names=imagenet_names(getattr(module, "num_classes", None)),
-        weights_path=str(path) if path else None,
     )
+
+
+def _own_preprocess(module: nn.Module, input_size: tuple[int, int, int] | None) -> Preprocess:
+    from timm.data import resolve_model_data_config
+
+    return Preprocess.from_timm(resolve_model_data_config(module, {"input_size": input_size}))
 
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any], seed: int) -> Any:
@@ -217,28 +173,23 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any], seed: int) -> A
     plain = name.split("/")[-1]
     base, _, tag = plain.partition(".")
     is_hub = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
-    if not is_hub:
-        if not timm.is_model(base):
-            from quantlens import zoo
-
-            known = [*timm.list_models(), *zoo.available()]
-            raise UnknownNameError("model", name, known, "`quantlens models --filter 'vit*'` lists the names")
-        tags = {
-            n.partition(".")[2] for n in timm.list_models(f"{base}*", pretrained=True) if n.partition(".")[0] == base
-        }
-        if tag and tag not in tags:
-            raise UnknownNameError(f"pretrained tag of {base}", tag, tags)
+    if not is_hub and not timm.is_model(base):
+        known = [*timm.list_models(), *zoo.available()]
+        raise UnknownNameError("model", name, known, "`quantlens models --filter 'vit*'` lists the names")
+    tags = {known.partition(".")[2] for known in timm.list_models(base, pretrained=True)}
+    if not is_hub and tag and tag not in tags:
+        raise UnknownNameError(f"pretrained tag of {base}", tag, tags)
     try:
         torch.default_generator.manual_seed(seed)
         return timm.create_model(name if is_hub else plain, pretrained=pretrained, **kwargs)
     except Exception as error:
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        detail = files.first_line(error)
         if pretrained or is_hub:
             raise BadWeightsError(
-                f"pretrained weights of {name} could not be fetched: {detail[:200]} (no network? download "
+                f"pretrained weights of {name} could not be fetched: {detail} (no network? download "
                 "the file elsewhere and give it with --weights FILE.safetensors)"
             ) from error
-        raise QuantlensError(f"timm cannot make {name}: {detail[:300]}") from error
+        raise QuantlensError(f"timm cannot make {name}: {detail}") from error
 
 
 def _load_npz(module: Any, path: Path, name: str) -> None:
@@ -249,13 +200,11 @@ def _load_npz(module: Any, path: Path, name: str) -> None:
         with torch.no_grad():
             module.load_pretrained(str(path))
     except Exception as error:
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadWeightsError(f"{path} does not fit {name}: {detail[:200]}") from error
+        raise BadWeightsError(f"{path} does not fit {name}: {files.first_line(error)}") from error
 
 
 def _classes_in(state: dict[str, Tensor], module: Any) -> int | None:
     """Size of the classifier in a state dict, by the name that the architecture gives its classifier."""
     names = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    first = names if isinstance(names, str) else names[0]
-    weight = state.get(f"{first}.weight")
-    return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+    weight = state.get(f"{names if isinstance(names, str) else names[0]}.weight")
+    return weight.shape[0] if weight is not None and weight.dim() == 2 else None

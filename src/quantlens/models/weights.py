@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,19 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadWeightsError(
-            f"{path} cannot be read as weights: {detail[:200]} "
+            f"{path} cannot be read as weights: {first_line(error)} "
             "(it must hold tensors only: save a state_dict, best as .safetensors)"
         ) from error
     state = _unwrap(content)
     if not state:
         raise BadWeightsError(f"{path} holds no state_dict of tensors")
     return state
+
+
+def first_line(error: Exception) -> str:
+    """What another package's error says, shortened."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def check_path(path: Path) -> None:
@@ -97,34 +102,24 @@ def check_finite(state: Mapping[str, Tensor], origin: str) -> None:
 def adapt(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """Names as the model has them: the architecture's own translation (timm's ``checkpoint_filter_fn``) where names
     differ."""
-    if set(state) == set(module.state_dict()):
-        return state
     translate = getattr(sys.modules.get(type(module).__module__), "checkpoint_filter_fn", None)
-    if translate is None:
-        return state
-    try:
-        return translate(dict(state), module)
-    except Exception:
-        return state
+    if translate is not None and set(state) != set(module.state_dict()):
+        with suppress(Exception):
+            return translate(dict(state), module)
+    return state
 
 
 def fit(module: nn.Module, state: dict[str, Tensor], origin: str, name: str) -> None:
     """Load ``state`` strictly. Raises BadWeightsError that says what is missing, unknown or of another shape."""
     own = module.state_dict()
-    missing = [k for k in own if k not in state]
-    unknown = [k for k in state if k not in own]
-    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if missing or unknown or shapes:
-        parts = []
-        if shapes:
-            k = shapes[0]
-            parts.append(
-                f"{len(shapes)} of another shape ({k}: file {tuple(state[k].shape)}, model {tuple(own[k].shape)})"
-            )
-        if missing:
-            parts.append(f"{len(missing)} missing ({', '.join(missing[:3])}{' …' if len(missing) > 3 else ''})")
-        if unknown:
-            parts.append(f"{len(unknown)} unknown ({', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''})")
+    both = [k for k in own if k in state and own[k].shape != state[k].shape]
+    wrong = {
+        "of another shape": [f"{k}: file {tuple(state[k].shape)}, model {tuple(own[k].shape)}" for k in both],
+        "missing": [k for k in own if k not in state],
+        "unknown": [k for k in state if k not in own],
+    }
+    parts = [f"{len(k)} {what} ({', '.join(k[:3])}{' …' if len(k) > 3 else ''})" for what, k in wrong.items() if k]
+    if parts:
         raise BadWeightsError(
             f"{origin} does not fit {name}: of {len(own)} tensors {'; '.join(parts)}. "
             "Is it another architecture or size?"

@@ -59,14 +59,12 @@ class GroupLines:
         self.board = board
         crossed = len(board.models) > 1 and len(board.methods) > 1
         self.split = crossed and len(board.groups) > MAX_LINES
-        self.crossed = crossed and not self.split
-        self.looks = {self.name(group): self._look(group) for group in board.groups}
-
-    def _look(self, group: Group) -> Look:
-        method, model = self.board.methods.index(group.method), self.board.models.index(group.model)
-        if self.crossed:
-            return Look(Look.numbered(method).colour, Look.numbered(0).form + model % 4)
-        return Look.numbered(method if self.split else group.index)
+        self.looks = {}
+        for group in board.groups:
+            look = Look.numbered(board.methods.index(group.method) if crossed else group.index)
+            if crossed and not self.split:
+                look = Look(look.colour, board.models.index(group.model) % 4)
+            self.looks[self.name(group)] = look
 
     def name(self, group: Group) -> str:
         if self.split or len(self.board.models) == 1:

@@ -82,8 +82,13 @@ class Panel:
 
     def spec(self) -> dict[str, Any]:
         """As Vega-Lite, without configuration and parameters."""
+        spec = self.chart.to_dict(validate=False)
+        for part in (spec, *spec.get("layer", [])):
+            if part.get("data") == {"name": "empty"}:  # what Altair puts in the place of no data
+                del part["data"]
         words = ", ".join(filter(None, [self.caption, self.detail]))
-        return {**bare(self.chart), "data": {"values": self.rows}, "description": words}
+        kept = {key: value for key, value in spec.items() if key not in ("config", "$schema", "datasets")}
+        return kept | {"data": {"values": self.rows}, "description": words}
 
 
 @dataclass
@@ -102,16 +107,6 @@ def one_row(panels: Iterable[Panel | None], heading: str = "", **about: Any) -> 
     return [PanelRow(heading, found, **about)] if found else []
 
 
-def bare(chart: Any) -> dict[str, Any]:
-    """A chart as Vega-Lite, without what belongs to a whole figure and without the data that Altair puts in the place
-    of none."""
-    spec = chart.to_dict(validate=False)
-    for part in (spec, *spec.get("layer", [])):
-        if part.get("data") == {"name": "empty"}:
-            del part["data"]
-    return {key: value for key, value in spec.items() if key not in ("config", "$schema", "datasets")}
-
-
 def finished(spec: Mapping[str, Any], score: str = "", bits: str = "", **config: Any) -> dict[str, Any]:
     """A whole Vega-Lite specification in the style of all, of a score and a precision; no line is hidden."""
     values = {"score": score, "bits": bits, "hidden": []}
@@ -128,9 +123,8 @@ def composed(rows: Sequence[PanelRow]) -> dict[str, Any]:
     parts = []
     for row in (r for r in rows if r.panels):
         charts = [{**p.spec(), "width": SIDE, "title": {"text": p.caption, "subtitle": p.detail}} for p in row.panels]
-        parts.append(
-            {"concat": charts, "columns": 2 if row.large else COLUMNS, "title": {"text": row.heading, "fontSize": 15}}
-        )
+        heading = {"text": row.heading, "fontSize": 15}
+        parts.append({"concat": charts, "columns": 2 if row.large else COLUMNS, "title": heading})
     return {"vconcat": parts}
 
 

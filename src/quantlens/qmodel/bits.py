@@ -23,11 +23,11 @@ class Bits:
     dot) counts. name: what a mixed-precision setting is called (``MP6``).
 
     >>> Bits.parse("w4a8")
-    Bits(weights=4, activations=8)
+    Bits(weights=4, activations=8, modules=(), name='')
     >>> str(Bits(4, 8))
     'W4A8'
-    >>> Bits.parse({"default": "W6A6", "blocks.0.attn": "W8A8"}).of("blocks.0.attn.qkv")
-    Bits(weights=8, activations=8)
+    >>> str(Bits.parse({"default": "W6A6", "blocks.0.attn": "W8A8"}).of("blocks.0.attn.qkv"))
+    'W8A8'
     """
 
     weights: int
@@ -98,7 +98,3 @@ class Bits:
             text = json.dumps(self.to_mapping(), sort_keys=True)
             return f"MP-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         return "FP32" if self.is_float else f"W{self.weights}A{self.activations}"
-
-    def __repr__(self) -> str:
-        extra = f", modules={self.modules!r}" if self.modules else ""
-        return f"Bits(weights={self.weights}, activations={self.activations}{extra})"

@@ -20,8 +20,6 @@ from quantlens.graph.sites import Edge
 from quantlens.qmodel.plan import FP32, Plan, Provenance
 from quantlens.qmodel.simulation import classifier_of, simulate
 
-MB = 1_000_000
-
 CACHED = 4 << 20
 """Bytes of the largest activation that a CPU may work on at once: larger ones leave its cache between operations."""
 
@@ -45,14 +43,13 @@ class QuantizedModel(nn.Module):
 
     def __init__(self, graph: Graph, plan: Plan, *, preprocess: Any, reference: Any = None):
         super().__init__()
-        unknown = [key for key in plan.quantizers if key not in graph.sites.edges]
-        if unknown:
-            raise UnknownNameError("quantization site edge", unknown[0], graph.sites.edges)
-        self.graph = graph
-        self.plan = plan
-        absent = [name for name in plan.operators if name not in graph.sites]
-        if absent:
-            raise UnknownNameError("quantization site", absent[0], [site.name for site in graph.sites])
+        sites = {site.name: site for site in graph.sites}
+        named = (("site edge", plan.quantizers, graph.sites.edges), ("site", plan.operators, sites))
+        for what, names, known in named:
+            for name in names:
+                if name not in known:
+                    raise UnknownNameError(f"quantization {what}", name, known)
+        self.graph, self.plan = graph, plan
         self.quantizers = nn.ModuleList(plan.quantizers.values())
         self.operators = nn.ModuleList(plan.operators.values())
         self.preprocess = preprocess
@@ -148,7 +145,7 @@ class QuantizedModel(nn.Module):
     @property
     def size_mb(self) -> float:
         """Megabytes (10⁶ bytes) of the packed model: integer codes at their width, scales, what stays in float."""
-        return self.size_bytes() / MB
+        return self.size_bytes() / 1e6
 
     @property
     def size_ratio(self) -> float:
@@ -204,15 +201,11 @@ def float_model(model: Any) -> QuantizedModel:
     if isinstance(model, QuantizedModel):
         return model
     if "float_model" not in model.derived:
-        model.derived["float_model"] = _float(model, graph_of(model))
+        plan = Plan(provenance=Provenance.of(model, method="fp32", bits=FP32))
+        model.derived["float_model"] = QuantizedModel(graph_of(model), plan, preprocess=model.preprocess)
     return model.derived["float_model"]
 
 
 def float_copy(model: Any) -> QuantizedModel:
     """As :func:`float_model`, with a graph and a plan of its own: whatever is done to it, ``model`` stays as it is."""
-    return _float(model, graph_of(model).clone())
-
-
-def _float(model: Any, graph: Graph) -> QuantizedModel:
-    plan = Plan(provenance=Provenance.of(model, method="fp32", bits=FP32))
-    return QuantizedModel(graph, plan, preprocess=model.preprocess)
+    return copy.deepcopy(float_model(model))

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from quantlens.formats.base import Quantizer
-from quantlens.formats.operators import Operator
+from quantlens.formats.base import Operator, Quantizer
 
 FP32 = "FP32"
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from quantlens.formats.base import Quantizer
-from quantlens.formats.operators import Operator
+from quantlens.formats.base import Operator, Quantizer
 from quantlens.graph.graph import Graph, put_tensor, replace_argument, tensor_tree
 from quantlens.graph.sites import Edge, classifier_terms
 
@@ -125,12 +124,11 @@ def classifier_of(graph: Graph, quantizers: Mapping[str, Quantizer]) -> tuple[Te
     terms = classifier_terms(graph)
     if not terms:
         return None
-    by_node = {s.node: s for s in graph.sites}
     weights: dict[fx.Node, Tensor] = {}
     bias: Tensor | float = 0.0
     with torch.no_grad():
         for node, factor in terms:
-            site = by_node[node]
+            site = graph.sites.by_node[node]
             weight = graph.tensor(site.weight)  # type: ignore[arg-type]
             quantizer = quantizers.get(f"{site.name}.weight")
             weight = factor * (quantizer(weight) if quantizer is not None else weight)

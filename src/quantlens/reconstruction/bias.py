@@ -34,9 +34,8 @@ def mean_output(site: Site, pieces: Iterable[Tensor], weight: Tensor) -> Tensor:
     """
     if site.kind == "linear":
         return weight.double() @ _mean(pieces, -1)
-    images = _mean(pieces, -3, -2, -1)[None]
     arguments = list(site.node.args[3:])
-    output = site.node.target(images, weight.double(), None, *arguments, **site.node.kwargs)  # type: ignore[operator]
+    output = site.node.target(_mean(pieces)[None], weight.double(), None, *arguments, **site.node.kwargs)  # type: ignore[operator]
     return output.mean((0, *range(2, output.dim())))
 
 
@@ -118,11 +117,12 @@ def correct_biases(
     return shifts
 
 
-def _mean(pieces: Iterable[Tensor], *kept: int) -> Tensor:
-    """float64 mean of all pieces over all dimensions but those ``kept`` (counted from the end)."""
+def _mean(pieces: Iterable[Tensor], axis: int | None = None) -> Tensor:
+    """float64 mean of all pieces over all dimensions but ``axis`` (None: over the images, the first one, alone)."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for piece in pieces:
-        part = piece.sum([d for d in range(piece.dim()) if d - piece.dim() not in kept], dtype=torch.float64)
+        dims = [0] if axis is None else [d for d in range(piece.dim()) if d != axis % piece.dim()]
+        part = piece.sum(dims, dtype=torch.float64)
         total = total.to(part.device) + part
         count += piece.numel() // part.numel()
     return total / count

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -59,8 +58,8 @@ def fisher_metrics(
     for batch in probe.batches(calibration, least=rank):
         for index, unit in enumerate(probe.measured):
             hook = frozen_hook(graph, unit, quantizers)
-            changed = run_unit(graph, unit, {n: batch.values[n] for n in unit.sources}, batch.count, hook)[0]
-            gradient, error = probe.gradient(batch, index, changed), changed - batch.values[unit.results[0]]
+            changed = run_unit(graph, unit, {n: batch[n] for n in unit.sources}, len(batch[graph.input]), hook)[0]
+            gradient, error = probe.gradient(batch, index, changed), changed - batch[unit.results[0]]
             for kept, new in zip(rows.setdefault(unit.name, ([], [])), (gradient, error), strict=True):
                 kept.append(new.abs().mean(0, keepdim=True))
     return {name: m for name, (g, d) in rows.items() if (m := low_rank(_grouped(g, rank), _grouped(d, rank), damping))}
@@ -101,11 +100,11 @@ def perturbation_metrics(
     probe = _Probe(graph, temperature)
     for batch in probe.batches(calibration):
         for index, unit in enumerate(probe.measured):
-            value = batch.values[unit.results[0]]
+            value = batch[unit.results[0]]
             signs = (torch.rand(value.shape, generator=generator) < 0.5).to(value.device)
             shift = torch.where(signs, step, -step) * value.std()
             gradients = [probe.gradient(batch, index, value + s) for s in (shift, -shift)]
-            total = (gradients[0] - gradients[1]).abs().mean(0, keepdim=True) * batch.count
+            total = (gradients[0] - gradients[1]).abs().mean(0, keepdim=True) * len(batch[graph.input])
             sums[unit.name] = sums[unit.name] + total if unit.name in sums else total
     means = {name: total / total.mean() for name, total in sums.items() if bool(total.any())}
     return {name: Metric(mean / mean.numel()) for name, mean in means.items()}
@@ -116,13 +115,8 @@ def _grouped(rows: list[Tensor], count: int) -> Tensor:
     return torch.stack([part.mean(0) for part in torch.cat(rows).chunk(count)])
 
 
-@dataclass
-class _Batch:
-    """Some images with the float model's values at the ends of all units."""
-
-    count: int
-    values: dict[fx.Node, Tensor]
-    expected: Tensor
+Values = dict[fx.Node, Tensor]
+"""The float model's values at the ends of all units, of some images."""
 
 
 class _Probe:
@@ -132,26 +126,25 @@ class _Probe:
         self.graph, self.temperature, self.units = graph, temperature, find_units(graph)
         self.measured = [u for u in self.units if len(u.results) == 1 and u.results[0] is not graph.output]
 
-    def batches(self, calibration: Calibration, least: int = 1) -> Iterator[_Batch]:
+    def batches(self, calibration: Calibration, least: int = 1) -> Iterator[Values]:
         """All images, as many together as memory allows, in at least ``least`` batches if there are as many images."""
         most = min(images_together(self.graph, 1), max(1, calibration.count // least))
         for chunk in calibration:
             for images in chunk.chunk(math.ceil(len(chunk) / most)):
-                values: dict[fx.Node, Tensor] = {self.graph.input: images}
-                yield _Batch(len(images), values, self._run(self.units, values, len(images)))
+                yield self._run(self.units, {self.graph.input: images})
 
-    def gradient(self, batch: _Batch, index: int, changed: Tensor) -> Tensor:
+    def gradient(self, batch: Values, index: int, changed: Tensor) -> Tensor:
         """∂L/∂ŷ for ``changed`` = ŷ, the result of measured unit number ``index``, L summed over the images."""
         unit = self.measured[index]
         with torch.enable_grad():
             leaf = changed.detach().requires_grad_(True)
-            later = self.units[self.units.index(unit) + 1 :]
-            got = self._run(later, {**batch.values, unit.results[0]: leaf}, batch.count)
-            return torch.autograd.grad(kl_divergence(batch.expected, got, "sum"), leaf)[0]
+            after = self._run(self.units[self.units.index(unit) + 1 :], {**batch, unit.results[0]: leaf})
+            expected, got = ((x[self.graph.output] / self.temperature).log_softmax(-1) for x in (batch, after))
+            return torch.autograd.grad(kl_divergence(expected, got, "sum"), leaf)[0]
 
-    def _run(self, units: Sequence[Unit], values: dict[fx.Node, Tensor], count: int) -> Tensor:
-        """Add the results of units to ``values``; returns the log-probabilities."""
+    def _run(self, units: Sequence[Unit], values: Values) -> Values:
+        """``values`` with the results of units added."""
         for unit in units:
-            env = {node: values[node] for node in unit.sources}
-            values.update(zip(unit.results, run_unit(self.graph, unit, env, count), strict=True))
-        return (values[self.graph.output] / self.temperature).log_softmax(-1)
+            env, images = {node: values[node] for node in unit.sources}, len(values[self.graph.input])
+            values.update(zip(unit.results, run_unit(self.graph, unit, env, images), strict=True))
+        return values

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import CHUNK, MEMORY, ActivationStore, Calibration
+from quantlens.calibration import MEMORY, ActivationStore, Calibration
 from quantlens.calibration.cache import held_memory
 from quantlens.errors import UnsupportedError
 from quantlens.formats import Quantizer
@@ -29,7 +29,7 @@ from quantlens.reconstruction.rounding import AdaRound, annealed_beta
 from quantlens.reconstruction.scales import LearnedScale
 from quantlens.reconstruction.settings import LOSSES, Context, Report, Result, Settings, UnitReport
 from quantlens.reconstruction.trainer import Group, Latent, Learners, Vector, train
-from quantlens.reconstruction.units import Outputs, Streams, Unit, find_units, frozen_hook, random_mask, run_unit
+from quantlens.reconstruction.units import Outputs, Streams, Unit, find_units, frozen_hook, run_unit
 
 Progress = Callable[[int, int], None]
 
@@ -71,7 +71,7 @@ def reconstruct(
     with torch.no_grad(), held_memory(), ActivationStore(memory) as store:
         streams = Streams(graph, units, calibration, store)
         for index, (unit, original) in enumerate(zip(units, originals, strict=True)):
-            streams.advance_float(unit, reference or graph, original)
+            streams.float.update(streams.outputs(unit, original=(reference or graph, original)))
             outputs, result = None, saved.read(index, unit) if saved else None
             resumed += result is not None
             if result is None:
@@ -139,8 +139,8 @@ class _UnitTraining:
             history.append(self._measure(new))
             if history[-1] < lowest or not self.settings.guarded:
                 new, outputs, lowest, made, state = outputs, new, history[-1], tried, self.learners.state()
-            for cache in new.values():
-                cache.free()
+            for values in new.values():
+                values.free()
         seconds = round(time.perf_counter() - started, 3)
         report = UnitReport(self.unit.name, before, lowest, history, any(made), trained, seconds)
         return outputs, Result(report, *made)
@@ -160,24 +160,23 @@ class _UnitTraining:
         """The loss over all images."""
         total = 0.0
         for first, last in self.streams.chunks:
-            for node, cache in outputs.items():
-                got, expected = (c.slice(first, last, self.device) for c in (cache, self.streams.float[node]))
+            for node, values in outputs.items():
+                got, expected = (x.rows(first, last).flatten(0, 1) for x in (values, self.streams.float[node]))
                 loss = self.loss(got, expected, self._context(node, torch.arange(first, last)))
                 total += float(loss) * (last - first) / self.streams.count
         return total
 
     def _size(self, node: fx.Node) -> float:
         """Mean of ‖y_t‖² of a result of the float unit."""
-        values = self.streams.float[node].values
-        ends = [(i, min(i + CHUNK, len(values))) for i in range(0, len(values), CHUNK)]
-        parts = [float(values.rows(*pair).square().sum(dtype=torch.float64)) for pair in ends]
+        values = self.streams.float[node]
+        parts = [float(values.rows(*ends).square().sum(dtype=torch.float64)) for ends in self.streams.chunks]
         return sum(parts) / max(values.shape.numel() // values.shape[-1], 1)
 
     # -- the steps
     def _train(self, start: float, first: int, last: int, factor: float, tell: Callable[[int], None]) -> None:
         """Steps ``first`` … ``last`` − 1, with ``factor`` times the rates, on the loss divided by ``start``."""
         settings, batches = self.settings, self._batches()
-        hook = self.learners.hook(self.graph, self.unit, self.quantizers, self._kept if settings.drop > 0 else None)
+        hook = self.learners.hook(self.graph, self.unit, self.quantizers, settings.drop, self.generator)
         soft = [m for m in self.learners.modules() if isinstance(m, AdaRound) and not m.straight_through]
         weights = sum(m.alpha.numel() for m in soft)
 
@@ -188,7 +187,7 @@ class _UnitTraining:
             total = torch.zeros((), device=self.device)
             outputs = run_unit(self.graph, self.unit, env, len(images), hook)
             for node, got in zip(self.unit.results, outputs, strict=True):
-                expected = self.streams.float[node].pick(images, self.device)
+                expected = self.streams.float[node].pick(images).flatten(0, 1)
                 total = total + self.loss(got, expected, self._context(node, images))
             total = total / start
             beta = annealed_beta(share)
@@ -211,9 +210,6 @@ class _UnitTraining:
         }
         constant = () if settings.straight_through else (AdaRound,)
         return [Group(found[kind], rates[kind] * factor, falling=kind not in constant) for kind in found]
-
-    def _kept(self, shape: torch.Size) -> Tensor:
-        return random_mask(shape, self.settings.drop, self.generator, self.device)
 
     def _batches(self) -> Iterator[Tensor]:
         """Numbers of the images of each mini-batch: a shuffled pass over all images, again and again."""

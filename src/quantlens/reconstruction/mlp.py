@@ -91,12 +91,9 @@ def replace_gelu(
         work = _Refit(graph, mlp, torch.cat(list(view.tensors())), weights.get(mlp.second.name), fit)
         tensors, errors[mlp.second.name] = work.run(generator)
         fitted.update(tensors)
-        if progress is not None:
-            progress(len(errors), len(mlps))
 
-    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(
-        [m.first.edges["input"] for m in mlps], on_edge
-    )
+    edges = [mlp.first.edges["input"] for mlp in mlps]
+    CalibrationPass(graph, calibration, sequential=False, seed=seed).run(edges, on_edge, progress)
     for name, tensor in fitted.items():
         graph.set_tensor(name, tensor)
     for mlp in mlps:

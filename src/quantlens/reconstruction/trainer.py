@@ -19,13 +19,10 @@ from quantlens.graph.sites import dynamic_nodes
 from quantlens.reconstruction.rounding import AdaRound
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, learnable
 from quantlens.reconstruction.settings import ROUNDING, SCALES, VECTORS, WEIGHTS, Settings
-from quantlens.reconstruction.units import Hook, Unit, quantized_weights
+from quantlens.reconstruction.units import Hook, Unit, quantized_weights, random_mask
 
 AFFINE = ("aten.layer_norm.default", "aten.linear.default", "aten.conv2d.default")
 """Operations whose vectors (biases, scale and shift) are trained."""
-
-Keep = Callable[[torch.Size], Tensor | None]
-"""Shape -> which elements of an activation stay in float (bool of that shape), or None."""
 
 
 class Latent(nn.Module):
@@ -105,10 +102,8 @@ class Learners:
                 learner = _weight(graph.tensor(str(edge.value.target)), quantizer, settings)
                 if learner is not None and uses[str(edge.value.target)] == 1:
                     found.by_edge[edge.key] = learner
-            elif quantizer is None or SCALES not in settings.optimise:
-                continue
-            elif learnable(quantizer) and id(quantizer) not in shared:
-                found.by_edge[edge.key] = scales.setdefault(id(quantizer), LearnedScale(quantizer))
+            elif SCALES in settings.optimise and learnable(quantizer) and id(quantizer) not in shared:
+                found.by_edge[edge.key] = scales.setdefault(id(quantizer), LearnedScale(quantizer))  # type: ignore[arg-type]
         if VECTORS in settings.optimise:
             own = set(unit.nodes)
             nodes = [node for node in trained_vectors(graph) if own.issuperset(node.users)]
@@ -134,9 +129,11 @@ class Learners:
         """The vectors as trained so far, to stand in for the graph's."""
         return {node: vector() for node, vector in self.vectors.items()}
 
-    def hook(self, graph: Graph, unit: Unit, quantizers: Mapping[str, Quantizer], keep: Keep | None = None) -> Hook:
+    def hook(
+        self, graph: Graph, unit: Unit, quantizers: Mapping[str, Quantizer], drop: float, generator: torch.Generator
+    ) -> Hook:
         """Quantizes the values of a unit with gradients: by the learners in their present state, elsewhere by
-        ``quantizers``. keep: elements of activations that stay in float."""
+        ``quantizers``. drop: probability that an element of an activation stays in float, drawn by ``generator``."""
         frozen = {key: quantizer for key, quantizer in quantizers.items() if key not in self.by_edge}
         weights = quantized_weights(graph, unit, frozen, {})
 
@@ -149,7 +146,7 @@ class Learners:
             quantizer = quantizers.get(key)
             if quantizer is None:
                 return value
-            kept = None if keep is None else keep(value.shape)
+            kept = random_mask(value.shape, drop, generator, value.device) if drop > 0 else None
             return fake_quantize(quantizer, value, kept) if learner is None else learner(value, kept)
 
         return hook

@@ -57,21 +57,13 @@ def _unit(graph: Graph, name: str, inside: list[fx.Node], dynamic: set[fx.Node])
     if not name:
         layers = list(dict.fromkeys(e.site for e in edges if e.is_weight)) or [inside[0].name, inside[-1].name]
         name = f"{layers[0]}…{layers[-1]}" if len(layers) > 1 else layers[0]
-    needed = members | _constant_parents(inside, dynamic)
-    return Unit(name, tuple(sources), tuple(results), tuple(n for n in graph.fx.nodes if n in needed), edges)
-
-
-def _constant_parents(nodes: list[fx.Node], dynamic: set[fx.Node]) -> set[fx.Node]:
-    """Operations that ``nodes`` need and that do not depend on the pixels (a class token repeated for the batch)."""
-    found: set[fx.Node] = set()
-    queue = list(nodes)
-    while queue:
-        for source in queue.pop().all_input_nodes:
-            if source.op == "call_function" and source not in dynamic and source not in found:
-                if not source.meta.get("symbolic"):
-                    found.add(source)
-                queue.append(source)
-    return found
+    needed = set(inside)
+    # also what does not depend on the pixels, as a class token repeated for the batch
+    for node in reversed(graph.fx.nodes):
+        if node.op == "call_function" and node not in dynamic and not needed.isdisjoint(node.users):
+            needed.add(node)
+    nodes = tuple(n for n in graph.fx.nodes if n in needed and not n.meta.get("symbolic"))
+    return Unit(name, tuple(sources), tuple(results), nodes, edges)
 
 
 # -- running them -----------------------------------------------------------------------------------------------------
@@ -117,39 +109,15 @@ def random_mask(shape: torch.Size, p: float, generator: torch.Generator, device:
 
 
 # -- the values between them ------------------------------------------------------------------------------------------
-class ImageCache:
-    """One value for all images, [N·k, …]: k rows per image, in the order of the images (k = 1 but for windows)."""
-
-    values: StoredTensor
-
-    def __init__(self, store: ActivationStore, count: int):
-        self.store, self.count, self.rows = store, count, 0
-
-    def put(self, first: int, images: int, value: Tensor) -> None:
-        """Store the value of ``images`` images, starting at number ``first``. Raises StorageError for a full disk."""
-        if not self.rows:
-            if value.shape[0] % images:
-                raise UnsupportedError(f"a value of shape {list(value.shape)} cannot be told apart by image")
-            self.rows = value.shape[0] // images
-            self.values = self.store.empty((self.count * self.rows, *value.shape[1:]), value.dtype, value.device)
-        self.values.write(first * self.rows, value)
-
-    def slice(self, first: int, last: int, device: torch.device) -> Tensor:
-        """The values of the images numbered ``first`` … ``last`` − 1."""
-        return self.values.rows(first * self.rows, last * self.rows).to(device)
-
-    def pick(self, images: Tensor, device: torch.device) -> Tensor:
-        """The values of the images numbered ``images`` (int64, CPU)."""
-        rows = (images[:, None] * self.rows + torch.arange(self.rows)).flatten()
-        return self.values.pick(rows).to(device)
-
-    def free(self) -> None:
-        """Give the room back; the values are not to be read any more."""
-        self.values.free()
+Outputs = dict[fx.Node, StoredTensor]
+"""A unit's results for all images, [N, k, …] each: k rows per image (k = 1 but for windows)."""
 
 
-Outputs = dict[fx.Node, ImageCache]
-"""A unit's results for all images."""
+def by_image(value: Tensor, images: int) -> Tensor:
+    """A value [images·k, …] as [images, k, …]."""
+    if value.shape[0] % images:
+        raise UnsupportedError(f"a value of shape {list(value.shape)} cannot be told apart by image")
+    return value.unflatten(0, (images, -1))
 
 
 class Streams:
@@ -159,39 +127,39 @@ class Streams:
     def __init__(self, graph: Graph, units: list[Unit], calibration: Calibration, store: ActivationStore):
         self.graph, self.store, self.count, self.device = graph, store, calibration.count, graph.device
         self.chunks = [(first, min(first + CHUNK, self.count)) for first in range(0, self.count, CHUNK)]
-        images = ImageCache(store, self.count)
-        for (first, last), chunk in zip(self.chunks, calibration, strict=True):
-            images.put(first, last - first, chunk)
-        self.float: Outputs = {graph.input: images}
-        self.quantized: Outputs = {graph.input: images}
+        self.float: Outputs = {}
+        for (first, _), chunk in zip(self.chunks, calibration, strict=True):
+            self._put(self.float, graph.input, first, len(chunk), chunk)
+        self.quantized = dict(self.float)
         self.last_use = {s: i for i, unit in enumerate(units) for s in unit.sources}
 
-    def outputs(self, unit: Unit, hook: Hook, constants: Mapping[fx.Node, Tensor] | None = None) -> Outputs:
-        """The quantized unit's results for all images. constants: what stands in for tensors of the graph."""
-        return self._outputs(self.quantized, unit, self.graph, unit, hook, constants or {})
-
-    def advance_float(self, unit: Unit, graph: Graph, same: Unit) -> None:
-        """Take the float stream through ``unit``, as its counterpart ``same`` in the float model ``graph`` has it."""
-        self.float.update(self._outputs(self.float, unit, graph, same, None, {}))
-
-    def _outputs(
+    def outputs(
         self,
-        inputs: Outputs,
         unit: Unit,
-        graph: Graph,
-        same: Unit,
-        hook: Hook | None,
-        constants: Mapping[fx.Node, Tensor],
+        hook: Hook | None = None,
+        constants: Mapping[fx.Node, Tensor] | None = None,
+        *,
+        original: tuple[Graph, Unit] | None = None,
     ) -> Outputs:
-        """Results of ``unit``, computed by its counterpart ``same`` in ``graph``."""
-        caches = {node: ImageCache(self.store, self.count) for node in unit.results}
+        """The unit's results for all images, of the quantized stream; or of the float one, by the unit's ``original``
+        in the float model. constants: what stands in for tensors of the graph."""
+        graph, same = original or (self.graph, unit)
+        inputs = self.float if original else self.quantized
+        found: Outputs = {}
         for first, last in self.chunks:
             pairs = zip(unit.sources, same.sources, strict=True)
-            env: dict[fx.Node, Any] = {s: inputs[n].slice(first, last, self.device) for n, s in pairs}
-            env.update(constants)
+            env: dict[fx.Node, Any] = {s: inputs[n].rows(first, last).flatten(0, 1) for n, s in pairs}
+            env.update(constants or {})
             for node, value in zip(unit.results, run_unit(graph, same, env, last - first, hook), strict=True):
-                caches[node].put(first, last - first, value)
-        return caches
+                self._put(found, node, first, last - first, value)
+        return found
+
+    def _put(self, where: Outputs, node: fx.Node, first: int, images: int, value: Tensor) -> None:
+        """Store the value of some images, starting at number ``first``. Raises StorageError for a full disk."""
+        value = by_image(value, images)
+        if node not in where:
+            where[node] = self.store.empty((self.count, *value.shape[1:]), value.dtype, value.device)
+        where[node].write(first, value)
 
     def forget(self, done: int) -> None:
         """Free what no unit after number ``done`` reads."""
@@ -205,8 +173,9 @@ class Streams:
         env: dict[fx.Node, Any] = {}
         for node in unit.sources:
             same = self.quantized[node] is self.float[node]
-            env[node] = (self.float if kind == "float" or same else self.quantized)[node].pick(images, self.device)
+            stream = self.float if kind == "float" or same else self.quantized
+            env[node] = stream[node].pick(images).flatten(0, 1)
             if kind == "mixed" and not same:
-                exact = self.float[node].pick(images, self.device)
+                exact = self.float[node].pick(images).flatten(0, 1)
                 env[node] = torch.where(random_mask(exact.shape, float_share, generator, self.device), exact, env[node])
         return env

@@ -50,19 +50,8 @@ ShotRow = tuple[str, str, list[Shot | None]]
 """Title, note, and a picture for every precision."""
 
 
-@dataclass
-class Gallery:
-    """One image as all models see it."""
-
-    key: str
-    kind: str
-    title: str
-    detail: str
-    photo: Shot
-    columns: list[str]
-    maps: list[ShotRow]
-    norms: list[ShotRow]
-    alternative: bool = False
+Gallery = dict[str, Any]
+"""One image as all models see it: key, kind, title, detail, photo, and the rows of maps and norms."""
 
 
 @dataclass
@@ -131,11 +120,11 @@ def galleries(board: Board) -> Galleries:
         gallery = gallery_of(board, scale, image, seen)
         if gallery is None:
             continue
-        size += sum(len(s.uri) for *_, shots in (*gallery.maps, *gallery.norms) for s in shots if s is not None)
+        rows = (*gallery["maps"], *gallery["norms"])
+        size += sum(len(shot.uri) for *_, shots in rows for shot in shots if shot is not None)
         if size > PICTURE_BYTES:
             found.left_out += 1
         else:
-            gallery.alternative = bool(found.shown)
             found.shown.append(gallery)
     return found
 
@@ -178,9 +167,15 @@ def gallery_of(board: Board, scale: pictures.Scale, image: tuple[bool, str, int]
     first = seen[next(iter(photos))][BASELINE]
     truth = first.get("truth_name") or (None if first.get("truth") is None else f"class {first['truth']}")
     detail = f"{where}, image {index}" + (f", labelled {truth}" if truth else "")
-    title = f"{name if ood else 'ID'}: {truth or f'image {index}'}"
-    key = f"{'ood' if ood else 'id'}-{name}-{index}"
-    return Gallery(key, where, title, detail, Shot(_uri(shown), detail), board.precisions, maps, norms)
+    return {
+        "key": f"{'ood' if ood else 'id'}-{name}-{index}",
+        "kind": where,
+        "title": f"{name if ood else 'ID'}: {truth or f'image {index}'}",
+        "detail": detail,
+        "photo": Shot(_uri(shown), detail),
+        "maps": maps,
+        "norms": norms,
+    }
 
 
 def _photo(example: Example) -> Any:

@@ -52,21 +52,21 @@ def render(board: Any, *, title: str | None = None) -> str:
         "report.html.j2",
         shown=(board.score or "", board.lowest or ""),
         title=str(title or board.study.get("name") or "Quantization report"),
-        data=page.safe_json({"deltas": context["deltas"].by_score}),
+        data={"deltas": context["deltas"].by_score},
         **context,
     )
 
 
 def page_context(board: Any) -> dict[str, Any]:
     """Every table, figure and sentence of the page, by its name in the templates."""
-    from quantlens.plots.figures import FIGURES
+    from quantlens.plots import FIGURES
     from quantlens.plots.precisions import GroupLines
+    from quantlens.plots.style import GLYPHS
     from quantlens.report import attention as lens
-    from quantlens.report import frontier, inspection, page, runinfo, summary, tables
+    from quantlens.report import frontier, inspection, runinfo, summary, tables
     from quantlens.report.decision import decision
     from quantlens.studies import text
 
-    lines = GroupLines(board)
     rows = tables.set_rows(board)
     shipped = decision(board)
     return {
@@ -76,7 +76,7 @@ def page_context(board: Any) -> dict[str, Any]:
         "decision": shipped,
         "tiles": [] if shipped and not board.groups else summary.tiles(board),
         "scope": summary.scope(board) if board.groups else "",
-        "legend": page.legend(lines.looks),
+        "legend": [(name, GLYPHS[look.form], look.colour) for name, look in GroupLines(board).looks.items()],
         "scores": [(s, text.score_label(s)) for s in board.scores],
         "score": board.score or "",
         "score_name": text.score_label(board.score or ""),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.files import write_whole
-from quantlens.plots.mixed import UNITS, front, mixed_cells, widths_of
+from quantlens.plots.points import UNITS, front, mixed_cells, widths_of
 from quantlens.report.page import render
 from quantlens.studies.board import Board
 

@@ -7,7 +7,6 @@ import base64
 import gzip
 import hashlib
 import json
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantlens._version import __version__
-from quantlens.plots.style import GLYPHS, VARIABLES, Look, Panel, finished
+from quantlens.plots.style import VARIABLES, Panel, finished
 
 HERE = Path(__file__).parent
 
@@ -32,15 +31,12 @@ def render(template: str, *, shown: tuple[str, str] = ("", ""), **context: Any) 
         lstrip_blocks=True,
     )
     environment.globals |= {"chart": Charts(*shown), "version": __version__}
-    style, *scripts = (_asset(name) for name in ("report.css", "charts.js", "report.js"))
+    assets = ("report.css", "charts.js", "report.js")
+    style, *scripts = ((HERE / "assets" / name).read_text(encoding="utf-8") for name in assets)
     script = "".join(scripts)
     return environment.get_template(template).render(
         policy=content_policy(style, script, library()), style=Markup(style), script=Markup(script), **context
     )
-
-
-def _asset(name: str) -> str:
-    return (HERE / "assets" / name).read_text(encoding="utf-8")
 
 
 def content_policy(style: str, *scripts: str) -> str:
@@ -50,12 +46,6 @@ def content_policy(style: str, *scripts: str) -> str:
         f"default-src 'none'; style-src {pins[0]}; script-src {' '.join(pins[1:])}; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-
-
-def safe_json(value: Any) -> Markup:
-    """JSON that can stand inside a script element whatever text it holds."""
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------------
@@ -93,8 +83,3 @@ class Charts:
         text = f'{{"library":{json.dumps(library())},"specs":{specs}}}'
         packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
         return Markup('<script type="application/gzip" id="charts">{}</script>').format(packed)
-
-
-def legend(looks: Mapping[str, Look]) -> list[tuple[str, str, int]]:
-    """(name, marker, number of its colour) of every line."""
-    return [(name, GLYPHS[look.form], look.colour) for name, look in looks.items()]

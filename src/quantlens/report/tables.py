@@ -178,10 +178,12 @@ def delta_table(board: Board) -> DeltaTable:
     top-1 comes first."""
     parts, names, shown = board.parts(), ("top1", "nll", "ece"), board.score or ""
     columns = [*map(delta_title, names), *(f"{delta_title('aupr_out')}, {PARTS[p]}" for p in parts)]
-    entries = [(g, b) for g, b in product(board.groups, board.quantized) if g.cells.get(b)]
-    changes = [board.change(g, b, ("id", "top1")) for g, b in entries]
-    order = sorted(range(len(entries)), key=lambda i: found.mean if (found := changes[i]) else float("inf"))
-    entries = [entries[i] for i in order]
+
+    def top1(entry: tuple[Group, str]) -> float:
+        change = board.change(*entry, ("id", "top1"))
+        return float("inf") if change is None else change.mean
+
+    entries = sorted(((g, b) for g, b in product(board.groups, board.quantized) if g.cells.get(b)), key=top1)
 
     def oods(score: str) -> list[list[str]]:
         paths = [("ood_mean", p, score, "aupr_out") for p in parts]
@@ -240,7 +242,7 @@ def set_rows(board: Board) -> list[list[str]]:
 
 def set_row(board: Board, group: Group, bits: str, path: Path) -> list[str] | None:
     """The metrics of one row of the per-set table from "Seeds" on; None where the store has none."""
-    stats = {key: board.stat(group, bits, (*path, key)) for key in (*SET_SHARES, *SET_CHANCES, "n_id", "n_ood")}
+    stats = {key: board.shown(group, bits, (*path, key)) for key in (*SET_SHARES, *SET_CHANCES, "n_id", "n_ood")}
     if not any(stats.values()):
         return None
     means = {key: None if stat is None else stat.mean for key, stat in stats.items()}
@@ -248,8 +250,8 @@ def set_row(board: Board, group: Group, bits: str, path: Path) -> list[str] | No
     if bits != BASELINE:
         seeds = str(max(stat.n for stat in stats.values() if stat))
         delta = delta_text(board, group, bits, (*path, "aupr_out"))
-    first, *shares = (mean_std(stats[key], 1, factor=100) for key in SET_SHARES)
-    chances = [percent(means[key]) for key in SET_CHANCES]
+    first, *shares = (mean_std(stats[key], 1) for key in SET_SHARES)
+    chances = [fixed(means[key], 1) for key in SET_CHANCES]
     return [seeds, first, delta, *shares, *chances, fixed(means["n_id"], 0), fixed(means["n_ood"], 0)]
 
 

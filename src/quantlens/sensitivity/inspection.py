@@ -27,7 +27,11 @@ from quantlens.sensitivity.statistics import EdgeStatistics, edge_statistics
 FORMAT = 1
 SITE, BLOCK, EDGE = "site", "block", "edge"
 GRANULARITIES = (SITE, BLOCK, EDGE)
-RANKS = ("sqnr", "kl")
+RANKS: dict[str, Callable[[Effect], float]] = {
+    "sqnr": lambda effect: -math.inf if effect.sqnr_db is None else -effect.sqnr_db,
+    "kl": lambda effect: effect.kl,
+}
+"""What parts are ranked by -> how much one hurts."""
 SAME_DB = 60.0
 """A method's exact rewrites leave the logits at least this close to the model's: float rounding gives some 90 dB."""
 
@@ -97,19 +101,12 @@ class Inspection:
         """Parts ("site", "block", "edge") with the one that hurts most first: by falling noise (``rank="sqnr"``) or by
         falling KL divergence ("kl"). Raises UnknownNameError."""
         check_names((by,), rank)
-
-        def harm(part: Part) -> float:
-            if rank == "kl":
-                return part.effect.kl
-            return -math.inf if part.effect.sqnr_db is None else -part.effect.sqnr_db
-
-        return sorted(self.parts.get(by, ()), key=harm, reverse=True)
+        return sorted(self.parts.get(by, ()), key=lambda part: RANKS[rank](part.effect), reverse=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that is valid JSON; parts in execution order."""
-        data = asdict(self)
-        parts = data.pop("parts")
-        return {"format": FORMAT, **data, **{f"{by}s": list(found) for by, found in parts.items()}}
+        data = {"format": FORMAT, **asdict(self)}
+        return data | {f"{by}s": list(found) for by, found in data.pop("parts").items()}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Inspection:
@@ -124,9 +121,8 @@ class Inspection:
 
     def save(self, path: str | Path) -> Path:
         """Write :meth:`to_dict` as JSON; an existing file is replaced at once or not at all. Raises StorageError."""
-        target = Path(path)
-        write_whole(target, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", what="the inspection")
-        return target
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", what="the inspection")
+        return Path(path)
 
 
 def _read_part(data: Mapping[str, Any]) -> Part:

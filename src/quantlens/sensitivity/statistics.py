@@ -102,12 +102,10 @@ def by_channel(edge: Edge, kind: str, value: Tensor) -> Tensor | None:
     Weights [C, …] give their output channels, images [B, C, H, W] theirs; heads of q, k and v [B, h, N, d] stand side
     by side, as the layer before them made them (k is stored transposed).
     """
-    if edge.is_weight:
-        return value.movedim(0, -1)
+    if edge.is_weight or kind == "conv":
+        return value.movedim(0 if edge.is_weight else 1, -1)
     if kind == "probs" or (kind, edge.name) in {("scores", "output"), ("context", "probs"), ("matmul", "rhs")}:
         return None
-    if kind == "conv":
-        return value.movedim(1, -1)
     if kind in ("scores", "context"):
         rows = value.transpose(-1, -2) if edge.name == "k" else value
         return rows.transpose(1, 2).flatten(2) if rows.dim() == 4 else rows

@@ -91,7 +91,7 @@ class Backend:
     ) -> dict[str, Any]:
         """What a cell keeps of the model's attention against that of the FP32 model, under "attention" and
         "attention_examples"; where the lens does not apply, the reason in words."""
-        from quantlens.attention.study_cell import survey
+        from quantlens.attention.image_sets import survey
         from quantlens.errors import UnsupportedError
 
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -108,14 +108,21 @@ class _Pilots:
     ) -> None:
         self.config, self.images, self.backend, self.shown, self.found = config, images, backend, shown, found
         self.few = _few(images)
+        self.small = config.model_copy(update={"cache": False, "skip_bad": True})
+        if config.attention is not None:
+            attention = config.attention.model_copy(update={"images": len(self.few.id)})
+            self.small = self.small.model_copy(update={"attention": attention})
         self.evaluated = sum(map(len, (images.id, *images.ood.values(), images.fit or ())))
         self.decoded = self.evaluated + sum(map(len, images.calibration.values()))
 
     def run(self, spec: ModelSpec, cells: list[PlannedCell], directory: str | Path) -> None:
         """The pilots of one model."""
         started = time.perf_counter()
-        work = self._work(spec)
-        decoding = _timed(work.decode)
+        device = choose_device(self.config.device)
+        work = ModelWork(self.small, self.backend, self.few, device, spec, Quiet())
+        loaded = time.perf_counter()
+        work.decode()
+        decoding = time.perf_counter() - loaded
         first = work.attempt(cells[0])  # captures the model
         cost = ModelCost(time.perf_counter() - started - decoding, decoding / len(self.few.id) * self.decoded)
         self.found.models[spec.label] = cost
@@ -133,13 +140,6 @@ class _Pilots:
         self.found.memory = max(self.found.memory, psutil.Process().memory_info().rss + logits)
         del work
         self.backend.free(at_once=True)
-
-    def _work(self, spec: ModelSpec) -> ModelWork:
-        small = self.config.model_copy(update={"cache": False, "skip_bad": True})
-        if small.attention is not None:
-            attention = small.attention.model_copy(update={"images": len(self.few.id)})
-            small = small.model_copy(update={"attention": attention})
-        return ModelWork(small, self.backend, self.few, choose_device(small.device), spec, Quiet())
 
     def _kind(self, work: ModelWork, cost: ModelCost, kind: str, cells: list[PlannedCell]) -> None:
         """The pilot of FP32, of the inspection, or of a method at its lowest precision."""
@@ -174,21 +174,8 @@ def _few(images: StudyImages) -> StudyImages:
     def first(source: Any, count: int) -> Any:
         return None if source is None else source.select(range(min(count, len(source))))
 
-    return replace(
-        images,
-        id=first(images.id, EVALUATED),
-        ood={},
-        fit=None,
-        groups={},
-        calibration={seed: first(source, CALIBRATED) for seed, source in images.calibration.items()},
-        inspected=first(images.inspected, CALIBRATED),
-    )
-
-
-def _timed(function: Any) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
+    calibration = {seed: first(source, CALIBRATED) for seed, source in images.calibration.items()}
+    return StudyImages(first(images.id, EVALUATED), {}, None, calibration, {}, first(images.inspected, CALIBRATED))
 
 
 def _size(count: int) -> str:

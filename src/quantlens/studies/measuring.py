@@ -51,15 +51,9 @@ class ModelWork:
         self.config, self.backend, self.images, self.shown = config, backend, images, shown
         self.label = spec.label
         self.model = backend.load_model(spec.name, weights_of(spec), device, spec.options)
+        self.checkpoint_sha256: str | None = self.model.checkpoint_sha256
+        self.preprocess: dict[str, Any] = self.model.preprocess.to_dict()
         self._calibration: dict[int, Any] = {}
-
-    @property
-    def checkpoint_sha256(self) -> str | None:
-        return None if self.model.checkpoint_sha256 is None else str(self.model.checkpoint_sha256)
-
-    @property
-    def preprocess(self) -> dict[str, Any]:
-        return dict(self.model.preprocess.to_dict())
 
     @cached_property
     def id(self) -> Any:

@@ -14,6 +14,8 @@ from typing import Any
 from quantlens.errors import QuantlensError, StorageError
 from quantlens.evaluation.environment import choose_device, environment
 from quantlens.evaluation.outputs import path_of
+from quantlens.evaluation.result import Result
+from quantlens.evaluation.scoring import choose_scores
 from quantlens.files import write_whole
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import (
@@ -112,8 +114,6 @@ class Session:
 
         cells = plan_study(config, backend)
         if config.scores is not None:
-            from quantlens.evaluation.scoring import choose_scores
-
             choose_scores(config.scores)
         for model in config.models:
             backend.check_model(model.name, weights_of(model))
@@ -141,11 +141,9 @@ class Session:
 
     def interrupted(self) -> str:
         """How the study stands after Ctrl-C, and how to carry on."""
-        counts = {"done": 0, "failed": 0}
-        with suppress(StorageError):
-            counts = self.store.counts()
-        self.store.close()
-        finished = counts["done"] + counts["failed"]
+        finished = 0
+        with suppress(StorageError), self.store:
+            finished = sum(self.store.counts().values())
         return (
             f"stopped; {finished} of {len(self.tasks)} cells are finished and kept in {self.store.path}; run the same "
             "command again to carry on"
@@ -153,10 +151,9 @@ class Session:
 
     def summary(self) -> Summary:
         """How the study stands."""
-        counts = self.store.counts()
-        failed = [(label(cell.spec), reason(cell.error)) for cell in self.store.failures()]
-        self.store.close()
-        return Summary(self.directory, len(self.tasks), counts["done"], self.ran, failed)
+        with self.store:
+            failed = [(label(cell.spec), reason(cell.error)) for cell in self.store.failures()]
+            return Summary(self.directory, len(self.tasks), self.store.counts()["done"], self.ran, failed)
 
     # -- the cells of a model --
 
@@ -174,8 +171,6 @@ class Session:
     def reference(self, group: Group) -> Any:
         """The FP32 Result of a group's model, from the store. Raises QuantlensError where it could not be measured."""
         if group.reference is None:
-            from quantlens.evaluation import Result
-
             stored = self.store.cell(group.fp32.key)
             if stored is None or stored.result is None:
                 why = "it is missing" if stored is None else reason(stored.error)
@@ -202,8 +197,6 @@ class Session:
             self._drop(other, [twin for twin in other.left if twin.key == task.key])
 
     def _compared(self, outcome: Outcome, group: Group) -> Outcome:
-        from quantlens.evaluation import Result
-
         assert outcome.result is not None
         result = Result.from_dict(outcome.result)
         try:

@@ -10,12 +10,12 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from quantlens.errors import StorageError
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.bootstrap import Wanted, replicate
-from quantlens.evaluation.outputs import Outputs
 from quantlens.files import write_whole
 from quantlens.metrics.bootstrap import Array, Resamples, differences, interval
 from quantlens.studies.board import Board
@@ -37,8 +37,8 @@ class Significance:
         self.resamples = Resamples(RESAMPLES)
         self.known = self._read()
         self.asked: dict[str, list[str]] = {}
-        self._baseline: tuple[str, Outputs] | None = None
-        self._replicas: dict[Wanted, dict[str, Array]] = {}
+        self._baseline = lru_cache(maxsize=1)(kept.read)
+        self._before = lru_cache(maxsize=4)(lambda outputs, wanted: replicate(outputs, wanted, self.resamples))
 
     def not_significant(self, baseline: str, keys: Sequence[str]) -> frozenset[str] | None:
         """Paths of the metrics ("id.top1", "ood_mean.far.msp.aupr_out", …) in which the cells `keys` (the seeds of one
@@ -55,10 +55,7 @@ class Significance:
         return frozenset(self.asked[name])
 
     def _measured(self, baseline: str, keys: Sequence[str]) -> list[str]:
-        if self._baseline is None or self._baseline[0] != baseline:
-            self._baseline = (baseline, kept.read(kept.path_of(self.directory, baseline)))
-            self._replicas.clear()
-        first = self._baseline[1]
+        first = self._baseline(kept.path_of(self.directory, baseline))
         drawn: dict[str, list[tuple[Array, Array]]] = {}
         for key in keys:
             second = kept.read(kept.path_of(self.directory, key))
@@ -66,10 +63,9 @@ class Significance:
                 raise StorageError(f"the per-image outputs {key} are not of the images of {baseline}")
             sets = tuple(s for s in first.ood_scores if s in second.ood_scores)
             wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), ASKED)
-            if wanted not in self._replicas:
-                self._replicas[wanted] = replicate(first, wanted, self.resamples)
+            before = self._before(first, wanted)
             for path, after in replicate(second, wanted, self.resamples).items():
-                drawn.setdefault(path, []).append((self._replicas[wanted][path], after))
+                drawn.setdefault(path, []).append((before[path], after))
         return [
             path
             for path, pairs in drawn.items()

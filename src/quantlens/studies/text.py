@@ -30,13 +30,12 @@ def percent(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
     return fixed(None if value is None else 100 * value, digits, sign=sign)
 
 
-def mean_std(stat: Stat | None, digits: int, *, factor: float = 1.0, sign: bool = False) -> str:
+def mean_std(stat: Stat | None, digits: int, *, sign: bool = False) -> str:
     """ "62.0 ± 0.4"; only the mean where there is one seed."""
     if stat is None:
         return MISSING
-    scaled = stat.scaled(factor)
-    text = fixed(scaled.mean, digits, sign=sign)
-    return text if scaled.std is None else f"{text} ± {fixed(scaled.std, digits)}"
+    text = fixed(stat.mean, digits, sign=sign)
+    return text if stat.std is None else f"{text} ± {fixed(stat.std, digits)}"
 
 
 def parse_bits(bits: str) -> tuple[int, int] | None:

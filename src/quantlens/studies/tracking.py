@@ -10,6 +10,7 @@ from typing import Any
 
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.evaluation.flat import numbers
+from quantlens.studies.store import Store
 
 KEY = "quantlens.cell"
 """The tag that names a run's cell; by it a cell that has been logged is known again."""
@@ -17,6 +18,7 @@ KEY = "quantlens.cell"
 BATCH = 100
 """Metrics in one request (MLflow takes 1000 things at once, 100 of them parameters)."""
 
+PARAMS = ("model", "architecture", "weights", "checkpoint_sha256", "method", "bits", "seed")
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
@@ -29,23 +31,20 @@ def log(directory: str | Path, uri: str, *, experiment: str | None = None, clien
     Raises UnsupportedError where MLflow is not installed, QuantlensError where it cannot be reached or nothing is
     finished.
     """
-    from quantlens.studies.store import Store
-
     with Store(directory) as store:
-        cells = [cell for cell in store.cells() if cell.done and cell.result is not None]
+        cells = [cell for cell in store.cells() if cell.done]
         name = experiment or str(store.study().get("name") or "quantlens")
     if not cells:
         raise QuantlensError("no cell is finished yet, so there is nothing to log; run `quantlens study` first")
-    client = _client(uri) if client is None else client
     try:
+        client = client or _client(uri)
         known = client.get_experiment_by_name(name)
         number = client.create_experiment(name) if known is None else known.experiment_id
         runs = {run.data.tags.get(KEY): run.info for run in _runs(client, number)}
         missing = [c for c in cells if c.key not in runs or runs[c.key].status != "FINISHED"]
         for cell in missing:
-            run = runs[cell.key].run_id if cell.key in runs else None
-            _log(client, number, cell, run)
-    except QuantlensError:
+            _log(client, number, cell, runs[cell.key].run_id if cell.key in runs else None)
+    except UnsupportedError:
         raise
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -63,37 +62,28 @@ def _client(uri: str) -> Any:
         raise UnsupportedError(
             "logging to MLflow needs the package mlflow (or mlflow-skinny): run `pip install 'quantlens[mlflow]'`"
         ) from error
-    try:
-        return MlflowClient(tracking_uri=uri)
-    except Exception as error:
-        raise QuantlensError(
-            f"MLflow cannot track to {uri} ({error}); give an address such as http://host:5000"
-        ) from error
+    return MlflowClient(tracking_uri=uri)
 
 
 def _runs(client: Any, experiment: str) -> Iterator[Any]:
-    token = None
-    while True:
-        page = client.search_runs([experiment], page_token=token)
+    page = client.search_runs([experiment])
+    yield from page
+    while page.token:
+        page = client.search_runs([experiment], page_token=page.token)
         yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _log(client: Any, experiment: str, cell: Any, run: str | None) -> None:
     from mlflow.entities import Metric, Param
 
     spec = cell.spec
-    began = int(1000 * (datetime.fromisoformat(cell.created).timestamp() - cell.seconds))
     ended = int(1000 * datetime.fromisoformat(cell.created).timestamp())
     if run is None:
-        title = " ".join(str(spec[k]) for k in ("model", "method", "bits")) + f" seed {spec['seed']}"
+        title = f"{spec['model']} {spec['method']} {spec['bits']} seed {spec['seed']}"
+        began = ended - int(1000 * cell.seconds)
         run = client.create_run(experiment, start_time=began, tags={KEY: cell.key}, run_name=title).info.run_id
-    names = ("model", "architecture", "weights", "checkpoint_sha256", "method", "bits", "seed")
-    params = {name: spec.get(name) for name in names} | {
-        f"option.{name}": value for name, value in (spec.get("options") or {}).items()
-    }
+    params = {name: spec.get(name) for name in PARAMS}
+    params |= {f"option.{name}": value for name, value in (spec.get("options") or {}).items()}
     client.log_batch(run, params=[Param(_name(k), str(v)[:500]) for k, v in params.items() if v is not None])
     metrics = [Metric(_name(path), float(value), ended, 0) for path, value in numbers(cell.result)]
     for start in range(0, len(metrics), BATCH):

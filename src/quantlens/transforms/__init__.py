@@ -1,5 +1,14 @@
-"""Exact graph rewrites: the function of the model stays as it is (to float rounding)."""
+"""Exact graph rewrites: the function of the model stays as it is (to float rounding). Transforms by name say in words
+what they did."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from quantlens.graph import Graph
+from quantlens.plugins import Registry
 from quantlens.transforms.equalisation import Factors, balance, equalise_norms, smooth_factors
 from quantlens.transforms.heads import (
     ScorePair,
@@ -12,7 +21,6 @@ from quantlens.transforms.heads import (
 )
 from quantlens.transforms.layers import fold_layer_scale, hidden_source, permute_hidden, rescale_input, split_linear
 from quantlens.transforms.norms import NormGroup, find_norm_groups, fold_norm, rescale_norm
-from quantlens.transforms.registry import Transform, available, get, register
 
 __all__ = [
     "Factors",
@@ -40,3 +48,36 @@ __all__ = [
     "smooth_factors",
     "split_linear",
 ]
+
+Transform = Callable[[Graph], list[str]]
+"""Changes a graph in place and leaves its function as it is; returns a sentence for each thing it did (none: []), as
+they stand in `Plan.rewrites`."""
+
+
+def register(name: str) -> Callable[[Transform], Transform]:
+    """Decorator that adds a transform. Raises QuantlensError for a name that is taken."""
+
+    def add(transform: Transform) -> Transform:
+        _TRANSFORMS.add(transform, name)
+        return transform
+
+    return add
+
+
+def available() -> dict[str, Transform]:
+    """All transforms by name, in alphabetical order."""
+    return dict(sorted(_TRANSFORMS.all().items()))
+
+
+def get(name: str) -> Transform:
+    """A transform by name. Raises UnknownNameError."""
+    return _TRANSFORMS.get(name)
+
+
+def _adopt(name: str, found: Any) -> None:
+    """Register a function that an entry point names."""
+    if name and not isinstance(found, ModuleType):
+        register(name)(found)
+
+
+_TRANSFORMS: Registry[Transform] = Registry("transform", "quantlens.transforms", adopt=_adopt)

@@ -81,17 +81,12 @@ def equalise_norms(graph: Graph, groups: list[NormGroup], factors: Mapping[str, 
         chosen = factors.get(group.norm.name)
         if chosen is None:
             continue
-        channels = graph.tensor(group.parameters[0]).shape
-        good = bool((chosen.scale > 0).all()) and all(
-            bool(torch.isfinite(t).all()) for t in (chosen.scale, chosen.shift)
-        )
-        if chosen.scale.shape != channels or chosen.shift.shape != channels or not good:
+        channels, scale, shift = graph.tensor(group.parameters[0]).shape, chosen.scale, chosen.shift
+        fits = scale.shape == shift.shape == channels
+        if not fits or not bool(((scale > 0) & scale.isfinite() & shift.isfinite()).all()):
             raise QuantlensError(
                 f"{group.norm.name}: equalisation needs {tuple(channels)} positive finite factors and finite shifts"
             )
-        rescale_norm(graph, group, chosen.scale, chosen.shift)
+        rescale_norm(graph, group, scale, shift)
         done.append(group.norm.name)
     return done
-
-
-__all__ = ["Factors", "balance", "columns", "equalise_norms", "smooth_factors"]

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.graph import Graph, Site
-from quantlens.graph.graph import VIEWS, op_name
+from quantlens.graph.graph import VIEWS, op_name, walk
+from quantlens.graph.layout import example_sizes, moved
 from quantlens.graph.sites import SCALINGS
 from quantlens.transforms.layers import alone
 from quantlens.transforms.rotation import orthogonal
@@ -63,15 +64,14 @@ def find_value_pairs(graph: Graph) -> list[ValuePair]:
     place of every token, v's channels must be read by nothing but this product, and the context by nothing but one
     linear layer.
     """
-    by_node = {site.node: site for site in graph.sites}
     pairs = []
     for context in graph.sites.of_kind("context"):
-        made = _made(graph, by_node, context, "v", VIEWS)
-        after = _numbers(graph, context.node, like=made[1]) if made is not None else None
+        made = _made(graph, context, "v", VIEWS)
+        after = _numbers(context.node, like=made[1]) if made is not None else None
         if made is None or after is None or graph.output in after:
             continue
         ends = [(u, a) for a in after for u in a.users if u not in after]
-        proj = by_node.get(ends[0][0]) if len(ends) == 1 else None
+        proj = graph.sites.by_node.get(ends[0][0]) if len(ends) == 1 else None
         if proj is None or proj.kind != "linear" or proj.edges["input"].value is not ends[0][1]:
             continue
         values, heads = made  # v is [.., heads, tokens, d]; a channel is (head, d)
@@ -84,28 +84,25 @@ def find_value_pairs(graph: Graph) -> list[ValuePair]:
 def find_score_pairs(graph: Graph) -> list[ScorePair]:
     """The attentions where the graph proves that one rotation of q and k per head is exact: both come from linear
     layers through moves and multiplications by numbers alone, and nothing else reads their channels."""
-    by_node = {site.node: site for site in graph.sites}
     pairs = []
     for scores in graph.sites.of_kind("scores"):
-        q, k = (_made(graph, by_node, scores, name, VIEWS | SCALINGS) for name in ("q", "k"))
+        q, k = (_made(graph, scores, name, VIEWS | SCALINGS) for name in ("q", "k"))
         if q is not None and k is not None and q[1].shape == k[1].shape:
             pairs.append(ScorePair(scores, *q, *k))
     return pairs
 
 
-def _made(
-    graph: Graph, by_node: dict[fx.Node, Site], product: Site, operand: str, through: set[str]
-) -> tuple[Site, Tensor] | None:
+def _made(graph: Graph, product: Site, operand: str, through: set[str]) -> tuple[Site, Tensor] | None:
     """The linear layer that makes an operand [.., heads, tokens, d] (or [.., heads, d, tokens]) of a product, and its
     output channels [heads, d] that are the operand; None unless this product alone reads them."""
     value = product.edges[operand].value
     source: Any = value
     while _passes(source, through):
         source = source.args[0]
-    layer = by_node.get(source)
+    layer = graph.sites.by_node.get(source)
     if layer is None or layer.kind != "linear" or not alone(graph, layer):
         return None
-    seen = _numbers(graph, source, through=through)
+    seen = _numbers(source, through=through)
     if seen is None or graph.output in seen:
         return None
     rows = _one_per_channel(seen.get(value))
@@ -172,59 +169,23 @@ def _passes(node: fx.Node, through: set[str]) -> bool:
     return op in through and (op not in SCALINGS or isinstance(node.args[1], int | float))
 
 
-def _numbers(
-    graph: Graph, start: fx.Node, like: Tensor | None = None, *, through: set[str] = VIEWS
-) -> dict[fx.Node, Any] | None:
+def _numbers(start: fx.Node, like: Tensor | None = None, *, through: set[str] = VIEWS) -> dict[fx.Node, Any] | None:
     """Channel numbers after ``start`` through all operations that only move values (or are named): node -> int64
     tensor (or a tuple of them). ``start`` holds the number of its last channel, or (head, channel) numbers for ``like``
     [.., heads, d]."""
-    shape = start.meta["shape"]
-    if shape is None:
+    nodes = list(walk([start], lambda n: [u for u in n.users if u.args[0] is n and _passes(u, through)]))
+    sizes = example_sizes(nodes)
+    if like is None:
+        value = torch.arange(sizes[-1]).expand(sizes)
+    elif sizes[-3::2] != list(like.shape):
         return None
-    # two images; windows make several rows of an image, so the first dimension is found by trial
-    for rows in (2, *(2 * n for n in _window_counts(graph))):
-        size = [rows if d is None else d for d in shape]
-        if like is None:
-            value = torch.arange(size[-1]).expand(*size)
-        else:
-            if len(size) < 3 or size[-3] != like.shape[0] or size[-1] != like.shape[1]:
-                return None
-            value = torch.arange(like.numel()).view(like.shape[0], 1, like.shape[1]).expand(*size)
-        env: dict[fx.Node, Any] = {start: value}
-        stub: dict[fx.Node, Any] = {graph.input: torch.empty((2, *graph.input.meta["shape"][1:]), device="meta")}
-        try:
-            queue = [start]
-            while queue:
-                for user in queue.pop(0).users:
-                    if user not in env and _passes(user, through) and user.args[0] in env:
-                        args = fx.map_arg(user.args, lambda n, e=env, s=stub: e[n] if n in e else graph._value(n, s))
-                        scaled = op_name(user) in SCALINGS  # a number stays what it is
-                        env[user] = args[0] if scaled else user.target(*args, **user.kwargs)  # type: ignore[operator]
-                        queue.append(user)
-        except (RuntimeError, IndexError, TypeError):
-            continue
-        if all(_fits(value, node.meta.get("shape")) for node, value in env.items()):
-            return env
-    return None
-
-
-def _fits(value: Any, shape: tuple | None) -> bool:
-    """Whether a value has the shape that its node had in the capture (None: any size)."""
-    if shape is None or not isinstance(value, Tensor):
-        return True
-    return value.dim() == len(shape) and all(b is None or a == b for a, b in zip(value.shape, shape, strict=True))
-
-
-def _window_counts(graph: Graph) -> list[int]:
-    """Numbers of windows per image that the graph multiplies its batch with."""
-    counts = {
-        a
-        for node in graph.fx.nodes
-        if node.op == "call_function" and node.meta.get("symbolic") and op_name(node) == "<built-in function mul>"
-        for a in node.args
-        if isinstance(a, int)
-    }
-    return sorted(counts)
+    else:
+        value = torch.arange(like.numel()).view(like.shape[0], 1, like.shape[1]).expand(sizes)
+    found: dict[fx.Node, Any] = {start: value}
+    for node in nodes[1:]:  # a number stays what it is where it is scaled
+        source = found[node.args[0]]  # type: ignore[index]
+        found[node] = source if op_name(node) in SCALINGS else moved(source, node)
+    return found
 
 
 def _one_per_channel(numbers: Any, *, heads: bool = True) -> Tensor | None:
@@ -236,14 +197,3 @@ def _one_per_channel(numbers: Any, *, heads: bool = True) -> Tensor | None:
     first = numbers.reshape(-1, *numbers.shape[-3:])[0, :, 0, :]
     same = bool((numbers == first[:, None, :]).all())
     return first if same and len(first.unique()) == first.numel() else None
-
-
-__all__ = [
-    "ScorePair",
-    "ValuePair",
-    "find_score_pairs",
-    "find_value_pairs",
-    "rescale_values",
-    "rotate_scores",
-    "rotate_values",
-]

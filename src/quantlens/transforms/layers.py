@@ -6,7 +6,7 @@ What it computes together with them stays as it is, to float rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,13 +55,13 @@ def fold_layer_scale(graph: Graph) -> list[str]:
 
     Returns the names of the linears changed. Exact to float rounding; the multiplication disappears from the graph.
     """
-    by_node = {s.node: s for s in graph.sites}
+    by_node: Any = graph.sites.by_node
     changed = []
     for node in list(graph.fx.nodes):
         if op_name(node) != "aten.mul.Tensor" or len(node.args) != 2:
             continue
         for value, factor in (node.args, node.args[::-1]):
-            linear, gamma = by_node.get(value), graph.constant(factor)  # type: ignore[arg-type]
+            linear, gamma = by_node.get(value), graph.constant(factor)
             if linear is None or gamma is None or linear.kind != "linear" or len(linear.node.users) != 1:
                 continue
             if gamma.shape != linear.node.meta["shape"][-1:] or not alone(graph, linear):
@@ -143,8 +143,14 @@ def hidden_source(graph: Graph, linear: Site) -> Site | None:
     node: Any = linear.node.args[0]
     while op_name(node) in ACTIVATIONS and len(node.users) == 1:
         node = node.args[0]
-    source = {site.node: site for site in graph.sites.of_kind("linear")}.get(node)
-    own = source is not None and len(node.users) == 1 and alone(graph, source) and alone(graph, linear)
+    source = graph.sites.by_node.get(node)
+    own = (
+        source is not None
+        and source.kind == "linear"
+        and len(node.users) == 1
+        and alone(graph, source)
+        and alone(graph, linear)
+    )
     return source if own else None
 
 
@@ -192,3 +198,30 @@ def with_constant(
     name, kind = graph.unused(*called), graph.constant(before.args[1]).dtype  # type: ignore[union-attr]
     held = graph.insert_tensor(before, name, constant.to(kind).view(spread))
     return graph.insert(before, operation, (value, held), value.meta["shape"])
+
+
+def pixel_readers(graph: Graph, channels: int) -> list[Site]:
+    """The convolutions that read the image where pixel/255 is exact: with a weight of their own, that see all channels
+    and pad nothing."""
+    readers = [s for s in graph.sites.of_kind("conv") if s.edges["input"].value is graph.input]
+    return [
+        site
+        for site in readers
+        if alone(graph, site) and not pads(site) and graph.tensor(str(site.weight)).shape[1] == channels
+    ]
+
+
+def read_pixels(graph: Graph, readers: Sequence[Site], mean: Sequence[float], std: Sequence[float]) -> list[str]:
+    """Let these convolutions read pixel/255 (a picture has 256 values per channel to begin with); returns the keys of
+    their input edges. mean and std: per channel, in units of 0 … 1, what images are normalised with.
+
+    Models read (pixel/255 − mean)/std. One scale for that tensor lies between the pixels' own values: with mean = std =
+    0.5 the zero point 127.5 is rounded, and every value is half a step off. Here the graph computes pixel/255 again,
+    which the weight and bias of the patch embedding undo, and the codes of pixel/255 with scale 1/255 and zero point 0
+    are the pixels: nothing is lost. The function of the graph is unchanged.
+    """
+    centre, spread = (torch.tensor(v, dtype=torch.float64, device=graph.device) for v in (mean, std))
+    for site in readers:
+        rescale_input(graph, site, 1.0 / spread, -centre)
+    graph.invalidate()
+    return [f"{site.name}.input" for site in readers]

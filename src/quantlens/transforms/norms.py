@@ -43,8 +43,7 @@ class NormGroup:
 def find_norm_groups(graph: Graph) -> list[NormGroup]:
     """LayerNorms (with scale and shift over the last dimension only) that feed linear layers and nothing else, none of
     them with parameters that something else reads."""
-    by_node = {s.node: s for s in graph.sites}
-    groups = []
+    by_node, groups = graph.sites.by_node, []
     for norm in graph.sites.of_kind("layer_norm"):
         shape, *parameters = norm.node.args[1:4]
         if len(shape) != 1 or len(parameters) < 2 or any(graph.constant(p) is None for p in parameters):

@@ -71,21 +71,20 @@ def find_residuals(graph: Graph) -> list[Residual]:
     convolutions and constants of their own, read by LayerNorms alone that feed linear layers alone. A stream that
     anything else reads or writes (Swin's, whose channels are joined between stages) is left out."""
     groups = {group.norm.node: group for group in find_norm_groups(graph)}
-    by_node = {site.node: site for site in graph.sites}
     found: list[Residual] = []
     seen: set[fx.Node] = set()
     for norm in groups:
         if norm.args[0] in seen:
             continue
         channels = int(norm.args[0].meta["shape"][-1])  # type: ignore[union-attr]
-        sources = partial(_sources, graph, channels)
+        sources = partial(_sources, channels)
 
         def onward(node: fx.Node, sources: Any = sources) -> list[fx.Node]:
             return [*(sources(node) or ()), *(user for user in node.users if node in (sources(user) or ()))]
 
         stream = list(walk([norm.args[0]], onward))  # type: ignore[list-item]
         seen.update(stream)
-        residual = _residual(graph, stream, channels, groups, by_node)
+        residual = _residual(graph, stream, channels, groups)
         if residual is not None:
             found.append(residual)
     return found
@@ -96,7 +95,6 @@ def _residual(
     stream: list[fx.Node],
     channels: int,
     groups: dict[fx.Node, NormGroup],
-    by_node: dict[fx.Node, Site],
 ) -> Residual | None:
     """What writes and reads all nodes of a stream; None if something keeps it from being rotated."""
     residual, inside = Residual(channels), set(stream)
@@ -106,10 +104,10 @@ def _residual(
                 residual.norms.append(groups[user])
             elif user not in inside:
                 return None
-        if _sources(graph, channels, node) is not None:
+        if _sources(channels, node) is not None:
             continue
         layer = node if op_name(node) == "aten.linear.default" else _conv_after(node)
-        site = by_node.get(layer)  # type: ignore[arg-type]
+        site = graph.sites.by_node.get(layer)  # type: ignore[arg-type]
         if site is not None and alone(graph, site):
             residual.layers.append(site)
         elif _is_constant(graph, node) and node.meta["shape"][-1:] == (channels,):
@@ -119,25 +117,23 @@ def _residual(
     return residual
 
 
-def _sources(graph: Graph, channels: int, node: fx.Node) -> list[fx.Node] | None:
+def _sources(channels: int, node: fx.Node) -> list[fx.Node] | None:
     """What a node of the stream passes on: both summands, all that is joined, or the value that it moves. ``None`` if
     it is something else."""
     op, nodes = op_name(node), node.all_input_nodes
-    if node.meta.get("shape") is None or node.meta["shape"][-1:] != (channels,):
+    if not _wide(node, channels):
         return None
+    last = len(node.meta["shape"]) - 1
     if op in ADDS and not node.kwargs and len(nodes) == len(node.args) and all(_wide(n, channels) for n in nodes):
         return nodes
     if op == "aten.cat.default":
-        dim = node.args[1] if len(node.args) > 1 else 0
-        return list(node.args[0]) if dim % len(node.meta["shape"]) != len(node.meta["shape"]) - 1 else None  # type: ignore[operator, arg-type]
+        return nodes if argument(node, "dim") % (last + 1) != last else None
     if not nodes or not _wide(nodes[0], channels):
         return None
-    rank = len(nodes[0].meta["shape"])
     if op == "aten.mean.dim":
-        return nodes[:1] if all(d % rank != rank - 1 for d in node.args[1]) else None  # type: ignore[union-attr, operator]
-    if op == "aten.expand.default" or keeps_channels_last(node, nodes[0]):
-        return nodes[:1]
-    return None
+        rank = len(nodes[0].meta["shape"])
+        return nodes[:1] if all(dim % rank != rank - 1 for dim in argument(node, "dim")) else None
+    return nodes[:1] if op == "aten.expand.default" or keeps_channels_last(node, nodes[0]) else None
 
 
 def _wide(node: fx.Node, channels: int) -> bool:
@@ -183,11 +179,9 @@ def hadamard(size: int, generator: torch.Generator) -> Tensor:
 
     Without the signs the mean of all channels would pile up in the first one.
     """
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    if len(matrix) != size:
-        raise ValueError(f"{size} is no power of two")
+    from scipy.linalg import hadamard as sylvester
+
+    matrix = torch.from_numpy(sylvester(size, dtype=float))
     signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
     return signs * matrix / size**0.5
 
@@ -249,17 +243,3 @@ def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | No
         add_to_bias(graph, linear, turned.flatten(1) @ shift)
         joined = with_constant(graph, node, aten.add.Tensor, joined, (linear.name, "_input_mean"), -shift, (-1,))
     replace_argument(node, 0, joined)
-
-
-__all__ = [
-    "Residual",
-    "alone",
-    "find_residuals",
-    "hadamard",
-    "layers_after_activations",
-    "mean_keeping",
-    "orthogonal",
-    "rotate_input",
-    "rotate_residual",
-    "rotation_size",
-]

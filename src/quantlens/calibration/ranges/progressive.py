@@ -100,6 +100,7 @@ def progressive(
     if side.candidates is None or side.current is None:
         return side
     best, reached = ranked(side, error, torch.cat([side.current[None], side.candidates]), keep)
+    rounding = error if error.pull is None else replace(error, pull=torch.zeros_like(error.pull))
     offsets = torch.linspace(-0.5, 0.5, children, device=best.device)[:, None] * spacing
     for _ in range(steps - 1):
         near = best[:, None].expand(-1, children, -1, -1).clone()
@@ -109,7 +110,8 @@ def progressive(
         pool, old = torch.cat([best, points]), reached[0]
         reached, order = torch.cat([reached, found]).topk(min(keep, len(pool)), 0, largest=False)
         best = pool.gather(0, order[..., None].expand(-1, -1, pool.shape[-1]))
-        if bool(((old - reached[0]).sum() <= CONVERGED * _size(side, error, best[:1])).all()):
+        # a gain is compared with the part of the loss that a rounding error makes
+        if bool((old - reached[0]).sum() <= CONVERGED * losses(side, rounding.exact, best[:1]).sum()):
             break
         offsets = offsets / (children - 0.5)
     return replace(side, current=best[0], place=None)
@@ -126,12 +128,6 @@ def ranked(side: Side, error: OutputError, tried: Tensor, keep: int) -> tuple[Te
         tried = chosen(losses(side, error.rough, tried).topk(few, 0, largest=False).indices)
     reached, order = losses(side, error.exact, tried).topk(min(keep, len(tried)), 0, largest=False)
     return chosen(order), reached
-
-
-def _size(side: Side, error: OutputError, tried: Tensor) -> Tensor:
-    """[] the part of the loss that a rounding error makes, what a gain is compared with."""
-    plain = replace(error, pull=torch.zeros_like(error.pull)) if error.pull is not None else error
-    return losses(side, plain.exact, tried).sum()
 
 
 # -- candidates ---------------------------------------------------------------------------------------------------

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from quantlens.attention.outlier_tokens import large, outliers, overlap, quantile, token_norms
+from quantlens.attention.drift import large_tokens, outlier_tokens, quantile, token_norms, token_overlap
 
 
 def test_outlier_rule():
     generator = torch.Generator().manual_seed(0)
     norms = 10 + torch.randn(2, 100, generator=generator)
-    assert not outliers(norms).any()
+    assert not outlier_tokens(norms).any()
     norms[0, 7], norms[1, 50] = 40.0, 14.0  # the second stands out of a narrow spread but is no 1.5 medians
-    found = outliers(norms)
+    found = outlier_tokens(norms)
     assert found[0].nonzero().tolist() == [[7]]
     assert not found[1].any()
-    assert not outliers(torch.full((1, 9), 3.0)).any()
-    assert overlap(found, found).tolist() == [1, 1]
-    assert overlap(found, torch.zeros_like(found)).tolist() == [0, 1]
+    assert not outlier_tokens(torch.full((1, 9), 3.0)).any()
+    assert token_overlap(found, found).tolist() == [1, 1]
+    assert token_overlap(found, torch.zeros_like(found)).tolist() == [0, 1]
     tokens = torch.zeros(1, 5, 2)
     tokens[0, 3] = torch.tensor([3.0, 4.0])
     assert token_norms(tokens, prefix=1).tolist() == [[0, 0, 5, 0]]
@@ -28,8 +28,8 @@ def test_outlier_rule():
 def test_outliers_of_many_blocks_at_once():
     norms = 10 + torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(1))
     norms[1, 2, 7] = 99
-    assert torch.equal(outliers(norms)[1], outliers(norms[1]))
-    assert outliers(norms).nonzero().tolist() == [[1, 2, 7]]
+    assert torch.equal(outlier_tokens(norms)[1], outlier_tokens(norms[1]))
+    assert outlier_tokens(norms).nonzero().tolist() == [[1, 2, 7]]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 196])
@@ -43,14 +43,14 @@ def test_quantiles_are_numpys(count, q):
 @pytest.mark.parametrize("norms", [[1.0, 2.0], [1.0, 1.0, 2.0, 2.0]])
 def test_of_an_even_number_the_median_lies_between_the_middle_two(norms):
     """2 is less than 1.5 times the median 1.5, and no outlier; the lower of the middle two would make it one."""
-    assert not outliers(torch.tensor([norms])).any()
+    assert not outlier_tokens(torch.tensor([norms])).any()
 
 
 def test_where_many_tokens_are_large_none_is_an_outlier_but_they_are_counted():
     norms = torch.tensor([[10.0] * 7 + [30.0] * 8])  # the median is theirs
-    assert int(outliers(norms).sum()) == 0
-    assert int(large(norms).sum()) == 8
+    assert int(outlier_tokens(norms).sum()) == 0
+    assert int(large_tokens(norms).sum()) == 8
     alone = torch.tensor([[10.0] * 14 + [30.0]])
-    assert torch.equal(outliers(alone), large(alone))
-    assert not large(torch.zeros(1, 6)).any()
-    assert not large(torch.full((1, 6), 3.0)).any()
+    assert torch.equal(outlier_tokens(alone), large_tokens(alone))
+    assert not large_tokens(torch.zeros(1, 6)).any()
+    assert not large_tokens(torch.full((1, 6), 3.0)).any()

@@ -1,0 +1,231 @@
+"""The docs site: what its pages show runs, it builds without a warning, and it needs no network.
+
+A block of Python runs, as do the lines of a console block that call quantlens; a block whose title is the name of a
+file is written to it. Blocks titled "With your own …" need what is not here: of these, options and commands must exist.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from quantlens import plugins
+from quantlens.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]*)\")?\n(.*?)^```$", re.S | re.M)
+NOT_HERE = ("With your own", "Examples")
+OTHERS = {"make", "pip", "source", "ray", "export", "python", "git"}  # programs that the tests do not start
+FAST = {"concepts.md", "install.md", "methods.md"}
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def generate():
+    pytest.importorskip("mkdocs")
+    sys.path.insert(0, str(DOCS))
+    try:
+        spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(DOCS))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QUANTLENS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "120")
+    plugins.forget()
+    yield tmp_path
+    plugins.forget()
+
+
+def blocks(text):
+    return [(kind, title or "", code) for kind, title, code in FENCE.findall(text)]
+
+
+def commands(code):
+    """The command lines of a console block, as lists of words."""
+    lines = re.findall(r"^\$ (.*)$", re.sub(r"\\\n\s*", "", code), re.M)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def known(words):
+    """A command of quantlens and options that it has."""
+    if words[0] != "quantlens":
+        return words[0] in OTHERS
+    program = typer.main.get_command(main.app)
+    if words[1].startswith("-"):
+        return words[1] in ("--help", "--version")
+    own = {option for parameter in program.commands[words[1]].params for option in parameter.opts}
+    return all(word.split("=")[0] in own | {"--help"} for word in words[2:] if re.match(r"--?[a-z]", word))
+
+
+def run(text):
+    """Everything in a page that can run here, in its order; how much that was."""
+    scope: dict[str, object] = {}
+    done = 0
+    for kind, title, code in blocks(text):
+        if title.startswith(NOT_HERE):
+            continue
+        if re.fullmatch(r"[\w-]+\.\w+", title):
+            Path(title).write_text(code, encoding="utf-8")
+        elif kind == "python":
+            exec(compile(code, "a page", "exec"), scope)
+            done += 1
+        elif kind == "console":
+            for program, *arguments in commands(code):
+                if program == "quantlens":
+                    assert main.run(arguments) == 0, arguments
+                    done += 1
+    return done
+
+
+def runs(text):
+    return any(kind in ("python", "console") and not title.startswith(NOT_HERE) for kind, title, _ in blocks(text))
+
+
+def marked(page):
+    return pytest.param(page, id=page.name, marks=() if page.name in FAST else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("page", [marked(p) for p in PAGES if runs(p.read_text()) and p.name != "extending.md"])
+def test_what_a_page_shows_runs(page, folder):
+    """(extending.md has a file of tests of its own.)"""
+    assert run(page.read_text(encoding="utf-8")) >= (
+        0 if page.name in ("results.md", "choosing.md", "scaling.md") else 1
+    )
+
+
+@pytest.mark.slow
+def test_the_command_of_every_method_runs(folder, generate):
+    for name in generate.in_words():
+        assert run(generate.method_page(name)) == 1
+        assert (folder / f"{name}.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_exist(page, generate):
+    text = generate.filled(page.read_text(encoding="utf-8"))
+    for kind, _, code in blocks(text):
+        for words in commands(code) if kind == "console" else []:
+            assert known(words), words
+
+
+def test_every_block_says_what_it_is():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```") == 2 * len(blocks(text)), page
+        assert {kind for kind, _, _ in blocks(text)} <= {"python", "console", "yaml", "toml", "text"}, page
+
+
+def test_every_method_has_a_page_in_plain_words(generate):
+    words = generate.in_words()
+    assert set(words) == set(generate.methods())
+    assert all({"idea", "weights", "activations", "take"} <= set(entry) for entry in words.values())
+    page = generate.method_page("repq-vit")
+    info = generate.methods()["repq-vit"]
+    assert info.url in page
+    assert all(f"| `{option}` |" in page for option in info.options)
+    assert all(reading in page for reading in info.readings)
+
+
+def test_a_page_on_a_method_has_its_departures(generate):
+    departures = {name: info.departures for name, info in generate.methods().items() if info.departures}
+    assert departures
+    for name, list_ in departures.items():
+        page = generate.method_page(name)
+        assert all(departure.what.replace("|", "\\|") in page for departure in list_), name
+
+
+def test_results_say_what_they_are(generate):
+    data = generate.results()
+    for row in data["rows"]:
+        assert {"set", "model", "method", "options", "bits", "seeds", "date", "top1"} <= set(row)
+        assert row["set"] in data["sets"]
+        assert row["method"] is None or row["method"] in generate.methods()
+        assert isinstance(row["top1"], float | int) == (row["seeds"] == 1), row
+    for about in data["sets"].values():
+        assert (ROOT / about["study"]).is_file()
+        assert about["images"]
+    assert json.loads((DOCS / "results.json").read_text(encoding="utf-8")) == data
+
+
+def test_the_tables_show_the_results(generate):
+    shown = generate.filled((DOCS / "results.md").read_text(encoding="utf-8"))
+    shown = shown.replace("\u00a0", " ")
+    assert "| DeiT-Tiny | [`repq-vit`](methods/repq-vit.md) | W4A4 | 59.8 ± 1.2 | 2.18 ± 0.04 | −10.5 | 3.3 |" in shown
+    assert "| DeiT-Tiny | FP32 | FP32 | 76.75 |" in shown
+    assert shown.count("\n## ") == len(generate.results()["sets"]) + 1
+    rows = [{"model": "m", "method": None, "aupr_out": {"a": 50.0, "b": 60.0}}]
+    row = {"model": "m", "method": "x", "aupr_out": {"a": [49.0, 1.0], "b": 58.0}}
+    assert generate.aupr_change(row, rows) == "−1.5"
+
+
+def test_the_readme_shows_results_of_the_file(generate):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 120
+    rows = [row for row in generate.results()["rows"] if row["set"] == "four-bits"]
+    table = text.partition("| W4A4 |")[2].partition("\n\n")[0]
+    for row in rows:
+        shown = (
+            row["bits"] == "W4A4" and row["seeds"] == 3 and row["method"] in ("repq-vit", "adalog", "quantlens-fast")
+        )
+        if shown:
+            change = generate.aupr_change(row, rows)
+            assert f"{generate.number(row['top1'])} | {change} |".replace("\u00a0", " ") in table, row
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_words(page):
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"\b(behind|figures|learn\w* by heart|refused in words)\b", text), page
+    assert not re.search(r"\b(differences?|changes?|metrics?|it|they) stands?\b", text), page
+
+
+def test_the_research_log_has_every_page():
+    index = (ROOT / "research" / "README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "research").glob("2*.md")}
+    assert pages == set(re.findall(r"\(([^()]+\.md)\)", index))
+
+
+def test_the_citation_is_of_this_version():
+    from quantlens import __version__
+
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs")
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_needs_no_network(site, generate):
+    pages = {page.relative_to(site).as_posix(): page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
+    assert {"index.html", "cli.html", "api.html", "results.html", "research/index.html"} <= set(pages)
+    assert {f"methods/{name}.html" for name in generate.in_words()} <= set(pages)
+    loaded = re.compile(r"<(?:script|img|iframe|link)\b[^>]*(?:src|href)=\"(?:https?:)?//[^\"]*\"")
+    for name, page in pages.items():
+        assert not loaded.search(page), name
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"url\([\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet
+    assert all(f'id="quantlens.{name}"' in pages["api.html"] for name in ("quantize", "evaluate", "load_model"))
+    assert "generated:" not in pages["cli.html"] + pages["results.html"] + pages["methods.html"]
