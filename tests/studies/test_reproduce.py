@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
 import quantlens as ql
 from quantlens.cli.main import run
 from quantlens.errors import QuantlensError
+from quantlens.studies.compare import open_side
 from quantlens.studies.runner import run_study
 from quantlens.studies.store import Store
 
@@ -88,3 +90,16 @@ def _noise():
 
     size = ql.load_model("digits-vit").preprocess.input_size
     return torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_row_of_a_report_has_a_command_that_works(directory) -> None:
+    from quantlens.report.runinfo import again
+    from quantlens.studies.board import board_of
+
+    board = board_of(directory)
+    commands = dict(again(board))
+    assert set(commands) == {"digits-vit FP32", *(group.name for group in board.groups)}
+    for command in commands.values():
+        program, name, row = shlex.split(command)
+        assert (program, name) == ("quantlens", "reproduce")
+        assert open_side(row).entries
