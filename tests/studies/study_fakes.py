@@ -282,4 +282,5 @@ if __name__ == "__main__":  # python study_fakes.py OUT LOG PAUSE [SETTINGS [CHA
         runner.Backend = lambda: backend  # type: ignore[assignment, misc]
         file = log.with_suffix(".yaml")
         file.write_text(json.dumps(config(**changes).to_dict()))
-        main(["study", str(file), "--out", str(out), *settings])
+        sys.argv = ["quantlens", "study", str(file), "--out", str(out), *settings]
+        main()
