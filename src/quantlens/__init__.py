@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from quantlens.qmodel.checkpoint import load, save
     from quantlens.sensitivity import Inspection
     from quantlens.studies.compare import compare
+    from quantlens.studies.recommend import recommend
+    from quantlens.studies.reproduce import reproduce
     from quantlens.studies.results import results
 
 __all__ = [
@@ -54,6 +56,8 @@ __all__ = [
     "plot",
     "qmodel",
     "quantize",
+    "recommend",
+    "reproduce",
     "results",
     "save",
     "transforms",
@@ -73,6 +77,8 @@ _HOMES = {
     "load": "quantlens.qmodel.checkpoint",
     "evaluate": "quantlens.evaluation.run",
     "compare": "quantlens.studies.compare",
+    "recommend": "quantlens.studies.recommend",
+    "reproduce": "quantlens.studies.reproduce",
     "results": "quantlens.studies.results",
     "plot": "quantlens.plots",
     "QuantlensError": "quantlens.errors",

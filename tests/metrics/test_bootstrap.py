@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quantlens.metrics.bootstrap import Resamples, differences, holm, interval
+from quantlens.metrics.bootstrap import Resamples, differences, holm, interval, simultaneous_intervals
 
 
 def test_seeds_widen_the_interval():
@@ -25,3 +25,20 @@ def test_holm_against_its_definition():
     p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5}
     assert holm(p) == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5})
     assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
+
+
+def test_simultaneous_intervals_hold_all_means_at_once() -> None:
+    rng = np.random.default_rng(0)
+    means = np.array([-0.02, -0.05, 0.0, -0.1])
+    held = 0
+    for seed in range(200):
+        values = rng.normal(means, 0.3, size=(300, 4))
+        intervals = simultaneous_intervals(values, seed, resamples=400)
+        held += bool(((intervals[:, 0] <= means) & (means <= intervals[:, 1])).all())
+    assert 0.9 <= held / 200 <= 0.995
+
+
+def test_a_column_without_spread_has_an_interval_all_the_same() -> None:
+    ((low, high),) = simultaneous_intervals(np.zeros((100, 1)))
+    assert low == pytest.approx(-0.0196, abs=1e-4)
+    assert high == pytest.approx(0.0196, abs=1e-4)

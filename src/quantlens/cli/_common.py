@@ -115,7 +115,7 @@ def show(parts: Iterable[Any], data: Any, file: str | Path | None, what: str) ->
         return
     out = console()
     for part in parts:
-        out.print(part)
+        out.print(part, soft_wrap=isinstance(part, str))
     if file is not None:
         write_whole(Path(file), text + "\n", what=what)
         print(f"written: {file}")

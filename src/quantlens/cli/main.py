@@ -34,7 +34,9 @@ from quantlens.cli import (
     plot,
     predict,
     quantize,
+    recommend,
     report,
+    reproduce,
     sources,
     study,
 )
@@ -55,6 +57,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     demo,
+    recommend,
     quantize,
     allocate,
     inspect,
@@ -67,6 +70,7 @@ COMMANDS = (
     compare,
     report,
     plot,
+    reproduce,
     methods,
     models,
     sources,

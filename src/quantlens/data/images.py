@@ -71,6 +71,18 @@ class ImageSet:
             labels = None if self.labels is None else torch.from_numpy(self.labels[start:stop].copy()).to(device)
             yield self.tensor(start, stop).to(device), labels
 
+    def select(self, indices: np.ndarray) -> ImageSet:
+        """Only these images, in this order; pixels of a memory map are copied."""
+        chosen = hashlib.sha256(f"{self.fingerprint} {[int(i) for i in indices]}".encode()).hexdigest()
+        return replace(
+            self,
+            names=[self.names[i] for i in indices],
+            labels=None if self.labels is None else self.labels[indices],
+            pixels=None if self.pixels is None else self.pixels[indices],
+            values=None if self.values is None else self.values[indices],
+            fingerprint=chosen[:FINGERPRINT_DIGITS],
+        )
+
     def check_labels(self, num_classes: int) -> np.ndarray:
         """The labels, after making sure that they can be classes of a model with `num_classes` outputs.
 

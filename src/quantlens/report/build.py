@@ -100,6 +100,7 @@ def page_context(board: Any) -> dict[str, Any]:
         "first_group": "0" if len(board.groups) > MANY_GROUPS else "",
         "facts": runinfo.study_facts(board),
         "config": runinfo.config_text(board),
+        "again": runinfo.again(board),
         "listings": runinfo.listings(board),
         "failures": runinfo.failures(board),
         "bins": runinfo.bins(board),

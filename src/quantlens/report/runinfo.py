@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlens.studies.board import Board, dig
+from quantlens.studies.reproduce import command_of
 from quantlens.studies.text import (
     BASELINE,
     MISSING,
@@ -206,3 +207,12 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_short, value))
     return f"{value:.4g}" if isinstance(value, float) else plain(value)
+
+
+def again(board: Board) -> list[tuple[str, str]]:
+    """(name, command that measures it again) of every row of the tables; none for a store without a directory."""
+    if board.directory is None:
+        return []
+    rows = [(f"{model} FP32", {"model": model, "bits": BASELINE}) for model in board.models]
+    rows += [(group.name, {"model": group.model, "method": group.method}) for group in board.groups if group.cells]
+    return [(name, command_of(board.directory, **chosen)) for name, chosen in rows]

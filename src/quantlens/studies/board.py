@@ -82,6 +82,8 @@ class Board:
     unsure: frozenset[tuple[int, str, str]] = frozenset()
     """changes that may be chance: (group, precision, path of the metric); see `marks`"""
     unsure_note: str = ""
+    directory: pathlib.Path | None = None
+    """of the store"""
 
     def __post_init__(self) -> None:
         self.models = _unique(g.model for g in self.groups)
@@ -154,7 +156,9 @@ def board_of(store_or_dir: Any) -> Board:
         raise QuantlensError(
             f"{folder or 'the store'} holds no cell yet, so there is nothing to show; run `quantlens study` first"
         )
-    return collect(cells, store.study(), *more)
+    board = collect(cells, store.study(), *more)
+    board.directory = folder
+    return board
 
 
 def change_of(group: Group, result: Mapping[str, Any], path: Path) -> float | None:

@@ -65,7 +65,7 @@ def open_side(given: str | Path | Result) -> Side:
         result = given.to_dict()
         return Side(given.title, [Entry(*_traits(result), result, None, given.outputs)])
     text = str(given)
-    place, chosen = _split(text)
+    place, chosen = split_selection(text)
     path = Path(place)
     if path.suffix == ".npz":
         return Side(text, [Entry(*_traits(kept.read(path).about), None, path)])
@@ -79,7 +79,8 @@ def _traits(about: Mapping[str, Any]) -> tuple[str, str, str, int]:
     return str(about["model"]), str(about["method"]), str(about["bits"]), int(about["seed"])
 
 
-def _split(text: str) -> tuple[str, dict[str, list[str]]]:
+def split_selection(text: str) -> tuple[str, dict[str, list[str]]]:
+    """`DIR:key=value,…` as (DIR, {key: values}); a text without a selection as it is."""
     place, colon, tail = text.rpartition(":")
     if not colon or "=" not in tail or Path(text).exists():
         return text, {}

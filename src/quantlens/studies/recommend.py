@@ -1,0 +1,327 @@
+"""Which setting to take: a bounded search over methods and bits for the smallest and the fastest model within a loss of
+accuracy.
+
+Every setting is measured on the same images as the FP32 model. Methods are tried from the cheapest to the dearest, bits
+from 8 downwards; where a method leaves the budget, a dearer one goes on from there. A setting that is surely outside
+after a quarter of the images is not measured on the rest.
+
+Intervals are simultaneous: with probability 95 % the true changes of all settings that were measured on all images lie
+in theirs, so that the one of the chosen setting holds though it was chosen for its change.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantlens.ambient import isolated
+from quantlens.api import quantize
+from quantlens.calibration import Calibration
+from quantlens.data import as_image_set
+from quantlens.data.sources import open_calibration, open_source
+from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.evaluation import Result, evaluate
+from quantlens.export.processor import saturates
+from quantlens.methods import registry
+from quantlens.metrics.bootstrap import simultaneous_intervals
+from quantlens.models import Model, load_model
+
+METHODS = ("repq-vit", "quantlens-fast", "quantlens-best")
+"""From the cheapest to the dearest."""
+
+WIDTHS = (8, 6, 5, 4, 3, 2)
+RUNTIMES = {"openvino-cpu": ("openvino", ".xml"), "onnxruntime-cpu": ("onnxruntime", ".onnx")}
+"""Targets that can be timed here: the runtime's package, and the ending of its files."""
+
+SHARE = 0.25
+"""Share of the images after which a setting may be given up."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting that was tried. change: of top-1 (quantized - FP32, a fraction) on n images, and its interval; nll and
+    ood: changes of NLL and of AUPR-out by set. size_mb: of the checkpoint, or of the exported file of a target.
+    milliseconds: of one image in the target's runtime. inside: whether its loss is within the budget."""
+
+    method: str
+    bits: str
+    target: str | None
+    n: int
+    change: float
+    low: float
+    high: float
+    size_mb: float
+    inside: bool
+    nll: float
+    ood: dict[str, float]
+    command: str
+    milliseconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What was found, and the trials that it was chosen from, in the order in which they ran.
+
+    smallest, fastest: None where no setting is inside the budget or none could be timed; notes say why."""
+
+    model: str
+    max_loss: float
+    n: int
+    top1: float
+    trials: list[Trial]
+    smallest: Trial | None
+    fastest: Trial | None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; fractions, not percent."""
+        return asdict(self)
+
+    def to_pandas(self) -> Any:
+        """A row per trial."""
+        from quantlens.evaluation.flat import frame
+
+        return frame([asdict(trial) for trial in self.trials])
+
+
+class _TimeIsUp(Exception):
+    """Raised out of a method's progress, so that a long one is ended, too."""
+
+
+@isolated
+def recommend(
+    model: Any,
+    id: Any,
+    *,
+    max_loss: float = 0.01,
+    ood: Mapping[str, Any] | None = None,
+    calibration: Any = None,
+    target: str | None = "auto",
+    methods: Sequence[str] = METHODS,
+    minutes: float = 15.0,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Recommendation:
+    """The smallest and the fastest setting whose loss of top-1 is at most ``max_loss`` (0.01: one point).
+
+    model: as for :func:`quantlens.quantize`, or the name of one. id: labelled images as for
+    :func:`quantlens.evaluate`, as ood. calibration: as for ``quantize``; None takes 32 images that ``seed`` draws from
+    the SOURCE ``id``, on which nothing is then measured. target: a runtime in which exported files are timed
+    (``openvino-cpu``, ``onnxruntime-cpu``), "auto" for the one that suits this processor, None for no files. methods:
+    in the order in which they are tried. minutes: after which nothing more is tried. progress: called with (what, done,
+    in all).
+
+    Raises QuantlensError for names that are unknown, and for images without labels.
+    """
+    for method in methods:
+        registry.get(method)
+    if not 0 <= max_loss < 1:
+        raise QuantlensError(f"max_loss is {max_loss}; give a fraction such as 0.01, which is one point")
+    if not isinstance(model, Model):
+        model = load_model(model)
+    search = _Search(model, max_loss, seed, time.monotonic() + 60 * minutes, progress or (lambda *_: None))
+    search.open(id, ood or {}, calibration)
+    try:
+        search.files(methods, target)
+        search.sizes(methods)
+    except _TimeIsUp:
+        search.notes.append(f"the search was ended after {minutes:g} minutes; more may be found with more")
+    return search.found()
+
+
+class _Search:
+    """The state of one search: images, the FP32 result, trials."""
+
+    def __init__(self, model: Model, max_loss: float, seed: int, deadline: float, progress: Any):
+        self.model, self.max_loss, self.seed, self.deadline = model, max_loss, seed, deadline
+        self.progress = progress
+        self.trials: list[Trial] = []
+        self.lost: list[np.ndarray] = []
+        self.notes: list[str] = []
+
+    def open(self, id: Any, ood: Mapping[str, Any], calibration: Any) -> None:
+        """Open the images, and measure the FP32 model on them."""
+        preprocess = self.model.preprocess
+        self.calibration_source = calibration if isinstance(calibration, str) else None
+        if calibration is None:
+            if not isinstance(id, str):
+                raise QuantlensError(
+                    "give calibration images, too; only of a SOURCE text can some be set aside for that"
+                )
+            self.calibration_source, drawn = id, open_calibration(id, seed=self.seed)
+            source, calibration = open_source(id), drawn
+            aside = set(drawn.names)
+            id = source.select([i for i, name in enumerate(source.names) if name not in aside])
+        if isinstance(calibration, str):
+            calibration = open_calibration(calibration, seed=self.seed)
+        self.calibration = Calibration.of(calibration, preprocess, device=self.model.device, seed=self.seed)
+        self.id = as_image_set(
+            id, preprocess, "the ID set", progress=lambda *done: self.progress("decoding images", *done)
+        )
+        self.ood = {name: as_image_set(images, preprocess, name) for name, images in ood.items()}
+        self.settings: dict[str, Any] = {"keep": "scores", "scores": ["msp"]}
+        self.settings["progress"] = self.progress
+        self.fp32 = evaluate(self.model, self.id, self.ood, **self.settings)
+        self.few = self.id.select(
+            np.random.default_rng(self.seed).permutation(len(self.id))[: round(SHARE * len(self.id))]
+        )
+        self.few_fp32 = evaluate(self.model, self.few, **self.settings)
+        self.settings["progress"] = self.told
+
+    def told(self, what: str, done: int, total: int) -> None:
+        """Progress of a stage; ends the search when its time is up."""
+        if time.monotonic() > self.deadline:
+            raise _TimeIsUp
+        self.progress(what, done, total)
+
+    # -- the two searches ---------------------------------------------------------------------------------------------
+    def sizes(self, methods: Sequence[str]) -> None:
+        """Checkpoints, by falling width of the weights: each method goes on where the last one left the budget."""
+        widths = list(WIDTHS)
+        for method in methods:
+            while widths and any(self.checkpoint(method, f"W{widths[0]}A{a}") for a in dict.fromkeys((widths[0], 8))):
+                widths.pop(0)
+
+    def files(self, methods: Sequence[str], target: str | None) -> None:
+        """Exported files of a target by the first method that stays inside, timed beside the FP32 model's."""
+        name = self._target(target)
+        if name is None:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            inside: dict[int, Path] = {}
+            for bits in ("W8A8", "W7A8"):
+                for method in methods:
+                    file = Path(folder, f"{bits}-{method}{RUNTIMES[name][1]}")
+                    if self._file(method, bits, name, file):
+                        inside[len(self.trials) - 1] = file
+                        break
+            if inside:
+                self._time(name, inside, Path(folder))
+
+    def _file(self, method: str, bits: str, target: str, path: Path) -> bool:
+        """Try a setting in its runtime; whether it is inside the budget."""
+        from quantlens.export.export import export
+        from quantlens.export.exported import Artefact
+
+        told = partial(self.told, f"{method} {bits} for {target}")
+        try:
+            made = quantize(self.model, self.calibration, method, bits, self.seed, target=target, progress=told)
+            file = export(made, path)
+        except UnsupportedError as error:
+            self.notes.append(f"{method} {bits} for {target}: {error}")
+            return False
+        return self._trial(Artefact(file), method, bits, target)
+
+    def _time(self, target: str, inside: Mapping[int, Path], folder: Path) -> None:
+        from quantlens.export.bench import bench, contender
+        from quantlens.export.export import export
+
+        float_file = export(self.model, folder / f"fp32{RUNTIMES[target][1]}")
+        files = [contender(file, str(i)) for i, file in [(-1, float_file), *inside.items()]]
+        size = self.model.preprocess.input_size
+        timed = bench(files, input_size=size, memory=False, progress=partial(self.told, "timing"))
+        for timing in timed[1:]:
+            i = int(timing.label)
+            self.trials[i] = replace(self.trials[i], milliseconds=timing.median_ms)
+        self.notes.append(f"FP32 takes {timed[0].median_ms:.1f} ms an image in the same runtime, on one thread")
+
+    def _target(self, target: str | None) -> str | None:
+        """The target to time, or None with a note that says why."""
+        from importlib.util import find_spec
+
+        if target not in ("auto", None, *RUNTIMES):
+            raise UnknownNameError("target that can be timed", str(target), ["auto", *RUNTIMES])
+        order = list(RUNTIMES)[:: -1 if saturates() else 1] if target == "auto" else [target]
+        for name in order:
+            if name is not None and find_spec(RUNTIMES[name][0]) and find_spec("onnx"):
+                return name
+        if target is not None:
+            self.notes.append("nothing was timed: no runtime is installed (`pip install 'quantlens[deploy]'`)")
+        return None
+
+    # -- one setting --------------------------------------------------------------------------------------------------
+    def checkpoint(self, method: str, bits: str) -> bool:
+        """Try a setting that is simulated; whether it is inside the budget."""
+        made = quantize(
+            self.model, self.calibration, method, bits, self.seed, progress=partial(self.told, f"{method} {bits}")
+        )
+        return self._trial(made, method, bits, None)
+
+    def _trial(self, made: Any, method: str, bits: str, target: str | None) -> bool:
+        few = evaluate(made, self.few, reference=self.few_fp32, **self.settings)
+        lost = _lost(self.few_fp32, few)
+        ((low, high),) = simultaneous_intervals(lost[:, None], self.seed).tolist()
+        result = few
+        if high >= -self.max_loss:
+            result = evaluate(made, self.id, self.ood, reference=self.fp32, **self.settings)
+            lost = _lost(self.fp32, result)
+        change = result.change
+        assert change is not None
+        inside = result is not few and float(lost.mean()) >= -self.max_loss - 1e-12
+        ood = {name: part["msp"]["aupr_out"] for name, part in change.get("ood", {}).items()}
+        size = float(made.size_mb)
+        command = self._command(method, bits, target)
+        self.trials.append(
+            Trial(
+                method,
+                bits,
+                target,
+                len(lost),
+                float(lost.mean()),
+                low,
+                high,
+                size,
+                inside,
+                change["id"]["nll"],
+                ood,
+                command,
+            )
+        )
+        self.lost.append(lost)
+        return inside
+
+    def _command(self, method: str, bits: str, target: str | None) -> str:
+        words = ["quantlens", "quantize", self.model.name]
+        words += ["--weights", str(self.model.weights_path)] if self.model.weights_path else []
+        words += ["--calibration", self.calibration_source or "SOURCE", "--n", str(len(self.calibration))]
+        words += ["--method", method, "--bits", bits, "--seed", str(self.seed)]
+        words += ["--target", target] if target else []
+        return shlex.join(words)
+
+    def found(self) -> Recommendation:
+        """The answer: intervals of all settings that were measured on all images, together."""
+        whole = [i for i, lost in enumerate(self.lost) if len(lost) == len(self.id)]
+        if whole:
+            intervals = simultaneous_intervals(np.stack([self.lost[i] for i in whole], axis=1), self.seed)
+            for i, (low, high) in zip(whole, intervals.tolist(), strict=True):
+                self.trials[i] = replace(self.trials[i], low=low, high=high)
+        inside = [trial for trial in self.trials if trial.inside]
+        timed = [trial for trial in inside if trial.milliseconds is not None]
+        if not inside:
+            self.notes.append(f"no setting loses at most {self.max_loss:.2%}; allow more, or more minutes")
+        return Recommendation(
+            self.model.name,
+            self.max_loss,
+            len(self.id),
+            self.fp32.id["top1"],
+            self.trials,
+            min(inside, key=lambda trial: (trial.size_mb, -trial.change), default=None),
+            min(timed, key=lambda trial: trial.milliseconds or 0.0, default=None),
+            self.notes,
+        )
+
+
+def _lost(fp32: Result, result: Result) -> np.ndarray:
+    """[N] per image: 1 where quantization made it right, -1 where it made it wrong."""
+    assert fp32.outputs is not None
+    assert result.outputs is not None
+    right = [(one.predicted == one.labels).astype(float) for one in (result.outputs, fp32.outputs)]
+    return right[0] - right[1]

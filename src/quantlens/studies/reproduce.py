@@ -1,0 +1,201 @@
+"""Does a number come out again? Cells of a study, or a result in a file, are measured anew and compared with what was
+kept.
+
+Two runs on one processor with the same versions agree to the last digit. Other processors and versions round sums
+differently, and what rounding errors make of a quantized model is found out here: the cell is quantized several times
+from calibration images that carry noise of a millionth. What was kept agrees where it is within one image, or within
+four standard deviations of those runs.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import stdev
+from typing import Any
+
+from quantlens._moved import ARGUMENTS
+from quantlens.ambient import isolated
+from quantlens.errors import QuantlensError
+from quantlens.evaluation.entries import Entry
+from quantlens.evaluation.flat import numbers
+from quantlens.evaluation.result import metrics_only
+from quantlens.studies.backend import Backend, MethodChoice
+from quantlens.studies.compare import open_side, split_selection
+from quantlens.studies.config import StudyConfig, parse_config
+from quantlens.studies.progress import Quiet
+from quantlens.studies.results import results
+from quantlens.studies.runner import run_study
+from quantlens.studies.store import Store
+
+NOISE = 1e-6
+"""Relative size of the noise on calibration images, as large as rounding in float32 makes differences."""
+DEVIATIONS = 4.0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric as it was kept and as it came out now, and the largest difference that counts as agreement."""
+
+    path: str
+    kept: float
+    now: float
+    tolerance: float
+
+    @property
+    def agrees(self) -> bool:
+        return abs(self.now - self.kept) <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """One cell that was measured again. differs: what is not as it was (images, checkpoint, versions), in words."""
+
+    title: str
+    metrics: list[Metric]
+    differs: list[str]
+
+    @property
+    def identical(self) -> bool:
+        """Whether every metric is the same to the last digit."""
+        return all(metric.now == metric.kept for metric in self.metrics)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every metric agrees."""
+        return all(metric.agrees for metric in self.metrics)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; fractions, not percent."""
+        rows = [{**asdict(metric), "agrees": metric.agrees} for metric in self.metrics]
+        return {"title": self.title, "agrees": self.agrees, "differs": self.differs, "metrics": rows}
+
+
+def command_of(directory: str | Path, **chosen: Any) -> str:
+    """The command that makes cells of a study again."""
+    selection = ",".join(f"{key}={value}" for key, value in chosen.items())
+    return shlex.join(["quantlens", "reproduce", f"{directory}:{selection}"])
+
+
+@isolated
+def reproduce(
+    row: str | Path, *, weights: str | None = None, draws: int = 4, progress: bool | Quiet = True
+) -> list[Reproduced]:
+    """Measure again what a row says, and say of each of its cells whether it agrees.
+
+    row: ``DIR`` or ``DIR:model=…,method=…,bits=…,seed=…``, cells of a study, or a file of ``evaluate --json``.
+    weights: of the model, instead of what the study says; a result does not know its own. draws: noisy runs of a cell
+    that differs by more than one image. Raises QuantlensError for what cannot be made again.
+    """
+    place, _ = split_selection(str(row))
+    config = _config(Path(place)) if Path(place).is_dir() else None
+    found = []
+    for entry in open_side(row).entries:
+        study = _study_of(entry) if config is None else _part(config, entry)
+        if weights is not None:
+            model = study.models[0].model_copy(update={"weights": weights})
+            study = study.model_copy(update={"models": (model,)})
+        found.append(_again(entry, study, draws, progress))
+    return found
+
+
+def _config(directory: Path) -> StudyConfig:
+    with Store(directory) as store:
+        study = store.study()
+    if not study:
+        raise QuantlensError(f"the store in {directory} does not say what study it is of; run `quantlens study` again")
+    return parse_config(study["config"])
+
+
+def _part(config: StudyConfig, entry: Entry) -> StudyConfig:
+    """The study of one cell. Raises QuantlensError where the store's current study does not have it."""
+    models = tuple(model for model in config.models if model.label == entry.model)
+    methods = tuple(method for method in config.methods if entry.baseline or method.label == entry.method)
+    if not models or not (methods or entry.baseline):
+        raise QuantlensError(f"{entry} is no cell of the study that the store was last used for; run its own again")
+    bare = {"models": models, "methods": methods, "bits": (entry.bits,), "attention": None, "inspect": None}
+    return config.model_copy(update={**bare, "outputs": False} | ({} if entry.baseline else {"seeds": (entry.seed,)}))
+
+
+def _study_of(entry: Entry) -> StudyConfig:
+    """The study that measures what a result says of itself."""
+    result = entry.result
+    if result is None:
+        raise QuantlensError(f"{entry}: per-image outputs do not say how they were made; give the result, or the study")
+    sets = {name: {"source": part["source"], "group": part["group"]} for name, part in result["ood"].items()}
+    study: dict[str, Any] = {"models": [entry.model], "id": result["id"]["source"], "ood": sets, "bits": [entry.bits]}
+    study |= {"fit": (result.get("fit") or {}).get("source"), "outputs": False}
+    if not entry.baseline:
+        calibration = result.get("calibration") or {}
+        plain = re.fullmatch(r"(.*)\?n=(\d+)&seed=(\d+)", str(calibration.get("source")))
+        if plain is None or int(plain[3]) != entry.seed:
+            raise QuantlensError(
+                f"{entry} was calibrated on {calibration.get('source')}, which no study draws; only images that the "
+                "seed draws from a SOURCE can be drawn again"
+            )
+        given = result.get("options") or {}
+        own = {name: value for name, value in given.items() if name not in ARGUMENTS}
+        shared = {name: value for name, value in given.items() if name in ARGUMENTS}
+        study |= {"methods": [{"name": entry.method, "options": own, **shared}], "seeds": [entry.seed]}
+        study |= {"calibration": {"source": plain[1], "n": int(plain[2])}}
+    return parse_config(study)
+
+
+class _Noisy(Backend):
+    """Quantizes from calibration images with noise of a millionth."""
+
+    def __init__(self, draw: int) -> None:
+        self.draw = draw
+
+    def quantize(self, model: Any, calibration: Any, choice: MethodChoice, bits: str, seed: int, progress: Any) -> Any:
+        import torch
+
+        images = calibration.tensor()
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(self.draw))
+        return super().quantize(model, images * (1 + NOISE * noise), choice, bits, seed, progress)
+
+
+def _again(entry: Entry, study: StudyConfig, draws: int, progress: bool | Quiet) -> Reproduced:
+    assert entry.result is not None
+    now = _measured(study, Backend(), progress)
+    kept, measured = _numbers(entry.result), _numbers(now)
+    image = 1 / max(1, int(entry.result["id"]["n"]))
+    rows = [Metric(path, kept[path], measured[path], image) for path in kept if path in measured]
+    differs = _differences(entry.result, now)
+    if not all(row.agrees for row in rows) and not entry.baseline:
+        noisy = [measured, *(_numbers(_measured(study, _Noisy(draw), progress)) for draw in range(draws))]
+        spread = {row.path: stdev([one[row.path] for one in noisy]) for row in rows}
+        rows = [replace(row, tolerance=max(image, DEVIATIONS * spread[row.path])) for row in rows]
+    return Reproduced(str(entry), rows, differs)
+
+
+def _measured(study: StudyConfig, backend: Backend, progress: bool | Quiet) -> dict[str, Any]:
+    """The result of the one cell of a study that is asked for. Raises QuantlensError where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        summary = run_study(study, folder, progress=progress, backend=backend)
+        if summary.failed:
+            raise QuantlensError(f"{summary.failed[-1][0]} could not be made again: {summary.failed[-1][1]}")
+        return dict(results(folder).cells[-1].result)
+
+
+def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    return {path: value for path, value in numbers(metrics_only(result)) if path.partition(".")[0] in ("id", "ood")}
+
+
+def _differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is not as it was, in words."""
+    said = []
+    if kept.get("checkpoint_sha256") != now.get("checkpoint_sha256"):
+        said.append("the checkpoint is another one")
+    for name in kept.get("ood") or {}:
+        if kept["ood"][name]["fingerprint"] != (now["ood"].get(name) or {}).get("fingerprint"):
+            said.append(f"the images of OOD set {name} are others")
+    if kept["id"]["fingerprint"] != now["id"]["fingerprint"]:
+        said.append("the ID images are others")
+    before, today = kept.get("environment") or {}, now.get("environment") or {}
+    said += [f"{key}: {before[key]} then, {today.get(key)} now" for key in before if before[key] != today.get(key)]
+    return said

@@ -1,0 +1,105 @@
+"""`reproduce`: the same cell comes out the same, what was tampered with does not, and the report says the command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+
+import quantlens as ql
+from quantlens.cli.main import run
+from quantlens.errors import QuantlensError
+from quantlens.studies.compare import open_side
+from quantlens.studies.runner import run_study
+from quantlens.studies.store import Store
+
+STUDY = {
+    "models": ["digits-vit"],
+    "methods": ["minmax", {"name": "percentile", "options": {"p": 0.99}}],
+    "bits": ["W4A4"],
+    "seeds": [0, 3],
+    "calibration": {"source": "embedded:digits-calibration", "n": 8},
+    "id": "embedded:digits-test[:60]",
+    "ood": {"letters": "embedded:letters[:40]"},
+    "scores": ["msp"],
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    run_study(STUDY, folder, progress=False)
+    return folder
+
+
+def test_a_cell_comes_out_identical(directory) -> None:
+    (found,) = ql.reproduce(f"{directory}:method=percentile,bits=W4A4,seed=3", progress=False)
+    assert found.identical
+    assert found.agrees
+    assert not found.differs
+    assert {"id.top1", "id.nll", "ood.letters.msp.aupr_out"} <= {metric.path for metric in found.metrics}
+
+
+def test_fp32_comes_out_identical(directory) -> None:
+    (found,) = ql.reproduce(f"{directory}:bits=FP32", progress=False)
+    assert found.identical
+
+
+def test_a_selection_of_several_cells_is_measured_cell_by_cell(directory) -> None:
+    found = ql.reproduce(f"{directory}:method=minmax", progress=False)
+    assert [one.title for one in found] == [f"digits-vit minmax W4A4 seed {seed}" for seed in (0, 3)]
+    assert all(one.identical for one in found)
+
+
+def test_a_number_that_was_changed_does_not_agree(directory, tmp_path) -> None:
+    with Store(directory) as store:
+        cell = next(c for c in store.cells() if c.spec["method"] == "minmax" and c.spec["seed"] == 0)
+        result = json.loads(json.dumps(cell.result))
+    result["id"]["top1"] += 0.3
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(result))
+    (found,) = ql.reproduce(file, draws=2, progress=False)
+    assert not found.agrees
+    assert [metric.path for metric in found.metrics if not metric.agrees] == ["id.top1"]
+    assert run(["reproduce", str(file), "--quiet"]) == 1
+
+
+def test_a_result_file_is_made_again(tmp_path) -> None:
+    model = ql.load_model("digits-vit")
+    source = "embedded:digits-calibration?n=8&seed=0"
+    made = ql.quantize(model, source, method="minmax", bits="W4A8", seed=0, patch_bits=4)
+    result = ql.evaluate(made, "embedded:digits-test[:50]", {"letters": "embedded:letters[:30]"}, scores=["msp"])
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(result.to_dict()))
+    (found,) = ql.reproduce(file, progress=False)
+    assert found.identical
+
+
+def test_what_no_study_draws_is_told(tmp_path) -> None:
+    model = ql.load_model("digits-vit")
+    made = ql.quantize(model, _noise(), method="minmax", bits="W4A4")
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(ql.evaluate(made, "embedded:digits-test[:20]", reference=False).to_dict()))
+    with pytest.raises(QuantlensError, match="calibrated on tensor"):
+        ql.reproduce(file, progress=False)
+
+
+def _noise():
+    import torch
+
+    size = ql.load_model("digits-vit").preprocess.input_size
+    return torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_row_of_a_report_has_a_command_that_works(directory) -> None:
+    from quantlens.report.runinfo import again
+    from quantlens.studies.board import board_of
+
+    board = board_of(directory)
+    commands = dict(again(board))
+    assert set(commands) == {"digits-vit FP32", *(group.name for group in board.groups)}
+    for command in commands.values():
+        program, name, row = shlex.split(command)
+        assert (program, name) == ("quantlens", "reproduce")
+        assert open_side(row).entries
