@@ -146,8 +146,6 @@ RENAMED: dict[str, str] = {
     "quantlens.quantizers.restore_operator": "quantlens.formats.restore",
     "quantlens.quantizers.operators.restore_operator": "quantlens.formats.restore",
     "quantlens.deploy.guard.guard_figures": "quantlens.export.export.guard_metrics",
-    "quantlens.evaluation.Result": "quantlens.evaluation.result.Result",
-    "quantlens.evaluation.evaluate": "quantlens.evaluation.run.evaluate",
     "quantlens.metrics.classification_figures": "quantlens.metrics.classification.classification_metrics",
     "quantlens.metrics.ood_figures": "quantlens.metrics.ood.ood_metrics",
     "quantlens.metrics.delta": "quantlens.metrics.ood.opposite_change",

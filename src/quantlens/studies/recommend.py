@@ -29,7 +29,6 @@ from quantlens.data import as_image_set
 from quantlens.data.sources import open_calibration, open_source
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.evaluation import Result, evaluate
-from quantlens.export.processor import saturates
 from quantlens.methods import registry
 from quantlens.metrics.bootstrap import simultaneous_intervals
 from quantlens.models import Model, load_model
@@ -87,7 +86,7 @@ class Recommendation:
 
     def to_pandas(self) -> Any:
         """A row per trial."""
-        from quantlens.evaluation.flat import frame
+        from quantlens.evaluation.result import frame
 
         return frame([asdict(trial) for trial in self.trials])
 
@@ -229,13 +228,15 @@ class _Search:
         size = self.model.preprocess.input_size
         timed = bench(files, input_size=size, memory=False, progress=partial(self.told, "timing"))
         for timing in timed[1:]:
-            i = int(timing.label)
-            self.trials[i] = replace(self.trials[i], milliseconds=timing.median_ms)
-        self.notes.append(f"FP32 takes {timed[0].median_ms:.1f} ms an image in the same runtime, on one thread")
+            i = int(timing["label"])
+            self.trials[i] = replace(self.trials[i], milliseconds=timing["median_ms"])
+        self.notes.append(f"FP32 takes {timed[0]['median_ms']:.1f} ms an image in the same runtime, on one thread")
 
     def _target(self, target: str | None) -> str | None:
         """The target to time, or None with a note that says why."""
         from importlib.util import find_spec
+
+        from quantlens.export.exported import saturates
 
         if target not in ("auto", None, *RUNTIMES):
             raise UnknownNameError("target that can be timed", str(target), ["auto", *RUNTIMES])

@@ -21,9 +21,8 @@ from typing import Any
 from quantlens._moved import ARGUMENTS
 from quantlens.ambient import isolated
 from quantlens.errors import QuantlensError
-from quantlens.evaluation.entries import Entry
-from quantlens.evaluation.flat import numbers
-from quantlens.evaluation.result import metrics_only
+from quantlens.evaluation.compare import Entry
+from quantlens.evaluation.result import metrics_only, numbers
 from quantlens.studies.backend import Backend, MethodChoice
 from quantlens.studies.compare import open_side, split_selection
 from quantlens.studies.config import StudyConfig, parse_config
