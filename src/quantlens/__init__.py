@@ -6,8 +6,6 @@
 >>> ql.evaluate(qmodel, id="imagenet:val", ood={"textures": "images:dtd"}).to_dict()  # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

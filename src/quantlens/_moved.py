@@ -1,8 +1,6 @@
 """Where modules and names of earlier releases live today. What is imported from an old place is found at the new one,
 with a DeprecationWarning that names both."""
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

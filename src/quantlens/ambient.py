@@ -5,8 +5,6 @@ None of it reaches what quantlens computes, and quantlens leaves all of it as it
 whole process: its other threads see them change for the time of a call.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import random

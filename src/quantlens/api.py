@@ -1,7 +1,5 @@
 """The public face: ``quantize``, ``allocate`` and ``inspect`` (the rest is re-exported from the rooms)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal

@@ -3,8 +3,6 @@
 The command line prints the message alone (no traceback, unless :func:`debugging`) and exits with code 2.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """Writing a file whole or not at all, knowing beforehand whether it can be written, and finding those of others."""
 
-from __future__ import annotations
-
 import errno
 import importlib.util
 import os

@@ -6,8 +6,6 @@ The paper gives all operations of an attention module one width, and all operati
 sums. What lies outside the blocks (patch embedding, patch merging, classifier) is in no group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile

@@ -7,8 +7,6 @@ a group begins, the values that wait there are kept as the input from which that
 Only the group's own quantizers act. :data:`DEPARTURES` lists where ``nuclear-norm`` differs from its paper.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 Nothing heavy is imported here: names are resolved when they are first used.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -1,8 +1,6 @@
 """One image set as a float model and its quantized versions see it: maps, token norms, drift, image by image; and what
 a study keeps of its sets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial

@@ -10,8 +10,6 @@
 Maps are not stretched to [0, 1] per image: between precisions, the size of a map is information.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import prod
 from typing import Any

@@ -1,8 +1,6 @@
 """The metrics of attention drift, as tables and charts show them, and how they are read from results. What they are
 called and their units are in :data:`quantlens.metrics.METRICS`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

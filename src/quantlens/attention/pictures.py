@@ -4,8 +4,6 @@ Pixels are PIL images in RGB. Maps are float arrays [rows, columns] on the model
 says which values have which colours; all maps of a picture share one.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The lens: attention of all blocks, and the blocks' tokens, read in the same pass as the logits."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -9,8 +9,6 @@ row over the patches, divided by its largest value; a vector times a matrix at e
 divides column j by the sum of row j. Here what class tokens give or get is kept, and rows are divided by their own sum.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

@@ -1,8 +1,6 @@
 """Samples of the operands of every product of a graph, with the gradient of a loss at the product's output: what a
 gradient-guided search judges candidates on, in one pass over the calibration images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

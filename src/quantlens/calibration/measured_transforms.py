@@ -1,7 +1,5 @@
 """Exact transforms whose amounts are measured on calibration images: outlier channels, means of channels, pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

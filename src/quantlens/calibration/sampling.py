@@ -1,8 +1,6 @@
 """The products of a graph, and samples of their operands, on which candidates are judged: of a size that does not grow
 with the number of calibration images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -3,8 +3,6 @@
 Results go to stdout, progress and messages to stderr. Nothing heavy is imported at the top.
 """
 
-from __future__ import annotations
-
 import ast
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """`quantlens allocate`: a width for the attention and the MLP of every block, under a budget."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any

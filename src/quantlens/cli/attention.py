@@ -1,7 +1,5 @@
 """`quantlens attention`: what a model looks at, before and after quantization, in pictures and in numbers."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any

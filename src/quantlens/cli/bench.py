@@ -1,7 +1,5 @@
 """`quantlens bench`: latency of exported models, interleaved, against what they replace."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """`quantlens compare`: what changed between two models, methods or studies, and whether that is significant."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """`quantlens demo`: the main job on what ships with the package."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`quantlens evaluate`: the metrics of one model, FP32 or quantized."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """`quantlens export`: a quantized checkpoint as a file that runtimes run."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """`quantlens inspect`: the sensitivity of every layer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

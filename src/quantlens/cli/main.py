@@ -4,8 +4,6 @@ Exit codes: 0 done; 1 some cells of a study failed; 2 a mistake a person can men
 143 SIGTERM.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

@@ -1,7 +1,5 @@
 """`quantlens methods`: what the registry holds."""
 
-from __future__ import annotations
-
 from json import dumps
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """`quantlens models`: names that MODEL may be."""
 
-from __future__ import annotations
-
 import fnmatch
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`quantlens plot`: the figures of a study as files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

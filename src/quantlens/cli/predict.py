@@ -1,7 +1,5 @@
 """`quantlens predict`: what an exported model says of pictures, and whether they look unknown."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`quantlens quantize`: one model, one method, one packed checkpoint."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """`quantlens report`: the HTML report of a study."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`quantlens sources`: how images are named on the command line and in study files."""
 
-from __future__ import annotations
-
 from quantlens.cli import _common
 
 HELP = """Explain how images are named (SOURCE), and list the sets that ship with the package.

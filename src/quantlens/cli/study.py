@@ -1,7 +1,5 @@
 """`quantlens study`: a whole grid of experiments from a YAML file."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path

@@ -13,8 +13,6 @@ again.
 The folder is `cache_dir`, else the environment variable QUANTLENS_CACHE, else the user's cache folder.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import json

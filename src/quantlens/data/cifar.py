@@ -2,8 +2,6 @@
 unpickler.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from dataclasses import dataclass

@@ -15,8 +15,6 @@ grey, so that colour alone does not give them away), and letters that went throu
 8x8 -> 32x32 pipeline.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial

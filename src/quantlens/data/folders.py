@@ -1,7 +1,5 @@
 """Sources that are folders of image files: imagenet, imagefolder, images, coco."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

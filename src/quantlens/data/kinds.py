@@ -1,7 +1,5 @@
 """The table of source kinds: one line each."""
 
-from __future__ import annotations
-
 from quantlens.data.cifar import open_cifar
 from quantlens.data.embedded import open_embedded
 from quantlens.data.folders import open_coco, open_imagefolder, open_imagenet, open_images

@@ -1,7 +1,5 @@
 """What a metric was measured with: versions, processor, threads."""
 
-from __future__ import annotations
-
 import os
 import platform
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """What a person names to be measured, as a model: a name, a quantized checkpoint, or an exported file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

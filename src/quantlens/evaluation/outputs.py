@@ -14,8 +14,6 @@ precision is for whoever asks something new of the logits. A score is kept in fl
 values apart, otherwise in float64: the order of the images, which AUPR, AUROC and FPR@95 depend on, is exact.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -4,8 +4,6 @@ The model sees each image once. Logits (float32 [N, K]) and features (float32 [N
 arrays; of an OOD set only the scores (float64 [N]) stay once it has been measured.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """A quantized model as a file that runtimes run. The package itself can be called: ``quantlens.export(qmodel, path)``
 is :func:`quantlens.export.export.export`."""
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType
 from typing import Any

@@ -1,8 +1,6 @@
 """Latency of exported models and what they are compared with: interleaved runs in one process, so that ratios hold
 though the machine's speed drifts."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -6,8 +6,6 @@ calibration, checkpoint), and a guard: an out-of-distribution score as second ou
 given share of in-distribution images.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

@@ -6,8 +6,6 @@ pairs into integer kernels. Formats without such operators can be written as flo
 (``simulate``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Container
 from typing import Any
 

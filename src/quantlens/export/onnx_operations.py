@@ -1,7 +1,5 @@
 """The graph as ONNX operators: one function per ATen operation, shapes from the captured graph, the batch dynamic."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

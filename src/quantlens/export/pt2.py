@@ -9,8 +9,6 @@ Weights are stored as their integer codes (8 bits each, also where the codes are
 operators do not know become float operations of the same values.
 """
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

@@ -10,8 +10,6 @@ values that are as often negative as positive. After the OCP Microscaling format
 and whose groups have 32 values.
 """
 
-from __future__ import annotations
-
 from typing import Any, Self
 
 import torch

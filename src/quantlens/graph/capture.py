@@ -7,8 +7,6 @@ here: name the parameters, fold what does not depend on the images (Swin's relat
 into q·kᵀ, scale, mask, softmax and ·v, and bring equivalent spellings to one.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Where the dimensions of a tensor are after operations that move values: reshapes, permutations, windows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from fractions import Fraction

@@ -4,8 +4,6 @@ Nothing in the data is executed: an operation is looked up by name among ATen's,
 are accepted.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 import re

@@ -5,8 +5,6 @@ the value as everybody reads it. A product with a constant called ``…_rotation
 (:func:`quantlens.transforms.rotation.rotate_input`).
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import Counter

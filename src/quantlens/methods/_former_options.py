@@ -1,7 +1,5 @@
 """Options of methods that have another name now, and those that are gone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

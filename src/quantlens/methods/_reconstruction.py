@@ -1,7 +1,5 @@
 """What methods share that optimise block by block: their common options, the quantizers they start from, settings."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What methods share that search scales product by product: the pass over the products, starting scales, candidates."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch

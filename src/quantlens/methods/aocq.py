@@ -11,8 +11,6 @@ tokens differ too much in size for one scale, is corrected at three levels:
 Of the paper, the abstract, figures and tables alone are public: the formulas are derived here (docs/aocq.md).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

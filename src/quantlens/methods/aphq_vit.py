@@ -11,8 +11,6 @@ Block reconstruction as in QDrop (:mod:`quantlens.methods.qdrop`: AdaRound, LSQ,
    see :mod:`quantlens.reconstruction.mlp`.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from quantlens.methods._reconstruction import (

@@ -7,8 +7,6 @@ makes the output most similar to the float layer's, then the input's with that w
 attention the left operand, then the right one. α = 0.5, β = 1.2, n = 100, one round.
 """
 
-from __future__ import annotations
-
 from quantlens.methods._scale_search import IMAGE, search_options, search_scales
 from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 

@@ -11,8 +11,6 @@ rounding, alternated with the α of least squared error. Activations: one symmet
 tensors without negative values unsigned 0 … 2ᵇ − 1; the scale of least squared error, found by the same alternation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,8 +1,6 @@
 """What methods share that are compositions: a range rule for activations and a fit for weights, in one pass over the
 calibration images, layer after layer, from the second moments of its inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ A weight's channel is judged by its own output channel, an input by the whole ou
 left operand and the right one, in turn.
 """
 
-from __future__ import annotations
-
 from quantlens.methods._scale_search import UNSIGNED, search_options, search_scales
 from quantlens.methods.base import MATMUL_OPERANDS, Calibration, Graph, Method, MethodInfo, Option, Plan, Run, Widths
 

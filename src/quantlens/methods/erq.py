@@ -12,8 +12,6 @@ closed form, on the float network's inputs X and what the layer's own quantizer 
 Weights get quantile ranges of least squared error, from ten candidates instead of RepQ-ViT's three (the authors' code).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from quantlens.calibration import Calibration, Observation, quantile_mse

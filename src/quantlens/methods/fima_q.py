@@ -12,8 +12,6 @@ knows what an error at a block's output does to the model's output:
    divergence itself.
 """
 
-from __future__ import annotations
-
 from quantlens.methods._reconstruction import (
     DEPARTURES,
     HOURS,

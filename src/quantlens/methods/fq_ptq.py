@@ -15,8 +15,6 @@ All ranges are those of the float model. Biases, γ, β, class token and positio
 accumulators that they are added to and are not quantized by themselves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

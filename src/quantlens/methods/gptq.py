@@ -11,8 +11,6 @@ What a column's rounding does to the layer's output is taken up, as well as it c
 inputs with the most energy are rounded while all others can still make up for it.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from quantlens.calibration import Calibration, Observation, minmax, quantile_mse

@@ -12,8 +12,6 @@ transformers (Zhong et al., arXiv 2311.10126, 2023).
      quantized blocks before. Rounding is to the nearest; it is not learned.
 """
 
-from __future__ import annotations
-
 from quantlens.methods._reconstruction import (
     FULL,
     GUARDED,

@@ -5,8 +5,6 @@ images as the float model makes them (Jacob et al., CVPR 2018, section 3, with m
 because the number of calibration images is small and all of them are seen at once).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor

@@ -10,8 +10,6 @@ output channel that is all but the whole range, which is what the comparisons in
 ``format=symmetric``.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from quantlens.calibration.ranges import percentile

@@ -11,8 +11,6 @@
   operand's); 3 rounds. All products on the float model's tensors, none waits for another.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -13,8 +13,6 @@ model's output (BRECQ, section 3.2), by squared error:
 3. Afterwards everything is quantized.
 """
 
-from __future__ import annotations
-
 from quantlens.methods._reconstruction import (
     DEPARTURES,
     HOURS,

@@ -11,8 +11,6 @@
    out-of-distribution images made of it. Blocks that see a few hundred images alone overfit them.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from quantlens.calibration.images import with_views

@@ -13,8 +13,6 @@
    (GPTQ); the bias takes up the mean error of the output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial

@@ -1,8 +1,6 @@
 """Methods by name. Every module of this folder that defines a :class:`Method` with an ``info`` is found by itself; so
 is one in a plugin (:mod:`quantlens.plugins`); any other is added with :func:`register`."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from types import ModuleType

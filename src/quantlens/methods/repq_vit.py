@@ -14,8 +14,6 @@ Calibration is sequential (each layer sees activations as the quantized layers b
 image itself at 8 bits.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

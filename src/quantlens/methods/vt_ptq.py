@@ -12,8 +12,6 @@ scores must differ by a margin Î¸, and in the order of the float ones. Search: Î
 in through the bits: see :mod:`quantlens.allocation`. Each part of Table 3 can be switched off alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -3,8 +3,6 @@
 `METRICS` says what each metric is called, its unit, and which direction is better.
 """
 
-from __future__ import annotations
-
 from quantlens._moved import find
 from quantlens.metrics.classification import calibration_error, classification_metrics, reliability
 from quantlens.metrics.ood import change, mean_over_sets, ood_metrics, score_histograms

@@ -5,8 +5,6 @@ Everything numerical here is float64. Large inputs are kept in their own dtype a
 of rows at a time, so that 50 000 x 1000 float32 logits never stand in memory twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np

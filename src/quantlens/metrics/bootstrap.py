@@ -10,8 +10,6 @@ The counts depend on the name and the size of a set, on the seed, and on nothing
 the same images are therefore resampled in the same way, which is what makes the comparison a paired one.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar

@@ -4,8 +4,6 @@ All metrics are fractions (not percent) except NLL, which is in nats. Ties betwe
 models give, go to the lower class number everywhere, as `argmax` does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ bits fall. So the interval resamples whole conditions, and the correlation withi
 one: it asks whether, at the same bits, the model or method that drifts more also loses more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 

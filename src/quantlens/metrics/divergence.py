@@ -1,7 +1,5 @@
 """How far two distributions, or a signal and its quantized form, are apart; of torch tensors, with gradient."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

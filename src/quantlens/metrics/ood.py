@@ -6,8 +6,6 @@ threshold takes all of them or none, and the order of the images never matters. 
 percent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 

@@ -1,8 +1,6 @@
 """Checkpoint files: read safely, named by their SHA-256, checked for NaN, fitted to a model with a clear word when
 they do not fit."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from collections.abc import Mapping

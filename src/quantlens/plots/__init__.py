@@ -1,8 +1,6 @@
 """Results -> figures, drawn by Altair (Vega-Lite): in the report, and as PDF, PNG and SVG. Nothing is computed here
 that is not in the results but shares of stored counts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

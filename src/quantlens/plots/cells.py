@@ -1,7 +1,5 @@
 """Figures of single cells (the lowest seed): histograms of OOD scores, reliability diagrams."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any

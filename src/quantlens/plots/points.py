@@ -1,8 +1,6 @@
 """Figures of single marks: drift against the change of AUPR-out, exported files by latency, every layer alone, and the
 Pareto fronts and widths of mixed precision."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

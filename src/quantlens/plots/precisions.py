@@ -1,8 +1,6 @@
 """Metrics by precision: lines with error bars (AUPR-out, the paper's Figure 1; sensitivity to bit width; drift of
 attention), and bars of what quantization changed."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -8,8 +8,6 @@ executes nothing from the file, and gives bit-equal logits. Its metadata holds a
 that does not match it is rejected.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import warnings

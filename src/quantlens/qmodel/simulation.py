@@ -1,7 +1,5 @@
 """The simulation of a plan: the FP32 graph with quantized weights, quantizers on its edges and integer operators."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

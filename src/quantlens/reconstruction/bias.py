@@ -8,8 +8,6 @@ Two forms, usable with any method:
   each layer's mean output to that of the float network; what earlier layers leave uncorrected is corrected too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 
 import torch

@@ -10,8 +10,6 @@ Fisher matrix F of that output, so that ∂L/∂ŷ ≈ F·(ŷ − y).
   al., CVPR 2025).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 

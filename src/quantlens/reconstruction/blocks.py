@@ -8,8 +8,6 @@ float one's output, then both advance. No unit is ever run twice from the start 
 graph and quantizers: rounded weights are written back as the values that their quantizer keeps.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@ refitted to reproduce the output that they had with GELU, on their inputs in the
 values are clipped.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ gradient of s is multiplied by g = 1/√(N·qmax), N being the number of values 
 points and exponents stay; zero points per channel move with the scale, so that the middles of the ranges stay.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

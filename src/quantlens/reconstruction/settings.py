@@ -1,7 +1,5 @@
 """What block reconstruction is told, its losses (ŷ, y, context) -> scalar among it, and what it tells."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,8 +1,6 @@
 """The network as parts that run alone, one after the other: blocks, and what lies between them; and the values between
 these for all calibration images, of the float and of the quantized graph, in bounded memory."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

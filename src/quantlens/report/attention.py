@@ -1,8 +1,6 @@
 """The report's section on attention: maps and token norms in pictures, drift against bits, and whether drift goes with
 what is lost out of distribution. Everything from the results' "attention" and "attention_examples"."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """`write_report`: store → one HTML file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """The decision page: exported files by accuracy, OOD detection, latency and size, the Pareto front among them, and how
 often their guards are right."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The main job on what ships with the package: a study of the embedded model on the embedded images, and its report."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Mixed precision on the page: the widths of a study's MPn cells as a table, and the page beside an allocation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Which layer hurts, on a page of its own and in a study's report: every site alone in a chart, and the ranked tables.
 Columns are those of the terminal's tables too."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any

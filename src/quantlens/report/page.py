@@ -1,8 +1,6 @@
 """A page: one self-contained HTML file. Style and scripts are inlined and pinned by hash in a strict content policy.
 Vega draws the figures of `plots` in the browser, from a compressed block that holds it and every chart's data."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import hashlib

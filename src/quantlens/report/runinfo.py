@@ -1,7 +1,5 @@
 """What was run: images, checkpoints, calibration, environment, time and failures."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The first paragraph and the tiles: what was compared, and the headline, in words made from the metrics."""
 
-from __future__ import annotations
-
 from quantlens.plots.precisions import PART_NAMES
 from quantlens.report.runinfo import cells_text
 from quantlens.studies.board import Board, Group, Path

@@ -1,8 +1,6 @@
 """The tables: metrics by precision (the paper's Table 1), changes ranked, one row per OOD set and score,
 classes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product

@@ -6,8 +6,6 @@ block are then stacked along the batch, and what is left of the model runs once 
 part is ever computed for it, and the effects are those of whole forwards of the model with that part quantized.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain

@@ -1,7 +1,5 @@
 """Statistics of the tensors that are quantized: what makes a tensor hard to put on few integer codes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

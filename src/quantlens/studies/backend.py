@@ -1,7 +1,5 @@
 """What a study does with models and methods, in one object, so that a test can put a small one in its place."""
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Callable, Mapping

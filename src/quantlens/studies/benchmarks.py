@@ -5,8 +5,6 @@ An artefact is known by its fingerprint (SHA-256 of the file), so that `quantlen
 of one run were interleaved, so ratios are taken within it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,8 +1,6 @@
 """The cells of a store, grouped as the report shows them: one group per model and method, its seeds under
 each precision."""
 
-from __future__ import annotations
-
 import json
 import os
 import pathlib

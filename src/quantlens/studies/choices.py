@@ -1,7 +1,5 @@
 """Exported files to choose among: accuracy, OOD detection, latency and size of each, and the Pareto front."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,8 +1,6 @@
 """What changed between two models, methods or studies that were kept in files: stores, some cells of a store, result
 files, or files of per-image outputs; and which cell of the one answers to which of the other."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path

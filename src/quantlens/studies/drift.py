@@ -1,7 +1,5 @@
 """Drift of attention over the cells of a study, and whether it goes with the change of AUPR-out."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import product
 

@@ -1,8 +1,6 @@
 """What a study will cost before it runs (`quantlens study --plan`): of every model and method one cell is measured on a
 few images, here and now, and scaled to the images and cells of the study. It holds for machines like this one."""
 
-from __future__ import annotations
-
 import re
 import time
 from dataclasses import dataclass, field

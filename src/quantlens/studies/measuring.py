@@ -1,8 +1,6 @@
 """What a worker does, wherever it runs: load models, decode their images once, measure cells and hand them back. It
 never sees the store."""
 
-from __future__ import annotations
-
 import errno
 import platform
 import re

@@ -1,7 +1,5 @@
 """What a person sees while a study runs: a live bar with the time left, or a line per cell where there is no screen."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from quantlens.studies.text import duration

@@ -9,8 +9,6 @@ Intervals are simultaneous: with probability 95 % the true changes of all settin
 in theirs, so that the one of the chosen setting holds though it was chosen for its change.
 """
 
-from __future__ import annotations
-
 import shlex
 import tempfile
 import time

@@ -7,8 +7,6 @@ from calibration images that carry noise of a millionth. What was kept agrees wh
 four standard deviations of those runs.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import tempfile

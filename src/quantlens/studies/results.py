@@ -1,7 +1,5 @@
 """The results of a study as tables: a row per finished cell, or per model, method and precision over its seeds."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterable, Sequence

@@ -9,8 +9,6 @@ store; where workers are is the executor's business (`executors/`). A worker tha
 again; a driver that is killed takes its workers with it.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections import Counter

@@ -3,8 +3,6 @@
 Executors decide where the work is done; all they know of the store goes through here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace

@@ -4,8 +4,6 @@ The report asks for every cell at once, so the answers are kept in `DIR/outputs/
 cells alone, whose keys name them; the file can be deleted at any time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Sequence

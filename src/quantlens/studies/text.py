@@ -1,7 +1,5 @@
 """Numbers, precisions and names as the report prints them. Pure functions, no knowledge of the store."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """A store as runs of an MLflow experiment: one run per finished cell, each logged once however often this is called."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from datetime import datetime

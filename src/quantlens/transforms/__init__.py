@@ -1,8 +1,6 @@
 """Exact graph rewrites: the function of the model stays as it is (to float rounding). Transforms by name say in words
 what they did."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any

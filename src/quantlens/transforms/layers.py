@@ -4,8 +4,6 @@ channels), channels in another order.
 What it computes together with them stays as it is, to float rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ factors that even out the channels.
 keep the channels last (Swin's shifted windows, the choice of the class token); no list of module names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -15,8 +15,6 @@ folded into the layers after it: no other norm is needed, and no centring matrix
 Rotations inside the heads of an attention are in :mod:`quantlens.transforms.heads`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@
 model is built.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,8 +7,6 @@ How the models are trained is plain data, a recipe, and one function that follow
 cosine decay.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Every rule takes G rows and gives G results; nothing here knows of models or sites.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 

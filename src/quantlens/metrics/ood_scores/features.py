@@ -1,8 +1,6 @@
 """Scores of the features of an image: functions of arrays, each with the function that fits it on ID images.
 They are listed to people in this order."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import logsumexp

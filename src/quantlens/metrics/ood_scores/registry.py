@@ -1,8 +1,6 @@
 """What a score is: what it may be fitted on, how it is called, and all of them by name. Those of quantlens are
 registered where they are defined, those of the logits alone here; `register_score` adds any other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
