@@ -6,8 +6,6 @@ an installed distribution. The last two are looked at when a :class:`Registry` i
 for all its names: what quantlens has itself is found without running anybody else's code.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys
@@ -43,7 +41,7 @@ _places: dict[str, str] = {}
 """Module or package of a plugin's code -> what a person calls it."""
 _problems: list[str] = []
 """What keeps installed plugins from being used."""
-_registries: list[Registry[Any]] = []
+_registries: "list[Registry[Any]]" = []
 _scanned = False
 
 

@@ -1,7 +1,5 @@
 """A choice of widths as a value: an :class:`Allocation`, which is a JSON file, and the targets that one is made for."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -144,7 +142,7 @@ class Allocation:
         return target
 
     @classmethod
-    def load(cls, path: str | Path) -> Allocation:
+    def load(cls, path: str | Path) -> "Allocation":
         """Read what :meth:`save` wrote. Raises QuantlensError for anything else."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -155,7 +153,7 @@ class Allocation:
         return cls.from_dict(data, str(path))
 
     @classmethod
-    def from_dict(cls, data: Any, where: str = "this") -> Allocation:
+    def from_dict(cls, data: Any, where: str = "this") -> "Allocation":
         """The inverse of :meth:`to_dict`. Raises QuantlensError, naming ``where``."""
         from pydantic import TypeAdapter
 

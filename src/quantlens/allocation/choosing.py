@@ -1,7 +1,5 @@
 """The choice of widths under a budget: :func:`allocate` measures, counts, solves and keeps the result."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,7 +158,7 @@ def _measured(
     return values, info
 
 
-def _best_within(front: Front, budget: int, fixed: int, cost: str, widths: Sequence[int]) -> list[int]:
+def _best_within(front: "Front", budget: int, fixed: int, cost: str, widths: Sequence[int]) -> list[int]:
     """The width of every group: the best choice within the budget of the whole model. Raises QuantlensError where even
     the cheapest costs more."""
     if budget - fixed < front.costs[0]:
@@ -204,7 +202,7 @@ def _name(width: int, sensitivity: str, cost: str, budget: int | None) -> str:
     return "-".join(parts)
 
 
-def _points(front: Front, widths: Sequence[int], fixed: int) -> tuple[FrontPoint, ...]:
+def _points(front: "Front", widths: Sequence[int], fixed: int) -> tuple[FrontPoint, ...]:
     return tuple(
         FrontPoint(
             int(front.costs[i]) + fixed, float(front.values[i]), tuple(widths[c] for c in front.choices[i].tolist())

@@ -1,7 +1,5 @@
 """A float model and its quantized versions compared in what they look at, in one call."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -46,7 +44,7 @@ def compare(
     cache_dir: Any = None,
     skip_bad: bool = False,
     progress: Progress | None = None,
-) -> AttentionResult:
+) -> "AttentionResult":
     """Compare what a float model and quantized versions of it look at.
 
     quantized: one model, several, or label -> model. images, ood (name -> images): tensors [N, 3, H, W] prepared as the

@@ -3,8 +3,6 @@
 All functions take batches. Attention rows are distributions over N tokens; maps are weights over P patches.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
@@ -136,7 +134,7 @@ class _Seen:
         }
 
 
-def _drift(first: _Seen, first_rows: Sequence[Rows], second: _Seen) -> dict[str, Tensor]:
+def _drift(first: _Seen, first_rows: "Sequence[Rows]", second: _Seen) -> dict[str, Tensor]:
     if len(first_rows) != len(second.view.probs) or first.layout != second.layout:
         raise QuantlensError("the two models have different blocks or patches; drift compares one model's precisions")
     of_rows = []
@@ -197,12 +195,12 @@ class Rows:
         self.entropy = self.total.log() - (self.weights * self.logs).sum(-1) / self.total
         """Entropy of every row in nats: [B, H, N]."""
 
-    def cosine_to(self, other: Rows) -> Tensor:
+    def cosine_to(self, other: "Rows") -> Tensor:
         """Mean cosine similarity of rows: [B, H]."""
         dot = (self.probs * other.probs).sum(-1)
         return (dot / (self.norm * other.norm).clamp_min(TINY)).mean(-1)
 
-    def kl_to(self, other: Rows) -> Tensor:
+    def kl_to(self, other: "Rows") -> Tensor:
         """Mean KL(self ‖ other) of rows in nats: [B, H]."""
         cross = other.total.log() - (self.weights * other.logs).sum(-1) / self.total
         return (cross - self.entropy).mean(-1).clamp_min(0)

@@ -1,8 +1,6 @@
 """Where activations wait while calibration images go through a network: in memory within a budget, in one temporary
 file beyond it. And what glibc keeps of freed memory (with another C library, none of that has an effect)."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import platform
@@ -37,11 +35,11 @@ class ActivationStore(ExitStack):
         """bytes of the temporary file"""
         self._gaps: list[tuple[int, int]] = []  # (start, bytes) in it, by start, no two of them neighbours
 
-    def put(self, value: Tensor) -> StoredTensor:
+    def put(self, value: Tensor) -> "StoredTensor":
         """Store ``value``; the store keeps a tensor that fits into memory itself, so it is not to be changed."""
         return StoredTensor(self, value.shape, value.dtype, value.device, value.detach())
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> StoredTensor:
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "StoredTensor":
         """A tensor of that shape whose values are written later."""
         return StoredTensor(self, torch.Size(shape), dtype, device, None)
 

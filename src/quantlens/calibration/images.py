@@ -1,7 +1,5 @@
 """Calibration images: where they come from, in chunks, checked; and views of them."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -41,7 +39,7 @@ class Calibration:
     @classmethod
     def of(
         cls, images: Any, preprocess: Any, *, device: torch.device | str = "cpu", seed: int | None = None
-    ) -> Calibration:
+    ) -> "Calibration":
         """From a float tensor [N, 3, H, W], an iterable of tensors or (tensor, labels) batches, an image set, or a
         source. seed: draws the images of a SOURCE text, 32 unless it says how many; None takes all.
 
@@ -87,7 +85,7 @@ class Calibration:
     def __iter__(self) -> Iterator[Tensor]:
         return (self.chunk(i) for i in range(self.pieces))
 
-    def head(self, count: int) -> Calibration:
+    def head(self, count: int) -> "Calibration":
         """The first ``count`` images (all, if there are fewer)."""
         fingerprint = None if count < self.count else self.fingerprint
         count = min(count, self.count)

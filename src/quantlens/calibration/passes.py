@@ -1,8 +1,6 @@
 """The pass over the calibration images that shows a method every tensor of the graph in order, in bounded memory; and
 the observers that collect what a range rule needs of a tensor."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,12 +48,12 @@ class Observation:
     upper: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, tail: float = 0.0) -> Observation:
+    def of(cls, rows: Tensor, tail: float = 0.0) -> "Observation":
         """Statistics of rows [G, n] held in memory; quantiles up to ``tail`` from either end are prepared."""
         lower, upper = _tails(rows, _tail_count(tail, rows.shape[1]))
         return cls(lower[:, 0], upper[:, 0], rows.shape[1], rows, lower, upper)
 
-    def copy(self) -> Observation:
+    def copy(self) -> "Observation":
         """The same statistics in tensors of their own."""
         return replace(self, **{name: part.clone() for name, part in vars(self).items() if isinstance(part, Tensor)})
 
@@ -196,7 +194,7 @@ class EdgeView:
     pass over the same images has left it. A view shows its edge until the function that it was given to returns.
     """
 
-    def __init__(self, edge: Edge, images: _ImageStream, seed: int, seen: ObservationCache | None):
+    def __init__(self, edge: Edge, images: "_ImageStream", seed: int, seen: ObservationCache | None):
         self._edge, self._images, self._seed, self._seen = edge, images, seed, seen
 
     def __call__(self, axis: int | None = None, tail: float = 0.0, *, sample: bool = True) -> Observation:

@@ -10,8 +10,6 @@ Images are sorted by their path below DIR, compared character by character. A sa
 it was drawn, so that the sample of 32 images is the beginning of the sample of 64 with the same seed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -102,7 +100,7 @@ def with_sample(text: str, n: int, seed: int) -> str:
     return f"{text}{'&' if parse_spec(text).options else '?'}n={n}&seed={seed}"
 
 
-def open_calibration(text: str, n: int | None = None, seed: int = 0) -> Source:
+def open_calibration(text: str, n: int | None = None, seed: int = 0) -> "Source":
     """The calibration images of a SOURCE: `n` that `seed` draws (by default 32, or all where there are fewer), unless
     it draws a sample itself. Raises QuantlensError where both say how many and differ, and as :func:`open_source`."""
     sample = parse_spec(text).sample

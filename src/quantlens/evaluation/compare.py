@@ -9,8 +9,6 @@ When many metrics are compared, one interval in twenty leaves 0 out by chance al
 correction* when only its own interval leaves 0 out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
@@ -255,7 +253,7 @@ def _groups(one: Match, sets: Sequence[str]) -> dict[str, list[str]]:
     return {group: names for group, names in members.items() if agreed and len(names) > 1}
 
 
-def _values(entry: Entry, wanted: Wanted, groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def _values(entry: Entry, wanted: "Wanted", groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """The metrics of an entry: those of its result, else those of its per-image outputs; then the means over sets."""
     if entry.result is None:
         known = point(entry.outputs, wanted)

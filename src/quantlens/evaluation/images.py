@@ -1,7 +1,5 @@
 """Image sets for an evaluation: opened once, checked against the model's classes and against each other."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ class EvaluationImages:
         groups: Mapping[str, str] | None,
         progress: ImageProgress | None,
         **reading: Any,
-    ) -> EvaluationImages:
+    ) -> "EvaluationImages":
         """Images of what `data.as_image_set` accepts, `reading` being its other arguments. Raises QuantlensError for an
         empty set, labels that do not match, groups of other sets, or a fit set among those evaluated."""
         from quantlens.data import as_image_set

@@ -1,7 +1,5 @@
 """What an evaluation found: a dataclass, plain data that is valid JSON, and one flat row of numbers by path."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -87,7 +85,7 @@ class Result:
         return plain({**self.extra, **{name: getattr(self, name) for name in names}, "change": self.change})
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Result:
+    def from_dict(cls, data: Mapping[str, Any]) -> "Result":
         """The inverse of `to_dict`. Raises QuantlensError when a key that every result has is missing."""
         fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in NOT_STORED}
         every = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
@@ -97,7 +95,7 @@ class Result:
         extra = {k: v for k, v in data.items() if k not in fields and k not in COMPUTED}
         return cls(**{k: v for k, v in data.items() if k in fields}, extra=extra)
 
-    def compare(self, reference: Result) -> None:
+    def compare(self, reference: "Result") -> None:
         """Set `fp32` from the FP32 Result on the same images. Raises QuantlensError for one of other
         images, or of a quantized model."""
         check_same_images(reference, self.id, self.ood)

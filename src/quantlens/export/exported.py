@@ -1,8 +1,6 @@
 """An exported file in its runtime: for applications (:class:`Artefact`), and for `evaluate`, which measures it like any
 model."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -111,7 +109,7 @@ class Artefact:
     def classifier(self) -> None:
         return None
 
-    def to(self, *_: Any, **__: Any) -> Artefact:
+    def to(self, *_: Any, **__: Any) -> "Artefact":
         return self
 
     def advice(self) -> list[str]:

@@ -5,8 +5,6 @@ again. Here the graph is built without them, checked with inputs in their place,
 lays it out: the model's fields, the graph's fields, then one initializer after the other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +33,7 @@ class Initializer:
     content: Callable[[], bytes]
 
     @staticmethod
-    def of(name: str, array: np.ndarray) -> Initializer:
+    def of(name: str, array: np.ndarray) -> "Initializer":
         """From an array (which is kept, not copied), in its own type."""
         from onnx import TensorProto, helper
 

@@ -6,8 +6,6 @@ Each docstring gives the widths an integer kernel needs. Under autograd the valu
 that of the float operation.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, Self
@@ -64,7 +62,7 @@ class IntegerLayerNorm(Operator):
         self._hold(derived=True, _gain=multiplier.double() * down, _add=offset.double() * down)
 
     @classmethod
-    def of(cls, scale: Tensor, weight: Tensor, bias: Tensor, eps: float, output: Affine) -> IntegerLayerNorm:
+    def of(cls, scale: Tensor, weight: Tensor, bias: Tensor, eps: float, output: Affine) -> "IntegerLayerNorm":
         """In place of a float LayerNorm. weight, bias: γ and β [C]. eps: its own."""
         weight, bias = weight.detach().double(), bias.detach().double()
         step = output.scales.double().to(weight.device)

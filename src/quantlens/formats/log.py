@@ -9,8 +9,6 @@ The RepQ-ViT authors' code has 2ᵇ magnitudes *and* zero, that is 2ᵇ + 1 leve
 zero whatever is nearer to the next level that it lacks (x < δ·2^(−7.75) for 4 bits and √2).
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 
@@ -177,7 +175,7 @@ class ShiftedLog(Table):
         self._hold(derived=True, exponents=exponents.to(eta.device, torch.int32), levels=levels)
 
     @classmethod
-    def covering(cls, eta: float, values: Tensor, bits: int) -> ShiftedLog:
+    def covering(cls, eta: float, values: Tensor, bits: int) -> "ShiftedLog":
         """The format whose range is that of ``values`` (≥ 0, any shape)."""
         ends = torch.stack([values.min(), values.max()]).clamp_min(0.0) + eta
         low, high = ends.log2()

@@ -6,8 +6,6 @@ z is an integer. It may lie outside [qmin, qmax]: the range [lo, hi] then exclud
 output do), and the grid still covers it. Symmetric: z = 0, codes signed.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -244,14 +242,14 @@ class Twin(Quantizer):
             self._boundary = math.inf if self._first > top else (ends[0] + ends[1]) / 2
 
     @classmethod
-    def by_magnitude(cls, shift: int, bits: int, *, top: float = 1.0) -> Twin:
+    def by_magnitude(cls, shift: int, bits: int, *, top: float = 1.0) -> "Twin":
         """For values in [0, top]: Δ2 = top/(2ᵇ⁻¹ − 1), Δ1 = Δ2·2^(−shift), ranges [0, s] and (s, top] with s =
         top·2^(−shift)."""
         two = (torch.tensor(top, dtype=torch.float64) / (2 ** (bits - 1) - 1)).float()
         return cls(torch.stack([two * 2.0**-shift, two]), bits, split=MAGNITUDE)
 
     @classmethod
-    def by_sign(cls, negative: float | Tensor, positive: float | Tensor, bits: int) -> Twin:
+    def by_sign(cls, negative: float | Tensor, positive: float | Tensor, bits: int) -> "Twin":
         """For values of both signs: a step for the negative ones and a step for the others."""
         steps = torch.stack([torch.as_tensor(step, dtype=torch.float32) for step in (negative, positive)])
         return cls(steps, bits, split=SIGN)

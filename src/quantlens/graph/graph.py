@@ -6,8 +6,6 @@ parameter or constant, named as in the model's ``state_dict``), ``call_function`
 tuple; the batch and what is derived from it is ``None``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -199,7 +197,7 @@ class Graph(nn.Module):
         return name
 
     # -- copies ---------------------------------------------------------------------------------------------------
-    def clone(self, *, share: bool = False) -> Graph:
+    def clone(self, *, share: bool = False) -> "Graph":
         """A copy whose structure and tensors can be changed in any way without touching this one.
 
         share: hold the same tensors, at no memory, until they are replaced by :meth:`set_tensor`; for those who write
@@ -212,7 +210,7 @@ class Graph(nn.Module):
         twin.train(self.training)
         return twin
 
-    def to(self, *args: Any, **kwargs: Any) -> Graph:
+    def to(self, *args: Any, **kwargs: Any) -> "Graph":
         super().to(*args, **kwargs)
         device = self.device
         for node in self.fx.nodes:

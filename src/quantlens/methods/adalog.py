@@ -14,8 +14,6 @@
 All products are searched on the float network's tensors, none waits for another.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,7 +132,7 @@ class Format:
             return AdaLogFormat(first[0], self.bits, numerator=int(second[0]), shift=self.shift)
         return grouped_uniform(self.side.groups, first, second, self.bits, signed=False)
 
-    def improved(self, error: OutputError, steps: int, rows: int | None = None) -> Format:
+    def improved(self, error: OutputError, steps: int, rows: int | None = None) -> "Format":
         """With parameters that make ``error`` least; rows: how many the operand was thinned to for it."""
         candidates: Tensor = self.side.candidates
         side = replace(self.side, values=thinned(self.side.values, rows))

@@ -6,8 +6,6 @@ edge it quantizes. Everything else (options, bits, folding LayerScale, the recor
 import what `build` is written in (Calibration, Graph, Edge, Plan, FLOAT) from here, too.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from abc import ABC, abstractmethod
@@ -167,7 +165,7 @@ class Method(ABC):
     info: ClassVar[MethodInfo]
 
     @abstractmethod
-    def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
+    def build(self, graph: Graph, calibration: Calibration, bits: "Widths", run: "Run") -> Plan:
         """Choose quantizers for ``graph`` and return the plan.
 
         graph: a copy with tensors of its own, to be rewritten exactly. bits: widths per edge. run: options, seed,

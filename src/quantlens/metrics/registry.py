@@ -1,8 +1,6 @@
 """Every metric by its key in a result: what it is called, its unit, and which direction is better. Whatever shows a
 metric (a table, a plot, a comparison, a page of the docs) asks here. And the spread of one over seeds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -142,7 +140,7 @@ class Spread:
     n: int
 
     @staticmethod
-    def of(values: Iterable[Any]) -> Spread | None:
+    def of(values: Iterable[Any]) -> "Spread | None":
         """Of the finite numbers among `values` (what is None, NaN, text or bool is passed over); None without any."""
         found = [v for v in map(number, values) if v is not None]
         if not found:
@@ -152,7 +150,7 @@ class Spread:
         std = math.sqrt(math.fsum((v - mean) ** 2 for v in found) / (n - 1)) if n > 1 else None
         return Spread(mean, std, n)
 
-    def scaled(self, factor: float) -> Spread:
+    def scaled(self, factor: float) -> "Spread":
         """The spread of the numbers times a factor."""
         return Spread(self.mean * factor, None if self.std is None else self.std * abs(factor), self.n)
 

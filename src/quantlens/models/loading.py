@@ -1,8 +1,6 @@
 """Where a model comes from: a timm name (hub tags too), the models that ship with quantlens, or a user's own
 ``nn.Module``."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,7 @@ class Model(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.module(images)
 
-    def train(self, mode: bool = True) -> Model:
+    def train(self, mode: bool = True) -> "Model":
         """Stays in evaluation mode: statistics and dropout of training have no place in post-training quantization."""
         return super().train(False)
 
@@ -58,7 +56,7 @@ class Model(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
 
-    def to(self, *args: Any, **kwargs: Any) -> Model:
+    def to(self, *args: Any, **kwargs: Any) -> "Model":
         super().to(*args, **kwargs)
         self.derived.clear()
         return self

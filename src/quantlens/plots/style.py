@@ -1,7 +1,5 @@
 """The one style of all figures, how panels are arranged, and a figure as a file."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +39,7 @@ class Look:
     form: int = 0
 
     @staticmethod
-    def numbered(index: int) -> Look:
+    def numbered(index: int) -> "Look":
         """The look of the index-th of many lines: colours cycle, then dashes and markers change."""
         return Look(index % len(COLOURS), index // len(COLOURS) % len(SHAPES))
 

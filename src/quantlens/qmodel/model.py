@@ -1,8 +1,6 @@
 """A quantized model: a graph and the plan that it follows. Simulation, checkpoint, export, study and report read the
 same two."""
 
-from __future__ import annotations
-
 import copy
 import math
 from operator import attrgetter
@@ -136,7 +134,7 @@ class QuantizedModel(nn.Module):
         return [(edges[k], q) for k, q in self.plan.quantizers.items() if edges[k].is_weight]
 
     # -- moving, saving -----------------------------------------------------------------------------------------------
-    def to(self, *args: Any, **kwargs: Any) -> QuantizedModel:
+    def to(self, *args: Any, **kwargs: Any) -> "QuantizedModel":
         super().to(*args, **kwargs)
         self.graph.to(*args, **kwargs)
         self._simulation[0] = None
@@ -148,7 +146,7 @@ class QuantizedModel(nn.Module):
 
         return save(self, path)
 
-    def __deepcopy__(self, memo: dict) -> QuantizedModel:
+    def __deepcopy__(self, memo: dict) -> "QuantizedModel":
         plan = Plan(
             {k: copy.deepcopy(q, memo) for k, q in self.plan.quantizers.items()},
             list(self.plan.rewrites),

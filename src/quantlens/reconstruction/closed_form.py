@@ -10,8 +10,6 @@ All use one Cholesky factorisation, :class:`Factor`: X̄ᵀX̄ + λI = VVᵀ wit
 at once. λ is ``damping`` times the mean of X̄ᵀX̄'s diagonal: it means the same for every layer and number of rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -48,7 +46,7 @@ class Moments:
     weight: Tensor | None = None
 
     @classmethod
-    def of(cls, pieces: Iterable[tuple[Tensor, Tensor]], weight: Tensor | None = None) -> Moments:
+    def of(cls, pieces: Iterable[tuple[Tensor, Tensor]], weight: Tensor | None = None) -> "Moments":
         """From pieces of rows (x̄ [m, in], x [m, in]); the same tensor twice where x̄ is x.
 
         weight [out, in]: the only one that the moments are for; if it has far fewer rows than columns, less is computed
@@ -67,7 +65,7 @@ class Moments:
         """[in, in] Σ x̄x̄ᵀ, not about the mean: the Gram matrix of a layer whose bias stays."""
         return self.gram + self.count * torch.outer(self.mean, self.mean)
 
-    def uncentred(self) -> Moments:
+    def uncentred(self) -> "Moments":
         """The moments about 0: for a layer whose bias must stay as it is."""
         shift, zero = self.float_mean - self.mean, torch.zeros_like(self.mean)
         shift = shift if self.weight is None else self.weight.double() @ shift
@@ -141,7 +139,7 @@ class Grid:
     high: Tensor
 
     @classmethod
-    def of(cls, quantizer: Quantizer) -> Grid:
+    def of(cls, quantizer: Quantizer) -> "Grid":
         """Raises UnsupportedError for a format that is not uniform with a scale per tensor or output channel."""
         if not isinstance(quantizer, Uniform) or quantizer.axis not in (0, None):
             raise UnsupportedError(f"weights cannot be fitted to {quantizer.kind} codes, only to uniform ones per row")
@@ -177,7 +175,7 @@ class Factor:
     lower: Tensor
 
     @classmethod
-    def of(cls, gram: Tensor, damping: float, order: Tensor | None = None) -> Factor:
+    def of(cls, gram: Tensor, damping: float, order: Tensor | None = None) -> "Factor":
         """order: int64 [in], the columns in the order in which they are rounded (as they stand by default). A damping
         too small for float64 is raised tenfold until the matrix is positive definite."""
         order = torch.arange(len(gram), device=gram.device) if order is None else order

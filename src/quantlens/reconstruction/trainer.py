@@ -1,8 +1,6 @@
 """What is trained of a unit: one module for every weight, scale and vector, set up in one place; and Adam, as
 everything here is trained with it."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -86,7 +84,7 @@ class Learners:
     vectors: dict[fx.Node, Vector] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, graph: Graph, quantizers: Mapping[str, Quantizer], unit: Unit, settings: Settings) -> Learners:
+    def of(cls, graph: Graph, quantizers: Mapping[str, Quantizer], unit: Unit, settings: Settings) -> "Learners":
         """Learners for what ``settings.optimise`` names in a unit: weights that one layer alone reads, scales that can
         be learned and that no other unit shares, vectors that the unit alone reads."""
         found, inside = cls(), {edge.key for edge in unit.edges}

@@ -1,7 +1,5 @@
 """Which layer hurts: every site and every block quantized alone, and the statistics of what it quantizes."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
@@ -109,7 +107,7 @@ class Inspection:
         return data | {f"{by}s": list(found) for by, found in data.pop("parts").items()}
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Inspection:
+    def from_dict(data: Mapping[str, Any]) -> "Inspection":
         """The inverse of :meth:`to_dict`. Raises QuantlensError for another format."""
         rest = dict(data)
         if rest.pop("format", None) != FORMAT:

@@ -1,7 +1,5 @@
 """What a study consists of: its cells, the images they share, and the key that says when two cells are the same."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -131,7 +129,7 @@ class StudyImages:
         return next((self.marks[name] for name, one in self.named.items() if one is source), None)
 
     @staticmethod
-    def open(config: StudyConfig) -> StudyImages:
+    def open(config: StudyConfig) -> "StudyImages":
         """Open every source; calibration and fit images must not be among those evaluated."""
         evaluated = {"the ID set": open_source(config.id)}
         ood = {name: open_source(spec.source) for name, spec in config.ood.items()}

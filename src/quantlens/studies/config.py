@@ -4,8 +4,6 @@ A path is relative to the study file; `${NAME}` and `${NAME:-default}` in paths 
 Every mistake a person can make in the file raises `QuantlensError` with one sentence.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence
@@ -239,7 +237,7 @@ class StudyConfig(_Strict):
         return tuple(dict.fromkeys(value))
 
     @model_validator(mode="after")
-    def _whole(self) -> StudyConfig:
+    def _whole(self) -> "StudyConfig":
         for what, specs in (("models", self.models), ("methods", self.methods)):
             labels = [spec.label for spec in specs]
             twice = next((label for label in labels if labels.count(label) > 1), None)

@@ -13,8 +13,6 @@ Tables
     timings   latency of artefacts: one row per run, artefact, batch size and thread count
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -119,7 +117,7 @@ class Store:
         self._connection: sqlite3.Connection | None = None
         self._writable = False
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, *exc: object) -> None:

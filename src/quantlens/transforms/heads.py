@@ -10,8 +10,6 @@ A rotation spreads what a few channels hold over all of a head's, so that one sc
 NeurIPS 2024).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -219,7 +217,7 @@ class MeanSubtraction:
     outputs: Mapping[str, ValuePair]
 
     @classmethod
-    def find(cls, graph: Graph) -> MeanSubtraction:
+    def find(cls, graph: Graph) -> "MeanSubtraction":
         """All such places of a graph."""
         return cls(
             {f"{group.norm.name}.output": group for group in find_norm_groups(graph)},

@@ -11,8 +11,6 @@ weights g² belong to single outputs, so no Gram matrix of the operands gives th
 a sample of rows. :func:`sample_rows` draws rows in proportion to what they can add to the sum.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -192,7 +190,7 @@ class OutputError:
     gram: Tensor | None = None
 
     @classmethod
-    def of(cls, values: Tensor, fixed: Tensor, exact: Tensor) -> OutputError:
+    def of(cls, values: Tensor, fixed: Tensor, exact: Tensor) -> "OutputError":
         """values: A [..., rows, k]. fixed, exact: B̂ and B [..., cols, k]."""
         pull = values @ ((fixed - exact).mT @ fixed)
         diagonal = fixed.square().sum(-2, keepdim=True)
@@ -201,7 +199,7 @@ class OutputError:
         return cls(pull, diagonal, gram=fixed.mT @ fixed)
 
     @classmethod
-    def own(cls) -> OutputError:
+    def own(cls) -> "OutputError":
         """The operand's own squared error Σ e²."""
         return cls(None, None)
 

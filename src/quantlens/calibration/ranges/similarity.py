@@ -13,8 +13,6 @@ offset of the output channels (a bias correction) adds to its sum, its norm and 
 is that correlation, averaged over samples, with a ranking loss beside it (Liu et al., NeurIPS 2021, eq. 10 to 12).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -39,7 +37,7 @@ class Operand:
     high: int = 0
 
     @classmethod
-    def of(cls, values: Tensor, start: Tensor, low: int, high: int) -> Operand:
+    def of(cls, values: Tensor, start: Tensor, low: int, high: int) -> "Operand":
         return cls(values, start, start, low, high)
 
     @property
@@ -156,7 +154,7 @@ class Ranking:
         rows: Tensor | None = None,
         weight: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> Ranking:
+    ) -> "Ranking":
         """The loss against ``expected`` [..., w]: over all w(w − 1)/2 pairs of columns, or over ``pairs`` pairs drawn
         with ``generator`` (with repetition, the same for all rows; its expectation is the loss over all pairs)."""
         columns = _columns(expected, rows)

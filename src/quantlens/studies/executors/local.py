@@ -1,7 +1,5 @@
 """Workers on this machine: one in this process, or several processes of their own."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal
@@ -40,7 +38,7 @@ class Here:
 
 
 @contextmanager
-def processes(session: Session, workers: int | None) -> Iterator[tuple[list[Here] | list[Process], str]]:
+def processes(session: Session, workers: int | None) -> "Iterator[tuple[list[Here] | list[Process], str]]":
     """One worker here, or so many processes, which end with this context, and within seconds of this process; and what
     they are in words."""
     if workers is None or workers == 1:

@@ -1,8 +1,6 @@
 """Workers on a Ray cluster: the one that is there, or one started on this machine for the time of a study. SQLite must
 not be shared over a network, and a result is small, so results travel to the driver, one cell at a time."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -28,7 +26,7 @@ images some 90 MB)."""
 @contextmanager
 def actors(
     session: Session, workers: int | None, address: str | None, resources: ResourcesSpec
-) -> Iterator[tuple[list[Actor], str]]:
+) -> "Iterator[tuple[list[Actor], str]]":
     """Workers on the cluster at `address` (see `connected`), and what each has in words; workers None: as many as find
     room. Each begins as soon as there is room for it."""
     try:
