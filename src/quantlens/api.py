@@ -6,16 +6,14 @@ from typing import Any, Literal
 
 import torch
 
-from quantlens.allocation import Allocation, is_target, parse_target
-from quantlens.allocation import allocate as choose_widths
+from quantlens.allocation import Allocation, allocate as choose_widths, is_target, parse_target
 from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
 from quantlens.methods import registry
 from quantlens.methods.base import Progress
 from quantlens.models import Model, load_model
 from quantlens.qmodel import Bits, QuantizedModel
-from quantlens.sensitivity import Inspection
-from quantlens.sensitivity import inspect as inspect_parts
+from quantlens.sensitivity import Inspection, inspect as inspect_parts
 
 
 @isolated
@@ -48,8 +46,13 @@ def quantize(
     can mend.
     """
     model, wanted = _loaded(model, calibration), read_bits(bits)
-    options |= {"patch_bits": patch_bits, "head_bits": head_bits, "outlier_channels": outlier_channels}
-    options |= {"image": image, "target": target}
+    options |= {
+        "patch_bits": patch_bits,
+        "head_bits": head_bits,
+        "outlier_channels": outlier_channels,
+        "image": image,
+        "target": target,
+    }
     allocation = None
     if not isinstance(wanted, Bits):
         registry.get(method).options(options)  # a mistake there is better told before the widths are chosen

@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.stats import entropy as scipy_entropy
-from scipy.stats import spearmanr
+from scipy.stats import entropy as scipy_entropy, spearmanr
 
 import quantlens as ql
 from quantlens.attention import drift

@@ -9,8 +9,7 @@ import tempfile
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from quantlens.calibration import ActivationStore
 from quantlens.errors import StorageError

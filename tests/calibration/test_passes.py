@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantlens.calibration import Calibration, CalibrationPass, cache
-from quantlens.calibration import images as chunks
+from quantlens.calibration import Calibration, CalibrationPass, cache, images as chunks
 from quantlens.errors import QuantlensError
 from quantlens.graph import Graph
 from quantlens.qmodel import float_model

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantlens.calibration import Calibration
-from quantlens.calibration import images as chunks
+from quantlens.calibration import Calibration, images as chunks
 from quantlens.calibration.sampling import ProductSampler, find_products, visit_products
 from quantlens.qmodel import float_model
 

@@ -5,11 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from quantlens.calibration import Observation, Observer
-from quantlens.calibration import passes as module
+from quantlens.calibration import Observation, Observer, passes as module
 from quantlens.calibration.ranges import (
     affine,
     log_by_quantile,

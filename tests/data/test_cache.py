@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantlens.data import Preprocess, cache_directory, load_images, open_source
-from quantlens.data import cache as cache_module
+from quantlens.data import Preprocess, cache as cache_module, cache_directory, load_images, open_source
 from quantlens.data.sources import FileSource
 from quantlens.errors import BadImageError, QuantlensWarning, StorageError
 

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exact_models import SHARED, SIZE, Conv, Net, Vit, drawn, nets, vits
-from hypothesis import HealthCheck, Phase, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, example, given, settings, strategies as st
 from torch import Tensor, fx, nn
 
 from quantlens.calibration import CHUNK, Calibration

@@ -6,8 +6,7 @@ import operator
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import fx
 
 from quantlens.graph.layout import axes_of_last

@@ -6,8 +6,7 @@ import torch
 import quantlens as ql
 from quantlens.errors import QuantlensError
 from quantlens.graph import graph_of
-from quantlens.methods import bit_split as method
-from quantlens.methods import registry
+from quantlens.methods import bit_split as method, registry
 from quantlens.methods.bit_split import (
     _optimise_bit,
     activation_quantizer,

@@ -134,8 +134,7 @@ def test_weights_hold_no_more_levels_than_their_bits(loaded, pictures):
 @pytest.mark.parametrize("memory", [1 << 30, 0])
 def test_many_chunks_and_files_give_what_one_chunk_gives(memory, loaded, pictures, monkeypatch):
     """Calibration in pieces, with every waiting activation in a file, equals calibration in one piece."""
-    from quantlens.calibration import cache
-    from quantlens.calibration import images as chunks
+    from quantlens.calibration import cache, images as chunks
 
     images = pictures.repeat(2, 1, 1, 1) * torch.linspace(0.5, 1.5, 16)[:, None, None, None]
     whole = ql.quantize(loaded["swin"], images, method="repq-vit", bits="W4A4")

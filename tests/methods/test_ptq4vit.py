@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens.calibration import Calibration
-from quantlens.calibration import images as calibration_images
+from quantlens.calibration import Calibration, images as calibration_images
 from quantlens.calibration.gradients import sample_products
 from quantlens.calibration.ranges.guided import HEADS, Side, alternate, sample_rows, search
 from quantlens.calibration.sampling import ProductSampler, find_products

@@ -7,8 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sklearn.metrics import brier_score_loss, log_loss, top_k_accuracy_score
 
 from quantlens.errors import QuantlensError

@@ -19,10 +19,10 @@ from quantlens.metrics import (
     available_scores,
     make_scorer,
     ood_metrics,
+    ood_scores as scores,
     register_score,
     score_label,
 )
-from quantlens.metrics import ood_scores as scores
 
 NAMES = [
     "msp",

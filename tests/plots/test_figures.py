@@ -11,8 +11,7 @@ from PIL import Image
 
 import quantlens as ql
 from quantlens.errors import QuantlensError, StorageError
-from quantlens.plots import FIGURES, available, draw
-from quantlens.plots import cells as of_cells
+from quantlens.plots import FIGURES, available, cells as of_cells, draw
 from quantlens.studies.board import board_of, collect
 
 DEIT, VIT = "deit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"

@@ -7,8 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantlens.attention.comparison import AttentionResult as AttentionResult
-    from quantlens.attention.comparison import compare as compare
+    from quantlens.attention.comparison import AttentionResult as AttentionResult, compare as compare
     from quantlens.attention.maps import MapSettings as MapSettings
     from quantlens.attention.recording import Lens as Lens
 

@@ -68,9 +68,13 @@ class SetView:
 
     def per_image(self, label: str) -> list[dict[str, Any]]:
         """A quantized model's drift as one row per image, rows of attention and tokens over all blocks and heads."""
-        columns: dict[str, np.ndarray] = {"image": np.asarray(self.positions)}
-        columns |= {"predicted": self.predicted[label], "predicted_fp32": self.predicted[FP32]}
-        columns |= {"confidence": self.confidence[label], "confidence_fp32": self.confidence[FP32]}
+        columns: dict[str, np.ndarray] = {
+            "image": np.asarray(self.positions),
+            "predicted": self.predicted[label],
+            "predicted_fp32": self.predicted[FP32],
+            "confidence": self.confidence[label],
+            "confidence_fp32": self.confidence[FP32],
+        }
         if label in self.drift:
             columns |= self.drift[label].per_image()
         columns |= {f"map_{k}": v for k, v in self.map_drift.get(label, {}).items()}

@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantlens.metrics import METRICS, Spread
-from quantlens.metrics.registry import number
+from quantlens.metrics import METRICS, Spread, number
 
 Summary = Mapping[str, Any]
 """What :meth:`quantlens.attention.drift.Drift.summary` gives."""

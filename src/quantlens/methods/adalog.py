@@ -32,8 +32,7 @@ from quantlens.calibration.ranges.guided import (
     ranked,
 )
 from quantlens.calibration.sampling import Product, ProductSampler, patches
-from quantlens.formats import AdaLog as AdaLogFormat
-from quantlens.formats import Quantizer
+from quantlens.formats import AdaLog as AdaLogFormat, Quantizer
 from quantlens.methods._scale_search import IMAGE, grouped_uniform, settle_products
 from quantlens.methods.base import (
     FLOAT,

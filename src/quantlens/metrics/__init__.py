@@ -16,7 +16,7 @@ from quantlens.metrics.ood_scores import (
     register_score,
     score_label,
 )
-from quantlens.metrics.registry import METRICS, Metric, Spread, metric_of, names_of
+from quantlens.metrics.registry import METRICS, Metric, Spread, metric_of, names_of, number
 
 __all__ = [
     "METRICS",
@@ -34,6 +34,7 @@ __all__ = [
     "mean_over_sets",
     "metric_of",
     "names_of",
+    "number",
     "ood_metrics",
     "register_score",
     "reliability",

@@ -6,8 +6,7 @@ from typing import Any
 
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.plots import cells, points, precisions
-from quantlens.plots.style import Figure as Figure
-from quantlens.plots.style import PanelRow, composed, finished
+from quantlens.plots.style import Figure as Figure, PanelRow, composed, finished
 from quantlens.studies.board import Board, board_of
 
 FIGURES: dict[str, tuple[str, Callable[[Board], list[PanelRow]]]] = {

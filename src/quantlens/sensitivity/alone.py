@@ -16,9 +16,7 @@ from torch import Tensor, fx
 
 from quantlens.calibration import CHUNK, Calibration
 from quantlens.formats import Quantizer
-from quantlens.graph import Graph
-from quantlens.graph.graph import op_name
-from quantlens.graph.sites import dynamic_nodes
+from quantlens.graph import Graph, dynamic_nodes, op_name
 from quantlens.methods.base import Progress
 from quantlens.metrics.divergence import kl_of_logits, sqnr_db
 

@@ -5,10 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from quantlens.metrics import METRICS, available_scores
-from quantlens.metrics import Spread as Stat
-from quantlens.metrics import score_label as score_label
-from quantlens.metrics.registry import number as number
+from quantlens.metrics import METRICS, Spread as Stat, available_scores, number as number, score_label as score_label
 
 MISSING = "–"
 MINUS = "−"
