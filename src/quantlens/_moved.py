@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -251,6 +252,11 @@ def find(package: str, name: str) -> Any:
             _tell(old, f"{module.__name__}.{renamed or name}")
             return getattr(module, renamed or name)
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+
+def finder(package: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package: names that have moved are found where they are now, with a warning."""
+    return partial(find, package)
 
 
 class _Alias(ModuleType):

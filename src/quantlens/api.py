@@ -9,8 +9,7 @@ import torch
 from quantlens.allocation import Allocation, allocate as choose_widths, is_target, parse_target
 from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
-from quantlens.methods import registry
-from quantlens.methods.base import Progress
+from quantlens.methods import Progress, registry
 from quantlens.models import Model, load_model
 from quantlens.qmodel import Bits, QuantizedModel
 from quantlens.sensitivity import Inspection, inspect as inspect_parts

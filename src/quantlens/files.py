@@ -23,8 +23,8 @@ def _refusal(path: Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, content: bytes | str | Iterator[bytes], *, what: str = "") -> None:
-    """Write ``content`` (text as UTF-8, or piece by piece) beside ``path``, then put it in its place.
+def write_whole(path: Path, content: bytes | str | Iterator[bytes], *, what: str = "") -> Path:
+    """Write ``content`` (text as UTF-8, or piece by piece) beside ``path``, then put it in its place. Returns the path.
 
     what: what it is, for the error ("the report"). Raises StorageError where that cannot be done; nothing is left then.
     """
@@ -38,6 +38,7 @@ def write_whole(path: Path, content: bytes | str | Iterator[bytes], *, what: str
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(stream.name, path)
+    return path
 
 
 def check_writable(path: Path | str | None, *, what: str = "") -> None:

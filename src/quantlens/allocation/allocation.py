@@ -137,9 +137,9 @@ class Allocation:
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON; the file is there whole or not at all. Raises StorageError."""
-        target = Path(path)
-        write_whole(target, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", what="the allocation")
-        return target
+        return write_whole(
+            Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", what="the allocation"
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "Allocation":
@@ -199,6 +199,4 @@ def evenly_spaced(count: int, most: int) -> Sequence[int]:
     return range(count) if count <= most else sorted({math.floor(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
-def __getattr__(name: str) -> object:
-    """Names that have moved are found where they are now, with a warning."""
-    return _moved.find(__name__, name)
+__getattr__ = _moved.finder(__name__)

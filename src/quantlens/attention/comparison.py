@@ -196,9 +196,7 @@ class AttentionResult:
             files["norms.png"] = picture_grids.norms_picture(self, shown)
         files["maps.npz"] = npz.getvalue()
         files["drift.json"] = json.dumps(about, indent=1, allow_nan=False) + "\n"
-        for name, content in files.items():
-            write_whole(Path(folder, name), content)
-        return [Path(folder, name) for name in files]
+        return [write_whole(Path(folder, name), content) for name, content in files.items()]
 
     def chosen(self, name: str, show: int, choose: str = "first") -> list[int]:
         """Images to show of a set, as places in its :class:`SetView`."""

@@ -4,7 +4,7 @@ from quantlens.data.cache import cache_directory
 from quantlens.data.embedded import EmbeddedInfo, available_embedded, load_embedded
 from quantlens.data.images import ImageSet, as_image_set, load_images
 from quantlens.data.preprocess import Preprocess
-from quantlens.data.sources import Source, SourceKind, available_sources, open_source
+from quantlens.data.sources import Source, SourceKind, available_sources, decode_image, open_source
 
 __all__ = [
     "EmbeddedInfo",
@@ -16,6 +16,7 @@ __all__ = [
     "available_embedded",
     "available_sources",
     "cache_directory",
+    "decode_image",
     "load_embedded",
     "load_images",
     "open_source",

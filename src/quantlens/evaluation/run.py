@@ -30,8 +30,7 @@ from quantlens.metrics import (
     ood_metrics,
     score_histograms,
 )
-from quantlens.models import Model
-from quantlens.models.loading import class_names
+from quantlens.models import Model, class_names
 from quantlens.qmodel import float_model
 
 

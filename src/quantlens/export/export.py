@@ -76,8 +76,7 @@ def export(
     }
     proto, initializers = onnx_model(qmodel, record, guard, simulate=simulate)
     if path.suffix == ".onnx":
-        write_whole(path, pieces(proto, initializers))
-        return path
+        return write_whole(path, pieces(proto, initializers))
     return _openvino(proto, initializers, record, path)
 
 

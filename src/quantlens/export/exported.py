@@ -17,8 +17,7 @@ from scipy.special import softmax
 
 from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
-from quantlens.data import Preprocess
-from quantlens.data.sources import decode_image
+from quantlens.data import Preprocess, decode_image
 from quantlens.errors import BadWeightsError
 from quantlens.export.export import _need
 from quantlens.metrics.divergence import sqnr_db

@@ -14,8 +14,7 @@ from torch import Tensor, fx
 
 from quantlens.errors import UnsupportedError
 from quantlens.export.onnx_file import Initializer
-from quantlens.formats import AdaLog, GroupScaled, Log, Quantizer, SqrtSoftmax, Uniform
-from quantlens.formats.group_scaled import LEAST, MOST, PARTS
+from quantlens.formats import LEAST, MOST, PARTS, AdaLog, GroupScaled, Log, Quantizer, SqrtSoftmax, Uniform
 from quantlens.graph import Graph
 
 OPSET = 21

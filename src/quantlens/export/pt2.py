@@ -41,8 +41,7 @@ def export_pt2(qmodel: QuantizedModel, path: Path, *, simulate: bool) -> Path:
         program = torch.export.export(module, (torch.zeros(2, *size),), dynamic_shapes=({0: batch},), strict=False)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
-    write_whole(path, buffer.getvalue())
-    return path
+    return write_whole(path, buffer.getvalue())
 
 
 def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:

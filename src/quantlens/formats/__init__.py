@@ -1,9 +1,9 @@
 """Number formats: x → integer codes → x̂, as value objects with their parameters."""
 
 from quantlens.formats.base import Operator, Quantizer, bounded_, restore, round_ste
-from quantlens.formats.group_scaled import GroupScaled, SqrtSoftmax
+from quantlens.formats.group_scaled import LEAST, MOST, PARTS, GroupScaled, SqrtSoftmax
 from quantlens.formats.integer_ops import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax
-from quantlens.formats.log import AdaLog, Log, ShiftedLog
+from quantlens.formats.log import RESOLUTION, AdaLog, Log, ShiftedLog
 from quantlens.formats.uniform import (
     MAX_ZERO_POINT,
     Affine,
@@ -17,7 +17,11 @@ from quantlens.formats.uniform import (
 )
 
 __all__ = [
+    "LEAST",
     "MAX_ZERO_POINT",
+    "MOST",
+    "PARTS",
+    "RESOLUTION",
     "AdaLog",
     "Affine",
     "GroupScaled",

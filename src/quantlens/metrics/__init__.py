@@ -3,7 +3,7 @@
 `METRICS` says what each metric is called, its unit, and which direction is better.
 """
 
-from quantlens._moved import find
+from quantlens._moved import finder
 from quantlens.metrics.classification import calibration_error, classification_metrics, reliability
 from quantlens.metrics.ood import change, mean_over_sets, ood_metrics, score_histograms
 from quantlens.metrics.ood_scores import (
@@ -43,6 +43,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Names that have moved are found where they are now, with a warning."""
-    return find(__name__, name)
+__getattr__ = finder(__name__)

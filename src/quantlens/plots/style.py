@@ -184,8 +184,7 @@ class Figure:
         """Write it whole or not at all, by default in the format that the file's name ends in. Raises UnknownNameError
         for another format, StorageError."""
         target = Path(path)
-        write_whole(target, self.to_bytes((format or target.suffix[1:]).lower()), what="the figure")
-        return target
+        return write_whole(target, self.to_bytes((format or target.suffix[1:]).lower()), what="the figure")
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         major = str(self.spec["$schema"]).rpartition("/v")[2].partition(".")[0]

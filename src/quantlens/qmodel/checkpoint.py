@@ -13,7 +13,6 @@ import json
 import warnings
 import zlib
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,9 @@ def save(qmodel: QuantizedModel, path: str | Path) -> Path:
         packed["small"] = torch.cat([_as_bytes(tensors[name]) for name in header["small"]])
     packed["header"] = torch.frombuffer(bytearray(zlib.compress(text.encode())), dtype=torch.uint8)
     version = json.dumps({"version": VERSION})  # what earlier releases look for
-    write_whole(path, to_bytes(packed, {"format": FORMAT, "header": version, "sha256": digest_of(text, tensors)}))
-    return path
+    return write_whole(
+        path, to_bytes(packed, {"format": FORMAT, "header": version, "sha256": digest_of(text, tensors)})
+    )
 
 
 def digest_of(header: str, tensors: dict[str, Tensor]) -> str:
@@ -174,13 +174,6 @@ def _described(path: Path) -> tuple[dict[str, Any], str, str | None]:
             f"{path} has checkpoint version {header.get('version')}; this quantlens reads versions 1 to {VERSION}"
         )
     return header, text, metadata.get("sha256")
-
-
-def is_quantized_checkpoint(path: str | Path) -> bool:
-    """Whether ``path`` is a file written by :func:`save`."""
-    with suppress(BadWeightsError):
-        return bool(read_header(path))
-    return False
 
 
 @isolated

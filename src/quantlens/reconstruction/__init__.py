@@ -51,6 +51,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Names that have moved are found where they are now, with a warning."""
-    return _moved.find(__name__, name)
+__getattr__ = _moved.finder(__name__)

@@ -37,8 +37,7 @@ def write_report(
     if target.is_dir():
         target = target / "report.html"
     mark(board, folder, progress)
-    write_whole(target, render(board, title=title), what="the report")
-    return target
+    return write_whole(target, render(board, title=title), what="the report")
 
 
 def render(board: Any, *, title: str | None = None) -> str:

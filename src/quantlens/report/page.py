@@ -47,8 +47,7 @@ def render(template: str, *, shown: tuple[str, str] = ("", ""), **context: Any) 
 
 def write_page(path: str | Path, template: str, **context: Any) -> Path:
     """Write one self-contained HTML page; an existing file is replaced at once or not at all. Raises StorageError."""
-    write_whole(Path(path), render(template, **context), what="the page")
-    return Path(path)
+    return write_whole(Path(path), render(template, **context), what="the page")
 
 
 def content_policy(style: str, *scripts: str) -> str:

@@ -16,8 +16,7 @@ from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.files import write_whole
 from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
-from quantlens.methods import registry
-from quantlens.methods.base import Progress
+from quantlens.methods import Progress, registry
 from quantlens.qmodel import Bits, QuantizedModel, float_model
 from quantlens.sensitivity.alone import Effect, effects_alone
 from quantlens.sensitivity.statistics import EdgeStatistics, edge_statistics
@@ -119,8 +118,9 @@ class Inspection:
 
     def save(self, path: str | Path) -> Path:
         """Write :meth:`to_dict` as JSON; an existing file is replaced at once or not at all. Raises StorageError."""
-        write_whole(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", what="the inspection")
-        return Path(path)
+        return write_whole(
+            Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", what="the inspection"
+        )
 
 
 def _read_part(data: Mapping[str, Any]) -> Part:

@@ -111,11 +111,9 @@ def results(directory: str | Path) -> Results:
 
 def write_csv(directory: str | Path, target: str | Path) -> Path:
     """Write `Results.to_csv` of the study in `directory`, whole or not at all. Returns the path."""
-    write_whole(Path(target), results(directory).to_csv())
-    return Path(target)
+    return write_whole(Path(target), results(directory).to_csv())
 
 
 def write_parquet(directory: str | Path, target: str | Path) -> Path:
     """As `write_csv`, in the format of `Results.to_parquet`."""
-    write_whole(Path(target), results(directory).to_parquet())
-    return Path(target)
+    return write_whole(Path(target), results(directory).to_parquet())

@@ -17,8 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantlens.formats import affine_parameters, bounded_, is_constant
-from quantlens.formats.log import RESOLUTION
+from quantlens.formats import RESOLUTION, affine_parameters, bounded_, is_constant
 
 HEADS = "heads"
 """Groups of an operand [pairs, heads, rows, k]: one per head."""
