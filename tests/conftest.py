@@ -12,10 +12,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-sys.path[:0] = [
-    str(Path(__file__).parent / "studies"),
-    str(Path(__file__).parent / "report"),
-]  # study_fakes, report_fakes
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / "studies"), str(HERE / "report"), str(HERE)]  # study_fakes, report_fakes, plugin_state
 torch.set_num_threads(int(os.environ.get("QUANTLENS_TEST_THREADS", "1")))
 
 LIMIT = "ONEDNN_MAX_CPU_ISA"

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import quantlens as ql
+from plugin_state import forget
 from quantlens import plugins
 from quantlens.cli import main
 
@@ -36,9 +37,9 @@ def folder(tmp_path, monkeypatch):
         if kind == "python":
             name = re.match(r"# (\w+\.py)\n", text)[1]
             (tmp_path / name).write_text(text, encoding="utf-8")
-    plugins.forget()
+    forget()
     yield tmp_path
-    plugins.forget()
+    forget()
 
 
 def commands():
@@ -59,7 +60,7 @@ def test_the_command_lines_run(folder, capsys, monkeypatch):
     for program, *arguments in commands():
         assert program == "quantlens"
         assert main.run(arguments) == 0, arguments
-        plugins.forget()
+        forget()
     shown = capsys.readouterr().out
     assert "plugin: my_method.py" in shown
     assert "margin" in shown

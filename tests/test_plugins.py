@@ -9,6 +9,7 @@ import textwrap
 import pytest
 
 import quantlens as ql
+from plugin_state import forget
 from quantlens import formats, plugins, transforms
 from quantlens.cli import main
 from quantlens.errors import QuantlensError, UnknownNameError
@@ -31,9 +32,9 @@ class {cls}(Method):
 def forgotten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    plugins.forget()
+    forget()
     yield
-    plugins.forget()
+    forget()
 
 
 @pytest.fixture
@@ -259,7 +260,7 @@ def test_the_workers_of_a_study_load_its_plugins(write, tmp_path):
         pids = set((tmp_path / name).read_text().split())
         assert len(pids) == 3, name
         assert str(os.getpid()) in pids
-    plugins.forget()
+    forget()
     Worker(study, FakeBackend(tmp_path / "log"), 1, {}).start()
     assert plugins.given() == [str(tmp_path / "named.py")]
     write("study.yaml", "plugins: [a.module]\nmodels: [m]\nbits: [FP32]\nid: embedded:digits-test\n")

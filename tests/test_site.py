@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from quantlens import plugins
+from plugin_state import forget
 from quantlens.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,9 +47,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QUANTLENS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "120")
-    plugins.forget()
+    forget()
     yield tmp_path
-    plugins.forget()
+    forget()
 
 
 def blocks(text):

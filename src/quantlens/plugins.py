@@ -109,10 +109,6 @@ class Registry(Generic[T]):
         """The plugin that a known name comes from; "" for quantlens."""
         return _place(_address(self._things[name][1])[0])
 
-    def forget(self) -> None:
-        """Drop what is not quantlens' own."""
-        self._things, self._adopted = {n: v for n, v in self._things.items() if not self.place(n)}, 0
-
     def _ready(self, installed: bool = False) -> None:
         if self._own is not None:
             own, self._own = self._own, None
@@ -208,18 +204,6 @@ def _load_installed() -> None:
 def given() -> list[str]:
     """What was loaded by :func:`load_plugin`, so that another process can load it too."""
     return list(_given)
-
-
-def forget() -> None:
-    """Forget every plugin and all that was registered outside of quantlens, as in a new process."""
-    global _scanned
-    for registry in _registries:
-        registry.forget()
-    for name in [name for name in sys.modules if _place(name) in _places.values()]:
-        del sys.modules[name]
-    for state in (_found, _given, _places, _problems):
-        state.clear()  # type: ignore[attr-defined]
-    _scanned = False
 
 
 def _run(path: Path, place: str) -> ModuleType:

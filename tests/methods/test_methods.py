@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quantlens as ql
-from quantlens import plugins
+from plugin_state import forget
 from quantlens.calibration import Calibration, CalibrationPass
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.formats import Uniform
@@ -309,7 +309,7 @@ def test_a_method_in_one_file(loaded, pictures):
         assert not torch.equal(qmodel(pictures), loaded["vit"](pictures))
         assert all(k.endswith(".weight") for k in qmodel.plan.quantizers)
     finally:
-        plugins.forget()
+        forget()
 
 
 def test_features_and_classifier_make_the_logits(architecture, loaded, pictures):

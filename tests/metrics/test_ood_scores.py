@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp, softmax
 
-from quantlens import plugins
+from plugin_state import forget
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.metrics import (
     FitData,
@@ -600,7 +600,7 @@ def test_bad_images_are_named() -> None:
 def own_scores() -> Iterator[None]:
     """What the test registers is forgotten after it."""
     yield
-    plugins.forget()
+    forget()
 
 
 def test_a_score_of_someone_else_is_measured_like_ours(own_scores: None) -> None:

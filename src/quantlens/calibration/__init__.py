@@ -68,6 +68,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Names that have changed are found under the new ones, with a warning."""
-    return _moved.find(__name__, name)
+__getattr__ = _moved.finder(__name__)
