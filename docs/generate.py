@@ -28,8 +28,14 @@ METRICS = {"top1": "top-1 %", "nll": "NLL", "kl": "KL", "aupr": "Δ AUPR-out", "
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    def in_code(match: re.Match[str]) -> str:
+        return f"<code>{html.escape(match[1]).replace('|', '&#124;')}</code>"  # a backslash would be shown there
+
+    def cell(text: str) -> str:
+        return re.sub(r"`([^`]*\|[^`]*)`", in_code, text).replace("|", "\\|").replace("\n", " ")
+
     def line(values: list[str]) -> str:
-        return "| " + " | ".join(v.replace("|", "\\|").replace("\n", " ") for v in values) + " |"
+        return "| " + " | ".join(map(cell, values)) + " |"
 
     return "\n".join([line(head), "|" + " --- |" * len(head), *map(line, rows)]) + "\n"
 

@@ -70,7 +70,7 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(QuantlensError, match="--max-loss"):
         read_loss("one point")
     with pytest.raises(UnknownNameError, match="tensorrt"):
-        ql.recommend("digits-vit", f"{ID}[:20]", calibration=CALIBRATION, target="tensorrt", methods=["minmax"])
+        ql.recommend("digits-vit", f"{ID}[:40]", calibration=CALIBRATION, target="tensorrt", methods=["minmax"])
 
 
 @pytest.mark.parametrize(("text", "value"), [("1pt", 0.01), ("0.5 pts", 0.005), ("2%", 0.02), ("0.01", 0.01)])
@@ -88,3 +88,18 @@ def test_files_are_timed_and_the_fastest_is_one_of_them(tmp_path) -> None:
     timed = [trial for trial in found["trials"] if trial["milliseconds"] is not None]
     assert found["fastest"]["milliseconds"] == min(trial["milliseconds"] for trial in timed)
     assert np.isfinite(found["fastest"]["change"])
+
+
+def test_too_few_images_and_images_of_the_calibration_are_refused() -> None:
+    with pytest.raises(QuantlensError, match="fewer than 30"):
+        ql.recommend("digits-vit", f"{ID}[:40]", target=None, methods=["minmax"])
+    with pytest.raises(QuantlensError, match="share"):
+        ql.recommend("digits-vit", ID, calibration=ID, target=None, methods=["minmax"])
+    with pytest.raises(QuantlensError, match="no method"):
+        ql.recommend("digits-vit", ID, target=None, methods=[])
+
+
+def test_an_interval_that_reaches_below_the_budget_is_told() -> None:
+    found = ql.recommend("digits-vit", f"{ID}[:40]", calibration=CALIBRATION, target=None, methods=["minmax"])
+    assert found.smallest.low < -found.max_loss
+    assert any("more images" in note for note in found.notes)

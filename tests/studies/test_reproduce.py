@@ -103,3 +103,19 @@ def test_every_row_of_a_report_has_a_command_that_works(directory) -> None:
         program, name, row = shlex.split(command)
         assert (program, name) == ("quantlens", "reproduce")
         assert open_side(row).entries
+
+
+def test_other_images_are_not_compared(directory, tmp_path) -> None:
+    with Store(directory) as store:
+        result = next(c for c in store.cells() if c.spec["bits"] == "FP32").result
+    result = json.loads(json.dumps(result))
+    result["ood"]["letters"]["fingerprint"] = "0" * 16
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(result))
+    with pytest.raises(QuantlensError, match="letters is not the one that was measured"):
+        ql.reproduce(file, progress=False)
+
+
+def test_a_place_that_is_not_there_is_told(tmp_path) -> None:
+    with pytest.raises(QuantlensError, match="there is no file or folder"):
+        ql.reproduce(tmp_path / "nope.json", progress=False)

@@ -85,16 +85,8 @@ def evaluate(
     measured, reference = open_models(model, weights, device)
     if store is not None and not hasattr(measured, "facts"):
         raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
-    settings = {
-        "fit": fit,
-        "reference": reference,
-        "scores": _common.names(scores) or None,
-        "groups": groups,
-        "batch_size": batch_size,
-        "device": device,
-        "n_bins": bins,
-        "keep": keep is not None,
-    }
+    settings = {"fit": fit, "reference": reference, "scores": _common.names(scores) or None, "groups": groups}
+    settings |= {"batch_size": batch_size, "device": device, "n_bins": bins, "keep": keep is not None}
     with _common.stages(quiet) as step:
         result = measure(measured, id, sets, progress=step, **settings, **_common.reading(skip_bad, no_cache))
     if keep is not None and result.outputs is not None:

@@ -1,7 +1,7 @@
 """`quantlens`: the entry point, and how every command ends when something goes wrong.
 
-Exit codes: 0 done; 1 some cells of a study failed; 2 a mistake a person can mend, told in one line; 130 Ctrl-C;
-143 SIGTERM.
+Exit codes: 0 done; 1 some cells of a study failed, or a number did not come out again; 2 a mistake a person can mend,
+told in one line; 130 Ctrl-C; 143 SIGTERM.
 """
 
 import errno

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 HELP = """Find the smallest and the fastest setting whose loss of top-1 is within a budget.
 
-Methods are tried from the cheapest to the dearest and bits from 8 downwards, each on the same labelled images as the
-FP32 model; nothing more is tried after [bold]--minutes[/bold]. The fastest is timed as an exported file beside the FP32
-one. Shown are all settings that were tried, the change of each with an interval that holds for all of them at once, and
-the commands that make the two.
+Methods are tried from the fastest to the slowest to calibrate and bits from 8 downwards, each on the same labelled
+images as the FP32 model; nothing more is tried after [bold]--minutes[/bold]. The fastest is timed as an exported file
+beside the FP32 one. Shown are all settings that were tried, the change of each with an interval (those of settings that
+were measured on all images hold jointly), and the command for each of the two.
 
 [bold]Examples[/bold]
 
@@ -49,7 +49,7 @@ def recommend(
         typer.Option(help="Time files for openvino-cpu, onnxruntime-cpu, what suits this processor (auto), or none."),
     ] = "auto",
     methods: Annotated[
-        str, typer.Option(metavar="NAMES", help="What is tried, the cheapest first.")
+        str, typer.Option(metavar="NAMES", help="What is tried, the fastest to calibrate first.")
     ] = "repq-vit,quantlens-fast,quantlens-best",
     minutes: Annotated[float, typer.Option(min=0, help="Nothing more is tried after this time.")] = 15,
     json: Annotated[

@@ -145,8 +145,9 @@ class Graph(nn.Module):
         return attrgetter(name)(self.root)
 
     def set_tensor(self, name: str, value: Tensor) -> None:
-        """Put ``value`` under ``name``, as a buffer (made if new)."""
-        put_tensor(self.root, name, value)
+        """Put ``value`` under ``name``, as a buffer (made if new), in the layout that a checkpoint gives it back: sums
+        over another one differ in their last bits."""
+        put_tensor(self.root, name, value.contiguous())
         self._module = None
 
     def tensors(self) -> dict[str, Tensor]:

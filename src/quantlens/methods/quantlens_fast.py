@@ -215,7 +215,7 @@ class QuantlensFast(Method):
         year=2026,
         url="docs/methods.md",
         quantizes=MATMUL_OPERANDS,
-        version=6,
+        version=7,
         summary="exact rotations, clipped ranges, weights fitted and rounded in closed form on quantized inputs",
         aliases=("fast",),
         arguments={"outlier_channels": "split"},

@@ -6,9 +6,10 @@ from 8 downwards; where a method leaves the budget, a dearer one goes on from th
 after a quarter of the images is not measured on the rest.
 
 Intervals are simultaneous: with probability 95 % the true changes of all settings that were measured on all images lie
-in theirs, so that the one of the chosen setting holds though it was chosen for its change.
+in theirs, so that picking the best one does not invalidate its own.
 """
 
+import math
 import shlex
 import tempfile
 import time
@@ -27,9 +28,11 @@ from quantlens.data import as_image_set
 from quantlens.data.sources import open_calibration, open_source
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.evaluation import Result, evaluate
+from quantlens.evaluation.images import refuse_overlap
 from quantlens.methods import registry
 from quantlens.metrics.bootstrap import simultaneous_intervals
 from quantlens.models import Model, load_model
+from quantlens.plugins import given
 
 METHODS = ("repq-vit", "quantlens-fast", "quantlens-best")
 """From the cheapest to the dearest."""
@@ -37,6 +40,9 @@ METHODS = ("repq-vit", "quantlens-fast", "quantlens-best")
 WIDTHS = (8, 6, 5, 4, 3, 2)
 RUNTIMES = {"openvino-cpu": ("openvino", ".xml"), "onnxruntime-cpu": ("onnxruntime", ".onnx")}
 """Targets that can be timed here: the runtime's package, and the ending of its files."""
+
+LEAST = 30
+"""Images that must be left to measure on."""
 
 SHARE = 0.25
 """Share of the images after which a setting may be given up."""
@@ -120,8 +126,12 @@ def recommend(
     """
     for method in methods:
         registry.get(method)
-    if not 0 <= max_loss < 1:
-        raise QuantlensError(f"max_loss is {max_loss}; give a fraction such as 0.01, which is one point")
+    if not methods:
+        raise QuantlensError("no method is named; give at least one (`quantlens methods`)")
+    if not isinstance(max_loss, int | float) or not 0 <= max_loss < 1:
+        raise QuantlensError(
+            f"max_loss is {max_loss!r}; give a fraction such as 0.01 (--max-loss 1pt), one point of top-1"
+        )
     if not isinstance(model, Model):
         model = load_model(model)
     search = _Search(model, max_loss, seed, time.monotonic() + 60 * minutes, progress or (lambda *_: None))
@@ -130,7 +140,7 @@ def recommend(
         search.files(methods, target)
         search.sizes(methods)
     except _TimeIsUp:
-        search.notes.append(f"the search was ended after {minutes:g} minutes; more may be found with more")
+        search.notes.append(f"the search was ended after {minutes:g} minutes; more of them may find more")
     return search.found()
 
 
@@ -147,29 +157,30 @@ class _Search:
     def open(self, id: Any, ood: Mapping[str, Any], calibration: Any) -> None:
         """Open the images, and measure the FP32 model on them."""
         preprocess = self.model.preprocess
-        self.calibration_source = calibration if isinstance(calibration, str) else None
+        self.calibration_source = calibration if isinstance(calibration, str) else id if calibration is None else None
         if calibration is None:
             if not isinstance(id, str):
-                raise QuantlensError(
-                    "give calibration images, too; only of a SOURCE text can some be set aside for that"
-                )
-            self.calibration_source, drawn = id, open_calibration(id, seed=self.seed)
-            source, calibration = open_source(id), drawn
-            aside = set(drawn.names)
+                raise QuantlensError("give calibration images, too; only those of a SOURCE text can be set aside")
+            calibration, source = open_calibration(id, seed=self.seed), open_source(id)
+            aside = set(calibration.names)
             id = source.select([i for i, name in enumerate(source.names) if name not in aside])
-        if isinstance(calibration, str):
+        elif isinstance(calibration, str):
             calibration = open_calibration(calibration, seed=self.seed)
+            if isinstance(id, str):
+                id = open_source(id)
+                refuse_overlap(calibration, "the calibration images", id, "the ID set")
+        if hasattr(id, "__len__") and hasattr(id, "names") and len(id) < LEAST:
+            raise QuantlensError(
+                f"{len(id)} images are left to measure on ({len(calibration)} are for calibration); nothing can be "
+                f"said of fewer than {LEAST}: give more, or calibration images from elsewhere"
+            )
         self.calibration = Calibration.of(calibration, preprocess, device=self.model.device, seed=self.seed)
-        self.id = as_image_set(
-            id, preprocess, "the ID set", progress=lambda *done: self.progress("decoding images", *done)
-        )
+        self.id = as_image_set(id, preprocess, "the ID set", progress=partial(self.progress, "decoding images"))
         self.ood = {name: as_image_set(images, preprocess, name) for name, images in ood.items()}
-        self.settings: dict[str, Any] = {"keep": "scores", "scores": ["msp"]}
-        self.settings["progress"] = self.progress
+        self.settings: dict[str, Any] = {"keep": "scores", "scores": ["msp"], "progress": self.progress}
         self.fp32 = evaluate(self.model, self.id, self.ood, **self.settings)
-        self.few = self.id.select(
-            np.random.default_rng(self.seed).permutation(len(self.id))[: round(SHARE * len(self.id))]
-        )
+        mixed = np.random.default_rng(self.seed).permutation(len(self.id))
+        self.few = self.id.select(mixed[: math.ceil(SHARE * len(mixed))])
         self.few_fp32 = evaluate(self.model, self.few, **self.settings)
         self.settings["progress"] = self.told
 
@@ -289,11 +300,17 @@ class _Search:
 
     def _command(self, method: str, bits: str, target: str | None) -> str:
         words = ["quantlens", "quantize", self.model.name]
-        words += ["--weights", str(self.model.weights_path)] if self.model.weights_path else []
+        if self.model.weights_path and self.model.checkpoint != "pretrained":
+            words += ["--weights", str(self.model.weights_path)]
         words += ["--calibration", self.calibration_source or "SOURCE", "--n", str(len(self.calibration))]
         words += ["--method", method, "--bits", bits, "--seed", str(self.seed)]
-        words += ["--target", target] if target else []
-        return shlex.join(words)
+        words += [word for plugin in given() for word in ("--plugin", plugin)]
+        if target is None:
+            return shlex.join(words)
+        made = f"{self.model.name.split('/')[-1]}-{bits.lower()}"
+        file = f"{made}{RUNTIMES[target][1]}"
+        export = ["quantlens", "export", f"{made}.safetensors", "--out", file]
+        return f"{shlex.join([*words, '--target', target, '--out', f'{made}.safetensors'])} && {shlex.join(export)}"
 
     def found(self) -> Recommendation:
         """The answer: intervals of all settings that were measured on all images, together."""
@@ -304,17 +321,19 @@ class _Search:
                 self.trials[i] = replace(self.trials[i], low=low, high=high)
         inside = [trial for trial in self.trials if trial.inside]
         timed = [trial for trial in inside if trial.milliseconds is not None]
-        if not inside:
-            self.notes.append(f"no setting loses at most {self.max_loss:.2%}; allow more, or more minutes")
+        smallest = min(inside, key=lambda trial: (trial.size_mb, -trial.change), default=None)
+        fastest = min(timed, key=lambda trial: trial.milliseconds or 0.0, default=None)
+        if not self.trials:
+            self.notes.append("nothing was tried in that time")
+        elif not inside:
+            self.notes.append(f"every setting that was tried loses more than {100 * self.max_loss:g} points of top-1")
+        if any(one is not None and one.low < -self.max_loss for one in (smallest, fastest)):
+            self.notes.append(
+                "an interval reaches below the loss that is allowed: measure on more images before you trust it"
+            )
+        top1 = self.fp32.id["top1"]
         return Recommendation(
-            self.model.name,
-            self.max_loss,
-            len(self.id),
-            self.fp32.id["top1"],
-            self.trials,
-            min(inside, key=lambda trial: (trial.size_mb, -trial.change), default=None),
-            min(timed, key=lambda trial: trial.milliseconds or 0.0, default=None),
-            self.notes,
+            self.model.name, self.max_loss, len(self.id), top1, self.trials, smallest, fastest, self.notes
         )
 
 

@@ -26,7 +26,7 @@ from quantlens.studies.compare import open_side, split_selection
 from quantlens.studies.config import StudyConfig, parse_config
 from quantlens.studies.progress import Quiet
 from quantlens.studies.results import results
-from quantlens.studies.runner import run_study
+from quantlens.studies.runner import StudyInterrupted, run_study
 from quantlens.studies.store import Store
 
 NOISE = 1e-6
@@ -89,6 +89,10 @@ def reproduce(
     that differs by more than one image. Raises QuantlensError for what cannot be made again.
     """
     place, _ = split_selection(str(row))
+    if not Path(place).exists():
+        raise QuantlensError(
+            f"there is no file or folder {place}; give the --out directory of a study, or a result's file"
+        )
     config = _config(Path(place)) if Path(place).is_dir() else None
     found = []
     for entry in open_side(row).entries:
@@ -160,20 +164,25 @@ def _again(entry: Entry, study: StudyConfig, draws: int, progress: bool | Quiet)
     assert entry.result is not None
     now = _measured(study, Backend(), progress)
     kept, measured = _numbers(entry.result), _numbers(now)
-    image = 1 / max(1, int(entry.result["id"]["n"]))
-    rows = [Metric(path, kept[path], measured[path], image) for path in kept if path in measured]
-    differs = _differences(entry.result, now)
+    least = {path: _one_image(entry.result, path) for path in kept}
+    rows = [Metric(path, kept[path], measured[path], least[path]) for path in kept if path in measured]
+    others, differs = _differences(entry.result, now)
+    if others:
+        raise QuantlensError(f"{entry} cannot be compared: {'; '.join(others)}")
     if not all(row.agrees for row in rows) and not entry.baseline:
         noisy = [measured, *(_numbers(_measured(study, _Noisy(draw), progress)) for draw in range(draws))]
         spread = {row.path: stdev([one[row.path] for one in noisy]) for row in rows}
-        rows = [replace(row, tolerance=max(image, DEVIATIONS * spread[row.path])) for row in rows]
+        rows = [replace(row, tolerance=max(row.tolerance, DEVIATIONS * spread[row.path])) for row in rows]
     return Reproduced(str(entry), rows, differs)
 
 
 def _measured(study: StudyConfig, backend: Backend, progress: bool | Quiet) -> dict[str, Any]:
     """The result of the one cell of a study that is asked for. Raises QuantlensError where it fails."""
     with tempfile.TemporaryDirectory() as folder:
-        summary = run_study(study, folder, progress=progress, backend=backend)
+        try:
+            summary = run_study(study, folder, progress=progress, backend=backend)
+        except StudyInterrupted:
+            raise KeyboardInterrupt("stopped by Ctrl-C; nothing was kept") from None
         if summary.failed:
             raise QuantlensError(f"{summary.failed[-1][0]} could not be made again: {summary.failed[-1][1]}")
         return dict(results(folder).cells[-1].result)
@@ -183,16 +192,24 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
     return {path: value for path, value in numbers(metrics_only(result)) if path.partition(".")[0] in ("id", "ood")}
 
 
-def _differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is not as it was, in words."""
-    said = []
+def _one_image(result: Mapping[str, Any], path: str) -> float:
+    """What one image can change in a rate; rounding alone in other metrics."""
+    part, name, *_ = path.split(".")
+    if path.rpartition(".")[2] in ("nll", "brier", "ece", "ece_adaptive"):
+        return 1e-4
+    sizes = [int(result["id"]["n"]), *([int(result["ood"][name]["n"])] if part == "ood" else [])]
+    return 1 / max(1, min(sizes))
+
+
+def _differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(why the two are of different things, versions and the like that differ), in words."""
+    others = []
     if kept.get("checkpoint_sha256") != now.get("checkpoint_sha256"):
-        said.append("the checkpoint is another one")
-    for name in kept.get("ood") or {}:
-        if kept["ood"][name]["fingerprint"] != (now["ood"].get(name) or {}).get("fingerprint"):
-            said.append(f"the images of OOD set {name} are others")
-    if kept["id"]["fingerprint"] != now["id"]["fingerprint"]:
-        said.append("the ID images are others")
-    before, today = kept.get("environment") or {}, now.get("environment") or {}
-    said += [f"{key}: {before[key]} then, {today.get(key)} now" for key in before if before[key] != today.get(key)]
-    return said
+        others.append("the checkpoint is another one")
+    named = {"the ID set": (kept["id"], now["id"])}
+    named |= {f"OOD set {name}": (part, now["ood"].get(name) or {}) for name, part in (kept.get("ood") or {}).items()}
+    for name, (before, today) in named.items():
+        if before["fingerprint"] != today.get("fingerprint"):
+            others.append(f"{name} is not the one that was measured ({before['n']} images then, {today.get('n')} now)")
+    then, today = kept.get("environment") or {}, now.get("environment") or {}
+    return others, [f"{key}: {then[key]} then, {today.get(key)} now" for key in then if then[key] != today.get(key)]
