@@ -56,6 +56,11 @@ def number(value: Any, sign: bool = False) -> str:
     return "\u00a0±\u00a0".join([shown.replace("-", "−"), *map(str, spread)])  # never broken between lines
 
 
+def unbroken(text: str) -> str:
+    """Never broken between lines at its hyphens."""
+    return text.replace("-", "\u2011")
+
+
 def aupr_change(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Of the mean over the OOD sets, quantized less FP32, in points."""
     if "aupr_out_change" in row:
@@ -89,8 +94,8 @@ def result_table(rows: list[dict[str, Any]], every: list[dict[str, Any]], link: 
     for row in rows:
         values = [aupr_change(row, every) if c == "aupr" else number(row.get(c)) for c in columns]
         values += [number(row.get("aupr_out", {}).get(name)) for name in sets]
-        first = [row["model"], setting(row, link), row["bits"], *([row["calibration"]] if calibrated else [])]
-        lines.append([*first, *values, str(row["seeds"]), row["date"]])
+        first = [unbroken(row["model"]), setting(row, link), row["bits"], *([row["calibration"]] if calibrated else [])]
+        lines.append([*first, *values, str(row["seeds"]), unbroken(row["date"])])
     return table([*head, *(f"AUPR-out: {name}" for name in sets), "seeds", "date"], lines)
 
 

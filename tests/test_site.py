@@ -165,7 +165,7 @@ def test_results_say_what_they_are(generate):
 
 def test_the_tables_show_the_results(generate):
     shown = generate.filled((DOCS / "results.md").read_text(encoding="utf-8"))
-    shown = shown.replace("\u00a0", " ")
+    shown = shown.replace("\u00a0", " ").replace("\u2011", "-")
     assert "| DeiT-Tiny | [`repq-vit`](methods/repq-vit.md) | W4A4 | 59.8 ± 1.2 | 2.18 ± 0.04 | −10.5 | 3.3 |" in shown
     assert "| DeiT-Tiny | FP32 | FP32 | 76.75 |" in shown
     assert shown.count("\n## ") == len(generate.results()["sets"]) + 1
