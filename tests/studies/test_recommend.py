@@ -103,3 +103,14 @@ def test_an_interval_that_reaches_below_the_budget_is_told() -> None:
     found = ql.recommend("digits-vit", f"{ID}[:40]", calibration=CALIBRATION, target=None, methods=["minmax"])
     assert found.smallest.low < -found.max_loss
     assert any("more images" in note for note in found.notes)
+
+
+def test_a_module_of_ones_own_gets_the_call_in_python() -> None:
+    module = ql.load_model("digits-vit").module
+    model = ql.load_model(module, preprocess=ql.load_model("digits-vit").preprocess)
+    found = ql.recommend(model, f"{ID}[:40]", calibration=CALIBRATION, target=None, methods=["minmax"])
+    assert found.smallest.command.startswith("ql.quantize(model, calibration, 'minmax', ")
+
+
+def test_a_shipped_model_needs_no_weights_in_its_command(found) -> None:
+    assert "--weights" not in found.smallest.command

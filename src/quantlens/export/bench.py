@@ -18,7 +18,7 @@ import numpy as np
 from quantlens.ambient import isolated
 from quantlens.data import as_image_set
 from quantlens.errors import QuantlensError
-from quantlens.export.export import export
+from quantlens.export.export import export, openvino_core
 from quantlens.export.exported import Artefact
 
 
@@ -215,7 +215,7 @@ def _nncf(model: Any, calibration: np.ndarray, folder: Path) -> Contender:
     import nncf
     import openvino
 
-    source = openvino.Core().read_model(export(model, folder / "peer-fp32.xml"))
+    source = openvino_core().read_model(export(model, folder / "peer-fp32.xml"))
     data = nncf.Dataset([image[None] for image in calibration])
     quantized = nncf.quantize(source, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration))
     plan = source.get_rt_info(["quantlens", "plan"]).value

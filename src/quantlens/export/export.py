@@ -6,6 +6,7 @@ calibration, checkpoint), and a guard: an out-of-distribution score as second ou
 given share of in-distribution images.
 """
 
+import functools
 import json
 import os
 import tempfile
@@ -128,7 +129,7 @@ def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             source = Path(folder) / "model.onnx"
             write_whole(source, pieces(proto, initializers))
-            model = openvino.Core().read_model(source)
+            model = openvino_core().read_model(source)
             for key, value in record.items():
                 model.set_rt_info(value, ["quantlens", key])
             openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)
@@ -137,6 +138,13 @@ def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str
     except (OSError, RuntimeError) as error:
         raise StorageError(f"cannot write {path}: {error}; free some room or choose another place") from error
     return path
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The one core of OpenVINO in a process. Each gives the main thread a stack for signals and takes it back when it
+    ends; of two that end as they began, one leaves a freed one behind, and the next Ctrl-C is a segmentation fault."""
+    return _need("openvino").Core()
 
 
 def _need(package: str) -> Any:

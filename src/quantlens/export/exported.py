@@ -19,7 +19,7 @@ from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, decode_image
 from quantlens.errors import BadWeightsError
-from quantlens.export.export import _need
+from quantlens.export.export import _need, openvino_core
 from quantlens.metrics.divergence import sqnr_db
 from quantlens.qmodel import Outputs, float_model
 
@@ -233,9 +233,8 @@ def _openvino(path: Path, threads: int | None) -> _Runtime:
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
     try:
-        core = openvino.Core()
-        model = core.read_model(path)
-        compiled = core.compile_model(model, "CPU", settings)
+        model = openvino_core().read_model(path)
+        compiled = openvino_core().compile_model(model, "CPU", settings)
     except Exception as error:
         raise BadWeightsError(f"{path} cannot be run by OpenVINO: {error}") from error
     info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
