@@ -76,10 +76,8 @@ def evaluate(
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    from quantlens.evaluation import outputs
     from quantlens.evaluation.open_models import open_models
     from quantlens.evaluation.run import evaluate as measure
-    from quantlens.report.card import card as write_card
 
     for path in (None if json == "-" else json, keep, store and store / "store.sqlite"):
         check_writable(path)
@@ -93,16 +91,12 @@ def evaluate(
     settings |= {"batch_size": batch_size, "device": device, "n_bins": bins, "keep": kept}
     with _common.stages(quiet) as step:
         result = measure(measured, id, sets, progress=step, **settings, **_common.reading(skip_bad, no_cache))
-    if keep is not None and result.outputs is not None:
-        write_whole(keep, outputs.pack(result.outputs), what="the per-image outputs")
-    if checkpoint is not None:
-        write_card(checkpoint, result)
+    written = list(_write(result, keep, checkpoint))
     if store is not None:
         _keep(store, measured.facts(), result.to_dict())
     _common.show(tables(result), result.to_dict(), json, "the result")
     if json != "-":
-        card_file = checkpoint and checkpoint.with_name("README.md")
-        print("".join(f"written: {file}\n" for file in (keep, card_file) if file is not None), end="")
+        print("".join(f"written: {file}\n" for file in written), end="")
 
 
 def _check_card(model: str) -> Path:
@@ -116,6 +110,18 @@ def _check_card(model: str) -> Path:
         raise QuantlensError("--card is written beside a quantized checkpoint that lies here; name its file or folder")
     check_place(checkpoint.parent, checkpoint.name)
     return checkpoint
+
+
+def _write(result: Any, keep: Path | None, checkpoint: Path | None) -> Iterator[Path]:
+    """Write the per-image outputs, and the card beside a checkpoint, where they are wanted; the files written."""
+    from quantlens.evaluation import outputs
+    from quantlens.report.card import README, card
+
+    if keep is not None and result.outputs is not None:
+        yield write_whole(keep, outputs.pack(result.outputs), what="the per-image outputs")
+    if checkpoint is not None:
+        card(checkpoint, result)
+        yield checkpoint.with_name(README)
 
 
 def _keep(directory: Path, facts: Mapping[str, Any], result: Mapping[str, Any]) -> None:
