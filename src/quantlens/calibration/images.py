@@ -2,18 +2,25 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantlens.data import ImageSet, as_image_set
+from quantlens.data.given import drawn
+from quantlens.data.sources import open_calibration
 from quantlens.errors import QuantlensError
 from quantlens.graph import VIEWS, Graph, op_name
 
 CHUNK = 32
 """Images that go through the graph together."""
 
+
+MOST = 1024
+"""Images that are read of an iterable, at most: one may go on for ever."""
 
 BACKWARD_MEMORY = 1 << 30
 """Bytes of activations that one backward pass may keep; they decide how many images go through together."""
@@ -40,28 +47,33 @@ class Calibration:
     def of(
         cls, images: Any, preprocess: Any, *, device: torch.device | str = "cpu", seed: int | None = None
     ) -> "Calibration":
-        """From a float tensor [N, 3, H, W], an iterable of tensors or (tensor, labels) batches, an image set, or a
-        source. seed: draws the images of a SOURCE text, 32 unless it says how many; None takes all.
+        """From whatever `data.as_image_set` accepts. seed: draws 32 images of a SOURCE text (unless it says how many)
+        or of a map-style data set; None takes all. Of an iterable, :data:`MOST` images are read.
 
         Raises QuantlensError: no images, wrong shape, values that are not finite.
         """
         device = torch.device(device)
         if isinstance(images, Calibration):
             return images
-        if isinstance(images, Iterable) and not isinstance(images, str | Tensor) and not hasattr(images, "batches"):
-            batches = [torch.as_tensor(b[0] if isinstance(b, list | tuple) else b) for b in images]
-            images = torch.cat(batches or [torch.empty(0, *preprocess.input_size)])
+        if isinstance(images, str) and seed is not None:
+            images = open_calibration(images, seed=seed)
+        elif seed is not None:
+            images = drawn(images, seed)
+        size = tuple(preprocess.input_size)
+        if not isinstance(images, Tensor) and not (isinstance(images, list | tuple) and not images):
+            check = partial(_check, size=size)
+            found = as_image_set(images, preprocess, "calibration images", most=MOST, check=check)
+            if found.values is not None and not isinstance(images, ImageSet):
+                images = found.values
+            else:
+                images = found
+                if found.values is not None:
+                    _check(found.values[:1], size)
         if isinstance(images, Tensor):
-            _check(images, tuple(preprocess.input_size))
-            content = images.detach().cpu().contiguous().float().numpy().tobytes()
-            source, fingerprint = "tensor", hashlib.sha256(content).hexdigest()[:16]
-        else:
-            from quantlens.data import as_image_set
-            from quantlens.data.sources import open_calibration
-
-            if isinstance(images, str) and seed is not None:
-                images = open_calibration(images, seed=seed)
-            images = as_image_set(images, preprocess)
+            _check(images, size)
+            content = images.detach().cpu().contiguous().float().numpy()
+            source, fingerprint = "tensor", hashlib.sha256(content.data).hexdigest()[:16]
+        elif len(images):
             source, fingerprint = str(images.source), images.fingerprint
         if len(images) == 0:
             raise QuantlensError("no calibration images: give at least one, 32 is the usual number")
