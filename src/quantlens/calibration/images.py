@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quantlens.data import ImageSet, as_image_set
 from quantlens.data.given import drawn
+from quantlens.data.shared import content_digests
 from quantlens.data.sources import open_calibration
 from quantlens.errors import QuantlensError
 from quantlens.graph import VIEWS, Graph, op_name
@@ -21,6 +22,9 @@ CHUNK = 32
 
 MOST = 1024
 """Images that are read of an iterable, at most: one may go on for ever."""
+
+DIGESTS = 256
+"""Images of which a checkpoint keeps a hash, at most: they tell whether it is evaluated on what it was made with."""
 
 BACKWARD_MEMORY = 1 << 30
 """Bytes of activations that one backward pass may keep; they decide how many images go through together."""
@@ -42,6 +46,7 @@ class Calibration:
     def __init__(self, images: Any, count: int, *, source: str, fingerprint: str | None, device: torch.device):
         self._images, self.count = images, count
         self.source, self.fingerprint, self.device = source, fingerprint, device
+        self.content = ""
 
     @classmethod
     def of(
@@ -77,7 +82,9 @@ class Calibration:
             source, fingerprint = str(images.source), images.fingerprint
         if len(images) == 0:
             raise QuantlensError("no calibration images: give at least one, 32 is the usual number")
-        return cls(images, len(images), source=source, fingerprint=fingerprint, device=device)
+        calibration = cls(images, len(images), source=source, fingerprint=fingerprint, device=device)
+        calibration.content = "".join(content_digests(images, preprocess, DIGESTS))
+        return calibration
 
     def __len__(self) -> int:
         return self.count
@@ -103,8 +110,10 @@ class Calibration:
         count = min(count, self.count)
         return Calibration(self._images, count, source=self.source, fingerprint=fingerprint, device=self.device)
 
-    def info(self) -> dict[str, Any]:
-        return {"source": self.source, "n": self.count, "fingerprint": self.fingerprint}
+    def info(self, *, content: bool = False) -> dict[str, Any]:
+        """Where the images come from; content: also hashes of the first :data:`DIGESTS`, in one text."""
+        found = {"source": self.source, "n": self.count, "fingerprint": self.fingerprint}
+        return {**found, "content": self.content} if content else found
 
 
 def _check(images: Tensor, size: tuple[int, ...]) -> None:

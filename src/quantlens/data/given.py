@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -47,8 +47,8 @@ def as_image_set(
     - an iterable of these or of single images (DataLoader, list, generator), or a map-style `Dataset`: read once, so
       that FP32 and quantized models see the same images in the same order; what is large is kept in a temporary file.
 
-    `name` is the source's name in results. most: read no more images, with a warning where there are more.
-    check: called with the first float batch. Raises QuantlensError where shapes, types or labels do not fit.
+    `name` is the source's name in results. most: read no more images (with a warning where there are more), and no
+    labels. check: called with the first float batch. Raises QuantlensError where shapes, types or labels do not fit.
     """
     if isinstance(x, ImageSet):
         return _with_preprocess(x, preprocess)
@@ -109,8 +109,8 @@ def is_map_style(x: Any) -> bool:
 def peeked(x: Any) -> tuple[Any, tuple[int, ...] | None]:
     """(the same images, the shape [C, H, W] of the first where they are float values). An iterator is read by one
     item, and what is given back begins with it."""
-    if isinstance(x, str | Source | ImageSet):
-        return x, None if isinstance(x, str | Source) or x.values is None else tuple(x.values.shape[1:])
+    if x is None or isinstance(x, str | Source | ImageSet):
+        return x, None if not isinstance(x, ImageSet) or x.values is None else tuple(x.values.shape[1:])
     if is_map_style(x):
         first = [x[0]] if len(x) else []
     elif _dims(x) is not None or isinstance(x, list | tuple | Mapping) or not isinstance(x, Iterable):
@@ -229,51 +229,49 @@ class _Reader:
                 return
             self.items += 1
             images, labels = _parts(item, self.name)
-            self._add(images, labels, most)
+            self._add(images, labels if most is None else None, most)
             if progress is not None and total is not None:
                 progress(self.seen, max(total, self.seen))
 
     def _add(self, images: Any, labels: Any, most: int | None) -> None:
+        """Keep the images of one item that can be read, and their labels and names, up to `most` images in all."""
         pictures = isinstance(images, Image.Image) or (
             isinstance(images, list | tuple) and bool(images) and isinstance(images[0], Image.Image)
         )
-        found = self._pictures(images) if pictures else self._values(images)
-        room = None if most is None else most - len(self.names)
-        kept = [row for row, one in enumerate(found) if one is not None][:room]
-        labels = self._labels(labels, len(found))
-        names = [f"{self.name}/{self.seen + row}" for row in range(len(found))]
-        self.seen += len(found)
-        self.names += [names[row] for row in kept]
-        self.labels += [labels[row] for row in kept] if labels is not None else [None] * len(kept)
-        if kept:
-            whole = len(kept) == len(found) and isinstance(found, np.ndarray)
-            try:
-                self.rows.append(found if whole else np.stack([found[row] for row in kept]))
-            except ValueError as error:
-                raise QuantlensError(
-                    f"{self.name}: images of different sizes {error}; resize all images to one size (PIL images are "
-                    "resized as the model wants them)"
-                ) from error
+        places, block = self._pictures(images) if pictures else self._values(images)
+        count = len(block) if not pictures else 1 if isinstance(images, Image.Image) else len(images)
+        labels = self._labels(labels, count) or [None] * count
+        places = places[: None if most is None else most - len(self.names)]
+        self.labels += [labels[place] for place in places]
+        self.names += [f"{self.name}/{self.seen + place}" for place in places]
+        self.seen += count
+        try:
+            if places:
+                self.rows.append(block[: len(places)])
+        except ValueError as error:
+            raise QuantlensError(
+                f"{self.name}: images of different sizes {error}; resize all images to one size (PIL images are "
+                "resized as the model wants them)"
+            ) from error
 
-    def _pictures(self, images: Any) -> list[np.ndarray | None]:
-        """uint8 [C,H,W] of each; None of one that cannot be read."""
+    def _pictures(self, images: Any) -> tuple[Sequence[int], np.ndarray]:
+        """(places of those that can be read, uint8 [N,C,H,W] of them)."""
         if self.preprocess is None:
             raise QuantlensError(f"{self.name}: preprocess is missing; give the model's own, model.preprocess")
-        found: list[np.ndarray | None] = []
+        found: dict[int, np.ndarray] = {}
         for row, image in enumerate([images] if isinstance(images, Image.Image) else images):
             try:
                 if not isinstance(image, Image.Image):
                     raise QuantlensError(f"{self.name}: a batch mixes PIL images and {type(image).__name__}")
-                found.append(self.preprocess.resize_crop(as_rgb(image)))
+                found[row] = self.preprocess.resize_crop(as_rgb(image))
             except (BadImageError, OSError) as error:
                 if not self.skip_bad:
                     raise BadImageError(f"{self.name}/{self.seen + row}: {error}") from error
                 self.skipped.append((f"{self.name}/{self.seen + row}", str(error)))
-                found.append(None)
-        return found
+        return list(found), np.stack(list(found.values())) if found else np.empty(0, np.uint8)
 
-    def _values(self, images: Any) -> np.ndarray:
-        """float32 [N,C,H,W] on the CPU, checked."""
+    def _values(self, images: Any) -> tuple[Sequence[int], np.ndarray]:
+        """(all places, float32 [N,C,H,W] on the CPU), checked."""
         import torch
 
         if isinstance(images, list | tuple) and images and all(_dims(image) == 3 for image in images):
@@ -306,7 +304,7 @@ class _Reader:
             raise QuantlensError(f"{self.name}: the images hold NaN or infinity; look at the transform that made them")
         if self.check is not None and not self.names:
             self.check(values)
-        return values.numpy()
+        return range(len(values)), values.numpy()
 
     def _labels(self, given: Any, count: int) -> list[Any] | None:
         """One label per image: whole numbers, or rows of 0 and 1; None where what is given is no number."""

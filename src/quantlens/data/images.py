@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -59,7 +59,8 @@ class ImageSet:
     def batches(
         self, batch_size: int = 64, device: str | torch.device = "cpu"
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """(float32 [B,3,H,W], int64 [B] or None) for each batch in order; one batch at a time is in memory.
+        """(float32 [B,3,H,W], int64 [B] or None) for each batch in order; one batch at a time is in memory, for a GPU
+        two, the second being read while it computes.
 
         The normalisation is done on the CPU, so that every device gets the same numbers.
         """
@@ -67,10 +68,15 @@ class ImageSet:
 
         if batch_size < 1:
             raise QuantlensError(f"batch size {batch_size} is not a positive number; give 1 or more")
-        for start in range(0, len(self), batch_size):
-            stop = min(start + batch_size, len(self))
-            labels = None if self.labels is None else torch.from_numpy(self.labels[start:stop].copy()).to(device)
-            yield self.tensor(start, stop).to(device), labels
+        starts, cuda = range(0, len(self), batch_size), torch.device(device).type == "cuda"
+
+        def read(start: int) -> torch.Tensor:
+            images = self.tensor(start, min(start + batch_size, len(self)))
+            return images.pin_memory() if cuda and images.device.type == "cpu" else images
+
+        for start, images in zip(starts, _ahead(read, starts) if cuda else map(read, starts), strict=True):
+            labels = None if self.labels is None else torch.from_numpy(self.labels[start : start + len(images)].copy())
+            yield images.to(device, non_blocking=cuda), None if labels is None else labels.to(device)
 
     def select(self, indices: np.ndarray) -> ImageSet:
         """Only these images, in this order; pixels of a memory map are copied."""
@@ -111,6 +117,18 @@ class ImageSet:
     def __repr__(self) -> str:
         labels = "no labels" if self.labels is None else "labels"
         return f"<ImageSet {self.source}: {len(self)} images, {labels}, {len(self.skipped)} skipped>"
+
+
+def _ahead(read: Callable[[int], torch.Tensor], starts: Sequence[int]) -> Iterator[torch.Tensor]:
+    """`read` of each start, by a thread that is one ahead of what is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="quantlens-batch") as pool:
+        coming = pool.submit(read, starts[0]) if len(starts) else None
+        for following in [*starts[1:], None]:
+            if coming is None:
+                return
+            images = coming.result()
+            coming = None if following is None else pool.submit(read, following)
+            yield images
 
 
 def load_images(
