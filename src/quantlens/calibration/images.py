@@ -66,16 +66,18 @@ class Calibration:
             images = drawn(images, seed)
         size = tuple(preprocess.input_size)
         if not isinstance(images, Tensor) and not (isinstance(images, list | tuple) and not images):
-            check = partial(_check, size=size)
+            check = partial(_check_shape, size=size)
             found = as_image_set(images, preprocess, "calibration images", most=MOST, check=check)
             if found.values is not None and not isinstance(images, ImageSet):
                 images = found.values
             else:
                 images = found
                 if found.values is not None:
-                    _check(found.values[:1], size)
+                    check(found.values)
         if isinstance(images, Tensor):
-            _check(images, size)
+            _check_shape(images, size)
+            if not bool(torch.isfinite(images).all()):
+                raise QuantlensError("calibration images hold NaN or infinity")
             content = images.detach().cpu().contiguous().float().numpy()
             source, fingerprint = "tensor", hashlib.sha256(content.data).hexdigest()[:16]
         elif len(images):
@@ -116,14 +118,12 @@ class Calibration:
         return {**found, "content": self.content} if content else found
 
 
-def _check(images: Tensor, size: tuple[int, ...]) -> None:
+def _check_shape(images: Tensor, size: tuple[int, ...]) -> None:
     if images.dim() != 4 or tuple(images.shape[1:]) != size or not images.is_floating_point():
         raise QuantlensError(
             f"calibration images have shape {list(images.shape)} and type {images.dtype}; the model wants float [N, "
             f"{', '.join(map(str, size))}], prepared with its own mean and deviation"
         )
-    if not bool(torch.isfinite(images).all()):
-        raise QuantlensError("calibration images hold NaN or infinity")
 
 
 # -- views of images -----------------------------------------------------------------------------------------------

@@ -19,9 +19,11 @@ from quantlens.errors import QuantlensError
 
 @dataclass(repr=False, eq=False)
 class HubSource(Source):
-    """Rows of a ``datasets.Dataset`` whose column `column` holds the pictures."""
+    """Rows of a ``datasets.Dataset`` whose column `column` holds the pictures. mark: the fingerprint that the
+    library gives it."""
 
     dataset: Any = field(kw_only=True)
+    mark: str = field(kw_only=True)
     row: np.ndarray = field(kw_only=True)
     column: str = field(kw_only=True)
 
@@ -37,7 +39,7 @@ class HubSource(Source):
         return sha256_of(sorted(lines))[:FINGERPRINT_DIGITS]
 
     def identity(self) -> list[str]:
-        return [f"{self.dataset._fingerprint}\0{self.column}\0{row}" for row in self.row]
+        return [f"{self.mark}\0{self.column}\0{row}" for row in self.row]
 
 
 def open_hub(spec: SourceSpec) -> HubSource:
@@ -53,6 +55,8 @@ def open_hub(spec: SourceSpec) -> HubSource:
     local = folder.is_dir()
     try:
         if local and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
+            if "config" in spec.options:
+                raise ValueError("save_to_disk keeps one configuration; leave ?config= out")
             found = datasets.load_from_disk(str(folder))
         else:
             name, config = str(folder.resolve()) if local else spec.path.rstrip("/"), spec.options.get("config")
@@ -76,7 +80,7 @@ def of_dataset(dataset: Any, spec: SourceSpec, name: str) -> HubSource:
     """The pictures of a ``datasets.Dataset``, with the labels of its column of labels, if there is one."""
     import datasets
 
-    features = dataset.features
+    mark, features = str(dataset._fingerprint), dataset.features
     images = [key for key, kind in features.items() if isinstance(kind, datasets.Image) or _binary(kind)]
     image, label = choose_columns(spec, images, [key for key in features if key not in images])
     if isinstance(features[image], datasets.Image):
@@ -93,6 +97,7 @@ def of_dataset(dataset: Any, spec: SourceSpec, name: str) -> HubSource:
         labels,
         class_names,
         dataset=dataset.select_columns([image]).with_format(None),
+        mark=mark,
         row=np.arange(len(dataset)),
         column=image,
     )

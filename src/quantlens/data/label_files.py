@@ -51,7 +51,7 @@ def read_label_file(text: str, file: Path, names: Sequence[str], wnids: Mapping[
         reason = (getattr(error, "strerror", None) or "it is not a text file").lower()
         raise QuantlensError(f"{where} cannot be read: {reason}") from error
     rows = [re.split(r"[\s,;]+", line) for line in lines if line and not line.startswith("#")]
-    if rows and len(rows[0]) > 1 and _class(rows[0][1]) is None:
+    if len(rows) > 1 and min(map(len, rows[:2])) > 1 and _class(rows[1][1]) is not None and _class(rows[0][1]) is None:
         rows = rows[1:]  # a line of titles
     if not rows:
         raise QuantlensError(f"{where} is empty; it must have a line for each image")

@@ -61,6 +61,8 @@ def parse_spec(text: str) -> SourceSpec:
     if kind not in KINDS:
         raise UnknownNameError("source kind", kind, KINDS, hint="a source is written KIND:PATH")
     path, question, query = rest.rpartition("?") if "?" in rest.rpartition("/")[2] else (rest, "", "")
+    if "labels" in KINDS[kind].options and (named := re.search(r"\?(?:[^/?]*&)?labels=[^?]*$", rest)):
+        path, question, query = rest[: named.start()], "?", rest[named.start() + 1 :]  # its value may hold slashes
     given = _query(text, query, KINDS[kind].options) if question else {}
     rows = slice(None)
     if (bracket := re.search(r"\[([^\[\]/\\]*)\]$", path)) and re.fullmatch(r"[-+\d:\s]*", bracket[1]):
