@@ -3,6 +3,7 @@ quantized, saved, read back, exported. What each step gave is written to a file 
 
 import json
 import math
+import os
 import resource
 import tempfile
 import time
@@ -92,7 +93,8 @@ def pictures(count: int, side: int) -> Tensor:
     """Photographs: ImageNet's where they are, else patches of those that ship with scikit-learn; float32, normalised."""
     from quantlens.data import Preprocess, load_images, open_source
 
-    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet"
+    shared = os.environ.get("QUANTLENS_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
+    folder = Path(shared) / "imagenet"
     step = 900 // count
     source = f"imagenet:{folder}[0:{count * step}:{step}]" if folder.is_dir() else f"embedded:photo-patches[0:{count}]"
     return load_images(open_source(source), Preprocess((3, side, side), crop_pct=0.9)).tensor()
@@ -119,19 +121,24 @@ def sqnr(expected: Tensor, found: Tensor) -> float:
 
 def block_sqnr(float_blocks: dict[str, Tensor], quantized: Any, images: Tensor) -> dict[str, float]:
     """dB of every block's result in the quantized model. A method may rotate the residual stream: the orthogonal matrix
-    that brings the two together best is taken out (tokens are many more than channels)."""
-    found = {}
-    for name, value in block_values(quantized, images).items():
-        expected = float_blocks.get(name)
-        if expected is None or expected.shape != value.shape:
-            continue
+    that brings the two together best is taken out, that of another block where tokens are too few to tell."""
+    found: dict[str, float] = {}
+    rotations: dict[int, list[Tensor]] = {}
+    values = block_values(quantized, images)
+    same = [name for name in values if name in float_blocks and float_blocks[name].shape == values[name].shape]
+    for name in sorted(same, key=lambda name: -values[name].numel()):
+        expected, value = float_blocks[name], values[name]
         found[name] = sqnr(expected, value)
         channels = value.shape[-1]
-        if bool(value.isfinite().all()) and value.numel() // channels > 2 * channels:
-            left, right = (t.reshape(-1, channels).double() for t in (expected, value))
+        left, right = (t.reshape(-1, channels).double() for t in (expected, value))
+        if not bool(value.isfinite().all()):
+            continue
+        if len(left) > 2 * channels:
             u, _, v = torch.linalg.svd(right.T @ left)
-            found[name] = max(found[name], sqnr(left, right @ (u @ v)))
-    return found
+            rotations.setdefault(channels, []).append(u @ v)
+        for rotation in rotations.get(channels, []):
+            found[name] = max(found[name], sqnr(left, right @ rotation))
+    return {name: found[name] for name in values if name in found}
 
 
 def block_values(quantized: Any, images: Tensor) -> dict[str, Tensor]:
@@ -148,6 +155,16 @@ def block_values(quantized: Any, images: Tensor) -> dict[str, Tensor]:
     with torch.inference_mode():
         graph.run(nodes, env, hook=hook, keep=results.values())
     return {name: env[node] for name, node in results.items() if isinstance(env.get(node), Tensor)}
+
+
+def enough_tokens(images: Tensor, blocks: dict[str, Tensor]) -> Tensor:
+    """Pictures, moved about where it takes more of them to tell a rotation of a block's channels from its noise."""
+    tokens: dict[int, int] = {}
+    for value in blocks.values():
+        channels = value.shape[-1]
+        tokens[channels] = max(tokens.get(channels, 1), value.numel() // channels)
+    times = max((2 * channels // count + 1 for channels, count in tokens.items()), default=1)
+    return torch.cat([images.roll(7 * n, dims=-1) for n in range(min(times, 8))])
 
 
 class Record:
@@ -192,7 +209,7 @@ def run(name: str, entry: dict[str, Any], path: Path, *, quick: bool) -> None:
     def capture() -> dict[str, Any]:
         module = build(name, entry)
         redraw(module, images)
-        with torch.inference_mode():
+        with torch.no_grad():  # a module may keep what it computes, and use it when it is captured
             expected = first_tensor(module(test))
         scale = expected.abs().max()
         if not bool(expected.isfinite().all()) or float(expected.std(0).max()) < 1e-3 * float(scale):
@@ -206,7 +223,8 @@ def run(name: str, entry: dict[str, Any], path: Path, *, quick: bool) -> None:
             float((first_tensor(found) - expected).abs().max() / scale),
             float((one - expected[:1]).abs().max() / scale),
         )
-        held.update(model=model, expected=expected, blocks=block_values(float_model(model), images))
+        shown = enough_tokens(images, block_values(float_model(model), images))
+        held.update(model=model, expected=expected, shown=shown, blocks=block_values(float_model(model), shown))
         return {
             "apart": apart,
             "ok": apart <= 1e-4 and type(found) is type(module(test[:1])),
@@ -224,7 +242,7 @@ def run(name: str, entry: dict[str, Any], path: Path, *, quick: bool) -> None:
         held[f"{method} {bits}"] = quantized
         numbers: dict[str, Any] = {"db": sqnr(held["expected"], found), "rewrites": quantized.plan.rewrites}
         if bits == "W8A8":
-            numbers["blocks"] = block_sqnr(held["blocks"], quantized, images)
+            numbers["blocks"] = block_sqnr(held["blocks"], quantized, held["shown"])
         return {**numbers, "ok": bool(found.isfinite().all())}
 
     for bits in ("W8A8",) if quick else ("W8A8", "W4A4"):
