@@ -11,7 +11,8 @@ from quantlens.files import check_writable
 
 HELP = """Quantize a model after training and save it packed: integer codes at their bit width, scales, and a header.
 
-MODEL is a timm name (`quantlens models` lists them) or a model that ships with quantlens.
+MODEL is a timm name (`quantlens models` lists them), hf:ID or hf:DIR of Hugging Face, or a model that ships with
+quantlens.
 
 [bold]Examples[/bold]
 
@@ -54,7 +55,7 @@ def quantize(
     from quantlens.report.card import card as write_card, check_place
 
     wanted = api.read_bits(bits)
-    file = out or Path(f"{model.split('/')[-1]}-{api.spelled(wanted).lower()}.safetensors")
+    file = out or Path(f"{Path(model.removeprefix('hf:')).name}-{api.spelled(wanted).lower()}.safetensors")
     check_writable(file)
     if card:
         check_place(file.parent, file.name)

@@ -11,7 +11,7 @@ from quantlens.qmodel.hub import find_checkpoint
 
 def open_float(name: str, weights: str | None = None, device: str = "cpu") -> Model:
     """A float model by name. weights: "random", a file, or "pretrained", as for None."""
-    return load_model(name, None if weights == "random" else weights or "pretrained", device=choose_device(device))
+    return load_model(name, weights or "pretrained", device=choose_device(device))
 
 
 def checkpoint_of(name: str) -> Path | None:

@@ -131,6 +131,7 @@ def _content(qmodel: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]
         "version": VERSION,
         "quantlens": __version__,
         "graph": graph_to_dict(graph),
+        "structure": graph.structure.to_dict(),
         "quantizers": {key: q.config() for key, q in plan.quantizers.items()},
         "operators": {name: o.config() for name, o in plan.operators.items()},
         "weights": weights,
@@ -220,7 +221,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
             q = quantizers[key]
             codes = unpack(tensors[f"codes/{key}"], q.bits, tuple(weight["shape"]), signed=q.signed)
             values[weight["tensor"]] = q.decode(codes)
-        graph = graph_from_dict(header["graph"], values)
+        graph = graph_from_dict(header["graph"], values, header.get("structure"))
         plan = Plan.restore(quantizers, list(header["rewrites"]), header["info"], operators)
         model = QuantizedModel(graph, plan, preprocess=Preprocess.from_dict(header["preprocess"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
