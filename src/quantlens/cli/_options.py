@@ -49,7 +49,9 @@ ARGUMENTS = {
     ],
 }
 """What every method takes."""
-Seed = Annotated[int, typer.Option(min=0, help="Draws the calibration images, and all else that is random.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Draws the calibration images, and all else that is random.")
+]
 
 # -- the run
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]

@@ -7,6 +7,8 @@ for the quantized model, ``model.quantized``, which computes what it returns.
 from types import MethodType
 from typing import Any
 
+import torch
+
 from quantlens.api import quantize
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.methods.registry import DEFAULT
@@ -81,7 +83,7 @@ class _Quantizer(HfQuantizer):
         if self.quantization_config.checkpoint is not None:
             self.quantized = load(checkpoint_files[0])
             _clear(model)
-            model._keys_to_ignore_on_load_unexpected = [".*"]
+            model._keys_to_ignore_on_load_unexpected, model._keys_to_ignore_on_load_missing = {".*"}, {"anchor"}
 
     def _process_model_after_weight_loading(self, model: Any, **more: Any) -> None:
         config = self.quantization_config
@@ -96,6 +98,7 @@ class _Quantizer(HfQuantizer):
 def _clear(model: Any) -> None:
     for held in (model._modules, model._parameters, model._buffers):
         held.clear()
+    model.anchor = torch.nn.Parameter(torch.empty(0), requires_grad=False)  # says device and type to transformers
 
 
 def _forward(self: Any, *images: Any, **given: Any) -> Any:
