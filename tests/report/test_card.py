@@ -295,7 +295,7 @@ def test_what_holds_no_checkpoint(made, hub, tmp_path) -> None:
         ql.load(float_model)
 
 
-def test_quantized_by_transformers(tmp_path, hub) -> None:
+def test_quantized_by_transformers(tmp_path, hub, monkeypatch) -> None:
     """On the fly, and from a folder that was pushed: the logits are those of `ql.quantize`."""
     transformers = pytest.importorskip("transformers", minversion="5.0")
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -323,8 +323,8 @@ def test_quantized_by_transformers(tmp_path, hub) -> None:
         with pytest.raises(ValueError, match="not serializable"):
             one.save_pretrained(tmp_path / "again")
     assert ql.load(folder)(images).logits.equal(expected)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        patch.delitem(transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "quantlens")
+    monkeypatch.delitem(transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "quantlens")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         auto.from_pretrained(folder)
 
 
