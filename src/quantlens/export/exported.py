@@ -285,7 +285,7 @@ def parity(
     batches = Calibration.of(images, qmodel.preprocess, device=qmodel.device)
     with torch.inference_mode():
         for batch in batches:
-            expected.append(qmodel(batch).cpu().numpy())
+            expected.append(qmodel.outputs(batch).logits.cpu().numpy())
             got.append(artefact.run(batch.cpu().numpy())[0])
             if progress is not None:
                 progress(sum(map(len, got)), len(batches))
