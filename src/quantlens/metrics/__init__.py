@@ -23,11 +23,11 @@ from quantlens.metrics.registry import (
     TASKS,
     Metric,
     Spread,
-    headline,
     metric_of,
     metrics_of,
     names_of,
     number,
+    summary_of,
 )
 
 __all__ = [
@@ -44,7 +44,6 @@ __all__ = [
     "choose_scores",
     "classification_metrics",
     "cosines",
-    "headline",
     "knn_classes",
     "label_metrics",
     "linear_cka",
@@ -61,6 +60,7 @@ __all__ = [
     "score_histograms",
     "score_label",
     "similarity",
+    "summary_of",
 ]
 
 

@@ -157,8 +157,13 @@ TASKS = {
 """The family of a task's metrics. *classify*: one label of several, a softmax; *zero-shot*: the same, the classes being
 texts; *binary*: one output and *multilabel*: several, each a sigmoid; *features*: no classifier."""
 
-HEADLINES = {"classification": "top1", "binary": "auroc", "multilabel": "map", "features": "knn1"}
-"""The one metric that a family is judged by."""
+SUMMARIES = {
+    "classification": ("top1", "nll", "ece"),
+    "binary": ("auroc", "average_precision", "ece"),
+    "multilabel": ("map", "auroc", "ece"),
+    "features": ("knn1", "linear1"),
+}
+"""The metrics that a family is summed up by, the one that it is judged by first."""
 
 
 def metrics_of(task: Any, *, resampled: bool = False) -> tuple[str, ...]:
@@ -166,9 +171,10 @@ def metrics_of(task: Any, *, resampled: bool = False) -> tuple[str, ...]:
     return names_of(TASKS.get(task or "classify", ""), resampled=resampled)
 
 
-def headline(task: Any) -> str:
-    """The metric that a task is judged by; top-1 where the task is not known."""
-    return HEADLINES.get(TASKS.get(task or "classify", ""), "top1")
+def summary_of(task: Any) -> tuple[str, ...]:
+    """Names of the metrics that a task is summed up by, the one that it is judged by first; of a task that is not known
+    a classifier's."""
+    return SUMMARIES[TASKS.get(task, "classification")]
 
 
 # ---- over seeds ------------------------------------------------------------------------------------------------------
