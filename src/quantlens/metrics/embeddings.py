@@ -1,5 +1,7 @@
 """How good features are without a classifier: nearest neighbours, a linear probe, and how near they stay to others."""
 
+import warnings
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -52,7 +54,9 @@ def linear_classes(features: ArrayLike, bank: ArrayLike, labels: ArrayLike) -> I
         raise QuantlensError("a linear probe needs fit images of at least two classes")
     mean, deviation = known.mean(axis=0), known.std(axis=0)
     scale = np.where(deviation > 1e-10 * max(float(deviation.max()), 1e-300), deviation, np.inf)
-    probe = LogisticRegression(C=1.0, max_iter=PROBE_ITERATIONS).fit((known - mean) / scale, classes)
+    with warnings.catch_warnings():  # of many classes with few images each, and of the limit of iterations
+        warnings.simplefilter("ignore")
+        probe = LogisticRegression(C=1.0, max_iter=PROBE_ITERATIONS).fit((known - mean) / scale, classes)
     return np.asarray(probe.predict((h - mean) / scale)).astype(np.int64)
 
 
