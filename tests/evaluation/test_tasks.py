@@ -147,6 +147,14 @@ def test_fit_images_of_other_classes_are_refused() -> None:
         evaluate(made("features", 64), id, fit=fit)
 
 
+def test_the_features_of_a_classifier_are_what_its_last_layer_reads() -> None:
+    id, fit = images(), images(90, 1, name="fit")
+    found = evaluate(made("classify", 5), id, fit=fit, task="features")
+    same = evaluate(made("features", 64), id, fit=fit)
+    assert found.id == same.id
+    assert found.id["num_features"] == 64
+
+
 # ---- binary, multi-label ---------------------------------------------------------------------------------------------
 
 

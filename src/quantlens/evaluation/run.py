@@ -18,7 +18,7 @@ from quantlens.evaluation.environment import choose_device, environment
 from quantlens.evaluation.images import EvaluationImages, ImageProgress, describe
 from quantlens.evaluation.outputs import Outputs, about_of, of_images
 from quantlens.evaluation.result import Result, check_same_images, check_same_task, metrics_only, plain
-from quantlens.evaluation.tasks import ONE_LABEL, check_labels, feature_hits, id_metrics, task_of
+from quantlens.evaluation.tasks import ONE_LABEL, check_labels, embedding, feature_hits, id_metrics, task_of
 from quantlens.evaluation.zero_shot import TextEmbeddings, ZeroShot
 from quantlens.export.export import guard_metrics, looks_unknown
 from quantlens.metrics import (
@@ -256,24 +256,25 @@ class _Run:
         with torch.inference_mode():
             for pixels, _ in images.batches(batch_size=size, device=getattr(model, "device", "cpu")):
                 outputs = model.outputs(pixels)
-                logits.append(outputs.logits.float().cpu().numpy())
+                found = embedding(model, outputs) if self.task == "features" else outputs.logits
+                logits.append(found.float().cpu().numpy())
                 if outputs.features is not None and self.task != "features":
                     features.append(outputs.features.float().cpu().numpy())
                 done += len(pixels)
                 if self.progress is not None:
                     self.progress(f"evaluating {what}", done, len(images))
-        found = np.concatenate(logits)
-        bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
+        whole = np.concatenate(logits)
+        bad = np.flatnonzero(~np.isfinite(whole).all(axis=1))
         if bad.size:
             given = "features" if self.task == "features" else "logits"
             raise QuantlensError(
                 f"{model.name} ({model.method}, {model.bits}) gives {given} that are not finite on {bad.size} of the "
-                f"{len(found)} images of {what} ({images.source}), first on {images.names[bad[0]]}; check the weights "
+                f"{len(whole)} images of {what} ({images.source}), first on {images.names[bad[0]]}; check the weights "
                 "for NaN, or use another method or more bits"
             )
         if self.task == "features":
-            return None, found
-        return found, np.concatenate(features) if features else None
+            return None, whole
+        return whole, np.concatenate(features) if features else None
 
 
 def _scored(scorers: Mapping[str, Scorer], logits: Any, features: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -4,7 +4,8 @@ classify    logits [N, K], one label of K: a softmax
 zero-shot   the same, the classes being texts (`evaluation.zero_shot`)
 binary      one logit, labels 0 and 1 [N]: a sigmoid
 multilabel  logits [N, L], labels [N, L] of 0 and 1: a sigmoid each
-features    features [N, D] without a classifier; labels [N] are optional
+features    features [N, D] of a model without a classifier, or those that its classifier reads; labels [N] are
+            optional
 """
 
 from collections.abc import Sequence
@@ -29,9 +30,7 @@ def task_of(model: Any, asked: str | None = None, texts: bool = False) -> str:
     one = int(model.num_classes) == 1
     if asked is not None and asked not in TASKS:
         raise UnknownNameError("task", asked, TASKS)
-    info = getattr(model, "info", None) or {}
-    own = getattr(model, "task", None) or getattr(getattr(model, "provenance", None), "task", None) or info.get("task")
-    task = str(asked or ("zero-shot" if texts else own) or "classify")
+    task = str(asked or ("zero-shot" if texts else own_task(model)))
     if task not in TASKS:
         raise UnsupportedError(
             f"{model.name} is a model for {task!r}, which evaluate does not measure; it measures {', '.join(TASKS)}"
@@ -55,6 +54,19 @@ def task_of(model: Any, asked: str | None = None, texts: bool = False) -> str:
             "task='classify', several labels with task='multilabel'"
         )
     return task
+
+
+def own_task(model: Any) -> str:
+    """The task that a model says it is for."""
+    of_file = (getattr(model, "info", None) or {}).get("task")
+    found = getattr(model, "task", None) or getattr(getattr(model, "provenance", None), "task", None) or of_file
+    return str(found or "classify")
+
+
+def embedding(model: Any, outputs: Any) -> Any:
+    """The features [B, D] of a batch's outputs: what the model gives, or of a classifier what its last layer reads."""
+    classifier = own_task(model) not in ("features", "zero-shot") and outputs.features is not None
+    return outputs.features if classifier else outputs.logits
 
 
 def check_labels(images: Any, task: str, num_classes: int) -> np.ndarray | None:
