@@ -1,5 +1,6 @@
 """The public face: ``quantize``, ``allocate`` and ``inspect`` (the rest is re-exported from the rooms)."""
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,8 +10,9 @@ import torch
 from quantlens.allocation import Allocation, allocate as choose_widths, is_target, parse_target
 from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
+from quantlens.graph import forget_if_changed, unwrapped
 from quantlens.methods import Progress, registry
-from quantlens.models import Model, load_model
+from quantlens.models import Model, load_model, state_sha256
 from quantlens.qmodel import Bits, QuantizedModel
 from quantlens.sensitivity import Inspection, inspect as inspect_parts
 
@@ -138,8 +140,12 @@ def allocation_of(
 
 
 def _loaded(model: Model | torch.nn.Module, calibration: Any) -> Model:
-    """A module as a Model, with the size of the calibration images."""
+    """A module as a Model, with the size of the calibration images; one whose weights have changed has a new digest."""
     if isinstance(model, Model):
+        if forget_if_changed(model):
+            model.checkpoint, model.checkpoint_sha256 = "memory", state_sha256(model.module.state_dict())
         return model
     size = tuple(calibration.shape[1:]) if isinstance(calibration, torch.Tensor) and calibration.dim() == 4 else None
-    return load_model(model, input_size=size)  # type: ignore[arg-type]
+    loaded = load_model(model, input_size=size)  # type: ignore[arg-type]
+    loaded.source = weakref.ref(unwrapped(model))
+    return loaded

@@ -1,7 +1,7 @@
 """A model as a graph of quantization sites: capture, sites, blocks, serialization."""
 
 from quantlens import _moved
-from quantlens.graph.capture import capture, graph_of
+from quantlens.graph.capture import capture, graph_of, unwrapped
 from quantlens.graph.graph import (
     VIEWS,
     EdgeHook,
@@ -15,6 +15,7 @@ from quantlens.graph.graph import (
     walk,
 )
 from quantlens.graph.layout import axes_of_last, example_sizes, moved
+from quantlens.graph.reuse import forget_if_changed
 from quantlens.graph.sites import ADDS, ROTATION, SCALINGS, Block, Edge, Site, SiteMap, classifier_terms, dynamic_nodes
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "classifier_terms",
     "dynamic_nodes",
     "example_sizes",
+    "forget_if_changed",
     "graph_of",
     "moved",
     "op_name",
@@ -41,6 +43,7 @@ __all__ = [
     "put_tensor",
     "replace_argument",
     "tensor_tree",
+    "unwrapped",
     "walk",
 ]
 

@@ -22,6 +22,7 @@ from quantlens.errors import CaptureError
 from quantlens.graph.attention import open_attention
 from quantlens.graph.constants import fold_constants, refuse_random_numbers
 from quantlens.graph.graph import Graph, op_name, put_tensor, replace_argument
+from quantlens.graph.reuse import captured
 from quantlens.graph.structure import Placed, Structure, bound, describe, parameters_of, paths_of, primary_of
 
 aten = torch.ops.aten
@@ -43,6 +44,9 @@ IDENTITIES = {
     "aten.clone.default",
 }
 CASTS = {"aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout"}
+AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
+"""Types between which autocast converts; a graph of float32 computes in float32 throughout."""
+
 EFFECTS = ("aten._assert", "aten.sym_constrain", "aten._check", "profiler.")
 
 
@@ -89,13 +93,23 @@ def graph_of(model: Any) -> Graph:
     :meth:`~quantlens.graph.graph.Graph.clone`."""
     if "graph" not in model.derived:
         size = model.preprocess.input_size
-        model.derived["graph"] = capture(model.module, torch.zeros(2, *size, device=model.device), share=True)
+        inputs = torch.zeros(2, *size, device=model.device)
+        source = getattr(model, "source", None)  # the person's module that it is a copy of
+        owner = source() if source is not None else None
+
+        def make() -> Graph:
+            return capture(model.module, inputs, share=True)
+
+        model.derived["graph"] = make() if owner is None else captured(owner, model.module, f"{size}", make)
     return model.derived["graph"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``."""
+    """The module inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``. Raises CaptureError for a
+    module of TorchScript."""
     while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise CaptureError("a module of TorchScript cannot be captured: give the Python module that it was made of")
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
@@ -202,6 +216,7 @@ def _flatten(
     mapping: dict[fx.Node, Any] = {}
     given = [node for node in program.graph.nodes if node.op == "placeholder" and node.name not in held_by]
     batch = given[image].meta["val"].shape[0].node.expr
+    half = any(t.dtype in (torch.float16, torch.bfloat16) for t in program.state_dict.values())
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and node.name in held_by:
@@ -217,7 +232,7 @@ def _flatten(
             found = _outputs(node, signature)
             graph.output(mapping[found[0]] if len(found) == 1 else tuple(mapping[n] for n in found))
             return root, graph, {n: tuple(o.meta["val"].shape) for n, o in enumerate(found)}
-        elif op_name(node) in CASTS and _casts_nothing(node):
+        elif op_name(node) in CASTS and _casts_nothing(node, half):
             mapping[node] = mapping[node.args[0]]
             continue
         elif node.op == "call_function":
@@ -236,9 +251,10 @@ def _outputs(output: fx.Node, signature: Any) -> list[fx.Node]:
     return [node for node, spec in specs if spec.kind.name == "USER_OUTPUT"]  # type: ignore[misc]
 
 
-def _casts_nothing(node: fx.Node) -> bool:
+def _casts_nothing(node: fx.Node, half: bool) -> bool:
     before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
-    return before.dtype == after.dtype and before.device == after.device
+    same = before.dtype == after.dtype or (not half and {before.dtype, after.dtype} <= AUTOCAST)
+    return same and before.device == after.device
 
 
 def _meta(node: fx.Node, value: Any) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def _short(value: Any) -> str:
 
 
 def _read(description: Any, value: Any, name: str, found: dict[int, Tensor]) -> None:
-    """Put the tensors of ``value`` into ``found`` by their numbers. Raises QuantlensError where it is not as described."""
+    """Put the tensors of ``value`` into ``found`` by their numbers. Raises QuantlensError where they are not so."""
     (kind, content), *_ = description.items()
     if kind == "tensor" and isinstance(value, Tensor):
         found[content] = value
