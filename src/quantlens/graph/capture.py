@@ -93,14 +93,15 @@ def graph_of(model: Any) -> Graph:
     :meth:`~quantlens.graph.graph.Graph.clone`."""
     if "graph" not in model.derived:
         size = model.preprocess.input_size
-        inputs = torch.zeros(2, *size, device=model.device)
+        images = torch.zeros(2, *size, device=model.device)
+        inputs = getattr(model, "example", None) or images  # how the model is called, where an image is not all
         source = getattr(model, "source", None)  # the person's module that it is a copy of
         owner = source() if source is not None else None
 
         def make() -> Graph:
             return capture(model.module, inputs, share=True)
 
-        model.derived["graph"] = make() if owner is None else captured(owner, model.module, f"{size}", make)
+        model.derived["graph"] = make() if owner is None else captured(owner, model.module, inputs, make)
     return model.derived["graph"]
 
 
@@ -148,7 +149,7 @@ class _Call(nn.Module):
             raise CaptureError(f"{type(model).__name__} cannot be called with the example inputs: {error}") from error
         self._takes = {name: describe(value) for name, value in given.items()}
         self._names = paths_of({"dict": list(self._takes.items())})
-        self._image = _images_among(tensors, self._names)
+        self._image = images_among(tensors, self._names)
         self._example = _batch_of_two(tensors, self._image)
         self._returned = SimpleNamespace()  # an export sets a module's attributes back to what they were
 
@@ -176,12 +177,18 @@ class _Call(nn.Module):
         gives = describe(pytree.tree_unflatten(leaves, spec))
         root, graph, shapes = _flatten(program, share, self._names, self._image)
         structure = Structure(
-            self._arguments, self._takes, gives, self._image, primary_of(gives, shapes), spec=(spec, leaves)
+            self._arguments,
+            self._takes,
+            gives,
+            self._image,
+            primary_of(gives, shapes),
+            example=tuple(x for x, _ in self._example),
+            spec=(spec, leaves),
         )
         return Graph(root, graph, structure)
 
 
-def _images_among(tensors: Sequence[Tensor], names: Mapping[int, str]) -> int:
+def images_among(tensors: Sequence[Tensor], names: Mapping[int, str]) -> int:
     """Which of the inputs are the images: ``pixel_values``, else the first [B, C, H, W], else the first in float."""
     if not tensors:
         raise CaptureError("the example inputs hold no tensor: give images [B, 3, H, W]")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from quantlens.graph.graph import Graph, copy_graph, tensor_tree
 
@@ -25,11 +26,11 @@ def forget_if_changed(model: Any) -> bool:
     return True
 
 
-def captured(owner: nn.Module, module: nn.Module, inputs: str, make: Callable[[], Graph]) -> Graph:
+def captured(owner: nn.Module, module: nn.Module, inputs: Any, make: Callable[[], Graph]) -> Graph:
     """The graph of ``module``, a copy of a person's module ``owner``: ``make()``, or the one that was made before of an
-    equal copy and equal inputs (in words), with the tensors of this one."""
+    equal copy and inputs of the same sizes, with the tensors of this one."""
     own = _tensors(module)
-    key = fingerprint(module, inputs)
+    key = fingerprint(module, str(pytree.tree_map(lambda x: x.shape if isinstance(x, Tensor) else x, inputs)))
     known = _CAPTURED.get(owner)
     if known is not None and known[0] == key:
         graph = known[1]
