@@ -69,6 +69,8 @@ def capture(model: nn.Module, inputs: Any, *, share: bool = False) -> Graph:
             program = call.exported()
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if reason.startswith("Constraints violated"):
+            reason = "it works for one batch size only; does it say len(x) where x.shape[0] is meant?"
         raise CaptureError(
             f"{type(model).__name__} cannot be captured by torch.export: {reason} "
             "(the model must take images [B, 3, H, W], or what else the example holds, and work for any batch size)"
