@@ -52,7 +52,7 @@ CONFIGURATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "convnext": (
         "ConvNextForImageClassification",
         "ConvNextConfig",
-        STAGES,
+        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
     ),
     "hiera": (
         "HieraForImageClassification",
