@@ -10,7 +10,7 @@ from quantlens.allocation import Allocation, allocate as choose_widths, is_targe
 from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
 from quantlens.methods import Progress, registry
-from quantlens.models import Model, load_model
+from quantlens.models import Model, load_model, model_for_tensors
 from quantlens.qmodel import Bits, QuantizedModel
 from quantlens.sensitivity import Inspection, inspect as inspect_parts
 
@@ -141,5 +141,6 @@ def _loaded(model: Model | torch.nn.Module, calibration: Any) -> Model:
     """A module as a Model, with the size of the calibration images."""
     if isinstance(model, Model):
         return model
-    size = tuple(calibration.shape[1:]) if isinstance(calibration, torch.Tensor) and calibration.dim() == 4 else None
-    return load_model(model, input_size=size)  # type: ignore[arg-type]
+    if isinstance(calibration, torch.Tensor) and calibration.dim() == 4:
+        return model_for_tensors(model, tuple(calibration.shape[1:]))  # type: ignore[arg-type]
+    return load_model(model)
