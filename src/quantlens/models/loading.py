@@ -117,10 +117,11 @@ def load_model(
 
 
 @isolated
-def model_for_tensors(module: nn.Module, input_size: tuple[int, int, int] | None) -> Model:
+def model_for_tensors(module: nn.Module, input_size: tuple[int, ...] | None) -> Model:
     """As :func:`load_model` of a module whose images come as tensors of this size: how pictures would be prepared need
     not be known, and is not warned of."""
-    return _ready(from_module(module, input_size=input_size, tell=False))
+    size = None if input_size is None else modules.check_size(input_size)
+    return _ready(from_module(module, input_size=size, tell=False))
 
 
 def _ready(loaded: Model) -> Model:
