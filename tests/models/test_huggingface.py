@@ -241,7 +241,9 @@ def photographs():
     return [one(343, 256), one(281, 500), one(90, 61)]
 
 
-@pytest.mark.parametrize("flags", [{"do_normalize": False}, {"do_rescale": False, "do_normalize": False}, {"rescale_factor": 1 / 127.5}])
+@pytest.mark.parametrize(
+    "flags", [{"do_normalize": False}, {"do_rescale": False, "do_normalize": False}, {"rescale_factor": 1 / 127.5}]
+)
 def test_flags_of_processors(flags, photographs):
     for kind in every_kind("ViT"):
         processor = kind(**flags)
