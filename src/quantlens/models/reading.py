@@ -225,8 +225,9 @@ def _inner(content: Mapping[Any, Any]) -> Any:
     if likely is not None:
         return likely
     own = sum(isinstance(v, Tensor) or _is_array(v) for v in content.values())
-    best = max(content, key=lambda key: count(content[key]), default=None)
-    return best if best is not None and count(content[best]) > own else None
+    counts = {key: count(value) for key, value in content.items() if "optim" not in str(key)}
+    best = max(counts, key=lambda key: counts[key], default=None)
+    return best if best is not None and counts[best] > own else None
 
 
 def _is_module(value: Any) -> bool:
