@@ -160,6 +160,23 @@ def test_a_processor_of_another_size_than_the_model(tmp_path):
     assert ql.load_model(given).preprocess.input_size == (3, 48, 48), "which resamples by itself"
 
 
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "DeiTForImageClassificationWithTeacher"])
+def test_its_file_fits_a_model_of_timm(tmp_path, name):
+    from timm.models import deit, vision_transformer
+
+    is_vit = name.startswith("ViT")
+    config = (transformers.ViTConfig if is_vit else transformers.DeiTConfig)(**SIZES, num_labels=3, layer_norm_eps=1e-6)
+    module = getattr(transformers, name)(config).eval()
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
+    kind = vision_transformer.VisionTransformer if is_vit else deit.VisionTransformerDistilled
+    twin = kind(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, mlp_ratio=1.5, num_classes=3)
+    with pytest.warns(QuantlensWarning, match="names of Hugging Face translated"):
+        model = ql.load_model(twin, tmp_path / "pytorch_model.bin", input_size=(3, 32, 32))
+    torch.testing.assert_close(model(PICTURES), module(PICTURES).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_a_module_of_transformers(tmp_path):
     """Its processor lies where it was loaded from; made from a configuration, it has none."""
     module = made("ViT", id2label={0: "cat", 1: "dog"})

@@ -53,8 +53,9 @@ def open_models(
     if weights is None:
         return made, None
     reference = open_float(made.name, weights, device)
-    if made.preprocess is not None and made.preprocess.input_size != reference.preprocess.input_size:
-        reference = open_float(made.name, weights, device, made.preprocess.input_size)
+    size, own = (getattr(getattr(m, "preprocess", None), "input_size", None) for m in (made, reference))
+    if size is not None and own not in (None, size):
+        reference = open_float(made.name, weights, device, size)
     if made.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
         raise BadWeightsError(
             f"--weights {weights} is not the checkpoint that {path} was made from (SHA-256 "
