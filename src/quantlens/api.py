@@ -14,7 +14,7 @@ from quantlens.calibration.calls import Calls, called
 from quantlens.data.given import peeked
 from quantlens.graph import forget_if_changed, unwrapped
 from quantlens.methods import Progress, registry
-from quantlens.models import Model, load_model, state_sha256
+from quantlens.models import Model, load_model, model_for_tensors, state_sha256
 from quantlens.qmodel import Bits, QuantizedModel
 from quantlens.sensitivity import Inspection, inspect as inspect_parts
 
@@ -154,7 +154,7 @@ def _loaded(model: Model | torch.nn.Module, calibration: Any) -> tuple[Model, An
         if not isinstance(calibration, Calibration):
             images, size = peeked(calibration.images if calls else calibration)
             calibration = calibration if calls else images
-        model = load_model(model, input_size=size)  # type: ignore[arg-type]
+        model = load_model(model) if size is None else model_for_tensors(model, size)
         model.source = weakref.ref(module)
     elif forget_if_changed(model):
         model.checkpoint, model.checkpoint_sha256 = "memory", state_sha256(model.module.state_dict())

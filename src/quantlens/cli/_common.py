@@ -231,6 +231,7 @@ def open_run(
     source: str,
     n: int | None,
     seed: int,
+    input_size: int | None = None,
     **reading: Any,
 ) -> tuple[Any, Any]:
     """(float model, calibration images as it reads them) of a command line: what the commands that quantize begin with.
@@ -240,6 +241,6 @@ def open_run(
     from quantlens.evaluation.open_models import open_float
 
     images = open_calibration(source, n, seed)
-    loaded = open_float(model, weights, device)
+    loaded = open_float(model, weights, device, input_size)
     told = partial(step, "decoding calibration images")
     return loaded, as_image_set(images, loaded.preprocess, progress=told, **reading)

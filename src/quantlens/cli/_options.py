@@ -15,6 +15,10 @@ Weights = Annotated[
     str | None,
     typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] (the default) or random."),
 ]
+InputSize = Annotated[
+    int | None,
+    typer.Option(metavar="PX", min=1, help="Side of its images, if not its own: position embeddings are resampled."),
+]
 
 # -- images
 CalibrationSource = Annotated[str, typer.Option(metavar="SOURCE", help="Calibration images (`quantlens sources`).")]

@@ -44,6 +44,7 @@ def evaluate(
     model: _options.ModelOrCheckpoint,
     id: Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")],
     weights: _options.Weights = None,
+    input_size: _options.InputSize = None,
     ood: _options.OodSets = None,
     near: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Which of these sets are near; may be repeated.")
@@ -81,7 +82,7 @@ def evaluate(
         check_writable(path)
     checkpoint = _check_card(model) if card else None
     sets, groups = _common.pairs(ood, "--ood"), dict.fromkeys(_common.names(near), "near")
-    measured, reference = open_models(model, weights, device)
+    measured, reference = open_models(model, weights, device, input_size)
     if store is not None and not hasattr(measured, "facts"):
         raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
     settings = {"fit": fit, "reference": reference, "scores": _common.names(scores) or None, "groups": groups}
