@@ -159,12 +159,9 @@ def block_values(quantized: Any, images: Tensor) -> dict[str, Tensor]:
 
 def enough_tokens(images: Tensor, blocks: dict[str, Tensor]) -> Tensor:
     """Pictures, moved about where it takes more of them to tell a rotation of a block's channels from its noise."""
-    tokens: dict[int, int] = {}
-    for value in blocks.values():
-        channels = value.shape[-1]
-        tokens[channels] = max(tokens.get(channels, 1), value.numel() // channels)
-    times = max((2 * channels // count + 1 for channels, count in tokens.items()), default=1)
-    return torch.cat([images.roll(7 * n, dims=-1) for n in range(min(times, 8))])
+    shapes = {(value.shape[-1], value.numel() // value.shape[-1]) for value in blocks.values()}
+    times = max((2 * channels // max(tokens, 1) + 1 for channels, tokens in shapes), default=1)
+    return torch.cat([images.roll(7 * n, dims=-1) for n in range(min(times, 16))])
 
 
 class Record:
