@@ -6,27 +6,36 @@ from typing import Any
 from quantlens.errors import BadWeightsError
 from quantlens.evaluation.environment import choose_device
 from quantlens.models import Model, load_model
+from quantlens.qmodel.hub import find_checkpoint
 
 
 def open_float(name: str, weights: str | None = None, device: str = "cpu") -> Model:
     """A float model by name. weights: "random", a file, or "pretrained", as for None."""
-    return load_model(name, None if weights == "random" else weights or "pretrained", device=choose_device(device))
+    return load_model(name, weights or "pretrained", device=choose_device(device))
+
+
+def checkpoint_of(name: str) -> Path | None:
+    """The quantized checkpoint that a name means (a .safetensors file, a folder written with a slash, ``hf:user/repo``,
+    which is downloaded), or None. Raises BadWeightsError for a repository that cannot be read."""
+    written = name.startswith("hf:") or name.endswith(".safetensors") or "/" in name
+    return find_checkpoint(name) if written else None
 
 
 def open_models(name: str, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
     """(model to measure, FP32 model it was made from, or None).
 
-    name: a float model's name, a checkpoint that `quantize` wrote (.safetensors), or an exported file (.onnx, .xml).
+    name: a float model's name, a checkpoint as :func:`checkpoint_of` finds it, or an exported file (.onnx, .xml).
     weights: a file, "pretrained" or "random": the float model's own, or of the model that a file was made from; None:
     trained ones, or no FP32 model beside a file. Raises BadWeightsError where they are not what the file was made from.
     """
-    path = Path(name)
+    checkpoint = checkpoint_of(name)
+    path = checkpoint or Path(name)
     made: Any
     if path.suffix in (".onnx", ".xml"):
         from quantlens.export.exported import Artefact
 
         made = Artefact(path)
-    elif path.suffix == ".safetensors":
+    elif checkpoint is not None:
         from quantlens.qmodel.checkpoint import load
 
         if not path.is_file():

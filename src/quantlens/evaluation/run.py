@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from quantlens.ambient import isolated
+from quantlens.data.shared import without_content
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.environment import choose_device, environment
 from quantlens.evaluation.images import EvaluationImages, ImageProgress, describe
@@ -106,7 +107,7 @@ def _facts(model: Any) -> dict[str, Any]:
         "size_ratio": model.size_ratio,
         "num_parameters": model.num_parameters,
         "options": plain(model.options),
-        "calibration": plain(model.calibration),
+        "calibration": plain(without_content(model.calibration)),
         "preprocess": None if model.preprocess is None else plain(model.preprocess.to_dict()),
         "environment": environment(getattr(model, "device", "cpu")),
     }

@@ -27,6 +27,7 @@ from quantlens.errors import BadWeightsError, QuantlensWarning, StorageError
 from quantlens.files import write_whole
 from quantlens.formats import restore
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
+from quantlens.qmodel.hub import find_checkpoint
 from quantlens.qmodel.model import QuantizedModel
 from quantlens.qmodel.plan import Plan
 
@@ -177,15 +178,25 @@ def _described(path: Path) -> tuple[dict[str, Any], str, str | None]:
     return header, text, metadata.get("sha256")
 
 
+def _found(name: str | Path) -> Path:
+    """The file that a name means, as :func:`quantlens.qmodel.hub.find_checkpoint` finds it."""
+    found = find_checkpoint(name)
+    if found is None and (str(name).startswith("hf:") or Path(name).is_dir()):
+        raise BadWeightsError(f"{name} holds no quantized checkpoint of quantlens; `ql.load_model` loads float models")
+    return found or Path(name)
+
+
 @isolated
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedModel:
     """Read a quantized checkpoint. Logits are bit-equal to those of the model that was saved (on the same device).
 
-    Raises BadWeightsError: not a quantized checkpoint, another version, damaged content.
+    path: a file, a folder that holds one, or ``hf:user/repo`` on the Hugging Face hub (``hf:user/repo/FILE``,
+    ``hf:user/repo@revision``). Raises BadWeightsError: not a quantized checkpoint, another version, damaged content, a
+    repository that cannot be read.
     """
     from safetensors.torch import load_file
 
-    path = Path(path)
+    path = _found(path)
     header, text, digest = _described(path)
     try:
         tensors = load_file(path)

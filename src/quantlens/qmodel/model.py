@@ -104,6 +104,7 @@ class QuantizedModel(nn.Module):
     calibration = property(attrgetter("provenance.calibration"))
     checkpoint_sha256 = property(attrgetter("provenance.checkpoint_sha256"))
     class_names = property(attrgetter("provenance.class_names"))
+    task = property(attrgetter("provenance.task"))
     device = property(attrgetter("graph.device"))
 
     @property
