@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 METHODS = ("minmax", "quantlens-fast", "repq-vit")
-CALIBRATION, TEST = 16, 16
+CALIBRATION, TEST = 32, 32
 """Pictures that methods see, and others that everything is measured on."""
 
 MEMORY = 8 << 30
@@ -247,18 +247,25 @@ def run(name: str, entry: dict[str, Any], path: Path, *, quick: bool) -> None:
             record.step(f"{method} {bits}", lambda method=method, bits=bits: quantize(method, bits))
     if quick:
         return
+
+    def quantize_for(target: str | None) -> Any:
+        key = f"{target} W8A8" if target else "quantlens-fast W8A8"
+        if key not in held:
+            held[key] = ql.quantize(held["model"], calibration, bits="W8A8", target=target)
+        return held[key]
+
     with tempfile.TemporaryDirectory() as folder:
         for key in ("quantlens-fast W8A8", "repq-vit W4A4"):
             if key in held:
                 record.step(f"reload {key}", lambda key=key: _reload(held[key], Path(folder), test))
-        for method in ("quantlens-fast", "minmax"):
+        for target in (None, "openvino-cpu"):
             for suffix in (".onnx", ".xml"):
-                if f"{method} W8A8" in held:
-                    quantized = held[f"{method} W8A8"]
-                    record.step(
-                        f"export {method} {suffix}",
-                        lambda q=quantized, suffix=suffix: _export(q, Path(folder) / f"model{suffix}", test),
-                    )
+                record.step(
+                    f"export {target or 'any'} {suffix}",
+                    lambda target=target, suffix=suffix: _export(
+                        quantize_for(target), Path(folder) / f"model{suffix}", test
+                    ),
+                )
 
 
 def _reload(quantized: Any, folder: Path, test: Tensor) -> dict[str, Any]:

@@ -132,6 +132,8 @@ def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str
             model = openvino_core().read_model(source)
             for key, value in record.items():
                 model.set_rt_info(value, ["quantlens", key])
+            # else OpenVINO quantizes float activations to 8 bits before layers with integer weights, unasked
+            model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
             openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)
             os.replace(Path(folder) / path.with_suffix(".bin").name, path.with_suffix(".bin"))
             os.replace(Path(folder) / path.name, path)
