@@ -1,5 +1,5 @@
-"""One architecture of the support table, in a process of its own: built, its tensors redrawn at trained scale, captured,
-quantized, saved, read back, exported. What each step gave is written to a file as soon as it is known."""
+"""One architecture of the support table, in a process of its own: built, its tensors redrawn at trained scale,
+captured, quantized, saved, read back, exported. What each step gave is written to a file as soon as it is known."""
 
 import json
 import math
@@ -90,7 +90,7 @@ def redraw(module: nn.Module, images: Tensor, seed: int = 0) -> None:
 
 
 def pictures(count: int, side: int) -> Tensor:
-    """Photographs: ImageNet's where they are, else patches of those that ship with scikit-learn; float32, normalised."""
+    """Photographs: ImageNet's where they are, else patches of those that come with scikit-learn; normalised."""
     from quantlens.data import Preprocess, load_images, open_source
 
     shared = os.environ.get("QUANTLENS_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
