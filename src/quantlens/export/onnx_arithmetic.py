@@ -50,11 +50,9 @@ def _operator(kind: str, **attributes: str) -> Writer:
 
 
 OPERATORS = {
-    **{
-        name.lower(): name for name in ("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Cos", "Cosh")
-    },
-    **{name.lower(): name for name in ("Erf", "Exp", "Floor", "Log", "Neg", "Reciprocal", "Relu", "Round", "Selu")},
-    **{name.lower(): name for name in ("Sigmoid", "Sign", "Sin", "Sinh", "Sqrt", "Tan", "Tanh")},
+    **{name: name.capitalize() for name in ("abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos")},
+    **{name: name.capitalize() for name in ("cosh", "erf", "exp", "floor", "log", "neg", "reciprocal", "relu")},
+    **{name: name.capitalize() for name in ("round", "selu", "sigmoid", "sign", "sin", "sinh", "sqrt", "tan", "tanh")},
     "logical_not": "Not",
 }
 """ATen operations of one value, and the operator that is the same."""
