@@ -11,7 +11,7 @@ from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
 from quantlens.data.given import peeked
 from quantlens.methods import Progress, registry
-from quantlens.models import Model, load_model
+from quantlens.models import Model, load_model, model_for_tensors
 from quantlens.qmodel import Bits, QuantizedModel
 from quantlens.sensitivity import Inspection, inspect as inspect_parts
 
@@ -146,4 +146,4 @@ def _loaded(model: Model | torch.nn.Module, calibration: Any) -> tuple[Model, An
     if isinstance(calibration, Calibration):
         return load_model(model), calibration
     calibration, size = peeked(calibration)
-    return load_model(model, input_size=size), calibration  # type: ignore[arg-type]
+    return (load_model(model) if size is None else model_for_tensors(model, size)), calibration
