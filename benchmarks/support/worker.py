@@ -60,7 +60,9 @@ def redraw(module: nn.Module, images: Tensor, seed: int = 0) -> None:
             is_norm = "norm" in type(owner).__name__.lower() and not hasattr(owner, "kernel_size")
             for name, value in owner.named_parameters(recurse=False):
                 lower, size = name.lower(), value.squeeze()
-                if is_norm and "weight" in lower:
+                if owner in norms and "weight" in lower:
+                    new = uniform(value, 0.2, 0.8)
+                elif is_norm and "weight" in lower:
                     new = uniform(value, 0.6, 1.4)
                 elif any(word in lower for word in ("gamma", "layer_scale", "lambda")) and size.dim() < 2:
                     new = uniform(value, 0.1, 1.0)
