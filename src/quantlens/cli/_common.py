@@ -157,7 +157,10 @@ class _Estimate:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        start, first = self.began.setdefault(what, (now, done))
+        if done <= self.began.get(what, (now, done))[1]:  # it begins, or begins again (with the FP32 model)
+            self.began[what] = now, done
+            self.told.pop(what, None)
+        start, first = self.began[what]
         passed, new = now - start, done - first
         due = passed >= self.FIRST if what not in self.told else now - self.told[what] >= self.AGAIN
         left = passed / new * (total - done) if new else 0.0
