@@ -13,7 +13,7 @@ from torch import nn
 
 import quantlens as ql
 from quantlens.data import Preprocess
-from quantlens.errors import QuantlensError, QuantlensWarning, UnsupportedError
+from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnsupportedError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 4}
 
@@ -239,3 +239,24 @@ def test_the_task_is_kept_with_the_checkpoint(tmp_path):
     quantized = ql.quantize(ql.load_model(vit(), task="multilabel"), images(), bits="W8A8", method="minmax")
     quantized.save(tmp_path / "q.safetensors")
     assert ql.load(tmp_path / "q.safetensors").task == "multilabel"
+
+
+@pytest.mark.parametrize(("bound", "refused"), [(float("inf"), False), (float("nan"), True)])
+def test_a_bound_may_be_infinite(bound, refused):
+    """Gemma's clipped layers hold bounds that are open until they are measured."""
+
+    class Clipped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.register_buffer("most", torch.tensor(bound))
+
+        def forward(self, images):
+            return self.layer(images.mean((2, 3)).clamp(max=self.most))
+
+    if refused:
+        with pytest.raises(BadWeightsError, match="'most' are NaN"):
+            ql.load_model(Clipped())
+        return
+    model = ql.load_model(Clipped(), input_size=(3, 8, 8))
+    assert torch.equal(model.module.most, torch.tensor(bound))

@@ -90,10 +90,10 @@ def attention(
         if calibration is None:
             quantized, reference = open_models(model, weights, device)
         else:
-            reference, learnt = _common.open_run(
+            reference, seen = _common.open_run(
                 step, model, weights, device, calibration, n, seed, input_size, **reading
             )
-            quantized = _quantized(reference, learnt, bits or BITS, step, method=method, seed=seed, **settings)
+            quantized = _quantized(reference, seen, bits or BITS, step, method=method, seed=seed, **settings)
         found = compare(reference, quantized, images, ood=sets, map=maps, limit=limit, progress=step, **reading)
         written = found.save(out, show=show, choose=choose)
         if not found.unavailable:
