@@ -50,9 +50,7 @@ def attention(
     method: _options.MethodName = "repq-vit",
     calibration: Annotated[str | None, typer.Option(metavar="SOURCE", help="Calibration images.")] = None,
     n: _options.CalibrationCount = None,
-    map: Annotated[
-        str, typer.Option(help="[bold]rollout[/bold], grad-cam, hires-cam or gradient-rollout.")
-    ] = "rollout",
+    map: Annotated[str, typer.Option(help="[bold]rollout[/bold], grad-cam, hires-cam, gradient-rollout.")] = "rollout",
     discard: Annotated[float, typer.Option(help="Share of the entries that rollout discards.")] = 0.9,
     fusion: Annotated[str, typer.Option(help="How rollout fuses heads: [bold]max[/bold], mean or min.")] = "max",
     compat: Annotated[
