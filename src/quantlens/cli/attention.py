@@ -62,7 +62,7 @@ def attention(
     limit: Annotated[int, typer.Option(min=1, help="Images of each set that are measured, evenly spaced.")] = 64,
     show: Annotated[int, typer.Option(min=1, max=64, help="Images of each set in the pictures.")] = 8,
     choose: Annotated[
-        str, typer.Option(help="Images to show: the [bold]first[/bold], or the most-changed at the last precision.")
+        str, typer.Option(help="Images shown: [bold]first[/bold], or most-changed (last bits).")
     ] = "first",
     seed: _options.Seed = 0,
     device: _options.Device = "auto",
