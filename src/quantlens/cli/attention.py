@@ -79,20 +79,18 @@ def attention(
     from quantlens.plots.precisions import write_drift
 
     check_writable(out / "drift.json")
-    sets, maps = _common.pairs(ood, "--ood"), MapSettings(map, target, discard, fusion, compat)
+    sets, read = _common.pairs(ood, "--ood"), _common.reading(skip_bad, no_cache)
+    maps = MapSettings(map, target, discard, fusion, compat)
     check_choice(choose)
     check_names(sets)
     _check(model, checkpoint_of(model) is not None, weights, bits, calibration)
-    reading = _common.reading(skip_bad, no_cache)
     with _common.stages(quiet) as step:
         if calibration is None:
             quantized, reference = open_models(model, weights, device)
         else:
-            reference, seen = _common.open_run(
-                step, model, weights, device, calibration, n, seed, input_size, **reading
-            )
+            reference, seen = _common.open_run(step, model, weights, device, calibration, n, seed, input_size, **read)
             quantized = _quantized(reference, seen, bits or BITS, step, method=method, seed=seed, **settings)
-        found = compare(reference, quantized, images, ood=sets, map=maps, limit=limit, progress=step, **reading)
+        found = compare(reference, quantized, images, ood=sets, map=maps, limit=limit, progress=step, **read)
         written = found.save(out, show=show, choose=choose)
         if not found.unavailable:
             written.append(write_drift(f"{found.model}, {found.method}: {DRIFT}", found.drift(), out / "drift.svg"))
