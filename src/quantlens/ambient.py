@@ -19,19 +19,21 @@ import numpy as np
 import torch
 from torch import overrides
 
+from quantlens.arguments import checked
+
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
 
 def isolated(function: Callable[Given, Found]) -> Callable[Given, Found]:
-    """Decorator: the function runs inside :func:`isolation`."""
+    """Decorator: the function runs inside :func:`isolation`, its arguments :func:`~quantlens.arguments.checked`."""
 
     @wraps(function)
     def inside(*args: Given.args, **kwargs: Given.kwargs) -> Found:
         with isolation():
             return function(*args, **kwargs)
 
-    return inside
+    return checked(inside)
 
 
 @contextmanager

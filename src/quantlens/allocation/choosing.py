@@ -1,5 +1,6 @@
 """The choice of widths under a budget: :func:`allocate` measures, counts, solves and keeps the result."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from quantlens.allocation.sensitivity import (
     nuclear_norm_sensitivity,
     random_sensitivity,
 )
+from quantlens.arguments import checked
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.graph import Graph, graph_of
@@ -44,6 +46,7 @@ SENSITIVITIES: dict[str, Callable[..., Any] | None] = {
 """Names of the sensitivities; ``random`` needs no images."""
 
 
+@checked
 def allocate(
     model: Any,
     calibration: Any,
@@ -73,6 +76,8 @@ def allocate(
     settings = sensitivity_options(sensitivity, options)
     if cost not in COSTS:
         raise UnknownNameError("cost", cost, COSTS)
+    if budget is not None and not 0 <= budget < math.inf:
+        raise QuantlensError(f"a budget of {budget} is none; give bytes or bit operations, a number of at least 0")
     images = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)
     graph = graph_of(model).clone()  # as methods quantize it
     fold_layer_scale(graph)

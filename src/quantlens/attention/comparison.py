@@ -15,7 +15,7 @@ import torch
 from quantlens.ambient import isolated
 from quantlens.attention import picture_grids
 from quantlens.attention.image_sets import FP32, SetView, evenly, look_at
-from quantlens.attention.maps import MapSettings
+from quantlens.attention.maps import MapSettings, check_kind
 from quantlens.attention.picture_grids import ID
 from quantlens.attention.recording import Lens
 from quantlens.data import as_image_set
@@ -68,6 +68,7 @@ def compare(
         shape = tuple(images.shape[1:]) if isinstance(images, torch.Tensor) and images.dim() == 4 else None
         model = model_for_tensors(model, shape)  # type: ignore[arg-type]
     reference = float_model(model)
+    check_kind(settings.kind, reference)
     found = AttentionResult(reference, models, settings)
     lenses: dict[str, Any] = {FP32: reference, **models}
     try:

@@ -78,6 +78,8 @@ class Calibration:
                     check(found.values)
         if isinstance(images, Tensor):
             _check_shape(images, size)
+            if images.layout != torch.strided:
+                raise QuantlensError(f"calibration images are {images.layout}; give a plain tensor, images.to_dense()")
             if not bool(torch.isfinite(images).all()):
                 raise QuantlensError("calibration images hold NaN or infinity")
             content = images.detach().cpu().contiguous().float().numpy()

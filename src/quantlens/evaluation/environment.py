@@ -44,8 +44,8 @@ def choose_device(name: str | None) -> str:
     if name in (None, "auto"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=name).numpy(force=True)  # the device "meta" holds no values
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         known = "write cpu, cuda, cuda:1, mps or auto"
         raise QuantlensError(f"unknown device {name!r}, or none that torch can use here; {known}") from error
     return str(torch.device(name))

@@ -85,7 +85,10 @@ class Artefact:
     def predict(self, images: Sequence[Any]) -> list[Prediction]:
         """Predictions for pictures: paths or PIL images, or what :meth:`pixels` made of them."""
         if self.task != "classify":
-            raise UnsupportedError(f"{self.path} has the task {self.task!r}: there are no classes to predict; use run")
+            raise UnsupportedError(
+                f"{self.path} has the task {self.task!r}: there are no classes to predict; in Python, "
+                "Artefact.run gives its outputs"
+            )
         pixels = np.stack([image if isinstance(image, np.ndarray) else self.pixels(image) for image in images])
         logits, scores = self.run(self.preprocess.normalize(pixels).numpy())
         threshold = (self.guard.get("threshold") or {}).get("value")

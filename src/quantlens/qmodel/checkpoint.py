@@ -63,6 +63,13 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -
     return torch.from_numpy(codes).reshape(shape)
 
 
+def check_name(path: str | Path) -> Path:
+    """The path of a checkpoint to be written. Raises StorageError for another ending than .safetensors."""
+    if Path(path).suffix != ".safetensors":
+        raise StorageError(f"{path}: quantized checkpoints end in .safetensors; give it a name that does")
+    return Path(path)
+
+
 @isolated
 def save(qmodel: QuantizedModel, path: str | Path) -> Path:
     """Write ``qmodel`` to a .safetensors file, whole or not at all. Returns the path.
@@ -71,9 +78,7 @@ def save(qmodel: QuantizedModel, path: str | Path) -> Path:
     """
     from safetensors.torch import save as to_bytes
 
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise StorageError(f"{path}: quantized checkpoints end in .safetensors")
+    path = check_name(path)
     tensors, header = _content(qmodel)
     text = json.dumps(header)
     packed = {name: value for name, value in tensors.items() if name not in header["small"]}

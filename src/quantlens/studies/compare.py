@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from quantlens.arguments import checked
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.compare import RESAMPLES, TRAITS, Comparison, Entry, Match, compare_matches
@@ -20,6 +21,7 @@ class Side(NamedTuple):
     entries: list[Entry]
 
 
+@checked
 def compare(
     a: str | Path | Result,
     b: str | Path | Result,
