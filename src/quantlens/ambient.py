@@ -20,6 +20,7 @@ import torch
 from torch import overrides
 
 from quantlens.arguments import checked
+from quantlens.errors import QuantlensError
 
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
@@ -57,6 +58,15 @@ def _set_back(threads: int, filters: list[Any]) -> None:
         torch.set_num_threads(threads)
     if warnings.filters != filters:  # some libraries add to them when they are imported
         warnings.filters[:] = filters  # type: ignore[index]
+
+
+def check_device(device: Any) -> None:
+    """Raises QuantlensError for a device that torch does not know or cannot use here ("meta" holds no values)."""
+    try:
+        torch.empty(0, device=device).numpy(force=True)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        known = "write cpu, cuda, cuda:1, mps or auto"
+        raise QuantlensError(f"unknown device {device!r}, or none that torch can use here; {known}") from error
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Arguments of public calls: one of a wrong kind is refused in a sentence, before anything is done."""
 
+import errno
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import wraps
 from inspect import Parameter, signature
@@ -29,12 +31,12 @@ def _is_list(value: Any) -> bool:
 KINDS: dict[Any, Kind] = {
     NoneType: ("None", lambda value: value is None),
     str: ("a text", lambda value: isinstance(value, str)),
-    Path: ("a path", lambda value: isinstance(value, PathLike)),
     int: ("a whole number, such as 0", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
     float: ("a number", _is_number),
     Callable: ("a function", callable),
     Mapping: ("a dictionary", lambda value: isinstance(value, Mapping)),
     **dict.fromkeys((Sequence, list, tuple), ("a list", _is_list)),
+    **dict.fromkeys((Path, PathLike), ("a path", lambda value: isinstance(value, PathLike))),
 }
 """The plain kinds of annotations; an argument that may be of another is checked where it is read."""
 
@@ -43,7 +45,13 @@ def checked(function: Callable[Given, Found]) -> Callable[Given, Found]:
     """Decorator: arguments whose annotation is a plain kind (:data:`KINDS`), or some of them, are of it when the
     function is called. Raises QuantlensError."""
     parameters = signature(function).parameters.values()
-    kinds = {one.name: _kinds(one.annotation) for one in parameters if one.kind is not Parameter.VAR_KEYWORD}
+    parts = {one.name: _parts(one.annotation) for one in parameters if one.kind is not Parameter.VAR_KEYWORD}
+    kinds = {name: _kinds(several) for name, several in parts.items()}
+    paths = {
+        name
+        for name, several in parts.items()
+        if any((get_origin(part) or part) in (Path, PathLike) for part in several)
+    }
 
     @wraps(function)
     def inside(*args: Given.args, **kwargs: Given.kwargs) -> Found:
@@ -51,15 +59,32 @@ def checked(function: Callable[Given, Found]) -> Callable[Given, Found]:
             wanted = kinds.get(name)
             if wanted and not any(fits(value) for _, fits in wanted):
                 raise QuantlensError(f"{name} is {_said(value)}; give {' or '.join(text for text, _ in wanted)}")
+            if name in paths and isinstance(value, str | PathLike):
+                _check_path(name, value)
         return function(*args, **kwargs)
 
     return inside
 
 
-def _kinds(annotation: Any) -> list[Kind]:
+def _check_path(name: str, value: str | PathLike[str]) -> None:
+    """Raises QuantlensError for what cannot be the path of a file on this system."""
+    try:
+        os.lstat(value)
+    except ValueError as error:
+        raise QuantlensError(f"{name} {shortened(value)} is no path: {error}; leave that character out") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise QuantlensError(f"{name} {shortened(value)} is too long for the name of a file") from error
+
+
+def _parts(annotation: Any) -> Sequence[Any]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+
+
+def _kinds(parts: Sequence[Any]) -> list[Kind]:
     """What an annotation allows; empty: anything."""
     found = []
-    for part in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]:
+    for part in parts:
         kind, (within, *_) = KINDS.get(get_origin(part) or part), [*get_args(part), None]
         if kind is None:
             return []

@@ -28,7 +28,7 @@ class UnknownNameError(QuantlensError):
 
     def __init__(self, what: str, name: str, known: Iterable[str], hint: str = ""):
         choices = sorted(known)
-        close = get_close_matches(name, choices, n=3, cutoff=0.5)
+        close = get_close_matches(str(name), choices, n=3, cutoff=0.5)
         text = f"unknown {what} {name!r}"
         if close:
             text += f"; did you mean {' or '.join(repr(c) for c in close)}?"

@@ -97,6 +97,8 @@ def labelled(
     one label, and for what is no quantized model."""
     if isinstance(quantized, QuantizedModel):
         quantized = [quantized]
+    if not isinstance(quantized, Iterable):
+        quantized = {str(type(quantized).__name__): quantized}
     if not isinstance(quantized, Mapping):
         several = list(quantized)
         quantized = {str(getattr(m, "bits", "")): m for m in several}
@@ -109,7 +111,7 @@ def labelled(
     for label, one in quantized.items():
         if not isinstance(one, QuantizedModel):
             raise QuantlensError(f"{label!r} is a {type(one).__name__}; give a model that quantlens.quantize returns")
-    return dict(quantized)
+    return {str(label): one for label, one in quantized.items()}
 
 
 @dataclass
@@ -210,7 +212,9 @@ class AttentionResult:
 
 
 def check_names(ood: Iterable[str]) -> None:
-    """Raises QuantlensError for an OOD set that is called ID."""
+    """Raises QuantlensError for an OOD set that is called ID or has no name."""
+    if not all(ood):
+        raise QuantlensError("an OOD set has no name; give {name: images}")
     if ID in ood:
         raise QuantlensError(f"{ID!r} is the name of the in-distribution images; call the OOD set otherwise")
 

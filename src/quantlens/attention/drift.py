@@ -168,7 +168,9 @@ def _change_of_classes(first: _Seen, second: _Seen) -> dict[str, Tensor]:
     return {
         "prediction_changed": b["predicted"] != a["predicted"],
         "confidence_change": b["confidence"] - a["confidence"],
-        "output_kl": kl_divergence(first.log_probabilities, second.log_probabilities).flatten(1).sum(1),
+        "output_kl": kl_divergence(first.log_probabilities, second.log_probabilities)
+        .reshape(len(first.map), -1)
+        .sum(1),
     }
 
 

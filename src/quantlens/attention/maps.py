@@ -50,6 +50,8 @@ class MapSettings:
     def __post_init__(self) -> None:
         if self.kind not in MAPS:
             raise UnknownNameError("map", self.kind, MAPS)
+        if self.target is not None and not 0 <= self.target < 2**31:
+            raise QuantlensError(f"class {self.target} does not exist; give its number, from 0")
         check_settings(self.discard, self.fusion, self.compat)
 
     @property

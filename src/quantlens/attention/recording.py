@@ -72,6 +72,7 @@ class Lens:
     def __call__(self, images: Tensor) -> View:
         """images [B, 3, H, W], prepared as the model wants them. Gradients pass (straight through quantizers)."""
         with plain_arithmetic():
+            (images,) = self.model.graph.tensors_of([images], {})
             logits, _, taps = self._module(images.contiguous())
         return View(class_logits(logits), tuple(taps[: len(self.sites)]), tuple(taps[len(self.sites) :]))
 

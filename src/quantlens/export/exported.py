@@ -15,6 +15,7 @@ from PIL import Image
 from scipy.special import softmax
 
 from quantlens.ambient import isolated
+from quantlens.arguments import checked
 from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, as_rgb, decode_image
 from quantlens.errors import BadImageError, BadWeightsError, UnsupportedError
@@ -44,6 +45,7 @@ class Artefact:
     not written by quantlens.
     """
 
+    @checked
     def __init__(self, path: str | Path, *, threads: int | None = None):
         self.path = Path(path)
         if not self.path.is_file():

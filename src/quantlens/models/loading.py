@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlens import zoo
-from quantlens.ambient import isolated
+from quantlens.ambient import check_device, isolated
 from quantlens.data import Preprocess
 from quantlens.data.folders import WNID, imagenet_class_names
 from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnknownNameError, UnsupportedError
@@ -71,7 +71,7 @@ class Model(nn.Module):
 
 @isolated
 def load_model(
-    model: str | nn.Module,
+    model: str | Path | nn.Module,
     weights: str | Path | None = None,
     *,
     num_classes: int | None = None,
@@ -95,6 +95,9 @@ def load_model(
 
     Raises UnknownNameError, BadWeightsError (with what does not fit).
     """
+    if not isinstance(preprocess, Preprocess | None):
+        raise QuantlensError(f"preprocess is a {type(preprocess).__name__}; give a quantlens.data.Preprocess")
+    check_device(device)
     if weights == "":
         raise BadWeightsError("weights is an empty text; give a file, 'pretrained' or 'random', or leave it out")
     path = None if weights in (None, "pretrained", "random") else Path(str(weights))

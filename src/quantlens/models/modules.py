@@ -38,6 +38,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def check(module: nn.Module) -> None:
     """Raise UnsupportedError for a module that has no floating-point weights to quantize, or no code to capture."""
     name = type(module).__name__
+    if not isinstance(module, nn.Module):
+        raise QuantlensError(
+            f"a {name} was given where a model is wanted; give an nn.Module or what ql.load_model gives"
+        )
     if isinstance(module, torch.jit.ScriptModule):
         raise UnsupportedError(
             f"{name} is TorchScript, which torch.export cannot capture; give the nn.Module that it was made from"

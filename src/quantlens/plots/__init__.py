@@ -2,6 +2,7 @@
 that is not in the results but shares of stored counts."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from quantlens.arguments import checked
@@ -27,7 +28,9 @@ FIGURES: dict[str, tuple[str, Callable[[Board], list[PanelRow]]]] = {
 
 
 @checked
-def plot(directory: Any, figure: str = "aupr", *, score: str | None = None, bits: str | None = None) -> Figure:
+def plot(
+    directory: str | Path | Any, figure: str = "aupr", *, score: str | None = None, bits: str | None = None
+) -> Figure:
     """A figure of the study in `directory`: `plot(DIR, "aupr").save("aupr.pdf")`.
 
     figure: a name of `FIGURES`. score, bits: the OOD score and the precision shown (default: MSP, the lowest). Raises

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from quantlens._version import __version__
-from quantlens.ambient import isolated
+from quantlens.ambient import check_device, isolated
 from quantlens.data import Preprocess
-from quantlens.errors import BadWeightsError, QuantlensWarning, StorageError
+from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, StorageError
 from quantlens.files import write_whole
 from quantlens.formats import restore
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
@@ -79,6 +79,8 @@ def save(qmodel: QuantizedModel, path: str | Path) -> Path:
     from safetensors.torch import save as to_bytes
 
     path = check_name(path)
+    if not isinstance(qmodel, QuantizedModel):
+        raise QuantlensError(f"a {type(qmodel).__name__} cannot be saved; give a model that ql.quantize gives")
     tensors, header = _content(qmodel)
     text = json.dumps(header)
     packed = {name: value for name, value in tensors.items() if name not in header["small"]}
@@ -201,6 +203,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
     """
     from safetensors.torch import load_file
 
+    check_device(device)
     path = _found(path)
     header, text, digest = _described(path)
     try:

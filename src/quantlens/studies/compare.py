@@ -54,6 +54,7 @@ def compare(
 # ---- sides -----------------------------------------------------------------------------------------------------------
 
 
+@checked
 def open_side(given: str | Path | Result) -> Side:
     """`DIR`, `DIR:key=value,…` (keys model, method, bits, seed; a key given twice takes either), `RESULT.json` of
     `quantlens evaluate --json`, `OUTPUTS.npz` of `quantlens evaluate --keep`, or a Result (with intervals where it was
@@ -64,6 +65,10 @@ def open_side(given: str | Path | Result) -> Side:
     if isinstance(given, Result):
         result = given.to_dict()
         return Side(given.title, [Entry(*_traits(result), result, None, given.outputs)])
+    if not isinstance(given, str | Path):
+        raise QuantlensError(
+            f"a {type(given).__name__} is no result; give what ql.evaluate returns, or a file or study"
+        )
     text = str(given)
     place, chosen = split_selection(text)
     path = Path(place)
