@@ -31,7 +31,7 @@ def _is_list(value: Any) -> bool:
 KINDS: dict[Any, Kind] = {
     NoneType: ("None", lambda value: value is None),
     str: ("a text", lambda value: isinstance(value, str)),
-    int: ("a whole number, such as 0", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+    int: ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
     float: ("a number", _is_number),
     Callable: ("a function", callable),
     Mapping: ("a dictionary", lambda value: isinstance(value, Mapping)),
@@ -95,7 +95,7 @@ def _kinds(parts: Sequence[Any]) -> list[Kind]:
 def _of(kind: Kind, within: Kind) -> Kind:
     """A list of a kind, a dictionary with such keys; what can be read only once is not looked into."""
     (text, fits), (inner, fit) = kind, within
-    inner = inner.removeprefix("a ").split(",")[0] + "s"
+    inner = inner.removeprefix("a ") + "s"
     text = f"{text} of {inner}" if text == "a list" else f"{text} whose keys are {inner}"
     return text, lambda value: fits(value) and (not isinstance(value, Sized) or all(map(fit, value)))
 

@@ -194,7 +194,7 @@ def float_model(model: Any) -> QuantizedModel:
         return model
     if not hasattr(model, "derived"):
         raise QuantlensError(
-            f"a {type(model).__name__} was given where a model is wanted; give what ql.load_model or ql.quantize gives "
+            f"{type(model).__name__} is no float or quantized model; give what ql.load_model or ql.quantize gives "
             "(load_model takes an nn.Module, too)"
         )
     if "float_model" not in model.derived:
