@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import wraps
 from inspect import Parameter, signature
 from numbers import Integral, Real
@@ -74,7 +74,7 @@ def _check_path(name: str, value: str | PathLike[str]) -> None:
         raise QuantlensError(f"{name} {shortened(value)} is no path: {error}; leave that character out") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise QuantlensError(f"{name} {shortened(value)} is too long for the name of a file") from error
+            raise QuantlensError(f"{name} {str(value)[:40]}… is too long for the name of a file") from error
 
 
 def _parts(annotation: Any) -> Sequence[Any]:
@@ -97,7 +97,7 @@ def _of(kind: Kind, within: Kind) -> Kind:
     (text, fits), (inner, fit) = kind, within
     inner = inner.removeprefix("a ") + "s"
     text = f"{text} of {inner}" if text == "a list" else f"{text} whose keys are {inner}"
-    return text, lambda value: fits(value) and (not isinstance(value, Sized) or all(map(fit, value)))
+    return text, lambda value: fits(value) and (not isinstance(value, Collection) or all(map(fit, value)))
 
 
 def _said(value: Any) -> str:

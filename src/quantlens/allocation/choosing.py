@@ -76,14 +76,12 @@ def allocate(
     settings = sensitivity_options(sensitivity, options)
     if cost not in COSTS:
         raise UnknownNameError("cost", cost, COSTS)
-    if budget is not None and not 0 <= budget < math.inf:
-        raise QuantlensError(f"a budget of {budget} is none; give bytes or bit operations, a number of at least 0")
     images = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)
     graph = graph_of(model).clone()  # as methods quantize it
     fold_layer_scale(graph)
     groups = find_groups(graph)
     table = cost_table(graph, groups, {*widths, width}, width)
-    limit = table.total(cost, [width] * len(groups)) if budget is None else int(budget)
+    limit = table.total(cost, [width] * len(groups)) if budget is None else _budget(budget)
     started = time.perf_counter()
     values, info = _measured(sensitivity, graph, groups, widths, images, seed, progress, settings)
     seconds = round(time.perf_counter() - started, 3)
@@ -108,6 +106,13 @@ def allocate(
         info=info,
         front=_points(found, widths, table.fixed[cost]) if front else (),
     )
+
+
+def _budget(given: float) -> int:
+    """A budget of a person's own. Raises QuantlensError for what is none."""
+    if not 0 <= given < math.inf:
+        raise QuantlensError(f"a budget of {given} is none; give bytes or bit operations, a number of at least 0")
+    return int(given)
 
 
 def sensitivity_options(sensitivity: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def example(view: SetView, k: int, lens: Lens, *, is_ood: bool, thumbnail: bool)
     images, index = view.images, view.positions[k]
     truth = None if images.labels is None or images.labels.ndim > 1 or is_ood else int(images.labels[index])
     names = class_names(None if is_ood else images, lens.model)
-    found = {
+    found: dict[str, Any] = {
         "grid": list(lens.layout.grid),
         "truth": truth,
         "rollout": [round(v, 3) for v in view.maps[MODEL][k].ravel().tolist()],

@@ -43,7 +43,7 @@ def maps_picture(result: AttentionResult, shown: Mapping[str, list[int]]) -> byt
         for label in result.labels:
             values = view.maps[label][k]
             relative = pictures.relative(values) if result.settings.kind == "rollout" else values / top
-            words, marked = (), False
+            words, marked = ("", ""), False
             if view.predicted:
                 found, expected = int(view.predicted[label][k]), int(view.predicted[FP32][k])
                 words = name_of(names, found) or f"class {found}", f"{100 * float(view.confidence[label][k]):.0f} %"

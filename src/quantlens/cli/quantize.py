@@ -58,7 +58,8 @@ def quantize(
 
     wanted = api.read_bits(bits)
     file = out or Path(f"{Path(model.removeprefix('hf:')).name}-{api.spelled(wanted).lower()}.safetensors")
-    check_writable(check_name(file))
+    check_writable(file)
+    check_name(file)
     if card:
         check_place(file.parent, file.name)
     with _common.stages(quiet) as step:
