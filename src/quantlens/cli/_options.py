@@ -12,6 +12,10 @@ Weights = Annotated[
     str | None,
     typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] (the default) or random."),
 ]
+Reference = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The float model that another tool's file came from; --weights are its own."),
+]
 
 # -- images
 CalibrationSource = Annotated[str, typer.Option(metavar="SOURCE", help="Calibration images (`quantlens sources`).")]

@@ -1,11 +1,13 @@
-"""What a person names to be measured, as a model: a name, a quantized checkpoint, or an exported file."""
+"""What a person names to be measured, as a model: a name, a checkpoint, an exported or foreign file, a module."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from quantlens.errors import BadWeightsError
+from quantlens.errors import BadWeightsError, CaptureError, QuantlensWarning
 from quantlens.evaluation.environment import choose_device
 from quantlens.models import Model, load_model
+from quantlens.qmodel import float_model
 
 
 def open_float(name: str, weights: str | None = None, device: str = "cpu") -> Model:
@@ -13,19 +15,27 @@ def open_float(name: str, weights: str | None = None, device: str = "cpu") -> Mo
     return load_model(name, None if weights == "random" else weights or "pretrained", device=choose_device(device))
 
 
-def open_models(name: str, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
+def open_models(
+    name: str | Path, weights: str | None = None, device: str = "cpu", *, reference: Any = None, bits: str | None = None
+) -> tuple[Any, Any]:
     """(model to measure, FP32 model it was made from, or None).
 
-    name: a float model's name, a checkpoint that `quantize` wrote (.safetensors), or an exported file (.onnx, .xml).
-    weights: a file, "pretrained" or "random": the float model's own, or of the model that a file was made from; None:
-    trained ones, or no FP32 model beside a file. Raises BadWeightsError where they are not what the file was made from.
+    name: a float model's name, a checkpoint that `quantize` wrote (.safetensors), an exported file (.onnx, .xml), or a
+    foreign one: another tool's .onnx or .xml, or logits (.npz, .csv). weights: a file, "pretrained" or "random": the
+    float model's own, or of the model that a file was made from; None: trained ones, or no FP32 model beside a file
+    of ours. reference: the float model that a foreign file came from, or its name; bits: those of a foreign file.
+    Raises BadWeightsError where the weights are not what the file was made from.
     """
     path = Path(name)
     made: Any
-    if path.suffix in (".onnx", ".xml"):
-        from quantlens.export.exported import Artefact
-
-        made = Artefact(path)
+    if path.suffix in (".onnx", ".xml", ".npz", ".csv"):
+        made, foreign = _of_file(path, bits, lambda: _named(reference, weights, device))
+        if foreign:
+            if weights is not None and reference is None:
+                raise BadWeightsError(
+                    f"{path} does not say which model it was made from; name it (--reference NAME) beside --weights"
+                )
+            return made, made.reference
     elif path.suffix == ".safetensors":
         from quantlens.qmodel.checkpoint import load
 
@@ -35,13 +45,69 @@ def open_models(name: str, weights: str | None = None, device: str = "cpu") -> t
             )
         made = load(path).to(choose_device(device))
     else:
-        return open_float(name, weights, device), None
-    if weights is None:
+        return open_float(str(name), weights, device), None
+    if not isinstance(reference, str | None):
+        return made, reference
+    if weights is None and reference is None:
         return made, None
-    reference = open_float(made.name, weights, device)
+    reference = open_float(reference or made.name, weights, device)
     if made.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
         raise BadWeightsError(
             f"--weights {weights} is not the checkpoint that {path} was made from (SHA-256 "
             f"{str(reference.checkpoint_sha256)[:12]}…, not {str(made.checkpoint_sha256)[:12]}…); give that one"
         )
     return made, reference
+
+
+def _of_file(path: Path, bits: str | None, reference: Any) -> tuple[Any, bool]:
+    """(model of an exported file or one of logits, whether it is foreign)."""
+    from quantlens.evaluation.foreign import open_foreign
+
+    if path.suffix in (".npz", ".csv"):
+        return open_foreign(path, reference=reference(), bits=bits), True
+    from quantlens.evaluation.foreign_files import ForeignFile
+    from quantlens.export.exported import Artefact, open_file
+
+    opened = open_file(path)
+    if opened.ours:
+        return Artefact(path, opened=opened), False
+    return ForeignFile(path, opened=opened, reference=reference(), bits=bits), True
+
+
+def _named(reference: Any, weights: str | None, device: str) -> Any:
+    """The float model that a person names: as it is, or by name, which may be that of a file of its logits."""
+    if not isinstance(reference, str | Path):
+        return reference
+    if Path(reference).suffix in (".npz", ".csv", ".onnx", ".xml"):
+        return open_models(reference)[0]
+    return open_float(str(reference), weights, device)
+
+
+def measurable(model: Any, device: str | None = None, *, reference: Any = None, bits: str | None = None) -> Any:
+    """A model that shows logits and features, on a device (None: where it is): as it is, or the FP32 model as a graph
+    without quantizers, or, where that cannot be captured, as the module it is.
+
+    model: also a file or a name, as `open_models` takes them, an ``nn.Module`` or a callable; these are foreign.
+    reference: the FP32 model or its Result, whose preprocessing a foreign model takes. bits: those of a foreign model.
+    """
+    if isinstance(model, str | Path):
+        model = open_models(model, device=device or "cpu", reference=reference, bits=bits)[0]
+    if isinstance(model, Model):
+        model = _runnable(model)
+    if not callable(getattr(model, "outputs", None)) and not hasattr(model, "recorded"):
+        from quantlens.evaluation.foreign import open_foreign
+
+        model = open_foreign(model, reference=reference, bits=bits)
+    return model if device is None else model.to(choose_device(device))
+
+
+def _runnable(model: Model) -> Any:
+    try:
+        return float_model(model)
+    except CaptureError as error:
+        from quantlens.evaluation.foreign_modules import ForeignModule
+
+        warnings.warn(
+            f"{model.name} is measured as it is, as it cannot be captured ({error})", QuantlensWarning, stacklevel=3
+        )
+        return ForeignModule.float(model)

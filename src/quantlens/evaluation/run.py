@@ -7,6 +7,7 @@ arrays; of an OOD set only the scores (float64 [N]) stay once it has been measur
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 
 from quantlens.ambient import isolated
 from quantlens.errors import QuantlensError
-from quantlens.evaluation.environment import choose_device, environment
+from quantlens.evaluation.environment import environment
 from quantlens.evaluation.images import EvaluationImages, ImageProgress, describe
+from quantlens.evaluation.open_models import measurable
 from quantlens.evaluation.outputs import Outputs, about_of, of_images
 from quantlens.evaluation.result import Result, check_same_images, metrics_only, plain
 from quantlens.export.export import guard_metrics, looks_unknown
@@ -30,14 +32,13 @@ from quantlens.metrics import (
     ood_metrics,
     score_histograms,
 )
-from quantlens.models import Model, class_names
-from quantlens.qmodel import float_model
+from quantlens.models import class_names
 
 
 @isolated
 def evaluate(
     model: Any,
-    id: Any,
+    id: Any = None,
     ood: Mapping[str, Any] | None = None,
     *,
     fit: Any = None,
@@ -52,7 +53,11 @@ def evaluate(
     cache_dir: Any = None,
     keep: bool | str = False,
 ) -> Result:
-    """Measure a model of `load_model` or `quantize` on labelled ID images and on OOD sets.
+    """Measure a model on labelled ID images and on OOD sets.
+
+    model: of `load_model` or `quantize`, a name or file as `open_models` takes them, or what quantlens did not make, as
+        it is (`open_foreign`): another tool's .onnx or .xml, a module quantized by torchao, a callable, or a file of
+        logits (.npz, .csv), which needs no images.
 
     id, ood (name -> images), fit: anything that `data.as_image_set` accepts (a SOURCE string, an ImageSet, a float
         tensor [N, 3, H, W] already normalised, a pair (images, labels), or batches of either). fit: ID images, not
@@ -68,11 +73,15 @@ def evaluate(
     started = time.perf_counter()
     if keep not in (True, False, "scores"):
         raise QuantlensError(f"outputs to keep are {keep!r}; write true, false, or scores (everything but the logits)")
-    model = measurable(model, device)
+    model = measurable(model, device, reference=reference)
+    if isinstance(reference, str | Path):
+        reference = model.reference
     run = _Run(batch_size, progress, n_bins, choose_scores(scores))
-    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, cache_dir=cache_dir, skip_bad=skip_bad)
     if reference is None and model.method != "fp32":
         reference = model.reference
+    pixels = reference is not None and not isinstance(reference, Result | bool) and not hasattr(reference, "recorded")
+    reading = {"pixels": pixels, "cache_dir": cache_dir, "skip_bad": skip_bad}
+    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, **reading)
     if isinstance(reference, Result):
         check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
     measured = run.measure(model, sets, keep)
@@ -82,6 +91,8 @@ def evaluate(
         seconds={"evaluation": time.perf_counter() - started},
         **measured,
     )
+    if hasattr(model, "foreign"):
+        result.extra["foreign"] = plain(model.foreign)
     calibrating = getattr(getattr(model, "provenance", None), "seconds", None)
     if calibrating is not None:
         result.seconds["calibration"] = float(calibrating)
@@ -180,6 +191,19 @@ class _Run:
 
     def forward(self, model: Any, images: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
         """(logits float32 [N, K], features float32 [N, D] or None) of an image set, in its order."""
+        recorded = getattr(model, "recorded", None)
+        found, features = self.run(model, images, what) if recorded is None else recorded(images, what)
+        bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
+        if bad.size:
+            raise QuantlensError(
+                f"{model.name} ({model.method}, {model.bits}) gives logits that are not finite on {bad.size} of the "
+                f"{len(found)} images of {what} ({images.source}), first on {images.names[bad[0]]}; check the weights "
+                "for NaN, or use another method or more bits"
+            )
+        return found, features
+
+    def run(self, model: Any, images: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """The same of a model that has to see the images."""
         logits, features, done = [], [], 0
         size = min(self.batch_size, getattr(model, "images_together", None) or self.batch_size)
         with torch.inference_mode():
@@ -191,15 +215,7 @@ class _Run:
                 done += len(pixels)
                 if self.progress is not None:
                     self.progress(f"evaluating {what}", done, len(images))
-        found = np.concatenate(logits)
-        bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
-        if bad.size:
-            raise QuantlensError(
-                f"{model.name} ({model.method}, {model.bits}) gives logits that are not finite on {bad.size} of the "
-                f"{len(found)} images of {what} ({images.source}), first on {images.names[bad[0]]}; check the weights "
-                "for NaN, or use another method or more bits"
-            )
-        return found, np.concatenate(features) if features else None
+        return np.concatenate(logits), np.concatenate(features) if features else None
 
 
 def _scored(scorers: Mapping[str, Scorer], logits: np.ndarray, features: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -209,22 +225,6 @@ def _scored(scorers: Mapping[str, Scorer], logits: np.ndarray, features: np.ndar
         if not np.isfinite(values).all():
             raise QuantlensError(f"the OOD score {name!r} is not finite on these images; leave it out with `scores`")
     return found
-
-
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
-def measurable(model: Any, device: str | None = None) -> Any:
-    """A model that shows logits and features, on a device (None: where it is): as it is, or the FP32 model as a graph
-    without quantizers."""
-    if isinstance(model, Model):
-        model = float_model(model)
-    if not callable(getattr(model, "outputs", None)):
-        raise QuantlensError(
-            f"evaluate takes a model of quantlens.load_model or quantlens.quantize, not {type(model).__name__}; "
-            "load_model also takes your own nn.Module"
-        )
-    return model if device is None else model.to(choose_device(device))
 
 
 def _check_same_preprocess(reference: Any, model: Any) -> None:

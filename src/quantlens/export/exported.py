@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from scipy.special import softmax
 from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, decode_image
-from quantlens.errors import BadWeightsError
+from quantlens.errors import BadWeightsError, UnknownNameError
 from quantlens.export.export import _need, openvino_core
 from quantlens.metrics.divergence import sqnr_db
 from quantlens.qmodel import Outputs, float_model
@@ -41,18 +40,14 @@ class Artefact:
 
     threads: CPU threads (None: the runtime's choice). Where the processor's integer sums saturate (see
     :func:`saturates`), ONNX Runtime is told to avoid it, and OpenVINO computes with the same codes in
-    float: right, and not faster than FP32. Raises BadWeightsError for a file that is missing, damaged or
-    not written by quantlens.
+    float: right, and not faster than FP32. opened: the file, where it is open. Raises BadWeightsError for a file
+    that is missing, damaged or not written by quantlens.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None):
+    def __init__(self, path: str | Path, *, threads: int | None = None, opened: "Opened | None" = None):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise BadWeightsError(f"no exported model at {self.path}")
-        if self.path.suffix not in _RUNTIMES:
-            raise BadWeightsError(f"{self.path}: exported models end in .onnx or .xml")
-        opened = _RUNTIMES[self.path.suffix](self.path, threads)
-        self._run, self._record, self.runtime, self.num_classes = opened
+        self._opened = open_file(self.path, threads) if opened is None else opened
+        self._record, self.runtime = self._opened.metadata, self._opened.runtime
         try:
             info = json.loads(self._record["plan"])
             self.preprocess = Preprocess.from_dict(json.loads(self._record["preprocess"]))
@@ -60,6 +55,8 @@ class Artefact:
             self.num_parameters = int(self._record["num_parameters"])
         except (KeyError, ValueError, TypeError) as error:
             raise BadWeightsError(f"{self.path} was not written by `quantlens export`: {error}") from error
+        shapes = {port.name: port.shape for port in self._opened.outputs}
+        self.num_classes = int((shapes["logits"] or ())[-1] or 0)
         self.info: dict[str, Any] = info
         self.name, self.method = str(info.get("model", self.path.stem)), str(info.get("method", "custom"))
         self.bits, self.seed = str(info.get("bits", "")), int(info.get("seed") or 0)
@@ -73,7 +70,7 @@ class Artefact:
     # -- running ------------------------------------------------------------------------------------------------------
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """images float32 [B, 3, H, W], normalised -> logits [B, K], guard scores [B]."""
-        logits, scores = self._run(np.ascontiguousarray(images, dtype=np.float32))
+        logits, scores = self._opened.run(np.ascontiguousarray(images, dtype=np.float32), ("logits", "score"))
         return logits, scores
 
     def predict(self, images: Sequence[Any]) -> list[Prediction]:
@@ -192,12 +189,49 @@ def files_of(path: Path) -> list[Path]:
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
-_Runtime = tuple[Callable[[np.ndarray], Sequence[np.ndarray]], dict[str, str], str, int]
-"""An opened file: images -> logits and scores, its metadata, name and version of what runs it, number of classes."""
+class Port(NamedTuple):
+    """An input or output of a file: its name, its sizes (None: any), its type as NumPy spells it."""
+
+    name: str
+    shape: tuple[int | None, ...] | None
+    dtype: str
 
 
-def _onnxruntime(path: Path, threads: int | None) -> _Runtime:
+class Opened(NamedTuple):
+    """A file in its runtime. run: (input, names of outputs) -> those outputs. runtime: name and version of what runs
+    it. failures: what `run` raises of an input that does not fit."""
+
+    run: Callable[[np.ndarray, Sequence[str]], Sequence[np.ndarray]]
+    inputs: list[Port]
+    outputs: list[Port]
+    metadata: dict[str, str]
+    runtime: str
+    failures: tuple[type[Exception], ...]
+
+    @property
+    def ours(self) -> bool:
+        """Whether `quantlens export` wrote the file."""
+        return "plan" in self.metadata
+
+
+def open_file(path: Path, threads: int | None = None, inner: Sequence[str] = ()) -> Opened:
+    """Open any .onnx or .xml file for the CPU. inner: tensors inside the graph that are made outputs.
+
+    Raises BadWeightsError for a file that is missing, damaged, or that its runtime cannot run.
+    """
+    if path.suffix not in _RUNTIMES:
+        raise BadWeightsError(f"{path}: exported models end in .onnx or .xml")
+    if not path.is_file():
+        raise BadWeightsError(f"no exported model at {path}")
+    return _RUNTIMES[path.suffix](path, threads, inner)
+
+
+def _onnxruntime(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
     ort = _need("onnxruntime")
+    named: list[Any] = list(vars(ort.capi.onnxruntime_pybind11_state).values())
+    failures: tuple[type[Exception], ...] = (RuntimeError,)
+    failures += tuple(kind for kind in named if isinstance(kind, type) and issubclass(kind, Exception))
+    source = _with_outputs(path, inner) if inner else path
 
     def opened(*, precise: bool) -> Any:
         options = ort.SessionOptions()
@@ -207,23 +241,44 @@ def _onnxruntime(path: Path, threads: int | None) -> _Runtime:
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
+            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except failures as error:
             raise BadWeightsError(f"{path} cannot be run by ONNX Runtime: {error}") from error
 
     session = opened(precise=False)
     metadata = dict(session.get_modelmeta().custom_metadata_map)
     if saturates() and may_saturate(metadata):  # known only once it is open
         session = opened(precise=True)
-    return (
-        lambda images: session.run(["logits", "score"], {"images": images}),
+
+    def port(value: Any) -> Port:
+        kind = value.type.removeprefix("tensor(").removesuffix(")")
+        sizes = tuple(size if isinstance(size, int) else None for size in value.shape)
+        return Port(value.name, sizes, {"float": "float32", "double": "float64"}.get(kind, kind))
+
+    inputs = [port(value) for value in session.get_inputs()]
+    return Opened(
+        lambda images, names: session.run(list(names), {inputs[0].name: images}),
+        inputs,
+        [port(value) for value in session.get_outputs()],
         metadata,
         f"onnxruntime {ort.__version__}",
-        int(session.get_outputs()[0].shape[-1]),
+        failures,
     )
 
 
-def _openvino(path: Path, threads: int | None) -> _Runtime:
+def _with_outputs(path: Path, inner: Sequence[str]) -> bytes:
+    """An ONNX file with tensors inside its graph as further outputs."""
+    onnx = _need("onnx")
+    model = onnx.load(str(path))
+    known = [name for node in model.graph.node for name in node.output]
+    for name in inner:
+        if name not in known:
+            raise UnknownNameError(f"tensor of {path}", name, known)
+        model.graph.output.append(onnx.ValueInfoProto(name=name))
+    return bytes(model.SerializeToString())
+
+
+def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
     openvino = _need("openvino")
     # float32 where the model is float: some CPUs would take bfloat16 by default, which is not what was measured
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -234,15 +289,38 @@ def _openvino(path: Path, threads: int | None) -> _Runtime:
         settings["INFERENCE_NUM_THREADS"] = threads
     try:
         model = openvino_core().read_model(path)
+        known = {name for op in model.get_ordered_ops() for out in op.outputs() for name in out.names}
+        for name in inner:
+            if name not in known:
+                raise UnknownNameError(f"tensor of {path}", name, known)
+            model.add_outputs(name)
         compiled = openvino_core().compile_model(model, "CPU", settings)
-    except Exception as error:
+    except RuntimeError as error:
         raise BadWeightsError(f"{path} cannot be run by OpenVINO: {error}") from error
     info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
-    return (
-        lambda images: itemgetter("logits", "score")(compiled({"images": images})),
+
+    def port(value: Any, default: str, wanted: Sequence[str] = ()) -> Port:
+        shape = value.partial_shape
+        sizes = None
+        if not shape.rank.is_dynamic:
+            sizes = tuple(size.get_length() if size.is_static else None for size in shape)
+        name = next((name for name in wanted if name in value.names), value.any_name if value.names else default)
+        return Port(name, sizes, np.dtype(value.element_type.to_dtype()).name)
+
+    outputs = [port(value, f"output {i}", inner) for i, value in enumerate(model.outputs)]
+    places = {output.name: i for i, output in enumerate(outputs)}
+
+    def run(images: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
+        found = compiled([images])
+        return [found[places[name]] for name in names]
+
+    return Opened(
+        run,
+        [port(value, f"input {i}") for i, value in enumerate(model.inputs)],
+        outputs,
         {key: getattr(value, "value", value) for key, value in info.items()},
         f"openvino {openvino.__version__.split('-')[0]}",
-        int(model.output("logits").partial_shape[-1].get_length()),
+        (RuntimeError,),
     )
 
 
