@@ -300,6 +300,6 @@ def refuse_unprepared(model: Any, images: Any) -> None:
     if model.preprocess is None and (isinstance(images, str) or hasattr(images, "spec")):
         raise QuantlensError(
             f"{model.name} ({model.method}) does not say how its images are prepared: name the float model it came "
-            "from (reference=, --reference), or say it with quantlens.open_foreign(…, preprocess=…); of a float model of "
-            "your own, with quantlens.load_model"
+            "from (reference=, --reference), or say it with quantlens.open_foreign(…, preprocess=…); of a float model "
+            "of your own, with quantlens.load_model"
         )
