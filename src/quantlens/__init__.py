@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from quantlens.plugins import load_plugin
     from quantlens.qmodel import QuantizedModel
     from quantlens.qmodel.checkpoint import load, save
+    from quantlens.report.card import card
+    from quantlens.report.hub import push_to_hub
     from quantlens.sensitivity import Inspection
     from quantlens.studies.compare import compare
     from quantlens.studies.recommend import recommend
@@ -42,6 +44,7 @@ __all__ = [
     "allocate",
     "attention",
     "calibration",
+    "card",
     "compare",
     "evaluate",
     "export",
@@ -54,6 +57,7 @@ __all__ = [
     "methods",
     "open_foreign",
     "plot",
+    "push_to_hub",
     "qmodel",
     "quantize",
     "recommend",
@@ -82,6 +86,8 @@ _HOMES = {
     "reproduce": "quantlens.studies.reproduce",
     "results": "quantlens.studies.results",
     "plot": "quantlens.plots",
+    "card": "quantlens.report.card",
+    "push_to_hub": "quantlens.report.hub",
     "QuantlensError": "quantlens.errors",
     "load_plugin": "quantlens.plugins",
 }

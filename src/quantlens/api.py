@@ -9,6 +9,7 @@ import torch
 from quantlens.allocation import Allocation, allocate as choose_widths, is_target, parse_target
 from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
+from quantlens.data.given import peeked
 from quantlens.methods import Progress, registry
 from quantlens.models import Model, load_model
 from quantlens.qmodel import Bits, QuantizedModel
@@ -34,8 +35,9 @@ def quantize(
     """Quantize a float model after training.
 
     model: from :func:`load_model`, or an ``nn.Module`` (images [B, 3, H, W] -> logits [B, K]).
-    calibration: float images [N, 3, H, W] prepared as the model wants them, an iterable of such batches, or a SOURCE,
-    of which ``seed`` draws 32 (``?n=64``: 64), as on the command line. bits: ``W4A8``-style or ``FP32``; for mixed
+    calibration: float images [N, 3, H, W] prepared as the model wants them; PIL images, which are prepared so; a list,
+    DataLoader or other iterable of either, with labels or not; a SOURCE or map-style data set, of which ``seed`` draws
+    32 (``?n=64``: 64), as on the command line. bits: ``W4A8``-style or ``FP32``; for mixed
     precision a mapping from module names to widths with a "default", ``MP6`` (widths chosen by :func:`allocate` for the
     size of W6A6), an Allocation, or the .json file of one. patch_bits, head_bits, outlier_channels, image, target:
     :data:`quantlens.methods.base.SHARED_OPTIONS`; None is the method's default. options: the method's own (``quantlens
@@ -44,7 +46,7 @@ def quantize(
     Returns a :class:`~quantlens.qmodel.QuantizedModel`. Raises QuantlensError subclasses on anything the caller
     can mend.
     """
-    model, wanted = _loaded(model, calibration), read_bits(bits)
+    (model, calibration), wanted = _loaded(model, calibration), read_bits(bits)
     options |= {
         "patch_bits": patch_bits,
         "head_bits": head_bits,
@@ -77,7 +79,7 @@ def allocate(
     >>> allocation.save("alloc.json")  # doctest: +SKIP
     >>> ql.quantize(model, images, method="easyquant", bits=allocation)  # doctest: +SKIP
     """
-    return choose_widths(_loaded(model, calibration), calibration, target, **settings)
+    return choose_widths(*_loaded(model, calibration), target, **settings)
 
 
 @isolated
@@ -98,7 +100,7 @@ def inspect(
     >>> found.ranked()[0].name  # doctest: +SKIP
     'blocks.7.mlp.fc2'
     """
-    model, wanted = _loaded(model, images), read_bits(bits)
+    (model, images), wanted = _loaded(model, images), read_bits(bits)
     if not isinstance(wanted, Bits):
         images = Calibration.of(images, model.preprocess, device=model.device, seed=seed)
         wanted = allocation_of(model, images, wanted, seed).bits()
@@ -137,9 +139,11 @@ def allocation_of(
     return model.derived[key]
 
 
-def _loaded(model: Model | torch.nn.Module, calibration: Any) -> Model:
-    """A module as a Model, with the size of the calibration images."""
+def _loaded(model: Model | torch.nn.Module, calibration: Any) -> tuple[Model, Any]:
+    """A module as a Model, with the size of the calibration images, and these (of an iterator one has been read)."""
     if isinstance(model, Model):
-        return model
-    size = tuple(calibration.shape[1:]) if isinstance(calibration, torch.Tensor) and calibration.dim() == 4 else None
-    return load_model(model, input_size=size)  # type: ignore[arg-type]
+        return model, calibration
+    if isinstance(calibration, Calibration):
+        return load_model(model), calibration
+    calibration, size = peeked(calibration)
+    return load_model(model, input_size=size), calibration  # type: ignore[arg-type]

@@ -6,8 +6,11 @@ from typing import Annotated
 import typer
 
 # -- the model
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Name of the model, or hf:ID or hf:DIR of Hugging Face.")
+]
 ModelOrCheckpoint = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or a quantized checkpoint.")]
+Card = Annotated[bool, typer.Option("--card", help="Write a model card (README.md) beside the checkpoint.")]
 Weights = Annotated[
     str | None,
     typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] (the default) or random."),

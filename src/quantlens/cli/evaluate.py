@@ -73,6 +73,7 @@ def evaluate(
     store: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the result of an exported file in the store of a study.")
     ] = None,
+    card: _options.Card = False,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images per forward pass, at most: a CPU takes as many as its cache likes.")
     ] = 64,
@@ -83,27 +84,52 @@ def evaluate(
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    from quantlens.evaluation import outputs
     from quantlens.evaluation.open_models import open_models
     from quantlens.evaluation.run import evaluate as measure
 
     for path in (None if json == "-" else json, keep, store and store / "store.sqlite"):
         check_writable(path)
+    checkpoint = _check_card(model) if card else None
     sets, groups = _common.pairs(ood, "--ood"), dict.fromkeys(_common.names(near), "near")
     measured, float_model = open_models(model, weights, device, reference=reference)
     if store is not None and not hasattr(measured, "facts"):
         raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
     settings = {"fit": fit, "reference": float_model, "scores": _common.names(scores) or None, "groups": groups}
-    settings |= {"batch_size": batch_size, "device": device, "n_bins": bins, "keep": keep is not None}
+    kept = keep is not None or (card and "scores")
+    settings |= {"batch_size": batch_size, "device": device, "n_bins": bins, "keep": kept}
     with _common.stages(quiet) as step:
         result = measure(measured, id, sets or None, progress=step, **settings, **_common.reading(skip_bad, no_cache))
-    if keep is not None and result.outputs is not None:
-        write_whole(keep, outputs.pack(result.outputs), what="the per-image outputs")
+    written = list(_write(result, keep, checkpoint))
     if store is not None:
         _keep(store, measured.facts(), result.to_dict())
     _common.show(tables(result), result.to_dict(), json, "the result")
-    if keep is not None and json != "-":
-        print(f"written: {keep}")
+    if json != "-":
+        print("".join(f"written: {file}\n" for file in written), end="")
+
+
+def _check_card(model: str) -> Path:
+    """The checkpoint that a card is written beside. Raises QuantlensError where none can be."""
+    from quantlens.evaluation.open_models import checkpoint_of
+    from quantlens.report.card import check_place
+
+    here = not model.startswith("hf:") or Path(model.removeprefix("hf:")).exists()
+    checkpoint = checkpoint_of(model) if here else None
+    if checkpoint is None:
+        raise QuantlensError("--card is written beside a quantized checkpoint that lies here; name its file or folder")
+    check_place(checkpoint.parent, checkpoint.name)
+    return checkpoint
+
+
+def _write(result: Any, keep: Path | None, checkpoint: Path | None) -> Iterator[Path]:
+    """Write the per-image outputs, and the card beside a checkpoint, where they are wanted; the files written."""
+    from quantlens.evaluation import outputs
+    from quantlens.report.card import README, card
+
+    if keep is not None and result.outputs is not None:
+        yield write_whole(keep, outputs.pack(result.outputs), what="the per-image outputs")
+    if checkpoint is not None:
+        card(checkpoint, result)
+        yield checkpoint.with_name(README)
 
 
 def _keep(directory: Path, facts: Mapping[str, Any], result: Mapping[str, Any]) -> None:

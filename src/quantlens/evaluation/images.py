@@ -39,6 +39,7 @@ class EvaluationImages:
         model looks at them beside a file of logits. Raises QuantlensError for an empty set, labels that do not match,
         groups of other sets, or a fit set among those evaluated."""
         from quantlens.data import as_image_set
+        from quantlens.data.shared import warn_shared
         from quantlens.evaluation.foreign import refuse_unprepared
 
         groups_of(ood or {}, groups)  # a mistake there is told before images are read
@@ -63,6 +64,7 @@ class EvaluationImages:
             refuse_overlap(fit_images, "the fit set", id_images, "the ID set")
             for name, images in ood_images.items():
                 refuse_overlap(fit_images, "the fit set", images, f"OOD set {name}")
+        warn_shared(id_images, ood_images, fit_images, getattr(model, "calibration", None), model.preprocess)
         return cls(id_images, ood_images, fit_images, groups_of(ood_images, groups))
 
 

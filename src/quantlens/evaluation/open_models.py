@@ -8,11 +8,19 @@ from quantlens.errors import BadWeightsError, CaptureError, QuantlensWarning
 from quantlens.evaluation.environment import choose_device
 from quantlens.models import Model, load_model
 from quantlens.qmodel import float_model
+from quantlens.qmodel.hub import find_checkpoint
 
 
 def open_float(name: str, weights: str | None = None, device: str = "cpu") -> Model:
     """A float model by name. weights: "random", a file, or "pretrained", as for None."""
-    return load_model(name, None if weights == "random" else weights or "pretrained", device=choose_device(device))
+    return load_model(name, weights or "pretrained", device=choose_device(device))
+
+
+def checkpoint_of(name: str) -> Path | None:
+    """The quantized checkpoint that a name means (a .safetensors file, a folder written with a slash, ``hf:user/repo``,
+    which is downloaded), or None. Raises BadWeightsError for a repository that cannot be read."""
+    written = name.startswith("hf:") or name.endswith(".safetensors") or "/" in name
+    return find_checkpoint(name) if written else None
 
 
 def open_models(
@@ -20,13 +28,14 @@ def open_models(
 ) -> tuple[Any, Any]:
     """(model to measure, FP32 model it was made from, or None).
 
-    name: a float model's name, a checkpoint that `quantize` wrote (.safetensors), an exported file (.onnx, .xml), or a
+    name: a float model's name, a checkpoint as :func:`checkpoint_of` finds it, an exported file (.onnx, .xml), or a
     foreign one: another tool's .onnx or .xml, or logits (.npz, .csv). weights: a file, "pretrained" or "random": the
     float model's own, or of the model that a file was made from; None: trained ones, or no FP32 model beside a file
     of ours. reference: the float model that a foreign file came from, or its name; bits: those of a foreign file.
     Raises BadWeightsError where the weights are not what the file was made from.
     """
-    path = Path(name)
+    checkpoint = checkpoint_of(str(name))
+    path = checkpoint or Path(name)
     made: Any
     if path.suffix in (".onnx", ".xml", ".npz", ".csv"):
         made, foreign = _of_file(path, bits, lambda: _named(reference, weights, device))
@@ -36,7 +45,7 @@ def open_models(
                     f"{path} does not say which model it was made from; name it (--reference NAME) beside --weights"
                 )
             return made, made.reference
-    elif path.suffix == ".safetensors":
+    elif checkpoint is not None:
         from quantlens.qmodel.checkpoint import load
 
         if not path.is_file():

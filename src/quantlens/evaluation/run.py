@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from quantlens.ambient import isolated
+from quantlens.data.shared import without_content
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.environment import environment
 from quantlens.evaluation.images import EvaluationImages, ImageProgress, describe
@@ -117,7 +118,7 @@ def _facts(model: Any) -> dict[str, Any]:
         "size_ratio": model.size_ratio,
         "num_parameters": model.num_parameters,
         "options": plain(model.options),
-        "calibration": plain(model.calibration),
+        "calibration": plain(without_content(model.calibration)),
         "preprocess": None if model.preprocess is None else plain(model.preprocess.to_dict()),
         "environment": environment(getattr(model, "device", "cpu")),
     }

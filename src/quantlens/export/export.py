@@ -165,7 +165,7 @@ def guard_threshold(qmodel: QuantizedModel, images: Any, guard: str, keep: float
     found = []
     with torch.inference_mode():
         for batch in Calibration.of(images, qmodel.preprocess, device=qmodel.device):
-            found.append(GUARDS[guard](qmodel(batch).cpu().numpy()))
+            found.append(GUARDS[guard](qmodel.outputs(batch).logits.cpu().numpy()))
     scores = np.concatenate(found)
     return {"value": _threshold(scores, keep), "n": len(scores)}
 

@@ -16,8 +16,8 @@ from scipy.special import softmax
 
 from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
-from quantlens.data import Preprocess, decode_image
-from quantlens.errors import BadWeightsError, UnknownNameError
+from quantlens.data import Preprocess, as_rgb, decode_image
+from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError
 from quantlens.export.export import _need, openvino_core
 from quantlens.metrics.divergence import sqnr_db
 from quantlens.qmodel import Outputs, float_model
@@ -74,9 +74,8 @@ class Artefact:
         return logits, scores
 
     def predict(self, images: Sequence[Any]) -> list[Prediction]:
-        """Predictions for pictures: paths or PIL images."""
-        opened = [image if isinstance(image, Image.Image) else decode_image(image) for image in images]
-        pixels = np.stack([self.preprocess.resize_crop(image.convert("RGB")) for image in opened])
+        """Predictions for pictures: paths or PIL images, or what :meth:`pixels` made of them."""
+        pixels = np.stack([image if isinstance(image, np.ndarray) else self.pixels(image) for image in images])
         logits, scores = self.run(self.preprocess.normalize(pixels).numpy())
         threshold = (self.guard.get("threshold") or {}).get("value")
         probabilities, names = softmax(logits, axis=1), self.class_names
@@ -90,6 +89,13 @@ class Artefact:
             )
             for label, row, score in zip(logits.argmax(1), probabilities, scores, strict=True)
         ]
+
+    def pixels(self, image: Any) -> np.ndarray:
+        """uint8 [C, H, W] of a picture, a path or a PIL image. Raises BadImageError that names it."""
+        try:
+            return self.preprocess.resize_crop(as_rgb(image) if isinstance(image, Image.Image) else decode_image(image))
+        except BadImageError as error:
+            raise BadImageError(f"{'the picture' if isinstance(image, Image.Image) else image}: {error}") from error
 
     # -- what `evaluate` asks of a model ------------------------------------------------------------------------------
     def outputs(self, images: Any) -> Any:
@@ -357,7 +363,7 @@ def parity(
     batches = Calibration.of(images, qmodel.preprocess, device=qmodel.device)
     with torch.inference_mode():
         for batch in batches:
-            expected.append(qmodel(batch).cpu().numpy())
+            expected.append(qmodel.outputs(batch).logits.cpu().numpy())
             got.append(artefact.run(batch.cpu().numpy())[0])
             if progress is not None:
                 progress(sum(map(len, got)), len(batches))

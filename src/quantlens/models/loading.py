@@ -1,5 +1,5 @@
-"""Where a model comes from: a timm name (hub tags too), the models that ship with quantlens, or a user's own
-``nn.Module``."""
+"""Where a model comes from: a timm name (hub tags too), Hugging Face (hub or folder), the models that ship with
+quantlens, or a user's own ``nn.Module``."""
 
 import copy
 from pathlib import Path
@@ -13,15 +13,17 @@ from quantlens.ambient import isolated
 from quantlens.data import Preprocess
 from quantlens.data.folders import WNID, imagenet_class_names
 from quantlens.errors import BadWeightsError, QuantlensError, UnknownNameError
-from quantlens.models import weights as files
+from quantlens.models import huggingface, weights as files
+from quantlens.models.tasks import check_task, task_of
 
 
 class Model(nn.Module):
-    """A float model with all that an experiment must record about it. ``model(images)`` gives logits [B, K].
+    """A float model with all that an experiment must record about it. ``model(images)`` gives what the module gives.
 
     module: the network, in evaluation mode. name: as given. preprocess: how its images are prepared.
     checkpoint: "pretrained", a file name, "random" (untrained) or "memory" (a user's module).
     checkpoint_sha256: of the file, or of the tensors when there is no file. class_names: list or None.
+    task: one of :data:`quantlens.models.tasks.TASKS`; None finds it from the module.
     """
 
     def __init__(
@@ -33,16 +35,18 @@ class Model(nn.Module):
         path: Path | None,
         checkpoint: str = "memory",
         class_names: list[str] | None = None,
+        task: str | None = None,
     ):
         super().__init__()
+        self.task = task or task_of(module)
         self.module, self.name, self.preprocess, self.class_names = module, name, preprocess, class_names
         self.checkpoint, self.weights_path = path.name if path else checkpoint, str(path) if path else None
         self.checkpoint_sha256 = files.file_sha256(path) if path else files.state_sha256(module.state_dict())
         self.derived: dict[str, Any] = {}
         self.eval()
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.module(images)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "Model":
         """Stays in evaluation mode: statistics and dropout of training have no place in post-training quantization."""
@@ -71,30 +75,40 @@ def load_model(
     preprocess: Preprocess | None = None,
     input_size: tuple[int, int, int] | None = None,
     class_names: list[str] | None = None,
+    task: str | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
     name: str | None = None,
 ) -> Model:
     """Load a float model.
 
-    model: a timm name such as ``deit_tiny_patch16_224`` or ``vit_small_patch16_224.augreg_in21k_ft_in1k``, a model
-    that ships with quantlens (``digits-vit``), or an ``nn.Module`` that maps images [B, 3, H, W] to logits [B, K].
-    weights: ``"pretrained"`` (from the hub; the shipped file for a shipped model), a .safetensors, .pth, .pt, .bin or
-    AugReg .npz file, or None (random weights drawn with ``seed``; a shipped model and a module keep theirs).
-    num_classes: taken from the file if its classifier has another size than the architecture's default.
-    preprocess, input_size: for a user's module, which is copied; the model's own otherwise.
+    model: a timm name such as ``deit_tiny_patch16_224`` or ``vit_small_patch16_224.augreg_in21k_ft_in1k``, ``hf:ID`` or
+    ``hf:DIR`` of Hugging Face, a model that ships with quantlens (``digits-vit``), or an ``nn.Module`` of images.
+    weights: ``"pretrained"`` (from the hub, the folder, or what ships), a .safetensors, .pth, .pt, .bin or AugReg .npz
+    file, or ``"random"`` (drawn with ``seed``). None: random for a timm name, a model's own for all others.
+    num_classes: taken from the file if its classifier has another size than the architecture's default; 0 leaves the
+    classifier out. preprocess, input_size: the model's own otherwise. task: "classify", "binary", "multilabel",
+    "features" or "zero-shot"; None finds it from the model.
 
     Raises UnknownNameError, BadWeightsError (with what does not fit).
     """
-    path = None if weights is None or weights == "pretrained" else Path(weights)
+    path = None if weights in (None, "pretrained", "random") else Path(str(weights))
+    check_task(task)
+    own = {"preprocess": preprocess, "input_size": input_size, "task": task}
     if isinstance(model, nn.Module):
-        if weights == "pretrained":
-            raise BadWeightsError("weights='pretrained' needs a timm name; give a module its weights as a file")
-        loaded = _from_module(model, path, preprocess, input_size, name)
+        if weights in ("pretrained", "random"):
+            raise BadWeightsError(
+                f"weights={weights!r} needs a timm name or hf:ID; give a module its weights as a file"
+            )
+        loaded = _from_module(model, path, name=name, **own)
     elif model in zoo.available():
-        loaded = _from_zoo(zoo.available()[model], path)
+        loaded = _from_zoo(zoo.available()[model], path, weights == "random", seed)
+    elif model.startswith(huggingface.PREFIX) and (as_timm := huggingface.timm_name(model)) is None:
+        loaded = _from_hub(model, weights != "random" and path is None, path, num_classes, seed=seed, **own)
     else:
-        loaded = _from_timm(model, weights == "pretrained", path, num_classes, preprocess, input_size, seed)
+        known, hub = (model, weights == "pretrained") if not model.startswith("hf:") else (as_timm, weights != "random")
+        loaded = _from_timm(known, hub and path is None, path, num_classes, seed=seed, **own)
+        loaded.name = model
     if class_names is not None:
         loaded.class_names = class_names
     files.check_finite(loaded.module.state_dict(), loaded.weights_path or loaded.name)
@@ -105,8 +119,10 @@ def load_model(
 def _from_module(
     module: nn.Module,
     path: Path | None,
+    *,
     preprocess: Preprocess | None,
     input_size: tuple[int, int, int] | None,
+    task: str | None,
     name: str | None,
 ) -> Model:
     """timm models carry their preprocessing; any other module gets ImageNet's mean and deviation at ``input_size``."""
@@ -117,13 +133,45 @@ def _from_module(
     if preprocess is None and isinstance(config, dict) and config.get("mean"):
         preprocess = _own_preprocess(module, None)
     preprocess = preprocess or Preprocess(input_size or (3, 224, 224), crop_pct=0.9)
-    return Model(module, name=name or type(module).__name__, preprocess=preprocess, path=path)
+    return Model(module, name=name or type(module).__name__, preprocess=preprocess, path=path, task=task)
 
 
-def _from_zoo(entry: zoo.ZooEntry, path: Path | None) -> Model:
-    module, path = entry.build(), path or entry.weights
-    files.fit(module, files.read_state(path), str(path), entry.name)
-    return Model(module, name=entry.name, preprocess=entry.preprocess, path=path, class_names=entry.class_names)
+def _from_zoo(entry: zoo.ZooEntry, path: Path | None, random: bool, seed: int) -> Model:
+    torch.default_generator.manual_seed(seed)
+    module, path = entry.build(), None if random else path or entry.weights
+    if path is not None:
+        files.fit(module, files.read_state(path), str(path), entry.name)
+    own = {"preprocess": entry.preprocess, "class_names": entry.class_names}
+    return Model(module, name=entry.name, path=path, checkpoint="random", **own)
+
+
+def _from_hub(
+    name: str,
+    pretrained: bool,
+    path: Path | None,
+    num_classes: int | None,
+    *,
+    preprocess: Preprocess | None,
+    input_size: tuple[int, int, int] | None,
+    task: str | None,
+    seed: int,
+) -> Model:
+    """A model of Hugging Face, with its own weights, those of a file, or random ones."""
+    found = huggingface.open_model(name, weights=pretrained, num_classes=num_classes, task=task, seed=seed)
+    if path is not None:
+        files.fit(found.module, files.read_state(path), str(path), name)
+    known = preprocess or found.preprocess
+    loaded = Model(
+        found.module,
+        name=name,
+        preprocess=known.for_size(input_size) if input_size and preprocess is None else known,
+        path=path or found.path,
+        checkpoint="pretrained" if pretrained else "random",
+        class_names=found.class_names,
+        task=found.task,
+    )
+    loaded.weights_path = str(path) if path else None  # what lies in its own folder goes without saying
+    return loaded
 
 
 def _from_timm(
@@ -131,8 +179,10 @@ def _from_timm(
     pretrained: bool,
     path: Path | None,
     num_classes: int | None,
+    *,
     preprocess: Preprocess | None,
     input_size: tuple[int, int, int] | None,
+    task: str | None,
     seed: int,
 ) -> Model:
     if path is not None:
@@ -156,6 +206,7 @@ def _from_timm(
         path=path,
         checkpoint="pretrained" if pretrained else "random",
         class_names=_imagenet_names(getattr(module, "num_classes", None)),
+        task=task,
     )
 
 

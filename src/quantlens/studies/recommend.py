@@ -310,7 +310,7 @@ class _Search:
         words += [word for plugin in given() for word in ("--plugin", plugin)]
         if target is None:
             return shlex.join(words)
-        made = f"{self.model.name.split('/')[-1]}-{bits.lower()}"
+        made = f"{Path(self.model.name.removeprefix('hf:')).name}-{bits.lower()}"
         file = f"{made}{RUNTIMES[target][1]}"
         export = ["quantlens", "export", f"{made}.safetensors", "--out", file]
         return f"{shlex.join([*words, '--target', target, '--out', f'{made}.safetensors'])} && {shlex.join(export)}"
