@@ -294,3 +294,18 @@ def test_an_exported_module_of_a_fixed_batch() -> None:
     assert result.method == "foreign:pt2e"
     assert result.id["nll"] == pytest.approx(expected.id["nll"], abs=1e-6)
     assert result.ood["letters"]["knn"]["auroc"] == pytest.approx(expected.ood["letters"]["knn"]["auroc"], abs=1e-6)
+
+
+def test_images_of_any_size_in_a_loader() -> None:
+    """Nobody said how large the images are, and the module takes one size alone."""
+    pairs = torch.utils.data.TensorDataset(torch.rand(10, 3, 32, 32), torch.arange(10) % 8)
+    loader = torch.utils.data.DataLoader(pairs, batch_size=4)
+    assert evaluate(Small(), loader).id["n"] == 10
+
+
+def test_a_model_of_features() -> None:
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 16))
+    foreign = open_foreign(module, preprocess=PREPROCESS, task="features")
+    result = evaluate(foreign, ID, {"letters": LETTERS}, fit=FIT)
+    assert (result.to_dict()["task"], result.id["num_features"]) == ("features", 16)
+    assert 0 <= result.id["knn1"] <= 1

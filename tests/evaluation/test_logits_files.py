@@ -178,3 +178,17 @@ def test_what_a_file_lacks_is_named(tmp_path, whole) -> None:
         evaluate(whole, reference=FakeModel())
     with pytest.raises(QuantlensError, match="give ood, the images of letters"):
         evaluate(whole, ID, reference=FakeModel())
+
+
+def test_features_and_several_labels(tmp_path) -> None:
+    """The task follows from what a file holds."""
+    arrays = {**given(ID), **given(LETTERS, "ood/letters/"), **given(FIT, "fit/")}
+    np.savez(tmp_path / "f.npz", **{name: values for name, values in arrays.items() if not name.endswith("logits")})
+    result = evaluate(tmp_path / "f.npz").to_dict()
+    expected = evaluate(FakeModel(), ID, {"letters": LETTERS}, fit=FIT, task="features").to_dict()
+    assert result["task"] == "features"
+    assert result["id"]["knn1"] == expected["id"]["knn1"]
+    assert result["ood"]["letters"]["knn"]["auroc"] == pytest.approx(expected["ood"]["letters"]["knn"]["auroc"])
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "m.npz", logits=rng.normal(size=(40, 3)), labels=rng.integers(0, 2, (40, 3)))
+    assert evaluate(tmp_path / "m.npz").to_dict()["task"] == "multilabel"

@@ -55,6 +55,24 @@ ARGUMENTS = {
 """What every method takes."""
 Seed = Annotated[int, typer.Option(min=0, help="Draws the calibration images, and all else that is random.")]
 
+# -- what is measured
+Scores = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAMES",
+        help="OOD scores (default: all that fit the task): msp, maxlogit, energy, entropy, gen, knn, vim, mahalanobis, "
+        "rmahalanobis (relative), mahalanobis_l2, rmahalanobis_l2, react; binary and multilabel: joint_energy, "
+        "sigmoid_confidence.",
+    ),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(metavar="TASK", help="classify, zero-shot, binary, multilabel or features (default: the model's)."),
+]
+TextEmbeddings = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Text embeddings [K, D] for zero-shot: .npy, .npz or .safetensors.")
+]
+
 # -- the run
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]

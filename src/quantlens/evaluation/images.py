@@ -31,16 +31,18 @@ class EvaluationImages:
         fit: Any,
         groups: Mapping[str, str] | None,
         progress: ImageProgress | None,
+        task: str = "classify",
         *,
         pixels: bool = False,
         **reading: Any,
     ) -> "EvaluationImages":
         """Images of what `data.as_image_set` accepts, `reading` being its other arguments. pixels: whether a float
-        model looks at them beside a file of logits. Raises QuantlensError for an empty set, labels that do not match,
-        groups of other sets, or a fit set among those evaluated."""
+        model looks at them beside a file of logits. Raises QuantlensError for an empty set, labels that do not fit the
+        task, groups of other sets, or a fit set among those evaluated."""
         from quantlens.data import as_image_set
         from quantlens.data.shared import warn_shared
         from quantlens.evaluation.foreign import refuse_unprepared
+        from quantlens.evaluation.tasks import check_labels, check_same_classes
 
         groups_of(ood or {}, groups)  # a mistake there is told before images are read
 
@@ -50,17 +52,19 @@ class EvaluationImages:
             return as_image_set(value, model.preprocess, name, progress=told, **reading)
 
         if hasattr(model, "open_sets"):
-            found: EvaluationImages = model.open_sets(id, ood, fit, groups, pixels, opened)
+            found: EvaluationImages = model.open_sets(id, ood, fit, groups, pixels, task, opened)
             return found
         if id is None:
             raise QuantlensError("id is missing: give labelled images, such as id='imagenet:DIR'")
         id_images = opened(id, "the ID set")
         if hasattr(model, "learn"):
             model.learn(id_images.tensor(0, 1).shape[1:])
-        id_images.check_labels(model.num_classes)
+        check_labels(id_images, task, model.num_classes)
         ood_images = {str(name): opened(value, f"OOD set {name}") for name, value in (ood or {}).items()}
         fit_images = None if fit is None else opened(fit, "the fit set")
         if fit_images is not None:
+            if task == "features":
+                check_same_classes(id_images, fit_images)
             refuse_overlap(fit_images, "the fit set", id_images, "the ID set")
             for name, images in ood_images.items():
                 refuse_overlap(fit_images, "the fit set", images, f"OOD set {name}")

@@ -25,6 +25,7 @@ from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, 
 from quantlens.evaluation.foreign import PROBABILITIES, About
 from quantlens.evaluation.foreign_files import sha256
 from quantlens.evaluation.images import EvaluationImages, groups_of, refuse_overlap
+from quantlens.evaluation.tasks import check_labels
 
 ID, FIT, OOD = "the ID set", "the fit set", "OOD set "
 """How an evaluation calls its image sets."""
@@ -33,14 +34,16 @@ COLUMNS = ("path", "label", "logit_0, logit_1, …", "feature_0, feature_1, …"
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What a model gave on N images: logits float32 [N, K]; labels int64 [N], features float32 [N, D] and ids (names
-    of the images), each None where the file has none."""
+    """What a model gave on N images: logits float32 [N, K]; labels int64 [N] (of several labels [N, K]), features
+    float32 [N, D] and ids (names of the images), each None where the file has none. bare: there are features alone,
+    which stand in `logits`."""
 
     place: str
     logits: np.ndarray
     labels: np.ndarray | None = None
     features: np.ndarray | None = None
     ids: list[str] | None = None
+    bare: bool = False
 
     def images(self) -> ImageSet:
         """The rows as a set of images that nobody can look at."""
@@ -62,7 +65,15 @@ class LogitsFile(About):
         self.num_classes = self.parts[ID].logits.shape[1]
         for part in self.parts.values():
             _check_width(part, self.num_classes)
-        self.task = self.task or ("binary" if self.num_classes == 1 else "classify")
+        labels = self.parts[ID].labels
+        many = (
+            "binary"
+            if self.num_classes == 1
+            else "multilabel"
+            if labels is not None and labels.ndim == 2
+            else "classify"
+        )
+        self.task = self.task or ("features" if self.parts[ID].bare else many)
         self.foreign |= {"file": self.path.name, "sha256": sha256([self.path]), "task": self.task}
         logits = self.parts[ID].logits
         self._probabilities = self.task == "classify" and _sum_to_one(logits)
@@ -84,6 +95,7 @@ class LogitsFile(About):
         fit: Any,
         groups: Mapping[str, str] | None,
         pixels: bool,
+        task: str,
         opened: Callable[[Any, str], Any],
     ) -> EvaluationImages:
         """The image sets of an evaluation: those given, and of what is not given the rows themselves.
@@ -116,22 +128,23 @@ class LogitsFile(About):
             return images
 
         id_images = part(id, ID)
-        id_images.check_labels(self.num_classes)
+        check_labels(id_images, task, self.num_classes)
         oods = {str(name): part(value, f"{OOD}{name}") for name, value in own.items()}
         fits = part(fit, FIT) if fit is not None or (FIT in self.parts and not pixels) else None
         if fits is not None:
             refuse_overlap(fits, FIT, id_images, ID)
         return EvaluationImages(id_images, oods, fits, groups_of(oods, groups))
 
-    def recorded(self, images: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """(logits [n, K], features [n, D] or None) of images in their order. Raises QuantlensError where the rows are
+    def recorded(self, images: Any, what: str, task: str = "") -> tuple[np.ndarray, np.ndarray | None]:
+        """(logits [n, K], or for a task "features" these, and features [n, D] or None) of images in their order. Raises QuantlensError where the rows are
         not theirs: another number, names or labels."""
         if what not in self.parts:
             raise UnknownNameError(f"part of {self.path}", what, self.parts, "give a file of its logits")
         rows = self.parts[what]
         order = _order(rows, images, what)
         if rows.labels is not None and images.labels is not None:
-            wrong = np.flatnonzero(rows.labels[order] != images.labels)
+            differ = rows.labels[order] != images.labels
+            wrong = np.flatnonzero(differ.any(axis=1) if np.ndim(differ) == 2 else differ)
             if wrong.size:
                 first = int(wrong[0])
                 raise QuantlensError(
@@ -139,6 +152,8 @@ class LogitsFile(About):
                     f"first of {images.names[first]} ({rows.labels[order][first]} and {images.labels[first]}): are the "
                     "rows in the order of the images, and the classes numbered alike?"
                 )
+        if task == "features" and rows.features is not None:
+            return rows.features[order], None
         logits = rows.logits[order]
         if self._probabilities:
             logits = np.log(np.maximum(logits, np.finfo(np.float32).tiny))
@@ -253,6 +268,8 @@ def _of_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Row
 
 def _rows(path: Path, what: str, part: Mapping[str, np.ndarray]) -> Rows:
     place = str(path) if what == ID else f"{path} ({what})"
+    bare = "logits" not in part and "features" in part
+    part = {"logits": part["features"], **{k: v for k, v in part.items() if k != "features"}} if bare else part
     logits = part.get("logits")
     if logits is None:
         raise BadWeightsError(f"{place} has {', '.join(part)} and no logits")
@@ -266,9 +283,8 @@ def _rows(path: Path, what: str, part: Mapping[str, np.ndarray]) -> Rows:
     n = len(logits)
     for name in ("labels", "features", "ids"):
         values = part.get(name)
-        if values is not None and (
-            len(values.shape) == 0 or len(values) != n or (name != "features" and values.ndim != 1)
-        ):
+        flat = name == "ids" or (name == "labels" and (values is None or values.shape != logits.shape))
+        if values is not None and (values.ndim == 0 or len(values) != n or (flat and values.ndim != 1)):
             raise BadWeightsError(f"{place}: {name} have shape {list(values.shape)} and there are logits of {n} images")
     labels, features, ids = part.get("labels"), part.get("features"), part.get("ids")
     if labels is not None and (labels.dtype.kind not in "iuf" or not np.array_equal(labels, np.floor(labels))):
@@ -282,6 +298,7 @@ def _rows(path: Path, what: str, part: Mapping[str, np.ndarray]) -> Rows:
         None if labels is None else labels.astype(np.int64),
         None if features is None else features.astype(np.float32),
         names,
+        bare,
     )
 
 

@@ -92,22 +92,38 @@ def _named(reference: Any, weights: str | None, device: str) -> Any:
     return open_float(str(reference), weights, device)
 
 
-def measurable(model: Any, device: str | None = None, *, reference: Any = None, bits: str | None = None) -> Any:
+def measurable(model: Any, device: str | None = None, *, reference: Any = None, images: Any = None) -> Any:
     """A model that shows logits and features, on a device (None: where it is): as it is, or the FP32 model as a graph
     without quantizers, or, where that cannot be captured, as the module it is.
 
     model: also a file or a name, as `open_models` takes them, an ``nn.Module`` or a callable; these are foreign.
-    reference: the FP32 model or its Result, whose preprocessing a foreign model takes. bits: those of a foreign model.
+    reference: the FP32 model or its Result, whose preprocessing a foreign model takes. images: what it will see, for
+    their size, where nobody has said it.
     """
     if isinstance(model, str | Path):
-        model = open_models(model, device=device or "cpu", reference=reference, bits=bits)[0]
+        model = open_models(model, device=device or "cpu", reference=reference)[0]
     if isinstance(model, Model):
         model = _runnable(model)
     if not callable(getattr(model, "outputs", None)) and not hasattr(model, "recorded"):
         from quantlens.evaluation.foreign import open_foreign
 
-        model = open_foreign(model, reference=reference, bits=bits)
+        model = open_foreign(model, reference=reference)
+    if hasattr(model, "learn"):
+        from quantlens.evaluation.foreign import refuse_unprepared
+
+        refuse_unprepared(model, images)
+        model.learn(None if images is None else _size(images))
     return model if device is None else model.to(choose_device(device))
+
+
+def _size(images: Any) -> tuple[int, ...] | None:
+    """The size [3, H, W] of images that are prepared already; None of others, and of what can be read only once."""
+    if hasattr(images, "tensor"):
+        return tuple(images.tensor(0, 1).shape[1:])
+    if len(getattr(images, "shape", ())) == 4:
+        return tuple(images.shape[1:])
+    again = isinstance(images, tuple | list) or hasattr(images, "dataset")
+    return _size(next(iter(images), None)) if again and not isinstance(images, str) else None
 
 
 def _runnable(model: Model) -> Any:

@@ -15,13 +15,13 @@ from quantlens.errors import StorageError
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.compare import Wanted, replicate
 from quantlens.files import write_whole
+from quantlens.metrics import summary_of
 from quantlens.metrics.bootstrap import Array, Resamples, differences, interval
 from quantlens.studies.board import Board
 from quantlens.studies.text import count
 
 VERSION = 1
 RESAMPLES = 1000
-ASKED = ("top1", "nll", "ece", "aupr_out")
 SIGN = " ○"
 """Stands after a change that is not significant."""
 
@@ -57,10 +57,11 @@ class Significance:
         drawn: dict[str, list[tuple[Array, Array]]] = {}
         for key in keys:
             second = kept.read(kept.path_of(self.directory, key))
+            asked = (*summary_of(first.task), "aupr_out")
             if first.labels.tolist() != second.labels.tolist():
                 raise StorageError(f"the per-image outputs {key} are not of the images of {baseline}")
             sets = tuple(s for s in first.ood_scores if s in second.ood_scores)
-            wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), ASKED)
+            wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), asked)
             before = self._before(first, wanted)
             for path, after in replicate(second, wanted, self.resamples).items():
                 drawn.setdefault(path, []).append((before[path], after))
