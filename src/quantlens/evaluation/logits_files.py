@@ -136,8 +136,8 @@ class LogitsFile(About):
         return EvaluationImages(id_images, oods, fits, groups_of(oods, groups))
 
     def recorded(self, images: Any, what: str, task: str = "") -> tuple[np.ndarray, np.ndarray | None]:
-        """(logits [n, K], or for a task "features" these, and features [n, D] or None) of images in their order. Raises QuantlensError where the rows are
-        not theirs: another number, names or labels."""
+        """(logits [n, K], or for the task "features" these, and features [n, D] or None) of images in their order.
+        Raises QuantlensError where the rows are not theirs: another number, names or labels."""
         if what not in self.parts:
             raise UnknownNameError(f"part of {self.path}", what, self.parts, "give a file of its logits")
         rows = self.parts[what]

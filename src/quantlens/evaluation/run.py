@@ -61,9 +61,7 @@ def evaluate(
 ) -> Result:
     """Measure a model on labelled ID images and on OOD sets.
 
-    model: of `load_model` or `quantize`, a name or file as `open_models` takes them, or what quantlens did not make, as
-        it is (`open_foreign`): another tool's .onnx or .xml, a module quantized by torchao, a callable, or a file of
-        logits (.npz, .csv), which needs no images.
+    model: also a name or file (`open_models`), and what quantlens did not make (`open_foreign`); logits need no images.
     id, ood (name -> images), fit: anything that `data.as_image_set` accepts (a SOURCE string, an ImageSet, a float
         tensor [N, 3, H, W] already normalised, a pair (images, labels), or batches of either). fit: ID images, not
         among those evaluated, for scores and for k-NN and linear probe; without it these are named as unavailable.
@@ -71,25 +69,21 @@ def evaluate(
         leaves it out. scores: names of OOD scores (None: quantlens' own). groups: OOD set -> "far" (default) or "near".
     task: of `metrics.TASKS`; None: the model's own. text_embeddings: for "zero-shot", see `zero_shot.TextEmbeddings`.
     batch_size: images per forward pass, at most. device: by default where the model is. n_bins: of the calibration
-        error. progress: called with (what, images done, images in all). skip_bad: leave out images that cannot be
-        read. cache_dir: of decoded images; None is the user's, False none. keep: True keeps what the model gave on
-        every image in the Result's `outputs`; "scores" does without the logits.
+        error. progress: called with (what, images done, in all). skip_bad: leave out what cannot be read. cache_dir: of
+        decoded images; None is the user's, False none. keep: True keeps what the model gave on every image in the
+        Result's `outputs`; "scores" does without the logits.
     Raises QuantlensError for labels, scores or a task that do not fit, logits that are not finite, sets that overlap.
     """
     started = time.perf_counter()
-    if keep not in (True, False, "scores"):
-        raise QuantlensError(f"outputs to keep are {keep!r}; write true, false, or scores (everything but the logits)")
+    _check_keep(keep)
     model, texts = measurable(model, device, reference=reference, images=id), TextEmbeddings.of(text_embeddings)
-    if isinstance(reference, str | Path):
-        reference = model.reference
     task = task_of(model, task, texts is not None)
     run = _Run(batch_size, progress, n_bins, choose_scores(scores, task), task, texts)
     model = run.classifying(model)
-    if reference is None and model.method != "fp32":
+    if isinstance(reference, str | Path) or (reference is None and model.method != "fp32"):
         reference = model.reference
-    pixels = reference is not None and not isinstance(reference, Result | bool) and not hasattr(reference, "recorded")
-    reading = {"pixels": pixels, "cache_dir": cache_dir, "skip_bad": skip_bad}
-    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, task, **reading)
+    read = {"cache_dir": cache_dir, "skip_bad": skip_bad, "pixels": _looks(reference)}
+    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, task, **read)
     if isinstance(reference, Result):
         check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
         check_same_task(reference, task)
@@ -99,14 +93,23 @@ def evaluate(
         fit=None if sets.fit is None else {"source": sets.fit.source, "n": len(sets.fit)},
         text_embeddings=None if texts is None else texts.describe(),
         seconds=_seconds(model, started),
+        extra={"foreign": plain(model.foreign)} if hasattr(model, "foreign") else {},
         **measured,
     )
-    if hasattr(model, "foreign"):
-        result.extra["foreign"] = plain(model.foreign)
     if reference is not None and reference is not False:
         result.fp32 = run.fp32(model, reference, sets, device)
     _compare_features(result, run)
     return result
+
+
+def _check_keep(keep: Any) -> None:
+    if keep not in (True, False, "scores"):
+        raise QuantlensError(f"outputs to keep are {keep!r}; write true, false, or scores (everything but the logits)")
+
+
+def _looks(reference: Any) -> bool:
+    """Whether an FP32 model has to see the images: neither a Result nor a file of logits does."""
+    return not isinstance(reference, Result | bool | None) and not hasattr(reference, "recorded")
 
 
 def _compare_features(result: Result, run: "_Run") -> None:
