@@ -356,3 +356,23 @@ def test_recommend_says_what_it_is_for() -> None:
     pixels = torch.randn(120, 3, 32, 32)
     with pytest.raises(UnsupportedError, match=r"recommend chooses by top-1.*'binary'"):
         ql.recommend(model, id=(pixels, torch.arange(120) % 2), calibration=torch.randn(8, 3, 32, 32))
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_real_features_stay_what_they_were(shared_data: Any) -> None:
+    timm = pytest.importorskip("timm")
+    name = "vit_tiny_patch16_224"
+    whole = ql.load_model(name, shared_data / "weights" / f"{name}.augreg_in21k_ft_in1k.safetensors")
+    module = timm.create_model(name, num_classes=0)
+    module.load_state_dict({k: v for k, v in whole.module.state_dict().items() if not k.startswith("head.")})
+    model = ql.load_model(module.eval(), preprocess=whole.preprocess)
+    assert model.task == "features"
+    id, fit = (f"imagenet:{shared_data / folder}" for folder in ("imagenet_val[0:16]", "imagenet[0:16]"))
+    qmodel = ql.quantize(model, f"imagenet:{shared_data / 'imagenet'}[500:504]", method="minmax", bits="W8A8")
+    result = evaluate(qmodel, id, fit=fit, cache_dir=False)
+    assert result.task == "features"
+    assert result.id["num_features"] == 192
+    assert 0.9 < result.id["cosine"] < 0.9999
+    assert result.fp32 is not None
+    assert result.fp32["id"]["knn1"] > 3 / 16

@@ -3,6 +3,9 @@ it was not captured with."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from functools import cache, partial
+
 import numpy as np
 import pytest
 import torch
@@ -17,13 +20,9 @@ pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
 
 SIZE = (4, 6, 10)
 GENERATOR = torch.Generator().manual_seed(0)
-HELD = {
-    name: torch.randn(*size, generator=GENERATOR) * 0.3
-    for name, size in {
-        "c": (4,), "d": (4,), "wide": (10,), "conv": (8, 2, 3, 3), "deep": (4, 3, 2, 3), "one": (5, 24, 3), "vol": (2, 1, 3, 3, 3),
-        "pos": (4, 6, 10), "flat": (5, 10), "grid": (1, 5, 7, 2),
-    }.items()
-}  # fmt: skip
+SHAPES = {"c": (4,), "d": (4,), "wide": (10,), "pos": (4, 6, 10), "flat": (5, 10), "grid": (1, 5, 7, 2)}
+KERNELS = {"conv": (8, 2, 3, 3), "deep": (4, 3, 2, 3), "one": (5, 24, 3), "vol": (2, 1, 3, 3, 3)}
+HELD = {name: torch.randn(*size, generator=GENERATOR) * 0.3 for name, size in (SHAPES | KERNELS).items()}
 PICK = torch.tensor([3, 0, 2])
 MASK = torch.arange(60).reshape(6, 10) % 3 == 0
 
@@ -32,23 +31,38 @@ def _half(x):
     return x.abs() + 0.5
 
 
+def _each(names, function):
+    """Cases that differ in one function: ``function(f, x)`` for each that torch has under a name."""
+    return {name: partial(function, getattr(torch, name, None) or getattr(F, name)) for name in names}
+
+
+ALIKE = [
+    *(
+        "abs",
+        "atan",
+        "asinh",
+        "ceil",
+        "floor",
+        "cos",
+        "sin",
+        "tan",
+        "cosh",
+        "sinh",
+        "tanh",
+        "erf",
+        "exp",
+        "exp2",
+        "expm1",
+    ),
+    *("neg", "reciprocal", "round", "sigmoid", "sign", "square", "relu", "trunc", "frac", "silu", "mish", "logsigmoid"),
+    *("hardswish", "hardsigmoid", "relu6", "leaky_relu", "selu", "gelu", "tanhshrink"),
+]
+
 ONE_VALUE = {
-    name: getattr(torch, name)
-    for name in (
-        "abs acos asin atan asinh ceil floor cos sin tan cosh sinh tanh erf exp exp2 expm1 neg reciprocal round sigmoid sign "
-        "square relu trunc frac"
-    ).split()
-} | {
+    **_each(ALIKE, lambda f, x: f(x)),
+    **_each(["log", "log2", "log10", "log1p", "sqrt", "rsqrt"], lambda f, x: f(_half(x))),
     "acosh": lambda x: torch.acosh(1 + _half(x)),
     "atanh": lambda x: torch.atanh(x.tanh() * 0.9),
-    **{
-        name: (lambda f: lambda x: f(_half(x)))(getattr(torch, name))
-        for name in "log log2 log10 log1p sqrt rsqrt".split()
-    },
-    **{
-        name: getattr(F, name)
-        for name in "silu mish logsigmoid hardswish hardsigmoid hardtanh relu6 leaky_relu selu gelu tanhshrink".split()
-    },
     "asin of small": lambda x: torch.asin(x.tanh()),
     "acos of small": lambda x: torch.acos(x.tanh()),
     "hardtanh": lambda x: F.hardtanh(x, -0.3, 0.2),
@@ -73,7 +87,6 @@ ONE_VALUE = {
     "cut to integers": lambda x: (x * 4).to(torch.int32).to(torch.float64),
     "type_as": lambda x: (x > 0).type_as(x),
 }
-del ONE_VALUE["acos"], ONE_VALUE["asin"]
 
 TWO_VALUES = {
     "add alpha": lambda x: torch.add(x, HELD["pos"], alpha=2.5),
@@ -91,11 +104,11 @@ TWO_VALUES = {
     "fmod": lambda x: torch.fmod((x * 9).round(), 4),
     "pow": lambda x: x**2 + x**3 + _half(x) ** -0.5 + _half(x) ** HELD["pos"],
     "maximum": lambda x: torch.maximum(x, HELD["pos"]) + torch.minimum(x, HELD["wide"]),
-    "compared": lambda x: torch.stack([x > 0, x >= x.mean(), x < HELD["pos"], x <= 0.5, (x * 2).long() == 1, x != x.round()]),
+    "compared": lambda x: torch.stack([x > 0, x >= x.mean(), x < HELD["pos"], x <= 0.5, x != x.round()]),
+    "equal integers": lambda x: (x * 2).long() == 1,
     "integer against float": lambda x: (x * 2).long() > 0.5,
-    "logic": lambda x: torch.stack(
-        [(x > 0) & (x < 1), (x > 1) | (x < -1), (x > 0) ^ (x > 1), ~(x > 0), torch.logical_and(x, x > 0), torch.logical_not(x > 0)]
-    ),
+    "logic": lambda x: torch.stack([(x > 0) & (x < 1), (x > 1) | (x < -1), (x > 0) ^ (x > 1), ~(x > 0)]),
+    "logic of numbers": lambda x: torch.stack([torch.logical_and(x, x > 0), torch.logical_not(x > 0)]),
     "where": lambda x: torch.where(x > 0, x, HELD["pos"]) + torch.where(x > 0, 1.0, x) + torch.where(MASK, x, -2.0),
     "masked fill": lambda x: x.masked_fill(MASK, -3.0) + x.masked_fill(x > 0, HELD["c"][0]),
     "put under a mask": lambda x: torch.index_put(x, (x > 1,), torch.tensor(0.25)),
@@ -108,15 +121,17 @@ TWO_VALUES = {
 }  # fmt: skip
 
 OVER_DIMENSIONS = {
-    **{name: (lambda f: lambda x: f(x, dim=(-1, 1)))(getattr(torch, name)) for name in "sum mean amax amin logsumexp var std".split()},
-    **{f"{name} kept": (lambda f: lambda x: f(x, 2, keepdim=True))(getattr(torch, name)) for name in "sum mean amax prod".split()},
+    **_each(["sum", "mean", "amax", "amin", "logsumexp", "var", "std"], lambda f, x: f(x, dim=(-1, 1))),
+    **{f"{n} kept": c for n, c in _each(["sum", "mean", "amax", "prod"], lambda f, x: f(x, 2, keepdim=True)).items()},
     "of everything": lambda x: x.reshape(-1, 4, 60).softmax(1) * (x.sum() + x.mean() + x.max() - x.min()),
     "var biased": lambda x: x.var(-1, unbiased=False) + x.std(-1, correction=0),
-    "var mean": lambda x: torch.cat(torch.var_mean(x, dim=(2, 3), keepdim=True)) + torch.cat(torch.std_mean(x, dim=(2, 3), correction=1, keepdim=True)),
+    "var mean": lambda x: torch.cat(torch.var_mean(x, dim=(2, 3), keepdim=True)),
+    "std mean": lambda x: torch.cat(torch.std_mean(x, dim=(2, 3), correction=1, keepdim=True)),
     "var mean alone": lambda x: torch.cat(torch.var_mean(x, dim=-1)),
     "sum of bools": lambda x: (x > 0).sum(-1),
     "any all": lambda x: torch.stack([(x > 1.5).any(-1), (x > -1).all(-1), (0.5 * x).any(2)[..., :6]]),
-    "norms": lambda x: x.norm(dim=-1) + x.norm(p=1, dim=-1) + torch.linalg.vector_norm(x, 3, -1) + torch.linalg.vector_norm(x, float("inf"), -1),
+    "norms": lambda x: x.norm(dim=-1) + x.norm(p=1, dim=-1) + torch.linalg.vector_norm(x, 3, -1),
+    "largest": lambda x: torch.linalg.vector_norm(x, float("inf"), (-1, 1)),
     "normalize": lambda x: F.normalize(x, dim=1) + F.normalize(x, p=1.0, dim=-1),
     "argmax": lambda x: x.argmax(1) + x.argmin(-3, keepdim=True)[:, 0],
     "max with places": lambda x: torch.cat([*x.max(1), *x.min(-3)]),
@@ -128,10 +143,10 @@ NORMS = {
     "layer": lambda x: F.layer_norm(x, (6, 10), HELD["pos"][0], None, 1e-3) + F.layer_norm(x, (10,)),
     "rms": lambda x: F.rms_norm(x, (6, 10), HELD["pos"][0], 1e-3) + F.rms_norm(x, (10,)),
     "batch": lambda x: F.batch_norm(x, HELD["c"], HELD["d"].abs(), HELD["d"], HELD["c"]),
-    "batch of rows": lambda x: F.batch_norm(x[..., 0].flatten(1), torch.zeros(24), torch.ones(24) * 3, None, None, eps=0.1),
+    "batch of rows": lambda x: F.batch_norm(x[..., 0].flatten(1), torch.zeros(24), torch.ones(24) * 3, eps=0.1),
     "group": lambda x: F.group_norm(x, 2, HELD["c"], HELD["d"], 1e-2) + F.group_norm(x[:, :, 0], 1)[:, :, None],
     "instance": lambda x: F.instance_norm(x, weight=HELD["c"], bias=HELD["d"]),
-    "instance by statistics": lambda x: F.instance_norm(x, HELD["c"], HELD["d"].abs(), HELD["d"], use_input_stats=False),
+    "instance held": lambda x: F.instance_norm(x, HELD["c"], HELD["d"].abs(), HELD["d"], use_input_stats=False),
 }  # fmt: skip
 
 CONVOLUTIONS = {
@@ -170,29 +185,27 @@ POOLING = {
     "adaptive 1d": lambda x: F.adaptive_avg_pool1d(x[:, 0], 3),
 }
 
+MODES = [("bilinear", False), ("bilinear", True), ("bicubic", False), ("bicubic", True), ("nearest", None)]
+GRIDS = [("bilinear", "zeros", False), ("bilinear", "border", True), ("nearest", "zeros", True)]
+
+
+def _resized(how, mode, aligned, x):
+    return F.interpolate(x, mode=mode, align_corners=aligned, **how)
+
+
+def _sampled(mode, padding, aligned, x):
+    return F.grid_sample(x, HELD["grid"].expand(x.shape[0], -1, -1, -1) * 3, mode, padding, aligned)
+
+
 RESIZING = {
-    **{
-        f"{mode} {aligned} {how}": (
-            lambda mode, aligned, how: lambda x: F.interpolate(
-                x, mode=mode, align_corners=aligned, **({"size": (9, 4)} if how == "size" else {"scale_factor": (1.7, 0.6)})
-            )
-        )(mode, aligned, how)
-        for mode, aligned in [("bilinear", False), ("bilinear", True), ("bicubic", False), ("bicubic", True), ("nearest", None), ("nearest-exact", None)]
-        for how in ("size", "factor")
-    },
+    **{f"to a size, {m} {a}": partial(_resized, {"size": (9, 4)}, m, a) for m, a in [*MODES, ("nearest-exact", None)]},
+    **{f"by a factor, {m} {a}": partial(_resized, {"scale_factor": (1.7, 0.6)}, m, a) for m, a in MODES},
+    **{f"grid {mode}": partial(_sampled, *mode) for mode in [*GRIDS, ("bilinear", "reflection", False)]},
     "antialias": lambda x: F.interpolate(x, (4, 13), mode="bilinear", antialias=True),
     "antialias cubic": lambda x: F.interpolate(x, (4, 13), mode="bicubic", antialias=True, align_corners=True),
     "linear": lambda x: F.interpolate(x[:, 0], 13, mode="linear") + F.interpolate(x[:, 0], scale_factor=1.3),
     "twice": lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"),
-    **{
-        f"grid {mode} {padding} {aligned}": (
-            lambda mode, padding, aligned: lambda x: F.grid_sample(
-                x, HELD["grid"].expand(x.shape[0], -1, -1, -1) * 3, mode, padding, aligned
-            )
-        )(mode, padding, aligned)
-        for mode, padding, aligned in [("bilinear", "zeros", False), ("bilinear", "border", True), ("nearest", "zeros", True), ("bilinear", "reflection", False)]
-    },
-}  # fmt: skip
+}
 
 PADDING = {
     "constant": lambda x: F.pad(x, (1, 2, 3, 0), value=0.5),
@@ -211,12 +224,12 @@ PADDING = {
 }
 
 MOVES = {
-    "views": lambda x: x.flatten(2).unflatten(-1, (5, 12)).unsqueeze(-3).squeeze(2).mT.contiguous().view(x.shape[0], -1),
+    "views": lambda x: x.flatten(2).unflatten(-1, (5, 12)).unsqueeze(-3).squeeze(2).mT.reshape(x.shape[0], -1),
     "squeeze": lambda x: x[:, :1].squeeze().unsqueeze(1).squeeze(1),
     "permuted": lambda x: x.permute(0, -1, 1, 2).movedim(1, -1).swapaxes(-1, 2).transpose(-2, -1),
     "windows": lambda x: x.reshape(x.shape[0], 4, 2, 3, 2, 5).permute(0, 2, 4, 1, 3, 5).reshape(-1, 4, 3, 5),
     "windows and back": lambda x: (x.view(-1, 2, 3, 10) * 2).view(x.shape[0], -1, 6, 10),
-    "batch beside others": lambda x: x.view(x.shape[0] * 4, 6, 10).transpose(0, 1).reshape(6, x.shape[0], 40).transpose(0, 1),
+    "batch beside others": lambda x: x.view(x.shape[0] * 4, 6, 10).mT.transpose(0, 1).reshape(10, x.shape[0], 24),
     "slices": lambda x: x[:, 1:3, ::2, 1:-2:3],
     "negative": lambda x: x[:, -1, -4:-1],
     "half of the batch's rows": lambda x: x.flatten(0, 1)[: x.shape[0]],
@@ -224,7 +237,7 @@ MOVES = {
     "split unevenly": lambda x: torch.cat(x.split([1, 3, 6], -1)[::-1], -1),
     "chunks": lambda x: torch.cat(x.chunk(3, -1)[1:], -1),
     "tensor split": lambda x: torch.cat(x.tensor_split(3, -1)[::-1], -1),
-    "unbind": lambda x: torch.stack(x.unbind(-2)[::2], -2) + torch.stack(x.unbind(2)[1::2], 1).mT[:, :3, :10, :4].mT.mT.reshape(-1, 4, 3, 10),
+    "unbind": lambda x: torch.stack([x.unbind(-2)[n] * (n + 2) for n in (4, 1)], -2),
     "flip": lambda x: x.flip(-1, 1),
     "roll": lambda x: x.roll((2, -3), (-1, 2)),
     "repeat": lambda x: x.repeat(1, 2, 1, 3),
@@ -251,7 +264,8 @@ MOVES = {
     "one hot": lambda x: F.one_hot((x[:, 0].sigmoid() * 4.9).long(), 6),
     "unfold": lambda x: x.unfold(2, 3, 2).unfold(-2, 4, 3),
     "triangles": lambda x: x.tril(1) + x.triu(-1),
-    "made": lambda x: x + torch.zeros(x.shape[0], 1, 1, 10) + x.new_full((x.shape[0], 1, 1, 1), 2) + torch.ones_like(x) * torch.eye(10)[:6],
+    "made": lambda x: x + torch.zeros(x.shape[0], 1, 1, 10) + x.new_full((x.shape[0], 1, 1, 1), 2),
+    "made alone": lambda x: x + torch.eye(10)[:6] * torch.linspace(0, 1, 10),
     "counted": lambda x: x + torch.arange(10) + torch.arange(x.shape[0])[:, None, None, None],
     "sizes as numbers": lambda x: x.flatten(1) * x.shape[0] + x.sum() / x.shape[0],
     "tables": lambda x: x * torch.stack(torch.meshgrid(torch.arange(6), torch.arange(10), indexing="ij")).sum(0),
@@ -285,7 +299,7 @@ def written(module, size=SIZE):
     from quantlens.export.onnx_operations import write_graph
 
     e = Emitter(capture(module, torch.zeros(2, *size)), {})
-    e.op("Identity", write_graph(e), out="y")
+    e.op("Identity", *write_graph(e), out="y")
     images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", *size])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])
     made = helper.make_graph(e.nodes, "made", [images], [y])
@@ -311,36 +325,37 @@ def openvino(data):
     return lambda x: compiled({"images": x.numpy()})["y"]
 
 
-@pytest.mark.parametrize("run", [onnxruntime, openvino])
+@cache
+def written_group(group):
+    return written(Together(list(GROUPS[group].values())))
+
+
 @pytest.mark.parametrize("group", GROUPS)
-def test_operations(group, run):
+@pytest.mark.parametrize("runtime", [onnxruntime, openvino])
+def test_operations(group, runtime):
     """All of a group in one file; what differs is named."""
-    functions = GROUPS[group]
-    wrong = differing(functions, run)
+    wrong = differing(GROUPS[group], runtime(written_group(group)))
     assert not wrong, wrong
 
 
 def differing(functions, run):
-    opened = run(written(Together(list(functions.values()))))
     wrong = {}
     for batch in (1, 3):
         x = torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(batch))
         expected = [function(x).to(torch.float32).flatten() for function in functions.values()]
-        got = torch.from_numpy(np.array(opened(x))).split([len(e) for e in expected])
+        got = torch.from_numpy(np.array(run(x))).split([len(e) for e in expected])
         for name, a, b in zip(functions, expected, got, strict=True):
             if not torch.allclose(a, b, atol=1e-5, rtol=1e-5):
                 wrong[name] = f"batch {batch}: {float((a - b).abs().max()):.2g} of {float(a.abs().max()):.2g}"
     return wrong
 
 
-def test_what_is_not_known_is_named_before_anything_is_written():
-    class Twice(nn.Module):
-        def forward(self, x):
-            return torch.special.bessel_j0(torch.linalg.matrix_exp(x[..., :6]))
+class Odd(nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(torch.linalg.matrix_exp(x[..., :6]))
 
+
+def test_what_is_not_known_is_named_with_its_place():
+    body = nn.Sequential(OrderedDict(body=nn.Sequential(OrderedDict(bad=Odd()))))
     with pytest.raises(UnsupportedError, match=r"matrix_exp\.default \(body\.bad\).*bessel_j0\.default \(body\.bad\)"):
-        body = nn.Sequential()
-        body.bad = Twice()
-        whole = nn.Sequential()
-        whole.body = body
-        written(whole)
+        written(body)

@@ -65,7 +65,7 @@ def test_torchmetrics_agrees() -> None:
     found = label_metrics(z, y, n_bins=10)
     assert found["map"] == pytest.approx(float(theirs.multilabel_average_precision(p, t, num_labels=5)), abs=1e-5)
     assert found["f1"] == pytest.approx(float(theirs.multilabel_f1_score(p, t, num_labels=5)), abs=1e-6)
-    ece = theirs.binary_calibration_error(p[:, 3], t[:, 3], n_bins=10)
+    ece = theirs.binary_calibration_error(p[:, 3].contiguous(), t[:, 3].contiguous(), n_bins=10)
     assert label_metrics(z[:, 3:4], y[:, 3:4], n_bins=10)["ece"] == pytest.approx(float(ece), abs=1e-5)
 
 

@@ -19,6 +19,10 @@ Reference = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="The float model that another tool's file came from; --weights are its own."),
 ]
+InputSize = Annotated[
+    int | None,
+    typer.Option(metavar="PX", min=1, help="Side of its images, if not its own: position embeddings are resampled."),
+]
 
 # -- images
 CalibrationSource = Annotated[str, typer.Option(metavar="SOURCE", help="Calibration images (`quantlens sources`).")]

@@ -42,6 +42,7 @@ def attention(
     images: Annotated[str, typer.Option(metavar="SOURCE", help="In-distribution images (`quantlens sources`).")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of what is written.")],
     weights: _options.Weights = None,
+    input_size: _options.InputSize = None,
     ood: _options.OodSets = None,
     bits: Annotated[
         str | None, typer.Option(metavar="BITS", help=f"Precisions, separated by commas (default: {BITS}).")
@@ -89,7 +90,9 @@ def attention(
         if calibration is None:
             quantized, reference = open_models(model, weights, device)
         else:
-            reference, learnt = _common.open_run(step, model, weights, device, calibration, n, seed, **reading)
+            reference, learnt = _common.open_run(
+                step, model, weights, device, calibration, n, seed, input_size, **reading
+            )
             quantized = _quantized(reference, learnt, bits or BITS, step, method=method, seed=seed, **settings)
         found = compare(reference, quantized, images, ood=sets, map=maps, limit=limit, progress=step, **reading)
         written = found.save(out, show=show, choose=choose)

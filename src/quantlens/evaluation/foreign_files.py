@@ -88,9 +88,9 @@ class ForeignFile(Foreign):
             values = ((values * std + mean) * 255).round().clamp(0, 255)
         if self._last:
             values = values.permute(0, 2, 3, 1)
-        names = [port.name for port in self._opened.outputs]
-        found = self._opened.run(np.ascontiguousarray(values.numpy().astype(self._dtype)), names)
-        arrays = {name: np.asarray(value) for name, value in zip(names, found, strict=True)}
+        given = np.ascontiguousarray(values.numpy().astype(self._dtype))
+        found = self._opened.run({self._opened.inputs[0].name: given})
+        arrays = {name: np.asarray(value) for name, value in found.items()}
         return {name: torch.from_numpy(value.copy()) for name, value in arrays.items() if value.dtype.kind in "fiub"}
 
     def outputs(self, images: Tensor) -> Any:

@@ -90,7 +90,8 @@ def groups_of(sets: Mapping[str, Any], groups: Mapping[str, str] | None) -> dict
             raise UnknownNameError("OOD set", name, sets, hint="a group is given to one of the sets evaluated")
         if group not in ("far", "near"):
             raise QuantlensError(f"the group of OOD set {name!r} is {group!r}; write 'far' or 'near'")
-    return {name: given.get(name) or getattr(images, "group", None) or "far" for name, images in sets.items()}
+    own = {name: getattr(images, "group", None) for name, images in sets.items()}
+    return {name: given.get(name) or ("near" if own[name] == "near" else "far") for name in sets}
 
 
 # ---- overlap ---------------------------------------------------------------------------------------------------------

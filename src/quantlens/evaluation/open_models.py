@@ -11,9 +11,11 @@ from quantlens.qmodel import float_model
 from quantlens.qmodel.hub import find_checkpoint
 
 
-def open_float(name: str, weights: str | None = None, device: str = "cpu") -> Model:
-    """A float model by name. weights: "random", a file, or "pretrained", as for None."""
-    return load_model(name, weights or "pretrained", device=choose_device(device))
+def open_float(
+    name: str, weights: str | None = None, device: str = "cpu", input_size: int | tuple[int, ...] | None = None
+) -> Model:
+    """A float model by name. weights: "random", a file, or "pretrained", as for None. input_size: see `load_model`."""
+    return load_model(name, weights or "pretrained", input_size=input_size, device=choose_device(device))
 
 
 def checkpoint_of(name: str) -> Path | None:
@@ -24,21 +26,26 @@ def checkpoint_of(name: str) -> Path | None:
 
 
 def open_models(
-    name: str | Path, weights: str | None = None, device: str = "cpu", *, reference: Any = None, bits: str | None = None
+    name: str | Path,
+    weights: str | None = None,
+    device: str = "cpu",
+    input_size: int | None = None,
+    *,
+    reference: Any = None,
 ) -> tuple[Any, Any]:
     """(model to measure, FP32 model it was made from, or None).
 
     name: a float model's name, a checkpoint as :func:`checkpoint_of` finds it, an exported file (.onnx, .xml), or a
     foreign one: another tool's .onnx or .xml, or logits (.npz, .csv). weights: a file, "pretrained" or "random": the
     float model's own, or of the model that a file was made from; None: trained ones, or no FP32 model beside a file
-    of ours. reference: the float model that a foreign file came from, or its name; bits: those of a foreign file.
+    of ours. input_size: of a float model. reference: the float model that a foreign file came from, or its name.
     Raises BadWeightsError where the weights are not what the file was made from.
     """
     checkpoint = checkpoint_of(str(name))
     path = checkpoint or Path(name)
     made: Any
     if path.suffix in (".onnx", ".xml", ".npz", ".csv"):
-        made, foreign = _of_file(path, bits, lambda: _named(reference, weights, device))
+        made, foreign = _of_file(path, lambda: _named(reference, weights, device, input_size))
         if foreign:
             if weights is not None and reference is None:
                 raise BadWeightsError(
@@ -54,12 +61,16 @@ def open_models(
             )
         made = load(path).to(choose_device(device))
     else:
-        return open_float(str(name), weights, device), None
+        return open_float(str(name), weights, device, input_size), None
     if not isinstance(reference, str | None):
         return made, reference
     if weights is None and reference is None:
         return made, None
-    reference = open_float(reference or made.name, weights, device)
+    called = reference or made.name
+    reference = open_float(called, weights, device)
+    size, own = (getattr(getattr(m, "preprocess", None), "input_size", None) for m in (made, reference))
+    if size is not None and own not in (None, size):
+        reference = open_float(called, weights, device, size)
     if made.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
         raise BadWeightsError(
             f"--weights {weights} is not the checkpoint that {path} was made from (SHA-256 "
@@ -68,28 +79,28 @@ def open_models(
     return made, reference
 
 
-def _of_file(path: Path, bits: str | None, reference: Any) -> tuple[Any, bool]:
+def _of_file(path: Path, reference: Any) -> tuple[Any, bool]:
     """(model of an exported file or one of logits, whether it is foreign)."""
     from quantlens.evaluation.foreign import open_foreign
 
     if path.suffix in (".npz", ".csv"):
-        return open_foreign(path, reference=reference(), bits=bits), True
+        return open_foreign(path, reference=reference()), True
     from quantlens.evaluation.foreign_files import ForeignFile
     from quantlens.export.exported import Artefact, open_file
 
     opened = open_file(path)
     if opened.ours:
         return Artefact(path, opened=opened), False
-    return ForeignFile(path, opened=opened, reference=reference(), bits=bits), True
+    return ForeignFile(path, opened=opened, reference=reference()), True
 
 
-def _named(reference: Any, weights: str | None, device: str) -> Any:
+def _named(reference: Any, weights: str | None, device: str, input_size: int | None) -> Any:
     """The float model that a person names: as it is, or by name, which may be that of a file of its logits."""
     if not isinstance(reference, str | Path):
         return reference
     if Path(reference).suffix in (".npz", ".csv", ".onnx", ".xml"):
         return open_models(reference)[0]
-    return open_float(str(reference), weights, device)
+    return open_float(str(reference), weights, device, input_size)
 
 
 def measurable(model: Any, device: str | None = None, *, reference: Any = None, images: Any = None) -> Any:

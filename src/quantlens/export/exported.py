@@ -17,8 +17,8 @@ from scipy.special import softmax
 from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, as_rgb, decode_image
-from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError
-from quantlens.export.export import _need, openvino_core
+from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError
+from quantlens.export.export import GUARDS, _need, _threshold, openvino_core
 from quantlens.metrics.divergence import sqnr_db
 from quantlens.qmodel import Outputs, float_model
 
@@ -46,8 +46,8 @@ class Artefact:
 
     def __init__(self, path: str | Path, *, threads: int | None = None, opened: "Opened | None" = None):
         self.path = Path(path)
-        self._opened = open_file(self.path, threads) if opened is None else opened
-        self._record, self.runtime = self._opened.metadata, self._opened.runtime
+        opened = open_file(self.path, threads) if opened is None else opened
+        self._run, self._record, self.runtime = opened.run, opened.metadata, opened.runtime
         try:
             info = json.loads(self._record["plan"])
             self.preprocess = Preprocess.from_dict(json.loads(self._record["preprocess"]))
@@ -55,9 +55,9 @@ class Artefact:
             self.num_parameters = int(self._record["num_parameters"])
         except (KeyError, ValueError, TypeError) as error:
             raise BadWeightsError(f"{self.path} was not written by `quantlens export`: {error}") from error
-        shapes = {port.name: port.shape for port in self._opened.outputs}
-        self.num_classes = int((shapes["logits"] or ())[-1] or 0)
+        self.num_classes = int((opened.outputs[0].shape or ())[-1] or 0)
         self.info: dict[str, Any] = info
+        self.task = self._record.get("task", "classify")
         self.name, self.method = str(info.get("model", self.path.stem)), str(info.get("method", "custom"))
         self.bits, self.seed = str(info.get("bits", "")), int(info.get("seed") or 0)
         self.options: dict[str, Any] = dict(info.get("options") or {})
@@ -68,13 +68,21 @@ class Artefact:
         self.size_ratio = self.size_mb * 1e6 / (4 * self.num_parameters)
 
     # -- running ------------------------------------------------------------------------------------------------------
-    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """images float32 [B, 3, H, W], normalised -> logits [B, K], guard scores [B]."""
-        logits, scores = self._opened.run(np.ascontiguousarray(images, dtype=np.float32), ("logits", "score"))
-        return logits, scores
+    def run(self, images: np.ndarray, **others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """images float32 [B, C, H, W], normalised, and what else the model takes, by its names -> logits [B, K] (or
+        features [B, D]), guard scores [B] (not a number where the file has no guard)."""
+        found = self.values(images, **others)
+        measured = found["logits"] if "logits" in found else found["features"]
+        return measured, found.get("score", np.full(len(measured), np.nan, np.float32))
+
+    def values(self, images: np.ndarray, **others: np.ndarray) -> dict[str, np.ndarray]:
+        """Everything that the model returns, by the names of the file's outputs."""
+        return self._run({"images": np.ascontiguousarray(images, dtype=np.float32), **others})
 
     def predict(self, images: Sequence[Any]) -> list[Prediction]:
         """Predictions for pictures: paths or PIL images, or what :meth:`pixels` made of them."""
+        if self.task != "classify":
+            raise UnsupportedError(f"{self.path} has the task {self.task!r}: there are no classes to predict; use run")
         pixels = np.stack([image if isinstance(image, np.ndarray) else self.pixels(image) for image in images])
         logits, scores = self.run(self.preprocess.normalize(pixels).numpy())
         threshold = (self.guard.get("threshold") or {}).get("value")
@@ -204,10 +212,10 @@ class Port(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A file in its runtime. run: (input, names of outputs) -> those outputs. runtime: name and version of what runs
-    it. failures: what `run` raises of an input that does not fit."""
+    """A file in its runtime. run: inputs -> outputs, by name. runtime: name and version of what runs it. failures: what
+    `run` raises of an input that does not fit."""
 
-    run: Callable[[np.ndarray, Sequence[str]], Sequence[np.ndarray]]
+    run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
     inputs: list[Port]
     outputs: list[Port]
     metadata: dict[str, str]
@@ -221,14 +229,12 @@ class Opened(NamedTuple):
 
 
 def open_file(path: Path, threads: int | None = None, inner: Sequence[str] = ()) -> Opened:
-    """Open any .onnx or .xml file for the CPU. inner: tensors inside the graph that are made outputs.
-
-    Raises BadWeightsError for a file that is missing, damaged, or that its runtime cannot run.
-    """
-    if path.suffix not in _RUNTIMES:
-        raise BadWeightsError(f"{path}: exported models end in .onnx or .xml")
+    """Open any .onnx or .xml file for the CPU. inner: tensors inside the graph that are made outputs. Raises
+    BadWeightsError for a file that is missing, damaged, or that its runtime cannot run."""
     if not path.is_file():
         raise BadWeightsError(f"no exported model at {path}")
+    if path.suffix not in _RUNTIMES:
+        raise BadWeightsError(f"{path}: exported models end in .onnx or .xml")
     return _RUNTIMES[path.suffix](path, threads, inner)
 
 
@@ -261,15 +267,13 @@ def _onnxruntime(path: Path, threads: int | None, inner: Sequence[str]) -> Opene
         sizes = tuple(size if isinstance(size, int) else None for size in value.shape)
         return Port(value.name, sizes, {"float": "float32", "double": "float64"}.get(kind, kind))
 
-    inputs = [port(value) for value in session.get_inputs()]
-    return Opened(
-        lambda images, names: session.run(list(names), {inputs[0].name: images}),
-        inputs,
-        [port(value) for value in session.get_outputs()],
-        metadata,
-        f"onnxruntime {ort.__version__}",
-        failures,
-    )
+    inputs, outputs = ([port(value) for value in found()] for found in (session.get_inputs, session.get_outputs))
+    names = [output.name for output in outputs]
+
+    def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(names, session.run(names, values), strict=True))
+
+    return Opened(run, inputs, outputs, metadata, f"onnxruntime {ort.__version__}", failures)
 
 
 def _with_outputs(path: Path, inner: Sequence[str]) -> bytes:
@@ -287,7 +291,12 @@ def _with_outputs(path: Path, inner: Sequence[str]) -> bytes:
 def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
     openvino = _need("openvino")
     # float32 where the model is float: some CPUs would take bfloat16 by default, which is not what was measured
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    # and no 8-bit activations that nobody measured, which it makes itself before layers with integer weights
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
     # without VNNI, OpenVINO saturates in its integer kernels, slower than float: the same codes in float operations
     if saturates():
         settings["LP_TRANSFORMS_MODE"] = False
@@ -304,33 +313,44 @@ def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
     except RuntimeError as error:
         raise BadWeightsError(f"{path} cannot be run by OpenVINO: {error}") from error
     info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
+    metadata = {key: str(getattr(value, "value", value)) for key, value in info.items()}
+    written = json.loads(metadata.get("outputs", '["logits", "score"]')) if "plan" in metadata else []
 
-    def port(value: Any, default: str, wanted: Sequence[str] = ()) -> Port:
-        shape = value.partial_shape
+    def port(value: Any, place: int, wanted: Sequence[str]) -> Port:  # OpenVINO calls a tensor by several names
+        shape, names = value.partial_shape, [name for name in wanted if name in value.names]
         sizes = None
         if not shape.rank.is_dynamic:
             sizes = tuple(size.get_length() if size.is_static else None for size in shape)
-        name = next((name for name in wanted if name in value.names), value.any_name if value.names else default)
+        name = next(iter([*written[place : place + 1], *names, *sorted(value.names)]), f"tensor {place}")
         return Port(name, sizes, np.dtype(value.element_type.to_dtype()).name)
 
-    outputs = [port(value, f"output {i}", inner) for i, value in enumerate(model.outputs)]
-    places = {output.name: i for i, output in enumerate(outputs)}
+    outputs = [port(value, place, inner) for place, value in enumerate(model.outputs)]
+    written = []
+    inputs = [port(value, place, ["images"]) for place, value in enumerate(model.inputs)]
+    into, names = {one.name: place for place, one in enumerate(inputs)}, [one.name for one in outputs]
 
-    def run(images: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
-        found = compiled([images])
-        return [found[places[name]] for name in names]
+    def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = compiled({into.get(name, name): value for name, value in values.items()})
+        return dict(zip(names, found.to_tuple(), strict=True))
 
-    return Opened(
-        run,
-        [port(value, f"input {i}") for i, value in enumerate(model.inputs)],
-        outputs,
-        {key: getattr(value, "value", value) for key, value in info.items()},
-        f"openvino {openvino.__version__.split('-')[0]}",
-        (RuntimeError,),
-    )
+    version = openvino.__version__.split("-")[0]
+    return Opened(run, inputs, outputs, metadata, f"openvino {version}", (RuntimeError,))
 
 
 _RUNTIMES = {".onnx": _onnxruntime, ".xml": _openvino}
+
+
+def guard_threshold(artefact: Artefact, images: Any, keep: float) -> dict[str, Any]:
+    """{"value", "n"}: the score that at least the share ``keep`` of the in-distribution images reaches, in the runtime,
+    whether they come together or one by one (sums differ in their last bits, and codes with them)."""
+    found, score = [], GUARDS[artefact.guard["score"]]
+    for batch in Calibration.of(images, artefact.preprocess):
+        together = batch.cpu().numpy()
+        alone = [artefact.run(image) for image in np.split(together, len(together))]
+        runs = [artefact.run(together), tuple(np.concatenate(part) for part in zip(*alone, strict=True))]
+        found.append(np.min([scores for logits, said in runs for scores in (said, score(logits))], axis=0))
+    scores = np.concatenate(found)
+    return {"value": _threshold(scores, keep), "n": len(scores)}
 
 
 # ---- what was shipped against what was measured ----------------------------------------------------------------------

@@ -50,11 +50,9 @@ def _operator(kind: str, **attributes: str) -> Writer:
 
 
 OPERATORS = {
-    **{
-        name.lower(): name for name in ("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Cos", "Cosh")
-    },
-    **{name.lower(): name for name in ("Erf", "Exp", "Floor", "Log", "Neg", "Reciprocal", "Relu", "Round", "Selu")},
-    **{name.lower(): name for name in ("Sigmoid", "Sign", "Sin", "Sinh", "Sqrt", "Tan", "Tanh")},
+    **{name: name.capitalize() for name in ("abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos")},
+    **{name: name.capitalize() for name in ("cosh", "erf", "exp", "floor", "log", "neg", "reciprocal", "relu")},
+    **{name: name.capitalize() for name in ("round", "selu", "sigmoid", "sign", "sin", "sinh", "sqrt", "tan", "tanh")},
     "logical_not": "Not",
 }
 """ATen operations of one value, and the operator that is the same."""
@@ -270,7 +268,11 @@ def _reduced(kind: str) -> Writer:
         kinds = "int" if given == "bool" else given
         value = e.operand(node, 0, given)
         value = e.cast(value, given, kinds)
-        return e.cast(e.op(kind, value, dims, keepdims=keep) if dims else value, kinds, given)
+        if not dims:
+            return value
+        if kind == "ReduceMean":
+            return e.reshape(e.op(kind, value, dims, keepdims=1 - keep), e.sizes(node))
+        return e.cast(e.op(kind, value, dims, keepdims=keep), kinds, given)
 
     return write
 

@@ -58,6 +58,11 @@ def _slice(e: Emitter, node: fx.Node) -> str:
     return e.op("Slice", e.value(node), *ends, [axis], [step])
 
 
+def _narrow(e: Emitter, node: fx.Node) -> str:
+    start = argument(node, "start")
+    return slice_of(e, e.value(node), argument(node, "dim"), start, start + argument(node, "length"))
+
+
 def _select(e: Emitter, node: fx.Node) -> str:
     return e.op("Gather", e.value(node), np.int64(argument(node, "index")), axis=argument(node, "dim"))
 
@@ -334,13 +339,7 @@ MOVES: dict[str, Writer] = {
     "<built-in function getitem>": _getitem,
     "aten.select.int": _select,
     "aten.slice.Tensor": _slice,
-    "aten.narrow.default": lambda e, node: slice_of(
-        e,
-        e.value(node),
-        argument(node, "dim"),
-        argument(node, "start"),
-        argument(node, "start") + argument(node, "length"),
-    ),
+    "aten.narrow.default": _narrow,
     "aten.index_select.default": _index_select,
     "aten.flip.default": _flip,
     "aten.roll.default": _roll,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from quantlens.errors import UnsupportedError
@@ -51,7 +52,7 @@ def _pool(e: Emitter, node: fx.Node) -> Any:
     else:
         found = e.op("AveragePool", source, count_include_pad=1, **settings)
         ones = torch.ones(1, 1, *before)
-        plain = torch.nn.functional.pad(ones, [n for p in zip(pad[::-1], end[::-1], strict=True) for n in p])
+        plain = F.pad(ones, [n for p in zip(pad[::-1], end[::-1], strict=True) for n in p])
         window = (torch.nn.functional.avg_pool1d, torch.nn.functional.avg_pool2d, torch.nn.functional.avg_pool3d)[
             rank - 1
         ]
@@ -166,9 +167,7 @@ def _pad(e: Emitter, node: fx.Node) -> str:
         for axis in range(skipped, rank):
             value = _wrapped(e, node, value, axis, grown[0][axis], grown[1][axis])
         return value
-    fill = [float(argument(node, "value") or 0)] if mode == "constant" else []
-    kind = e.values[node].kind
-    fill = [e.read(number, kind) for number in fill]
+    fill = [e.read(argument(node, "value") or 0, e.values[node].kind)] if mode == "constant" else []
     how = {} if mode == "constant" else {"mode": PADDINGS[mode]}
     return e.op("Pad", value, grown[0] + grown[1], *fill, **how)
 
@@ -186,7 +185,8 @@ def _wrapped(e: Emitter, node: fx.Node, value: str, axis: int, start: int, stop:
 def _patches(e: Emitter, node: fx.Node) -> str:
     """im2col: a convolution that takes every place of a window into a channel of its own; col2im its transpose."""
     back = "col2im" in op_name(node)
-    kernel, settings = list(argument(node, "kernel_size")), {}
+    kernel = list(argument(node, "kernel_size"))
+    settings: dict[str, Any] = {}
     for own, name in (("strides", "stride"), ("dilations", "dilation"), ("pads", "padding")):
         settings[own] = _each(argument(node, name), 4 if own == "pads" else 2)
     batch, channels = e.sizes(node)[0], e.sizes(node if back else node.args[0])[1]
@@ -218,8 +218,7 @@ def _pixel_shuffle(e: Emitter, node: fx.Node) -> str:
 
 
 def _channel_shuffle(e: Emitter, node: fx.Node) -> str:
-    batch, width, *places = e.sizes(node)
-    groups = argument(node, "groups")
+    width, groups = e.sizes(node)[1], argument(node, "groups")
     order = np.arange(width).reshape(groups, width // groups).T.reshape(-1)
     return e.op("Gather", e.value(node), order, axis=1)
 

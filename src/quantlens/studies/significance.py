@@ -26,6 +26,11 @@ SIGN = " ○"
 """Stands after a change that is not significant."""
 
 
+def asked_of(task: str) -> tuple[str, ...]:
+    """Names of the metrics whose changes are tested, of results of a task."""
+    return (*summary_of(task), "aupr_out")
+
+
 class Significance:
     """Answers for the store in `directory`; call `save` when all has been asked."""
 
@@ -57,11 +62,10 @@ class Significance:
         drawn: dict[str, list[tuple[Array, Array]]] = {}
         for key in keys:
             second = kept.read(kept.path_of(self.directory, key))
-            asked = (*summary_of(first.task), "aupr_out")
             if first.labels.tolist() != second.labels.tolist():
                 raise StorageError(f"the per-image outputs {key} are not of the images of {baseline}")
             sets = tuple(s for s in first.ood_scores if s in second.ood_scores)
-            wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), asked)
+            wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), asked_of(first.task))
             before = self._before(first, wanted)
             for path, after in replicate(second, wanted, self.resamples).items():
                 drawn.setdefault(path, []).append((before[path], after))
