@@ -1,5 +1,5 @@
-"""One architecture of the support table, in a process of its own: built, its tensors redrawn at trained scale, captured,
-quantized, saved, read back, exported. What each step gave is written to a file as soon as it is known."""
+"""One architecture of the support table, in a process of its own: built, its tensors redrawn at trained scale,
+captured, quantized, saved, read back, exported. What each step gave is written to a file as soon as it is known."""
 
 import json
 import math
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 METHODS = ("minmax", "quantlens-fast", "repq-vit")
-CALIBRATION, TEST = 16, 16
+CALIBRATION, TEST = 32, 32
 """Pictures that methods see, and others that everything is measured on."""
 
 MEMORY = 8 << 30
@@ -60,7 +60,9 @@ def redraw(module: nn.Module, images: Tensor, seed: int = 0) -> None:
             is_norm = "norm" in type(owner).__name__.lower() and not hasattr(owner, "kernel_size")
             for name, value in owner.named_parameters(recurse=False):
                 lower, size = name.lower(), value.squeeze()
-                if is_norm and "weight" in lower:
+                if owner in norms and "weight" in lower:
+                    new = uniform(value, 0.2, 0.8)
+                elif is_norm and "weight" in lower:
                     new = uniform(value, 0.6, 1.4)
                 elif any(word in lower for word in ("gamma", "layer_scale", "lambda")) and size.dim() < 2:
                     new = uniform(value, 0.1, 1.0)
@@ -90,7 +92,7 @@ def redraw(module: nn.Module, images: Tensor, seed: int = 0) -> None:
 
 
 def pictures(count: int, side: int) -> Tensor:
-    """Photographs: ImageNet's where they are, else patches of those that ship with scikit-learn; float32, normalised."""
+    """Photographs: ImageNet's where they are, else patches of those that come with scikit-learn; normalised."""
     from quantlens.data import Preprocess, load_images, open_source
 
     shared = os.environ.get("QUANTLENS_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -159,12 +161,9 @@ def block_values(quantized: Any, images: Tensor) -> dict[str, Tensor]:
 
 def enough_tokens(images: Tensor, blocks: dict[str, Tensor]) -> Tensor:
     """Pictures, moved about where it takes more of them to tell a rotation of a block's channels from its noise."""
-    tokens: dict[int, int] = {}
-    for value in blocks.values():
-        channels = value.shape[-1]
-        tokens[channels] = max(tokens.get(channels, 1), value.numel() // channels)
-    times = max((2 * channels // count + 1 for channels, count in tokens.items()), default=1)
-    return torch.cat([images.roll(7 * n, dims=-1) for n in range(min(times, 8))])
+    shapes = {(value.shape[-1], value.numel() // value.shape[-1]) for value in blocks.values()}
+    times = max((2 * channels // max(tokens, 1) + 1 for channels, tokens in shapes), default=1)
+    return torch.cat([images.roll(7 * n, dims=-1) for n in range(min(times, 16))])
 
 
 class Record:
@@ -250,18 +249,25 @@ def run(name: str, entry: dict[str, Any], path: Path, *, quick: bool) -> None:
             record.step(f"{method} {bits}", lambda method=method, bits=bits: quantize(method, bits))
     if quick:
         return
+
+    def quantize_for(target: str | None) -> Any:
+        key = f"{target} W8A8" if target else "quantlens-fast W8A8"
+        if key not in held:
+            held[key] = ql.quantize(held["model"], calibration, bits="W8A8", target=target)
+        return held[key]
+
     with tempfile.TemporaryDirectory() as folder:
         for key in ("quantlens-fast W8A8", "repq-vit W4A4"):
             if key in held:
                 record.step(f"reload {key}", lambda key=key: _reload(held[key], Path(folder), test))
-        for method in ("quantlens-fast", "minmax"):
+        for target in (None, "openvino-cpu"):
             for suffix in (".onnx", ".xml"):
-                if f"{method} W8A8" in held:
-                    quantized = held[f"{method} W8A8"]
-                    record.step(
-                        f"export {method} {suffix}",
-                        lambda q=quantized, suffix=suffix: _export(q, Path(folder) / f"model{suffix}", test),
-                    )
+                record.step(
+                    f"export {target or 'any'} {suffix}",
+                    lambda target=target, suffix=suffix: _export(
+                        quantize_for(target), Path(folder) / f"model{suffix}", test
+                    ),
+                )
 
 
 def _reload(quantized: Any, folder: Path, test: Tensor) -> dict[str, Any]:

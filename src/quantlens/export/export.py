@@ -201,6 +201,8 @@ def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str
             raise UnsupportedError(f"OpenVINO cannot read {path.stem}: {why}; export to .onnx") from error
         for key, value in record.items():
             model.set_rt_info(value, ["quantlens", key])
+        # else OpenVINO quantizes float activations to 8 bits before layers with integer weights, unasked
+        model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
         try:
             openvino.save_model(model, folder / path.name, compress_to_fp16=False)
         except RuntimeError as error:

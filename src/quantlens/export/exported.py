@@ -241,7 +241,12 @@ def _onnxruntime(path: Path, threads: int | None) -> _Runtime:
 def _openvino(path: Path, threads: int | None) -> _Runtime:
     openvino = _need("openvino")
     # float32 where the model is float: some CPUs would take bfloat16 by default, which is not what was measured
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    # and no 8-bit activations that nobody measured, which it makes itself before layers with integer weights
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
     # without VNNI, OpenVINO saturates in its integer kernels, slower than float: the same codes in float operations
     if saturates():
         settings["LP_TRANSFORMS_MODE"] = False

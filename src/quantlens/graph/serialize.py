@@ -68,6 +68,8 @@ def graph_from_dict(
         elif op not in ("placeholder", "output"):
             raise BadWeightsError(f"the checkpoint's graph holds an unknown kind of node {op!r}")
         args, kwargs = _decode(item["args"], made), {k: _decode(v, made) for k, v in item["kwargs"].items()}
+        if op == "output":  # several tensors are a tuple, which JSON does not know
+            args = [tuple(args[0]) if isinstance(args[0], list) else args[0]]
         node = graph.create_node(op, target, tuple(args), kwargs)
         shape = item["shape"]
         node.meta = {

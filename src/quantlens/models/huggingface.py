@@ -1,8 +1,8 @@
 """Models of Hugging Face: ``hf:ID`` of the hub (``hf:ID@REVISION``), or ``hf:DIR``, a folder that ``save_pretrained``
 wrote. Code that comes with a model is never run."""
 
+import copy
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from quantlens.data import Preprocess
-from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnsupportedError
+from quantlens.errors import BadWeightsError, QuantlensError, UnsupportedError
 from quantlens.models.processors import preprocess_of
 from quantlens.models.tasks import task_of
-from quantlens.models.weights import first_line
+from quantlens.models.weights import first_line, fit
 
 PREFIX = "hf:"
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -39,7 +39,7 @@ class Found:
 
     module: nn.Module
     task: str
-    preprocess: Preprocess
+    preprocess: Preprocess | None
     class_names: list[str] | None
     path: Path | None
 
@@ -96,8 +96,8 @@ def open_model(name: str, *, weights: bool, num_classes: int | None, task: str |
         if getattr(module, "main_input_name", "pixel_values") != "pixel_values":
             raise QuantlensError(f"{name} is a {config.model_type} model, which does not take images")
         processor = _processor(package, source, asked)
-    preprocess = (processor and preprocess_of(processor)) or assumed_preprocess(name, module)
-    names = _class_names(config) if "ForImageClassification" in type(module).__name__ else None
+    preprocess = preprocess_of(processor) if processor is not None else None
+    names = class_names(module)
     path = _weights_file(source, revision) if weights else None
     paired = hasattr(config, "text_config") and names is None and "ForImage" not in type(module).__name__
     return Found(module, task or ("zero-shot" if paired else task_of(module)), preprocess, names, path)
@@ -186,9 +186,11 @@ def _processor(package: Any, source: str, asked: dict[str, Any]) -> Any:
         return None
 
 
-def _class_names(config: Any) -> list[str] | None:
-    """``id2label`` in order; None where its names are only numbers."""
-    labels = config.id2label or {}
+def class_names(module: nn.Module) -> list[str] | None:
+    """A classifier's ``id2label`` in order; None where its names are only numbers."""
+    labels = getattr(getattr(module, "config", None), "id2label", None) or {}
+    if "ForImageClassification" not in type(module).__name__:
+        return None
     names = [str(labels[key]) for key in sorted(labels)]
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
@@ -201,28 +203,45 @@ def image_size(config: Any) -> tuple[int, int, int]:
     return int(getattr(config, "num_channels", 3)), int(height), int(width)
 
 
-def assumed_preprocess(name: str, module: nn.Module) -> Preprocess:
-    """For a module without a processor: what its architecture's processor does by default, at the size of its
-    configuration; or ImageNet's. One warning says so."""
-    config: Any = module.config
-    found = _default_preprocess(transformers(), config) or Preprocess(crop_pct=0.9)
-    found = found.for_size(image_size(config))
-    text = (
-        f"{name} has no image processor: assumed are {found.input_size[1]}×{found.input_size[2]} pixels, "
-        f"mean {found.mean}, std {found.std}, {found.interpolation}; give preprocess= where that is wrong"
-    )
-    warnings.warn(text, QuantlensWarning, stacklevel=2)
-    return found
+def preprocess_beside(module: nn.Module) -> Preprocess | None:
+    """By the image processor that lies where a module was loaded from, on this machine; None where there is none."""
+    source = getattr(getattr(module, "config", None), "name_or_path", None)
+    if not source:
+        return None
+    package = transformers()
+    with _quiet(package):
+        processor = _processor(package, source, {"local_files_only": True})
+    return None if processor is None else preprocess_of(processor)
+
+
+def default_preprocess(module: nn.Module) -> Preprocess | None:
+    """What the image processor of a module's architecture does by default, at the size of its configuration; None
+    where its architecture has none."""
+    config: Any = getattr(module, "config", None)
+    found = _default_preprocess(transformers(), config) if hasattr(config, "model_type") else None
+    return found and found.for_size(image_size(config))
+
+
+def resized(module: nn.Module, size: tuple[int, int, int]) -> nn.Module:
+    """The same model for images of another size. Raises UnsupportedError where its architecture has no such thing."""
+    config = copy.deepcopy(module.config)
+    holder: Any = getattr(config, "vision_config", config)
+    if not hasattr(holder, "image_size") or size[0] != getattr(holder, "num_channels", 3):
+        raise UnsupportedError(f"{type(module).__name__} cannot be made for images of {size}; leave input_size out")
+    holder.image_size = size[1] if size[1] == size[2] else list(size[1:])
+    more = {"add_pooling_layer": False} if getattr(module, "pooler", module) is None else {}
+    other = type(module)(config, **more).eval()
+    fit(other, module.state_dict(), "the model's own weights", f"{type(module).__name__} at {size}")
+    return other
 
 
 def _default_preprocess(package: Any, config: Any) -> Preprocess | None:
-    known = package.models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING
-    if type(config) not in known:
-        return None
-    kinds = known[type(config)]
-    kinds = list(kinds.values()) if isinstance(kinds, dict) else [*kinds][::-1]
+    known = package.models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES
+    families = (config.model_type, type(config).__module__.split(".")[-2])  # that of a vision tower has no entry
+    names = next((known[family] for family in families if family in known), ())
+    names = list(names.values()) if isinstance(names, dict) else [*names][::-1]
     try:
-        return preprocess_of(next(kind for kind in kinds if kind is not None)())
+        return next((preprocess_of(getattr(package, name)()) for name in names if name), None)
     except FAULTS:
         return None
 

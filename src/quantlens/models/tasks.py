@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from quantlens.errors import UnknownNameError, UnsupportedError
 
@@ -16,9 +16,9 @@ def check_task(task: str | None) -> str | None:
     return task
 
 
-def task_of(module: nn.Module) -> str:
-    """The task of a module, by what its configuration says (Hugging Face's ``problem_type`` and ``num_labels``) or by
-    the size of its classifier (timm's ``num_classes``); "classify" where neither says anything.
+def task_of(module: nn.Module, given: Any = None) -> str:
+    """The task of a module, by what its configuration says (Hugging Face's ``problem_type`` and ``num_labels``), by the
+    size of its classifier (timm's ``num_classes``), or by what it gives for an image; "classify" where nothing tells.
 
     Raises UnsupportedError for a regression of several numbers.
     """
@@ -28,6 +28,8 @@ def task_of(module: nn.Module) -> str:
     classes = getattr(module, "num_classes", None)
     if isinstance(classes, int) and classes < 2:
         return "binary" if classes == 1 else "features"
+    if isinstance(given, Tensor) and classes is None:
+        return {1: "binary", 2: "binary" if given.shape[-1] == 1 else "classify"}.get(given.dim(), "features")
     return "classify"
 
 
