@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.cost import cost
 from benchmarks.neighbour import neighbour
 from benchmarks.studies import ray_workers, studies
+from benchmarks.support import main as support
 
 DEIT = "deit_tiny_patch16_224"
 SHARED = Path(os.environ.get("QUANTLENS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -307,6 +308,9 @@ BENCHMARKS = {
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["support"]:  # takes arguments of its own
+        support(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", default=[], help=f"some of: {', '.join(BENCHMARKS)} (all by default)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from quantlens.plugins import load_plugin
     from quantlens.qmodel import QuantizedModel
     from quantlens.qmodel.checkpoint import load, save
+    from quantlens.report.card import card
+    from quantlens.report.hub import push_to_hub
     from quantlens.sensitivity import Inspection
     from quantlens.studies.compare import compare
     from quantlens.studies.recommend import recommend
@@ -41,6 +43,7 @@ __all__ = [
     "allocate",
     "attention",
     "calibration",
+    "card",
     "compare",
     "evaluate",
     "export",
@@ -52,6 +55,7 @@ __all__ = [
     "load_plugin",
     "methods",
     "plot",
+    "push_to_hub",
     "qmodel",
     "quantize",
     "recommend",
@@ -79,6 +83,8 @@ _HOMES = {
     "reproduce": "quantlens.studies.reproduce",
     "results": "quantlens.studies.results",
     "plot": "quantlens.plots",
+    "card": "quantlens.report.card",
+    "push_to_hub": "quantlens.report.hub",
     "QuantlensError": "quantlens.errors",
     "load_plugin": "quantlens.plugins",
 }

@@ -1,5 +1,6 @@
 """The public face: ``quantize``, ``allocate`` and ``inspect`` (the rest is re-exported from the rooms)."""
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,8 +10,11 @@ import torch
 from quantlens.allocation import Allocation, allocate as choose_widths, is_target, parse_target
 from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
+from quantlens.calibration.calls import Calls, called
+from quantlens.data.given import peeked
+from quantlens.graph import forget_if_changed, unwrapped
 from quantlens.methods import Progress, registry
-from quantlens.models import Model, load_model
+from quantlens.models import Model, load_model, model_for_tensors, state_sha256
 from quantlens.qmodel import Bits, QuantizedModel
 from quantlens.sensitivity import Inspection, inspect as inspect_parts
 
@@ -34,8 +38,9 @@ def quantize(
     """Quantize a float model after training.
 
     model: from :func:`load_model`, or an ``nn.Module`` (images [B, 3, H, W] -> logits [B, K]).
-    calibration: float images [N, 3, H, W] prepared as the model wants them, an iterable of such batches, or a SOURCE,
-    of which ``seed`` draws 32 (``?n=64``: 64), as on the command line. bits: ``W4A8``-style or ``FP32``; for mixed
+    calibration: float images [N, 3, H, W] prepared as the model wants them; PIL images, which are prepared so; a list,
+    DataLoader or other iterable of either, with labels or not; a SOURCE or map-style data set, of which ``seed`` draws
+    32 (``?n=64``: 64), as on the command line. bits: ``W4A8``-style or ``FP32``; for mixed
     precision a mapping from module names to widths with a "default", ``MP6`` (widths chosen by :func:`allocate` for the
     size of W6A6), an Allocation, or the .json file of one. patch_bits, head_bits, outlier_channels, image, target:
     :data:`quantlens.methods.base.SHARED_OPTIONS`; None is the method's default. options: the method's own (``quantlens
@@ -44,7 +49,7 @@ def quantize(
     Returns a :class:`~quantlens.qmodel.QuantizedModel`. Raises QuantlensError subclasses on anything the caller
     can mend.
     """
-    model, wanted = _loaded(model, calibration), read_bits(bits)
+    (model, calibration), wanted = _loaded(model, calibration), read_bits(bits)
     options |= {
         "patch_bits": patch_bits,
         "head_bits": head_bits,
@@ -77,7 +82,7 @@ def allocate(
     >>> allocation.save("alloc.json")  # doctest: +SKIP
     >>> ql.quantize(model, images, method="easyquant", bits=allocation)  # doctest: +SKIP
     """
-    return choose_widths(_loaded(model, calibration), calibration, target, **settings)
+    return choose_widths(*_loaded(model, calibration), target, **settings)
 
 
 @isolated
@@ -98,7 +103,7 @@ def inspect(
     >>> found.ranked()[0].name  # doctest: +SKIP
     'blocks.7.mlp.fc2'
     """
-    model, wanted = _loaded(model, images), read_bits(bits)
+    (model, images), wanted = _loaded(model, images), read_bits(bits)
     if not isinstance(wanted, Bits):
         images = Calibration.of(images, model.preprocess, device=model.device, seed=seed)
         wanted = allocation_of(model, images, wanted, seed).bits()
@@ -137,9 +142,26 @@ def allocation_of(
     return model.derived[key]
 
 
-def _loaded(model: Model | torch.nn.Module, calibration: Any) -> Model:
-    """A module as a Model, with the size of the calibration images."""
-    if isinstance(model, Model):
-        return model
-    size = tuple(calibration.shape[1:]) if isinstance(calibration, torch.Tensor) and calibration.dim() == 4 else None
-    return load_model(model, input_size=size)  # type: ignore[arg-type]
+def _loaded(model: Model | torch.nn.Module, calibration: Any) -> tuple[Model, Any]:
+    """A module as a Model, with the size of the calibration images, and these (of an iterator one has been read). A
+    Model whose weights have changed since is another one."""
+    module = model.module if isinstance(model, Model) else unwrapped(model)
+    if not isinstance(calibration, Calibration):
+        calibration = called(calibration, module)
+    calls = calibration if isinstance(calibration, Calls) else None
+    if not isinstance(model, Model):
+        size = None
+        if not isinstance(calibration, Calibration):
+            images, size = peeked(calibration.images if calls else calibration)
+            calibration = calibration if calls else images
+        model = load_model(model) if size is None else model_for_tensors(model, size)
+        model.source = weakref.ref(module)
+    elif forget_if_changed(model):
+        model.checkpoint, model.checkpoint_sha256 = "memory", state_sha256(model.module.state_dict())
+    if calls is not None:
+        calibration = Calibration.of(calls.images, model.preprocess, device=model.device)
+        calibration.others = calls.others
+        if getattr(model, "example", None) is not None:
+            model.derived.clear()  # it may have been called in another way
+        model.example = calls.example
+    return model, calibration

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from quantlens.data.sources import decode_image
+from quantlens.data.sources import as_rgb, decode_image
 from quantlens.errors import BadImageError
 
 
@@ -46,10 +46,24 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(decode_image(tmp_path / "x.tif")), decoded)
 
 
-def test_exif_orientation_is_not_applied(tmp_path: Path, picture) -> None:
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_once(tmp_path: Path, picture, orientation: int, ending: str) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    picture(40, 30).save(tmp_path / "x.jpg", exif=exif)
+    exif[0x0112] = orientation
+    lying = tmp_path / f"x.{ending}"
+    picture(40, 30).save(lying, exif=exif)
+    decoded = decode_image(lying)
+    with Image.open(lying) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    assert np.array_equal(np.asarray(decoded), np.asarray(upright))
+    assert np.array_equal(np.asarray(as_rgb(decoded)), np.asarray(upright))
+    with Image.open(lying) as image:  # what torchvision's ImageFolder hands out
+        assert np.array_equal(np.asarray(as_rgb(image.convert("RGB"))), np.asarray(upright))
+
+
+def test_a_damaged_exif_block_costs_no_picture(tmp_path: Path, picture) -> None:
+    picture(40, 30).save(tmp_path / "x.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00")
     assert decode_image(tmp_path / "x.jpg").size == (40, 30)
 
 

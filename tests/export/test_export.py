@@ -52,6 +52,17 @@ def test_integers_are_those_that_were_measured(ending, architecture, loaded, pic
     assert _sqnr(qmodel(pictures), artefact(pictures)) > _sqnr(loaded[architecture](pictures), artefact(pictures)) + 3
 
 
+def test_openvino_quantizes_nothing_that_was_not_measured(loaded, pictures, tmp_path):
+    """Before layers with integer weights and float inputs it would make 8-bit activations of its own."""
+    openvino = pytest.importorskip("openvino", reason="the deploy extra is not installed")
+    qmodel = ql.quantize(loaded["vit"], pictures, method="minmax", bits="W8A32")
+    path = export(qmodel, tmp_path / "m.xml")
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    got = torch.from_numpy(compiled({"images": pictures.numpy()})["logits"])
+    for found in (got, Artefact(path, threads=1)(pictures)):
+        assert _sqnr(qmodel(pictures), found) > 70
+
+
 def test_codes_scales_and_zero_points_are_in_the_file(loaded, pictures, tmp_path):
     """Every initializer named by an edge is the quantizer's own parameter, every stored weight its codes."""
     from onnx import numpy_helper
@@ -266,6 +277,11 @@ def test_predictions_of_pictures(tmp_path):
     noise.save(tmp_path / "noise.png")
     first, second = artefact.predict([noise, tmp_path / "noise.png"])
     assert first == second
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    noise.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "lying.png", exif=exif)
+    with Image.open(tmp_path / "lying.png") as lying:
+        assert artefact.predict([lying, tmp_path / "lying.png"]) == [first, first]
     assert 0 < first.probability <= 1
     assert first.unknown == (first.score < artefact.guard["threshold"]["value"])
     if artefact.class_names:

@@ -55,6 +55,26 @@ def test_logits_survive_bit_for_bit(bits, architecture, loaded, pictures, tmp_pa
     assert torch.equal(ql.load(again.save(tmp_path / "q2.safetensors"))(pictures), qmodel(pictures))
 
 
+class _Tokens(torch.nn.Module):
+    """A body that returns its tokens [B, N, D] and, beside them, the pooled ones [B, D]."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = torch.nn.Conv2d(3, 8, 8, 8), torch.nn.LayerNorm(8)
+
+    def forward(self, images):
+        tokens = self.norm(self.embed(images).flatten(2).mT)
+        return tokens, tokens.mean(1)
+
+
+def test_several_outputs_survive_bit_for_bit(pictures, tmp_path):
+    qmodel = ql.quantize(_Tokens().eval(), pictures, method="minmax", bits="W8A8")
+    again = ql.load(qmodel.save(tmp_path / "q.safetensors"))
+    for got, expected in zip(again(pictures), qmodel(pictures), strict=True):
+        assert torch.equal(got, expected)
+    assert torch.equal(again.outputs(pictures).logits, qmodel.outputs(pictures).logits)
+
+
 def test_size_is_close_to_bits_over_32(pictures, tmp_path):
     from timm.models.vision_transformer import VisionTransformer
 

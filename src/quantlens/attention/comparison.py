@@ -21,7 +21,7 @@ from quantlens.attention.recording import Lens
 from quantlens.data import as_image_set
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.files import write_whole
-from quantlens.models import Model, load_model
+from quantlens.models import Model, model_for_tensors
 from quantlens.qmodel import QuantizedModel, float_model
 
 CHOICES = ("first", "most-changed")
@@ -66,7 +66,7 @@ def compare(
     models = labelled(quantized)
     if not isinstance(model, Model | QuantizedModel):
         shape = tuple(images.shape[1:]) if isinstance(images, torch.Tensor) and images.dim() == 4 else None
-        model = load_model(model, input_size=shape)  # type: ignore[arg-type]
+        model = model_for_tensors(model, shape)  # type: ignore[arg-type]
     reference = float_model(model)
     found = AttentionResult(reference, models, settings)
     lenses: dict[str, Any] = {FP32: reference, **models}

@@ -77,14 +77,21 @@ def relative(values: Any) -> np.ndarray:
 def photograph(images: Any, position: int, preprocess: Any = None) -> Image.Image:
     """One image of a set. preprocess: whose normalisation is undone where the set itself has none; floats of unknown
     origin are stretched to their own range."""
+    known = images.preprocess or preprocess
     if images.pixels is not None:
-        return Image.fromarray(np.ascontiguousarray(images.pixels[position].transpose(1, 2, 0)))
-    values, known = images.values[position].numpy(), images.preprocess or preprocess
-    if known is not None:
-        values = values * np.reshape(known.std, (3, 1, 1)) + np.reshape(known.mean, (3, 1, 1))
+        pixels = images.pixels[position]
     else:
-        values = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
-    return Image.fromarray((np.clip(values, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0).copy())
+        values = images.values[position].numpy()
+        if known is not None:
+            values = values * np.reshape(known.std, (-1, 1, 1)) + np.reshape(known.mean, (-1, 1, 1))
+        else:
+            values = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
+        pixels = (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
+    if len(pixels) != 3:  # a grey image, or the first of more channels
+        pixels = np.repeat(pixels[:1], 3, axis=0)
+    elif known is not None and known.channels == "bgr":
+        pixels = pixels[::-1]
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 def overlay(image: Image.Image, values: np.ndarray, scale: Scale) -> Image.Image:

@@ -2,18 +2,29 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from quantlens.data import ImageSet, as_image_set
+from quantlens.data.given import drawn
+from quantlens.data.shared import content_digests
+from quantlens.data.sources import open_calibration
 from quantlens.errors import QuantlensError
 from quantlens.graph import VIEWS, Graph, op_name
 
 CHUNK = 32
 """Images that go through the graph together."""
 
+
+MOST = 1024
+"""Images that are read of an iterable, at most: one may go on for ever."""
+
+DIGESTS = 256
+"""Images of which a checkpoint keeps a hash, at most: they tell whether it is evaluated on what it was made with."""
 
 BACKWARD_MEMORY = 1 << 30
 """Bytes of activations that one backward pass may keep; they decide how many images go through together."""
@@ -35,37 +46,49 @@ class Calibration:
     def __init__(self, images: Any, count: int, *, source: str, fingerprint: str | None, device: torch.device):
         self._images, self.count = images, count
         self.source, self.fingerprint, self.device = source, fingerprint, device
+        self.content = ""
+        self.others: Mapping[int, Tensor] = {}
+        """What else the model takes, by the number of the graph's input; of a batch a row for each image."""
 
     @classmethod
     def of(
         cls, images: Any, preprocess: Any, *, device: torch.device | str = "cpu", seed: int | None = None
     ) -> "Calibration":
-        """From a float tensor [N, 3, H, W], an iterable of tensors or (tensor, labels) batches, an image set, or a
-        source. seed: draws the images of a SOURCE text, 32 unless it says how many; None takes all.
+        """From whatever `data.as_image_set` accepts. seed: draws 32 images of a SOURCE text (unless it says how many)
+        or of a map-style data set; None takes all. Of an iterable, :data:`MOST` images are read.
 
         Raises QuantlensError: no images, wrong shape, values that are not finite.
         """
         device = torch.device(device)
         if isinstance(images, Calibration):
             return images
-        if isinstance(images, Iterable) and not isinstance(images, str | Tensor) and not hasattr(images, "batches"):
-            batches = [torch.as_tensor(b[0] if isinstance(b, list | tuple) else b) for b in images]
-            images = torch.cat(batches or [torch.empty(0, *preprocess.input_size)])
+        if isinstance(images, str) and seed is not None:
+            images = open_calibration(images, seed=seed)
+        elif seed is not None:
+            images = drawn(images, seed)
+        size = tuple(preprocess.input_size)
+        if not isinstance(images, Tensor) and not (isinstance(images, list | tuple) and not images):
+            check = partial(_check_shape, size=size)
+            found = as_image_set(images, preprocess, "calibration images", most=MOST, check=check)
+            if found.values is not None and not isinstance(images, ImageSet):
+                images = found.values
+            else:
+                images = found
+                if found.values is not None:
+                    check(found.values)
         if isinstance(images, Tensor):
-            _check(images, tuple(preprocess.input_size))
-            content = images.detach().cpu().contiguous().float().numpy().tobytes()
-            source, fingerprint = "tensor", hashlib.sha256(content).hexdigest()[:16]
-        else:
-            from quantlens.data import as_image_set
-            from quantlens.data.sources import open_calibration
-
-            if isinstance(images, str) and seed is not None:
-                images = open_calibration(images, seed=seed)
-            images = as_image_set(images, preprocess)
+            _check_shape(images, size)
+            if not bool(torch.isfinite(images).all()):
+                raise QuantlensError("calibration images hold NaN or infinity")
+            content = images.detach().cpu().contiguous().float().numpy()
+            source, fingerprint = "tensor", hashlib.sha256(content.data).hexdigest()[:16]
+        elif len(images):
             source, fingerprint = str(images.source), images.fingerprint
         if len(images) == 0:
             raise QuantlensError("no calibration images: give at least one, 32 is the usual number")
-        return cls(images, len(images), source=source, fingerprint=fingerprint, device=device)
+        calibration = cls(images, len(images), source=source, fingerprint=fingerprint, device=device)
+        calibration.content = "".join(content_digests(images, preprocess, DIGESTS))
+        return calibration
 
     def __len__(self) -> int:
         return self.count
@@ -82,6 +105,14 @@ class Calibration:
         # a method may write into what it is shown
         return images.to(self.device, torch.float32, copy=given, memory_format=torch.contiguous_format)
 
+    def inputs(self, graph: Graph, index: int) -> dict[fx.Node, Tensor]:
+        """Chunk ``index`` of all that the graph takes."""
+        found = {graph.input: self.chunk(index)}
+        for number, value in self.others.items():
+            node, rows = graph.inputs[number], slice(index * CHUNK, min((index + 1) * CHUNK, self.count))
+            found[node] = (value[rows] if node.meta["shape"][:1] == (None,) else value).to(self.device)
+        return found
+
     def __iter__(self) -> Iterator[Tensor]:
         return (self.chunk(i) for i in range(self.pieces))
 
@@ -89,20 +120,22 @@ class Calibration:
         """The first ``count`` images (all, if there are fewer)."""
         fingerprint = None if count < self.count else self.fingerprint
         count = min(count, self.count)
-        return Calibration(self._images, count, source=self.source, fingerprint=fingerprint, device=self.device)
+        found = Calibration(self._images, count, source=self.source, fingerprint=fingerprint, device=self.device)
+        found.others = self.others
+        return found
 
-    def info(self) -> dict[str, Any]:
-        return {"source": self.source, "n": self.count, "fingerprint": self.fingerprint}
+    def info(self, *, content: bool = False) -> dict[str, Any]:
+        """Where the images come from; content: also hashes of the first :data:`DIGESTS`, in one text."""
+        found = {"source": self.source, "n": self.count, "fingerprint": self.fingerprint}
+        return {**found, "content": self.content} if content else found
 
 
-def _check(images: Tensor, size: tuple[int, ...]) -> None:
+def _check_shape(images: Tensor, size: tuple[int, ...]) -> None:
     if images.dim() != 4 or tuple(images.shape[1:]) != size or not images.is_floating_point():
         raise QuantlensError(
             f"calibration images have shape {list(images.shape)} and type {images.dtype}; the model wants float [N, "
             f"{', '.join(map(str, size))}], prepared with its own mean and deviation"
         )
-    if not bool(torch.isfinite(images).all()):
-        raise QuantlensError("calibration images hold NaN or infinity")
 
 
 # -- views of images -----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Results go to stdout, progress and messages to stderr. Nothing heavy is imported
 
 import ast
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -121,10 +122,14 @@ def show(parts: Iterable[Any], data: Any, file: str | Path | None, what: str) ->
 
 @contextmanager
 def stages(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (what, done, total) that shows one bar per stage on a terminal, and nothing elsewhere."""
+    """A callback (what, done, total) that shows one bar per stage on a terminal; elsewhere a line now and then, with
+    the time that is left, of a stage that takes minutes."""
     out = console(stderr=True)
-    if quiet or not out.is_terminal:
+    if quiet:
         yield lambda what, done, total: None
+        return
+    if not out.is_terminal:
+        yield _Estimate()
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -138,6 +143,30 @@ def stages(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
             progress.update(tasks[what], completed=done, total=total)
 
         yield step
+
+
+class _Estimate:
+    """Lines on stderr: how far a stage is and how long it will go on, :data:`FIRST` seconds after it began where more
+    than a minute is left, and every :data:`AGAIN` seconds."""
+
+    FIRST, AGAIN = 10.0, 300.0
+
+    def __init__(self) -> None:
+        self.began: dict[str, tuple[float, int]] = {}
+        self.told: dict[str, float] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done <= self.began.get(what, (now, done))[1]:  # it begins, or begins again (with the FP32 model)
+            self.began[what] = now, done
+            self.told.pop(what, None)
+        start, first = self.began[what]
+        passed, new = now - start, done - first
+        due = passed >= self.FIRST if what not in self.told else now - self.told[what] >= self.AGAIN
+        left = passed / new * (total - done) if new else 0.0
+        if due and left > 60:
+            self.told[what] = now
+            print(f"{what}: {done} of {total}, about {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
 
 # ---- values of options -----------------------------------------------------------------------------------------------
@@ -202,6 +231,7 @@ def open_run(
     source: str,
     n: int | None,
     seed: int,
+    input_size: int | None = None,
     **reading: Any,
 ) -> tuple[Any, Any]:
     """(float model, calibration images as it reads them) of a command line: what the commands that quantize begin with.
@@ -211,6 +241,6 @@ def open_run(
     from quantlens.evaluation.open_models import open_float
 
     images = open_calibration(source, n, seed)
-    loaded = open_float(model, weights, device)
+    loaded = open_float(model, weights, device, input_size)
     told = partial(step, "decoding calibration images")
     return loaded, as_image_set(images, loaded.preprocess, progress=told, **reading)

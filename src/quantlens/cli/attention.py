@@ -42,6 +42,7 @@ def attention(
     images: Annotated[str, typer.Option(metavar="SOURCE", help="In-distribution images (`quantlens sources`).")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of what is written.")],
     weights: _options.Weights = None,
+    input_size: _options.InputSize = None,
     ood: _options.OodSets = None,
     bits: Annotated[
         str | None, typer.Option(metavar="BITS", help=f"Precisions, separated by commas (default: {BITS}).")
@@ -76,20 +77,22 @@ def attention(
     """See HELP."""
     from quantlens.attention.comparison import check_choice, check_names, compare
     from quantlens.attention.maps import MapSettings
-    from quantlens.evaluation.open_models import open_models
+    from quantlens.evaluation.open_models import checkpoint_of, open_models
     from quantlens.plots.precisions import write_drift
 
     check_writable(out / "drift.json")
     sets, maps = _common.pairs(ood, "--ood"), MapSettings(map, target, discard, fusion, compat)
     check_choice(choose)
     check_names(sets)
-    _check(model, weights, bits, calibration)
+    _check(model, checkpoint_of(model) is not None, weights, bits, calibration)
     reading = _common.reading(skip_bad, no_cache)
     with _common.stages(quiet) as step:
         if calibration is None:
             quantized, reference = open_models(model, weights, device)
         else:
-            reference, learnt = _common.open_run(step, model, weights, device, calibration, n, seed, **reading)
+            reference, learnt = _common.open_run(
+                step, model, weights, device, calibration, n, seed, input_size, **reading
+            )
             quantized = _quantized(reference, learnt, bits or BITS, step, method=method, seed=seed, **settings)
         found = compare(reference, quantized, images, ood=sets, map=maps, limit=limit, progress=step, **reading)
         written = found.save(out, show=show, choose=choose)
@@ -99,10 +102,9 @@ def attention(
     print(f"written: {', '.join(str(path) for path in written)}")
 
 
-def _check(model: str, weights: str | None, bits: str | None, calibration: str | None) -> None:
+def _check(model: str, checkpoint: bool, weights: str | None, bits: str | None, calibration: str | None) -> None:
     """Raises QuantlensError where a checkpoint is to be quantized again or has no FP32 model, and where a model by its
     name has no calibration images."""
-    checkpoint = model.endswith(".safetensors")
     if checkpoint and (bits or calibration):
         raise QuantlensError(f"{model} is quantized already; leave --bits and --calibration out")
     if checkpoint and weights is None:

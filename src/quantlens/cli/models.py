@@ -8,10 +8,11 @@ import typer
 from quantlens.cli import _common
 from quantlens.errors import QuantlensError
 
-HELP = """List the models that ship with quantlens, and say how models of timm are named.
+HELP = """List the models that ship with quantlens, and say how models of timm and of Hugging Face are named.
 
 A tag after a dot chooses the weights of the hub: vit_small_patch16_224.augreg_in21k_ft_in1k. Your own weights are given
-with --weights FILE (.safetensors, .pth, .pt, or .npz of AugReg).
+with --weights FILE (.safetensors, .pth, .pt, .ckpt, or .npz of AugReg). A model of Hugging Face is hf:ID, or hf:DIR for
+a folder of save_pretrained.
 
 [bold]Examples[/bold]
 
@@ -52,4 +53,6 @@ def models(
     print("Any vision transformer of timm by its name, with or without the tag of its weights:")
     for example in EXAMPLES:
         print(f"  {example}")
+    print("Any image classifier or image encoder of Hugging Face, by its ID or the folder of save_pretrained:")
+    print("  hf:google/vit-base-patch16-224")
     print("`quantlens models --filter 'vit*'` lists names; add --tags for the weights of the hub.")

@@ -11,7 +11,8 @@ from quantlens.files import check_writable
 
 HELP = """Quantize a model after training and save it packed: integer codes at their bit width, scales, and a header.
 
-MODEL is a timm name (`quantlens models` lists them) or a model that ships with quantlens.
+MODEL is a timm name (`quantlens models` lists them), hf:ID or hf:DIR of Hugging Face, or a model that ships with
+quantlens.
 
 [bold]Examples[/bold]
 
@@ -34,6 +35,7 @@ def quantize(
     model: _options.ModelName,
     calibration: _options.CalibrationSource,
     weights: _options.Weights = None,
+    input_size: _options.InputSize = None,
     n: _options.CalibrationCount = None,
     method: _options.MethodName = "quantlens-fast",
     bits: Annotated[
@@ -41,6 +43,7 @@ def quantize(
     ] = "W8A8",
     seed: _options.Seed = 0,
     out: Annotated[Path | None, typer.Option(help="The file to write (default: MODEL-BITS.safetensors).")] = None,
+    card: _options.Card = False,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
     no_cache: _options.NoCache = False,
@@ -50,17 +53,24 @@ def quantize(
 ) -> None:
     """See HELP."""
     from quantlens import api
+    from quantlens.report.card import card as write_card, check_place
 
     wanted = api.read_bits(bits)
-    file = out or Path(f"{model.split('/')[-1]}-{api.spelled(wanted).lower()}.safetensors")
+    file = out or Path(f"{Path(model.removeprefix('hf:')).name}-{api.spelled(wanted).lower()}.safetensors")
     check_writable(file)
+    if card:
+        check_place(file.parent, file.name)
     with _common.stages(quiet) as step:
         reading = _common.reading(skip_bad, no_cache)
-        loaded, images = _common.open_run(step, model, weights, device, calibration, n, seed, **reading)
+        loaded, images = _common.open_run(step, model, weights, device, calibration, n, seed, input_size, **reading)
         told = partial(step, f"calibrating by {method}")
         quantized = api.quantize(loaded, images, method=method, bits=wanted, seed=seed, progress=told, **settings)
         quantized.save(file)
+        if card:
+            write_card(file)
     print(f"{file}: {_summary(quantized, len(images), file.stat().st_size)}")
+    if card:
+        print(f"written: {file.parent / 'README.md'}")
 
 
 def _summary(quantized: Any, images: int, written: int) -> str:

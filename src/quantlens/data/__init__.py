@@ -2,9 +2,10 @@
 
 from quantlens.data.cache import cache_directory
 from quantlens.data.embedded import EmbeddedInfo, available_embedded, load_embedded
-from quantlens.data.images import ImageSet, as_image_set, load_images
+from quantlens.data.given import as_image_set
+from quantlens.data.images import ImageSet, load_images
 from quantlens.data.preprocess import Preprocess
-from quantlens.data.sources import Source, SourceKind, available_sources, decode_image, open_source
+from quantlens.data.sources import Source, SourceKind, as_rgb, available_sources, decode_image, open_source
 
 __all__ = [
     "EmbeddedInfo",
@@ -13,6 +14,7 @@ __all__ = [
     "Source",
     "SourceKind",
     "as_image_set",
+    "as_rgb",
     "available_embedded",
     "available_sources",
     "cache_directory",

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -33,12 +34,16 @@ from quantlens.data.sources import sha256_of
 from quantlens.errors import StorageError
 from quantlens.files import write_whole
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # raised when other pixels come out of the same files
 CHECKED_IMAGES = 512  # so many images, evenly spaced, have their CRC compared when an entry is opened
 STALE_SECONDS = 24 * 3600  # a temporary folder this old was left by a process that was killed
 CURE = (
     "free some space, set QUANTLENS_CACHE to a folder on another disk, or use --no-cache to keep the images in memory"
 )
+
+
+KEPT_BYTES = 1 << 30
+"""Images that no file holds are kept in memory up to this size, and beyond it in a temporary file."""
 
 
 class ReadOnlyError(StorageError):
@@ -136,6 +141,54 @@ def write_entry(
     if entry is None:
         raise StorageError(f"the image cache {directory} did not keep what was written to it; {CURE}")
     return entry
+
+
+class Rows:
+    """Arrays [n, ...] of one shape and type, put together along the first axis as they come: in memory up to
+    KEPT_BYTES, beyond that in a file without a name in the cache's folder (`cache_dir` False: in memory). Raises
+    ValueError, naming both shapes, for an array that does not fit, and StorageError where the disk is full."""
+
+    def __init__(self, cache_dir: str | os.PathLike[str] | bool | None = None) -> None:
+        self.cache_dir, self._parts, self._bytes = cache_dir, list[np.ndarray](), 0
+        self._file: Any = None
+
+    def append(self, rows: np.ndarray) -> None:
+        rows = np.ascontiguousarray(rows)
+        if self._parts and (rows.shape[1:], rows.dtype) != (self._parts[0].shape[1:], self._parts[0].dtype):
+            raise ValueError(f"{list(self._parts[0].shape[1:])} and {list(rows.shape[1:])}")
+        self._bytes += rows.nbytes
+        if self._file is not None:
+            self._write([rows])
+            return
+        self._parts.append(rows)
+        if self._bytes > KEPT_BYTES and len(self._parts) > 1 and self.cache_dir is not False:
+            directory = cache_directory(None if isinstance(self.cache_dir, bool) else self.cache_dir)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - as long as its memory map
+            except OSError as error:
+                raise StorageError(
+                    f"{directory} cannot be written ({(error.strerror or str(error)).lower()})"
+                ) from error
+            self._write(self._parts)
+            self._parts = [self._parts[0][:0]]
+
+    def _write(self, parts: list[np.ndarray]) -> None:
+        assert self._file is not None
+        try:
+            for part in parts:
+                self._file.write(part.data)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise StorageError(f"images of {self._bytes / 1e9:.1f} GB cannot be kept ({reason}); {CURE}") from error
+
+    def whole(self) -> np.ndarray:
+        """All rows; of a file, a memory map that may be written and does not change it."""
+        if self._file is None:
+            return self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
+        self._file.flush()
+        first = self._parts[0]
+        return np.memmap(self._file, first.dtype, "c").reshape(-1, *first.shape[1:])
 
 
 def _remove_stale(directory: Path) -> None:

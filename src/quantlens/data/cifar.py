@@ -71,6 +71,8 @@ def open_cifar(spec: SourceSpec) -> ArraySource:
             if all(path.is_file() for path in paths):
                 pixels, labels = map(np.concatenate, zip(*(read(path, layout) for path in paths), strict=True))
                 return _source(spec, layout, split, paths, pixels, labels)
+    if any(root.glob("*.parquet")):
+        raise QuantlensError(f"source {spec.text!r}: {root} holds parquet files; write parquet:{spec.path}")
     raise QuantlensError(
         f"source {spec.text!r}: neither {', '.join(binary)} nor {', '.join(python)} is in {root}; "
         f"unpack {layout.folders[1]}'s archive there"

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from quantlens.data.label_files import find_label_file, read_label_file
 from quantlens.data.sources import IMAGE_SUFFIXES, FileSource, SourceSpec
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.files import package_file
@@ -102,12 +103,28 @@ def _timm_lines(file: str) -> list[str]:
 
 def open_imagenet(spec: SourceSpec) -> FileSource:
     """`imagenet:DIR`: wnid folders, or files `nXXXXXXXX_*` or `*_nXXXXXXXX.*`; the label is the rank of the
-    wnid among the 1000, so a subset of the classes keeps its true labels.
+    wnid among the 1000, so a subset of the classes keeps its true labels. A folder without wnids has its labels in a
+    file (:func:`~quantlens.data.label_files.read_label_file`): `?labels=FILE`, or one of the usual names beside it.
     """
     source = open_images(spec)
-    rank = {wnid: k for k, wnid in enumerate(imagenet_wnids())}
-    labels = np.array([rank[_wnid(spec, name, rank)] for name in source.names], dtype=np.int64)
-    return replace(source, labels=labels, class_names=list(imagenet_class_names()))
+    names = list(imagenet_class_names())
+    wnids = {wnid: k for k, wnid in enumerate(imagenet_wnids())}
+    given = spec.options.get("labels")
+    file = None if given is None else Path(given).expanduser()
+    if file is None and not any(map(_named_wnid, source.names)):
+        file = find_label_file(source.root)
+    if file is not None:
+        labels = read_label_file(spec.text, file, source.names, wnids)
+        return replace(source, labels=labels, class_names=names, listed=True)
+    labels = np.array([wnids[_wnid(spec, name, wnids)] for name in source.names], dtype=np.int64)
+    return replace(source, labels=labels, class_names=names)
+
+
+def _named_wnid(name: str) -> str | None:
+    """The wnid in a file's own name or in the folder next to it that has one."""
+    *folders, file = name.split("/")
+    found = re.match(r"(n\d{8})_", file) or re.search(r"_(n\d{8})\.", file)
+    return found[1] if found else next((f for f in reversed(folders) if WNID.fullmatch(f)), None)
 
 
 def _wnid(spec: SourceSpec, name: str, rank: dict[str, int]) -> str:
@@ -118,8 +135,9 @@ def _wnid(spec: SourceSpec, name: str, rank: dict[str, int]) -> str:
     in_folder = next((f for f in reversed(folders) if WNID.fullmatch(f)), None)
     if in_folder is None and in_file is None:
         raise QuantlensError(
-            f"{where} has no wnid in its name (n01440764_1.JPEG) or its folder's (n01440764); rename the folder, "
-            f"or use imagefolder:{spec.path}, or images:{spec.path} for images without labels"
+            f"{where} has no wnid in its name (n01440764_1.JPEG) or its folder's (n01440764); rename the folder, name "
+            f"a file of labels (?labels=val.txt), or use imagefolder:{spec.path}, or images:{spec.path} for images "
+            "without labels"
         )
     if in_folder and in_file and in_folder != in_file[1]:
         raise QuantlensError(f"{where} is named after {in_file[1]} and lies in {in_folder}; move it to its own folder")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantlens import _moved
 from quantlens.data import cache
 from quantlens.data.preprocess import Preprocess
 from quantlens.data.sources import FINGERPRINT_DIGITS, Source, open_source
@@ -29,8 +30,8 @@ class ImageSet:
     """N images of one size, in memory or as a memory map of the cache.
 
     Either `pixels` (uint8 [N,3,H,W], normalised with `preprocess` when used) or `values` (float32 [N,3,H,W],
-    used as they are) is there. `labels` is int64 [N] or None. `skipped` has (name, reason) of every bad image
-    that was left out.
+    used as they are) is there. `labels` is int64 [N], int64 [N,L] of 0 and 1 where an image has several, or None.
+    `skipped` has (name, reason) of every bad image that was left out.
     """
 
     names: list[str]
@@ -58,7 +59,8 @@ class ImageSet:
     def batches(
         self, batch_size: int = 64, device: str | torch.device = "cpu"
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """(float32 [B,3,H,W], int64 [B] or None) for each batch in order; one batch at a time is in memory.
+        """(float32 [B,3,H,W], int64 [B] or None) for each batch in order; one batch at a time is in memory, for a GPU
+        two, the second being read while it computes.
 
         The normalisation is done on the CPU, so that every device gets the same numbers.
         """
@@ -66,10 +68,15 @@ class ImageSet:
 
         if batch_size < 1:
             raise QuantlensError(f"batch size {batch_size} is not a positive number; give 1 or more")
-        for start in range(0, len(self), batch_size):
-            stop = min(start + batch_size, len(self))
-            labels = None if self.labels is None else torch.from_numpy(self.labels[start:stop].copy()).to(device)
-            yield self.tensor(start, stop).to(device), labels
+        starts, cuda = range(0, len(self), batch_size), torch.device(device).type == "cuda"
+
+        def read(start: int) -> torch.Tensor:
+            images = self.tensor(start, min(start + batch_size, len(self)))
+            return images.pin_memory() if cuda and images.device.type == "cpu" else images
+
+        for start, images in zip(starts, _ahead(read, starts) if cuda else map(read, starts), strict=True):
+            labels = None if self.labels is None else torch.from_numpy(self.labels[start : start + len(images)].copy())
+            yield images.to(device, non_blocking=cuda), None if labels is None else labels.to(device)
 
     def select(self, indices: np.ndarray) -> ImageSet:
         """Only these images, in this order; pixels of a memory map are copied."""
@@ -110,6 +117,18 @@ class ImageSet:
     def __repr__(self) -> str:
         labels = "no labels" if self.labels is None else "labels"
         return f"<ImageSet {self.source}: {len(self)} images, {labels}, {len(self.skipped)} skipped>"
+
+
+def _ahead(read: Callable[[int], torch.Tensor], starts: Sequence[int]) -> Iterator[torch.Tensor]:
+    """`read` of each start, by a thread that is one ahead of what is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="quantlens-batch") as pool:
+        coming = pool.submit(read, starts[0]) if len(starts) else None
+        for following in [*starts[1:], None]:
+            if coming is None:
+                return
+            images = coming.result()
+            coming = None if following is None else pool.submit(read, following)
+            yield images
 
 
 def load_images(
@@ -228,117 +247,4 @@ def _bad_image(source: Source, position: int, reason: str) -> BadImageError:
     )
 
 
-def as_image_set(
-    x: Any,
-    preprocess: Preprocess | None = None,
-    name: str = "tensor",
-    *,
-    cache_dir: CacheDir = None,
-    skip_bad: bool = False,
-    progress: Progress | None = None,
-) -> ImageSet:
-    """Anything a person may give as images, as an ImageSet.
-
-    - an ImageSet: itself, with `preprocess`'s normalisation where one is given (its sizes must agree);
-    - a Source or a SOURCE text: loaded with `preprocess`, which is then needed;
-    - a float tensor or array [N,3,H,W], or a pair (tensor, labels): used as they are, already normalised;
-    - an iterable of such tensors or pairs (a DataLoader): read once and kept whole in memory, so that FP32
-      and quantized models see the same images in the same order.
-
-    `name` is the source's name in results for tensors. Raises QuantlensError where shapes, types or labels do
-    not fit.
-    """
-    if isinstance(x, ImageSet):
-        return _with_preprocess(x, preprocess)
-    if isinstance(x, (Source, str)):
-        if preprocess is None:
-            raise QuantlensError(
-                f"{x if isinstance(x, str) else x.spec}: preprocess is missing; give the model's own, model.preprocess"
-            )
-        return load_images(x, preprocess, cache_dir=cache_dir, skip_bad=skip_bad, progress=progress)
-    labelled = isinstance(x, tuple | list) and len(x) == 2 and _is_array(x[0]) and getattr(x[1], "ndim", 0) != 4
-    if _is_array(x) or labelled:
-        x = [x]
-    if isinstance(x, Iterable) and not isinstance(x, dict | bytes):
-        return _from_batches([_batch(item, name) for item in x], name)
-    raise QuantlensError(
-        f"{name}: cannot read images from a {type(x).__name__}; give a SOURCE such as imagenet:DIR, a float tensor "
-        "[N,3,H,W], a pair (tensor, labels), or an iterable of them"
-    )
-
-
-def _with_preprocess(images: ImageSet, preprocess: Preprocess | None) -> ImageSet:
-    if preprocess is None or images.pixels is None or images.preprocess == preprocess:
-        return images
-    assert images.preprocess is not None
-    if images.preprocess.image_key() != preprocess.image_key():
-        raise QuantlensError(
-            f"{images.source} was prepared as {images.preprocess.image_key()} and the model expects "
-            f"{preprocess.image_key()}; load the images with the model's own preprocess"
-        )
-    return replace(images, preprocess=preprocess)
-
-
-def _is_array(x: Any) -> bool:
-    import torch
-
-    return isinstance(x, np.ndarray | torch.Tensor)
-
-
-def _batch(item: Any, name: str) -> tuple[torch.Tensor, np.ndarray | None]:
-    """A batch that a person gives, as float32 [N,3,H,W] on the CPU and int64 [N] or None."""
-    import torch
-
-    x, y = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
-    if not _is_array(x):
-        raise QuantlensError(
-            f"{name}: a batch is a {type(x).__name__}; each must be a float tensor [B,3,H,W] or a pair (tensor, labels)"
-        )
-    tensor = torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x.detach()
-    if tensor.ndim != 4 or tensor.shape[1] != 3:
-        raise QuantlensError(f"{name}: images have shape {list(tensor.shape)}; give [N,3,H,W]")
-    if not tensor.is_floating_point():
-        raise QuantlensError(
-            f"{name}: images are {str(tensor.dtype).removeprefix('torch.')}; give normalised float "
-            "values (x / 255 - mean) / std"
-        )
-    values = tensor.to(device="cpu", dtype=torch.float32).contiguous()
-    if y is None:
-        return values, None
-    labels = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
-    if labels.shape != values.shape[:1] or labels.dtype.kind not in "iu":
-        raise QuantlensError(
-            f"{name}: labels have shape {list(labels.shape)} and type {labels.dtype}; give one whole number for each "
-            f"of the {len(values)} images"
-        )
-    return values, labels.astype(np.int64)
-
-
-def _from_batches(batches: list[tuple[torch.Tensor, np.ndarray | None]], name: str) -> ImageSet:
-    import torch
-
-    if not batches:
-        raise QuantlensError(
-            f"{name}: the iterable gives no batch; give at least one (a generator can be read only once)"
-        )
-    values, labels = zip(*batches, strict=True)
-    shapes = {tuple(v.shape[1:]) for v in values}
-    if len(shapes) > 1:
-        raise QuantlensError(f"{name}: batches of different sizes {sorted(shapes)}; resize all images to one size")
-    labelled = [y for y in labels if y is not None]
-    if len(labelled) not in (0, len(labels)):
-        raise QuantlensError(f"{name}: some batches have labels and some have none; give labels for all or for none")
-    whole = values[0] if len(values) == 1 else torch.cat(values)
-    if not len(whole):
-        raise QuantlensError(f"{name}: there is no image in it; give at least one")
-    if not bool(torch.isfinite(whole).all()):
-        raise QuantlensError(f"{name}: the images hold NaN or infinity; look at the transform that made them")
-    digest = hashlib.sha256(str(tuple(whole.shape)).encode())
-    digest.update(whole.numpy().data)
-    return ImageSet(
-        names=[f"{name}/{k}" for k in range(len(whole))],
-        labels=np.concatenate(labelled) if labelled else None,
-        source=name,
-        fingerprint=digest.hexdigest()[:FINGERPRINT_DIGITS],
-        values=whole,
-    )
+__getattr__ = _moved.finder(__name__)

@@ -1,10 +1,12 @@
 """Where images come from: the SOURCE grammar, and the two kinds of source (files, arrays).
 
-    KIND:PATH                    imagenet:DIR imagefolder:DIR images:DIR cifar10:DIR cifar100:DIR coco:DIR embedded:NAME
+    KIND:PATH                    imagenet:DIR, images:DIR, parquet:FILE, hf:USER/SET …: `kinds.KINDS` lists them all
     KIND:PATH[a:b]               images a to b (b excluded) in sorted order, as in Python: ends may be open or negative
     KIND:PATH[a:b:s]             every s-th of them: [::2] and [1::2] are two halves that share no image
     KIND:PATH?n=200&seed=0       a random sample of 200 (seed 0 where none is given), from the slice if there is one
-    KIND:PATH/                   a folder whose name ends like one of these: what stands before a slash is its name
+    KIND:PATH?key=value          what a kind has keys for (`KINDS`): ?split=test&n=200
+    KIND:PATH/                   a file or folder whose name ends like one of these: what stands before a slash is its
+                                 name, images:im[0:4]/ and images:why?/[0:4]
 
 Images are sorted by their path below DIR, compared character by character. A sample keeps the order in which
 it was drawn, so that the sample of 32 images is the beginning of the sample of 64 with the same seed.
@@ -13,6 +15,7 @@ it was drawn, so that the sample of 32 images is the beginning of the sample of 
 import hashlib
 import os
 import re
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -58,6 +61,8 @@ def parse_spec(text: str) -> SourceSpec:
     if kind not in KINDS:
         raise UnknownNameError("source kind", kind, KINDS, hint="a source is written KIND:PATH")
     path, question, query = rest.rpartition("?") if "?" in rest.rpartition("/")[2] else (rest, "", "")
+    if "labels" in KINDS[kind].options and (named := re.search(r"\?(?:[^/?]*&)?labels=[^?]*$", rest)):
+        path, question, query = rest[: named.start()], "?", rest[named.start() + 1 :]  # its value may hold slashes
     given = _query(text, query, KINDS[kind].options) if question else {}
     rows = slice(None)
     if (bracket := re.search(r"\[([^\[\]/\\]*)\]$", path)) and re.fullmatch(r"[-+\d:\s]*", bracket[1]):
@@ -156,6 +161,10 @@ class Source(ABC):
         }
         return replace(self, names=[self.names[i] for i in rows], **arrays)
 
+    def label_marks(self) -> list[str]:
+        """A text per image that tells its label, for fingerprints."""
+        return [""] * len(self) if self.labels is None else [f"\0{label}" for label in self.labels.tolist()]
+
     def describe(self, index: int) -> str:
         """What to call image `index` in a message."""
         return f"{self.name}/{self.names[index]}"
@@ -166,9 +175,11 @@ class Source(ABC):
 
 @dataclass(repr=False, eq=False)
 class FileSource(Source):
-    """Image files below `root`; `names` are their paths relative to it, with forward slashes."""
+    """Image files below `root`; `names` are their paths relative to it, with forward slashes. listed: the labels come
+    from a file of their own, not from the names."""
 
     root: Path = field(kw_only=True)
+    listed: bool = field(default=False, kw_only=True)
 
     def image(self, index: int) -> Image.Image:
         return decode_image(self.describe(index))
@@ -178,7 +189,9 @@ class FileSource(Source):
 
     def fingerprint(self) -> str:
         """Hash of the sorted relative names and file sizes: the same wherever the folder lies."""
-        return sha256_of(sorted(f"{name}\0{size}" for name, size, _ in self._files()))[:FINGERPRINT_DIGITS]
+        marks = self.label_marks() if self.listed else [""] * len(self)
+        lines = (f"{name}\0{size}{mark}" for (name, size, _), mark in zip(self._files(), marks, strict=True))
+        return sha256_of(sorted(lines))[:FINGERPRINT_DIGITS]
 
     def identity(self) -> list[str]:
         root = self.root.resolve()
@@ -273,11 +286,8 @@ def available_sources() -> dict[str, SourceKind]:
 
 
 def decode_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
-    """Read `file` completely and return it as an RGB image.
-
-    As timm and torchvision do, the file is decoded in full (no JPEG `draft`), converted by PIL's `convert("RGB")`
-    (CMYK, palette and grey are converted, transparency is dropped), and the EXIF orientation is *not* applied. Only
-    16-bit grey is scaled to 8 bits, where PIL clips everything above 255 to white.
+    """Read `file` completely and return it as an RGB image, upright: see :func:`as_rgb`. JPEG is decoded in full (no
+    `draft`); of an animation the first picture is taken.
 
     Raises BadImageError with the reason alone (the caller names the file): empty, truncated, not an image,
     too many pixels (PIL's limit against decompression bombs), or numbers without a stated range (32-bit
@@ -290,7 +300,7 @@ def decode_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > 2 * limit:
                 raise Image.DecompressionBombError
-            return _rgb(image)
+            return as_rgb(image)
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
@@ -303,7 +313,17 @@ def decode_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
         raise BadImageError(f"it is damaged: {str(error).strip().rstrip('.') or type(error).__name__}") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as an RGB image, upright; the one way for files, data sets and PIL images.
+
+    The orientation that EXIF states is applied, as viewers, Hugging Face `datasets` and OpenCV do, and as timm and
+    torchvision do not: a camera's picture is not seen lying on its side. Modes are converted by PIL's
+    `convert("RGB")` as timm and torchvision do (CMYK, palette and grey are converted, transparency is dropped);
+    only 16-bit grey is scaled to 8 bits, where PIL clips everything above 255 to white. Raises BadImageError for
+    grey values without a stated range.
+    """
+    image.load()
+    turn = _TURNS.get(_orientation(image))
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
         if values.size and not 0 <= values.min() <= values.max() <= 65535:
@@ -313,7 +333,29 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(np.round(values / 257).astype(np.uint8))
     if image.mode == "F":
         raise BadImageError("its grey values are floating-point numbers of unknown range; save it with 8 bits")
-    image.load()
-    if image.mode != "RGB":
-        image.info.pop("transparency", None)  # dropped anyway; PIL would warn about it in a palette
-    return image.convert("RGB")
+    if image.mode != "RGB" and "transparency" in image.info:
+        image = image.copy()
+        image.info.pop("transparency")  # dropped anyway; PIL would warn about it in a palette
+    image = image.convert("RGB") if turn is None else image.convert("RGB").transpose(turn)
+    image.info = {}  # so that nothing turns it again
+    return image
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what puts the picture upright."""
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of a loaded image (Pillow has turned a TIFF by then); 1 where its EXIF is damaged."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except (OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, struct.error):
+        return 1

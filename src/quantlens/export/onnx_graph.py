@@ -6,7 +6,7 @@ pairs into integer kernels. Formats without such operators can be written as flo
 (``simulate``).
 """
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from quantlens.errors import UnsupportedError
 from quantlens.export.onnx_file import Initializer
+from quantlens.export.onnx_values import Size, constants, described, kind_of, values
 from quantlens.formats import LEAST, MOST, PARTS, AdaLog, GroupScaled, Log, Quantizer, SqrtSoftmax, Uniform
 from quantlens.graph import Graph
 
@@ -29,6 +30,10 @@ no use to kernels)."""
 WEIGHT_TYPES = CODE_TYPES | {(bits, True): "INT8" for bits in (5, 6, 7)}
 """The same for weights: codes of 5 to 7 bits are codes of 8. An activation's would have to be clipped apart."""
 
+KINDS: dict[str, tuple[Any, int]] = {"float": (np.float32, 1), "int": (np.int64, 7), "bool": (np.bool_, 9)}
+"""Kind of a value -> its type in NumPy and ONNX's number of it. A file has no others: half precision is computed in
+float32."""
+
 TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -42,20 +47,28 @@ class Emitter:
         self.graph, self.quantizers, self.simulate = graph, quantizers, simulate
         self.nodes: list[Any] = []
         self.constants: dict[str, Initializer] = {}
-        self.names: dict[fx.Node, str] = {}
+        self.names: dict[fx.Node, Any] = {}
+        self.folded = constants(graph)
+        self.values = values(graph, self.folded)
         self.edges = graph.sites.edges_by_node
         self._count = 0
         self._placed: dict[tuple[str, str], str] = {}
 
     # -- writing ------------------------------------------------------------------------------------------------------
     def op(self, kind: str, *inputs: Any, out: str | None = None, **attributes: Any) -> str:
-        """One node with one output; returns the output's name. An input that is no name is written as a constant."""
+        """One node with one output; returns the output's name. An input that is no name is written as a constant, None
+        is an input left out."""
+        return self.ops(kind, *inputs, outs=[out or self._fresh(kind)], **attributes)[0]
+
+    def ops(self, kind: str, *inputs: Any, outs: Sequence[str] | int, **attributes: Any) -> list[str]:
+        """The same with several outputs: their names, or how many."""
         from onnx import helper
 
-        names = [value if isinstance(value, str) else self.constant(value) for value in inputs]
-        name = out or self._fresh(kind)
-        self.nodes.append(helper.make_node(kind, names, [name], name=f"{name}.op", **attributes))
-        return name
+        filled = ("" if value is None else value for value in inputs)
+        names = [value if isinstance(value, str) else self.constant(value) for value in filled]
+        found = [self._fresh(kind) for _ in range(outs)] if isinstance(outs, int) else list(outs)
+        self.nodes.append(helper.make_node(kind, names, found, name=f"{found[0]}.op", **attributes))
+        return found
 
     def _fresh(self, stem: str) -> str:
         self._count += 1
@@ -64,9 +77,12 @@ class Emitter:
     def constant(self, value: Any, name: str | None = None) -> str:
         """An initializer from a tensor, array, number (float32) or list of integers (int64); the same array under one
         name is written once."""
-        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-        if array.dtype == np.float64:
-            array = array.astype(np.float32)
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            value = (value.float() if kind_of(value.dtype) == "float" else value).numpy()
+        array = np.asarray(value)
+        kind = "float" if array.dtype.kind == "f" else "bool" if array.dtype.kind == "b" else "int"
+        array = array.astype(KINDS[kind][0], copy=False)
         name = name or self._fresh("const")
         self.constants.setdefault(name, Initializer.of(name, array))
         return name
@@ -84,6 +100,14 @@ class Emitter:
         self.constants[name] = Initializer(proto, raw.nbytes, raw.tobytes)
         return name
 
+    def info(self, name: str, kind: str, sizes: Sequence[Any]) -> Any:
+        """What a file says of an input or output. The batch is "batch", a multiple of it is called after it."""
+        from onnx import helper
+
+        said = [f"{s.per_image}*batch+{s.fixed}" if isinstance(s, Size) else s for s in sizes]
+        dims = ["batch" if size == Size(1) else text for size, text in zip(sizes, said, strict=True)]
+        return helper.make_tensor_value_info(name, KINDS[kind][1], dims)
+
     # -- values ------------------------------------------------------------------------------------------------------
     def output(self, node: fx.Node, name: str) -> str:
         """The value of a node as its readers see it: after the quantizer of its output edge, if there is one."""
@@ -94,14 +118,34 @@ class Emitter:
         argument: Any = node.args[position]
         return self._quantized(node, position, self.read(argument), argument)
 
-    def read(self, argument: Any) -> str:
-        """A node's value or a number, without the quantizer of an edge."""
-        if isinstance(argument, fx.Node):
-            constant = self.graph.constant(argument)
-            return self.names[argument] if constant is None else self.constant(constant, str(argument.target))
-        if isinstance(argument, int | float):
-            return self.constant(float(argument))
-        raise UnsupportedError(f"export cannot read an argument of type {type(argument).__name__}")
+    def read(self, argument: Any, kind: str | None = None) -> str:
+        """A node's value or a number, without the quantizer of an edge; as another kind on request."""
+        if not isinstance(argument, fx.Node):
+            return self.constant(KINDS[kind or "float"][0](argument))
+        if argument.meta.get("symbolic"):
+            size = self.op("Squeeze", self.shape([self.values[argument]]), [0])
+            return self.cast(size, "int", kind)
+        held = self.known(argument)
+        if held is None:
+            name = self.names[argument]
+        else:
+            name = self.constant(held, str(argument.target) if argument.op == "get_attr" else f"{argument.name}.folded")
+        return self.cast(name, self.values[argument].kind, kind)
+
+    def known(self, argument: Any) -> Tensor | None:
+        """The tensor that a node always gives; None for one that depends on an input."""
+        return self.folded.get(argument) if argument in self.folded else self.graph.constant(argument)
+
+    def operand(self, node: fx.Node, position: int, kind: str | None = None) -> str:
+        """As :meth:`value`, as a kind."""
+        argument: Any = node.args[position]
+        if not isinstance(argument, fx.Node) or argument.meta.get("symbolic"):
+            return self.read(argument, kind)
+        return self.cast(self.value(node, position), self.values[argument].kind, kind)
+
+    def cast(self, name: str, kind: str, wanted: str | None) -> str:
+        """A value of one kind as another (None: as it is)."""
+        return name if wanted in (None, kind) else self.op("Cast", name, to=KINDS[str(wanted)][1])
 
     def _quantized(self, node: fx.Node, position: int | None, source: str, read: fx.Node) -> str:
         """A value through the quantizer of an edge, if it has one. The same parameters on the same value are written
@@ -142,7 +186,9 @@ class Emitter:
             return self.constant(turned(quantizer(weight)), f"{key}.value")
         codes = self.codes(turned(quantizer.encode(weight)), quantizer, f"{key}.codes")
         scale, zero, axis = self._parameters(quantizer, key)
-        return self.op("DequantizeLinear", codes, scale, zero, out=f"{key}.value", **{k: int(transpose) for k in axis})
+        if transpose:
+            axis = {name: 1 - where % 2 for name, where in axis.items()}
+        return self.op("DequantizeLinear", codes, scale, zero, out=f"{key}.value", **axis)
 
     # -- quantizers ---------------------------------------------------------------------------------------------------
     def _parameters(self, quantizer: Uniform, key: str) -> tuple[str, str, dict[str, Any]]:
@@ -212,6 +258,38 @@ class Emitter:
         return self.op("Gather", quantizer.levels, self.op("Cast", code, to=7))
 
     # -- shapes -------------------------------------------------------------------------------------------------------
+    def shape(self, sizes: Sequence[Any]) -> str:
+        """Sizes as int64 [n]."""
+        if not any(isinstance(size, Size) for size in sizes):
+            return self.constant([int(size) for size in sizes] or np.zeros(0, np.int64))
+        parts = [self._size(size) if isinstance(size, Size) else self.constant([size]) for size in sizes]
+        return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
+
+    def _size(self, size: Size) -> str:
+        name = self.batch()
+        name = name if size.per_image == 1 else self.op("Mul", name, [size.per_image])
+        return name if size.fixed == 0 else self.op("Add", name, [size.fixed])
+
+    def reshape(self, name: str, sizes: Sequence[Any]) -> str:
+        """A value in other sizes; the one that follows the batch, if it is one, is left to the runtime."""
+        if sum(isinstance(size, Size) for size in sizes) == 1:
+            sizes = [-1 if isinstance(size, Size) else size for size in sizes]
+        return self.op("Reshape", name, self.shape(sizes))
+
+    def sizes(self, node: Any) -> tuple[Any, ...]:
+        """The sizes of what a node gives."""
+        return tuple(self.values[node].shape)
+
+    def axis(self, node: Any, dim: int) -> int:
+        """A dimension of what a node gives, from 0."""
+        return int(dim) % max(1, len(self.sizes(node)))
+
+    def whole(self, node: fx.Node, *sizes: Any) -> list[int]:
+        """Sizes that must not follow the batch. Raises UnsupportedError for those that do."""
+        if any(not isinstance(size, int) for size in sizes):
+            raise UnsupportedError(f"export cannot write {described(node)} along the batch")
+        return list(sizes)
+
     def batch(self) -> str:
         """The batch size as int64 [1]."""
         if "batch" not in {n.output[0] for n in self.nodes}:

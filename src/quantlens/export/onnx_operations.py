@@ -1,62 +1,79 @@
-"""The graph as ONNX operators: one function per ATen operation, shapes from the captured graph, the batch dynamic."""
+"""The graph as ONNX operators: one function or one line of data per ATen operation, the batch dynamic.
 
-from collections.abc import Callable
+Operations that depend on no input are computed here and written as constants.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import fx
 
 from quantlens.errors import UnsupportedError
+from quantlens.export.onnx_arithmetic import ARITHMETIC, Writer
 from quantlens.export.onnx_graph import Emitter
+from quantlens.export.onnx_moves import MOVES
+from quantlens.export.onnx_spatial import SPATIAL
+from quantlens.export.onnx_values import described, is_size
 from quantlens.graph.graph import argument, op_name
 
-Writer = Callable[[Emitter, fx.Node], str]
 
-LAST = (1 << 31) - 1
-"""The end of a slice that has none."""
+def write_graph(e: Emitter, inputs: Sequence[str] = ("images",)) -> list[str]:
+    """Write every node of the emitter's graph, whose inputs have these names; returns the names of its outputs.
+
+    Raises UnsupportedError, before anything is written, naming the operations that are not known.
+    """
+    written = [n for n in e.graph.fx.nodes if n.op == "call_function" and not is_size(n) and n not in e.folded]
+    unknown = dict.fromkeys(described(node) for node in written if op_name(node) not in OPERATIONS)
+    if unknown:
+        shown = list(unknown)[:3]
+        more = f" and {len(unknown) - len(shown)} more" if len(unknown) > len(shown) else ""
+        raise UnsupportedError(
+            f"export knows no ONNX operator for {', '.join(shown)}{more}; please report it with the model's name"
+        )
+    for node, name in zip(e.graph.inputs, inputs, strict=True):
+        e.names[node] = e.output(node, name)
+    for node in written:
+        made = OPERATIONS[op_name(node)](e, node)
+        e.names[node] = e.output(node, made) if isinstance(made, str) else made
+    return [e.read(node) for node in e.graph.outputs]
 
 
-def write_graph(e: Emitter) -> str:
-    """Write every node of the emitter's graph; returns the name of the logits."""
-    for node in e.graph.fx.nodes:
-        if node.op == "placeholder":
-            e.names[node] = e.output(node, "images")
-        elif node.op == "call_function" and not node.meta.get("symbolic"):
-            kind = op_name(node)
-            if kind.startswith("aten.sym_size"):
-                continue
-            if kind not in OPERATIONS:
-                raise UnsupportedError(
-                    f"export knows no ONNX operator for {kind} ({node.meta.get('module') or 'the model'}); "
-                    "please report it with the model's name"
-                )
-            e.names[node] = e.output(node, OPERATIONS[kind](e, node))
-    return e.names[e.graph.output]
+# ---- layers with weights ---------------------------------------------------------------------------------------------
 
 
 def _linear(e: Emitter, node: fx.Node) -> str:
-    product, bias = e.op("MatMul", e.value(node), e.weight(node, transpose=True)), argument(node, "bias")
+    if e.known(node.args[1]) is None:
+        turned = list(range(len(e.sizes(node.args[1]))))
+        weight = e.op("Transpose", e.value(node, 1), perm=turned[:-2] + turned[-2:][::-1])
+    else:
+        weight = e.weight(node, transpose=True)
+    product, bias = e.op("MatMul", e.value(node), weight), argument(node, "bias")
     return product if bias is None else e.op("Add", product, e.read(bias))
 
 
 def _conv(e: Emitter, node: fx.Node) -> str:
-    if argument(node, "transposed"):
-        raise UnsupportedError("export does not know transposed convolutions")
+    """Convolutions of one, two or three dimensions, transposed or not."""
+    kernel = e.sizes(node.args[1])[2:]
 
-    def two(name: str) -> list[int]:
-        value = argument(node, name)
-        return [value, value] if isinstance(value, int) else [value[0], value[-1]]
+    def each(name: str, default: Any = 0) -> list[int]:
+        value = argument(node, name, default)
+        value = [value] if isinstance(value, int) else list(value)
+        return value * (len(kernel) // len(value))
 
-    attributes: dict[str, Any] = {"strides": two("stride"), "dilations": two("dilation")}
+    attributes: dict[str, Any] = {"strides": each("stride"), "dilations": each("dilation")}
     padding, bias = argument(node, "padding"), argument(node, "bias")
-    if isinstance(padding, str):
-        attributes["auto_pad"] = "VALID" if padding == "valid" else "SAME_UPPER"
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(attributes["dilations"], kernel, strict=True)]
+        attributes["pads"] = [t // 2 for t in total] + [t - t // 2 for t in total]
     else:
-        attributes["pads"] = two("padding") * 2
-    inputs = [e.value(node), e.weight(node), *([] if bias is None else [e.read(bias)])]
-    kernel = argument(node, "weight").meta["shape"][2:]
-    return e.op("Conv", *inputs, kernel_shape=kernel, group=argument(node, "groups"), **attributes)
+        attributes["pads"] = [0] * 2 * len(kernel) if padding == "valid" else each("padding") * 2
+    kind = "Conv"
+    if argument(node, "transposed", "transpose" in op_name(node)):
+        kind, attributes["output_padding"] = "ConvTranspose", each("output_padding")
+    weight = e.value(node, 1) if e.known(node.args[1]) is None else e.weight(node)
+    inputs = [e.value(node), weight, *([] if bias is None else [e.read(bias)])]
+    return e.op(kind, *inputs, kernel_shape=list(kernel), group=argument(node, "groups"), **attributes)
 
 
 def _layer_norm(e: Emitter, node: fx.Node) -> str:
@@ -66,164 +83,71 @@ def _layer_norm(e: Emitter, node: fx.Node) -> str:
     return e.op("LayerNormalization", *inputs, axis=-len(shape), epsilon=float(argument(node, "eps")))
 
 
-def _binary(kind: str) -> Writer:
-    def write(e: Emitter, node: fx.Node) -> str:
-        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
-            raise UnsupportedError(f"export does not know {op_name(node)} with {dict(node.kwargs)}")
-        return e.op(kind, e.value(node, 0), e.value(node, 1))
-
-    return write
-
-
-def _reshape(e: Emitter, node: fx.Node) -> str:
-    dims = node.meta["shape"]
-    if dims.count(None) > 1:
-        raise UnsupportedError(f"export cannot reshape to {dims}: more than one dimension follows the batch")
-    return e.op("Reshape", e.value(node), [-1 if d is None else d for d in dims])
+def _rms_norm(e: Emitter, node: fx.Node) -> str:
+    x, scale, eps = e.value(node), argument(node, "weight"), argument(node, "eps")
+    axes = list(range(-len(argument(node, "normalized_shape")), 0))
+    power = e.op("ReduceMean", e.op("Mul", x, x), axes, keepdims=1)
+    eps = float(np.finfo(np.float32).eps if eps is None else eps)
+    normed = e.op("Div", x, e.op("Sqrt", e.op("Add", power, eps)))
+    return normed if scale is None else e.op("Mul", normed, e.read(scale))
 
 
-def _permute(e: Emitter, node: fx.Node) -> str:
-    """permute and transpose: the order in which the dimensions of a small array end up."""
-    rank = len(node.meta["shape"])
-    order = node.target(torch.empty(*range(rank), device="meta"), *node.args[1:]).shape  # type: ignore[operator]
-    return e.op("Transpose", e.value(node), perm=list(order))
+def _batch_norm(e: Emitter, node: fx.Node) -> str:
+    if argument(node, "training") or argument(node, "running_mean") is None:
+        raise UnsupportedError(f"export cannot write {described(node)} with the statistics of its batch")
+    width, inputs = e.sizes(node.args[0])[1], []
+    for name, fill in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+        given = argument(node, name)
+        inputs.append(np.full(width, fill, np.float32) if given is None else e.read(given))
+    return e.op("BatchNormalization", e.value(node), *inputs, epsilon=float(argument(node, "eps")))
 
 
-def _select(e: Emitter, node: fx.Node) -> str:
-    return e.op("Gather", e.value(node), np.int64(argument(node, "index")), axis=argument(node, "dim"))
-
-
-def _index_select(e: Emitter, node: fx.Node) -> str:
-    index, axis = e.graph.constant(argument(node, "index")), argument(node, "dim")
-    assert index is not None
-    wanted = index.tolist()
-    if wanted == list(range(wanted[0], wanted[0] + len(wanted))):
-        return _slice_of(e, e.value(node), axis, wanted[0], wanted[0] + len(wanted))
-    return e.op("Gather", e.value(node), wanted, axis=axis)
-
-
-def _getitem(e: Emitter, node: fx.Node) -> str:
-    """A piece of unbind, split or chunk."""
-    parent, index = node.args
-    source, axis = e.names[parent], argument(parent, "dim")
-    if op_name(parent) == "aten.unbind.int":
-        return e.op("Gather", source, np.int64(index), axis=axis)
-    whole, sizes = parent.args[0].meta["shape"][axis], parent.args[1]
-    if isinstance(sizes, int):
-        step = sizes if op_name(parent) == "aten.split.Tensor" else -(-whole // sizes)
-        start = index * step
-        return _slice_of(e, source, axis, start, min(start + step, whole))
-    start = sum(sizes[:index])
-    return _slice_of(e, source, axis, start, start + sizes[index])
-
-
-def _slice_of(e: Emitter, source: str, axis: int, start: int, stop: int, step: int = 1) -> str:
-    return e.op("Slice", source, [start], [stop], [axis], [step])
-
-
-def _slice(e: Emitter, node: fx.Node) -> str:
-    axis, start, stop, step = (argument(node, name) for name in ("dim", "start", "end", "step"))
-    stop = LAST if stop is None else min(stop, LAST)
-    return _slice_of(e, e.value(node), axis, start or 0, stop, step)
-
-
-def _roll(e: Emitter, node: fx.Node) -> str:
-    value = e.value(node)
-    for shift, axis in zip(argument(node, "shifts"), argument(node, "dims"), strict=True):
-        size = node.meta["shape"][axis]
-        cut = (-shift) % size
-        if cut:
-            back, front = _slice_of(e, value, axis, cut, size), _slice_of(e, value, axis, 0, cut)
-            value = e.op("Concat", back, front, axis=axis)
+def _group_norm(e: Emitter, node: fx.Node) -> str:
+    """Groups of channels, or channels alone (instance norm), normalised over all their places."""
+    batch, width, *places = e.sizes(node.args[0])
+    groups = argument(node, "num_groups", argument(node, "group", width))
+    scale, shift = argument(node, "weight"), argument(node, "bias")
+    count = width // groups * int(np.prod(e.whole(node, *places)))
+    grouped = e.reshape(e.value(node), [batch, groups, count])
+    ones = np.ones(count, np.float32)
+    normed = e.op("LayerNormalization", grouped, ones, axis=-1, epsilon=float(argument(node, "eps")))
+    value = e.reshape(normed, [batch, width, *places])
+    for kind, given in (("Mul", scale), ("Add", shift)):
+        if given is not None:
+            value = e.op(kind, value, e.op("Reshape", e.read(given), [1, width, *[1] * len(places)]))
     return value
 
 
-def _cat(e: Emitter, node: fx.Node) -> str:
-    return e.op("Concat", *map(e.read, node.args[0]), axis=argument(node, "dim"))
+def _instance_norm(e: Emitter, node: fx.Node) -> str:
+    return _group_norm(e, node) if argument(node, "use_input_stats") else _batch_norm(e, node)
 
 
-def _expand(e: Emitter, node: fx.Node) -> str:
-    before, after = node.args[0].meta["shape"], node.meta["shape"]
-    if before == after:
-        return e.value(node)
-    batch_first = after[0] is None and before[0] is not None
-    known = list(after[1:] if batch_first else after)
-    if None in known:
-        raise UnsupportedError(f"export cannot expand {before} to {after}")
-    return e.op("Expand", e.value(node), e.op("Concat", e.batch(), known, axis=0) if batch_first else known)
+def _first(writer: Writer) -> Writer:
+    """For an operation that gives several values, of which all but the first are for training."""
+    return lambda e, node: [writer(e, node)]
 
 
-def _mean(e: Emitter, node: fx.Node) -> str:
-    return e.op("ReduceMean", e.value(node), list(argument(node, "dim")), keepdims=int(argument(node, "keepdim")))
-
-
-def _same(e: Emitter, node: fx.Node) -> str:
-    """What changes no value; unbind, split and chunk, too, which are written when a piece is read."""
-    return e.value(node)
-
-
-def _call(kind: str, **attributes: str) -> Writer:
-    """An operator of one input. attributes: its own, and the arguments of the ATen operation that they are."""
-    return lambda e, node: e.op(kind, e.value(node), **{own: argument(node, name) for own, name in attributes.items()})
-
-
-def _silu(e: Emitter, node: fx.Node) -> str:
-    value = e.value(node)
-    return e.op("Mul", value, e.op("Sigmoid", value))
-
-
-def _pad(e: Emitter, node: fx.Node) -> str:
-    pads = list(argument(node, "pad"))
-    before, after = pads[-2::-2], pads[::-2]
-    rest = [0] * (len(node.meta["shape"]) - len(before))
-    return e.op("Pad", e.value(node), rest + before + rest + after, float(argument(node, "value") or 0))
-
-
-OPERATIONS: dict[str, Writer] = {
+LAYERS: dict[str, Writer] = {
     "aten.linear.default": _linear,
-    "aten.conv2d.default": _conv,
-    "aten.conv2d.padding": _conv,
-    "aten.convolution.default": _conv,
+    **dict.fromkeys(
+        (
+            *(f"aten.conv{n}d.{kind}" for n in (1, 2, 3) for kind in ("default", "padding")),
+            "aten.convolution.default",
+            "aten.conv_transpose1d.default",
+            "aten.conv_transpose2d.input",
+            "aten.conv_transpose3d.input",
+        ),
+        _conv,
+    ),
     "aten.layer_norm.default": _layer_norm,
-    "aten.gelu.default": _call("Gelu", approximate="approximate"),
-    "aten.softmax.int": _call("Softmax", axis="dim"),
-    "aten.matmul.default": _binary("MatMul"),
-    "aten.add.Tensor": _binary("Add"),
-    "aten.sub.Tensor": _binary("Sub"),
-    "aten.mul.Tensor": _binary("Mul"),
-    "aten.mul.Scalar": _binary("Mul"),
-    "aten.div.Tensor": _binary("Div"),
-    "aten.div.Scalar": _binary("Div"),
-    "aten.reshape.default": _reshape,
-    "aten.view.default": _reshape,
-    "aten._unsafe_view.default": _reshape,
-    "aten.flatten.using_ints": _reshape,
-    "aten.unflatten.int": _reshape,
-    "aten.unsqueeze.default": _reshape,
-    "aten.squeeze.dim": _reshape,
-    "aten.permute.default": _permute,
-    "aten.transpose.int": _permute,
-    "aten.select.int": _select,
-    "aten.index_select.default": _index_select,
-    "aten.unbind.int": _same,
-    "aten.split.Tensor": _same,
-    "aten.split_with_sizes.default": _same,
-    "aten.chunk.default": _same,
-    "<built-in function getitem>": _getitem,
-    "aten.slice.Tensor": _slice,
-    "aten.roll.default": _roll,
-    "aten.cat.default": _cat,
-    "aten.expand.default": _expand,
-    "aten.mean.dim": _mean,
-    "aten.clone.default": _same,
-    "aten.contiguous.default": _same,
-    "aten.dropout.default": _same,
-    "aten.relu.default": _call("Relu"),
-    "aten.sigmoid.default": _call("Sigmoid"),
-    "aten.tanh.default": _call("Tanh"),
-    "aten.sqrt.default": _call("Sqrt"),
-    "aten.neg.default": _call("Neg"),
-    "aten.silu.default": _silu,
-    "aten.constant_pad_nd.default": _pad,
+    "aten.native_layer_norm.default": _first(_layer_norm),
+    "aten.rms_norm.default": _rms_norm,
+    "aten.batch_norm.default": _batch_norm,
+    "aten._native_batch_norm_legit_no_training.default": _first(_batch_norm),
+    "aten.group_norm.default": _group_norm,
+    "aten.native_group_norm.default": _first(_group_norm),
+    "aten.instance_norm.default": _instance_norm,
 }
-"""ATen operation -> how it is written."""
+
+OPERATIONS: dict[str, Writer] = {**ARITHMETIC, **MOVES, **SPATIAL, **LAYERS}
+"""ATen operation -> how it is written: the name of its value, or a list of names."""

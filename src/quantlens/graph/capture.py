@@ -7,14 +7,23 @@ here: name the parameters, fold what does not depend on the images (Swin's relat
 into q·kᵀ, scale, mask, softmax and ·v, and bring equivalent spellings to one.
 """
 
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from quantlens.ambient import isolated
 from quantlens.errors import CaptureError
-from quantlens.graph.graph import Graph, argument, op_name, put_tensor, replace_argument
+from quantlens.graph.attention import open_attention
+from quantlens.graph.constants import fold_constants, refuse_random_numbers
+from quantlens.graph.graph import Graph, op_name, put_tensor, replace_argument
+from quantlens.graph.reuse import captured
+from quantlens.graph.structure import Placed, Structure, bound, describe, parameters_of, paths_of, primary_of
 
 aten = torch.ops.aten
 
@@ -34,40 +43,47 @@ IDENTITIES = {
     "aten.contiguous.default",
     "aten.clone.default",
 }
+CASTS = {"aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout"}
+AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
+"""Types between which autocast converts; a graph of float32 computes in float32 throughout."""
+
 EFFECTS = ("aten._assert", "aten.sym_constrain", "aten._check", "profiler.")
 
 
 @isolated
-def capture(model: nn.Module, images: Tensor, *, share: bool = False) -> Graph:
+def capture(model: nn.Module, inputs: Any, *, share: bool = False) -> Graph:
     """Capture ``model`` in evaluation mode.
 
-    images: [B, 3, H, W] float, an example of the input; its size is fixed, its batch is not (B = 1 is repeated to 2).
-    Raises CaptureError when ``torch.export`` cannot trace the model or its output is not one tensor of logits.
+    inputs: an example of what it takes: images [B, 3, H, W] float, or (arguments, keyword arguments). The sizes of its
+    tensors are fixed, the batch is not (B = 1 is repeated to 2); whatever is no tensor is a constant.
+    Raises CaptureError when ``torch.export`` cannot trace the model, or what it returns is not understood.
     The model itself is left as it was; the graph holds copies of its tensors (``share``: the tensors themselves, at no
     memory, for a graph that is only read).
     """
+    model = unwrapped(model)
+    call = _Call(model, *arguments_of(inputs))
     training = model.training
     model.eval()
     try:
-        example = images[:2] if images.shape[0] >= 2 else images.expand(2, *images.shape[1:]).contiguous()
-        batch = torch.export.Dim("batch", min=1, max=1 << 20)
-        with torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},), strict=False)
-            program = program.run_decompositions({})
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            program = call.exported()
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if reason.startswith("Constraints violated"):
+            reason = "it works for one batch size only; does it say len(x) where x.shape[0] is meant?"
         raise CaptureError(
             f"{type(model).__name__} cannot be captured by torch.export: {reason} "
-            "(the model must take one image tensor [B, 3, H, W] and work for any batch size)"
+            "(the model must take images [B, 3, H, W], or what else the example holds, and work for any batch size)"
         ) from error
     finally:
         model.train(training)
-    graph = _flatten(program, share)
+    graph = call.graph(program, share)
     _normalise(graph)
-    _fold_constants(graph)
-    _open_attention(graph)
+    fold_constants(graph)
+    open_attention(graph)
     _matmul_by_constant_to_linear(graph)
     graph.fx.eliminate_dead_code()
+    refuse_random_numbers(graph)
     graph.fx.lint()
     graph.eval()
     return graph
@@ -79,62 +95,190 @@ def graph_of(model: Any) -> Graph:
     :meth:`~quantlens.graph.graph.Graph.clone`."""
     if "graph" not in model.derived:
         size = model.preprocess.input_size
-        model.derived["graph"] = capture(model.module, torch.zeros(2, *size, device=model.device), share=True)
+        images = torch.zeros(2, *size, device=model.device)
+        inputs = getattr(model, "example", None) or images  # how the model is called, where an image is not all
+        source = getattr(model, "source", None)  # the person's module that it is a copy of
+        owner = source() if source is not None else None
+
+        def make() -> Graph:
+            return capture(model.module, inputs, share=True)
+
+        model.derived["graph"] = make() if owner is None else captured(owner, model.module, inputs, make)
     return model.derived["graph"]
 
 
-def _flatten(program: Any, share: bool) -> Graph:
-    """The exported program as a Graph: parameters become ``get_attr`` nodes under their ``state_dict`` names."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``. Raises CaptureError for a
+    module of TorchScript."""
+    while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise CaptureError("a module of TorchScript cannot be captured: give the Python module that it was made of")
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keyword arguments, of an image tensor, a dictionary, a tuple of arguments or (arguments, keyword
+    arguments)."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if not isinstance(inputs, tuple | list):
+        return (inputs,), {}
+    if len(inputs) == 2 and isinstance(inputs[0], tuple | list) and isinstance(inputs[1], Mapping):
+        return tuple(inputs[0]), dict(inputs[1])
+    return tuple(inputs), {}
+
+
+class _Call(nn.Module):
+    """A model called as in an example: a module that takes the example's tensors and returns a tuple of tensors, with
+    the structure of both."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        super().__init__()
+        self.model = model
+        leaves, self._spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        numbers = itertools.count()
+        self._leaves = [Placed(next(numbers)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._arguments = parameters_of(model.forward)
+        try:
+            given = bound(self._arguments, *pytree.tree_unflatten(self._leaves, self._spec))
+        except TypeError as error:
+            raise CaptureError(f"{type(model).__name__} cannot be called with the example inputs: {error}") from error
+        self._takes = {name: describe(value) for name, value in given.items()}
+        self._names = paths_of({"dict": list(self._takes.items())})
+        self._image = images_among(tensors, self._names)
+        self._example = _batch_of_two(tensors, self._image)
+        self._returned = SimpleNamespace()  # an export sets a module's attributes back to what they were
+
+    def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        leaves = [tensors[leaf.number] if isinstance(leaf, Placed) else leaf for leaf in self._leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        leaves, self._returned.spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        numbers = itertools.count()
+        self._returned.leaves = [Placed(next(numbers)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def exported(self) -> Any:
+        """The model as a program of ATen operations, its batch size a symbol."""
+        batch = torch.export.Dim("batch", min=1, max=1 << 20)
+        shapes = {"tensors": tuple({0: batch} if batched else None for _, batched in self._example)}
+        example = tuple(x for x, _ in self._example)
+        program = torch.export.export(self, (example,), dynamic_shapes=shapes, strict=False)
+        return program.run_decompositions({})
+
+    def graph(self, program: Any, share: bool) -> Graph:
+        """The exported program as a Graph."""
+        leaves, spec = self._returned.leaves, self._returned.spec
+        if not any(isinstance(leaf, Placed) for leaf in leaves):
+            raise CaptureError(f"{type(self.model).__name__} returns no tensor")
+        gives = describe(pytree.tree_unflatten(leaves, spec))
+        root, graph, shapes = _flatten(program, share, self._names, self._image)
+        structure = Structure(
+            self._arguments,
+            self._takes,
+            gives,
+            self._image,
+            primary_of(gives, shapes),
+            example=tuple(x for x, _ in self._example),
+            spec=(spec, leaves),
+        )
+        return Graph(root, graph, structure)
+
+
+def images_among(tensors: Sequence[Tensor], names: Mapping[int, str]) -> int:
+    """Which of the inputs are the images: ``pixel_values``, else the first [B, C, H, W], else the first in float."""
+    if not tensors:
+        raise CaptureError("the example inputs hold no tensor: give images [B, 3, H, W]")
+    floats = [n for n, x in enumerate(tensors) if x.is_floating_point()] or [0]
+    named = [n for n in floats if names[n] == "pixel_values"]
+    return next(iter([*named, *(n for n in floats if tensors[n].dim() == 4), *floats]))
+
+
+def _batch_of_two(tensors: Sequence[Tensor], image: int) -> list[tuple[Tensor, bool]]:
+    """Two images of an example (one: twice), and of what else has a value for each of them; with whether it has."""
+    if tensors[image].dim() == 0 or len(tensors[image]) == 0:
+        raise CaptureError("the example inputs hold no image")
+    count, made = len(tensors[image]), []
+    for x in tensors:
+        batched = x.dim() > 0 and len(x) == count
+        if batched:
+            x = x[:2] if count >= 2 else x.expand(2, *x.shape[1:])
+        made.append((x.detach().clone(memory_format=torch.contiguous_format), batched))
+    return made
+
+
+def _flatten(
+    program: Any, share: bool, names: Mapping[int, str], image: int
+) -> tuple[nn.Module, fx.Graph, dict[int, Sequence[Any]]]:
+    """The exported program as one graph, whose parameters are ``get_attr`` nodes under their ``state_dict`` names, with
+    the module that holds them and the shapes of its outputs."""
     signature = program.graph_signature
     constants = signature.inputs_to_lifted_tensor_constants
     held_by = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **constants}
     tensors = {**program.constants, **program.state_dict}
     root, graph = nn.Module(), fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    batch = None
+    mapping: dict[fx.Node, Any] = {}
+    given = [node for node in program.graph.nodes if node.op == "placeholder" and node.name not in held_by]
+    batch = given[image].meta["val"].shape[0].node.expr
+    half = any(t.dtype in (torch.float16, torch.bfloat16) for t in program.state_dict.values())
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and node.name in held_by:
             held = tensors[held_by[node.name]].detach()
             held = held.contiguous() if share else held.clone(memory_format=torch.contiguous_format)
-            name = f"{'_lifted.' if node.name in constants else ''}{held_by[node.name]}"
+            name = _plain(f"{'_lifted.' if node.name in constants else ''}{held_by[node.name]}")
             put_tensor(root, name, held)
             new = graph.get_attr(name)
-        elif node.op == "placeholder" and batch is None:
-            new, batch = graph.placeholder("images"), value.shape[0].node.expr
+        elif node.op == "placeholder":
+            number = given.index(node)
+            new = graph.placeholder("images" if number == image else re.sub(r"\W", "_", names[number]))
         elif node.op == "output":
-            graph.output(mapping[_logits(node, signature)])
-            break
+            found = _outputs(node, signature)
+            graph.output(mapping[found[0]] if len(found) == 1 else tuple(mapping[n] for n in found))
+            return root, graph, {n: tuple(o.meta["val"].shape) for n, o in enumerate(found)}
+        elif op_name(node) in CASTS and _casts_nothing(node, half):
+            mapping[node] = mapping[node.args[0]]
+            continue
         elif node.op == "call_function":
             new = graph.node_copy(node, lambda n: mapping[n])
         else:
             raise CaptureError(f"the model uses {node.op} {node.target!r}, which cannot be flattened into one graph")
-        symbolic = isinstance(value, torch.SymInt | int)
-        shape = (
-            tuple(int(d) if isinstance(d, int) else None for d in value.shape) if isinstance(value, Tensor) else None
-        )
-        new.meta = {"module": _module(node), "shape": shape, "symbolic": symbolic}
-        if isinstance(value, torch.SymInt):
-            new.meta["is_batch"] = value.node.expr == batch
+        new.meta = _meta(node, value)
+        new.meta["is_batch"] = isinstance(value, torch.SymInt) and value.node.expr == batch
         mapping[node] = new
-    return Graph(root, graph)
+    raise CaptureError("the exported program has no output")
 
 
-def _logits(output: fx.Node, signature: Any) -> fx.Node:
-    nodes = {n.name: n for n in output.all_input_nodes}
-    wanted = [nodes[n] for n in signature.user_outputs if n in nodes]
-    found = wanted if len(wanted) == 1 else [n for n in wanted if len(n.meta["val"].shape) == 2]
-    if len(found) != 1:
-        raise CaptureError(
-            f"the model returns {len(wanted)} tensors; wrap it in a module that returns the logits [B, classes]"
-        )
-    return found[0]
+def _outputs(output: fx.Node, signature: Any) -> list[fx.Node]:
+    """The nodes of what the model returns (not of buffers that it writes), in order."""
+    specs = zip(output.args[0], signature.output_specs, strict=True)  # type: ignore[arg-type]
+    return [node for node, spec in specs if spec.kind.name == "USER_OUTPUT"]  # type: ignore[misc]
 
 
-def _module(node: fx.Node) -> str:
+def _casts_nothing(node: fx.Node, half: bool) -> bool:
+    before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    same = before.dtype == after.dtype or (not half and {before.dtype, after.dtype} <= AUTOCAST)
+    return same and before.device == after.device
+
+
+def _meta(node: fx.Node, value: Any) -> dict[str, Any]:
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
-    return path.split("@")[0]
+    shape = tuple(int(d) if isinstance(d, int) else None for d in value.shape) if isinstance(value, Tensor) else None
+    symbolic = isinstance(value, torch.SymInt | int)
+    kind = value.dtype if isinstance(value, Tensor) else None
+    return {"module": _plain(path.split("@")[0]), "shape": shape, "symbolic": symbolic, "dtype": kind}
+
+
+def _plain(name: str) -> str:
+    """The name of a tensor or module in the model as a person sees it: without what :class:`_Call` and
+    ``torch.compile`` put around it."""
+    return re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", re.sub(r"^(_lifted\.)?model(\.|$)", r"\1", name)).removeprefix(".")
 
 
 def _normalise(graph: Graph) -> None:
@@ -165,63 +309,6 @@ def _normalise(graph: Graph) -> None:
         graph.fx.erase_node(node)
 
 
-def _fold_constants(graph: Graph) -> None:
-    """Compute once what depends on parameters alone, and keep it under ``<parameter>_folded``-like names."""
-    constant: dict[fx.Node, Any] = {}
-    origin: dict[fx.Node, str] = {}
-    for node in list(graph.fx.nodes):
-        sources = node.all_input_nodes
-        if node.op == "get_attr":
-            constant[node], origin[node] = graph.tensor(str(node.target)), str(node.target)
-        elif node.op != "call_function" or node.meta.get("symbolic") or not sources:
-            continue
-        elif all(s in constant for s in sources):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), constant.__getitem__)
-            with torch.no_grad():
-                constant[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            floats = [s for s in sources if isinstance(constant[s], Tensor) and constant[s].is_floating_point()]
-            origin[node] = origin[(floats or sources)[0]]
-    for node, value in constant.items():
-        read = any(user not in constant for user in node.users)
-        if node.op == "call_function" and read and isinstance(value, Tensor):
-            name = graph.unused(f"{origin[node]}_folded", "")
-            node.replace_all_uses_with(graph.insert_tensor(node, name, value.contiguous().clone()))
-    graph.fx.eliminate_dead_code()
-
-
-def _open_attention(graph: Graph) -> None:
-    """Replace each fused attention by q·kᵀ → scale → mask → softmax → ·v."""
-    for node in graph.fx.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-        q, k, v = (argument(node, name) for name in ("query", "key", "value"))
-        mask, scale = argument(node, "attn_mask"), argument(node, "scale")
-        if argument(node, "is_causal") or argument(node, "enable_gqa"):
-            raise CaptureError(f"{node.meta['module']}: causal or grouped-query attention is not supported")
-        if scale is None:
-            scale = float(q.meta["shape"][-1]) ** -0.5
-        *lead, keys, size = k.meta["shape"]
-        square = (*q.meta["shape"][:-1], keys)
-        kt = graph.insert(node, aten.transpose.int, (k, -2, -1), (*lead, size, keys))
-        logits = graph.insert(node, aten.matmul.default, (q, kt), square)
-        logits = graph.insert(node, aten.mul.Tensor, (logits, float(scale)), square)
-        if mask is not None:
-            logits = graph.insert(node, aten.add.Tensor, (logits, _bias_of_mask(graph, node, mask)), square)
-        probs = graph.insert(node, aten.softmax.int, (logits, -1), square)
-        out = graph.insert(node, aten.matmul.default, (probs, v), (*square[:-1], v.meta["shape"][-1]))
-        node.replace_all_uses_with(out)
-        graph.fx.erase_node(node)
-
-
-def _bias_of_mask(graph: Graph, node: fx.Node, mask: fx.Node) -> fx.Node:
-    """What is added to the logits of an attention for its mask: the mask, or −∞ where a boolean one is False."""
-    constant = graph.constant(mask)
-    if constant is None:
-        raise CaptureError(f"{node.meta['module']}: an attention mask computed from the images is not supported")
-    if constant.dtype != torch.bool:
-        return mask
-    bias = torch.zeros(constant.shape, device=constant.device).masked_fill(~constant, float("-inf"))
-    return graph.insert_tensor(node, f"{mask.target}_bias", bias)
-
-
 def _matmul_by_constant_to_linear(graph: Graph) -> None:
     """``x @ W`` with a parameter W [in, out] is a linear layer with weight Wᵀ; a constant added to it is its bias."""
     for node in graph.fx.find_nodes(op="call_function", target=aten.matmul.default):
@@ -230,7 +317,8 @@ def _matmul_by_constant_to_linear(graph: Graph) -> None:
             continue
         name = str(node.args[1].target)  # type: ignore[union-attr]
         stem = name.removesuffix("_folded").removesuffix(".weight")
-        taken = f"{stem}.weight" in dict(graph.root.named_buffers())
+        held = dict(graph.root.named_buffers())
+        taken = f"{stem}.weight" in held or stem in held
         new = graph.insert_tensor(node, f"{name}_t" if taken else f"{stem}.weight", weight.t().contiguous())
         node.target, node.args = aten.linear.default, (node.args[0], new)
         users = list(node.users)

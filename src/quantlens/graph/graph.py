@@ -1,6 +1,6 @@
 """A model as a flat graph of ATen operations: the thing that sites, rewrites, simulation and export share.
 
-A :class:`Graph` holds a :class:`torch.fx.Graph` whose nodes are one input placeholder, ``get_attr`` nodes (one per
+A :class:`Graph` holds a :class:`torch.fx.Graph` whose nodes are the input placeholders, ``get_attr`` nodes (one per
 parameter or constant, named as in the model's ``state_dict``), ``call_function`` nodes and one output. Every
 ``call_function`` node carries ``meta["module"]`` (qualified name of the module that made it) and ``meta["shape"]`` (a
 tuple; the batch and what is derived from it is ``None``).
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from quantlens.errors import CaptureError
+from quantlens.errors import CaptureError, QuantlensError
+from quantlens.graph.structure import Structure
 
 EdgeHook = Callable[[str, Tensor], Tensor]
 
@@ -91,30 +92,44 @@ def _schema(node: fx.Node) -> list[Any]:
 
 
 class Graph(nn.Module):
-    """A captured model. ``graph(images)`` equals the model it was captured from (to float rounding of attention).
+    """A captured model. It takes and returns what the model takes and returns (to float rounding of attention).
 
     Attributes
     ----------
     fx: the :class:`torch.fx.Graph`.
     root: module that holds the parameters and constants under their qualified names.
+    structure: what the model takes and returns, of which the graph's inputs and outputs are the tensors.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph):
+    def __init__(self, root: nn.Module, graph: fx.Graph, structure: Structure | None = None):
         super().__init__()
         self.root = root
         self.fx = graph
+        self.structure = Structure() if structure is None else structure
         self._sites: Any = None
         self._module: fx.GraphModule | None = None
 
     # -- structure ------------------------------------------------------------------------------------------------
     @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The placeholders: one for each tensor that the model takes."""
+        return tuple(self.fx.find_nodes(op="placeholder"))
+
+    @property
     def input(self) -> fx.Node:
-        return next(n for n in self.fx.nodes if n.op == "placeholder")
+        """The placeholder of the images."""
+        return self.inputs[self.structure.image]
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """The nodes whose values the model returns."""
+        found = next(n for n in reversed(self.fx.nodes) if n.op == "output").args[0]
+        return tuple(found) if isinstance(found, tuple | list) else (found,)  # type: ignore[return-value,arg-type]
 
     @property
     def output(self) -> fx.Node:
-        """The node whose value is the model's output (logits)."""
-        return next(n for n in reversed(self.fx.nodes) if n.op == "output").args[0]  # type: ignore[return-value]
+        """The node whose value is measured: logits [B, K], or features [B, D]."""
+        return self.outputs[self.structure.primary]
 
     @property
     def sites(self) -> Any:
@@ -207,7 +222,7 @@ class Graph(nn.Module):
         tensors = self.tensors()
         if not share:
             tensors = {name: value.detach().clone() for name, value in tensors.items()}
-        twin = Graph(tensor_tree(tensors), copy_graph(self.fx))
+        twin = Graph(tensor_tree(tensors), copy_graph(self.fx), self.structure)
         twin.train(self.training)
         return twin
 
@@ -227,9 +242,27 @@ class Graph(nn.Module):
             self._module = fx.GraphModule(tensor_tree(self.tensors()), copy_graph(self.fx))
         return self._module
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> logits [B, K]."""
-        return self.module()(images)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns: logits [B, K] of images [B, 3, H, W], or what else :attr:`structure` says."""
+        found = self.module()(*self.tensors_of(args, kwargs))
+        return self.structure.result(found if isinstance(found, tuple | list) else (found,))
+
+    def tensors_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors among a call's arguments, one for each of :attr:`inputs`. Raises QuantlensError for arguments or
+        sizes that the model was not captured with."""
+        found = self.structure.tensors(args, kwargs)
+        for node, value in zip(self.inputs, found, strict=True):
+            wanted = node.meta.get("shape")
+            if wanted is None:
+                continue
+            fits = value.dim() == len(wanted) and all(d in (None, n) for d, n in zip(wanted, value.shape, strict=True))
+            if not fits:
+                sizes = ", ".join("N" if d is None else str(d) for d in wanted)
+                raise QuantlensError(
+                    f"{node.target} of shape {list(value.shape)} were given, and this model takes [{sizes}], the size "
+                    "that it was captured at: resize them, or quantize the model again at theirs"
+                )
+        return found
 
     def run(
         self,
@@ -241,6 +274,8 @@ class Graph(nn.Module):
     ) -> dict[fx.Node, Any]:
         """Execute ``nodes`` in order, reading and writing ``env`` (node -> value); values are dropped after their
         last use within ``nodes`` unless they are in ``keep``.
+
+        An input besides the images that is not in ``env`` has the value that the model was captured with.
 
         ``hook(edge_key, tensor)`` is called on each tensor that crosses an edge of a site (see ``sites``) and returns
         what is used in its place. Weights are not looked up through the hook unless the hook knows their key.
@@ -272,6 +307,11 @@ class Graph(nn.Module):
             return env[node]
         if node.op == "get_attr":
             return self.tensor(str(node.target))
+        if node.op == "placeholder" and self.structure.example and self.input in env:
+            value, images = self.structure.example[self.inputs.index(node)], env[self.input]
+            if node.meta["shape"][:1] == (None,):
+                value = value[:1].expand(len(images), *value.shape[1:])
+            return value.to(images.device)
         if node.meta.get("symbolic"):
             value = node.target(*fx.map_arg(node.args, lambda n: self._value(n, env)))  # type: ignore[operator]
             env[node] = value

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from quantlens.errors import BadWeightsError
 from quantlens.graph.graph import Graph, put_tensor
+from quantlens.graph.structure import Structure
 
 _ATEN = re.compile(r"aten\.([a-z_0-9]+)\.([A-Za-z_0-9]+)")
 _REFUSED = {"from_file", "_print", "set_data"}
@@ -44,8 +45,11 @@ def graph_to_dict(graph: Graph) -> list[dict[str, Any]]:
     ]
 
 
-def graph_from_dict(nodes: list[dict[str, Any]], tensors: dict[str, Tensor]) -> Graph:
-    """The inverse of :func:`graph_to_dict`; ``tensors`` holds every parameter the nodes name.
+def graph_from_dict(
+    nodes: list[dict[str, Any]], tensors: dict[str, Tensor], structure: dict[str, Any] | None = None
+) -> Graph:
+    """The inverse of :func:`graph_to_dict`; ``tensors`` holds every parameter the nodes name. structure: that of the
+    graph as plain data, None for images -> logits.
 
     Raises BadWeightsError for anything that is not a plain graph of known operations.
     """
@@ -64,6 +68,8 @@ def graph_from_dict(nodes: list[dict[str, Any]], tensors: dict[str, Tensor]) -> 
         elif op not in ("placeholder", "output"):
             raise BadWeightsError(f"the checkpoint's graph holds an unknown kind of node {op!r}")
         args, kwargs = _decode(item["args"], made), {k: _decode(v, made) for k, v in item["kwargs"].items()}
+        if op == "output":  # several tensors are a tuple, which JSON does not know
+            args = [tuple(args[0]) if isinstance(args[0], list) else args[0]]
         node = graph.create_node(op, target, tuple(args), kwargs)
         shape = item["shape"]
         node.meta = {
@@ -72,7 +78,7 @@ def graph_from_dict(nodes: list[dict[str, Any]], tensors: dict[str, Tensor]) -> 
             "symbolic": item["symbolic"],
         }
         made[item["name"]] = node
-    result = Graph(root, graph)
+    result = Graph(root, graph, Structure.from_dict(structure))
     result.eval()
     return result
 

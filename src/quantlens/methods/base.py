@@ -229,7 +229,7 @@ class Method(ABC):
             widths=asked.to_mapping() if asked.is_mixed else None,
             seed=seed,
             options=settings,
-            calibration=images.info(),
+            calibration=images.info(content=True),
             seconds=round(time.perf_counter() - started, 3),
         )
         return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model)

@@ -1,7 +1,7 @@
-"""Where a model comes from: a timm name (hub tags too), the models that ship with quantlens, or a user's own
-``nn.Module``."""
+"""Where a model comes from: a timm name (hub tags too), Hugging Face (hub or folder), the models that ship with
+quantlens, or a user's own ``nn.Module``."""
 
-import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,18 @@ from quantlens import zoo
 from quantlens.ambient import isolated
 from quantlens.data import Preprocess
 from quantlens.data.folders import WNID, imagenet_class_names
-from quantlens.errors import BadWeightsError, QuantlensError, UnknownNameError
-from quantlens.models import weights as files
+from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnknownNameError
+from quantlens.models import huggingface, modules, weights as files
+from quantlens.models.tasks import check_task, task_of
 
 
 class Model(nn.Module):
-    """A float model with all that an experiment must record about it. ``model(images)`` gives logits [B, K].
+    """A float model with all that an experiment must record about it. ``model(images)`` gives what the module gives.
 
     module: the network, in evaluation mode. name: as given. preprocess: how its images are prepared.
     checkpoint: "pretrained", a file name, "random" (untrained) or "memory" (a user's module).
     checkpoint_sha256: of the file, or of the tensors when there is no file. class_names: list or None.
+    task: one of :data:`quantlens.models.tasks.TASKS`; None finds it from the module.
     """
 
     def __init__(
@@ -33,16 +35,19 @@ class Model(nn.Module):
         path: Path | None,
         checkpoint: str = "memory",
         class_names: list[str] | None = None,
+        task: str | None = None,
     ):
         super().__init__()
+        self.task = task or task_of(module)
         self.module, self.name, self.preprocess, self.class_names = module, name, preprocess, class_names
         self.checkpoint, self.weights_path = path.name if path else checkpoint, str(path) if path else None
-        self.checkpoint_sha256 = files.file_sha256(path) if path else files.state_sha256(module.state_dict())
+        whole = path if path and path.is_file() and path.suffix != ".json" else None
+        self.checkpoint_sha256 = files.file_sha256(whole) if whole else files.state_sha256(module.state_dict())
         self.derived: dict[str, Any] = {}
         self.eval()
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.module(images)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "Model":
         """Stays in evaluation mode: statistics and dropout of training have no place in post-training quantization."""
@@ -50,7 +55,7 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return next(self.module.parameters(), torch.empty(0, device="cpu")).device
 
     @property
     def num_parameters(self) -> int:
@@ -69,61 +74,206 @@ def load_model(
     *,
     num_classes: int | None = None,
     preprocess: Preprocess | None = None,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     class_names: list[str] | None = None,
+    task: str | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
     name: str | None = None,
 ) -> Model:
     """Load a float model.
 
-    model: a timm name such as ``deit_tiny_patch16_224`` or ``vit_small_patch16_224.augreg_in21k_ft_in1k``, a model
-    that ships with quantlens (``digits-vit``), or an ``nn.Module`` that maps images [B, 3, H, W] to logits [B, K].
-    weights: ``"pretrained"`` (from the hub; the shipped file for a shipped model), a .safetensors, .pth, .pt, .bin or
-    AugReg .npz file, or None (random weights drawn with ``seed``; a shipped model and a module keep theirs).
-    num_classes: taken from the file if its classifier has another size than the architecture's default.
-    preprocess, input_size: for a user's module, which is copied; the model's own otherwise.
+    model: a timm name such as ``deit_tiny_patch16_224`` or ``vit_small_patch16_224.augreg_in21k_ft_in1k``, ``hf:ID`` or
+    ``hf:DIR`` of Hugging Face, a model that ships with quantlens (``digits-vit``), or an ``nn.Module`` of images.
+    weights: ``"pretrained"`` (from the hub, the folder, or what ships), a .safetensors, .pth, .pt, .bin or AugReg .npz
+    file, or ``"random"`` (drawn with ``seed``). None: random for a timm name, a model's own for all others.
+    num_classes: taken from the file if its classifier has another size than the architecture's default; 0 leaves the
+    classifier out. preprocess, input_size: the model's own otherwise. task: "classify", "binary", "multilabel",
+    "features" or "zero-shot"; None finds it from the model.
 
     Raises UnknownNameError, BadWeightsError (with what does not fit).
     """
-    path = None if weights is None or weights == "pretrained" else Path(weights)
+    path = None if weights in (None, "pretrained", "random") else Path(str(weights))
+    check_task(task)
+    size = None if input_size is None else modules.check_size(input_size)
+    if preprocess is not None and size not in (None, preprocess.input_size):
+        raise QuantlensError(f"input_size {size} and preprocess, whose is {preprocess.input_size}, differ; give one")
+    own: dict[str, Any] = {"preprocess": preprocess, "input_size": size, "task": task}
     if isinstance(model, nn.Module):
-        if weights == "pretrained":
-            raise BadWeightsError("weights='pretrained' needs a timm name; give a module its weights as a file")
-        loaded = _from_module(model, path, preprocess, input_size, name)
-    elif model in zoo.available():
-        loaded = _from_zoo(zoo.available()[model], path)
+        _refuse(type(model).__name__, num_classes=num_classes)
+        if weights in ("pretrained", "random"):
+            raise BadWeightsError(
+                f"weights={weights!r} needs a timm name or hf:ID; give a module its weights as a file"
+            )
+        loaded = from_module(model, path, name=name, **own)
+    elif isinstance(model, str | Path):
+        _refuse(str(model), name=name)
+        loaded = _by_name(str(model), None if path else weights, path, num_classes, seed, own)
     else:
-        loaded = _from_timm(model, weights == "pretrained", path, num_classes, preprocess, input_size, seed)
+        raise QuantlensError(f"a model is a name or an nn.Module, not {type(model).__name__}")
     if class_names is not None:
         loaded.class_names = class_names
+    return _ready(loaded).to(device)
+
+
+@isolated
+def model_for_tensors(module: nn.Module, input_size: tuple[int, ...] | None) -> Model:
+    """As :func:`load_model` of a module whose images come as tensors of this size: how pictures would be prepared need
+    not be known, and is not warned of."""
+    size = None if input_size is None else modules.check_size(input_size)
+    return _ready(from_module(module, input_size=size, tell=False))
+
+
+def _ready(loaded: Model) -> Model:
     files.check_finite(loaded.module.state_dict(), loaded.weights_path or loaded.name)
-    loaded.requires_grad_(False)
-    return loaded.to(device)
+    return loaded.requires_grad_(False)
 
 
-def _from_module(
+def _by_name(
+    name: str, weights: Any, path: Path | None, num_classes: int | None, seed: int, own: dict[str, Any]
+) -> Model:
+    """A model by its name. weights: "pretrained", "random", or None, also where a ``path`` is given."""
+    if name in zoo.available():
+        _refuse(name, num_classes=num_classes, input_size=own["input_size"])
+        return _from_zoo(zoo.available()[name], path, weights == "random", seed, own)
+    as_timm: str | None = name
+    if name.startswith(huggingface.PREFIX):
+        as_timm, weights = huggingface.timm_name(name), weights or (None if path else "pretrained")
+    if as_timm is None:
+        return _from_hub(name, weights == "pretrained", path, num_classes, seed=seed, **own)
+    loaded = _from_timm(as_timm, weights == "pretrained", path, num_classes, seed=seed, **own)
+    loaded.name = name
+    return loaded
+
+
+def _refuse(what: str, **given: Any) -> None:
+    """Raise QuantlensError for an argument that has no meaning for a model: none is left out without a word."""
+    for key, value in given.items():
+        if value is not None:
+            raise QuantlensError(f"{key}={value!r} cannot be given for {what}, which has its own; leave it out")
+
+
+def from_module(
     module: nn.Module,
+    path: Path | None = None,
+    *,
+    preprocess: Preprocess | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    task: str | None = None,
+    name: str | None = None,
+    tell: bool = True,
+) -> Model:
+    """A person's module. tell: warn of a preprocessing that had to be assumed (who gives tensors need not know)."""
+    module = modules.unwrapped(module)
+    known = module if isinstance(module, Model) else None
+    module = known.module if known else module
+    modules.check(module)
+    module = modules.copied(module)  # the caller's stays as it is: its mode, its gradients, its weights
+    kind = type(module).__name__
+    if path is not None:
+        files.fit(module, files.read_state(path), str(path), kind)
+    module, given = modules.plain(module), None
+    if getattr(module, "main_input_name", "pixel_values") != "pixel_values":
+        raise QuantlensError(
+            f"{kind} takes {module.main_input_name}, not images; give the part of it that takes images"
+        )
+    if preprocess is None and known is not None:
+        preprocess = known.preprocess.for_size(input_size) if input_size else known.preprocess
+    if preprocess is None:
+        preprocess, given = _preprocess_of(module, input_size, name or kind, tell)
+    if task is None and known is None and given is None and not hasattr(module, "config"):
+        given = modules.answer(module, preprocess.input_size)
+    return Model(
+        module,
+        name=name or (known.name if known else kind),
+        preprocess=preprocess,
+        path=path,
+        class_names=known.class_names if known else huggingface.class_names(module),
+        task=task or (known.task if known else task_of(module, given)),
+    )
+
+
+def _preprocess_of(
+    module: nn.Module, size: tuple[int, int, int] | None, name: str, tell: bool
+) -> tuple[Preprocess, Any]:
+    """(preprocessing of a module, what it gives for an image of the size that was tried, or None). timm's models carry
+    theirs, those of Hugging Face have it beside them; for any other it is assumed: that of the architecture, or
+    ImageNet's mean and deviation."""
+    config, given = getattr(module, "pretrained_cfg", None), None
+    if isinstance(config, dict) and config.get("mean"):
+        known: Preprocess | None
+        known = carried = _own_preprocess(module, None)
+        likely = [modules.stated_size(module, carried.input_size), carried.input_size]
+    else:
+        known = huggingface.preprocess_beside(module)
+        likely = [*([known.input_size] if known else []), modules.stated_size(module)]
+    if size is None:
+        size, given = modules.taken(module, likely)
+    found = known or huggingface.default_preprocess(module) or Preprocess(crop_pct=0.9)
+    found = found if found.input_size == size else found.for_size(size)
+    if tell and known is None:
+        _tell_assumed(name, found)
+    return found, given
+
+
+def _tell_assumed(name: str, found: Preprocess) -> None:
+    text = (
+        f"{name} does not say how its images are prepared; assumed: {found.input_size[1]}×{found.input_size[2]} "
+        f"pixels, mean {found.mean}, std {found.std}, {found.interpolation}; give preprocess= where that is wrong"
+    )
+    warnings.warn(text, QuantlensWarning, stacklevel=2)
+
+
+def _from_zoo(entry: zoo.ZooEntry, path: Path | None, random: bool, seed: int, own: dict[str, Any]) -> Model:
+    torch.default_generator.manual_seed(seed)
+    module, path = entry.build(), None if random else path or entry.weights
+    if path is not None:
+        files.fit(module, files.read_state(path), str(path), entry.name)
+    preprocess, task = own["preprocess"] or entry.preprocess, own["task"]
+    named: dict[str, Any] = {"name": entry.name, "class_names": entry.class_names, "checkpoint": "random"}
+    return Model(module, preprocess=preprocess, path=path, task=task, **named)
+
+
+def _from_hub(
+    name: str,
+    pretrained: bool,
     path: Path | None,
+    num_classes: int | None,
+    *,
     preprocess: Preprocess | None,
     input_size: tuple[int, int, int] | None,
-    name: str | None,
+    task: str | None,
+    seed: int,
 ) -> Model:
-    """timm models carry their preprocessing; any other module gets ImageNet's mean and deviation at ``input_size``."""
-    module = copy.deepcopy(module)  # the caller's stays as it is: its mode, its gradients, its weights
+    """A model of Hugging Face, with its own weights, those of a file, or random ones."""
+    found = huggingface.open_model(name, weights=pretrained, num_classes=num_classes, task=task, seed=seed)
+    module = found.module
     if path is not None:
-        files.fit(module, files.read_state(path), str(path), type(module).__name__)
-    config = getattr(module, "pretrained_cfg", None)
-    if preprocess is None and isinstance(config, dict) and config.get("mean"):
-        preprocess = _own_preprocess(module, None)
-    preprocess = preprocess or Preprocess(input_size or (3, 224, 224), crop_pct=0.9)
-    return Model(module, name=name or type(module).__name__, preprocess=preprocess, path=path)
-
-
-def _from_zoo(entry: zoo.ZooEntry, path: Path | None) -> Model:
-    module, path = entry.build(), path or entry.weights
-    files.fit(module, files.read_state(path), str(path), entry.name)
-    return Model(module, name=entry.name, preprocess=entry.preprocess, path=path, class_names=entry.class_names)
+        files.fit(module, files.read_state(path), str(path), name)
+    known = preprocess or found.preprocess
+    own = modules.stated_size(module)
+    if known is None:
+        known = (huggingface.default_preprocess(module) or Preprocess(crop_pct=0.9)).for_size(input_size or own)
+        _tell_assumed(name, known)
+    size = input_size or known.input_size
+    if size != own and modules.answer(module, size) is None:
+        if input_size is None and modules.answer(module, own) is not None:
+            text = f"{name} takes images of {own}; its image processor makes {size}: {own} is taken"
+            warnings.warn(text, QuantlensWarning, stacklevel=2)
+            size = own
+        else:
+            module = huggingface.resized(module, size)
+    loaded = Model(
+        modules.plain(module),
+        name=name,
+        preprocess=known if known.input_size == size else known.for_size(size),
+        path=path or found.path,
+        checkpoint="pretrained" if pretrained else "random",
+        class_names=found.class_names,
+        task=found.task,
+    )
+    loaded.weights_path = str(path) if path else None  # what lies in its own folder goes without saying
+    return loaded
 
 
 def _from_timm(
@@ -131,38 +281,45 @@ def _from_timm(
     pretrained: bool,
     path: Path | None,
     num_classes: int | None,
+    *,
     preprocess: Preprocess | None,
     input_size: tuple[int, int, int] | None,
+    task: str | None,
     seed: int,
 ) -> Model:
     if path is not None:
         files.check_path(path)
+    size = input_size or (preprocess.input_size if preprocess else None)
     kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    if input_size is not None:
-        kwargs["img_size"] = input_size[-2:]
+    if size is not None:
+        kwargs |= {"img_size": size[-2:]} | ({} if size[0] == 3 else {"in_chans": size[0]})
     module = _create(name, pretrained, kwargs, seed)
     if path is not None and path.suffix == ".npz":
         _load_npz(module, path, name)
     elif path is not None:
         raw = files.read_state(path)
-        classes = _classes_in(files.adapt(raw, module), module)
+        classes = _classes_in(files.adapt(raw, module)[0], module)
         if num_classes is None and classes not in (None, module.num_classes):
             module = _create(name, False, {**kwargs, "num_classes": classes}, seed)
-        files.fit(module, files.adapt(raw, module), str(path), name)
+        files.fit(module, raw, str(path), name)
     return Model(
         module,
         name=name,
-        preprocess=preprocess or _own_preprocess(module, input_size),
+        preprocess=preprocess or _own_preprocess(module, size),
         path=path,
         checkpoint="pretrained" if pretrained else "random",
         class_names=_imagenet_names(getattr(module, "num_classes", None)),
+        task=task,
     )
 
 
 def _own_preprocess(module: nn.Module, input_size: tuple[int, int, int] | None) -> Preprocess:
+    """What a module of timm carries, at ``input_size``."""
     from timm.data import resolve_model_data_config
 
-    return Preprocess.from_timm(resolve_model_data_config(module, {"input_size": input_size}))
+    colours = None if input_size is None else (3, *input_size[1:])
+    found = Preprocess.from_timm(resolve_model_data_config(module, {"input_size": colours}))
+    return found if input_size in (None, found.input_size) else found.for_size(input_size)
 
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any], seed: int) -> Any:
@@ -181,6 +338,8 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any], seed: int) -> A
         torch.default_generator.manual_seed(seed)
         return timm.create_model(name if is_hub else plain, pretrained=pretrained, **kwargs)
     except Exception as error:
+        if isinstance(error, TypeError) and "img_size" in str(error) and "img_size" in kwargs:  # it takes any size
+            return _create(name, pretrained, {k: v for k, v in kwargs.items() if k != "img_size"}, seed)
         detail = files.first_line(error)
         if pretrained or is_hub:
             raise BadWeightsError(

@@ -2,20 +2,22 @@
 they do not fit."""
 
 import hashlib
+import math
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantlens.errors import BadWeightsError
+from quantlens.errors import BadWeightsError, QuantlensWarning
+from quantlens.models.reading import FAULTS, check_path, first_line, read_state  # noqa: F401 (used as weights.…)
+from quantlens.models.translate import to_timm
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "module")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+HEADS = ("head", "heads", "fc", "classifier", "head_dist", "last_linear")
+"""How classifiers are called, which a model of features does without."""
 
 
 def file_sha256(path: Path) -> str:
@@ -27,94 +29,142 @@ def file_sha256(path: Path) -> str:
 def state_sha256(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of a state dict in name order: for models that come from no file."""
     digest = hashlib.sha256()
-    for name in sorted(state):
+    for name in sorted(name for name, value in state.items() if isinstance(value, Tensor)):
         value = state[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors, .pth, .pt or .bin file (tensors only: nothing in the file is executed).
-
-    Raises BadWeightsError: missing file, unknown ending, damaged content, or a pickle that holds more than tensors.
-    """
-    check_path(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise BadWeightsError(
-            f"{path} cannot be read as weights: {first_line(error)} "
-            "(it must hold tensors only: save a state_dict, best as .safetensors)"
-        ) from error
-    state = _unwrap(content)
-    if not state:
-        raise BadWeightsError(f"{path} holds no state_dict of tensors")
-    return state
-
-
-def first_line(error: Exception) -> str:
-    """What another package's error says, shortened."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-def check_path(path: Path) -> None:
-    if not path.is_file():
-        raise BadWeightsError(
-            f"no weights file at {path}; give a file ending in {', '.join(SUFFIXES)}, or 'pretrained'"
-        )
-    if path.suffix not in SUFFIXES:
-        raise BadWeightsError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(SUFFIXES)}")
-
-
-def _unwrap(content: Any) -> dict[str, Tensor]:
-    """Find the state dict in the containers that training code puts around it."""
-    for _ in range(3):
-        if not isinstance(content, Mapping):
-            return {}
-        inner = next((content[k] for k in _WRAPPERS if isinstance(content.get(k), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    for prefix in _PREFIXES:
-        if state and all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
-
-
 def check_finite(state: Mapping[str, Tensor], origin: str) -> None:
-    """Raise BadWeightsError naming the first tensor that holds NaN or infinity."""
+    """Raise BadWeightsError naming the first tensor that holds NaN or infinity (one number may be an open bound)."""
     for name, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if not isinstance(value, Tensor) or not value.is_floating_point() or bool(torch.isfinite(value).all()):
+            continue
+        if value.numel() > 1 or bool(value.isnan()):
             bad = int((~torch.isfinite(value)).sum())
             raise BadWeightsError(
                 f"{origin}: {bad} of {value.numel()} values of {name!r} are NaN or infinite; the file is damaged"
             )
 
 
-def adapt(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Names as the model has them: the architecture's own translation (timm's ``checkpoint_filter_fn``) where names
-    differ."""
+def adapt(state: dict[str, Tensor], module: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """(names and sizes as the model has them, what to tell of it): the prefix that a wrapper gave them taken off or put
+    on, the architecture's own translation (timm's ``checkpoint_filter_fn``), position embeddings of another grid
+    resampled."""
+    own = module.state_dict()
+    if _matches(state, own) == len(own) == len(state):
+        return state, []
+    told: list[str] = []
+    state = _in_order(state, own)
+    if "blocks.0.attn.qkv.weight" in own and "blocks.0.attn.qkv.weight" not in state and (named := to_timm(state)):
+        state, told = named, ["the names of Hugging Face translated to timm's"]
+    state, left = _without_prefix(state, own)
     translate = getattr(sys.modules.get(type(module).__module__), "checkpoint_filter_fn", None)
-    if translate is not None and set(state) != set(module.state_dict()):
-        with suppress(Exception):
-            return translate(dict(state), module)
+    before = {k: v.shape for k, v in state.items()}
+    if translate is not None and _matches(state, own) < len(own):
+        with suppress(*FAULTS):
+            state = translate(dict(state), module)
+    state, resampled = resample(state, module)
+    changed = sorted(
+        {k for k, v in state.items() if k in before and "pos" in k and v.shape != before[k]} | set(resampled)
+    )
+    if left:
+        told.append(f"left out what is not the model's ({', '.join(left[:3])}{' …' if left[3:] else ''})")
+    if changed:
+        key = changed[0]
+        sizes = f"from {tuple(before.get(key, state[key].shape))} to {tuple(state[key].shape)}"
+        told.append(f"resampled {len(changed)} position embeddings ({key} {sizes}): the file is of another image size")
+    kept = {k: v for k, v in own.items() if k not in state and not v.is_floating_point()}  # counters and indices
+    return {**kept, **state}, told
+
+
+def _matches(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
+    return sum(key in own and own[key].shape == value.shape for key, value in state.items())
+
+
+def _in_order(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A list of tensors, which has numbers for names, under the model's names."""
+    learned = {k: v for k, v in own.items() if v.is_floating_point()}
+    for names in (own, learned):
+        fits = len(state) == len(names) and all(
+            str(i) in state and state[str(i)].shape == v.shape for i, v in enumerate(names.values())
+        )
+        if fits:
+            return {name: state[str(i)] for i, name in enumerate(names)}
     return state
 
 
+def _without_prefix(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(the state dict under the prefix, or with the prefix put on, that makes most of its names the model's; names of
+    what does not have that prefix)."""
+
+    def heads(names: Iterable[str]) -> set[str]:
+        return {name[: i + 1] for name in names for i, letter in enumerate(name) if letter == "."}
+
+    best, prefix = sum(key in own for key in state), ""
+    for head in sorted(heads(state), key=len):
+        found = sum(f"{head}{key}" in state for key in own)
+        if found > best:
+            best, prefix = found, head
+    put = ""
+    for head in sorted(heads(own), key=len):
+        found = sum(f"{head}{key}" in own for key in state)
+        if found > best:
+            best, prefix, put = found, "", head
+    if put:
+        return {key if key in own else f"{put}{key}": value for key, value in state.items()}, []
+    left = [key for key in state if not key.startswith(prefix) and key not in own]
+    return {key.removeprefix(prefix): value for key, value in state.items() if key not in left}, left
+
+
+def resample(state: Mapping[str, Tensor], module: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """(a state dict whose position embeddings and relative position tables have the module's grid, as timm resamples
+    them; names of those that were resampled)."""
+    from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+
+    own, made = module.state_dict(), dict(state)
+    for key, value in state.items():
+        wanted = own[key].shape if key in own else value.shape
+        if wanted == value.shape or "pos" not in key or value.dim() != len(wanted) or not value.is_floating_point():
+            continue
+        old, new = value.shape, wanted
+        if "relative_position_bias_table" in key and value.dim() == 2 and old[1] == new[1]:
+            extra = next((n for n in (0, 3) if _side(new[0] - n) and _side(old[0] - n)), None)
+            if extra is not None:
+                side = (_side(new[0] - extra) + 1) // 2
+                made[key] = resize_rel_pos_bias_table(value, (side, side), tuple(new))
+        elif value.dim() in (2, 3) and old[-1] == new[-1] and old[:-2] == new[:-2]:
+            grids = ((n, _side(old[-2] - n), _side(new[-2] - n)) for n in range(9))
+            found = next(((n, a, b) for n, a, b in grids if a and b), None)
+            if found is not None:
+                extra, a, b = found
+                rows = value.reshape(1, *old[-2:])
+                made[key] = resample_abs_pos_embed(rows, [b, b], [a, a], num_prefix_tokens=extra).reshape(new)
+        elif value.dim() == 4 and old[:2] == new[:2]:
+            made[key] = nn.functional.interpolate(value.float(), new[2:], mode="bicubic", antialias=True)
+    return made, [key for key in made if made[key].shape != state[key].shape]
+
+
+def _side(count: int) -> int:
+    """Side of a square of ``count`` places, 0 where there is none."""
+    side = math.isqrt(max(count, 0))
+    return side if side * side == count else 0
+
+
 def fit(module: nn.Module, state: dict[str, Tensor], origin: str, name: str) -> None:
-    """Load ``state`` strictly. Raises BadWeightsError that says what is missing, unknown or of another shape."""
-    own = module.state_dict()
+    """Load ``state``, after :func:`adapt`, strictly. Raises BadWeightsError that says what is missing, unknown or of
+    another shape."""
+    (state, told), own = adapt(state, module), module.state_dict()
+    heads = [k for k in state if k not in own and k.split(".")[0] in HEADS]
+    if heads and not any(k.split(".")[0] in HEADS for k in own):
+        state = {k: v for k, v in state.items() if k not in heads}
+        told.append(f"left the classifier out ({', '.join(heads[:2])})")
     both = [k for k in own if k in state and own[k].shape != state[k].shape]
     wrong = {
         "of another shape": [f"{k}: file {tuple(state[k].shape)}, model {tuple(own[k].shape)}" for k in both],
         "missing": [k for k in own if k not in state],
-        "unknown": [k for k in state if k not in own],
+        "unknown": [k for k in state if k not in own and state[k].is_floating_point()],
     }
     parts = [f"{len(k)} {what} ({', '.join(k[:3])}{' …' if len(k) > 3 else ''})" for what, k in wrong.items() if k]
     if parts:
@@ -122,4 +172,6 @@ def fit(module: nn.Module, state: dict[str, Tensor], origin: str, name: str) -> 
             f"{origin} does not fit {name}: of {len(own)} tensors {'; '.join(parts)}. "
             "Is it another architecture or size?"
         )
-    module.load_state_dict(state, strict=True)
+    if told:
+        warnings.warn(f"{origin}: {'; '.join(told)}", QuantlensWarning, stacklevel=2)
+    module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=True)

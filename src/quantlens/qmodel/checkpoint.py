@@ -27,6 +27,7 @@ from quantlens.errors import BadWeightsError, QuantlensWarning, StorageError
 from quantlens.files import write_whole
 from quantlens.formats import restore
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
+from quantlens.qmodel.hub import find_checkpoint
 from quantlens.qmodel.model import QuantizedModel
 from quantlens.qmodel.plan import Plan
 
@@ -130,6 +131,7 @@ def _content(qmodel: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]
         "version": VERSION,
         "quantlens": __version__,
         "graph": graph_to_dict(graph),
+        "structure": graph.structure.to_dict(),
         "quantizers": {key: q.config() for key, q in plan.quantizers.items()},
         "operators": {name: o.config() for name, o in plan.operators.items()},
         "weights": weights,
@@ -176,15 +178,25 @@ def _described(path: Path) -> tuple[dict[str, Any], str, str | None]:
     return header, text, metadata.get("sha256")
 
 
+def _found(name: str | Path) -> Path:
+    """The file that a name means, as :func:`quantlens.qmodel.hub.find_checkpoint` finds it."""
+    found = find_checkpoint(name)
+    if found is None and (str(name).startswith("hf:") or Path(name).is_dir()):
+        raise BadWeightsError(f"{name} holds no quantized checkpoint of quantlens; `ql.load_model` loads float models")
+    return found or Path(name)
+
+
 @isolated
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedModel:
     """Read a quantized checkpoint. Logits are bit-equal to those of the model that was saved (on the same device).
 
-    Raises BadWeightsError: not a quantized checkpoint, another version, damaged content.
+    path: a file, a folder that holds one, or ``hf:user/repo`` on the Hugging Face hub (``hf:user/repo/FILE``,
+    ``hf:user/repo@revision``). Raises BadWeightsError: not a quantized checkpoint, another version, damaged content, a
+    repository that cannot be read.
     """
     from safetensors.torch import load_file
 
-    path = Path(path)
+    path = _found(path)
     header, text, digest = _described(path)
     try:
         tensors = load_file(path)
@@ -209,7 +221,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
             q = quantizers[key]
             codes = unpack(tensors[f"codes/{key}"], q.bits, tuple(weight["shape"]), signed=q.signed)
             values[weight["tensor"]] = q.decode(codes)
-        graph = graph_from_dict(header["graph"], values)
+        graph = graph_from_dict(header["graph"], values, header.get("structure"))
         plan = Plan.restore(quantizers, list(header["rewrites"]), header["info"], operators)
         model = QuantizedModel(graph, plan, preprocess=Preprocess.from_dict(header["preprocess"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

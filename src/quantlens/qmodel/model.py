@@ -6,6 +6,7 @@ import math
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from quantlens.ambient import plain_arithmetic
@@ -20,14 +21,16 @@ CACHED = 4 << 20
 
 
 class Outputs(NamedTuple):
-    """What a model gives for a batch: logits [B, K]; features [B, D] that the classifier reads, or None."""
+    """What is measured of a model for a batch: logits [B, K] (or features, of a model without a classifier); features
+    [B, D] that the classifier reads, or None."""
 
     logits: Tensor
     features: Tensor | None
 
 
 class QuantizedModel(nn.Module):
-    """A graph simulated under a plan. ``qmodel(images)`` gives logits [B, K].
+    """A graph simulated under a plan. It takes and returns what the float module does: ``qmodel(images)`` gives logits
+    [B, K], or a tuple, a dictionary, an output of Hugging Face models.
 
     Weights are quantized once, when the simulation is built; activations pass through their quantizers in every
     forward.
@@ -53,19 +56,34 @@ class QuantizedModel(nn.Module):
         self.eval()
 
     # -- running ----------------------------------------------------------------------------------------------------
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] float32, normalised -> logits [B, K]."""
-        return self.outputs(images).logits
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """images [B, 3, H, W] float, normalised -> logits [B, K], or what else the float module takes and returns. It
+        is computed in float32, and returned in the type of the images."""
+        tensors = self.graph.tensors_of(args, kwargs)
+        given = tensors[self.graph.structure.image].dtype
+        outputs = self._run(tensors)[2]
+        if given in (torch.float16, torch.bfloat16):
+            outputs = [x.to(given) if x.is_floating_point() else x for x in outputs]
+        return self.graph.structure.result(outputs)
 
-    def outputs(self, images: Tensor) -> Outputs:
-        """Logits and the features that the classifier reads (before its own input quantizer)."""
+    def outputs(self, *args: Any, **kwargs: Any) -> Outputs:
+        """Logits and the features that the classifier reads (before its own input quantizer), of images or of what else
+        the float module takes. Of tokens [B, N, D] the first counts, of a feature map [B, C, H, W] the mean."""
+        logits, features, _ = self._run(self.graph.tensors_of(args, kwargs))
+        if logits.dim() > 2:
+            logits = logits.mean((-2, -1)) if logits.dim() == 4 else logits[:, 0]
+        return Outputs(logits, features)
+
+    def _run(self, tensors: list[Tensor]) -> tuple[Any, ...]:
         with plain_arithmetic():
-            return Outputs(*self.simulation()(images.contiguous()))
+            wide = (x.float() if x.is_floating_point() else x for x in tensors)
+            return self.simulation()(*(x.contiguous() for x in wide))
 
     def simulation(self) -> fx.GraphModule:
-        """The graph with weights replaced by their quantized values and quantizers on the other edges (built once)."""
+        """The graph with weights replaced by their quantized values and quantizers on the other edges (built once):
+        its inputs -> (logits, features, all outputs)."""
         if self._simulation[0] is None:
-            self._simulation[0] = simulate(self.graph, self.plan.quantizers, self.plan.operators)
+            self._simulation[0] = simulate(self.graph, self.plan.quantizers, self.plan.operators, whole=True)
         return self._simulation[0]
 
     def classifier(self) -> tuple[Tensor, Tensor] | None:
@@ -86,6 +104,7 @@ class QuantizedModel(nn.Module):
     calibration = property(attrgetter("provenance.calibration"))
     checkpoint_sha256 = property(attrgetter("provenance.checkpoint_sha256"))
     class_names = property(attrgetter("provenance.class_names"))
+    task = property(attrgetter("provenance.task"))
     device = property(attrgetter("graph.device"))
 
     @property

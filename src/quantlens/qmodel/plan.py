@@ -39,6 +39,7 @@ class Provenance:
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
     seconds: float | None = None
+    task: str = "classify"
 
     @classmethod
     def of(cls, model: Any, **settings: Any) -> Provenance:
@@ -48,6 +49,7 @@ class Provenance:
             checkpoint=model.checkpoint,
             checkpoint_sha256=model.checkpoint_sha256,
             class_names=model.class_names,
+            task=getattr(model, "task", "classify"),
             **settings,
         )
 

@@ -15,12 +15,14 @@ def simulate(
     quantizers: Mapping[str, Quantizer],
     operators: Mapping[str, Operator] | None = None,
     taps: Sequence[str] = (),
+    *,
+    whole: bool = False,
 ) -> fx.GraphModule:
     """A module images -> (logits, features) that applies ``quantizers`` on the edges named by their keys and
     ``operators`` in place of the sites named.
 
     taps: keys of activation edges whose values are given out too, as (logits, features, (value, …)): as read after
-    their quantizer, if they have one.
+    their quantizer, if they have one. whole: (logits, features, all outputs of the graph) instead.
     """
     made = _Simulation(graph)
     edges = made.graph.sites.edges
@@ -35,7 +37,7 @@ def simulate(
             made.quantize_output(edges[key], quantizer)
     for name, operator in (operators or {}).items():
         made.replace_site(name, operator)
-    return made.module(tapped)
+    return made.module(tapped, whole=whole)
 
 
 class _Simulation:
@@ -92,15 +94,16 @@ class _Simulation:
         self.after.setdefault(node, call)
         self.graph.fx.erase_node(node)
 
-    def module(self, taps: Sequence[Edge]) -> fx.GraphModule:
+    def module(self, taps: Sequence[Edge], *, whole: bool) -> fx.GraphModule:
         """The module, ready to run; tensors that nothing reads any more are left out of its graph."""
         for node in reversed(list(self.graph.fx.nodes)):
             if not node.users and node.op == "get_attr":
                 self.graph.fx.erase_node(node)
         tapped = tuple(self.after.get(e.node, e.node) if e.position is None else e.value for e in taps)
         output = next(n for n in self.graph.fx.nodes if n.op == "output")
-        results = (output.args[0], self._features(output))
-        output.update_arg(0, (*results, tapped) if tapped else results)
+        results = (self.graph.output, self._features(output))
+        more = self.graph.outputs if whole else tapped
+        output.update_arg(0, (*results, more) if more else results)
         return fx.GraphModule(self.root, self.graph.fx).eval()
 
     def _features(self, before: fx.Node) -> fx.Node | None:

@@ -48,9 +48,9 @@ class Backend:
         """Raise at once for a name or a weights file that cannot be right, before any model is loaded."""
         from quantlens import zoo
 
-        if weights not in (None, "pretrained") and not Path(str(weights)).is_file():
+        if weights not in (None, "pretrained", "random") and not Path(str(weights)).is_file():
             raise BadWeightsError(f"the weights {weights} of {name} do not exist; check the path")
-        if name in zoo.available() or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        if name in zoo.available() or name.startswith(("hf:", "hf-hub:", "hf_hub:", "local-dir:")):
             return
         import timm
 

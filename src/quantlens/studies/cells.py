@@ -242,4 +242,4 @@ def _hash(value: Any) -> str:
 def weights_of(model: ModelSpec) -> str | None:
     """The `weights` argument of `load_model`: a study measures trained models, so nothing said means "pretrained";
     "random" is the untrained model."""
-    return None if model.weights == "random" else model.weights or "pretrained"
+    return model.weights or "pretrained"

@@ -16,11 +16,16 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
+from quantlens import zoo
 from quantlens._moved import ARGUMENTS
 from quantlens.ambient import isolated
+from quantlens.data.sources import parse_spec
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.compare import Entry
 from quantlens.evaluation.result import metrics_only, numbers
+from quantlens.methods import registry
+from quantlens.plugins import given
+from quantlens.qmodel import Provenance
 from quantlens.studies.backend import Backend, MethodChoice
 from quantlens.studies.compare import open_side, split_selection
 from quantlens.studies.config import StudyConfig, parse_config
@@ -76,6 +81,41 @@ def command_of(directory: str | Path, **chosen: Any) -> str:
     """The command that makes cells of a study again."""
     selection = ",".join(f"{key}={value}" for key, value in chosen.items())
     return shlex.join(["quantlens", "reproduce", f"{directory}:{selection}"])
+
+
+def quantize_command(about: Provenance, file: str) -> str:
+    """The command that makes a checkpoint again. Raises QuantlensError, with the reason, where none can."""
+    source = str((about.calibration or {}).get("source"))
+    if about.checkpoint == "memory":
+        raise QuantlensError("the float model was a module that only Python had")
+    if about.widths is not None:
+        raise QuantlensError("its widths by module are an allocation's, whose file it does not hold")
+    try:
+        parse_spec(source)
+    except QuantlensError as error:
+        raise QuantlensError(f"its calibration images are no SOURCE ({source})") from error
+    method = registry.get(about.method)
+    usual, words = method.options({}), ["quantlens", "quantize", about.model]
+    if about.checkpoint not in (None, "pretrained") and about.model not in zoo.available():
+        words += ["--weights", str(about.checkpoint)]
+    words += ["--calibration", source, "--method", about.method, "--bits", about.bits, "--seed", str(about.seed)]
+    for name, value in about.options.items():
+        if name in usual and value != usual[name]:
+            shared = name in ARGUMENTS
+            words += [f"--{name.replace('_', '-')}", str(value)] if shared else ["--option", f"{name}={value}"]
+    words += [word for plugin in given() for word in ("--plugin", plugin)]
+    return shlex.join([*words, "--out", file])
+
+
+def reproduce_command(result: Mapping[str, Any], file: str, checkpoint: str | None) -> str:
+    """The command that measures a result again, which a file holds. checkpoint: of the float model's weights. Raises
+    QuantlensError, with the reason, where none can."""
+    traits = (str(result["model"]), str(result["method"]), str(result["bits"]), int(result["seed"]))
+    if checkpoint == "memory":
+        raise QuantlensError("the float model was a module that only Python had")
+    _study_of(Entry(*traits, result, None))
+    known = checkpoint in (None, "pretrained") or result["model"] in zoo.available()
+    return shlex.join(["quantlens", "reproduce", file, *([] if known else ["--weights", str(checkpoint)])])
 
 
 @isolated

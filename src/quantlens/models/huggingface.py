@@ -1,0 +1,272 @@
+"""Models of Hugging Face: ``hf:ID`` of the hub (``hf:ID@REVISION``), or ``hf:DIR``, a folder that ``save_pretrained``
+wrote. Code that comes with a model is never run."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from quantlens.data import Preprocess
+from quantlens.errors import BadWeightsError, QuantlensError, UnsupportedError
+from quantlens.models.processors import preprocess_of
+from quantlens.models.tasks import task_of
+from quantlens.models.weights import first_line, fit
+
+PREFIX = "hf:"
+FILES = ("model.safetensors", "pytorch_model.bin")
+FAULTS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    EOFError,
+    SafetensorError,
+)
+"""What transformers raises for a folder or a name that it cannot use."""
+
+
+@dataclass
+class Found:
+    """A model of Hugging Face, and what its folder says of it. path: of its weights, where they are one file."""
+
+    module: nn.Module
+    task: str
+    preprocess: Preprocess | None
+    class_names: list[str] | None
+    path: Path | None
+
+
+def transformers() -> Any:
+    """The package. Raises QuantlensError with the way to install it."""
+    try:
+        import transformers as package
+    except ImportError as error:
+        raise QuantlensError(f"hf: models need transformers ({error}): pip install 'quantlens[hf]'") from error
+    return package
+
+
+def timm_name(name: str) -> str | None:
+    """How timm names an ``hf:`` model that is one of its own; None for any other."""
+    source = name.removeprefix(PREFIX)
+    if not Path(source).is_dir():
+        return f"hf-hub:{source}" if source.startswith("timm/") else None
+    config = _read_json(Path(source) / "config.json")
+    return f"local-dir:{source}" if "architecture" in config and "model_type" not in config else None
+
+
+def open_model(name: str, *, weights: bool, num_classes: int | None, task: str | None, seed: int) -> Found:
+    """An ``hf:`` model.
+
+    weights: its own, else random ones drawn with ``seed``. num_classes: of the classifier, for random weights. task:
+    "features" or "zero-shot" leaves a classifier out. Raises BadWeightsError, QuantlensError (no transformers; no
+    model of images), UnsupportedError.
+    """
+    package = transformers()
+    source, _, revision = name.removeprefix(PREFIX).partition("@")
+    if Path(name.removeprefix(PREFIX)).is_dir() or not revision:
+        source, revision = name.removeprefix(PREFIX), ""
+    asked = {"revision": revision} if revision else {}
+    if Path(source).is_dir():
+        _read_json(Path(source) / "config.json")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise BadWeightsError(f"no folder at {source}; hf: takes a folder of save_pretrained, or the ID of a hub")
+    with _quiet(package):
+        try:
+            config = package.AutoConfig.from_pretrained(source, **asked)
+        except FAULTS as error:
+            raise _refusal(name, error) from error
+        if num_classes and int(getattr(config, "num_labels", num_classes)) != num_classes:
+            if weights:
+                text = f"{name} has {config.num_labels} classes, not {num_classes}: a head of another size is untrained"
+                raise BadWeightsError(f"{text}; leave num_classes out, or say weights='random'")
+            config.num_labels = num_classes
+        body = task in ("features", "zero-shot") or num_classes == 0
+        try:
+            module = _build(package, source if weights else None, config, body, seed, asked)
+        except FAULTS as error:
+            raise _refusal(name, error) from error
+        if getattr(module, "main_input_name", "pixel_values") != "pixel_values":
+            raise QuantlensError(f"{name} is a {config.model_type} model, which does not take images")
+        processor = _processor(package, source, asked)
+    preprocess = preprocess_of(processor) if processor is not None else None
+    names = class_names(module)
+    path = _weights_file(source, revision) if weights else None
+    paired = hasattr(config, "text_config") and names is None and "ForImage" not in type(module).__name__
+    return Found(module, task or ("zero-shot" if paired else task_of(module)), preprocess, names, path)
+
+
+def _build(package: Any, source: str | None, config: Any, body: bool, seed: int, asked: dict[str, Any]) -> nn.Module:
+    """The module of a configuration, with the weights of ``source`` or random ones."""
+    kind, config, more = _kind(package, config, body)
+
+    def make(**options: Any) -> tuple[nn.Module, list[str]]:
+        if source is None:
+            torch.default_generator.manual_seed(seed)
+            factory = getattr(kind, "from_config", None) or kind._from_config
+            return factory(config, **options), []
+        made, info = kind.from_pretrained(source, config=config, output_loading_info=True, **options, **asked)
+        return made, list(info["missing_keys"])
+
+    module, missing = make(**more)
+    if missing and all("pooler." in key for key in missing):  # a body that was saved without one
+        module, missing = make(**more, add_pooling_layer=False)
+    if missing:
+        hint = "; it is a body without a classifier: say task='features'" if _is_head(missing) else ""
+        raise BadWeightsError(f"{len(missing)} tensors are missing ({', '.join(sorted(missing)[:3])}){hint}")
+    return module
+
+
+def _kind(package: Any, config: Any, body: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """(class that is asked for the model, its configuration, what else it is told)."""
+    named = next(iter(getattr(config, "architectures", None) or ()), "")
+    classifiers = package.AutoModelForImageClassification
+    if not body and ("ForImageClassification" in named or (not named and type(config) in classifiers._model_mapping)):
+        return classifiers, config, {}
+    if config.model_type == "vit_mae":  # its own body hides patches at random
+        plain = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
+        return package.ViTModel, package.ViTConfig(**plain), {"add_pooling_layer": False}
+    if hasattr(config, "vision_config"):
+        return (*_tower(package, config), {})
+    return package.AutoModel, config, {}
+
+
+def _tower(package: Any, config: Any) -> tuple[Any, Any]:
+    """(class, configuration) of the vision tower of a model of images and text."""
+    stem, vision = type(config).__name__.removesuffix("Config"), config.vision_config
+    if hasattr(vision, "projection_dim") and hasattr(config, "projection_dim"):
+        vision.projection_dim = config.projection_dim
+    for name in (f"{stem}VisionModelWithProjection", f"{stem}VisionModel"):
+        if hasattr(package, name):
+            return getattr(package, name), vision
+    raise UnsupportedError(
+        f"{stem} has no vision tower that transformers can load alone; load it and give its part that takes images"
+    )
+
+
+def _is_head(missing: list[str]) -> bool:
+    return all(
+        key.split(".")[0] in ("classifier", "head", "cls_classifier", "distillation_classifier") for key in missing
+    )
+
+
+def _refusal(name: str, error: Exception) -> QuantlensError:
+    if isinstance(error, QuantlensError):
+        return type(error)(f"{name}: {error}")
+    reason = first_line(error)
+    local = Path(name.removeprefix(PREFIX)).is_dir()
+    hint = "" if local else " (no network? give the folder of save_pretrained: hf:DIR)"
+    return BadWeightsError(f"{name} cannot be loaded: {reason}{hint}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise BadWeightsError(f"{path.parent} holds no {path.name}; hf: takes a folder that save_pretrained wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadWeightsError(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise BadWeightsError(f"{path} is no configuration of a model")
+    return content
+
+
+def _processor(package: Any, source: str, asked: dict[str, Any]) -> Any:
+    """The image processor that lies beside a model, or None."""
+    try:
+        return package.AutoImageProcessor.from_pretrained(source, **asked)
+    except FAULTS:
+        return None
+
+
+def class_names(module: nn.Module) -> list[str] | None:
+    """A classifier's ``id2label`` in order; None where its names are only numbers."""
+    labels = getattr(getattr(module, "config", None), "id2label", None) or {}
+    if "ForImageClassification" not in type(module).__name__:
+        return None
+    names = [str(labels[key]) for key in sorted(labels)]
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
+
+
+def image_size(config: Any) -> tuple[int, int, int]:
+    """(channels, height, width) that a model's configuration says, or ImageNet's."""
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(getattr(config, "num_channels", 3)), int(height), int(width)
+
+
+def preprocess_beside(module: nn.Module) -> Preprocess | None:
+    """By the image processor that lies where a module was loaded from, on this machine; None where there is none."""
+    source = getattr(getattr(module, "config", None), "name_or_path", None)
+    if not source:
+        return None
+    package = transformers()
+    with _quiet(package):
+        processor = _processor(package, source, {"local_files_only": True})
+    return None if processor is None else preprocess_of(processor)
+
+
+def default_preprocess(module: nn.Module) -> Preprocess | None:
+    """What the image processor of a module's architecture does by default, at the size of its configuration; None
+    where its architecture has none."""
+    config: Any = getattr(module, "config", None)
+    found = _default_preprocess(transformers(), config) if hasattr(config, "model_type") else None
+    return found and found.for_size(image_size(config))
+
+
+def resized(module: nn.Module, size: tuple[int, int, int]) -> nn.Module:
+    """The same model for images of another size. Raises UnsupportedError where its architecture has no such thing."""
+    config = copy.deepcopy(module.config)
+    holder: Any = getattr(config, "vision_config", config)
+    if not hasattr(holder, "image_size") or size[0] != getattr(holder, "num_channels", 3):
+        raise UnsupportedError(f"{type(module).__name__} cannot be made for images of {size}; leave input_size out")
+    holder.image_size = size[1] if size[1] == size[2] else list(size[1:])
+    more = {"add_pooling_layer": False} if getattr(module, "pooler", module) is None else {}
+    other = type(module)(config, **more).eval()
+    fit(other, module.state_dict(), "the model's own weights", f"{type(module).__name__} at {size}")
+    return other
+
+
+def _default_preprocess(package: Any, config: Any) -> Preprocess | None:
+    known = package.models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES
+    families = (config.model_type, type(config).__module__.split(".")[-2])  # that of a vision tower has no entry
+    names = next((known[family] for family in families if family in known), ())
+    names = list(names.values()) if isinstance(names, dict) else [*names][::-1]
+    try:
+        return next((preprocess_of(getattr(package, name)()) for name in names if name), None)
+    except FAULTS:
+        return None
+
+
+def _weights_file(source: str, revision: str) -> Path | None:
+    if Path(source).is_dir():
+        return next((path for name in FILES if (path := Path(source) / name).is_file()), None)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(source, name, revision=revision or None) for name in FILES)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+class _quiet:
+    """Inside, transformers prints no progress and no report of what it loads: we tell what matters."""
+
+    def __init__(self, package: Any):
+        self.logging = package.utils.logging
+
+    def __enter__(self) -> None:
+        self.level, self.bars = self.logging.get_verbosity(), self.logging.is_progress_bar_enabled()
+        self.logging.set_verbosity_error()
+        self.logging.disable_progress_bar()
+
+    def __exit__(self, *error: Any) -> None:
+        self.logging.set_verbosity(self.level)
+        if self.bars:
+            self.logging.enable_progress_bar()

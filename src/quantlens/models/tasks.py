@@ -1,0 +1,46 @@
+"""What a model's outputs are for: one label of several, yes or no, several labels, or features."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantlens.errors import UnknownNameError, UnsupportedError
+
+TASKS = ("classify", "binary", "multilabel", "features", "zero-shot")
+
+
+def check_task(task: str | None) -> str | None:
+    """The task as given. Raises UnknownNameError."""
+    if task is not None and task not in TASKS:
+        raise UnknownNameError("task", task, TASKS)
+    return task
+
+
+def task_of(module: nn.Module, given: Any = None) -> str:
+    """The task of a module, by what its configuration says (Hugging Face's ``problem_type`` and ``num_labels``), by the
+    size of its classifier (timm's ``num_classes``), or by what it gives for an image; "classify" where nothing tells.
+
+    Raises UnsupportedError for a regression of several numbers.
+    """
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "model_type"):
+        return _of_config(type(module).__name__, config)
+    classes = getattr(module, "num_classes", None)
+    if isinstance(classes, int) and classes < 2:
+        return "binary" if classes == 1 else "features"
+    if isinstance(given, Tensor) and classes is None:
+        return {1: "binary", 2: "binary" if given.shape[-1] == 1 else "classify"}.get(given.dim(), "features")
+    return "classify"
+
+
+def _of_config(name: str, config: Any) -> str:
+    if "ForImageClassification" not in name:
+        return "zero-shot" if name.endswith("VisionModelWithProjection") else "features"
+    problem, labels = getattr(config, "problem_type", None), int(getattr(config, "num_labels", 2))
+    if problem == "multi_label_classification":
+        return "multilabel" if labels > 1 else "binary"
+    if problem == "regression" and labels > 1:
+        raise UnsupportedError(
+            f"{name} is a regression of {labels} numbers; say task='features' to measure them as features"
+        )
+    return "binary" if labels == 1 else "classify"
