@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import quantlens as ql
 from fuzzed import drawn_models, layouts, made, pictures
+from quantlens.api import read_bits
 from quantlens.calibration import Calibration
 from quantlens.data import Preprocess
 from quantlens.data.sources import open_source
@@ -127,6 +128,7 @@ def test_models():
         st.booleans(),
     )
     def run(drawn, seed, dtype, wrapper, method, keep_bits):
+        dtype = "float32" if "norm" in wrapper else dtype  # a norm taken in half precision is another weight
         module = made(drawn, seed).to(DTYPES[dtype])
         expected_by = made(drawn, seed).to(DTYPES[dtype]).float()
         images = pictures(drawn, 6, seed)
@@ -323,7 +325,7 @@ def test_images_that_cannot_be():
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
-PIECES = st.sampled_from(["W", "A", "4", "8", "99", "-1", "FP", "32", "MP", "0", " ", "w4a4", ".json", "é", "\n", "6"])
+PIECES = st.sampled_from(["W", "A", "4", "8", "99", "-1", "FP", "32", "MP", "0", " ", "w4a4", ".json", "é", "\t", "6"])
 SOURCES = st.sampled_from(
     ["folder:", "embedded:", "digits-test", "[0:4]", "[", "?n=3", "&seed=1", "?corrupt=", "::", "parquet:", "\0", "a/b"]
 )
@@ -336,7 +338,7 @@ def test_texts():
     @cases(400)
     @given(st.lists(PIECES, max_size=5).map("".join), st.lists(SOURCES, max_size=5).map("".join))
     def run(bits, source):
-        for read, text in ((ql.api.read_bits, bits), (open_source, source)):
-            Tally()(lambda: read(text))  # noqa: B023 (called at once)
+        Tally()(lambda: read_bits(bits))
+        Tally()(lambda: open_source(source))
 
     run()
