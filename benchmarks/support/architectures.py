@@ -107,7 +107,6 @@ TIMM: list[tuple[dict[str, Any], str]] = [
     ({"depths": (1, 1, 1, 1, 2), "widths": (8, 16, 32, 32, 64)}, "efficientvit_b0"),
     ({"depths": (1, 1, 1, 1, 2), "widths": (16, 16, 32, 32, 64)}, "efficientvit_l1"),
     ({"depths": (1, 1, 1, 2), "dims": (32, 48, 64, 96), "heads": (4, 4, 4, 4)}, "edgenext_xx_small"),
-    ({"depths": (1, 1, 1, 2)}, "edgenext_small_rw"),
     ({"layers": (1, 1, 1, 1), "embed_dims": (24, 48, 96, 192)}, "fastvit_t8 fastvit_sa12 fastvit_ma36"),
     ({"layers": (1, 1, 1, 1, 1), "embed_dims": (16, 32, 32, 64, 64)}, "fastvit_mci3"),
     ({"layers": (1, 1, 1, 1), "embed_dims": (24, 48, 96, 192)}, "fastvit_mci0"),
@@ -243,7 +242,7 @@ HF: dict[str, tuple[str, str, dict[str, Any]]] = {
             "hf-cvt",
             "CvtForImageClassification",
             "CvtConfig",
-            {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 1, 2], "drop_path_rate": [0.0, 0.0, 0.0]},
+            {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 3], "drop_path_rate": [0.0, 0.0, 0.0]},
         ),
         ("hf-convnextv2", "ConvNextV2ForImageClassification", "ConvNextV2Config", HF_PYRAMID),
         (
