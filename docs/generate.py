@@ -272,6 +272,7 @@ GENERATED = {
     "results-tables": results_tables,
     "published-table": published_table,
     "commands": command_page,
+    "sources-table": lambda: sources_table(),
     "shared-arguments": lambda: shared_arguments(),
 }
 
@@ -283,6 +284,13 @@ def shared_arguments() -> str:
         [f"`{name}`", f"`--{name.replace('_', '-')}`", default(o.default), o.help] for name, o in SHARED_OPTIONS.items()
     ]
     return table(["in Python", "on the command line", "default", "meaning"], rows)
+
+
+def sources_table() -> str:
+    from quantlens.data import available_sources
+
+    kinds = available_sources().items()
+    return table(["source", "images"], [[f"`{name}:{k.what.upper()}`", k.description] for name, k in kinds])
 
 
 def filled(markdown: str) -> str:

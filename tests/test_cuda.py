@@ -198,3 +198,13 @@ def test_sensitivities_and_attention_there(digits, there):
         drift.append(measure(model, {"q": qmodel}, [digits["images"][:16].to(place)])["q"].summary())
     for name in ("row_cosine", "rollout_spearman", "output_kl"):
         assert drift[0][name] == pytest.approx(drift[1][name], abs=0.05), name
+
+
+def test_batches_are_the_same_on_every_device(device):
+    from quantlens.data import load_images
+
+    images = load_images("embedded:digits-test", ql.load_model("digits-vit").preprocess)
+    for (here, labels), (there, same) in zip(images.batches(48), images.batches(48, device), strict=True):
+        assert there.device.type == same.device.type == torch.device(device).type
+        assert torch.equal(here, there.cpu())
+        assert torch.equal(labels, same.cpu())

@@ -25,7 +25,7 @@ DOCS = ROOT / "docs"
 FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]*)\")?\n(.*?)^```$", re.S | re.M)
 NOT_HERE = ("With your own", "Examples")
 OTHERS = {"make", "pip", "source", "ray", "export", "python", "git"}  # programs that the tests do not start
-FAST = {"concepts.md", "install.md", "methods.md"}
+FAST = {"concepts.md", "install.md", "methods.md", "models.md"}
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 

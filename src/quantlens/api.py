@@ -1,5 +1,6 @@
 """The public face: ``quantize``, ``allocate`` and ``inspect`` (the rest is re-exported from the rooms)."""
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,11 @@ import torch
 from quantlens.allocation import Allocation, allocate as choose_widths, is_target, parse_target
 from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
+from quantlens.calibration.calls import Calls, called
 from quantlens.data.given import peeked
+from quantlens.graph import forget_if_changed, unwrapped
 from quantlens.methods import Progress, registry
-from quantlens.models import Model, load_model, model_for_tensors
+from quantlens.models import Model, load_model, model_for_tensors, state_sha256
 from quantlens.qmodel import Bits, QuantizedModel
 from quantlens.sensitivity import Inspection, inspect as inspect_parts
 
@@ -140,10 +143,25 @@ def allocation_of(
 
 
 def _loaded(model: Model | torch.nn.Module, calibration: Any) -> tuple[Model, Any]:
-    """A module as a Model, with the size of the calibration images, and these (of an iterator one has been read)."""
-    if isinstance(model, Model):
-        return model, calibration
-    if isinstance(calibration, Calibration):
-        return load_model(model), calibration
-    calibration, size = peeked(calibration)
-    return (load_model(model) if size is None else model_for_tensors(model, size)), calibration
+    """A module as a Model, with the size of the calibration images, and these (of an iterator one has been read). A
+    Model whose weights have changed since is another one."""
+    module = model.module if isinstance(model, Model) else unwrapped(model)
+    if not isinstance(calibration, Calibration):
+        calibration = called(calibration, module)
+    calls = calibration if isinstance(calibration, Calls) else None
+    if not isinstance(model, Model):
+        size = None
+        if not isinstance(calibration, Calibration):
+            images, size = peeked(calibration.images if calls else calibration)
+            calibration = calibration if calls else images
+        model = load_model(model) if size is None else model_for_tensors(model, size)
+        model.source = weakref.ref(module)
+    elif forget_if_changed(model):
+        model.checkpoint, model.checkpoint_sha256 = "memory", state_sha256(model.module.state_dict())
+    if calls is not None:
+        calibration = Calibration.of(calls.images, model.preprocess, device=model.device)
+        calibration.others = calls.others
+        if getattr(model, "example", None) is not None:
+            model.derived.clear()  # it may have been called in another way
+        model.example = calls.example
+    return model, calibration

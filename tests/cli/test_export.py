@@ -36,10 +36,33 @@ def test_from_quantize_to_predict(run, tmp_path):
     assert [set(f) for f in found] == [{"image", "label", "name", "probability", "score", "unknown"}] * 2
     code, out, err = run("predict", str(file), str(pictures[0]))
     assert (code, "known" in out) == (0, True)
+    _bad_pictures(run, file, pictures, tmp_path)
     timings = tmp_path / "t.json"
     code, out, err = run("bench", str(file), "--rounds", "3", "--batch", "1,2", "--json", str(timings))
     assert code == 0, err
     assert [t["batch"] for t in json.loads(timings.read_text())] == [1, 2]
+
+
+def _bad_pictures(run, file, pictures, tmp_path):
+    """The bad ones are named, the others are predicted as without them."""
+    alone = json.loads(run("predict", str(file), *map(str, pictures), "--json")[1])
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes(pictures[0].read_bytes()[:60])
+    given = [tmp_path / "text.png", pictures[0], tmp_path / "cut.png", tmp_path / "folder.png", pictures[1]]
+    given.append(tmp_path / "absent.png")
+    for size in ("16", "2"):
+        code, out, err = run("predict", str(file), *map(str, given), "--json", "--batch-size", size)
+        found = json.loads(out)
+        good = [f for f in found if "error" not in f]
+        assert (code, [f["label"] for f in good]) == (1, [f["label"] for f in alone])
+        for key in ("probability", "score"):
+            assert [f[key] for f in good] == pytest.approx([f[key] for f in alone], rel=1e-4)
+        assert [f["image"] for f in found] == list(map(str, given))
+        for bad, why in (("text", "not an image"), ("cut", "damaged"), ("folder", "directory"), ("absent", "no such")):
+            assert any(bad in line and why in line for line in err.splitlines()), err
+    code, out, _ = run("predict", str(file), str(given[0]))
+    assert (code, "text.png" in out) == (1, False)
 
 
 def test_the_decision_page(run, tmp_path):

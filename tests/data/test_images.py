@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quantlens.data import Preprocess, as_image_set, load_images, open_source
+from quantlens.data.images import _ahead
 from quantlens.errors import BadImageError, QuantlensError, UnknownNameError
 
 PRE = Preprocess((3, 24, 24), crop_pct=0.9)
@@ -118,6 +119,22 @@ def test_check_labels() -> None:
         replace(images, class_names=None).check_labels(7)
     with pytest.raises(QuantlensError, match="no labels"):
         load_images("embedded:letters", Preprocess((3, 32, 32), crop_pct=1.0)).check_labels(8)
+
+
+def test_batches_for_a_gpu_are_read_one_ahead() -> None:
+    read: list[int] = []
+
+    def batch(start: int) -> torch.Tensor:
+        read.append(start)
+        return torch.full((1,), start)
+
+    found = _ahead(batch, range(0, 10, 2))
+    for place in range(5):
+        assert int(next(found)) == 2 * place
+        assert len(read) <= place + 2
+    assert list(found) == []
+    assert read == [0, 2, 4, 6, 8]
+    assert list(_ahead(batch, range(0))) == []
 
 
 # --- as_image_set ---

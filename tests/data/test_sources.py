@@ -64,6 +64,31 @@ def test_a_folder_with_brackets_or_a_question_mark_in_its_name(tmp_path: Path, f
     assert len(open_source(f"images:{question}?n=3")) == 3
 
 
+@pytest.mark.parametrize("name", ["im[0:4]", "im?n=3", "im[::2]?n=1&seed=2", "plain"])
+def test_a_name_that_looks_like_the_grammar_is_reached_by_a_slash(name: str, tmp_path: Path, folder: Path) -> None:
+    odd = folder.rename(tmp_path / name)
+    assert len(open_source(f"images:{odd}/")) == 10
+    assert len(open_source(f"images:{odd}/[1:3]")) == 2
+    assert len(open_source(f"images:{odd}/[1:6]?n=4")) == 4
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = odd / name
+    parquet.write_table(pytest.importorskip("pyarrow").table({"image": [b"x"] * 5}), file)
+    assert len(open_source(f"parquet:{file}/")) == 5
+    assert len(open_source(f"parquet:{file}/[:2]")) == 2
+
+
+def test_links_that_lead_nowhere_are_skipped_and_counted(folder: Path) -> None:
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    (folder / "circle").symlink_to(folder)
+    images = load_images(f"images:{folder}", Preprocess((3, 16, 16)), skip_bad=True)
+    assert len(images) == 10
+    assert [name for name, _ in images.skipped] == ["gone.jpg", "loop.jpg"]
+    assert "symbolic links" in dict(images.skipped)["loop.jpg"]
+    with pytest.raises(BadImageError, match=r"gone\.jpg: it cannot be read: no such file"):
+        load_images(f"images:{folder}", Preprocess((3, 16, 16)))
+
+
 @pytest.mark.parametrize(
     ("tail", "words"),
     [

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, as_image_set, load_images, open_source
 from quantlens.data.labels import as_labels
 from quantlens.data.tables import HELD_BYTES, class_names_of
@@ -208,3 +209,12 @@ def test_data_sets_of_hugging_face(saved: tuple[Path, Any], pictures: list[Image
     assert np.array_equal(looped.pixels, images.pixels)
     with pytest.raises(QuantlensError, match="train, validation; give one"):
         as_image_set({"train": data, "validation": data}, PRE)
+
+
+def test_a_data_set_of_hugging_face_calibrates_as_a_source(saved: tuple[Path, Any]) -> None:
+    folder, data = saved
+    drawn = np.random.RandomState(2).permutation(7)
+    whole = load_images(f"hf:{folder / 'one'}", PRE).tensor()
+    for given in (data, f"hf:{folder / 'one'}", data.with_transform(lambda rows: rows)):
+        chunk = Calibration.of(given, PRE, seed=2).chunk(0)
+        assert np.array_equal(chunk.numpy(), whole[drawn].numpy())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from study_fakes import PREPROCESS, FakeModel, quantized
 
+from quantlens.calibration import Calibration
 from quantlens.data import load_images, open_source
-from quantlens.errors import QuantlensError, StorageError, UnknownNameError
+from quantlens.errors import QuantlensError, QuantlensWarning, StorageError, UnknownNameError
 from quantlens.evaluation.result import Result
 from quantlens.evaluation.run import evaluate
 from quantlens.metrics import FitData, choose_scores, classification_metrics, make_scorer, ood_metrics
@@ -148,6 +150,22 @@ def test_scores_without_fit_are_named() -> None:
 def test_fit_among_the_evaluated_is_refused(fit: str) -> None:
     with pytest.raises(QuantlensError, match="share"):
         evaluate(FakeModel(), ID, OOD, fit=fit)
+
+
+def test_shared_images_are_counted_and_said_once() -> None:
+    id, letters = (load_images(spec, PREPROCESS, cache_dir=False) for spec in (ID, LETTERS))
+    mixed = torch.cat([letters.tensor(0, 20), id.tensor(0, 5)])
+    model = FakeModel()
+    with pytest.warns(QuantlensWarning, match=r"OOD set mixed and the ID set share 5 images \(5 of the 25"):
+        evaluate(model, id, {"letters": letters, "mixed": mixed}, scores=["msp"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", QuantlensWarning)
+        evaluate(model, id, {"mixed": mixed}, scores=["msp"])
+        evaluate(model, id, {"letters": letters}, scores=["msp"])
+    model.calibration = Calibration.of(id.tensor(3, 13), PREPROCESS).info(content=True)
+    with pytest.warns(QuantlensWarning, match="the ID set and the calibration images share 10 images"):
+        result = evaluate(model, ID)
+    assert result.calibration == Calibration.of(id.tensor(3, 13), PREPROCESS).info()
 
 
 def test_embedded_sets_that_are_parts_of_others_overlap() -> None:

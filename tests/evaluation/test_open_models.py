@@ -12,7 +12,7 @@ from quantlens.evaluation.open_models import open_float, open_models
 def test_words_for_weights(monkeypatch):
     monkeypatch.setattr("quantlens.evaluation.open_models.load_model", lambda name, weights, **options: weights)
     said = [open_float("digits-vit", w) for w in (None, "pretrained", "random", "a.pth")]
-    assert said == ["pretrained", "pretrained", None, "a.pth"]
+    assert said == ["pretrained", "pretrained", "random", "a.pth"]
 
 
 def test_a_name_a_file_and_what_it_was_made_from(tmp_path):

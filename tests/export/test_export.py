@@ -277,6 +277,11 @@ def test_predictions_of_pictures(tmp_path):
     noise.save(tmp_path / "noise.png")
     first, second = artefact.predict([noise, tmp_path / "noise.png"])
     assert first == second
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    noise.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "lying.png", exif=exif)
+    with Image.open(tmp_path / "lying.png") as lying:
+        assert artefact.predict([lying, tmp_path / "lying.png"]) == [first, first]
     assert 0 < first.probability <= 1
     assert first.unknown == (first.score < artefact.guard["threshold"]["value"])
     if artefact.class_names:

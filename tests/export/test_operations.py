@@ -299,7 +299,7 @@ def written(module, size=SIZE):
     from quantlens.export.onnx_operations import write_graph
 
     e = Emitter(capture(module, torch.zeros(2, *size)), {})
-    e.op("Identity", write_graph(e), out="y")
+    e.op("Identity", *write_graph(e), out="y")
     images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", *size])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])
     made = helper.make_graph(e.nodes, "made", [images], [y])

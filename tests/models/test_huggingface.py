@@ -143,6 +143,75 @@ def test_without_a_processor_it_says_what_it_assumed(tmp_path):
     assert model.preprocess.input_size == (3, 32, 32)
 
 
+def test_another_image_size(tmp_path):
+    given = folder(tmp_path, made("ViT"), processor_of())
+    with pytest.warns(QuantlensWarning, match=r"resampled 1 position embeddings .*image size"):
+        model = ql.load_model(given, input_size=64)
+    assert model.preprocess.input_size == (3, 64, 64)
+    assert model.preprocess.resize == (64, 64)
+    assert model(torch.cat([PICTURES, PICTURES], 2).repeat(1, 1, 1, 2)).logits.shape == (2, 2)
+
+
+def test_a_processor_of_another_size_than_the_model(tmp_path):
+    given = folder(tmp_path, made("ViT"), processor_of(48))
+    with pytest.warns(QuantlensWarning, match=r"its image processor makes \(3, 48, 48\): \(3, 32, 32\) is taken"):
+        assert ql.load_model(given).preprocess.input_size == (3, 32, 32)
+    given = folder(tmp_path / "dinov2", made("Dinov2"), processor_of(48))
+    assert ql.load_model(given).preprocess.input_size == (3, 48, 48), "which resamples by itself"
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "DeiTForImageClassificationWithTeacher"])
+def test_its_file_fits_a_model_of_timm(tmp_path, name):
+    from timm.models import deit, vision_transformer
+
+    is_vit = name.startswith("ViT")
+    config = (transformers.ViTConfig if is_vit else transformers.DeiTConfig)(**SIZES, num_labels=3, layer_norm_eps=1e-6)
+    module = getattr(transformers, name)(config).eval()
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
+    kind = vision_transformer.VisionTransformer if is_vit else deit.VisionTransformerDistilled
+    twin = kind(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, mlp_ratio=1.5, num_classes=3)
+    with pytest.warns(QuantlensWarning, match="names of Hugging Face translated"):
+        model = ql.load_model(twin, tmp_path / "pytorch_model.bin", input_size=(3, 32, 32))
+    torch.testing.assert_close(model(PICTURES), module(PICTURES).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_of_transformers(tmp_path):
+    """Its processor lies where it was loaded from; made from a configuration, it has none."""
+    module = made("ViT", id2label={0: "cat", 1: "dog"})
+    with pytest.warns(QuantlensWarning, match=r"assumed: 32×32 pixels, mean \(0\.5"):
+        model = ql.load_model(module)
+    assert (model.task, model.class_names, model.preprocess.input_size) == ("classify", ["cat", "dog"], (3, 32, 32))
+    source = folder(
+        tmp_path, module, transformers.ViTImageProcessor(size={"height": 32, "width": 32}, image_std=[0.25] * 3)
+    )
+    loaded = type(module).from_pretrained(source.removeprefix("hf:"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", QuantlensWarning)
+        assert ql.load_model(loaded).preprocess.std == (0.25,) * 3
+    with pytest.raises(QuantlensError, match="CLIPModel takes input_ids, not images"):
+        ql.load_model(made("clip"))
+    with pytest.warns(QuantlensWarning, match=r"32×32 pixels, mean \(0\.481"):
+        assert ql.load_model(made("clip").vision_model).task == "features"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_size_finds_its_float_model(tmp_path):
+    from quantlens.cli import main
+    from quantlens.evaluation.open_models import open_models
+
+    given = folder(tmp_path / "vit", made("ViT", num_labels=8), processor_of())
+    (tmp_path / "out").mkdir()
+    out = str(tmp_path / "out" / "q.safetensors")
+    source = "embedded:digits-calibration?n=2&seed=0"
+    asked = ["--input-size", "48", "--calibration", source, "--method", "minmax", "--out", out]
+    assert main.run(["quantize", given, *asked]) == 0
+    quantized, reference = open_models(out, "pretrained")
+    assert quantized.preprocess == reference.preprocess
+    assert quantized.preprocess.input_size == (3, 48, 48)
+
+
 def test_refusals(tmp_path):
     with pytest.raises(BadWeightsError, match="no folder"):
         ql.load_model("hf:./nothing/here")

@@ -43,7 +43,7 @@ def test_the_marks_are_the_intervals_of_compare(store: Path) -> None:
         assert found is not None
         (group,) = compare(f"{store}:bits=FP32", f"{store}:bits={bits}", scores=["all"], resamples=RESAMPLES).groups
         for figure in group.metrics:
-            if figure.path.rpartition(".")[2] in significance.ASKED:
+            if figure.path.rpartition(".")[2] in significance.asked_of("classify"):
                 assert (figure.path in found) == (figure.low <= 0 <= figure.high), figure
     assert asked.not_significant(keys(store, "FP32")[0], keys(store, "FP32")) >= {
         "id.top1",

@@ -2,12 +2,12 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from quantlens.data import ImageSet, as_image_set
 from quantlens.data.given import drawn
@@ -47,6 +47,8 @@ class Calibration:
         self._images, self.count = images, count
         self.source, self.fingerprint, self.device = source, fingerprint, device
         self.content = ""
+        self.others: Mapping[int, Tensor] = {}
+        """What else the model takes, by the number of the graph's input; of a batch a row for each image."""
 
     @classmethod
     def of(
@@ -103,6 +105,14 @@ class Calibration:
         # a method may write into what it is shown
         return images.to(self.device, torch.float32, copy=given, memory_format=torch.contiguous_format)
 
+    def inputs(self, graph: Graph, index: int) -> dict[fx.Node, Tensor]:
+        """Chunk ``index`` of all that the graph takes."""
+        found = {graph.input: self.chunk(index)}
+        for number, value in self.others.items():
+            node, rows = graph.inputs[number], slice(index * CHUNK, min((index + 1) * CHUNK, self.count))
+            found[node] = (value[rows] if node.meta["shape"][:1] == (None,) else value).to(self.device)
+        return found
+
     def __iter__(self) -> Iterator[Tensor]:
         return (self.chunk(i) for i in range(self.pieces))
 
@@ -110,7 +120,9 @@ class Calibration:
         """The first ``count`` images (all, if there are fewer)."""
         fingerprint = None if count < self.count else self.fingerprint
         count = min(count, self.count)
-        return Calibration(self._images, count, source=self.source, fingerprint=fingerprint, device=self.device)
+        found = Calibration(self._images, count, source=self.source, fingerprint=fingerprint, device=self.device)
+        found.others = self.others
+        return found
 
     def info(self, *, content: bool = False) -> dict[str, Any]:
         """Where the images come from; content: also hashes of the first :data:`DIGESTS`, in one text."""

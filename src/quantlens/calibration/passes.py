@@ -307,7 +307,7 @@ class _ImageStream:
         for index in range(len(self)):
             with self._chunk(index) as env:
                 if starts:
-                    env[self.graph.input] = self.calibration.chunk(index)
+                    env |= self.calibration.inputs(self.graph, index)
                 alive = {n for n in [*env, *calls] if self._last_use.get(n, -1) >= place}
                 alive |= {edge.node} if edge.position is None else set()
                 self.graph.run(calls, env, hook=self._hook, keep=alive)

@@ -157,7 +157,10 @@ class _Estimate:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        start, first = self.began.setdefault(what, (now, done))
+        if done <= self.began.get(what, (now, done))[1]:  # it begins, or begins again (with the FP32 model)
+            self.began[what] = now, done
+            self.told.pop(what, None)
+        start, first = self.began[what]
         passed, new = now - start, done - first
         due = passed >= self.FIRST if what not in self.told else now - self.told[what] >= self.AGAIN
         left = passed / new * (total - done) if new else 0.0
@@ -228,6 +231,7 @@ def open_run(
     source: str,
     n: int | None,
     seed: int,
+    input_size: int | None = None,
     **reading: Any,
 ) -> tuple[Any, Any]:
     """(float model, calibration images as it reads them) of a command line: what the commands that quantize begin with.
@@ -237,6 +241,6 @@ def open_run(
     from quantlens.evaluation.open_models import open_float
 
     images = open_calibration(source, n, seed)
-    loaded = open_float(model, weights, device)
+    loaded = open_float(model, weights, device, input_size)
     told = partial(step, "decoding calibration images")
     return loaded, as_image_set(images, loaded.preprocess, progress=told, **reading)

@@ -15,6 +15,10 @@ Weights = Annotated[
     str | None,
     typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] (the default) or random."),
 ]
+InputSize = Annotated[
+    int | None,
+    typer.Option(metavar="PX", min=1, help="Side of its images, if not its own: position embeddings are resampled."),
+]
 
 # -- images
 CalibrationSource = Annotated[str, typer.Option(metavar="SOURCE", help="Calibration images (`quantlens sources`).")]
@@ -49,7 +53,27 @@ ARGUMENTS = {
     ],
 }
 """What every method takes."""
-Seed = Annotated[int, typer.Option(min=0, help="Draws the calibration images, and all else that is random.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Draws the calibration images, and all else that is random.")
+]
+
+# -- what is measured
+Scores = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAMES",
+        help="OOD scores (default: all that fit the task): msp, maxlogit, energy, entropy, gen, knn, vim, mahalanobis, "
+        "rmahalanobis (relative), mahalanobis_l2, rmahalanobis_l2, react; binary and multilabel: joint_energy, "
+        "sigmoid_confidence.",
+    ),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(metavar="TASK", help="classify, zero-shot, binary, multilabel or features (default: the model's)."),
+]
+TextEmbeddings = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Text embeddings [K, D] for zero-shot: .npy, .npz or .safetensors.")
+]
 
 # -- the run
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]

@@ -33,12 +33,12 @@ def allocate(
     model: _options.ModelName,
     calibration: _options.CalibrationSource,
     weights: _options.Weights = None,
+    input_size: _options.InputSize = None,
     n: _options.CalibrationCount = None,
     sensitivity: Annotated[
         str,
         typer.Option(
-            help="[bold]nuclear-norm[/bold] (balanced; `-o formula=paper` is the published formula), hessian, kl or "
-            "random."
+            help="[bold]nuclear-norm[/bold] (balanced; `-o formula=paper`: as published), hessian, kl or random."
         ),
     ] = "nuclear-norm",
     target: Annotated[
@@ -81,7 +81,7 @@ def allocate(
     parse_target(target)
     with _common.stages(quiet) as step:
         reading = _common.reading(skip_bad, no_cache)
-        loaded, images = _common.open_run(step, model, weights, device, calibration, n, seed, **reading)
+        loaded, images = _common.open_run(step, model, weights, device, calibration, n, seed, input_size, **reading)
         how |= {"sensitivity": sensitivity, "progress": partial(step, f"sensitivity by {sensitivity}")}
         found = api.allocate(loaded, images, target, candidates=widths, front=front, seed=seed, **how)
     found.save(out)

@@ -22,6 +22,9 @@ from, which is then measured on the same images, and what quantization changed i
 Scores that need statistics (KNN, ViM, Mahalanobis, ReAct …) are fitted on the images of --fit, which must not be among
 those evaluated.
 
+What is measured depends on what the model is for (--task): accuracy and calibration of a classifier, AUROC and average
+precision of a binary or multi-label one, k-NN and linear-probe accuracy of features (both fitted on --fit).
+
 [bold]Examples[/bold]
 
     quantlens evaluate digits-vit --id embedded:digits-test \\
@@ -41,6 +44,7 @@ def evaluate(
     model: _options.ModelOrCheckpoint,
     id: Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")],
     weights: _options.Weights = None,
+    input_size: _options.InputSize = None,
     ood: _options.OodSets = None,
     near: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Which of these sets are near; may be repeated.")
@@ -48,14 +52,9 @@ def evaluate(
     fit: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="ID images, not evaluated, that scores are fitted on.")
     ] = None,
-    scores: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAMES",
-            help="OOD scores (default: all): msp, maxlogit, energy, entropy, gen, knn, vim, mahalanobis, rmahalanobis "
-            "(relative), mahalanobis_l2, rmahalanobis_l2, react.",
-        ),
-    ] = None,
+    scores: _options.Scores = None,
+    task: _options.Task = None,
+    text_embeddings: _options.TextEmbeddings = None,
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")
     ] = None,
@@ -83,10 +82,11 @@ def evaluate(
         check_writable(path)
     checkpoint = _check_card(model) if card else None
     sets, groups = _common.pairs(ood, "--ood"), dict.fromkeys(_common.names(near), "near")
-    measured, reference = open_models(model, weights, device)
+    measured, reference = open_models(model, weights, device, input_size)
     if store is not None and not hasattr(measured, "facts"):
         raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
     settings = {"fit": fit, "reference": reference, "scores": _common.names(scores) or None, "groups": groups}
+    settings |= {"task": task, "text_embeddings": text_embeddings}
     kept = keep is not None or (card and "scores")
     settings |= {"batch_size": batch_size, "device": device, "n_bins": bins, "keep": kept}
     with _common.stages(quiet) as step:
@@ -136,12 +136,12 @@ def _keep(directory: Path, facts: Mapping[str, Any], result: Mapping[str, Any]) 
 def tables(result: Any) -> Iterator[Any]:
     """What is printed of a result: percent, with the FP32 metric and the change where they are known."""
     from quantlens.evaluation.result import summary
-    from quantlens.metrics import METRICS, names_of
+    from quantlens.metrics import METRICS, metrics_of
 
     yield from summary(result)
     heads = ["metric", "value", *(["FP32", CHANGE] if result.fp32 else [])]
     fp32, change = ((part or {}).get("id", {}) for part in (result.fp32, result.change))
-    shown = [(METRICS[name], name) for name in names_of("classification") if name in result.id]
+    shown = [(METRICS[name], name) for name in metrics_of(result.task) if name in result.id]
     rows = [
         (m.heading, m.text(result.id[name]), m.text(fp32.get(name)), m.text(change.get(name), "+"))[: len(heads)]
         for m, name in shown
@@ -151,13 +151,15 @@ def tables(result: Any) -> Iterator[Any]:
         yield from _ood_tables(result, METRICS["aupr_out"])
     if result.guard is not None:
         yield _guard_table(result.guard, [METRICS[name] for name in ("kept", "flagged", "balanced_accuracy")])
-    if result.ood:
-        for reason in dict.fromkeys(result.scores_unavailable.values()):
-            names = [name for name, why in result.scores_unavailable.items() if why == reason]
-            yield f"left out: {', '.join(names)} ({reason})"
+    lacking = {**result.metrics_unavailable, **(result.scores_unavailable if result.ood else {})}
+    for reason in dict.fromkeys(lacking.values()):
+        names = [name for name, why in lacking.items() if why == reason]
+        yield f"left out: {', '.join(names)} ({reason})"
 
 
 def _ood_tables(result: Any, aupr: Any) -> Iterator[Any]:
+    from quantlens.metrics import score_label
+
     means = {f"mean {group}": result.ood_mean[group] for group in ("far", "near") if group in result.ood_mean}
     columns = {**result.ood, **means}
     rows = [
@@ -168,10 +170,11 @@ def _ood_tables(result: Any, aupr: Any) -> Iterator[Any]:
         rows.append(["chance", *(aupr.text(entry.get(score, {}).get("chance_aupr_out")) for entry in columns.values())])
     title = f"Out of distribution, {aupr.heading} by score"
     yield _common.table(["score", *columns], rows, right=columns, title=title)
-    if result.change is not None and "msp" in result.histograms:
+    score = next((name for name in ("msp", *result.histograms) if name in result.histograms), None)
+    if result.change is not None and score is not None:
         changes = result.change["ood"]
-        row = [aupr.text(entry.get("msp", {}).get("aupr_out"), "+") for entry in changes.values()]
-        title = f"Change of {aupr.title} by MSP, {aupr.change_unit} ({CHANGE}) {aupr.arrow}"
+        row = [aupr.text(entry.get(score, {}).get("aupr_out"), "+") for entry in changes.values()]
+        title = f"Change of {aupr.title} by {score_label(score)}, {aupr.change_unit} ({CHANGE}) {aupr.arrow}"
         yield _common.table(list(changes), [row], right=changes, title=title)
 
 

@@ -33,6 +33,7 @@ def inspect(
         typer.Option(metavar="SOURCE", help="Images to measure on (default: a shipped model's calibration images)."),
     ] = None,
     weights: _options.Weights = None,
+    input_size: _options.InputSize = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="How many images the seed draws (default: 32).")] = None,
     bits: Annotated[str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations.")] = "W8A8",
     method: Annotated[str, typer.Option(help="Whose quantizers; a method that sets ranges only.")] = "minmax",
@@ -64,7 +65,7 @@ def inspect(
     widths, source = api.read_bits(bits), images or _shipped_images(model)
     with _common.stages(quiet) as step:
         reading = _common.reading(skip_bad, no_cache)
-        loaded, opened = _common.open_run(step, model, weights, device, source, n, seed, **reading)
+        loaded, opened = _common.open_run(step, model, weights, device, source, n, seed, input_size, **reading)
         found = api.inspect(loaded, opened, widths, method=method, seed=seed, by=parts, progress=step, **settings)
     _show(found, rank, None if everything else top)
     if json is not None:

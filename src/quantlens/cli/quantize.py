@@ -35,6 +35,7 @@ def quantize(
     model: _options.ModelName,
     calibration: _options.CalibrationSource,
     weights: _options.Weights = None,
+    input_size: _options.InputSize = None,
     n: _options.CalibrationCount = None,
     method: _options.MethodName = "quantlens-fast",
     bits: Annotated[
@@ -61,7 +62,7 @@ def quantize(
         check_place(file.parent, file.name)
     with _common.stages(quiet) as step:
         reading = _common.reading(skip_bad, no_cache)
-        loaded, images = _common.open_run(step, model, weights, device, calibration, n, seed, **reading)
+        loaded, images = _common.open_run(step, model, weights, device, calibration, n, seed, input_size, **reading)
         told = partial(step, f"calibrating by {method}")
         quantized = api.quantize(loaded, images, method=method, bits=wanted, seed=seed, progress=told, **settings)
         quantized.save(file)

@@ -36,6 +36,7 @@ def recommend(
     model: _options.ModelName,
     id: Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")],
     weights: _options.Weights = None,
+    input_size: _options.InputSize = None,
     max_loss: Annotated[
         str, typer.Option(metavar="LOSS", help="Points of top-1 that may be lost: 1pt, or 0.01.")
     ] = "1pt",
@@ -71,7 +72,7 @@ def recommend(
     if not quiet:
         _common.console(stderr=True).print(f"trying settings for at most {minutes:g} minutes")
     with _common.stages(quiet) as step:
-        found = search(open_float(model, weights, device), id, progress=step, **settings)
+        found = search(open_float(model, weights, device, input_size), id, progress=step, **settings)
     _common.show(_parts(found), found.to_dict(), json, "the recommendation")
 
 

@@ -17,6 +17,7 @@ GRAMMAR = (
     ("KIND:PATH[a:b:s]", "every s-th of them: [::2] and [1::2] are two halves that share no image"),
     ("KIND:PATH?n=200&seed=0", "a random sample of 200, drawn with the seed"),
     ("KIND:PATH[0:1000]?n=32&seed=0", "a random sample from a slice"),
+    ("KIND:PATH?split=test&n=200", "keys that a kind has, below, stand there too"),
     ("KIND:PATH/", "a folder whose name ends like one of these: what stands before a slash is its name"),
 )
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from quantlens.data.sources import as_rgb
 from quantlens.errors import BadImageError, QuantlensError, UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -195,8 +196,8 @@ class Preprocess:
         return x.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Image (any PIL mode) -> normalised float32 [3,H,W]."""
-        return self.normalize(self.resize_crop(image.convert("RGB")))
+        """Image (any PIL mode) -> normalised float32 [channels,H,W], upright (see `sources.as_rgb`)."""
+        return self.normalize(self.resize_crop(as_rgb(image)))
 
 
 def _pil(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:

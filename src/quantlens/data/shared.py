@@ -61,8 +61,9 @@ def _as_pixels(row: np.ndarray, preprocess: Preprocess | None, channel: int) -> 
 def warn_shared(
     id: ImageSet, ood: Mapping[str, ImageSet], fit: ImageSet | None, calibration: Any, preprocess: Preprocess | None
 ) -> None:
-    """One QuantlensWarning, once for the same ID set, where images that are learnt from are among those evaluated, or
-    where an OOD set holds ID images. calibration: what a quantized model says of its calibration images, or None."""
+    """One QuantlensWarning (each thing is said once of an ID set) where images that are learnt from are among those
+    evaluated, or where an OOD set holds ID images. calibration: what a quantized model says of its calibration images,
+    or None."""
     measured = {"the ID set": id, **{f"OOD set {name}": images for name, images in ood.items()}}
     found = {name: content_digests(images, preprocess) for name, images in measured.items()}
     known = set(found["the ID set"])
@@ -73,10 +74,10 @@ def warn_shared(
         learnt["the calibration images"] = {contents[k : k + digits] for k in range(0, len(contents), digits)}
     for other, digests in learnt.items():
         said += [_shares(name, images, other, digests) for name, images in found.items()]
-    text = "; ".join(filter(None, said))
-    if text and text not in TOLD.setdefault(id, set()):
-        TOLD[id].add(text)
-        warnings.warn(f"{text}: what is measured on them misleads", QuantlensWarning, stacklevel=2)
+    new = [text for text in said if text and text not in TOLD.setdefault(id, set())]
+    if new:
+        TOLD[id].update(new)
+        warnings.warn(f"{'; '.join(new)}: what is measured on them misleads", QuantlensWarning, stacklevel=2)
 
 
 def without_content(calibration: Mapping[str, Any] | None) -> dict[str, Any] | None:

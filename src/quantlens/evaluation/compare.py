@@ -21,12 +21,13 @@ from threadpoolctl import threadpool_limits
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.outputs import Outputs
-from quantlens.metrics import names_of
+from quantlens.metrics import TASKS, metrics_of, names_of
 from quantlens.metrics.bootstrap import ID, Array, Resamples, classification, differences, holm, interval, ranking
+from quantlens.metrics.labels import resampled_labels
 
 BASELINE = "FP32"
 TRAITS = ("model", "method", "bits", "seed")
-ID_METRICS = names_of("classification", resampled=True)
+ID_METRICS = metrics_of("classify", resampled=True)
 OOD_METRICS = names_of("ood", resampled=True)
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -61,6 +62,11 @@ class Entry:
     def forget(self) -> None:
         """Give the outputs' memory back; they are read again when they are asked for."""
         self.__dict__.pop("outputs", None)
+
+    @property
+    def task(self) -> str:
+        """What it was measured as."""
+        return str((self.result or self.outputs.about).get("task") or "classify")
 
     @property
     def sets(self) -> dict[str, Mapping[str, Any]]:
@@ -221,6 +227,8 @@ def _common_sets(one: Match) -> tuple[list[str], list[str]]:
             f"{first} (A) and {second} (B) were measured on different ID images; only metrics of the same images can "
             "be compared: measure both on one set"
         )
+    if len(tasks := sorted({TASKS.get(entry.task, entry.task) for entry in one.entries})) > 1:
+        raise QuantlensError(f"A and B were measured as different tasks ({', '.join(tasks)}); they share no metrics")
     other = [name for name, found in marks.items() if len(found) > 1]
     note = f"left out, as not all cells were measured on the same images of it: OOD set {', '.join(other)}"
     return [name for name in marks if name not in other], [note] if other else []
@@ -258,7 +266,7 @@ def _values(entry: Entry, wanted: "Wanted", groups: Mapping[str, Sequence[str]])
     if entry.result is None:
         known = point(entry.outputs, wanted)
     else:
-        known = {f"id.{metric}": entry.result["id"].get(metric) for metric in ID_METRICS}
+        known = {f"id.{metric}": entry.result["id"].get(metric) for metric in metrics_of(entry.task, resampled=True)}
         for score in wanted.scores:
             for name in wanted.sets:
                 found = entry.result["ood"][name].get(score, {})
@@ -282,7 +290,7 @@ def _check_same_images(first: Entry, second: Entry, sets: Sequence[str]) -> int:
             f"the per-image outputs of {first} and {second} ({first.file}, {second.file}) are not of the same images; "
             "were some skipped as bad in one of them? measure both anew on images that can all be read"
         )
-    return int(one.labels.size)
+    return len(one.labels)
 
 
 def _corrected(groups: Sequence[Compared], resamples: int) -> list[str]:
@@ -307,11 +315,13 @@ def _corrected(groups: Sequence[Compared], resamples: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which metrics are resampled: OOD sets and scores by name, and metrics among ID_METRICS and OOD_METRICS."""
+    """Which metrics are resampled: OOD sets and scores by name, and metrics by name (those that a task has)."""
 
     sets: Sequence[str]
     scores: Sequence[str]
-    metrics: Collection[str] = (*ID_METRICS, *OOD_METRICS)
+    metrics: Collection[str] = tuple(
+        dict.fromkeys(name for f in (*TASKS.values(), "ood") for name in names_of(f, resampled=True))
+    )
 
 
 def point(outputs: Outputs, wanted: Wanted) -> dict[str, float]:
@@ -333,15 +343,14 @@ def replicate(outputs: Outputs, wanted: Wanted, resamples: Resamples) -> dict[st
 
 def _sizes(outputs: Outputs, sets: Sequence[str]) -> dict[str, int]:
     """Images by set, the ID images first."""
-    return {ID: outputs.labels.size, **{s: next(iter(outputs.ood_scores[s].values())).size for s in sets}}
+    return {ID: len(outputs.labels), **{s: next(iter(outputs.ood_scores[s].values())).size for s in sets}}
 
 
 def _metrics(outputs: Outputs, wanted: Wanted, counts: Mapping[str, Array]) -> dict[str, Array]:
     """Path -> [resamples] for counts [images, resamples] of every set."""
-    vectors = (outputs.rank, outputs.confidence, outputs.nll, outputs.brier)
-    n_bins = int(outputs.about["n_bins"])
-    metrics = classification(*vectors, counts[ID], n_bins=n_bins, wanted=wanted.metrics)
-    found = {f"id.{name}": metrics[name] for name in ID_METRICS if name in metrics}
+    names = metrics_of(outputs.task, resampled=True)
+    metrics = _of_ids(outputs, counts[ID], [name for name in names if name in wanted.metrics])
+    found = {f"id.{name}": metrics[name] for name in names if name in metrics}
     groups = {
         group: [s for s in wanted.sets if group in ("all", outputs.groups[s])] for group in ("far", "near", "all")
     }
@@ -355,3 +364,15 @@ def _metrics(outputs: Outputs, wanted: Wanted, counts: Mapping[str, Array]) -> d
                 mean = sum(by_set[name][metric] for name in members) / len(members)
                 found[f"ood_mean.{group}.{score}.{metric}"] = np.asarray(mean)
     return found
+
+
+def _of_ids(outputs: Outputs, drawn: Array, wanted: Collection[str]) -> dict[str, Array]:
+    """{metric: [resamples]} of the ID images for counts [images, resamples]."""
+    n_bins = int(outputs.about["n_bins"])
+    if outputs.task == "features":
+        return {name: outputs.hits[name].astype(drawn.dtype) @ drawn / len(drawn) for name in outputs.hits}
+    if outputs.task in ("binary", "multilabel"):
+        labels, logits = outputs.labels.astype(bool), np.asarray(outputs.logits)
+        return resampled_labels(logits, labels, drawn, n_bins=n_bins, wanted=wanted)
+    vectors = (outputs.rank, outputs.confidence, outputs.nll, outputs.brier)
+    return classification(*vectors, drawn, n_bins=n_bins, wanted=wanted)

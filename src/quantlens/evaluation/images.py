@@ -31,12 +31,14 @@ class EvaluationImages:
         fit: Any,
         groups: Mapping[str, str] | None,
         progress: ImageProgress | None,
+        task: str = "classify",
         **reading: Any,
     ) -> "EvaluationImages":
         """Images of what `data.as_image_set` accepts, `reading` being its other arguments. Raises QuantlensError for an
-        empty set, labels that do not match, groups of other sets, or a fit set among those evaluated."""
+        empty set, labels that do not fit the task, groups of other sets, or a fit set among those evaluated."""
         from quantlens.data import as_image_set
         from quantlens.data.shared import warn_shared
+        from quantlens.evaluation.tasks import check_labels, check_same_classes
 
         groups_of(ood or {}, groups)  # a mistake there is told before images are read
 
@@ -45,10 +47,12 @@ class EvaluationImages:
             return as_image_set(value, model.preprocess, name, progress=told, **reading)
 
         id_images = opened(id, "the ID set")
-        id_images.check_labels(model.num_classes)
+        check_labels(id_images, task, model.num_classes)
         ood_images = {str(name): opened(value, f"OOD set {name}") for name, value in (ood or {}).items()}
         fit_images = None if fit is None else opened(fit, "the fit set")
         if fit_images is not None:
+            if task == "features":
+                check_same_classes(id_images, fit_images)
             refuse_overlap(fit_images, "the fit set", id_images, "the ID set")
             for name, images in ood_images.items():
                 refuse_overlap(fit_images, "the fit set", images, f"OOD set {name}")
@@ -74,7 +78,8 @@ def groups_of(sets: Mapping[str, Any], groups: Mapping[str, str] | None) -> dict
             raise UnknownNameError("OOD set", name, sets, hint="a group is given to one of the sets evaluated")
         if group not in ("far", "near"):
             raise QuantlensError(f"the group of OOD set {name!r} is {group!r}; write 'far' or 'near'")
-    return {name: given.get(name) or getattr(images, "group", None) or "far" for name, images in sets.items()}
+    own = {name: getattr(images, "group", None) for name, images in sets.items()}
+    return {name: given.get(name) or ("near" if own[name] == "near" else "far") for name in sets}
 
 
 # ---- overlap ---------------------------------------------------------------------------------------------------------

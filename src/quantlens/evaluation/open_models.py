@@ -9,9 +9,11 @@ from quantlens.models import Model, load_model
 from quantlens.qmodel.hub import find_checkpoint
 
 
-def open_float(name: str, weights: str | None = None, device: str = "cpu") -> Model:
-    """A float model by name. weights: "random", a file, or "pretrained", as for None."""
-    return load_model(name, weights or "pretrained", device=choose_device(device))
+def open_float(
+    name: str, weights: str | None = None, device: str = "cpu", input_size: int | tuple[int, ...] | None = None
+) -> Model:
+    """A float model by name. weights: "random", a file, or "pretrained", as for None. input_size: see `load_model`."""
+    return load_model(name, weights or "pretrained", input_size=input_size, device=choose_device(device))
 
 
 def checkpoint_of(name: str) -> Path | None:
@@ -21,12 +23,15 @@ def checkpoint_of(name: str) -> Path | None:
     return find_checkpoint(name) if written else None
 
 
-def open_models(name: str, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
+def open_models(
+    name: str, weights: str | None = None, device: str = "cpu", input_size: int | None = None
+) -> tuple[Any, Any]:
     """(model to measure, FP32 model it was made from, or None).
 
     name: a float model's name, a checkpoint as :func:`checkpoint_of` finds it, or an exported file (.onnx, .xml).
     weights: a file, "pretrained" or "random": the float model's own, or of the model that a file was made from; None:
-    trained ones, or no FP32 model beside a file. Raises BadWeightsError where they are not what the file was made from.
+    trained ones, or no FP32 model beside a file. input_size: of a float model. Raises BadWeightsError where they are
+    not what the file was made from.
     """
     checkpoint = checkpoint_of(name)
     path = checkpoint or Path(name)
@@ -44,10 +49,13 @@ def open_models(name: str, weights: str | None = None, device: str = "cpu") -> t
             )
         made = load(path).to(choose_device(device))
     else:
-        return open_float(name, weights, device), None
+        return open_float(name, weights, device, input_size), None
     if weights is None:
         return made, None
     reference = open_float(made.name, weights, device)
+    size, own = (getattr(getattr(m, "preprocess", None), "input_size", None) for m in (made, reference))
+    if size is not None and own not in (None, size):
+        reference = open_float(made.name, weights, device, size)
     if made.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
         raise BadWeightsError(
             f"--weights {weights} is not the checkpoint that {path} was made from (SHA-256 "

@@ -9,6 +9,10 @@ are means of. A file holds, for N ID images and the M images of each OOD set,
     narrow, wide                 float32, float64 [scores, N + sum of M]: the OOD scores, ID images first
     about                        JSON: what was measured on which images, and the names of the scores and sets
 
+Other tasks than one label of several have no vectors from `predicted` to `brier` (format 2). `binary` and `multilabel`
+have labels uint8 [N, L] and always logits float32 [N, L]; `features` has, of what was measured, `knn1` and `linear1`
+(whether the image got its label) and `cosine` (to the FP32 model's features), float64 [N].
+
 The metrics need no logits, and are computed from the vectors, so that they equal the store's to the last digit; half
 precision is for whoever asks something new of the logits. A score is kept in float32 where that keeps every two of its
 values apart, otherwise in float64: the order of the images, which AUPR, AUROC and FPR@95 depend on, is exact.
@@ -20,7 +24,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ import numpy as np
 
 from quantlens.errors import StorageError
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "outputs"
 
 VECTORS = {
@@ -39,23 +43,38 @@ VECTORS = {
     "nll": np.float64,
     "brier": np.float64,
 }
+ABOUT = ("model", "method", "bits", "seed", "n_bins", "id", "ood")
+OF_FEATURES = ("knn1", "linear1", "cosine")
+
+
+def vectors_of(task: str | None) -> dict[str, Any]:
+    """Names and types of the arrays [N] or [N, L] that are kept of every image of the ID set, by task."""
+    if task in ("binary", "multilabel"):
+        return {"labels": np.uint8, "logits": np.float32}
+    return {"labels": np.int32} if task == "features" else VECTORS
 
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
     """Per-image outputs of one model (see above). `id_scores[score]` is [N], `ood_scores[set][score]` is [M], both
-    float64; `about` has "model", "method", "bits", "seed", "n_bins", "id" and "ood" (fingerprint and group by set)."""
+    float64; `about` has "model", "method", "bits", "seed", "n_bins", "id" and "ood" (fingerprint and group by set), and
+    "task" unless it is one label of several. `hits`: the vectors of features, by metric."""
 
     labels: np.ndarray
-    predicted: np.ndarray
-    rank: np.ndarray
-    confidence: np.ndarray
-    nll: np.ndarray
-    brier: np.ndarray
     id_scores: dict[str, np.ndarray]
     ood_scores: dict[str, dict[str, np.ndarray]]
     about: dict[str, Any]
+    predicted: Any = None
+    rank: Any = None
+    confidence: Any = None
+    nll: Any = None
+    brier: Any = None
     logits: np.ndarray | None = None
+    hits: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        return str(self.about.get("task") or "classify")
 
     @property
     def groups(self) -> dict[str, str]:
@@ -64,9 +83,12 @@ class Outputs:
 
 
 def of_images(logits: np.ndarray, labels: np.ndarray, keep: bool | str) -> dict[str, Any]:
-    """The fields of `Outputs` that logits [N, K] and labels [N] give; `logits` is None unless `keep` is True."""
+    """The fields of `Outputs` that logits [N, K] and labels [N] give; `logits` is None unless `keep` is True. With
+    labels [N, K] those of a sigmoid per label."""
     from quantlens.metrics.classification import per_image
 
+    if np.ndim(labels) == 2:
+        return {"labels": np.asarray(labels).astype(np.uint8), "logits": logits.astype(np.float32)}
     images = per_image(logits, labels)
     fits = np.abs(logits).max(initial=0) <= np.finfo(np.float16).max
     return {
@@ -77,10 +99,15 @@ def of_images(logits: np.ndarray, labels: np.ndarray, keep: bool | str) -> dict[
 
 
 def about_of(
-    model: Any, id_part: Mapping[str, Any], ood_part: Mapping[str, Mapping[str, Any]], n_bins: int
+    model: Any,
+    id_part: Mapping[str, Any],
+    ood_part: Mapping[str, Mapping[str, Any]],
+    n_bins: int,
+    task: str = "classify",
 ) -> dict[str, Any]:
     """What the outputs of a model are of; the parts "id" and "ood" of its result say on which images."""
     return {
+        **({} if task == "classify" else {"task": task}),
         "model": model.name,
         "method": model.method,
         "bits": model.bits,
@@ -102,22 +129,23 @@ def path_of(directory: str | os.PathLike[str], key: str) -> Path:
 def pack(outputs: Outputs) -> bytes:
     """The content of the file."""
     sizes = [(name, next(iter(scores.values())).size) for name, scores in outputs.ood_scores.items()]
-    total = outputs.labels.size + sum(size for _, size in sizes)
+    total = len(outputs.labels) + sum(size for _, size in sizes)
     rows: dict[str, dict[str, np.ndarray]] = {"narrow": {}, "wide": {}}
     for name, ids in outputs.id_scores.items():
         row = np.concatenate([ids, *(scores[name] for scores in outputs.ood_scores.values())])
         rows["narrow" if _apart_in_float32(row) else "wide"][name] = row
     about = {
         **outputs.about,
-        "format": FORMAT,
+        "format": 1 if vectors_of(outputs.task) is VECTORS else FORMAT,
         "sets": sizes,
         "scores": {kind: list(found) for kind, found in rows.items()},
         "order": list(outputs.id_scores),
     }
-    arrays = {name: getattr(outputs, name).astype(dtype) for name, dtype in VECTORS.items()}
+    arrays = {name: getattr(outputs, name).astype(dtype) for name, dtype in vectors_of(outputs.task).items()}
+    arrays |= {name: values.astype(np.float64) for name, values in outputs.hits.items()}
     arrays["narrow"] = np.array(list(rows["narrow"].values()), np.float32).reshape(-1, total)
     arrays["wide"] = np.array(list(rows["wide"].values()), np.float64).reshape(-1, total)
-    if outputs.logits is not None:
+    if outputs.logits is not None and "logits" not in arrays:
         arrays["logits"] = outputs.logits
     text = json.dumps(about, sort_keys=True, allow_nan=False).encode()
     stream = io.BytesIO()
@@ -145,7 +173,8 @@ def read(path: str | os.PathLike[str], *, logits: bool = False) -> Outputs:
                     f"the per-image outputs {path} were written by a newer quantlens (format {about['format']}, this "
                     f"one reads {FORMAT}); install that version"
                 )
-            wanted = [*VECTORS, "narrow", "wide", *(["logits"] if logits and "logits" in file.files else [])]
+            wanted = {*vectors_of(about.get("task")), "narrow", "wide"}
+            wanted |= {name for name in (*OF_FEATURES, *(["logits"] if logits else [])) if name in file.files}
             return _unpacked(about, {name: file[name] for name in wanted})
     except FileNotFoundError:
         raise StorageError(
@@ -161,10 +190,12 @@ def read(path: str | os.PathLike[str], *, logits: bool = False) -> Outputs:
 
 def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Outputs:
     """Checked outputs; ValueError where shapes, types or values do not belong together."""
-    n = arrays["labels"].size
+    vectors, n = vectors_of(about.get("task")), len(arrays["labels"])
+    hits = [name for name in OF_FEATURES if name in arrays]
     sizes = [(str(name), int(size)) for name, size in about["sets"]]
     ends = np.cumsum([n, *(size for _, size in sizes)])
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(VECTORS, (n,))
+    many = arrays["labels"].shape if "logits" in vectors else (n,)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys((*vectors, *hits), many)
     shapes |= {kind: (len(names), ends[-1]) for kind, names in about["scores"].items()}
     for name, shape in shapes.items():
         if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
@@ -179,9 +210,10 @@ def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Output
         rows |= dict(zip(names, arrays[kind].astype(np.float64), strict=True))
     parts = {name: np.split(rows[name], ends[:-1]) for name in about["order"]}
     return Outputs(
-        **{name: arrays[name] for name in VECTORS},
+        **{name: arrays[name] for name in vectors if name != "logits"},
         id_scores={name: part[0] for name, part in parts.items()},
         ood_scores={name: {score: part[i + 1] for score, part in parts.items()} for i, (name, _) in enumerate(sizes)},
-        about={key: about[key] for key in ("model", "method", "bits", "seed", "n_bins", "id", "ood")},
+        about={key: about[key] for key in (*ABOUT, *({"task"} & about.keys()))},
         logits=logits,
+        hits={name: arrays[name] for name in hits},
     )

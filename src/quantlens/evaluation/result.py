@@ -15,7 +15,7 @@ import numpy as np
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.evaluation.outputs import Outputs
 from quantlens.files import write_whole
-from quantlens.metrics import change, metric_of, names_of
+from quantlens.metrics import change, metric_of, metrics_of, names_of
 
 NOT_STORED = frozenset({"extra", "outputs"})
 """Fields of a Result that are no keys of its dictionary."""
@@ -48,6 +48,11 @@ class Result:
     ood_mean: dict[str, dict[str, Any]] = field(default_factory=dict)
     histograms: dict[str, dict[str, Any]] = field(default_factory=dict)
     scores_unavailable: dict[str, str] = field(default_factory=dict)
+    task: str = "classify"
+    """What the model was measured as, of `metrics.TASKS`."""
+    metrics_unavailable: dict[str, str] = field(default_factory=dict)
+    text_embeddings: dict[str, Any] | None = None
+    """Of the task "zero-shot": how many texts there are, their scale, bias and fingerprint."""
     fp32: dict[str, Any] | None = None
     guard: dict[str, Any] | None = None
     """How often the OOD threshold of an exported file is right (`export.export.guard_metrics`); None without one."""
@@ -99,6 +104,7 @@ class Result:
         """Set `fp32` from the FP32 Result on the same images. Raises QuantlensError for one of other
         images, or of a quantized model."""
         check_same_images(reference, self.id, self.ood)
+        check_same_task(reference, self.task)
         self.fp32 = metrics_only(vars(reference))
 
     def to_pandas(self) -> Any:
@@ -114,7 +120,7 @@ class Result:
     def __str__(self) -> str:
         """What was measured and on what, a metric per line; of OOD detection AUPR-out by the first score, and what
         the threshold of an exported file keeps and flags."""
-        known = [f"id.{name}" for name in names_of("classification")]
+        known = [f"id.{name}" for name in metrics_of(self.task)]
         ends = (f".{next(iter(self.histograms), '')}.aupr_out", ".kept", ".flagged")
         lines = [
             f"{title_of(path)}: {metric_of(path).text(value)}"
@@ -129,7 +135,9 @@ def summary(result: Result) -> list[str]:
     size = "" if result.size_mb is None else f", {result.size_mb:.2f} MB"
     ratio = f" ({result.size_ratio:.3f} of FP32)" if result.size_ratio is not None and result.method != "fp32" else ""
     skipped = f", {result.id['skipped']} skipped" if result.id.get("skipped") else ""
-    return [f"{result.title}{size}{ratio}", f"ID {result.id.get('source')}: {result.id.get('n')} images{skipped}"]
+    task = "" if result.task == "classify" else f", measured as {result.task}"
+    images = f"ID {result.id.get('source')}: {result.id.get('n')} images{skipped}{task}"
+    return [f"{result.title}{size}{ratio}", images]
 
 
 def title_of(path: str) -> str:
@@ -145,17 +153,19 @@ def title_of(path: str) -> str:
 def metrics_only(result: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of which the change by quantization is taken: {"id", "ood", "ood_mean"}, no counts, no tables."""
 
-    def chosen(entry: Mapping[str, Any], family: str) -> dict[str, Any]:
-        return {name: entry[name] for name in names_of(family) if name in entry}
+    def chosen(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        return {name: entry[name] for name in names if name in entry}
 
     def by_score(part: str) -> dict[str, Any]:
         return {
-            name: {score: chosen(value, "ood") for score, value in entry.items() if isinstance(value, Mapping)}
+            name: {
+                score: chosen(value, names_of("ood")) for score, value in entry.items() if isinstance(value, Mapping)
+            }
             for name, entry in (result.get(part) or {}).items()
         }
 
     return {
-        "id": chosen(result.get("id") or {}, "classification"),
+        "id": chosen(result.get("id") or {}, metrics_of(result.get("task"))),
         "ood": by_score("ood"),
         "ood_mean": by_score("ood_mean"),
     }
@@ -181,6 +191,14 @@ def check_same_images(reference: Result, id_part: Mapping[str, Any], ood_part: M
             )
 
 
+def check_same_task(reference: Result, task: str) -> None:
+    """Raise QuantlensError unless a reference Result is of the task."""
+    if reference.task != task:
+        raise QuantlensError(
+            f"the reference was measured as {reference.task!r} and this model is as {task!r}; measure both as one task"
+        )
+
+
 def plain(value: Any) -> Any:
     """Nested dicts, lists, strings and finite Python numbers; numpy values are unpacked, NaN becomes None."""
     if isinstance(value, np.ndarray | np.generic):
@@ -197,9 +215,11 @@ def plain(value: Any) -> Any:
 # ---- flat rows, for spreadsheets and data frames ---------------------------------------------------------------------
 
 FIRST = ("model", "method", "bits", "seed", "options")
-LEFT_OUT = frozenset({"per_class", "reliability", "histograms", "attention_examples", "thumbnails", "edges"})
+LEFT_OUT = frozenset(
+    {"per_class", "per_label", "reliability", "histograms", "attention_examples", "thumbnails", "edges"}
+)
 """Parts of a result that are no single numbers."""
-NOT_MEASURED = frozenset({"fp32", "environment", "preprocess", "options", "allocation"})
+NOT_MEASURED = frozenset({"fp32", "environment", "preprocess", "options", "allocation", "text_embeddings"})
 """Parts that are of something else, or settings."""
 
 

@@ -6,7 +6,7 @@ arrays; of an OOD set only the scores (float64 [N]) stay once it has been measur
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,18 +18,21 @@ from quantlens.errors import QuantlensError
 from quantlens.evaluation.environment import choose_device, environment
 from quantlens.evaluation.images import EvaluationImages, ImageProgress, describe
 from quantlens.evaluation.outputs import Outputs, about_of, of_images
-from quantlens.evaluation.result import Result, check_same_images, metrics_only, plain
+from quantlens.evaluation.result import Result, check_same_images, check_same_task, metrics_only, plain
+from quantlens.evaluation.tasks import ONE_LABEL, check_labels, embedding, feature_hits, id_metrics, task_of
+from quantlens.evaluation.zero_shot import TextEmbeddings, ZeroShot
 from quantlens.export.export import guard_metrics, looks_unknown
 from quantlens.metrics import (
     FitData,
     ScoreInfo,
     Scorer,
     choose_scores,
-    classification_metrics,
+    cosines,
     make_scorer,
     mean_over_sets,
     ood_metrics,
     score_histograms,
+    similarity,
 )
 from quantlens.models import Model, class_names
 from quantlens.qmodel import float_model
@@ -43,6 +46,8 @@ def evaluate(
     *,
     fit: Any = None,
     reference: Any = None,
+    task: str | None = None,
+    text_embeddings: Any = None,
     scores: Sequence[str] | None = None,
     groups: Mapping[str, str] | None = None,
     batch_size: int = 64,
@@ -57,42 +62,62 @@ def evaluate(
 
     id, ood (name -> images), fit: anything that `data.as_image_set` accepts (a SOURCE string, an ImageSet, a float
         tensor [N, 3, H, W] already normalised, a pair (images, labels), or batches of either). fit: ID images, not
-        among those evaluated, for scores that need statistics; without it these are named in `scores_unavailable`.
+        among those evaluated, for scores and for k-NN and linear probe; without it these are named as unavailable.
     reference: the FP32 model, or its Result on the same images; by default a quantized model's own `.reference`, False
         leaves it out. scores: names of OOD scores (None: quantlens' own). groups: OOD set -> "far" (default) or "near".
+    task: of `metrics.TASKS`; None: the model's own. text_embeddings: for "zero-shot", see `zero_shot.TextEmbeddings`.
     batch_size: images per forward pass, at most. device: by default where the model is. n_bins: of the calibration
         error. progress: called with (what, images done, images in all). skip_bad: leave out images that cannot be
         read. cache_dir: of decoded images; None is the user's, False none. keep: True keeps what the model gave on
         every image in the Result's `outputs`; "scores" does without the logits.
-    Raises QuantlensError for labels that do not match, logits that are not finite, sets that overlap, unknown names.
+    Raises QuantlensError for labels, scores or a task that do not fit, logits that are not finite, sets that overlap.
     """
     started = time.perf_counter()
     if keep not in (True, False, "scores"):
         raise QuantlensError(f"outputs to keep are {keep!r}; write true, false, or scores (everything but the logits)")
-    model = measurable(model, device)
-    run = _Run(batch_size, progress, n_bins, choose_scores(scores))
-    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, cache_dir=cache_dir, skip_bad=skip_bad)
+    model, texts = measurable(model, device), TextEmbeddings.of(text_embeddings)
+    task = task_of(model, task, texts is not None)
+    run = _Run(batch_size, progress, n_bins, choose_scores(scores, task), task, texts)
+    model = run.classifying(model)
     if reference is None and model.method != "fp32":
         reference = model.reference
+    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, task, cache_dir=cache_dir, skip_bad=skip_bad)
     if isinstance(reference, Result):
         check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
+        check_same_task(reference, task)
     measured = run.measure(model, sets, keep)
     result = Result(
         **_facts(model),
         fit=None if sets.fit is None else {"source": sets.fit.source, "n": len(sets.fit)},
-        seconds={"evaluation": time.perf_counter() - started},
+        text_embeddings=None if texts is None else texts.describe(),
+        seconds=_seconds(model, started),
         **measured,
     )
-    calibrating = getattr(getattr(model, "provenance", None), "seconds", None)
-    if calibrating is not None:
-        result.seconds["calibration"] = float(calibrating)
-    if isinstance(reference, Result):
-        result.fp32 = metrics_only(vars(reference))
-    elif reference is not None and reference is not False:
-        reference = measurable(reference, device)
-        _check_same_preprocess(reference, model)
-        result.fp32 = metrics_only(run.measure(reference, sets))
+    if reference is not None and reference is not False:
+        result.fp32 = run.fp32(model, reference, sets, device)
+    _compare_features(result, run)
     return result
+
+
+def _compare_features(result: Result, run: "_Run") -> None:
+    """Add how near the features of a quantized model are to those of the FP32 model on the same images, where both were
+    run."""
+    if run.task != "features" or result.method == "fp32":
+        return
+    if len(run.embeddings) < 2:
+        reason = "is taken to the FP32 model's features: give the FP32 model as `reference`, not its Result"
+        result.metrics_unavailable |= dict.fromkeys(("cosine", "cosine_p5", "cka"), reason)
+        return
+    result.id |= plain(similarity(*run.embeddings))
+    if result.outputs is not None:
+        result.outputs.hits["cosine"] = cosines(*run.embeddings)
+
+
+def _seconds(model: Any, started: float) -> dict[str, float]:
+    """How long the evaluation took, and the method."""
+    found = {"evaluation": time.perf_counter() - started}
+    calibrating = getattr(getattr(model, "provenance", None), "seconds", None)
+    return found if calibrating is None else {**found, "calibration": float(calibrating)}
 
 
 def _facts(model: Any) -> dict[str, Any]:
@@ -124,17 +149,33 @@ class _Run:
     progress: ImageProgress | None
     n_bins: int
     scores: dict[str, ScoreInfo]
+    task: str
+    texts: TextEmbeddings | None = None
+    embeddings: list[np.ndarray] = field(default_factory=list)
+    """of the ID images, by every model measured; for the task "features" """
+
+    def classifying(self, model: Any) -> Any:
+        """A model as a classifier of the texts, where there are any."""
+        return model if self.texts is None else ZeroShot(model, self.texts)
+
+    def fp32(self, model: Any, reference: Any, sets: EvaluationImages, device: str | None) -> dict[str, Any]:
+        """The metrics of the FP32 model that a model was made from, or of its Result."""
+        if isinstance(reference, Result):
+            return metrics_only(vars(reference))
+        reference = measurable(reference, device)
+        _check_same_preprocess(reference, model)
+        return metrics_only(self.measure(self.classifying(reference), sets))
 
     def measure(self, model: Any, sets: EvaluationImages, keep: bool | str = False) -> dict[str, Any]:
-        """{"id", "ood", "ood_mean", "histograms", "scores_unavailable", "guard", "outputs"} of a result."""
+        """{"task", "id", "ood", "ood_mean", "histograms", "scores_unavailable", "metrics_unavailable", "guard",
+        "outputs"} of a result."""
         logits, features = self.forward(model, sets.id, "the ID set")
-        names = class_names(sets.id, model)
-        metrics = classification_metrics(logits, sets.id.labels, n_bins=self.n_bins, class_names=names)
-        id_part = {**describe(sets.id), "num_classes": model.num_classes, **metrics}
-        images = of_images(logits, sets.id.labels, keep) if keep else None
-        guard = getattr(model, "guard", None)
+        data = self.fit_data(model, features is not None, sets)
+        metrics, images, lacking = self.of_ids(model, sets, logits, features, data, keep)
+        id_part = {**describe(sets.id), **metrics}
+        guard = getattr(model, "guard", None) if self.task in ONE_LABEL else None
         known, unknown = looks_unknown(guard, logits), {}
-        scorers, unavailable = self.fit(model, features is not None, sets.fit) if sets.ood else ({}, {})
+        scorers, unavailable = self.fit(model, features is not None, data) if sets.ood else ({}, {})
         id_scores = _scored(scorers, logits, features)
         del logits, features
         ood_part: dict[str, dict[str, Any]] = {}
@@ -148,11 +189,12 @@ class _Run:
             unknown[name] = looks_unknown(guard, logits)
             del logits, features
         outputs = None
-        if images is not None:
+        if keep:
             sets_scored = ood_scores if id_scores else {}
-            about = about_of(model, id_part, {name: ood_part[name] for name in sets_scored}, self.n_bins)
+            about = about_of(model, id_part, {name: ood_part[name] for name in sets_scored}, self.n_bins, self.task)
             outputs = Outputs(**images, id_scores=id_scores, ood_scores=sets_scored, about=about)
         return {
+            "task": self.task,
             "id": plain(id_part),
             "ood": plain(ood_part),
             "ood_mean": plain(mean_over_sets(ood_part)),
@@ -161,49 +203,82 @@ class _Run:
                 for score, values in id_scores.items()
             },
             "scores_unavailable": unavailable,
+            "metrics_unavailable": lacking,
             "guard": plain(guard_metrics(guard, known, unknown)),
             "outputs": outputs,
         }
 
-    def fit(self, model: Any, features: bool, images: Any) -> tuple[dict[str, Scorer], dict[str, str]]:
+    def of_ids(
+        self, model: Any, sets: EvaluationImages, logits: Any, features: Any, data: FitData | None, keep: bool | str
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+        """The metrics of the ID images, the fields of `Outputs` (empty where nothing is kept), and the metrics that
+        cannot be had, with the reason."""
+        labels: Any = check_labels(sets.id, self.task, model.num_classes)
+        if self.task != "features":
+            names = class_names(sets.id, model)
+            metrics = id_metrics(self.task, logits, labels, n_bins=self.n_bins, names=names)
+            return metrics, of_images(logits, labels, keep) if keep else {}, {}
+        self.embeddings.append(features)
+        hits, lacking = feature_hits(features, labels, data)
+        metrics = {"num_features": features.shape[1], **{name: float(hit.mean()) for name, hit in hits.items()}}
+        return metrics, {"labels": np.full(len(features), -1) if labels is None else labels, "hits": hits}, lacking
+
+    def fit_data(self, model: Any, features: bool, sets: EvaluationImages) -> FitData | None:
+        """What the model gives on the fit images, for what is fitted on them; None where nothing is, or without any.
+        features: whether it gives features."""
+        images, infos = sets.fit, self.scores.values() if sets.ood else ()
+        wanted = self.task == "features" or any(i.needs_fit and (features or not i.needs_features) for i in infos)
+        if images is None or not wanted:
+            return None
+        logits, found = self.forward(model, images, "the fit set")
+        if self.task in ONE_LABEL:
+            labels = None if images.labels is None else check_labels(images, self.task, model.num_classes)
+            classifier = (t.detach().float().cpu().numpy() for t in model.classifier() or ())
+            return FitData(logits, found, labels, *classifier)
+        if self.task == "multilabel" or images.labels is None:
+            return FitData(None, found)
+        checked = check_labels(images, self.task, model.num_classes)
+        return FitData(None, found, None if checked is None else checked.reshape(len(checked)).astype(np.int64))
+
+    def fit(self, model: Any, features: bool, data: FitData | None) -> tuple[dict[str, Scorer], dict[str, str]]:
         """Every score that can be had on this model, fitted on its own outputs, and the others with the reason why not.
-        features: whether the model gives any; images: those that scores are fitted on, or None."""
-        classifier = model.classifier()
-        data = None
-        if features and images is not None and any(info.needs_fit for info in self.scores.values()):
-            outputs = self.forward(model, images, "the fit set")
-            labels = None if images.labels is None else images.check_labels(model.num_classes)
-            data = FitData(*outputs, labels, *(t.detach().float().cpu().numpy() for t in classifier or ()))
-        there = {"features": features, "fit": images is not None, "classifier": classifier is not None}
-        lacking = {name: info.lacks(**there) for name, info in self.scores.items()}
+        features: whether the model gives any; data: of `fit_data`."""
+        there = {"features": features, "fit": data is not None, "classifier": model.classifier() is not None}
+        classes = data is None or data.logits is not None or data.labels is not None
+        lacking = {name: info.lacks(**there, classes=classes) for name, info in self.scores.items()}
         scorers = {name: make_scorer(name, data) for name, reason in lacking.items() if not reason}
         return scorers, {name: reason for name, reason in lacking.items() if reason}
 
-    def forward(self, model: Any, images: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """(logits float32 [N, K], features float32 [N, D] or None) of an image set, in its order."""
+    def forward(self, model: Any, images: Any, what: str) -> tuple[Any, np.ndarray | None]:
+        """(logits float32 [N, K], features float32 [N, D] or None) of an image set, in its order; (None, features) of a
+        model without a classifier."""
         logits, features, done = [], [], 0
         size = min(self.batch_size, getattr(model, "images_together", None) or self.batch_size)
         with torch.inference_mode():
             for pixels, _ in images.batches(batch_size=size, device=getattr(model, "device", "cpu")):
                 outputs = model.outputs(pixels)
-                logits.append(outputs.logits.float().cpu().numpy())
-                if outputs.features is not None:
+                found = embedding(model, outputs) if self.task == "features" else outputs.logits
+                logits.append(found.float().cpu().numpy())
+                if outputs.features is not None and self.task != "features":
                     features.append(outputs.features.float().cpu().numpy())
                 done += len(pixels)
                 if self.progress is not None:
                     self.progress(f"evaluating {what}", done, len(images))
-        found = np.concatenate(logits)
-        bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
+        whole = np.concatenate(logits)
+        bad = np.flatnonzero(~np.isfinite(whole).all(axis=1))
         if bad.size:
+            given = "features" if self.task == "features" else "logits"
             raise QuantlensError(
-                f"{model.name} ({model.method}, {model.bits}) gives logits that are not finite on {bad.size} of the "
-                f"{len(found)} images of {what} ({images.source}), first on {images.names[bad[0]]}; check the weights "
+                f"{model.name} ({model.method}, {model.bits}) gives {given} that are not finite on {bad.size} of the "
+                f"{len(whole)} images of {what} ({images.source}), first on {images.names[bad[0]]}; check the weights "
                 "for NaN, or use another method or more bits"
             )
-        return found, np.concatenate(features) if features else None
+        if self.task == "features":
+            return None, whole
+        return whole, np.concatenate(features) if features else None
 
 
-def _scored(scorers: Mapping[str, Scorer], logits: np.ndarray, features: np.ndarray | None) -> dict[str, np.ndarray]:
+def _scored(scorers: Mapping[str, Scorer], logits: Any, features: np.ndarray | None) -> dict[str, np.ndarray]:
     """Every score [N] float64 of images, larger = more in-distribution, from logits [N, K] and features [N, D]."""
     found = {name: np.asarray(scorer(logits, features), dtype=np.float64) for name, scorer in scorers.items()}
     for name, values in found.items():

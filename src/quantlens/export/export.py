@@ -10,25 +10,29 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from quantlens._version import __version__
 from quantlens.ambient import isolated
-from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError, UnsupportedError
 from quantlens.export.onnx_file import Initializer, check, pieces
+from quantlens.export.onnx_values import Size
 from quantlens.files import write_whole
+from quantlens.graph.structure import paths_of
 from quantlens.metrics.ood_scores import energy, maxlogit, msp
 from quantlens.qmodel import QuantizedModel, float_model
 
 GUARDS = {"msp": msp, "energy": energy, "maxlogit": maxlogit}
 """Scores that a file can carry; larger means more in-distribution."""
+
+CLASSIFIED = ("classify", "binary", "multilabel")
+"""Tasks whose measured output is called "logits"; that of the others is called "features"."""
 
 KEEP = 0.95
 """Share of in-distribution images that the threshold keeps."""
@@ -47,7 +51,9 @@ def export(
     """Write a model for a runtime; the ending chooses: ``.onnx`` (operator set 21), ``.xml`` (OpenVINO IR, weights in
     the ``.bin`` beside it) or ``.pt2`` (PyTorch's own; logits alone, see :mod:`quantlens.export.pt2`).
 
-    Inputs: ``images`` float32 [batch, 3, H, W], normalised. Outputs: ``logits`` [batch, K] and ``score`` [batch].
+    Inputs: ``images`` float32 [batch, C, H, W], normalised, and what else the module takes, by its names. Outputs:
+    ``logits`` [batch, K] and ``score`` [batch] (``features`` [batch, D] of a model without a classifier), and what else
+    the module returns.
 
     model: quantized or float. simulate: write formats without integer kernels as float operations that reproduce them.
     guard: the score, one of :data:`GUARDS`. guard_images: in-distribution images (a SOURCE, an image set, a tensor)
@@ -66,27 +72,58 @@ def export(
         return export_pt2(qmodel, path, simulate=simulate)
     if path.suffix not in (".onnx", ".xml"):
         raise UnsupportedError(f"{path}: give a file that ends in .onnx or .xml (OpenVINO) or .pt2 (PyTorch)")
-    threshold = None if guard_images is None else guard_threshold(qmodel, guard_images, guard, keep)
+    if guard_images is not None and not has_guard(qmodel):
+        raise UnsupportedError(
+            f"{qmodel.name} has the task {qmodel.task!r}, and a guard is for classifiers of several classes: export it "
+            "without guard images"
+        )
     record = {  # what the file says of itself
         "quantlens": __version__,
         "plan": json.dumps({**qmodel.plan.info, "rewrites": qmodel.plan.rewrites}),
         "preprocess": json.dumps(qmodel.preprocess.to_dict()),
-        "guard": json.dumps({"score": guard, "keep": keep, "threshold": threshold}),
+        "guard": json.dumps({"score": guard, "keep": keep, "threshold": None}),
+        "task": qmodel.task,
         "num_parameters": str(qmodel.num_parameters),
         "saturating": json.dumps(any(quantizer.bits > 7 for _, quantizer in qmodel.weight_edges())),
     }
-    proto, initializers = onnx_model(qmodel, record, guard, simulate=simulate)
+    proto, initializers = onnx_model(qmodel, guard, simulate=simulate)
+    if guard_images is not None:
+        from quantlens.export.exported import Artefact, guard_threshold
+
+        with _folder_beside(path) as folder:
+            tried = Artefact(_write(proto, initializers, record, folder / path.name))
+            threshold = guard_threshold(tried, guard_images, keep)
+        record["guard"] = json.dumps({"score": guard, "keep": keep, "threshold": threshold})
+    return _write(proto, initializers, record, path)
+
+
+def _write(proto: Any, initializers: list[Initializer], record: dict[str, str], path: Path) -> Path:
+    """The file, with what it says of itself."""
+    from onnx import helper
+
+    record = {**record, "outputs": json.dumps([output.name for output in proto.graph.output])}
+    del proto.metadata_props[:]
+    helper.set_model_props(proto, record)
     if path.suffix == ".onnx":
         return write_whole(path, pieces(proto, initializers))
     return _openvino(proto, initializers, record, path)
 
 
-def onnx_model(
-    qmodel: QuantizedModel, record: dict[str, str], guard: str, *, simulate: bool
-) -> tuple[Any, list[Initializer]]:
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """A folder for the time being, where a file is to be. Raises StorageError where there can be none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error}; free some room or choose another place") from error
+
+
+def onnx_model(qmodel: QuantizedModel, guard: str, *, simulate: bool) -> tuple[Any, list[Initializer]]:
     """The checked ONNX ModelProto without its initializers, and these."""
     _need("onnx")
-    from onnx import TensorProto, helper
+    from onnx import helper
 
     from quantlens.export.onnx_graph import IR_VERSION, OPSET, Emitter
     from quantlens.export.onnx_operations import write_graph
@@ -96,19 +133,29 @@ def onnx_model(
             f"the model computes {len(qmodel.plan.operators)} LayerNorms or softmaxes in integer arithmetic of its "
             "own, which runtimes have no operators for; quantize for a runtime (--target) to export"
         )
-    emitter = Emitter(qmodel.graph, qmodel.plan.quantizers, simulate=simulate)
-    logits = emitter.op("Identity", write_graph(emitter), out="logits")
-    if guard == "energy":
-        emitter.op("ReduceLogSumExp", logits, [1], out="score", keepdims=0)
-    else:
-        scored = emitter.op("Softmax", logits, axis=1) if guard == "msp" else logits
-        emitter.op("ReduceMax", scored, [1], out="score", keepdims=0)
-
-    def floats(name: str, *shape: int) -> Any:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
-
-    inputs = [floats("images", *map(int, qmodel.preprocess.input_size))]
-    outputs = [floats("logits", qmodel.num_classes), floats("score")]
+    graph, emitter = qmodel.graph, Emitter(qmodel.graph, qmodel.plan.quantizers, simulate=simulate)
+    taken = input_names(graph)
+    given = dict(zip(graph.outputs, write_graph(emitter, taken), strict=True))
+    primary, first = given[graph.output], "logits" if qmodel.task in CLASSIFIED else "features"
+    shape = emitter.sizes(graph.output)
+    if len(shape) > 2:  # as `QuantizedModel.outputs` measures it
+        pooled = emitter.op("Gather", primary, np.int64(0), axis=1) if len(shape) == 3 else None
+        primary = pooled or emitter.op("ReduceMean", primary, [-2, -1], keepdims=0)
+    measured = emitter.op("Identity", primary, out=first)
+    width = shape[1] if len(shape) == 4 else shape[-1]
+    outputs = [emitter.info(first, "float", (Size(1), width))]
+    if has_guard(qmodel):
+        outputs.append(emitter.info("score", "float", (Size(1),)))
+        if guard == "energy":
+            emitter.op("ReduceLogSumExp", measured, [1], out="score", keepdims=0)
+        else:
+            scored = emitter.op("Softmax", measured, axis=1) if guard == "msp" else measured
+            emitter.op("ReduceMax", scored, [1], out="score", keepdims=0)
+    for node, name in output_names(graph).items():
+        if node is not graph.output or len(shape) > 2:
+            emitter.op("Identity", given[node], out=name)
+            outputs.append(emitter.info(name, *emitter.values[node]))
+    inputs = [emitter.info(name, *emitter.values[node]) for node, name in zip(graph.inputs, taken, strict=True)]
     proto = helper.make_model(
         helper.make_graph(emitter.nodes, qmodel.name, inputs, outputs),
         opset_imports=[helper.make_opsetid("", OPSET)],
@@ -116,29 +163,52 @@ def onnx_model(
         producer_name="quantlens",
         producer_version=__version__,
     )
-    helper.set_model_props(proto, record)
     initializers = list(emitter.constants.values())
     check(proto, initializers)
     return proto, initializers
 
 
+def has_guard(qmodel: Any) -> bool:
+    """Whether a model's outputs are the logits of one label of several: what a guard's scores are of."""
+    return qmodel.task == "classify" and int(qmodel.num_classes) > 1
+
+
+def input_names(graph: Any) -> list[str]:
+    """Names of a file's inputs: ``images``, and others as the module calls them."""
+    names = graph.structure.input_names
+    return ["images" if n is graph.input else names[number] for number, n in enumerate(graph.inputs)]
+
+
+def output_names(graph: Any) -> dict[Any, str]:
+    """Outputs of a graph -> their names in a file: as the module calls them (``pooler_output``), or ``output.1``."""
+    found: dict[Any, str] = {}
+    for number, name in sorted(paths_of(graph.structure.gives).items()):
+        name = name if name[:1].isalpha() else f"output.{name}".rstrip(".")
+        taken = {"logits", "score", "features", *input_names(graph), *found.values()}
+        found.setdefault(graph.outputs[number], f"output.{name}" if name in taken else name)
+    return found
+
+
 def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str], path: Path) -> Path:
     openvino = _need("openvino")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            source = Path(folder) / "model.onnx"
-            write_whole(source, pieces(proto, initializers))
+    with _folder_beside(path) as folder:
+        source = folder / "model.onnx"
+        write_whole(source, pieces(proto, initializers))
+        try:
             model = openvino_core().read_model(source)
-            for key, value in record.items():
-                model.set_rt_info(value, ["quantlens", key])
-            # else OpenVINO quantizes float activations to 8 bits before layers with integer weights, unasked
-            model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
-            openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)
-            os.replace(Path(folder) / path.with_suffix(".bin").name, path.with_suffix(".bin"))
-            os.replace(Path(folder) / path.name, path)
-    except (OSError, RuntimeError) as error:
-        raise StorageError(f"cannot write {path}: {error}; free some room or choose another place") from error
+        except RuntimeError as error:
+            why = (str(error).strip().splitlines() or [""])[-1]
+            raise UnsupportedError(f"OpenVINO cannot read {path.stem}: {why}; export to .onnx") from error
+        for key, value in record.items():
+            model.set_rt_info(value, ["quantlens", key])
+        # else OpenVINO quantizes float activations to 8 bits before layers with integer weights, unasked
+        model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+        try:
+            openvino.save_model(model, folder / path.name, compress_to_fp16=False)
+        except RuntimeError as error:
+            raise StorageError(f"cannot write {path}: {error}; free some room or choose another place") from error
+        os.replace(folder / path.with_suffix(".bin").name, path.with_suffix(".bin"))
+        os.replace(folder / path.name, path)
     return path
 
 
@@ -160,16 +230,6 @@ def _need(package: str) -> Any:
 
 
 # ---- the guard: how its threshold is chosen, and how often it is right -----------------------------------------------
-
-
-def guard_threshold(qmodel: QuantizedModel, images: Any, guard: str, keep: float = KEEP) -> dict[str, Any]:
-    """{"value", "n"}: the score that at least the share ``keep`` of the in-distribution images reaches."""
-    found = []
-    with torch.inference_mode():
-        for batch in Calibration.of(images, qmodel.preprocess, device=qmodel.device):
-            found.append(GUARDS[guard](qmodel.outputs(batch).logits.cpu().numpy()))
-    scores = np.concatenate(found)
-    return {"value": _threshold(scores, keep), "n": len(scores)}
 
 
 def _threshold(scores: np.ndarray, keep: float) -> float:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +17,8 @@ from scipy.special import softmax
 from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, as_rgb, decode_image
-from quantlens.errors import BadImageError, BadWeightsError
-from quantlens.export.export import _need, openvino_core
+from quantlens.errors import BadImageError, BadWeightsError, UnsupportedError
+from quantlens.export.export import GUARDS, _need, _threshold, openvino_core
 from quantlens.metrics.divergence import sqnr_db
 from quantlens.qmodel import Outputs, float_model
 
@@ -61,6 +60,7 @@ class Artefact:
         except (KeyError, ValueError, TypeError) as error:
             raise BadWeightsError(f"{self.path} was not written by `quantlens export`: {error}") from error
         self.info: dict[str, Any] = info
+        self.task = self._record.get("task", "classify")
         self.name, self.method = str(info.get("model", self.path.stem)), str(info.get("method", "custom"))
         self.bits, self.seed = str(info.get("bits", "")), int(info.get("seed") or 0)
         self.options: dict[str, Any] = dict(info.get("options") or {})
@@ -71,13 +71,21 @@ class Artefact:
         self.size_ratio = self.size_mb * 1e6 / (4 * self.num_parameters)
 
     # -- running ------------------------------------------------------------------------------------------------------
-    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """images float32 [B, 3, H, W], normalised -> logits [B, K], guard scores [B]."""
-        logits, scores = self._run(np.ascontiguousarray(images, dtype=np.float32))
-        return logits, scores
+    def run(self, images: np.ndarray, **others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """images float32 [B, C, H, W], normalised, and what else the model takes, by its names -> logits [B, K] (or
+        features [B, D]), guard scores [B] (not a number where the file has no guard)."""
+        found = self.values(images, **others)
+        measured = found["logits"] if "logits" in found else found["features"]
+        return measured, found.get("score", np.full(len(measured), np.nan, np.float32))
+
+    def values(self, images: np.ndarray, **others: np.ndarray) -> dict[str, np.ndarray]:
+        """Everything that the model returns, by the names of the file's outputs."""
+        return self._run({"images": np.ascontiguousarray(images, dtype=np.float32), **others})
 
     def predict(self, images: Sequence[Any]) -> list[Prediction]:
         """Predictions for pictures: paths or PIL images, or what :meth:`pixels` made of them."""
+        if self.task != "classify":
+            raise UnsupportedError(f"{self.path} has the task {self.task!r}: there are no classes to predict; use run")
         pixels = np.stack([image if isinstance(image, np.ndarray) else self.pixels(image) for image in images])
         logits, scores = self.run(self.preprocess.normalize(pixels).numpy())
         threshold = (self.guard.get("threshold") or {}).get("value")
@@ -198,8 +206,8 @@ def files_of(path: Path) -> list[Path]:
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
-_Runtime = tuple[Callable[[np.ndarray], Sequence[np.ndarray]], dict[str, str], str, int]
-"""An opened file: images -> logits and scores, its metadata, name and version of what runs it, number of classes."""
+_Runtime = tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], dict[str, str], str, int]
+"""An opened file: inputs -> outputs by name, its metadata, name and version of what runs it, number of classes."""
 
 
 def _onnxruntime(path: Path, threads: int | None) -> _Runtime:
@@ -221,8 +229,9 @@ def _onnxruntime(path: Path, threads: int | None) -> _Runtime:
     metadata = dict(session.get_modelmeta().custom_metadata_map)
     if saturates() and may_saturate(metadata):  # known only once it is open
         session = opened(precise=True)
+    names = [output.name for output in session.get_outputs()]
     return (
-        lambda images: session.run(["logits", "score"], {"images": images}),
+        lambda inputs: dict(zip(names, session.run(names, inputs), strict=True)),
         metadata,
         f"onnxruntime {ort.__version__}",
         int(session.get_outputs()[0].shape[-1]),
@@ -249,15 +258,30 @@ def _openvino(path: Path, threads: int | None) -> _Runtime:
     except Exception as error:
         raise BadWeightsError(f"{path} cannot be run by OpenVINO: {error}") from error
     info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
+    metadata = {key: str(getattr(value, "value", value)) for key, value in info.items()}
+    names = json.loads(metadata.get("outputs", '["logits", "score"]'))  # OpenVINO calls an output by others, too
     return (
-        lambda images: itemgetter("logits", "score")(compiled({"images": images})),
-        {key: getattr(value, "value", value) for key, value in info.items()},
+        lambda inputs: dict(zip(names, compiled(inputs).to_tuple(), strict=True)),
+        metadata,
         f"openvino {openvino.__version__.split('-')[0]}",
-        int(model.output("logits").partial_shape[-1].get_length()),
+        int(model.output(0).partial_shape[-1].get_length()),
     )
 
 
 _RUNTIMES = {".onnx": _onnxruntime, ".xml": _openvino}
+
+
+def guard_threshold(artefact: Artefact, images: Any, keep: float) -> dict[str, Any]:
+    """{"value", "n"}: the score that at least the share ``keep`` of the in-distribution images reaches, in the runtime,
+    whether they come together or one by one (sums differ in their last bits, and codes with them)."""
+    found, score = [], GUARDS[artefact.guard["score"]]
+    for batch in Calibration.of(images, artefact.preprocess):
+        together = batch.cpu().numpy()
+        alone = [artefact.run(image) for image in np.split(together, len(together))]
+        runs = [artefact.run(together), tuple(np.concatenate(part) for part in zip(*alone, strict=True))]
+        found.append(np.min([scores for logits, said in runs for scores in (said, score(logits))], axis=0))
+    scores = np.concatenate(found)
+    return {"value": _threshold(scores, keep), "n": len(scores)}
 
 
 # ---- what was shipped against what was measured ----------------------------------------------------------------------

@@ -268,7 +268,11 @@ def _reduced(kind: str) -> Writer:
         kinds = "int" if given == "bool" else given
         value = e.operand(node, 0, given)
         value = e.cast(value, given, kinds)
-        return e.cast(e.op(kind, value, dims, keepdims=keep) if dims else value, kinds, given)
+        if not dims:
+            return value
+        if kind == "ReduceMean":
+            return e.reshape(e.op(kind, value, dims, keepdims=1 - keep), e.sizes(node))
+        return e.cast(e.op(kind, value, dims, keepdims=keep), kinds, given)
 
     return write
 

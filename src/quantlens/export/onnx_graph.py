@@ -100,6 +100,14 @@ class Emitter:
         self.constants[name] = Initializer(proto, raw.nbytes, raw.tobytes)
         return name
 
+    def info(self, name: str, kind: str, sizes: Sequence[Any]) -> Any:
+        """What a file says of an input or output. The batch is "batch", a multiple of it is called after it."""
+        from onnx import helper
+
+        said = [f"{s.per_image}*batch+{s.fixed}" if isinstance(s, Size) else s for s in sizes]
+        dims = ["batch" if size == Size(1) else text for size, text in zip(sizes, said, strict=True)]
+        return helper.make_tensor_value_info(name, KINDS[kind][1], dims)
+
     # -- values ------------------------------------------------------------------------------------------------------
     def output(self, node: fx.Node, name: str) -> str:
         """The value of a node as its readers see it: after the quantizer of its output edge, if there is one."""

@@ -3,6 +3,7 @@
 Operations that depend on no input are computed here and written as constants.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ from quantlens.export.onnx_values import described, is_size
 from quantlens.graph.graph import argument, op_name
 
 
-def write_graph(e: Emitter) -> str:
-    """Write every node of the emitter's graph; returns the name of the logits.
+def write_graph(e: Emitter, inputs: Sequence[str] = ("images",)) -> list[str]:
+    """Write every node of the emitter's graph, whose inputs have these names; returns the names of its outputs.
 
-    Raises UnsupportedError, before anything is written, naming every operation that is not known.
+    Raises UnsupportedError, before anything is written, naming the operations that are not known.
     """
     written = [n for n in e.graph.fx.nodes if n.op == "call_function" and not is_size(n) and n not in e.folded]
     unknown = dict.fromkeys(described(node) for node in written if op_name(node) not in OPERATIONS)
@@ -30,11 +31,12 @@ def write_graph(e: Emitter) -> str:
         raise UnsupportedError(
             f"export knows no ONNX operator for {', '.join(shown)}{more}; please report it with the model's name"
         )
-    e.names[e.graph.input] = e.output(e.graph.input, "images")
+    for node, name in zip(e.graph.inputs, inputs, strict=True):
+        e.names[node] = e.output(node, name)
     for node in written:
         made = OPERATIONS[op_name(node)](e, node)
         e.names[node] = e.output(node, made) if isinstance(made, str) else made
-    return e.read(e.graph.output)
+    return [e.read(node) for node in e.graph.outputs]
 
 
 # ---- layers with weights ---------------------------------------------------------------------------------------------

@@ -36,17 +36,21 @@ def export_pt2(qmodel: QuantizedModel, path: Path, *, simulate: bool) -> Path:
 
     module = _standard(qmodel, simulate)
     batch = torch.export.Dim("batch", min=1, max=4096)
-    size = qmodel.preprocess.input_size
+    given, dynamic = [], []
+    for node in qmodel.graph.inputs:
+        shape, dtype = node.meta["shape"], node.meta.get("dtype") or torch.float32
+        given.append(torch.zeros([2 if d is None else d for d in shape], dtype=dtype, device=qmodel.device))
+        dynamic.append({axis: batch for axis, d in enumerate(shape) if d is None})
     with torch.no_grad():
-        program = torch.export.export(module, (torch.zeros(2, *size),), dynamic_shapes=({0: batch},), strict=False)
+        program = torch.export.export(module, tuple(given), dynamic_shapes=tuple(dynamic), strict=False)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return write_whole(path, buffer.getvalue())
 
 
 def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
-    """The simulation, of which the logits alone are given, with the standard operators in the place of the quantizers
-    that they can be."""
+    """The simulation, of which the outputs of the module are given (one, or a tuple), with the standard operators in
+    the place of the quantizers that they can be."""
     quantizers: dict[str, Any] = dict(qmodel.plan.quantizers)
     if qmodel.plan.operators:
         raise UnsupportedError("integer LayerNorm and softmax have no standard operators; quantize with --target")
@@ -58,7 +62,7 @@ def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
                 f"{key} has the format {quantizer.kind!r} with {quantizer.bits} bits, which PyTorch's quantize "
                 "operators do not know; quantize with --target, or export with --simulate"
             )
-    module = simulation(qmodel.graph, quantizers)
+    module = simulation(qmodel.graph, quantizers, whole=True)
     weights = {f"quantized_weights.{edge.key.replace('.', '_')}": edge for edge, _ in qmodel.weight_edges()}
     for node in [n for n in module.graph.nodes if n.op == "get_attr" and n.target in weights]:
         edge = weights[node.target]
@@ -69,7 +73,8 @@ def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
                 node.replace_all_uses_with(module.graph.call_module(f"codes.{edge.key}"))
             module.graph.erase_node(node)
     output = next(node for node in module.graph.nodes if node.op == "output")
-    output.args = (output.args[0][0],)
+    outputs = output.args[0][2]
+    output.args = (outputs[0] if len(outputs) == 1 else outputs,)
     return fx.GraphModule(module, module.graph)
 
 

@@ -1,7 +1,7 @@
 """A model as a graph of quantization sites: capture, sites, blocks, serialization."""
 
 from quantlens import _moved
-from quantlens.graph.capture import capture, graph_of
+from quantlens.graph.capture import arguments_of, capture, graph_of, images_among, unwrapped
 from quantlens.graph.graph import (
     VIEWS,
     EdgeHook,
@@ -15,7 +15,9 @@ from quantlens.graph.graph import (
     walk,
 )
 from quantlens.graph.layout import axes_of_last, example_sizes, moved
+from quantlens.graph.reuse import forget_if_changed
 from quantlens.graph.sites import ADDS, ROTATION, SCALINGS, Block, Edge, Site, SiteMap, classifier_terms, dynamic_nodes
+from quantlens.graph.structure import parameters_of
 
 __all__ = [
     "ADDS",
@@ -29,18 +31,23 @@ __all__ = [
     "Site",
     "SiteMap",
     "argument",
+    "arguments_of",
     "axes_of_last",
     "capture",
     "classifier_terms",
     "dynamic_nodes",
     "example_sizes",
+    "forget_if_changed",
     "graph_of",
+    "images_among",
     "moved",
     "op_name",
     "origin",
+    "parameters_of",
     "put_tensor",
     "replace_argument",
     "tensor_tree",
+    "unwrapped",
     "walk",
 ]
 

@@ -22,6 +22,7 @@ from quantlens.errors import CaptureError
 from quantlens.graph.attention import open_attention
 from quantlens.graph.constants import fold_constants, refuse_random_numbers
 from quantlens.graph.graph import Graph, op_name, put_tensor, replace_argument
+from quantlens.graph.reuse import captured
 from quantlens.graph.structure import Placed, Structure, bound, describe, parameters_of, paths_of, primary_of
 
 aten = torch.ops.aten
@@ -43,6 +44,9 @@ IDENTITIES = {
     "aten.clone.default",
 }
 CASTS = {"aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout"}
+AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
+"""Types between which autocast converts; a graph of float32 computes in float32 throughout."""
+
 EFFECTS = ("aten._assert", "aten.sym_constrain", "aten._check", "profiler.")
 
 
@@ -65,6 +69,8 @@ def capture(model: nn.Module, inputs: Any, *, share: bool = False) -> Graph:
             program = call.exported()
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if reason.startswith("Constraints violated"):
+            reason = "it works for one batch size only; does it say len(x) where x.shape[0] is meant?"
         raise CaptureError(
             f"{type(model).__name__} cannot be captured by torch.export: {reason} "
             "(the model must take images [B, 3, H, W], or what else the example holds, and work for any batch size)"
@@ -89,13 +95,24 @@ def graph_of(model: Any) -> Graph:
     :meth:`~quantlens.graph.graph.Graph.clone`."""
     if "graph" not in model.derived:
         size = model.preprocess.input_size
-        model.derived["graph"] = capture(model.module, torch.zeros(2, *size, device=model.device), share=True)
+        images = torch.zeros(2, *size, device=model.device)
+        inputs = getattr(model, "example", None) or images  # how the model is called, where an image is not all
+        source = getattr(model, "source", None)  # the person's module that it is a copy of
+        owner = source() if source is not None else None
+
+        def make() -> Graph:
+            return capture(model.module, inputs, share=True)
+
+        model.derived["graph"] = make() if owner is None else captured(owner, model.module, inputs, make)
     return model.derived["graph"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``."""
+    """The module inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``. Raises CaptureError for a
+    module of TorchScript."""
     while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise CaptureError("a module of TorchScript cannot be captured: give the Python module that it was made of")
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
@@ -134,7 +151,7 @@ class _Call(nn.Module):
             raise CaptureError(f"{type(model).__name__} cannot be called with the example inputs: {error}") from error
         self._takes = {name: describe(value) for name, value in given.items()}
         self._names = paths_of({"dict": list(self._takes.items())})
-        self._image = _images_among(tensors, self._names)
+        self._image = images_among(tensors, self._names)
         self._example = _batch_of_two(tensors, self._image)
         self._returned = SimpleNamespace()  # an export sets a module's attributes back to what they were
 
@@ -162,12 +179,18 @@ class _Call(nn.Module):
         gives = describe(pytree.tree_unflatten(leaves, spec))
         root, graph, shapes = _flatten(program, share, self._names, self._image)
         structure = Structure(
-            self._arguments, self._takes, gives, self._image, primary_of(gives, shapes), spec=(spec, leaves)
+            self._arguments,
+            self._takes,
+            gives,
+            self._image,
+            primary_of(gives, shapes),
+            example=tuple(x for x, _ in self._example),
+            spec=(spec, leaves),
         )
         return Graph(root, graph, structure)
 
 
-def _images_among(tensors: Sequence[Tensor], names: Mapping[int, str]) -> int:
+def images_among(tensors: Sequence[Tensor], names: Mapping[int, str]) -> int:
     """Which of the inputs are the images: ``pixel_values``, else the first [B, C, H, W], else the first in float."""
     if not tensors:
         raise CaptureError("the example inputs hold no tensor: give images [B, 3, H, W]")
@@ -202,6 +225,7 @@ def _flatten(
     mapping: dict[fx.Node, Any] = {}
     given = [node for node in program.graph.nodes if node.op == "placeholder" and node.name not in held_by]
     batch = given[image].meta["val"].shape[0].node.expr
+    half = any(t.dtype in (torch.float16, torch.bfloat16) for t in program.state_dict.values())
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and node.name in held_by:
@@ -217,7 +241,7 @@ def _flatten(
             found = _outputs(node, signature)
             graph.output(mapping[found[0]] if len(found) == 1 else tuple(mapping[n] for n in found))
             return root, graph, {n: tuple(o.meta["val"].shape) for n, o in enumerate(found)}
-        elif op_name(node) in CASTS and _casts_nothing(node):
+        elif op_name(node) in CASTS and _casts_nothing(node, half):
             mapping[node] = mapping[node.args[0]]
             continue
         elif node.op == "call_function":
@@ -236,9 +260,10 @@ def _outputs(output: fx.Node, signature: Any) -> list[fx.Node]:
     return [node for node, spec in specs if spec.kind.name == "USER_OUTPUT"]  # type: ignore[misc]
 
 
-def _casts_nothing(node: fx.Node) -> bool:
+def _casts_nothing(node: fx.Node, half: bool) -> bool:
     before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
-    return before.dtype == after.dtype and before.device == after.device
+    same = before.dtype == after.dtype or (not half and {before.dtype, after.dtype} <= AUTOCAST)
+    return same and before.device == after.device
 
 
 def _meta(node: fx.Node, value: Any) -> dict[str, Any]:

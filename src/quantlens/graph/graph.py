@@ -124,7 +124,7 @@ class Graph(nn.Module):
     def outputs(self) -> tuple[fx.Node, ...]:
         """The nodes whose values the model returns."""
         found = next(n for n in reversed(self.fx.nodes) if n.op == "output").args[0]
-        return found if isinstance(found, tuple) else (found,)  # type: ignore[return-value]
+        return tuple(found) if isinstance(found, tuple | list) else (found,)  # type: ignore[return-value,arg-type]
 
     @property
     def output(self) -> fx.Node:
@@ -226,8 +226,9 @@ class Graph(nn.Module):
         twin.train(self.training)
         return twin
 
-    def to(self, *args: Any, **kwargs: Any) -> "Graph":
-        super().to(*args, **kwargs)
+    def _apply(self, *args: Any, **kwargs: Any) -> "Graph":
+        """What :meth:`to` and its like do."""
+        super()._apply(*args, **kwargs)
         device = self.device
         for node in self.fx.nodes:
             if "device" in node.kwargs:
@@ -245,7 +246,7 @@ class Graph(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns: logits [B, K] of images [B, 3, H, W], or what else :attr:`structure` says."""
         found = self.module()(*self.tensors_of(args, kwargs))
-        return self.structure.result(found if isinstance(found, tuple) else (found,))
+        return self.structure.result(found if isinstance(found, tuple | list) else (found,))
 
     def tensors_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors among a call's arguments, one for each of :attr:`inputs`. Raises QuantlensError for arguments or
@@ -274,6 +275,8 @@ class Graph(nn.Module):
     ) -> dict[fx.Node, Any]:
         """Execute ``nodes`` in order, reading and writing ``env`` (node -> value); values are dropped after their
         last use within ``nodes`` unless they are in ``keep``.
+
+        An input besides the images that is not in ``env`` has the value that the model was captured with.
 
         ``hook(edge_key, tensor)`` is called on each tensor that crosses an edge of a site (see ``sites``) and returns
         what is used in its place. Weights are not looked up through the hook unless the hook knows their key.
@@ -305,6 +308,11 @@ class Graph(nn.Module):
             return env[node]
         if node.op == "get_attr":
             return self.tensor(str(node.target))
+        if node.op == "placeholder" and self.structure.example and self.input in env:
+            value, images = self.structure.example[self.inputs.index(node)], env[self.input]
+            if node.meta["shape"][:1] == (None,):
+                value = value[:1].expand(len(images), *value.shape[1:])
+            return value.to(images.device)
         if node.meta.get("symbolic"):
             value = node.target(*fx.map_arg(node.args, lambda n: self._value(n, env)))  # type: ignore[operator]
             env[node] = value

@@ -224,10 +224,11 @@ def _join(module: str, leaf: str) -> str:
 
 
 def _by_weight(weight: Any, module: str) -> str:
-    """A layer is named by its weight's qualified name, less ``.weight`` (or ``_weight``, as in MultiheadAttention)."""
+    """A layer is named by its weight's qualified name, less ``.weight`` (or ``_weight``, as in MultiheadAttention) and
+    what the norms of weights put after it."""
     if isinstance(weight, fx.Node):
         stem = re.sub(r"(_folded\d*|_t)$", "", str(weight.target))
-        return re.sub(r"[._]weight$", "", stem)
+        return re.sub(r"(\.parametrizations)?[._]weight(\.original\d*|_orig|_[gv])?$", "", stem)
     return module or "layer"
 
 

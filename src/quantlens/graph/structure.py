@@ -130,8 +130,8 @@ class Structure:
 
     parameters: (name, kind) of the arguments of ``forward``, in order. takes: name -> description of an argument that
     was given; gives: of what is returned; their tensors are the graph's inputs and outputs by number. image, primary:
-    the number of the images among the inputs, and of what is measured among the outputs. spec: how torch puts the
-    outputs together, in the process that captured the model.
+    the number of the images among the inputs, and of what is measured among the outputs. In the process that captured
+    the model also example: the inputs that it was captured with; spec: how torch puts the outputs together.
     """
 
     parameters: tuple[tuple[str, str], ...] = (("images", "POSITIONAL_OR_KEYWORD"),)
@@ -139,6 +139,7 @@ class Structure:
     gives: Any = dataclasses.field(default_factory=lambda: {"tensor": 0})
     image: int = 0
     primary: int = 0
+    example: tuple[Tensor, ...] = dataclasses.field(default=(), compare=False)
     spec: tuple[Any, list[Any]] | None = dataclasses.field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def _short(value: Any) -> str:
 
 
 def _read(description: Any, value: Any, name: str, found: dict[int, Tensor]) -> None:
-    """Put the tensors of ``value`` into ``found`` by their numbers. Raises QuantlensError where it is not as described."""
+    """Put the tensors of ``value`` into ``found`` by their numbers. Raises QuantlensError where they are not so."""
     (kind, content), *_ = description.items()
     if kind == "tensor" and isinstance(value, Tensor):
         found[content] = value

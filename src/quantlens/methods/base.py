@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -189,6 +190,8 @@ class Method(ABC):
         set or a source. Raises UnknownNameError for an option the method does not have.
         """
         asked, settings = Bits.parse(bits), self.options(options)
+        if not isinstance(seed, Integral) or not abs(seed) < 2**63:
+            raise QuantlensError(f"seed is {seed!r}; give a whole number, such as 0")
         widths = Widths(asked, settings)
         images = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)
         if asked.is_float:

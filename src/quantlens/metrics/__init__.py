@@ -5,6 +5,8 @@
 
 from quantlens._moved import finder
 from quantlens.metrics.classification import calibration_error, classification_metrics, reliability
+from quantlens.metrics.embeddings import cosines, knn_classes, linear_cka, linear_classes, similarity
+from quantlens.metrics.labels import label_metrics
 from quantlens.metrics.ood import change, mean_over_sets, ood_metrics, score_histograms
 from quantlens.metrics.ood_scores import (
     FitData,
@@ -16,10 +18,21 @@ from quantlens.metrics.ood_scores import (
     register_score,
     score_label,
 )
-from quantlens.metrics.registry import METRICS, Metric, Spread, metric_of, names_of, number
+from quantlens.metrics.registry import (
+    METRICS,
+    TASKS,
+    Metric,
+    Spread,
+    metric_of,
+    metrics_of,
+    names_of,
+    number,
+    summary_of,
+)
 
 __all__ = [
     "METRICS",
+    "TASKS",
     "FitData",
     "Metric",
     "ScoreInfo",
@@ -30,9 +43,15 @@ __all__ = [
     "change",
     "choose_scores",
     "classification_metrics",
+    "cosines",
+    "knn_classes",
+    "label_metrics",
+    "linear_cka",
+    "linear_classes",
     "make_scorer",
     "mean_over_sets",
     "metric_of",
+    "metrics_of",
     "names_of",
     "number",
     "ood_metrics",
@@ -40,6 +59,8 @@ __all__ = [
     "reliability",
     "score_histograms",
     "score_label",
+    "similarity",
+    "summary_of",
 ]
 
 

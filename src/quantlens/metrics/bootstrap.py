@@ -174,7 +174,9 @@ def differences(pairs: Sequence[tuple[Array, Array]], resamples: Resamples) -> A
 
 def interval(drawn: Array, level: float = 0.95) -> Interval:
     """The central share `level` of resampled differences [R], and p = 2 min(P(d <= 0), P(d >= 0)), at most 1, where
-    both shares count one more resample than was drawn, so that p is never 0."""
+    both shares count one more resample than was drawn, so that p is never 0. Resamples that have no difference (NaN: a
+    metric of a rare label, no image of which was drawn) are left out."""
+    drawn = drawn[~np.isnan(drawn)]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     tail = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
     return Interval(float(low), float(high), min(1.0, 2 * (tail + 1) / (drawn.size + 1)))

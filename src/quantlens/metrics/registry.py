@@ -14,8 +14,8 @@ class Metric:
     """A metric as people read it.
 
     name: its key in a result. title: without the unit. unit: "%" means that the value is a fraction and is shown times
-    100, its changes in points. direction: which is better, None where neither is. family: what it belongs to.
-    digits: decimals in a table. resampled: whether the bootstrap gives it an interval.
+    100, its changes in points. direction: which is better, None where neither is. family: what it belongs to; also:
+    other families that have it. digits: decimals in a table. resampled: whether the bootstrap gives it an interval.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Metric:
     family: str = ""
     digits: int = 3
     resampled: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def percent(self) -> bool:
@@ -66,20 +67,35 @@ class Metric:
         return "–" if value is None else f"{value * self.factor:{sign}.{self.digits}f}"
 
 
-def _percent(name: str, title: str, direction: Direction, family: str, resampled: bool = False) -> Metric:
-    return Metric(name, title, "%", direction, family, digits=2, resampled=resampled)
+def _percent(
+    name: str, title: str, direction: Direction, family: str, resampled: bool = False, also: tuple[str, ...] = ()
+) -> Metric:
+    return Metric(name, title, "%", direction, family, digits=2, resampled=resampled, also=also)
 
+
+_SIGMOID = ("binary", "multilabel")
 
 _ALL = (
     _percent("top1", "top-1", "higher", "classification", True),
     _percent("top5", "top-5", "higher", "classification", True),
-    Metric("nll", "NLL", "nats", "lower", "classification", resampled=True),
-    _percent("ece", "ECE", "lower", "classification", True),
-    _percent("ece_adaptive", "adaptive ECE", "lower", "classification"),
-    Metric("brier", "Brier", "", "lower", "classification", resampled=True),
+    _percent("average_precision", "average precision", "higher", "binary", True),
+    _percent("map", "mAP", "higher", "multilabel", True),
+    _percent("accuracy", "accuracy", "higher", "binary", True, ("multilabel",)),
+    _percent("exact_match", "all labels right", "higher", "multilabel", True),
+    _percent("f1", "F1", "higher", "binary", True, ("multilabel",)),
+    _percent("f1_micro", "F1 of all pairs", "higher", "multilabel", True),
+    _percent("knn1", "k-NN top-1", "higher", "features", True),
+    _percent("linear1", "linear-probe top-1", "higher", "features", True),
+    Metric("cosine", "cosine to FP32", "", "higher", "features", digits=4, resampled=True),
+    Metric("cosine_p5", "cosine to FP32, 5th percentile", "", "higher", "features", digits=4),
+    Metric("cka", "CKA with FP32", "", "higher", "features", digits=4),
+    Metric("nll", "NLL", "nats", "lower", "classification", resampled=True, also=_SIGMOID),
+    _percent("ece", "ECE", "lower", "classification", True, _SIGMOID),
+    _percent("ece_adaptive", "adaptive ECE", "lower", "classification", also=_SIGMOID),
+    Metric("brier", "Brier", "", "lower", "classification", resampled=True, also=_SIGMOID),
     _percent("aupr_out", "AUPR-out", "higher", "ood", True),
     _percent("aupr_in", "AUPR-in", "higher", "ood"),
-    _percent("auroc", "AUROC", "higher", "ood", True),
+    _percent("auroc", "AUROC", "higher", "ood", True, _SIGMOID),
     _percent("fpr95_id", "FPR@95 (ID kept)", "lower", "ood", True),
     _percent("fpr95_ood", "FPR@95 (OOD caught)", "lower", "ood", True),
     _percent("chance_aupr_out", "chance AUPR-out", None, "chance"),
@@ -125,7 +141,40 @@ def metric_of(path: str) -> Metric:
 
 def names_of(family: str, *, resampled: bool = False) -> tuple[str, ...]:
     """Names of a family's metrics; resampled: only those that the bootstrap gives an interval."""
-    return tuple(m.name for m in METRICS.values() if m.family == family and (m.resampled or not resampled))
+    of = (m for m in METRICS.values() if family == m.family or family in m.also)
+    return tuple(m.name for m in of if m.resampled or not resampled)
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+
+TASKS = {
+    "classify": "classification",
+    "zero-shot": "classification",
+    "binary": "binary",
+    "multilabel": "multilabel",
+    "features": "features",
+}
+"""The family of a task's metrics. *classify*: one label of several, a softmax; *zero-shot*: the same, the classes being
+texts; *binary*: one output and *multilabel*: several, each a sigmoid; *features*: no classifier."""
+
+SUMMARIES = {
+    "classification": ("top1", "nll", "ece"),
+    "binary": ("auroc", "average_precision", "ece"),
+    "multilabel": ("map", "auroc", "ece"),
+    "features": ("knn1", "linear1"),
+}
+"""The metrics that a family is summed up by, the one that it is judged by first."""
+
+
+def metrics_of(task: Any, *, resampled: bool = False) -> tuple[str, ...]:
+    """Names of the metrics of a task's ID images; None, of results that name no task, is "classify"."""
+    return names_of(TASKS.get(task or "classify", ""), resampled=resampled)
+
+
+def summary_of(task: Any) -> tuple[str, ...]:
+    """Names of the metrics that a task is summed up by, the one that it is judged by first; of a task that is not known
+    a classifier's."""
+    return SUMMARIES[TASKS.get(task, "classification")]
 
 
 # ---- over seeds ------------------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ class Model(nn.Module):
         self.task = task or task_of(module)
         self.module, self.name, self.preprocess, self.class_names = module, name, preprocess, class_names
         self.checkpoint, self.weights_path = path.name if path else checkpoint, str(path) if path else None
-        whole = path is not None and path.is_file() and path.suffix != ".json"
-        self.checkpoint_sha256 = files.file_sha256(path) if whole else files.state_sha256(module.state_dict())
+        whole = path if path and path.is_file() and path.suffix != ".json" else None
+        self.checkpoint_sha256 = files.file_sha256(whole) if whole else files.state_sha256(module.state_dict())
         self.derived: dict[str, Any] = {}
         self.eval()
 
@@ -74,7 +74,7 @@ def load_model(
     *,
     num_classes: int | None = None,
     preprocess: Preprocess | None = None,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
     class_names: list[str] | None = None,
     task: str | None = None,
     device: str | torch.device = "cpu",
@@ -201,8 +201,9 @@ def _preprocess_of(
     ImageNet's mean and deviation."""
     config, given = getattr(module, "pretrained_cfg", None), None
     if isinstance(config, dict) and config.get("mean"):
-        known: Preprocess | None = _own_preprocess(module, None)
-        likely = [modules.stated_size(module, known.input_size), known.input_size]
+        known: Preprocess | None
+        known = carried = _own_preprocess(module, None)
+        likely = [modules.stated_size(module, carried.input_size), carried.input_size]
     else:
         known = huggingface.preprocess_beside(module)
         likely = [*([known.input_size] if known else []), modules.stated_size(module)]

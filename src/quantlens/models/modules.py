@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -48,7 +48,7 @@ def check(module: nn.Module) -> None:
             "wanted; give the model that it was made from"
         )
     for key, value in (*module.named_parameters(), *module.named_buffers()):
-        if isinstance(value, UninitializedTensorMixin):
+        if is_lazy(value):
             raise UnsupportedError(f"{name}: {key} has no shape yet; run the module once on a batch of images")
         if value.is_meta:
             raise UnsupportedError(f"{name}: {key} lies on the meta device, without values; load its weights first")

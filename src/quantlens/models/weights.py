@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quantlens.errors import BadWeightsError, QuantlensWarning
 from quantlens.models.reading import FAULTS, check_path, first_line, read_state  # noqa: F401 (used as weights.…)
+from quantlens.models.translate import to_timm
 
 HEADS = ("head", "heads", "fc", "classifier", "head_dist", "last_linear")
 """How classifiers are called, which a model of features does without."""
@@ -56,6 +57,8 @@ def adapt(state: dict[str, Tensor], module: nn.Module) -> tuple[dict[str, Tensor
         return state, []
     told: list[str] = []
     state = _in_order(state, own)
+    if "blocks.0.attn.qkv.weight" in own and "blocks.0.attn.qkv.weight" not in state and (named := to_timm(state)):
+        state, told = named, ["the names of Hugging Face translated to timm's"]
     state, left = _without_prefix(state, own)
     translate = getattr(sys.modules.get(type(module).__module__), "checkpoint_filter_fn", None)
     before = {k: v.shape for k, v in state.items()}

@@ -238,11 +238,11 @@ def aupr(board: Board) -> list[PanelRow]:
 
 
 def main_metrics(board: Board) -> list[tuple[Path, str, int]]:
-    """(path, which OOD sets, decimals) of top-1, NLL and the means of AUPR-out."""
+    """(path, which OOD sets, decimals) of top-1, NLL (or the metrics of another task) and the means of AUPR-out."""
     means: list[tuple[Path, str, int]] = [
         (("ood_mean", part, "", "aupr_out"), PART_NAMES[part], 1) for part in board.parts()
     ]
-    return [(("id", "top1"), "", 1), (("id", "nll"), "", 3), *means]
+    return [*((("id", name), "", 1 if METRICS[name].percent else 3) for name in board.summary[:2]), *means]
 
 
 def sensitivity(board: Board) -> list[PanelRow]:

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from quantlens.metrics import TASKS, metrics_of
 from quantlens.studies.board import Board, dig
 from quantlens.studies.reproduce import command_of
 from quantlens.studies.text import (
@@ -56,7 +57,9 @@ def images(board: Board) -> Listing:
 
 def checkpoints(board: Board) -> Listing:
     """Each checkpoint with the FP32 metrics measured on the very images of this study."""
-    names = ("top1", "top5", "nll", "ece", "brier")
+    names: tuple[str, ...] = ("top1", "top5", "nll", "ece", "brier")
+    if TASKS.get(board.task or "classify") != "classification":
+        names = metrics_of(board.task, resampled=True)[:5]
     rows: dict[str, list[str]] = {}
     for group in board.groups:
         sample = group.fp32 if group.fp32_own else next(iter(group.quantized), group.fp32)

@@ -1,5 +1,6 @@
 """The first paragraph and the tiles: what was compared, and the headline, in words made from the metrics."""
 
+from quantlens.metrics import METRICS
 from quantlens.plots.precisions import PART_NAMES
 from quantlens.report.runinfo import cells_text
 from quantlens.studies.board import Board, Group, Path
@@ -24,16 +25,17 @@ def sentences(board: Board) -> list[str]:
         return ["No cell of this study has finished, so there is nothing to show; the errors are listed below."]
     if bits is None:
         return ["Nothing has been quantized yet: the store holds FP32 cells only."]
-    top1, oods = ranked(board, ("id", "top1")), ranked(board, ood)
+    judged, what = ("id", board.summary[0]), METRICS[board.summary[0]].title
+    found, oods = ranked(board, judged), ranked(board, ood)
     parts = []
-    if not top1 and not oods:
+    if not found and not oods:
         parts.append("The FP32 metrics are missing, so what quantization changed cannot be given.")
-    if top1:
-        parts.append(largest(board, f"At {bits}, the lowest precision, ", "top-1", ("id", "top1"), top1[0]))
+    if found:
+        parts.append(largest(board, f"At {bits}, the lowest precision, ", what, judged, found[0]))
     if oods and ood:
-        what = f"AUPR-out by {score_label(ood[2])} ({PART_NAMES[ood[1]]})"
-        parts.append(largest(board, f"At {bits} ", what, ood, oods[0]))
-    return [part for part in (*parts, least(board, bits, top1)) if part]
+        by_score = f"AUPR-out by {score_label(ood[2])} ({PART_NAMES[ood[1]]})"
+        parts.append(largest(board, f"At {bits} ", by_score, ood, oods[0]))
+    return [part for part in (*parts, least(board, bits, found, what)) if part]
 
 
 def sets_by_kind(board: Board) -> list[str]:
@@ -55,9 +57,9 @@ def largest(board: Board, opening: str, what: str, path: Path, worst: Loss) -> s
     return f"{text}."
 
 
-def least(board: Board, bits: str, order: list[Loss]) -> str:
-    """Which method (or, with one method, which model) loses least top-1 at the lowest precision."""
-    said = f"loses least top-1 at {bits}"
+def least(board: Board, bits: str, order: list[Loss], what: str) -> str:
+    """Which method (or, with one method, which model) loses least of a metric at the lowest precision."""
+    said = f"loses least {what} at {bits}"
     if len(board.methods) == 1 and len(order) > 1:
         loss, group = order[-1]
         return f"{group.model} {said}: {points(loss)}."
@@ -79,11 +81,12 @@ def points(loss: Stat) -> str:
 def tiles(board: Board) -> list[tuple[str, str, str]]:
     """The metrics at a glance: label, value, note."""
     done, _, rest = cells_text(board).partition(", ")
-    top1, oods = ranked(board, ("id", "top1")), ranked(board, board.ood_path)
+    losses, oods = ranked(board, ("id", board.summary[0])), ranked(board, board.ood_path)
+    what = METRICS[board.summary[0]].title
     entries = [
-        ("Largest top-1 loss", top1[:1]),
+        (f"Largest {what} loss", losses[:1]),
         ("Largest AUPR-out loss", oods[:1]),
-        ("Least top-1 loss", top1[1:][-1:]),
+        (f"Least {what} loss", losses[1:][-1:]),
     ]
     return [("Cells", done, rest)] + [
         (f"{label} at {board.lowest}", f"{fixed(-loss.mean, 1, sign=True)} points", group.name)

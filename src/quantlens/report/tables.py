@@ -104,6 +104,10 @@ def by_precision(
 
 
 TABLE_1 = {
+    "Table 1. Accuracy of k-NN and a linear probe on the features of the ID images": ("knn1", "linear1"),
+    "Table 1. Average precision and AUROC on the ID images": ("average_precision", "map", "auroc"),
+    "Accuracy and F1 at a probability of one half": ("accuracy", "f1"),
+    "Likeness of the features to those of the FP32 model": ("cosine", "cka"),
     "Table 1. Accuracy and negative log-likelihood on the ID images": ("top1", "nll"),
     "Expected calibration error on the ID images; size of the packed weights": ("ece", "size_mb"),
     "Top-5 accuracy and Brier score": ("top5", "brier"),
@@ -118,13 +122,14 @@ def id_sizes(board: Board) -> list[int]:
 
 def table_1(board: Board) -> list[dict[str, Any]]:
     """The paper's Table 1 (top-1 and NLL by precision), then ECE and packed size, then further metrics
-    (`more`)."""
+    (`more`); of other tasks than one label of several, their metrics."""
     finer = {"top1": 2} if min(id_sizes(board), default=0) >= 5000 else {}
     tables = []
     for i, (caption, names) in enumerate(TABLE_1.items()):
         paths = [(name,) if METRICS[name].family == "size" else ("id", name) for name in names]
         columns = [metric_column(board, path, finer.get(path[-1])) for path in paths]
-        tables.append(by_precision(board, caption, columns, more=i > 1))
+        columns = [c for c in columns if any(c.of(g, b) for g in board.groups for b in board.precisions)]
+        tables.append(by_precision(board, caption, columns, more=i >= len(TABLE_1) - 2))
     return [table for table in tables if table is not None]
 
 
@@ -140,15 +145,16 @@ def table_2(board: Board) -> list[dict[str, Any]]:
 
 
 def delta_table(board: Board) -> dict[str, Any]:
-    """Quantized less FP32, mean ± standard deviation over seeds; top-1, ECE and AUPR-out in points. The largest loss of
-    top-1 comes first. rows: model, method, bits, seeds, metrics …; by_score: the last columns per score."""
-    parts, names, shown = board.parts(), ("top1", "nll", "ece"), board.score or ""
+    """Quantized less FP32, mean ± standard deviation over seeds; percentages in points. The largest loss of top-1 (or
+    of what another task is judged by) comes first. rows: model, method, bits, seeds, metrics …; by_score: the last
+    columns per score."""
+    parts, names, shown = board.parts(), board.summary, board.score or ""
 
-    def top1(entry: tuple[Group, str]) -> float:
-        change = board.shown(*entry, ("id", "top1"), change=True)
+    def loss(entry: tuple[Group, str]) -> float:
+        change = board.shown(*entry, ("id", names[0]), change=True)
         return float("inf") if change is None else change.mean
 
-    entries = sorted(((g, b) for g, b in product(board.groups, board.quantized) if g.cells.get(b)), key=top1)
+    entries = sorted(((g, b) for g, b in product(board.groups, board.quantized) if g.cells.get(b)), key=loss)
 
     def oods(score: str) -> list[list[str]]:
         paths = [("ood_mean", p, score, "aupr_out") for p in parts]

@@ -11,7 +11,7 @@ from functools import partial, reduce
 from typing import Any
 
 from quantlens.errors import QuantlensError, StorageError
-from quantlens.metrics import metric_of
+from quantlens.metrics import metric_of, summary_of
 from quantlens.studies.benchmarks import Timed, evaluated, timed
 from quantlens.studies.store import Store
 from quantlens.studies.text import BASELINE, Stat, number, plain, precision_order, score_order
@@ -92,6 +92,10 @@ class Board:
         self.cells = [(g, bits, r) for g in self.groups for bits, results in g.cells.items() for r in results]
         """(group, precision, result) of every quantized cell"""
         self.results = [r for *_, r in self.cells] + [r for g in self.groups for r in g.results(BASELINE)]
+        self.task: str | None = next((r["task"] for r in self.results if r.get("task")), None)
+        """What the models were measured as; None of results before there were tasks."""
+        self.summary = summary_of(self.task)
+        """The metrics of the ID images that sum a model up, the one that it is judged by first."""
         self.seeds = sorted({r["seed"] for *_, r in self.cells})
         kinds: dict[str, str] = {}
         scores: set[str] = set()

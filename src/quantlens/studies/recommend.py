@@ -29,6 +29,8 @@ from quantlens.data.sources import open_calibration, open_source
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.evaluation import Result, evaluate
 from quantlens.evaluation.images import refuse_overlap
+from quantlens.evaluation.run import measurable
+from quantlens.evaluation.tasks import task_of
 from quantlens.methods import registry
 from quantlens.metrics.bootstrap import simultaneous_intervals
 from quantlens.models import Model, load_model
@@ -177,6 +179,12 @@ class _Search:
         self.calibration = Calibration.of(calibration, preprocess, device=self.model.device, seed=self.seed)
         self.id = as_image_set(id, preprocess, "the ID set", progress=partial(self.progress, "decoding images"))
         self.ood = {name: as_image_set(images, preprocess, name) for name, images in ood.items()}
+        task = task_of(measurable(self.model))
+        if task != "classify":
+            raise UnsupportedError(
+                f"recommend chooses by top-1, and {self.model.name} is a model for {task!r}; try settings in a study, "
+                "which measures them by what the model is for"
+            )
         self.settings: dict[str, Any] = {"keep": "scores", "scores": ["msp"], "progress": self.progress}
         self.fp32 = evaluate(self.model, self.id, self.ood, **self.settings)
         mixed = np.random.default_rng(self.seed).permutation(len(self.id))

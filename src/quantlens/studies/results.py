@@ -10,12 +10,12 @@ from typing import Any
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.evaluation.result import columns, frame, row
 from quantlens.files import write_whole
-from quantlens.metrics import Spread
+from quantlens.metrics import Spread, summary_of
 from quantlens.studies.board import dig
 from quantlens.studies.store import Store
 
-SHOWN = ("id.top1", "id.nll", "ood_mean.far.{score}.aupr_out", "ood_mean.near.{score}.aupr_out", "size_mb")
-"""Paths of the metrics that a summary shows."""
+SHOWN = ("ood_mean.far.{score}.aupr_out", "ood_mean.near.{score}.aupr_out", "size_mb")
+"""Paths of the metrics that a summary shows, after those of the task."""
 
 
 @dataclass
@@ -60,7 +60,9 @@ class Results:
         means = [part for cell in self.cells for part in (cell.result.get("ood_mean") or {}).values()]
         scores = dict.fromkeys(score for part in means for score in part)
         score = "msp" if "msp" in scores or not scores else next(iter(scores))
-        return [path.format(score=score) for path in SHOWN]
+        tasks = dict.fromkeys(cell.result.get("task") for cell in self.cells) or {None: None}
+        ids = dict.fromkeys(f"id.{name}" for task in tasks for name in summary_of(task)[:2])
+        return [*ids, *(path.format(score=score) for path in SHOWN)]
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame of `rows`. Raises QuantlensError without cells, UnsupportedError without pandas."""

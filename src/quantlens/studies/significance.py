@@ -15,15 +15,20 @@ from quantlens.errors import StorageError
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.compare import Wanted, replicate
 from quantlens.files import write_whole
+from quantlens.metrics import summary_of
 from quantlens.metrics.bootstrap import Array, Resamples, differences, interval
 from quantlens.studies.board import Board
 from quantlens.studies.text import count
 
 VERSION = 1
 RESAMPLES = 1000
-ASKED = ("top1", "nll", "ece", "aupr_out")
 SIGN = " ○"
 """Stands after a change that is not significant."""
+
+
+def asked_of(task: str) -> tuple[str, ...]:
+    """Names of the metrics whose changes are tested, of results of a task."""
+    return (*summary_of(task), "aupr_out")
 
 
 class Significance:
@@ -60,7 +65,7 @@ class Significance:
             if first.labels.tolist() != second.labels.tolist():
                 raise StorageError(f"the per-image outputs {key} are not of the images of {baseline}")
             sets = tuple(s for s in first.ood_scores if s in second.ood_scores)
-            wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), ASKED)
+            wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), asked_of(first.task))
             before = self._before(first, wanted)
             for path, after in replicate(second, wanted, self.resamples).items():
                 drawn.setdefault(path, []).append((before[path], after))

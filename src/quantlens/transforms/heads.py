@@ -64,7 +64,7 @@ def find_value_pairs(graph: Graph) -> list[ValuePair]:
     for context in graph.sites.of_kind("context"):
         made = _made(graph, context, "v", VIEWS)
         after = _numbers(context.node, like=made[1]) if made is not None else None
-        if made is None or after is None or graph.output in after:
+        if made is None or after is None or not after.keys().isdisjoint(graph.outputs):
             continue
         ends = [(u, a) for a in after for u in a.users if u not in after]
         proj = graph.sites.by_node.get(ends[0][0]) if len(ends) == 1 else None
@@ -99,7 +99,7 @@ def _made(graph: Graph, product: Site, operand: str, through: set[str]) -> tuple
     if layer is None or layer.kind != "linear" or not alone(graph, layer):
         return None
     seen = _numbers(source, through=through)
-    if seen is None or graph.output in seen:
+    if seen is None or not seen.keys().isdisjoint(graph.outputs):
         return None
     rows = _one_per_channel(seen.get(value))
     if rows is None and operand == "k" and isinstance(seen.get(value), Tensor):

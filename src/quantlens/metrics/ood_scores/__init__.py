@@ -40,6 +40,7 @@ from quantlens.metrics.ood_scores.features import (
     vim_parameters,
     whitening,
 )
+from quantlens.metrics.ood_scores.labels import joint_energy, sigmoid_confidence
 # isort: on
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "energy",
     "entropy",
     "gen",
+    "joint_energy",
     "knn",
     "l2_normalise",
     "ledoit_wolf",
@@ -62,6 +64,7 @@ __all__ = [
     "react",
     "register_score",
     "score_label",
+    "sigmoid_confidence",
     "tied_covariances",
     "vim",
     "vim_dimension",

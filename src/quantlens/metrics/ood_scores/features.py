@@ -8,6 +8,8 @@ from scipy.special import logsumexp
 from quantlens.errors import QuantlensError
 from quantlens.metrics._arrays import Float, as_matrix, per_row
 from quantlens.metrics.ood_scores.registry import (
+    EVERY_TASK,
+    ONE_LABEL,
     RANK_TOLERANCE,
     FitData,
     ScoreInfo,
@@ -62,6 +64,7 @@ def knn(features: ArrayLike, bank: ArrayLike, k: int = 50) -> Float:
         formula="-distance of h/|h| to its 50th nearest fit image",
         departure="the bank is the fit images; K is cut to their number",
         label="KNN",
+        tasks=EVERY_TASK,
     )
 )
 def fit_knn(data: FitData) -> Scorer:
@@ -117,7 +120,7 @@ def vim_parameters(data: FitData) -> tuple[Float, Float, float]:
         d = rank // 2
     basis = np.ascontiguousarray(vectors[:, : d_features - d])
     mean_residual = float(np.linalg.norm(centred @ basis, axis=1).mean())
-    mean_logit = abs(float(data.logits.max(axis=1).mean(dtype=np.float64)))
+    mean_logit = abs(float(np.asarray(data.logits).max(axis=1).mean(dtype=np.float64)))
     return origin, basis, mean_logit / mean_residual if mean_residual > 0 else 0.0
 
 
@@ -262,9 +265,21 @@ _L2 = "Mueller and Hein, Mahalanobis++: Improving OOD Detection via Feature Norm
 def _register(
     name: str, label: str, title: str, paper: str, formula: str, departure: str = "", **settings: bool
 ) -> None:
-    """Add `fit_mahalanobis` with settings of its own."""
-    departure = f"{departure}{_FEW_IMAGES}"
-    info = ScoreInfo(name, title, paper, True, True, formula=formula, departure=departure, label=label)
+    """Add `fit_mahalanobis` with settings of its own. Relative distances need classes, others take one Gaussian."""
+    departure, relative = f"{departure}{_FEW_IMAGES}", settings.get("relative", False)
+    tasks = (*ONE_LABEL, "binary", "features") if relative else EVERY_TASK
+    info = ScoreInfo(
+        name,
+        title,
+        paper,
+        needs_fit=True,
+        needs_features=True,
+        needs_classes=relative,
+        formula=formula,
+        departure=departure,
+        label=label,
+        tasks=tasks,
+    )
 
     def fit(data: FitData) -> Scorer:
         return fit_mahalanobis(data, **settings)

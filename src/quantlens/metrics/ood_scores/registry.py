@@ -17,6 +17,10 @@ from quantlens.plugins import Registry
 
 Maker = TypeVar("Maker", bound=Callable[..., Any])
 
+ONE_LABEL = ("classify", "zero-shot")
+SIGMOID = ("binary", "multilabel")
+EVERY_TASK = (*ONE_LABEL, *SIGMOID, "features")
+
 RANK_TOLERANCE = 1e-10
 """Directions whose variance is below this share of the largest are rounding noise of float32 features."""
 
@@ -25,21 +29,27 @@ RANK_TOLERANCE = 1e-10
 class FitData:
     """Outputs of the model on stated ID images, and its classifier: all that a score may be fitted on.
 
-    logits [N, K], features [N, D] or None, labels [N] (class numbers 0..K-1) or None, weight [K, D] and bias
-    [K] of the classifier or None (a weight without a bias has bias 0). Where labels are None the predicted
-    classes stand in for them. Raises QuantlensError: no image, shapes that do not belong together, values
-    that are not finite, labels outside 0..K-1.
+    logits [N, K] (None of a model without a classifier), features [N, D] or None, labels [N] (class numbers 0..K-1) or
+    None, weight [K, D] and bias [K] of the classifier or None (a weight without a bias has bias 0). Where labels are
+    None the predicted classes stand in for them, without logits one class. Raises QuantlensError: no image, shapes
+    that do not belong together, values that are not finite, labels outside 0..K-1.
     """
 
-    logits: np.ndarray
+    logits: np.ndarray | None
     features: np.ndarray | None = None
     labels: np.ndarray | None = None
     weight: np.ndarray | None = None
     bias: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        self.logits = as_matrix(self.logits, "fit logits")
-        n, k = self.logits.shape
+        if self.logits is None:
+            n, k = (
+                len(np.asarray(self.features)),
+                int(np.max(self.labels, initial=0)) + 1 if self.labels is not None else 1,
+            )
+        else:
+            self.logits = as_matrix(self.logits, "fit logits")
+            n, k = self.logits.shape
         if n == 0:
             raise QuantlensError("there are no fit images: give at least one ID image to fit the scores on")
         if self.features is not None:
@@ -58,8 +68,10 @@ class FitData:
                 raise QuantlensError(f"the classifier bias must be {k} finite numbers, not of shape {self.bias.shape}")
 
     def classes(self) -> np.ndarray:
-        """Labels [N], or the predicted classes where there are none."""
-        return self.labels if self.labels is not None else self.logits.argmax(axis=1)
+        """Labels [N], or the predicted classes where there are none; all 0 without logits."""
+        if self.labels is not None:
+            return self.labels
+        return np.zeros(len(self.features64()), np.int64) if self.logits is None else self.logits.argmax(axis=1)
 
     def features64(self) -> Float:
         """Features [N, D] in float64, for scores that need them."""
@@ -82,7 +94,9 @@ class ScoreInfo:
 
     label: its short name in tables and plots (default: the name). needs_fit: it is fitted on ID images.
     needs_features: it reads penultimate features [N, D]. needs_classifier: it reads weight and bias of the classifier.
-    departure: where it departs from its paper.
+    departure: where it departs from its paper. tasks: those that it fits ("classify", "zero-shot", "binary",
+    "multilabel", "features"); by default one label of several, as a softmax has it. needs_classes: and images of
+    several classes to be fitted on.
     """
 
     name: str
@@ -94,16 +108,20 @@ class ScoreInfo:
     formula: str = ""
     departure: str = ""
     label: str = ""
+    tasks: tuple[str, ...] = ONE_LABEL
+    needs_classes: bool = False
 
-    def lacks(self, *, features: bool, fit: bool, classifier: bool) -> str:
-        """Why it cannot be had of a model that gives no features, without fit images, or of a model that shows no
-        classifier; "" where it can."""
+    def lacks(self, *, features: bool, fit: bool, classifier: bool, classes: bool = True) -> str:
+        """Why it cannot be had of a model that gives no features, without fit images, of a model that shows no
+        classifier, or without classes of the fit images; "" where it can."""
         if self.needs_features and not features:
             return "needs penultimate features, which this model lacks"
         if self.needs_fit and not fit:
             return "is fitted on ID images: give a `fit` set"
         if self.needs_classifier and not classifier:
             return "needs the weights of a linear classifier, which this model does not show"
+        if self.needs_classes and not classes:
+            return "needs classes: give a `fit` set with one label per image"
         return ""
 
 
@@ -140,11 +158,12 @@ def available_scores(*, own: bool = False) -> dict[str, ScoreInfo]:
     return {name: info for name, (info, _) in _SCORES.all(own=own).items()}
 
 
-def choose_scores(names: Sequence[str] | None) -> dict[str, ScoreInfo]:
-    """name -> ScoreInfo of the scores asked for, in that order (None: all of quantlens' own). A score is found by its
-    name, label or title; case and what stands between words do not matter. Raises UnknownNameError."""
+def choose_scores(names: Sequence[str] | None, task: str | None = None) -> dict[str, ScoreInfo]:
+    """name -> ScoreInfo of the scores asked for, in that order (None: all of quantlens' own that fit the task). A score
+    is found by its name, label or title; case and what stands between words do not matter. Raises UnknownNameError, and
+    UnsupportedError for one that does not fit the task (None: any task)."""
     if names is None:
-        return available_scores(own=True)
+        return {k: info for k, info in available_scores(own=True).items() if task is None or task in info.tasks}
     known = available_scores()
     spellings = {_letters(text): name for name, info in known.items() for text in (info.title, info.label)}
     spellings |= {_letters(name): name for name in known}
@@ -153,6 +172,12 @@ def choose_scores(names: Sequence[str] | None) -> dict[str, ScoreInfo]:
         name = asked if asked in known else spellings.get(_letters(asked))
         if name is None:
             raise UnknownNameError("OOD score", str(asked), known)
+        if task is not None and task not in known[name].tasks:
+            fitting = ", ".join(k for k, info in known.items() if task in info.tasks)
+            raise UnsupportedError(
+                f"the OOD score {name} does not fit the task {task!r}: it is for {', '.join(known[name].tasks)}; "
+                f"scores for {task!r} are {fitting}"
+            )
         found[name] = known[name]
     return found
 
@@ -234,6 +259,7 @@ def msp(logits: ArrayLike) -> Float:
         "Hendrycks et al., Scaling Out-of-Distribution Detection for Real-World Settings, ICML 2022",
         formula="max_k f_k",
         label="MaxLogit",
+        tasks=(*ONE_LABEL, "multilabel"),
     )
 )
 def maxlogit(logits: ArrayLike) -> Float:

@@ -1,0 +1,77 @@
+"""Fused attention is opened whatever its mask is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantlens.errors import CaptureError
+from quantlens.graph import capture
+
+N = 6
+PLACE = torch.arange(N)
+EARLIER = PLACE[:, None] >= PLACE
+
+
+def windows(mask: Tensor, batch: int) -> Tensor:
+    """Two masks, in turn, for every image."""
+    return torch.stack([mask, mask.mT])[None].expand(batch, 2, N, N).reshape(batch * 2, 1, N, N)
+
+
+MASKS = {
+    "none": lambda x, p: {},
+    "causal": lambda x, p: {"is_causal": True},
+    "all allowed": lambda x, p: {"attn_mask": torch.ones(x.shape[0], 1, N, N, dtype=torch.bool)},
+    "boolean": lambda x, p: {"attn_mask": EARLIER[None, None].expand(x.shape[0], 1, N, N)},
+    "made by the batch": lambda x, p: {
+        "attn_mask": (torch.arange(N)[:, None] >= torch.arange(N))[None, None].expand(x.shape[0], 1, N, N)
+    },
+    "some rows attend to nothing": lambda x, p: {"attn_mask": ~EARLIER[None, None].expand(x.shape[0], 1, N, N)},
+    "float": lambda x, p: {"attn_mask": p.sigmoid()[None].repeat(x.shape[0], 1, 1)[:, None]},
+    "−∞": lambda x, p: {"attn_mask": torch.zeros(N, N).masked_fill(~EARLIER, -torch.inf)},
+    "by window": lambda x, p: {"attn_mask": windows(EARLIER, x.shape[0])},
+    "from the images": lambda x, p: {"attn_mask": ((x.mean(-1) > 0) | (PLACE == 0))[:, None, None]},
+    "none allowed by the images": lambda x, p: {"attn_mask": (x.mean(-1) > x.mean((1, 2))[:, None] + 9)[:, None, None]},
+    "numbers from the images": lambda x, p: {"attn_mask": x.mean(-1)[:, None, None]},
+    "shared keys": lambda x, p: {"enable_gqa": True},
+}
+
+
+class Net(nn.Module):
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind, self.qkv, self.numbers = kind, nn.Linear(4, 24), nn.Parameter(torch.randn(N, N))
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)[:, :N]
+        q, k, v = self.qkv(x).view(x.shape[0], N, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        given = MASKS[self.kind](x, self.numbers)
+        if self.kind == "shared keys":
+            k, v = k[:, :1], v[:, 1:]
+        if self.kind == "by window":
+            q, k, v = (part.reshape(-1, 1, N, 4) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, **given).reshape(x.shape[0], -1)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_same_function_with_the_mask(kind):
+    torch.manual_seed(0)
+    model, images = Net(kind).eval(), torch.randn(3, 4, 3, 3)
+    graph = capture(model, images)
+    for batch in (1, 3):
+        torch.testing.assert_close(graph(images[:batch]), model(images[:batch]), rtol=1e-5, atol=1e-5)
+    kinds = [site.kind for site in graph.sites if site.kind != "add"]  # a mask from the images is added to the scores
+    assert kinds == ["linear", "scores", "probs", "context"]
+    if kind in ("all allowed", "none"):  # nothing is added
+        assert not any("add" in str(node.target) for node in graph.fx.nodes)
+
+
+def test_a_batch_size_that_is_fixed_by_len_is_named():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.reshape(len(x), -1)
+
+    with pytest.raises(CaptureError, match=r"one batch size only; does it say len\(x\)"):
+        capture(Fixed().eval(), torch.randn(3, 4, 3, 3))
