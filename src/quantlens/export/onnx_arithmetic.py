@@ -270,7 +270,7 @@ def _reduced(kind: str) -> Writer:
         value = e.cast(value, given, kinds)
         if not dims:
             return value
-        if kind == "ReduceMean":
+        if kind == "ReduceMean":  # OpenVINO fuses it with a quantizer right after it into a wrong one
             return e.reshape(e.op(kind, value, dims, keepdims=1 - keep), e.sizes(node))
         return e.cast(e.op(kind, value, dims, keepdims=keep), kinds, given)
 
