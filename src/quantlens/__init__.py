@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from quantlens.qmodel.checkpoint import load, save
     from quantlens.report.card import card
     from quantlens.report.hub import push_to_hub
+    from quantlens.report.huggingface import QuantlensConfig
     from quantlens.sensitivity import Inspection
     from quantlens.studies.compare import compare
     from quantlens.studies.recommend import recommend
@@ -39,6 +40,7 @@ __all__ = [
     "Inspection",
     "Model",
     "QuantizedModel",
+    "QuantlensConfig",
     "QuantlensError",
     "__version__",
     "allocate",
@@ -88,6 +90,7 @@ _HOMES = {
     "plot": "quantlens.plots",
     "card": "quantlens.report.card",
     "push_to_hub": "quantlens.report.hub",
+    "QuantlensConfig": "quantlens.report.huggingface",
     "QuantlensError": "quantlens.errors",
     "load_plugin": "quantlens.plugins",
 }

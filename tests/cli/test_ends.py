@@ -83,3 +83,22 @@ def test_mistakes_in_ascii() -> None:
     done = piped("methods ünknown", "", PYTHONIOENCODING="ascii")
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown method '?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("predict", "x" * 300 + ".onnx", "a.png"), "x… is too long for the name of a file"),
+        (("plot", "x" * 300), "x… is too long for the name of a file"),
+        (("predict", "d.onnx", "a.png", "--threads", "999999999999"), "--threads"),
+        (("quantize", "digits-vit", *IMAGES, "--seed", "9" * 24), "--seed"),
+        (("evaluate", "hf:absent-dir/", "--id", "x"), "hf:"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_names_and_numbers_that_no_system_takes(run, tmp_path, monkeypatch, arguments, said) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1

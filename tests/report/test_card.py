@@ -293,3 +293,46 @@ def test_what_holds_no_checkpoint(made, hub, tmp_path) -> None:
     (float_model / "config.json").write_text('{"library_name": "quantlens", "checkpoint": "../x.safetensors"}')
     with pytest.raises(BadWeightsError, match="does not name a checkpoint file"):
         ql.load(float_model)
+
+
+def test_quantized_by_transformers(tmp_path, hub, monkeypatch) -> None:
+    """On the fly, and from a folder that was pushed: the logits are those of `ql.quantize`."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTConfig(**size, image_size=32, patch_size=8, num_labels=5)
+    module = transformers.ViTForImageClassification(config).eval()
+    module.save_pretrained(tmp_path / "float")
+    images = torch.randn(3, 3, 32, 32)
+    auto, how = transformers.AutoModelForImageClassification, {"bits": "W4A8", "method": "minmax"}
+    expected = ql.quantize(module, images, **how)(images).logits
+    with pytest.raises(QuantlensError, match="takes calibration images"):
+        auto.from_pretrained(tmp_path / "float", quantization_config=ql.QuantlensConfig(**how))
+    given = ql.QuantlensConfig(calibration=images, head_bits=8, **how)
+    assert given.to_dict() == {"quant_method": "quantlens", "seed": 0, "head_bits": 8, **how}
+    given = ql.QuantlensConfig(calibration=images, **how)
+    model = auto.from_pretrained(tmp_path / "float", quantization_config=given)
+    ql.push_to_hub(model.quantized, "me/vit")
+    folder = hub.root / "me/vit/main"
+    for one in (model, auto.from_pretrained(folder)):
+        assert isinstance(one, transformers.ViTForImageClassification)
+        assert torch.equal(one(pixel_values=images).logits, expected)
+        assert torch.equal(one(images, return_dict=False)[0], expected)
+        assert (one.dtype, one.device.type) == (torch.float32, "cpu")
+        with pytest.raises(QuantlensError, match="pixel_values alone, not labels"):
+            one(images, labels=torch.zeros(3))
+        with pytest.raises(ValueError, match="not serializable"):
+            one.save_pretrained(tmp_path / "again")
+    assert ql.load(folder)(images).logits.equal(expected)
+    monkeypatch.delitem(transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "quantlens")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        auto.from_pretrained(folder)
+
+
+def test_a_part_moves_with_the_whole(made) -> None:
+    import copy
+
+    whole = torch.nn.Sequential(copy.deepcopy(made[0]))
+    whole[0].simulation()
+    whole.to("meta")
+    assert whole[0].device.type == "meta"
+    assert whole(torch.empty(2, 3, 32, 32, device="meta")).device.type == "meta"

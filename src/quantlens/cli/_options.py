@@ -57,7 +57,9 @@ ARGUMENTS = {
     ],
 }
 """What every method takes."""
-Seed = Annotated[int, typer.Option(min=0, help="Draws the calibration images, and all else that is random.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Draws the calibration images, and all else that is random.")
+]
 
 # -- what is measured
 Scores = Annotated[

@@ -38,8 +38,7 @@ def allocate(
     sensitivity: Annotated[
         str,
         typer.Option(
-            help="[bold]nuclear-norm[/bold] (balanced; `-o formula=paper` is the published formula), hessian, kl or "
-            "random."
+            help="[bold]nuclear-norm[/bold] (balanced; `-o formula=paper`: as published), hessian, kl or random."
         ),
     ] = "nuclear-norm",
     target: Annotated[

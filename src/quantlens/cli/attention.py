@@ -50,9 +50,7 @@ def attention(
     method: _options.MethodName = "repq-vit",
     calibration: Annotated[str | None, typer.Option(metavar="SOURCE", help="Calibration images.")] = None,
     n: _options.CalibrationCount = None,
-    map: Annotated[
-        str, typer.Option(help="[bold]rollout[/bold], grad-cam, hires-cam or gradient-rollout.")
-    ] = "rollout",
+    map: Annotated[str, typer.Option(help="[bold]rollout[/bold], grad-cam, hires-cam, gradient-rollout.")] = "rollout",
     discard: Annotated[float, typer.Option(help="Share of the entries that rollout discards.")] = 0.9,
     fusion: Annotated[str, typer.Option(help="How rollout fuses heads: [bold]max[/bold], mean or min.")] = "max",
     compat: Annotated[
@@ -64,7 +62,7 @@ def attention(
     limit: Annotated[int, typer.Option(min=1, help="Images of each set that are measured, evenly spaced.")] = 64,
     show: Annotated[int, typer.Option(min=1, max=64, help="Images of each set in the pictures.")] = 8,
     choose: Annotated[
-        str, typer.Option(help="Images to show: the [bold]first[/bold], or the most-changed at the last precision.")
+        str, typer.Option(help="Images shown: [bold]first[/bold], or most-changed (last bits).")
     ] = "first",
     seed: _options.Seed = 0,
     device: _options.Device = "auto",
@@ -81,20 +79,18 @@ def attention(
     from quantlens.plots.precisions import write_drift
 
     check_writable(out / "drift.json")
-    sets, maps = _common.pairs(ood, "--ood"), MapSettings(map, target, discard, fusion, compat)
+    sets, read = _common.pairs(ood, "--ood"), _common.reading(skip_bad, no_cache)
+    maps = MapSettings(map, target, discard, fusion, compat)
     check_choice(choose)
     check_names(sets)
     _check(model, checkpoint_of(model) is not None, weights, bits, calibration)
-    reading = _common.reading(skip_bad, no_cache)
     with _common.stages(quiet) as step:
         if calibration is None:
             quantized, reference = open_models(model, weights, device)
         else:
-            reference, learnt = _common.open_run(
-                step, model, weights, device, calibration, n, seed, input_size, **reading
-            )
-            quantized = _quantized(reference, learnt, bits or BITS, step, method=method, seed=seed, **settings)
-        found = compare(reference, quantized, images, ood=sets, map=maps, limit=limit, progress=step, **reading)
+            reference, seen = _common.open_run(step, model, weights, device, calibration, n, seed, input_size, **read)
+            quantized = _quantized(reference, seen, bits or BITS, step, method=method, seed=seed, **settings)
+        found = compare(reference, quantized, images, ood=sets, map=maps, limit=limit, progress=step, **read)
         written = found.save(out, show=show, choose=choose)
         if not found.unavailable:
             written.append(write_drift(f"{found.model}, {found.method}: {DRIFT}", found.drift(), out / "drift.svg"))

@@ -26,7 +26,7 @@ def predict(
     artefact: Annotated[Path, typer.Argument(metavar="FILE", help="An exported model: .onnx or .xml.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Pictures.")],
     json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per run.")] = 16,
 ) -> None:
     """See HELP."""

@@ -226,8 +226,9 @@ class Graph(nn.Module):
         twin.train(self.training)
         return twin
 
-    def to(self, *args: Any, **kwargs: Any) -> "Graph":
-        super().to(*args, **kwargs)
+    def _apply(self, *args: Any, **kwargs: Any) -> "Graph":
+        """What :meth:`to` and its like do."""
+        super()._apply(*args, **kwargs)
         device = self.device
         for node in self.fx.nodes:
             if "device" in node.kwargs:

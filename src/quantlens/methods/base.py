@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -189,6 +190,8 @@ class Method(ABC):
         set or a source. Raises UnknownNameError for an option the method does not have.
         """
         asked, settings = Bits.parse(bits), self.options(options)
+        if not isinstance(seed, Integral) or not abs(seed) < 2**63:
+            raise QuantlensError(f"seed is {seed!r}; give a whole number, such as 0")
         widths = Widths(asked, settings)
         images = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)
         if asked.is_float:
@@ -197,10 +200,7 @@ class Method(ABC):
         with torch.no_grad():
             torch.default_generator.manual_seed(seed)
             graph = graph_of(model).clone()
-            names = [site.name for site in graph.sites]
-            for module, _ in asked.modules:
-                if not any(f"{name}.".startswith(f"{module}.") for name in names):
-                    raise UnknownNameError("module or site", module, names)
+            _check_modules(graph, asked)
             folded = fold_layer_scale(graph)
             done = [f"LayerScale folded into {len(folded)} linear layers"] if folded else []
             split = split_outlier_channels(graph, images) if settings["outlier_channels"] == "split" else []
@@ -258,6 +258,14 @@ class Method(ABC):
         """The settings that departures are about, with the values of the variant in ``options``."""
         paper = options.get("variant") == PAPER
         return {d.setting: d.paper if paper else d.ours for d in self.info.departures}
+
+
+def _check_modules(graph: Graph, asked: Bits) -> None:
+    """Raises UnknownNameError for a module with widths of its own that the graph does not have."""
+    names = [site.name for site in graph.sites]
+    for module, _ in asked.modules:
+        if not any(f"{name}.".startswith(f"{module}.") for name in names):
+            raise UnknownNameError("module or site", module, names)
 
 
 @dataclass(frozen=True)

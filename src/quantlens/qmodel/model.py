@@ -153,9 +153,9 @@ class QuantizedModel(nn.Module):
         return [(edges[k], q) for k, q in self.plan.quantizers.items() if edges[k].is_weight]
 
     # -- moving, saving -----------------------------------------------------------------------------------------------
-    def to(self, *args: Any, **kwargs: Any) -> "QuantizedModel":
-        super().to(*args, **kwargs)
-        self.graph.to(*args, **kwargs)
+    def _apply(self, *args: Any, **kwargs: Any) -> "QuantizedModel":
+        """What :meth:`to` and its like do, also those of a module that this one is a part of."""
+        super()._apply(*args, **kwargs)
         self._simulation[0] = None
         return self
 

@@ -59,5 +59,20 @@ def write_folder(
         if beside.is_file():
             shutil.copyfile(beside, folder / beside.name)  # what the card takes where no other result is given
     card(file, result, repo=repo, **about)
-    config = {"library_name": LIBRARY, "library_version": __version__, "checkpoint": file.name}
+    config = _of_transformers(model) | {
+        "library_name": LIBRARY,
+        "library_version": __version__,
+        "checkpoint": file.name,
+    }
+    if "model_type" in config:
+        config["quantization_config"] = {"quant_method": LIBRARY, "checkpoint": file.name}
     write_whole(folder / CONFIG, json.dumps(config, indent=1) + "\n", what="the configuration")
+
+
+def _of_transformers(model: Any) -> dict[str, Any]:
+    """The configuration with which transformers made the float model, where it did and that is at hand."""
+    module = getattr(getattr(model, "reference", None), "module", None)
+    config = getattr(module, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        return {}
+    return json.loads(config.to_json_string(use_diff=True)) | {"architectures": [type(module).__name__]}

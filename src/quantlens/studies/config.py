@@ -233,7 +233,7 @@ class StudyConfig(_Strict):
     models: tuple[ModelSpec, ...] = Field(min_length=1)
     methods: tuple[MethodSpec, ...] = ()
     bits: tuple[Precision, ...] = Field(min_length=1)
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, le=2**63 - 1)], ...] = Field(default=(0,), min_length=1)
     calibration: CalibrationSpec | None = None
     id: Source
     ood: dict[str, OodSpec] = {}
