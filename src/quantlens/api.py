@@ -13,9 +13,9 @@ from quantlens.calibration import Calibration
 from quantlens.calibration.calls import Calls, called
 from quantlens.data.given import peeked
 from quantlens.errors import QuantlensError
-from quantlens.graph import forget_if_changed, unwrapped
+from quantlens.graph import forget_if_changed
 from quantlens.methods import Progress, registry
-from quantlens.models import Model, load_model, model_for_tensors, state_sha256
+from quantlens.models import Model, load_model, model_for_tensors, state_sha256, unwrapped
 from quantlens.qmodel import Bits, QuantizedModel
 from quantlens.sensitivity import Inspection, inspect as inspect_parts
 

@@ -132,10 +132,11 @@ def peeked(x: Any) -> tuple[Any, tuple[int, ...] | None]:
 
 
 def _dims(x: Any) -> int | None:
-    """Dimensions of a tensor or array; None for anything else."""
+    """Dimensions of a tensor or an array of numbers; None for anything else."""
     import torch
 
-    return x.ndim if isinstance(x, np.ndarray | torch.Tensor) else None
+    numbers = isinstance(x, torch.Tensor) or (isinstance(x, np.ndarray) and x.dtype.kind in "biufc")
+    return x.ndim if numbers else None
 
 
 def _is_image(x: Any) -> bool:

@@ -150,7 +150,7 @@ class Emitter:
     def _quantized(self, node: fx.Node, position: int | None, source: str, read: fx.Node) -> str:
         """A value through the quantizer of an edge, if it has one. The same parameters on the same value are written
         once."""
-        key = self._key(node, position)
+        key = self.key(node, position)
         if key is None:
             return source
         quantizer = self.quantizers[key]
@@ -165,14 +165,14 @@ class Emitter:
                 self._placed[mark] = self._simulated(quantizer, source, len(read.meta.get("shape") or ()))
         return self._placed[mark]
 
-    def _key(self, node: fx.Node, position: int | None) -> str | None:
+    def key(self, node: fx.Node, position: int | None) -> str | None:
         """The key of a node's quantized edge: at an argument, or at its output (None)."""
         edges = (edge for edge in self.edges.get(node, ()) if edge.position == position)
         return next((edge.key for edge in edges if edge.key in self.quantizers), None)
 
     def weight(self, node: Any, *, transpose: bool = False) -> str:
         """The weight of a linear or conv node, quantized if it has a quantizer; transposed to [in, out] on request."""
-        weight, key, name = self.graph.constant(node.args[1]), self._key(node, 1), str(node.args[1].target)
+        weight, key, name = self.graph.constant(node.args[1]), self.key(node, 1), str(node.args[1].target)
         assert weight is not None
 
         def turned(values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A model as a graph of quantization sites: capture, sites, blocks, serialization."""
 
 from quantlens import _moved
-from quantlens.graph.capture import arguments_of, capture, graph_of, images_among, unwrapped
+from quantlens.graph.capture import arguments_of, capture, graph_of, images_among
 from quantlens.graph.graph import (
     VIEWS,
     EdgeHook,
@@ -47,7 +47,6 @@ __all__ = [
     "put_tensor",
     "replace_argument",
     "tensor_tree",
-    "unwrapped",
     "walk",
 ]
 
