@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[Any, int]] = {"float": (np.float32, 1), "int": (np.int64,
 float32."""
 
 TINY = float(np.finfo(np.float32).tiny)
+LOWEST = float(np.finfo(np.float32).min)
 
 
 class Emitter:
@@ -158,12 +159,22 @@ class Emitter:
         if mark not in self._placed:
             if is_integer(quantizer, CODE_TYPES):
                 scale, zero, axis = self._parameters(quantizer, key)  # type: ignore[arg-type]
+                if self._joined(source):  # OpenVINO moves the quantizer in front, wrongly
+                    source = self.apart(source)
                 codes = self.op("QuantizeLinear", source, scale, zero, out=f"{key}.codes", **axis)
                 self._placed[mark] = self.op("DequantizeLinear", codes, scale, zero, out=f"{key}.value", **axis)
             else:
                 self._check_simulated(key, quantizer)
                 self._placed[mark] = self._simulated(quantizer, source, len(read.meta.get("shape") or ()))
         return self._placed[mark]
+
+    def apart(self, name: str) -> str:
+        """The same value behind an operator that OpenVINO moves nothing across (other identities are removed)."""
+        return self.op("Max", name, LOWEST)
+
+    def _joined(self, name: str) -> bool:
+        """Whether a value is the concatenation of others."""
+        return any(node.op_type == "Concat" and name in node.output for node in self.nodes)
 
     def key(self, node: fx.Node, position: int | None) -> str | None:
         """The key of a node's quantized edge: at an argument, or at its output (None)."""
