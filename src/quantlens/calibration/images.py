@@ -79,6 +79,8 @@ class Calibration:
         if isinstance(images, Tensor):
             images = images.detach()
             _check_shape(images, size)
+            if images.layout != torch.strided:
+                raise QuantlensError(f"calibration images are {images.layout}; give a plain tensor, images.to_dense()")
             if not bool(torch.isfinite(images).all()):
                 raise QuantlensError("calibration images hold NaN or infinity")
             content = images.cpu().contiguous().float().numpy()

@@ -159,9 +159,8 @@ def _is_pair(x: Any) -> bool:
 def _items(x: Any, name: str) -> Iterable[Any]:
     """What is given, item by item: batches or single images, with or without labels."""
     if isinstance(x, Mapping) and not any(key in x for key in IMAGE_KEYS):
-        raise QuantlensError(
-            f"{name}: a {type(x).__name__} with {', '.join(map(str, x))}; give one, or a batch with pixel_values"
-        )
+        keys = ", ".join(map(str, x)) or "nothing"
+        raise QuantlensError(f"{name}: a {type(x).__name__} with {keys}; give one, or a batch with pixel_values")
     if _dims(x) == 4 or isinstance(x, Image.Image | Mapping) or _is_pair(x):
         return [x]
     if _dims(x) is not None:

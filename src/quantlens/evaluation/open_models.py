@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from quantlens.errors import BadWeightsError, CaptureError, QuantlensWarning
+from quantlens.errors import BadWeightsError, CaptureError, QuantlensWarning, UnknownNameError
 from quantlens.evaluation.environment import choose_device
 from quantlens.models import Model, load_model
 from quantlens.qmodel import float_model
@@ -15,7 +15,9 @@ def open_float(
     name: str, weights: str | None = None, device: str = "cpu", input_size: int | tuple[int, ...] | None = None
 ) -> Model:
     """A float model by name. weights: "random", a file, or "pretrained", as for None. input_size: see `load_model`."""
-    return load_model(name, weights or "pretrained", input_size=input_size, device=choose_device(device))
+    return load_model(
+        name, "pretrained" if weights is None else weights, input_size=input_size, device=choose_device(device)
+    )
 
 
 def checkpoint_of(name: str) -> Path | None:
@@ -67,7 +69,13 @@ def open_models(
     if weights is None and reference is None:
         return made, None
     called = reference or made.name
-    reference = open_float(called, weights, device)
+    try:
+        reference = open_float(called, weights, device)
+    except UnknownNameError as error:
+        raise BadWeightsError(
+            f"{path} was made from a module that has no name to load it by ({made.name}); leave --weights out, or use "
+            "Python, where the module itself can be given"
+        ) from error
     size, own = (getattr(getattr(m, "preprocess", None), "input_size", None) for m in (made, reference))
     if size is not None and own not in (None, size):
         reference = open_float(called, weights, device, size)

@@ -15,6 +15,7 @@ from PIL import Image
 from scipy.special import softmax
 
 from quantlens.ambient import isolated
+from quantlens.arguments import checked
 from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, as_rgb, decode_image
 from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError
@@ -44,6 +45,7 @@ class Artefact:
     that is missing, damaged or not written by quantlens.
     """
 
+    @checked
     def __init__(self, path: str | Path, *, threads: int | None = None, opened: "Opened | None" = None):
         self.path = Path(path)
         opened = open_file(self.path, threads) if opened is None else opened
@@ -82,7 +84,10 @@ class Artefact:
     def predict(self, images: Sequence[Any]) -> list[Prediction]:
         """Predictions for pictures: paths or PIL images, or what :meth:`pixels` made of them."""
         if self.task != "classify":
-            raise UnsupportedError(f"{self.path} has the task {self.task!r}: there are no classes to predict; use run")
+            raise UnsupportedError(
+                f"{self.path} has the task {self.task!r}: there are no classes to predict; in Python, "
+                "Artefact.run gives its outputs"
+            )
         pixels = np.stack([image if isinstance(image, np.ndarray) else self.pixels(image) for image in images])
         logits, scores = self.run(self.preprocess.normalize(pixels).numpy())
         threshold = (self.guard.get("threshold") or {}).get("value")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from quantlens.arguments import checked
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.compare import RESAMPLES, TRAITS, Comparison, Entry, Match, compare_matches
@@ -25,6 +26,7 @@ class Side(NamedTuple):
     entries: list[Entry]
 
 
+@checked
 def compare(
     a: Any,
     b: Any,
@@ -99,6 +101,7 @@ def _is_outputs(path: Path) -> bool:
 # ---- sides -----------------------------------------------------------------------------------------------------------
 
 
+@checked
 def open_side(given: str | Path | Result) -> Side:
     """`DIR`, `DIR:key=value,…` (keys model, method, bits, seed; a key given twice takes either), `RESULT.json` of
     `quantlens evaluate --json`, `OUTPUTS.npz` of `quantlens evaluate --keep`, a file of logits (.npz, .csv), or a
@@ -109,6 +112,10 @@ def open_side(given: str | Path | Result) -> Side:
     if isinstance(given, Result):
         result = given.to_dict()
         return Side(given.title, [Entry(*_traits(result), result, None, given.outputs)])
+    if not isinstance(given, str | Path):
+        raise QuantlensError(
+            f"a {type(given).__name__} is no result; give what ql.evaluate returns, or a file or study"
+        )
     text = str(given)
     place, chosen = split_selection(text)
     path = Path(place)
