@@ -48,7 +48,6 @@ def _call(
         {"anything": object()},
         {"other": object()},
     ],
-    ids=str,
 )
 def test_what_fits(given: dict[str, Any]) -> None:
     assert checked(_call)(**given) == "done"

@@ -92,15 +92,10 @@ class Artefact:
         logits, scores = self.run(self.preprocess.normalize(pixels).numpy())
         threshold = (self.guard.get("threshold") or {}).get("value")
         probabilities, names = softmax(logits, axis=1), self.class_names
+        rows = zip(logits.argmax(1).tolist(), probabilities.max(1).tolist(), scores.tolist(), strict=True)
         return [
-            Prediction(
-                int(label),
-                names[label] if names else None,
-                float(row[label]),
-                float(score),
-                None if threshold is None else bool(score < threshold),
-            )
-            for label, row, score in zip(logits.argmax(1), probabilities, scores, strict=True)
+            Prediction(k, names[k] if names else None, share, score, None if threshold is None else score < threshold)
+            for k, share, score in rows
         ]
 
     def pixels(self, image: Any) -> np.ndarray:

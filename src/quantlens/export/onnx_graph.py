@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[Any, int]] = {"float": (np.float32, 1), "int": (np.int64,
 float32."""
 
 TINY = float(np.finfo(np.float32).tiny)
+LOWEST = float(np.finfo(np.float32).min)
 
 
 class Emitter:
@@ -158,12 +159,27 @@ class Emitter:
         if mark not in self._placed:
             if is_integer(quantizer, CODE_TYPES):
                 scale, zero, axis = self._parameters(quantizer, key)  # type: ignore[arg-type]
+                if self._movable(source):
+                    source = self.apart(source)
                 codes = self.op("QuantizeLinear", source, scale, zero, out=f"{key}.codes", **axis)
                 self._placed[mark] = self.op("DequantizeLinear", codes, scale, zero, out=f"{key}.value", **axis)
             else:
                 self._check_simulated(key, quantizer)
                 self._placed[mark] = self._simulated(quantizer, source, len(read.meta.get("shape") or ()))
         return self._placed[mark]
+
+    def apart(self, name: str) -> str:
+        """The same value behind an operator that OpenVINO moves nothing across (other identities are removed)."""
+        return self.op("Max", name, LOWEST)
+
+    def _movable(self, name: str) -> bool:
+        """Whether OpenVINO's passes make the quantizer of a value one of what the value is made of, and wrongly: of the
+        parts of a concatenation, or of what has been scaled or shifted by one number for each channel."""
+        made = next((node for node in self.nodes if name in node.output), None)
+        if made is None or made.op_type not in ("Mul", "Add", "Sub", "Div"):
+            return made is not None and made.op_type in ("Concat", "BatchNormalization")
+        held = [self.constants[name].proto.dims for name in made.input if name in self.constants]
+        return any(sum(n > 1 for n in dims) == 1 and dims[-1] == 1 for dims in held)
 
     def key(self, node: fx.Node, position: int | None) -> str | None:
         """The key of a node's quantized edge: at an argument, or at its output (None)."""

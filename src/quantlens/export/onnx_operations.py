@@ -120,7 +120,8 @@ def _group_norm(e: Emitter, node: fx.Node) -> str:
     value = e.reshape(normed, [batch, width, *places])
     for kind, given in (("Mul", scale), ("Add", shift)):
         if given is not None:
-            value = e.op(kind, value, e.op("Reshape", e.read(given), [1, width, *[1] * len(places)]))
+            held, sizes = e.known(given), [1, width, *[1] * len(places)]
+            value = e.op(kind, value, e.reshape(e.read(given), sizes) if held is None else held.reshape(sizes))
     return value
 
 
