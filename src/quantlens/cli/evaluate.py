@@ -86,6 +86,8 @@ def evaluate(
     from quantlens.evaluation.open_models import open_models
     from quantlens.evaluation.run import evaluate as measure
 
+    if id is None and Path(model).suffix not in (".npz", ".csv"):
+        raise QuantlensError("Missing option '--id': give labelled images, a SOURCE (`quantlens sources`)")
     for path in (None if json == "-" else json, keep, store and store / "store.sqlite"):
         check_writable(path)
     checkpoint = _check_card(model) if card else None
