@@ -81,6 +81,8 @@ def maps_of(
     model: float or quantized, or a Lens. kind: one of :data:`MAPS`. target: the class whose map it is (not for rollout,
     which knows no class). settings: of the two rollouts.
     """
+    if kind not in MAPS:
+        raise UnknownNameError("map", kind, MAPS)
     plain = model.model if isinstance(model, Lens) else float_model(model)
     check_kind(kind, plain)
     with torch.no_grad():
@@ -96,9 +98,7 @@ def maps_of(
 
 
 def check_kind(kind: str, model: Any) -> None:
-    """Raises QuantlensError for a map that does not exist or needs classes, which the model does not have."""
-    if kind not in MAPS:
-        raise UnknownNameError("map", kind, MAPS)
+    """Raises UnsupportedError for a map that needs classes, which the model does not have."""
     if kind != "rollout" and not has_classes(model):
         raise UnsupportedError(
             f"{model.name} has the task {model.task!r}: there is no class whose {kind} map could be drawn; take rollout"

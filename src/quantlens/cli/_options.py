@@ -9,7 +9,9 @@ import typer
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="Name of the model, or hf:ID or hf:DIR of Hugging Face.")
 ]
-ModelOrCheckpoint = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, or a quantized checkpoint.")]
+ModelOrCheckpoint = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Name of a model (or hf:ID, hf:DIR), or a quantized checkpoint.")
+]
 Card = Annotated[bool, typer.Option("--card", help="Write a model card (README.md) beside the checkpoint.")]
 Weights = Annotated[
     str | None,

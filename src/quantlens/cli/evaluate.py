@@ -1,6 +1,6 @@
 """`quantlens evaluate`: the metrics of one model, FP32 or quantized."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,8 +86,7 @@ def evaluate(
     from quantlens.evaluation.open_models import open_models
     from quantlens.evaluation.run import evaluate as measure
 
-    for path in (None if json == "-" else json, keep, store and store / "store.sqlite"):
-        check_writable(path)
+    _check(model, id, (None if json == "-" else json, keep, store and store / "store.sqlite"))
     checkpoint = _check_card(model) if card else None
     sets, groups = _common.pairs(ood, "--ood"), dict.fromkeys(_common.names(near), "near")
     measured, float_model = open_models(model, weights, device, input_size, reference=reference)
@@ -105,6 +104,14 @@ def evaluate(
     _common.show(tables(result), result.to_dict(), json, "the result")
     if json != "-":
         print("".join(f"written: {file}\n" for file in written), end="")
+
+
+def _check(model: str, id: str | None, files: Iterable[str | Path | None]) -> None:
+    """Raises QuantlensError where there are no images to measure on, or a file cannot be written."""
+    if id is None and Path(model).suffix not in (".npz", ".csv"):
+        raise QuantlensError("Missing option '--id': give labelled images, a SOURCE (`quantlens sources`)")
+    for file in files:
+        check_writable(file)
 
 
 def _check_card(model: str) -> Path:

@@ -16,8 +16,8 @@ float. What is written are the codes, scales and zero points that were measured,
 of ONNX operator set 21. Runtimes have integer kernels for uniform formats of 8 bits (weights of 4 bits too): quantize
 with --target to stay inside them.
 
-The file also gives an out-of-distribution score, and with --guard-images the threshold below which an image looks
-unknown.
+The file of a classifier also gives an out-of-distribution score, and with --guard-images the threshold below which an
+image looks unknown.
 
 [bold]Examples[/bold]
 

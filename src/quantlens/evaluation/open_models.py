@@ -72,8 +72,10 @@ def open_models(
     try:
         reference = open_float(called, weights, device)
     except UnknownNameError as error:
+        if reference is not None:
+            raise
         raise BadWeightsError(
-            f"{path} was made from a module that has no name to load it by ({made.name}); leave --weights out, or use "
+            f"{path} was made from a module that has no name to load it by ({called}); leave --weights out, or use "
             "Python, where the module itself can be given"
         ) from error
     size, own = (getattr(getattr(m, "preprocess", None), "input_size", None) for m in (made, reference))

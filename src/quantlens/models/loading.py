@@ -76,7 +76,7 @@ def load_model(
     *,
     num_classes: int | None = None,
     preprocess: Preprocess | None = None,
-    input_size: int | tuple[int, ...] | None = None,
+    input_size: int | tuple[Any, ...] | None = None,
     class_names: list[str] | None = None,
     task: str | None = None,
     device: str | torch.device = "cpu",

@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 
 from quantlens._version import __version__
 from quantlens.arguments import checked
+from quantlens.data.shared import without_content
 from quantlens.errors import QuantlensError, QuantlensWarning, StorageError
 from quantlens.evaluation import Result
 from quantlens.evaluation.compare import Wanted, replicate
@@ -124,6 +125,7 @@ def _result_of(qmodel: QuantizedModel, result: Any) -> dict[str, Any]:
     told = (result if isinstance(result, Result) else Result.from_dict(result)).to_dict()
     for key in ("model", "checkpoint_sha256", "method", "bits", "seed", "options", "calibration"):
         own = plain(getattr(qmodel, "name" if key == "model" else key))
+        own = without_content(own) if key == "calibration" else own
         if told.get(key) != own:
             raise QuantlensError(f"the result is of another model: its {key} is {told.get(key)}, the model's {own}")
     outputs = getattr(result, "outputs", None)
