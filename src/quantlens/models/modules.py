@@ -38,10 +38,12 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def check(module: nn.Module) -> None:
     """Raise UnsupportedError for a module that has no floating-point weights to quantize, or no code to capture."""
     name = type(module).__name__
-    if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedError(
-            f"{name} is TorchScript, which torch.export cannot capture; give the nn.Module that it was made from"
-        )
+    for key, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            what = f"{name}: {key}" if key else name
+            raise UnsupportedError(
+                f"{what} is TorchScript, which torch.export cannot capture; give the nn.Module that it was made from"
+            )
     if hasattr(module, "plan") and hasattr(module, "graph"):
         raise UnsupportedError(
             f"a model that quantlens quantized ({getattr(module, 'bits', name)}) was given where a float model is "
