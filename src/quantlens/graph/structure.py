@@ -133,7 +133,7 @@ def build(description: Any, tensors: Sequence[Any]) -> Any:
 def _named(name: str, fields: tuple[str, ...]) -> Any:
     """A kind of named tuple in place of one that is not there; its values are also found by ``[name]``."""
     kind: Any = namedtuple(name, fields)  # type: ignore[misc]
-    kind.__getitem__ = lambda self, key: getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
+    kind.__getitem__ = lambda self, key: getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)  # type: ignore[method-assign]
     return kind
 
 
