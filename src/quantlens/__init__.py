@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quantlens.allocation import Allocation
     from quantlens.api import allocate, inspect, quantize
     from quantlens.errors import QuantlensError
+    from quantlens.evaluation.foreign import open_foreign
     from quantlens.evaluation.run import evaluate
     from quantlens.export.exported import Artefact
     from quantlens.models import Model, load_model
@@ -56,6 +57,7 @@ __all__ = [
     "load_model",
     "load_plugin",
     "methods",
+    "open_foreign",
     "plot",
     "push_to_hub",
     "qmodel",
@@ -80,6 +82,7 @@ _HOMES = {
     "Artefact": "quantlens.export.exported",
     "load": "quantlens.qmodel.checkpoint",
     "evaluate": "quantlens.evaluation.run",
+    "open_foreign": "quantlens.evaluation.foreign",
     "compare": "quantlens.studies.compare",
     "recommend": "quantlens.studies.recommend",
     "reproduce": "quantlens.studies.reproduce",

@@ -19,19 +19,22 @@ import numpy as np
 import torch
 from torch import overrides
 
+from quantlens.arguments import checked
+from quantlens.errors import QuantlensError
+
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
 
 def isolated(function: Callable[Given, Found]) -> Callable[Given, Found]:
-    """Decorator: the function runs inside :func:`isolation`."""
+    """Decorator: the function runs inside :func:`isolation`, its arguments :func:`~quantlens.arguments.checked`."""
 
     @wraps(function)
     def inside(*args: Given.args, **kwargs: Given.kwargs) -> Found:
         with isolation():
             return function(*args, **kwargs)
 
-    return inside
+    return checked(inside)
 
 
 @contextmanager
@@ -55,6 +58,15 @@ def _set_back(threads: int, filters: list[Any]) -> None:
         torch.set_num_threads(threads)
     if warnings.filters != filters:  # some libraries add to them when they are imported
         warnings.filters[:] = filters  # type: ignore[index]
+
+
+def check_device(device: Any) -> None:
+    """Raises QuantlensError for a device that torch does not know or cannot use here ("meta" holds no values)."""
+    try:
+        torch.empty(0, device=device).numpy(force=True)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        known = "write cpu, cuda, cuda:1, mps or auto"
+        raise QuantlensError(f"unknown device {device!r}, or none that torch can use here; {known}") from error
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from quantlens.ambient import isolated
 from quantlens.calibration import Calibration
 from quantlens.calibration.calls import Calls, called
 from quantlens.data.given import peeked
-from quantlens.graph import forget_if_changed, unwrapped
+from quantlens.errors import QuantlensError
+from quantlens.graph import forget_if_changed
 from quantlens.methods import Progress, registry
-from quantlens.models import Model, load_model, model_for_tensors, state_sha256
+from quantlens.models import Model, load_model, model_for_tensors, state_sha256, unwrapped
 from quantlens.qmodel import Bits, QuantizedModel
 from quantlens.sensitivity import Inspection, inspect as inspect_parts
 
@@ -145,6 +146,10 @@ def allocation_of(
 def _loaded(model: Model | torch.nn.Module, calibration: Any) -> tuple[Model, Any]:
     """A module as a Model, with the size of the calibration images, and these (of an iterator one has been read). A
     Model whose weights have changed since is another one."""
+    if not isinstance(model, torch.nn.Module):
+        raise QuantlensError(
+            f"a {type(model).__name__} was given where a model is wanted; give an nn.Module or what ql.load_model gives"
+        )
     module = model.module if isinstance(model, Model) else unwrapped(model)
     if not isinstance(calibration, Calibration):
         calibration = called(calibration, module)

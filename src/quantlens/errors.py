@@ -4,6 +4,7 @@ The command line prints the message alone (no traceback, unless :func:`debugging
 """
 
 import os
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -14,7 +15,12 @@ def debugging() -> bool:
 
 
 class QuantlensError(Exception):
-    """Something the caller can put right: a bad name, file, option or image. Base of all quantlens errors."""
+    """Something the caller can put right: a bad name, file, option or image. Base of all quantlens errors.
+
+    A word longer than any name of a file (a file's content in place of its name) is shortened."""
+
+    def __str__(self) -> str:
+        return re.sub(r"\S{400,}", lambda found: f"{found[0][:80]}…{found[0][-20:]}", super().__str__())
 
 
 class UnknownNameError(QuantlensError):
@@ -22,7 +28,7 @@ class UnknownNameError(QuantlensError):
 
     def __init__(self, what: str, name: str, known: Iterable[str], hint: str = ""):
         choices = sorted(known)
-        close = get_close_matches(name, choices, n=3, cutoff=0.5)
+        close = get_close_matches(str(name), choices, n=3, cutoff=0.5)
         text = f"unknown {what} {name!r}"
         if close:
             text += f"; did you mean {' or '.join(repr(c) for c in close)}?"

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
+from quantlens.arguments import checked
 from quantlens.errors import QuantlensError, QuantlensWarning, UnknownNameError, debugging
 
 GROUPS = ("quantlens.methods", "quantlens.formats", "quantlens.scores", "quantlens.transforms")
@@ -147,6 +148,7 @@ def _spelled(maker: Any) -> str:
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
+@checked
 def load_plugin(where: str | os.PathLike[str]) -> ModuleType:
     """Load a plugin, and return its module: a file (my_method.py), or a module that Python finds (my_package.method).
 

@@ -1,5 +1,6 @@
 """The choice of widths under a budget: :func:`allocate` measures, counts, solves and keeps the result."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from quantlens.allocation.sensitivity import (
     nuclear_norm_sensitivity,
     random_sensitivity,
 )
+from quantlens.arguments import checked
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.graph import Graph, graph_of
@@ -44,6 +46,7 @@ SENSITIVITIES: dict[str, Callable[..., Any] | None] = {
 """Names of the sensitivities; ``random`` needs no images."""
 
 
+@checked
 def allocate(
     model: Any,
     calibration: Any,
@@ -78,7 +81,7 @@ def allocate(
     fold_layer_scale(graph)
     groups = find_groups(graph)
     table = cost_table(graph, groups, {*widths, width}, width)
-    limit = table.total(cost, [width] * len(groups)) if budget is None else int(budget)
+    limit = table.total(cost, [width] * len(groups)) if budget is None else _budget(budget)
     started = time.perf_counter()
     values, info = _measured(sensitivity, graph, groups, widths, images, seed, progress, settings)
     seconds = round(time.perf_counter() - started, 3)
@@ -103,6 +106,13 @@ def allocate(
         info=info,
         front=_points(found, widths, table.fixed[cost]) if front else (),
     )
+
+
+def _budget(given: float) -> int:
+    """A budget of a person's own. Raises QuantlensError for what is none."""
+    if not 0 <= given < math.inf:
+        raise QuantlensError(f"a budget of {given} is none; give bytes or bit operations, a number of at least 0")
+    return int(given)
 
 
 def sensitivity_options(sensitivity: str, given: Mapping[str, Any]) -> dict[str, Any]:

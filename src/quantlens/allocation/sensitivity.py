@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quantlens.allocation.groups import ATTENTION, COMPUTES, Group
+from quantlens.arguments import checked
 from quantlens.calibration import CHUNK, Calibration, CalibrationPass, EdgeView, affine
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
@@ -118,6 +119,7 @@ def nuclear_norm(matrices: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(wide @ wide.mT).clamp_min_(0).sqrt_().sum(-1)
 
 
+@checked
 def nuclear_norm_sensitivity(
     candidates: Candidates,
     calibration: Calibration,
@@ -174,6 +176,7 @@ def nuclear_norm_sensitivity(
 
 
 # -- kl -------------------------------------------------------------------------------------------------------------
+@checked
 def kl_sensitivity(
     candidates: Candidates, calibration: Calibration, *, seed: int = 0, progress: Progress | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -233,6 +236,7 @@ HESSIAN_DEPARTURES = (
 """Where ``hessian`` differs from HAWQ-V2, or the paper is silent."""
 
 
+@checked
 def hessian_sensitivity(
     candidates: Candidates,
     calibration: Calibration,

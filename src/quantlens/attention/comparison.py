@@ -15,7 +15,7 @@ import torch
 from quantlens.ambient import isolated
 from quantlens.attention import picture_grids
 from quantlens.attention.image_sets import FP32, SetView, evenly, look_at
-from quantlens.attention.maps import MapSettings
+from quantlens.attention.maps import MapSettings, check_kind
 from quantlens.attention.picture_grids import ID
 from quantlens.attention.recording import Lens
 from quantlens.data import as_image_set
@@ -68,6 +68,7 @@ def compare(
         shape = tuple(images.shape[1:]) if isinstance(images, torch.Tensor) and images.dim() == 4 else None
         model = model_for_tensors(model, shape)  # type: ignore[arg-type]
     reference = float_model(model)
+    check_kind(settings.kind, reference)
     found = AttentionResult(reference, models, settings)
     lenses: dict[str, Any] = {FP32: reference, **models}
     try:
@@ -96,6 +97,8 @@ def labelled(
     one label, and for what is no quantized model."""
     if isinstance(quantized, QuantizedModel):
         quantized = [quantized]
+    if not isinstance(quantized, Iterable):
+        quantized = {str(type(quantized).__name__): quantized}
     if not isinstance(quantized, Mapping):
         several = list(quantized)
         quantized = {str(getattr(m, "bits", "")): m for m in several}
@@ -108,7 +111,7 @@ def labelled(
     for label, one in quantized.items():
         if not isinstance(one, QuantizedModel):
             raise QuantlensError(f"{label!r} is a {type(one).__name__}; give a model that quantlens.quantize returns")
-    return dict(quantized)
+    return {str(label): one for label, one in quantized.items()}
 
 
 @dataclass
@@ -209,7 +212,9 @@ class AttentionResult:
 
 
 def check_names(ood: Iterable[str]) -> None:
-    """Raises QuantlensError for an OOD set that is called ID."""
+    """Raises QuantlensError for an OOD set that is called ID or has no name."""
+    if not all(ood):
+        raise QuantlensError("an OOD set has no name; give {name: images}")
     if ID in ood:
         raise QuantlensError(f"{ID!r} is the name of the in-distribution images; call the OOD set otherwise")
 

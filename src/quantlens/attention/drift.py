@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from quantlens.attention.recording import Lens, lens_of
+from quantlens.attention.recording import Lens, has_classes, lens_of, probabilities
 from quantlens.errors import QuantlensError
 from quantlens.metrics.divergence import kl_divergence
 
@@ -40,7 +41,8 @@ class Drift(SimpleNamespace):
     largest patches; movement as a share of the image's diagonal. outliers, large_tokens [n, L]: outlier tokens and
     large tokens after every block (:func:`outlier_tokens`, :func:`large_tokens`), outliers_fp32 and large_tokens_fp32
     those of the float model; outlier_overlap [n, L]: positions in common (intersection over union).
-    prediction_changed, confidence_change [n]. output_kl [n]: KL(float ‖ quantized) of the class probabilities, nats.
+    prediction_changed, confidence_change [n]. output_kl [n]: KL(float ‖ quantized) of the class probabilities, nats (of
+    several labels their sum);    the last three are missing for a model of features, which has no classes.
     """
 
     def per_image(self) -> Arrays:
@@ -54,7 +56,7 @@ class Drift(SimpleNamespace):
         means = {name: float(array.mean(dtype=np.float64)) for name, array in (values | totals).items()}
         heads = {name: values[name] for name in BY_HEAD}
         blocks = {name: values[name] for name in BY_BLOCK} | {name: array.mean(axis=2) for name, array in heads.items()}
-        return {"n": len(self.output_kl), **means, "blocks": _mean_image(blocks), "heads": _mean_image(heads)}
+        return {"n": len(self.rollout_spearman), **means, "blocks": _mean_image(blocks), "heads": _mean_image(heads)}
 
 
 def _per_image(name: str, values: np.ndarray) -> np.ndarray:
@@ -99,7 +101,7 @@ def observe(
     """What models (by label, the first one the reference) see of a few images, and the drift of all but the reference.
 
     What was seen: "maps" [B, rows, columns], "norms" of patch tokens and which are "outliers" and "large" [B, L, P],
-    "predicted" and "confidence" [B].
+    "predicted" and "confidence" [B] of a model with classes.
     """
     reference, *others = lenses
     first = _Seen(lenses[reference], images, rollout)
@@ -123,15 +125,17 @@ class _Seen:
         self.view, self.layout = lens(images), lens.layout
         self.map = lens.rollout_of(self.view, **rollout)
         norms = torch.stack([token_norms(t, self.layout.prefix) for t in self.view.tokens], dim=1)
-        confidence, predicted = self.view.logits.softmax(1).max(1)
         self.kept = {
             "maps": self.map.unflatten(1, self.layout.grid),
-            "predicted": predicted,
-            "confidence": confidence,
             "norms": norms,
             "outliers": outlier_tokens(norms),
             "large": large_tokens(norms),
         }
+        if has_classes(lens.model):
+            self.kept["confidence"], self.kept["predicted"] = probabilities(lens.model, self.view.logits).max(1)
+        self.log_probabilities = self.view.logits.log_softmax(1)
+        if lens.model.task == "multilabel":  # two classes for every label
+            self.log_probabilities = logsigmoid(torch.stack([-self.view.logits, self.view.logits], dim=-1))
 
 
 def _drift(first: _Seen, first_rows: "Sequence[Rows]", second: _Seen) -> dict[str, Tensor]:
@@ -156,9 +160,17 @@ def _drift(first: _Seen, first_rows: "Sequence[Rows]", second: _Seen) -> dict[st
         "outlier_overlap": token_overlap(a["outliers"], b["outliers"]),
         "large_tokens": b["large"].sum(-1).float(),
         "large_tokens_fp32": a["large"].sum(-1).float(),
+    } | (_change_of_classes(first, second) if "predicted" in a else {})
+
+
+def _change_of_classes(first: _Seen, second: _Seen) -> dict[str, Tensor]:
+    a, b = first.kept, second.kept
+    return {
         "prediction_changed": b["predicted"] != a["predicted"],
         "confidence_change": b["confidence"] - a["confidence"],
-        "output_kl": kl_divergence(first.view.logits.log_softmax(1), second.view.logits.log_softmax(1)),
+        "output_kl": kl_divergence(first.log_probabilities, second.log_probabilities)
+        .reshape(len(first.map), -1)
+        .sum(1),
     }
 
 

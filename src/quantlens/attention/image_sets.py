@@ -29,10 +29,10 @@ class SetView:
     """n images of a set; every dictionary has the label of a model as its key, :data:`FP32` first.
 
     positions: which images of the set. maps [n, rows, columns]; rollout maps have 1 as their largest value, gradient
-    maps are as they are. predicted [n]: classes; confidence [n]: their probabilities. norms [n, L, P] of the patch
-    tokens after each of L blocks; outliers and large [n, L, P]: which of them are
-    (:func:`~quantlens.attention.drift.outlier_tokens`). drift: of every quantized model. map_drift: of maps other than
-    rollout. norms, outliers, large and drift are empty where attention is not over all tokens.
+    maps are as they are. predicted [n]: classes; confidence [n]: their probabilities (none of a model of
+    features). norms [n, L, P] of the patch tokens after each of L blocks; outliers and large [n, L, P]: which of them
+    are (:func:`~quantlens.attention.drift.outlier_tokens`). drift: of every quantized model. map_drift: of maps other
+    than rollout. norms, outliers, large and drift are empty where attention is not over all tokens.
     """
 
     images: Any
@@ -55,8 +55,9 @@ class SetView:
     def summary(self, label: str) -> dict[str, Any]:
         """Means over the images of a quantized model's drift: :meth:`Drift.summary`, with ``map_spearman``,
         ``map_overlap`` and ``map_movement`` of maps other than rollout."""
-        changed = self.predicted[label] != self.predicted[FP32]
-        found: dict[str, Any] = {"n": len(self), "prediction_changed": float(changed.mean())}
+        found: dict[str, Any] = {"n": len(self)}
+        if self.predicted:
+            found["prediction_changed"] = float((self.predicted[label] != self.predicted[FP32]).mean())
         if label in self.drift:
             found = self.drift[label].summary()
         means = {f"map_{k}": float(v.mean(dtype=np.float64)) for k, v in self.map_drift.get(label, {}).items()}
@@ -68,13 +69,9 @@ class SetView:
 
     def per_image(self, label: str) -> list[dict[str, Any]]:
         """A quantized model's drift as one row per image, rows of attention and tokens over all blocks and heads."""
-        columns: dict[str, np.ndarray] = {
-            "image": np.asarray(self.positions),
-            "predicted": self.predicted[label],
-            "predicted_fp32": self.predicted[FP32],
-            "confidence": self.confidence[label],
-            "confidence_fp32": self.confidence[FP32],
-        }
+        columns: dict[str, np.ndarray] = {"image": np.asarray(self.positions)}
+        for name, arrays in (("predicted", self.predicted), ("confidence", self.confidence)):
+            columns |= {name: arrays[label], f"{name}_fp32": arrays[FP32]} if arrays else {}
         if label in self.drift:
             columns |= self.drift[label].per_image()
         columns |= {f"map_{k}": v for k, v in self.map_drift.get(label, {}).items()}
@@ -148,8 +145,8 @@ def chosen(images: Any, positions: list[int]) -> Tensor:
 
 
 def name_of(names: list[str] | None, index: int) -> str | None:
-    """The first of a class's names: "tench" of "tench, Tinca tinca"."""
-    return None if names is None else names[index].split(",")[0]
+    """The first of a class's names: "tench" of "tench, Tinca tinca". None where they are unknown, and of one logit."""
+    return None if names is None or len(names) == 1 else names[index].split(",")[0]
 
 
 # -- what a study keeps -----------------------------------------------------------------------------------------------
@@ -194,20 +191,20 @@ def example(view: SetView, k: int, lens: Lens, *, is_ood: bool, thumbnail: bool)
     thumbnail: a "thumbnail" too (base64 of a WebP file of at most 96 pixels) and "truth_name", of the float model.
     """
     images, index = view.images, view.positions[k]
-    predicted = int(view.predicted[MODEL][k])
-    truth = None if images.labels is None or is_ood else int(images.labels[index])
+    truth = None if images.labels is None or images.labels.ndim > 1 or is_ood else int(images.labels[index])
     names = class_names(None if is_ood else images, lens.model)
-    found = {
+    found: dict[str, Any] = {
         "grid": list(lens.layout.grid),
         "truth": truth,
-        "label": predicted,
-        "class_name": name_of(names, predicted),
-        "probability": round(float(view.confidence[MODEL][k]), 4),
         "rollout": [round(v, 3) for v in view.maps[MODEL][k].ravel().tolist()],
         "norms": {
             lens.blocks[b]: [float(f"{v:.4g}") for v in view.norms[MODEL][k, b].tolist()] for b in _telling_blocks(view)
         },
     }
+    if view.predicted:
+        found["label"] = predicted = int(view.predicted[MODEL][k])
+        found["class_name"] = name_of(names, predicted)
+        found["probability"] = round(float(view.confidence[MODEL][k]), 4)
     if thumbnail:
         small = pictures.photograph(images, index)
         small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)

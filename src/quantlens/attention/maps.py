@@ -19,9 +19,16 @@ import torch
 from torch import Tensor
 
 from quantlens.ambient import isolated
-from quantlens.attention.recording import Lens, layout_of, lens_of
+from quantlens.attention.recording import (
+    Lens,
+    class_logits,
+    has_classes,
+    layout_of,
+    lens_of,
+    probabilities as probabilities_of,
+)
 from quantlens.attention.rollout import check_settings, rollout
-from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.qmodel import QuantizedModel, float_model, simulate
 
 ACTIVATION_MAPS = ("grad-cam", "hires-cam")
@@ -43,6 +50,8 @@ class MapSettings:
     def __post_init__(self) -> None:
         if self.kind not in MAPS:
             raise UnknownNameError("map", self.kind, MAPS)
+        if self.target is not None and not 0 <= self.target < 2**31:
+            raise QuantlensError(f"class {self.target} does not exist; give its number, from 0")
         check_settings(self.discard, self.fusion, self.compat)
 
     @property
@@ -72,11 +81,10 @@ def maps_of(
     model: float or quantized, or a Lens. kind: one of :data:`MAPS`. target: the class whose map it is (not for rollout,
     which knows no class). settings: of the two rollouts.
     """
-    if kind not in MAPS:
-        raise UnknownNameError("map", kind, MAPS)
     plain = model.model if isinstance(model, Lens) else float_model(model)
+    check_kind(kind, plain)
     with torch.no_grad():
-        probabilities = plain(images).softmax(1)
+        probabilities = probabilities_of(plain, class_logits(plain.outputs(images).logits))
     if kind in ACTIVATION_MAPS:
         return class_activation(plain, images, target=target, kind=kind).cpu().numpy(), probabilities
     lens = lens_of(model)
@@ -85,6 +93,16 @@ def maps_of(
     else:
         values = gradient_rollout(lens, images, target=target, **settings)
     return values.unflatten(1, lens.layout.grid).cpu().numpy(), probabilities
+
+
+def check_kind(kind: str, model: Any) -> None:
+    """Raises QuantlensError for a map that does not exist or needs classes, which the model does not have."""
+    if kind not in MAPS:
+        raise UnknownNameError("map", kind, MAPS)
+    if kind != "rollout" and not has_classes(model):
+        raise UnsupportedError(
+            f"{model.name} has the task {model.task!r}: there is no class whose {kind} map could be drawn; take rollout"
+        )
 
 
 def default_layer(model: Any) -> str:
@@ -118,7 +136,7 @@ def class_activation(
     module = simulate(qmodel.graph, qmodel.plan.quantizers, qmodel.plan.operators, [key])
     with torch.enable_grad():
         logits, _, (tokens,) = module(images.detach().clone().requires_grad_(True))
-        (gradient,) = torch.autograd.grad(_chosen(logits, target).sum(), tokens)
+        (gradient,) = torch.autograd.grad(_chosen(class_logits(logits), target).sum(), tokens)
     tokens, gradient = _on_grid(qmodel, tokens.detach()), _on_grid(qmodel, gradient)
     weights = gradient.mean((1, 2), keepdim=True) if kind == "grad-cam" else gradient
     return (weights * tokens).sum(-1).clamp_min(0)

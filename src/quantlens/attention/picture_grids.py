@@ -43,9 +43,12 @@ def maps_picture(result: AttentionResult, shown: Mapping[str, list[int]]) -> byt
         for label in result.labels:
             values = view.maps[label][k]
             relative = pictures.relative(values) if result.settings.kind == "rollout" else values / top
-            found, expected = int(view.predicted[label][k]), int(view.predicted[FP32][k])
-            words = name_of(names, found) or f"class {found}", f"{100 * float(view.confidence[label][k]):.0f} %"
-            cells.append(cell(row, label, pictures.overlay(photo, relative, scale), *words, marked=found != expected))
+            words, marked = ("", ""), False
+            if view.predicted:
+                found, expected = int(view.predicted[label][k]), int(view.predicted[FP32][k])
+                words = name_of(names, found) or f"class {found}", f"{100 * float(view.confidence[label][k]):.0f} %"
+                marked = found != expected
+            cells.append(cell(row, label, pictures.overlay(photo, relative, scale), *words, marked=marked))
     note = f"{result.method}; {result.settings.caption()}. One scale for all maps; the raw values are in maps.npz."
     return grid(cells, f"{result.model}: {result.settings.kind}", note, scale)
 

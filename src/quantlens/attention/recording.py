@@ -10,6 +10,7 @@ from quantlens.attention.rollout import rollout
 from quantlens.errors import UnsupportedError
 from quantlens.graph import Graph
 from quantlens.qmodel import QuantizedModel, float_model, simulate
+from quantlens.qmodel.model import pooled
 
 WINDOWED = (
     "attention is computed in windows or at several resolutions (Swin and its kind): no map leads from a class token "
@@ -25,12 +26,28 @@ class Layout(NamedTuple):
 
 
 class View(NamedTuple):
-    """What a lens sees of a batch: logits [B, K]; attention of every block, [B, H, N, N] each; tokens that every
-    block puts out, [B, N, C] each."""
+    """What a lens sees of a batch: logits [B, K] (:func:`class_logits`); attention of every block, [B, H, N, N] each;
+    tokens that every block puts out, [B, N, C] each."""
 
     logits: Tensor
     probs: tuple[Tensor, ...]
     tokens: tuple[Tensor, ...]
+
+
+def class_logits(logits: Tensor) -> Tensor:
+    """[B, K] of what a model gives. One logit x is that of two classes, −x/2 and x/2, whose softmax is its sigmoid."""
+    logits = pooled(logits)
+    return torch.cat([-logits / 2, logits / 2], dim=1) if logits.shape[1] == 1 else logits
+
+
+def probabilities(model: Any, logits: Tensor) -> Tensor:
+    """Of :func:`class_logits`: a softmax over the classes, or a sigmoid for each of several labels."""
+    return logits.sigmoid() if model.task == "multilabel" else logits.softmax(1)
+
+
+def has_classes(model: Any) -> bool:
+    """Whether a model, float or quantized, gives logits of classes, not features."""
+    return model.task not in ("features", "zero-shot")
 
 
 class Lens:
@@ -55,8 +72,9 @@ class Lens:
     def __call__(self, images: Tensor) -> View:
         """images [B, 3, H, W], prepared as the model wants them. Gradients pass (straight through quantizers)."""
         with plain_arithmetic():
+            (images,) = self.model.graph.tensors_of([images], {})
             logits, _, taps = self._module(images.contiguous())
-        return View(logits, tuple(taps[: len(self.sites)]), tuple(taps[len(self.sites) :]))
+        return View(class_logits(logits), tuple(taps[: len(self.sites)]), tuple(taps[len(self.sites) :]))
 
     @isolated
     def rollout(self, images: Tensor, **settings: Any) -> Tensor:

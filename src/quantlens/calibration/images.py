@@ -77,11 +77,12 @@ class Calibration:
                 if found.values is not None:
                     check(found.values)
         if isinstance(images, Tensor):
+            images = images.detach()
             _check_shape(images, size)
             check_values(images, "calibration images")
             if not bool(torch.isfinite(images).all()):
                 raise QuantlensError("calibration images hold NaN or infinity")
-            content = images.detach().cpu().contiguous().float().numpy()
+            content = images.cpu().contiguous().float().numpy()
             source, fingerprint = "tensor", hashlib.sha256(content.data).hexdigest()[:16]
         elif len(images):
             source, fingerprint = str(images.source), images.fingerprint

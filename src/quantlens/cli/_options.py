@@ -15,6 +15,10 @@ Weights = Annotated[
     str | None,
     typer.Option(metavar="W", help="A checkpoint file, [bold]pretrained[/bold] (the default) or random."),
 ]
+Reference = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The float model that another tool's file came from; --weights are its own."),
+]
 InputSize = Annotated[
     int | None,
     typer.Option(metavar="PX", min=1, help="Side of its images, if not its own: position embeddings are resampled."),

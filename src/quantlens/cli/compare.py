@@ -6,12 +6,15 @@ from typing import Annotated, Any
 import typer
 
 from quantlens.cli import _common, _options
+from quantlens.errors import QuantlensError
 
 HELP = """Compare two studies, two parts of a study, or two models, metric by metric, with intervals.
 
 A and B are each DIR (the store of a study), DIR:key=value,… (cells of it; the keys are model, method, bits and seed,
 and a key given twice takes either), FILE.npz of `evaluate --keep`, or FILE.json of `evaluate --json` (which has no
-per-image outputs, so that only differences are shown).
+per-image outputs, so that only differences are shown), or a file of logits (.npz, .csv). With --id (and --ood) they may
+be models, too, as `quantlens evaluate` takes them: names, checkpoints, exported or another tool's .onnx and .xml files;
+they are measured on these images first.
 
 Cells pair by model, method, bits and seed, but for what each side has one value of only, which is what is compared.
 FP32 alone on one side pairs with every cell of its model. The interval is a paired bootstrap over the images, the same
@@ -26,6 +29,9 @@ for both, and over seeds: a difference whose interval holds 0 is no finding. `do
     quantlens compare before after --scores all --json changes.json
 
     quantlens compare one.npz other.npz
+
+    quantlens compare digits-vit digits-w8a8.onnx --id embedded:digits-test \
+      --ood letters=embedded:letters
 """
 
 
@@ -35,6 +41,10 @@ def compare(
     scores: Annotated[
         list[str] | None, typer.Option(metavar="NAMES", help="OOD scores, or all (default: msp, or the first kept).")
     ] = None,
+    id: Annotated[str | None, typer.Option("--id", metavar="SOURCE", help="Images that models are run on.")] = None,
+    ood: _options.OodSets = None,
+    reference: _options.Reference = None,
+    weights: _options.Weights = None,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the resampling.")] = 0,
     json: Annotated[
@@ -43,10 +53,19 @@ def compare(
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
+    from quantlens.evaluation.open_models import open_float
     from quantlens.studies.compare import compare as measure
 
+    sets = _common.pairs(ood, "--ood") or None
+    settings: dict[str, Any] = {"scores": _common.names(scores) or None, "resamples": resamples, "seed": seed}
+    if weights is not None and reference is None:
+        raise QuantlensError("--weights: name the float model that they are of (--reference NAME)")
+    if reference is not None:
+        settings["reference"] = loaded = open_float(reference, weights)
+        a, b = (loaded if side == reference else side for side in (a, b))
+    settings |= {name: value for name, value in (("id", id), ("ood", sets)) if value is not None}
     with _common.stages(quiet) as step:
-        found = measure(a, b, scores=_common.names(scores) or None, resamples=resamples, seed=seed, progress=step)
+        found = measure(a, b, progress=step, **settings)
     _common.show(_tables(found), found.to_dict(), json, "the comparison")
 
 

@@ -17,7 +17,9 @@ HELP = """Measure a model on labelled in-distribution images and on out-of-distr
 
 MODEL is a name as for `quantize`, a quantized checkpoint (.safetensors) that `quantize` wrote, or an exported file
 (.onnx, .xml), which is measured in its runtime. With the latter two, --weights names the FP32 checkpoint it was made
-from, which is then measured on the same images, and what quantization changed is shown.
+from, which is then measured on the same images, and what quantization changed is shown. It may also be another tool's
+.onnx or .xml file, with --reference (and --weights) the float model it came from, or a file of logits (.npz, .csv),
+which needs no --id (docs/foreign.md).
 
 Scores that need statistics (KNN, ViM, Mahalanobis, ReAct …) are fitted on the images of --fit, which must not be among
 those evaluated.
@@ -37,13 +39,19 @@ precision of a binary or multi-label one, k-NN and linear-probe accuracy of feat
     quantlens evaluate deit_tiny_patch16_224 --weights deit_tiny.safetensors \\
       --id imagenet:val --ood dtd=images:dtd/images \\
       --ood ninco=images:ninco --near ninco
+
+    quantlens evaluate nncf.xml --reference deit_tiny_patch16_224 \
+      --weights deit_tiny.safetensors --id imagenet:val
 """
 
 
 def evaluate(
     model: _options.ModelOrCheckpoint,
-    id: Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")],
+    id: Annotated[
+        str | None, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")
+    ] = None,
     weights: _options.Weights = None,
+    reference: _options.Reference = None,
     input_size: _options.InputSize = None,
     ood: _options.OodSets = None,
     near: Annotated[
@@ -82,15 +90,15 @@ def evaluate(
         check_writable(path)
     checkpoint = _check_card(model) if card else None
     sets, groups = _common.pairs(ood, "--ood"), dict.fromkeys(_common.names(near), "near")
-    measured, reference = open_models(model, weights, device, input_size)
+    measured, float_model = open_models(model, weights, device, input_size, reference=reference)
     if store is not None and not hasattr(measured, "facts"):
         raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
-    settings = {"fit": fit, "reference": reference, "scores": _common.names(scores) or None, "groups": groups}
+    settings = {"fit": fit, "reference": float_model, "scores": _common.names(scores) or None, "groups": groups}
     settings |= {"task": task, "text_embeddings": text_embeddings}
     kept = keep is not None or (card and "scores")
     settings |= {"batch_size": batch_size, "device": device, "n_bins": bins, "keep": kept}
     with _common.stages(quiet) as step:
-        result = measure(measured, id, sets, progress=step, **settings, **_common.reading(skip_bad, no_cache))
+        result = measure(measured, id, sets or None, progress=step, **settings, **_common.reading(skip_bad, no_cache))
     written = list(_write(result, keep, checkpoint))
     if store is not None:
         _keep(store, measured.facts(), result.to_dict())

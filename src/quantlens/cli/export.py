@@ -77,8 +77,10 @@ def export(
 
 
 def _summary(exported: Any) -> str:
-    """Name, bits, size, and the OOD score with its threshold."""
+    """Name, bits, size, and of a classifier the OOD score with its threshold."""
+    file = f"{exported.name} {exported.bits}, {exported.size_mb:.2f} MB"
+    if exported.task != "classify":
+        return f"{file}; its task is {exported.task}"
     threshold = exported.guard["threshold"]
     said = "no threshold (give --guard-images)" if threshold is None else f"unknown below {threshold['value']:.3f}"
-    size = f"{exported.size_mb:.2f} MB"
-    return f"{exported.name} {exported.bits}, {size}; {exported.guard['score']} score, {said}"
+    return f"{file}; {exported.guard['score']} score, {said}"

@@ -1,5 +1,6 @@
 """`quantlens inspect`: the sensitivity of every layer."""
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,9 @@ def inspect(
     rank: Annotated[str, typer.Option(help="Rank by [bold]sqnr[/bold] or kl.")] = "sqnr",
     top: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of each table.")] = 10,
     everything: Annotated[bool, typer.Option("--all", help="All rows.")] = False,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every metric as JSON.")] = None,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write every metric as JSON; - is stdout.")
+    ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws the images, and all else that is random.")] = 0,
     device: _options.Device = "auto",
@@ -58,7 +61,7 @@ def inspect(
     from quantlens.report.inspection import write_inspection
     from quantlens.sensitivity.inspection import check_names
 
-    check_writable(json)
+    check_writable(None if json == "-" else json)
     check_writable(html)
     parts = _common.names([by])
     check_names(parts, rank)
@@ -67,11 +70,14 @@ def inspect(
         reading = _common.reading(skip_bad, no_cache)
         loaded, opened = _common.open_run(step, model, weights, device, source, n, seed, input_size, **reading)
         found = api.inspect(loaded, opened, widths, method=method, seed=seed, by=parts, progress=step, **settings)
-    _show(found, rank, None if everything else top)
-    if json is not None:
-        print(f"written: {found.save(json)}")
-    if html is not None:
-        print(f"written: {write_inspection(found, html, rank)}")
+    if json == "-":
+        print(dumps(found.to_dict(), indent=1, allow_nan=False))
+    else:
+        _show(found, rank, None if everything else top)
+    written = [found.save(json)] if json not in (None, "-") else []
+    written += [write_inspection(found, html, rank)] if html is not None else []
+    if json != "-":
+        print("".join(f"written: {file}\n" for file in written), end="")
 
 
 def _shipped_images(model: str) -> str:

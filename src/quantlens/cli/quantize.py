@@ -53,11 +53,13 @@ def quantize(
 ) -> None:
     """See HELP."""
     from quantlens import api
+    from quantlens.qmodel.checkpoint import check_name
     from quantlens.report.card import card as write_card, check_place
 
     wanted = api.read_bits(bits)
     file = out or Path(f"{Path(model.removeprefix('hf:')).name}-{api.spelled(wanted).lower()}.safetensors")
     check_writable(file)
+    check_name(file)
     if card:
         check_place(file.parent, file.name)
     with _common.stages(quiet) as step:

@@ -151,10 +151,11 @@ def peeked(x: Any) -> tuple[Any, tuple[int, ...] | None]:
 
 
 def _dims(x: Any) -> int | None:
-    """Dimensions of a tensor or array; None for anything else."""
+    """Dimensions of a tensor or an array of numbers; None for anything else."""
     import torch
 
-    return x.ndim if isinstance(x, np.ndarray | torch.Tensor) else None
+    numbers = isinstance(x, torch.Tensor) or (isinstance(x, np.ndarray) and x.dtype.kind in "biufc")
+    return x.ndim if numbers else None
 
 
 def _is_image(x: Any) -> bool:
@@ -177,9 +178,8 @@ def _is_pair(x: Any) -> bool:
 def _items(x: Any, name: str) -> Iterable[Any]:
     """What is given, item by item: batches or single images, with or without labels."""
     if isinstance(x, Mapping) and not any(key in x for key in IMAGE_KEYS):
-        raise QuantlensError(
-            f"{name}: a {type(x).__name__} with {', '.join(map(str, x))}; give one, or a batch with pixel_values"
-        )
+        keys = ", ".join(map(str, x)) or "nothing"
+        raise QuantlensError(f"{name}: a {type(x).__name__} with {keys}; give one, or a batch with pixel_values")
     if _dims(x) == 4 or isinstance(x, Image.Image | Mapping) or _is_pair(x):
         return [x]
     if _dims(x) is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from quantlens import __version__
-from quantlens.errors import QuantlensError
+from quantlens.ambient import check_device
 from quantlens.export.exported import processor
 
 
@@ -43,9 +43,5 @@ def choose_device(name: str | None) -> str:
     """ "auto" (or None) is CUDA where there is one, else the CPU; another name is checked."""
     if name in (None, "auto"):
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        known = "write cpu, cuda, cuda:1, mps or auto"
-        raise QuantlensError(f"unknown device {name!r}, or none that torch can use here; {known}") from error
+    check_device(name)
     return str(torch.device(name))

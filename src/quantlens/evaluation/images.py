@@ -32,21 +32,33 @@ class EvaluationImages:
         groups: Mapping[str, str] | None,
         progress: ImageProgress | None,
         task: str = "classify",
+        *,
+        pixels: bool = False,
         **reading: Any,
     ) -> "EvaluationImages":
-        """Images of what `data.as_image_set` accepts, `reading` being its other arguments. Raises QuantlensError for an
-        empty set, labels that do not fit the task, groups of other sets, or a fit set among those evaluated."""
+        """Images of what `data.as_image_set` accepts, `reading` being its other arguments. pixels: whether a float
+        model looks at them beside a file of logits. Raises QuantlensError for an empty set, labels that do not fit the
+        task, groups of other sets, or a fit set among those evaluated."""
         from quantlens.data import as_image_set
         from quantlens.data.shared import warn_shared
+        from quantlens.evaluation.foreign import refuse_unprepared
         from quantlens.evaluation.tasks import check_labels, check_same_classes
 
         groups_of(ood or {}, groups)  # a mistake there is told before images are read
 
         def opened(value: Any, name: str) -> Any:
             told = None if progress is None else partial(progress, f"decoding {name}")
+            refuse_unprepared(model, value)
             return as_image_set(value, model.preprocess, name, progress=told, **reading)
 
+        if hasattr(model, "open_sets"):
+            found: EvaluationImages = model.open_sets(id, ood, fit, groups, pixels, task, opened)
+            return found
+        if id is None:
+            raise QuantlensError("id is missing: give labelled images, such as id='imagenet:DIR'")
         id_images = opened(id, "the ID set")
+        if hasattr(model, "learn"):
+            model.learn(id_images.tensor(0, 1).shape[1:])
         check_labels(id_images, task, model.num_classes)
         ood_images = {str(name): opened(value, f"OOD set {name}") for name, value in (ood or {}).items()}
         fit_images = None if fit is None else opened(fit, "the fit set")

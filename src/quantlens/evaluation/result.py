@@ -33,7 +33,8 @@ class Result:
     model: str
     checkpoint_sha256: str | None
     method: str
-    bits: str
+    bits: str | None
+    """None where nobody knows: of a foreign model"""
     seed: int
     size_mb: float | None
     size_ratio: float | None
@@ -81,6 +82,8 @@ class Result:
     @property
     def title(self) -> str:
         """ "digits-vit minmax W4A4, seed 0"."""
+        if self.method.startswith("foreign:"):
+            return " ".join(filter(None, (self.model, self.method, self.bits)))
         what = f"{self.method} {self.bits}, seed {self.seed}" if self.method != "fp32" else self.bits
         return f"{self.model} {what}"
 

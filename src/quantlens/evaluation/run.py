@@ -7,6 +7,7 @@ arrays; of an OOD set only the scores (float64 [N]) stay once it has been measur
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from quantlens.ambient import isolated
 from quantlens.data.shared import without_content
 from quantlens.errors import QuantlensError
-from quantlens.evaluation.environment import choose_device, environment
+from quantlens.evaluation.environment import environment
 from quantlens.evaluation.images import EvaluationImages, ImageProgress, describe
+from quantlens.evaluation.open_models import measurable
 from quantlens.evaluation.outputs import Outputs, about_of, of_images
 from quantlens.evaluation.result import Result, check_same_images, check_same_task, metrics_only, plain
 from quantlens.evaluation.tasks import ONE_LABEL, check_labels, embedding, feature_hits, id_metrics, task_of
@@ -34,14 +36,13 @@ from quantlens.metrics import (
     score_histograms,
     similarity,
 )
-from quantlens.models import Model, class_names
-from quantlens.qmodel import float_model
+from quantlens.models import class_names
 
 
 @isolated
 def evaluate(
     model: Any,
-    id: Any,
+    id: Any = None,
     ood: Mapping[str, Any] | None = None,
     *,
     fit: Any = None,
@@ -58,8 +59,9 @@ def evaluate(
     cache_dir: Any = None,
     keep: bool | str = False,
 ) -> Result:
-    """Measure a model of `load_model` or `quantize` on labelled ID images and on OOD sets.
+    """Measure a model on labelled ID images and on OOD sets.
 
+    model: also a name or file (`open_models`), and what quantlens did not make (`open_foreign`); logits need no images.
     id, ood (name -> images), fit: anything that `data.as_image_set` accepts (a SOURCE string, an ImageSet, a float
         tensor [N, 3, H, W] already normalised, a pair (images, labels), or batches of either). fit: ID images, not
         among those evaluated, for scores and for k-NN and linear probe; without it these are named as unavailable.
@@ -67,21 +69,21 @@ def evaluate(
         leaves it out. scores: names of OOD scores (None: quantlens' own). groups: OOD set -> "far" (default) or "near".
     task: of `metrics.TASKS`; None: the model's own. text_embeddings: for "zero-shot", see `zero_shot.TextEmbeddings`.
     batch_size: images per forward pass, at most. device: by default where the model is. n_bins: of the calibration
-        error. progress: called with (what, images done, images in all). skip_bad: leave out images that cannot be
-        read. cache_dir: of decoded images; None is the user's, False none. keep: True keeps what the model gave on
-        every image in the Result's `outputs`; "scores" does without the logits.
+        error. progress: called with (what, images done, in all). skip_bad: leave out what cannot be read. cache_dir: of
+        decoded images; None is the user's, False none. keep: True keeps what the model gave on every image in the
+        Result's `outputs`; "scores" does without the logits.
     Raises QuantlensError for labels, scores or a task that do not fit, logits that are not finite, sets that overlap.
     """
     started = time.perf_counter()
-    if keep not in (True, False, "scores"):
-        raise QuantlensError(f"outputs to keep are {keep!r}; write true, false, or scores (everything but the logits)")
-    model, texts = measurable(model, device), TextEmbeddings.of(text_embeddings)
+    _check_keep(keep)
+    model, texts = measurable(model, device, reference=reference, images=id), TextEmbeddings.of(text_embeddings)
     task = task_of(model, task, texts is not None)
     run = _Run(batch_size, progress, n_bins, choose_scores(scores, task), task, texts)
     model = run.classifying(model)
-    if reference is None and model.method != "fp32":
+    if isinstance(reference, str | Path) or (reference is None and model.method != "fp32"):
         reference = model.reference
-    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, task, cache_dir=cache_dir, skip_bad=skip_bad)
+    read = {"cache_dir": cache_dir, "skip_bad": skip_bad, "pixels": _looks(reference)}
+    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, task, **read)
     if isinstance(reference, Result):
         check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
         check_same_task(reference, task)
@@ -91,12 +93,23 @@ def evaluate(
         fit=None if sets.fit is None else {"source": sets.fit.source, "n": len(sets.fit)},
         text_embeddings=None if texts is None else texts.describe(),
         seconds=_seconds(model, started),
+        extra={"foreign": plain(model.foreign)} if hasattr(model, "foreign") else {},
         **measured,
     )
     if reference is not None and reference is not False:
         result.fp32 = run.fp32(model, reference, sets, device)
     _compare_features(result, run)
     return result
+
+
+def _check_keep(keep: Any) -> None:
+    if keep not in (True, False, "scores"):
+        raise QuantlensError(f"outputs to keep are {keep!r}; write true, false, or scores (everything but the logits)")
+
+
+def _looks(reference: Any) -> bool:
+    """Whether an FP32 model has to see the images: neither a Result nor a file of logits does."""
+    return not isinstance(reference, Result | bool | None) and not hasattr(reference, "recorded")
 
 
 def _compare_features(result: Result, run: "_Run") -> None:
@@ -252,6 +265,20 @@ class _Run:
     def forward(self, model: Any, images: Any, what: str) -> tuple[Any, np.ndarray | None]:
         """(logits float32 [N, K], features float32 [N, D] or None) of an image set, in its order; (None, features) of a
         model without a classifier."""
+        recorded = getattr(model, "recorded", None)
+        whole, features = self.run(model, images, what) if recorded is None else recorded(images, what, self.task)
+        bad = np.flatnonzero(~np.isfinite(whole).all(axis=1))
+        if bad.size:
+            given = "features" if self.task == "features" else "logits"
+            raise QuantlensError(
+                f"{model.name} ({model.method}, {model.bits}) gives {given} that are not finite on {bad.size} of the "
+                f"{len(whole)} images of {what} ({images.source}), first on {images.names[bad[0]]}; check the weights "
+                "for NaN, or use another method or more bits"
+            )
+        return (None, whole) if self.task == "features" else (whole, features)
+
+    def run(self, model: Any, images: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """The same of a model that has to see the images."""
         logits, features, done = [], [], 0
         size = min(self.batch_size, getattr(model, "images_together", None) or self.batch_size)
         with torch.inference_mode():
@@ -264,18 +291,7 @@ class _Run:
                 done += len(pixels)
                 if self.progress is not None:
                     self.progress(f"evaluating {what}", done, len(images))
-        whole = np.concatenate(logits)
-        bad = np.flatnonzero(~np.isfinite(whole).all(axis=1))
-        if bad.size:
-            given = "features" if self.task == "features" else "logits"
-            raise QuantlensError(
-                f"{model.name} ({model.method}, {model.bits}) gives {given} that are not finite on {bad.size} of the "
-                f"{len(whole)} images of {what} ({images.source}), first on {images.names[bad[0]]}; check the weights "
-                "for NaN, or use another method or more bits"
-            )
-        if self.task == "features":
-            return None, whole
-        return whole, np.concatenate(features) if features else None
+        return np.concatenate(logits), np.concatenate(features) if features else None
 
 
 def _scored(scorers: Mapping[str, Scorer], logits: Any, features: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -285,22 +301,6 @@ def _scored(scorers: Mapping[str, Scorer], logits: Any, features: np.ndarray | N
         if not np.isfinite(values).all():
             raise QuantlensError(f"the OOD score {name!r} is not finite on these images; leave it out with `scores`")
     return found
-
-
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
-def measurable(model: Any, device: str | None = None) -> Any:
-    """A model that shows logits and features, on a device (None: where it is): as it is, or the FP32 model as a graph
-    without quantizers."""
-    if isinstance(model, Model):
-        model = float_model(model)
-    if not callable(getattr(model, "outputs", None)):
-        raise QuantlensError(
-            f"evaluate takes a model of quantlens.load_model or quantlens.quantize, not {type(model).__name__}; "
-            "load_model also takes your own nn.Module"
-        )
-    return model if device is None else model.to(choose_device(device))
 
 
 def _check_same_preprocess(reference: Any, model: Any) -> None:

@@ -15,9 +15,10 @@ from PIL import Image
 from scipy.special import softmax
 
 from quantlens.ambient import isolated
+from quantlens.arguments import checked
 from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, as_rgb, decode_image
-from quantlens.errors import BadImageError, BadWeightsError, UnsupportedError
+from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError
 from quantlens.export.export import GUARDS, _need, _threshold, openvino_core
 from quantlens.metrics.divergence import sqnr_db
 from quantlens.qmodel import Outputs, float_model
@@ -40,18 +41,15 @@ class Artefact:
 
     threads: CPU threads (None: the runtime's choice). Where the processor's integer sums saturate (see
     :func:`saturates`), ONNX Runtime is told to avoid it, and OpenVINO computes with the same codes in
-    float: right, and not faster than FP32. Raises BadWeightsError for a file that is missing, damaged or
-    not written by quantlens.
+    float: right, and not faster than FP32. opened: the file, where it is open. Raises BadWeightsError for a file
+    that is missing, damaged or not written by quantlens.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None):
+    @checked
+    def __init__(self, path: str | Path, *, threads: int | None = None, opened: "Opened | None" = None):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise BadWeightsError(f"no exported model at {self.path}")
-        if self.path.suffix not in _RUNTIMES:
-            raise BadWeightsError(f"{self.path}: exported models end in .onnx or .xml")
-        opened = _RUNTIMES[self.path.suffix](self.path, threads)
-        self._run, self._record, self.runtime, self.num_classes = opened
+        opened = open_file(self.path, threads) if opened is None else opened
+        self._run, self._record, self.runtime = opened.run, opened.metadata, opened.runtime
         try:
             info = json.loads(self._record["plan"])
             self.preprocess = Preprocess.from_dict(json.loads(self._record["preprocess"]))
@@ -59,6 +57,7 @@ class Artefact:
             self.num_parameters = int(self._record["num_parameters"])
         except (KeyError, ValueError, TypeError) as error:
             raise BadWeightsError(f"{self.path} was not written by `quantlens export`: {error}") from error
+        self.num_classes = int((opened.outputs[0].shape or ())[-1] or 0)
         self.info: dict[str, Any] = info
         self.task = self._record.get("task", "classify")
         self.name, self.method = str(info.get("model", self.path.stem)), str(info.get("method", "custom"))
@@ -85,20 +84,18 @@ class Artefact:
     def predict(self, images: Sequence[Any]) -> list[Prediction]:
         """Predictions for pictures: paths or PIL images, or what :meth:`pixels` made of them."""
         if self.task != "classify":
-            raise UnsupportedError(f"{self.path} has the task {self.task!r}: there are no classes to predict; use run")
+            raise UnsupportedError(
+                f"{self.path} has the task {self.task!r}: there are no classes to predict; in Python, "
+                "Artefact.run gives its outputs"
+            )
         pixels = np.stack([image if isinstance(image, np.ndarray) else self.pixels(image) for image in images])
         logits, scores = self.run(self.preprocess.normalize(pixels).numpy())
         threshold = (self.guard.get("threshold") or {}).get("value")
         probabilities, names = softmax(logits, axis=1), self.class_names
+        rows = zip(logits.argmax(1).tolist(), probabilities.max(1).tolist(), scores.tolist(), strict=True)
         return [
-            Prediction(
-                int(label),
-                names[label] if names else None,
-                float(row[label]),
-                float(score),
-                None if threshold is None else bool(score < threshold),
-            )
-            for label, row, score in zip(logits.argmax(1), probabilities, scores, strict=True)
+            Prediction(k, names[k] if names else None, share, score, None if threshold is None else score < threshold)
+            for k, share, score in rows
         ]
 
     def pixels(self, image: Any) -> np.ndarray:
@@ -206,12 +203,47 @@ def files_of(path: Path) -> list[Path]:
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
-_Runtime = tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], dict[str, str], str, int]
-"""An opened file: inputs -> outputs by name, its metadata, name and version of what runs it, number of classes."""
+class Port(NamedTuple):
+    """An input or output of a file: its name, its sizes (None: any), its type as NumPy spells it."""
+
+    name: str
+    shape: tuple[int | None, ...] | None
+    dtype: str
 
 
-def _onnxruntime(path: Path, threads: int | None) -> _Runtime:
+class Opened(NamedTuple):
+    """A file in its runtime. run: inputs -> outputs, by name. runtime: name and version of what runs it. failures: what
+    `run` raises of an input that does not fit."""
+
+    run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+    inputs: list[Port]
+    outputs: list[Port]
+    metadata: dict[str, str]
+    runtime: str
+    failures: tuple[type[Exception], ...]
+
+    @property
+    def ours(self) -> bool:
+        """Whether `quantlens export` wrote the file."""
+        return "plan" in self.metadata
+
+
+def open_file(path: Path, threads: int | None = None, inner: Sequence[str] = ()) -> Opened:
+    """Open any .onnx or .xml file for the CPU. inner: tensors inside the graph that are made outputs. Raises
+    BadWeightsError for a file that is missing, damaged, or that its runtime cannot run."""
+    if not path.is_file():
+        raise BadWeightsError(f"no exported model at {path}")
+    if path.suffix not in _RUNTIMES:
+        raise BadWeightsError(f"{path}: exported models end in .onnx or .xml")
+    return _RUNTIMES[path.suffix](path, threads, inner)
+
+
+def _onnxruntime(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
     ort = _need("onnxruntime")
+    named: list[Any] = list(vars(ort.capi.onnxruntime_pybind11_state).values())
+    failures: tuple[type[Exception], ...] = (RuntimeError,)
+    failures += tuple(kind for kind in named if isinstance(kind, type) and issubclass(kind, Exception))
+    source = _with_outputs(path, inner) if inner else path
 
     def opened(*, precise: bool) -> Any:
         options = ort.SessionOptions()
@@ -221,24 +253,42 @@ def _onnxruntime(path: Path, threads: int | None) -> _Runtime:
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
+            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except failures as error:
             raise BadWeightsError(f"{path} cannot be run by ONNX Runtime: {error}") from error
 
     session = opened(precise=False)
     metadata = dict(session.get_modelmeta().custom_metadata_map)
     if saturates() and may_saturate(metadata):  # known only once it is open
         session = opened(precise=True)
-    names = [output.name for output in session.get_outputs()]
-    return (
-        lambda inputs: dict(zip(names, session.run(names, inputs), strict=True)),
-        metadata,
-        f"onnxruntime {ort.__version__}",
-        int(session.get_outputs()[0].shape[-1]),
-    )
+
+    def port(value: Any) -> Port:
+        kind = value.type.removeprefix("tensor(").removesuffix(")")
+        sizes = tuple(size if isinstance(size, int) else None for size in value.shape)
+        return Port(value.name, sizes, {"float": "float32", "double": "float64"}.get(kind, kind))
+
+    inputs, outputs = ([port(value) for value in found()] for found in (session.get_inputs, session.get_outputs))
+    names = [output.name for output in outputs]
+
+    def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(names, session.run(names, values), strict=True))
+
+    return Opened(run, inputs, outputs, metadata, f"onnxruntime {ort.__version__}", failures)
 
 
-def _openvino(path: Path, threads: int | None) -> _Runtime:
+def _with_outputs(path: Path, inner: Sequence[str]) -> bytes:
+    """An ONNX file with tensors inside its graph as further outputs."""
+    onnx = _need("onnx")
+    model = onnx.load(str(path))
+    known = [name for node in model.graph.node for name in node.output]
+    for name in inner:
+        if name not in known:
+            raise UnknownNameError(f"tensor of {path}", name, known)
+        model.graph.output.append(onnx.ValueInfoProto(name=name))
+    return bytes(model.SerializeToString())
+
+
+def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
     openvino = _need("openvino")
     # float32 where the model is float: some CPUs would take bfloat16 by default, which is not what was measured
     # and no 8-bit activations that nobody measured, which it makes itself before layers with integer weights
@@ -254,18 +304,37 @@ def _openvino(path: Path, threads: int | None) -> _Runtime:
         settings["INFERENCE_NUM_THREADS"] = threads
     try:
         model = openvino_core().read_model(path)
+        known = {name for op in model.get_ordered_ops() for out in op.outputs() for name in out.names}
+        for name in inner:
+            if name not in known:
+                raise UnknownNameError(f"tensor of {path}", name, known)
+            model.add_outputs(name)
         compiled = openvino_core().compile_model(model, "CPU", settings)
-    except Exception as error:
+    except RuntimeError as error:
         raise BadWeightsError(f"{path} cannot be run by OpenVINO: {error}") from error
     info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
     metadata = {key: str(getattr(value, "value", value)) for key, value in info.items()}
-    names = json.loads(metadata.get("outputs", '["logits", "score"]'))  # OpenVINO calls an output by others, too
-    return (
-        lambda inputs: dict(zip(names, compiled(inputs).to_tuple(), strict=True)),
-        metadata,
-        f"openvino {openvino.__version__.split('-')[0]}",
-        int(model.output(0).partial_shape[-1].get_length()),
-    )
+    written = json.loads(metadata.get("outputs", '["logits", "score"]')) if "plan" in metadata else []
+
+    def port(value: Any, place: int, wanted: Sequence[str]) -> Port:  # OpenVINO calls a tensor by several names
+        shape, names = value.partial_shape, [name for name in wanted if name in value.names]
+        sizes = None
+        if not shape.rank.is_dynamic:
+            sizes = tuple(size.get_length() if size.is_static else None for size in shape)
+        name = next(iter([*written[place : place + 1], *names, *sorted(value.names)]), f"tensor {place}")
+        return Port(name, sizes, np.dtype(value.element_type.to_dtype()).name)
+
+    outputs = [port(value, place, inner) for place, value in enumerate(model.outputs)]
+    written = []
+    inputs = [port(value, place, ["images"]) for place, value in enumerate(model.inputs)]
+    into, names = {one.name: place for place, one in enumerate(inputs)}, [one.name for one in outputs]
+
+    def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = compiled({into.get(name, name): value for name, value in values.items()})
+        return dict(zip(names, found.to_tuple(), strict=True))
+
+    version = openvino.__version__.split("-")[0]
+    return Opened(run, inputs, outputs, metadata, f"openvino {version}", (RuntimeError,))
 
 
 _RUNTIMES = {".onnx": _onnxruntime, ".xml": _openvino}

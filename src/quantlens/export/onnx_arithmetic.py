@@ -270,7 +270,7 @@ def _reduced(kind: str) -> Writer:
         value = e.cast(value, given, kinds)
         if not dims:
             return value
-        if kind == "ReduceMean":
+        if kind == "ReduceMean":  # OpenVINO fuses it with a quantizer right after it into a wrong one
             return e.reshape(e.op(kind, value, dims, keepdims=1 - keep), e.sizes(node))
         return e.cast(e.op(kind, value, dims, keepdims=keep), kinds, given)
 
@@ -326,16 +326,10 @@ def _extreme(reduced: str, placed: str) -> Writer:
     """max.dim and min.dim: values and where they are."""
 
     def write(e: Emitter, node: fx.Node) -> list[str]:
-        values = _reduced_pair(e, node, reduced)
-        x, dims = values[1], _dims(e, node)
-        return [values[0], e.op(placed, x, axis=dims[0][0], keepdims=dims[1])]
+        (dims, keep), x = _dims(e, node), e.operand(node, 0, e.values[node][0].kind)
+        return [e.op(reduced, x, dims, keepdims=keep), e.op(placed, x, axis=dims[0], keepdims=keep)]
 
     return write
-
-
-def _reduced_pair(e: Emitter, node: fx.Node, kind: str) -> tuple[str, str]:
-    (dims, keep), x = _dims(e, node), e.operand(node, 0, e.values[node][0].kind)
-    return e.op(kind, x, dims, keepdims=keep), x
 
 
 def _named(kinds: str, writers: dict[str, Writer]) -> dict[str, Writer]:

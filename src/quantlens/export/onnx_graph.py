@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[Any, int]] = {"float": (np.float32, 1), "int": (np.int64,
 float32."""
 
 TINY = float(np.finfo(np.float32).tiny)
+LOWEST = float(np.finfo(np.float32).min)
 
 
 class Emitter:
@@ -150,7 +151,7 @@ class Emitter:
     def _quantized(self, node: fx.Node, position: int | None, source: str, read: fx.Node) -> str:
         """A value through the quantizer of an edge, if it has one. The same parameters on the same value are written
         once."""
-        key = self._key(node, position)
+        key = self.key(node, position)
         if key is None:
             return source
         quantizer = self.quantizers[key]
@@ -158,6 +159,8 @@ class Emitter:
         if mark not in self._placed:
             if is_integer(quantizer, CODE_TYPES):
                 scale, zero, axis = self._parameters(quantizer, key)  # type: ignore[arg-type]
+                if self._movable(source):
+                    source = self.apart(source)
                 codes = self.op("QuantizeLinear", source, scale, zero, out=f"{key}.codes", **axis)
                 self._placed[mark] = self.op("DequantizeLinear", codes, scale, zero, out=f"{key}.value", **axis)
             else:
@@ -165,14 +168,27 @@ class Emitter:
                 self._placed[mark] = self._simulated(quantizer, source, len(read.meta.get("shape") or ()))
         return self._placed[mark]
 
-    def _key(self, node: fx.Node, position: int | None) -> str | None:
+    def apart(self, name: str) -> str:
+        """The same value behind an operator that OpenVINO moves nothing across (other identities are removed)."""
+        return self.op("Max", name, LOWEST)
+
+    def _movable(self, name: str) -> bool:
+        """Whether OpenVINO's passes make the quantizer of a value one of what the value is made of, and wrongly: of the
+        parts of a concatenation, or of what has been scaled or shifted by one number for each channel."""
+        made = next((node for node in self.nodes if name in node.output), None)
+        if made is None or made.op_type not in ("Mul", "Add", "Sub", "Div"):
+            return made is not None and made.op_type in ("Concat", "BatchNormalization")
+        held = [self.constants[name].proto.dims for name in made.input if name in self.constants]
+        return any(sum(n > 1 for n in dims) == 1 and dims[-1] == 1 for dims in held)
+
+    def key(self, node: fx.Node, position: int | None) -> str | None:
         """The key of a node's quantized edge: at an argument, or at its output (None)."""
         edges = (edge for edge in self.edges.get(node, ()) if edge.position == position)
         return next((edge.key for edge in edges if edge.key in self.quantizers), None)
 
     def weight(self, node: Any, *, transpose: bool = False) -> str:
         """The weight of a linear or conv node, quantized if it has a quantizer; transposed to [in, out] on request."""
-        weight, key, name = self.graph.constant(node.args[1]), self._key(node, 1), str(node.args[1].target)
+        weight, key, name = self.graph.constant(node.args[1]), self.key(node, 1), str(node.args[1].target)
         assert weight is not None
 
         def turned(values: Tensor) -> Tensor:

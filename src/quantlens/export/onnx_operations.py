@@ -17,6 +17,9 @@ from quantlens.export.onnx_spatial import SPATIAL
 from quantlens.export.onnx_values import described, is_size
 from quantlens.graph.graph import argument, op_name
 
+NO_BIAS = 1e-30
+"""A bias that changes no sum, and that no runtime takes for zeros and leaves out."""
+
 
 def write_graph(e: Emitter, inputs: Sequence[str] = ("images",)) -> list[str]:
     """Write every node of the emitter's graph, whose inputs have these names; returns the names of its outputs.
@@ -73,6 +76,9 @@ def _conv(e: Emitter, node: fx.Node) -> str:
         kind, attributes["output_padding"] = "ConvTranspose", each("output_padding")
     weight = e.value(node, 1) if e.known(node.args[1]) is None else e.weight(node)
     inputs = [e.value(node), weight, *([] if bias is None else [e.read(bias)])]
+    if bias is None and e.key(node, 1):
+        # of an integer convolution without one OpenVINO gets the scale wrong where two operations read its value
+        inputs.append(e.constant(np.full(e.sizes(node)[1], NO_BIAS, np.float32)))
     return e.op(kind, *inputs, kernel_shape=list(kernel), group=argument(node, "groups"), **attributes)
 
 
@@ -114,7 +120,8 @@ def _group_norm(e: Emitter, node: fx.Node) -> str:
     value = e.reshape(normed, [batch, width, *places])
     for kind, given in (("Mul", scale), ("Add", shift)):
         if given is not None:
-            value = e.op(kind, value, e.op("Reshape", e.read(given), [1, width, *[1] * len(places)]))
+            held, sizes = e.known(given), [1, width, *[1] * len(places)]
+            value = e.op(kind, value, e.reshape(e.read(given), sizes) if held is None else held.reshape(sizes))
     return value
 
 

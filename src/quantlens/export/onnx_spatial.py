@@ -50,6 +50,8 @@ def _pool(e: Emitter, node: fx.Node) -> Any:
     if largest:
         found = e.op("MaxPool", source, dilations=dilation, **settings)
     else:
+        if any(pad + end):  # OpenVINO adds after the mean what is added before, also for the zeros around
+            source = e.apart(source)
         found = e.op("AveragePool", source, count_include_pad=1, **settings)
         ones = torch.ones(1, 1, *before)
         plain = F.pad(ones, [n for p in zip(pad[::-1], end[::-1], strict=True) for n in p])

@@ -1,7 +1,7 @@
 """A model as a graph of quantization sites: capture, sites, blocks, serialization."""
 
 from quantlens import _moved
-from quantlens.graph.capture import capture, graph_of, unwrapped
+from quantlens.graph.capture import capture, graph_of
 from quantlens.graph.exporting import arguments_of, images_among
 from quantlens.graph.graph import (
     VIEWS,
@@ -48,7 +48,6 @@ __all__ = [
     "put_tensor",
     "replace_argument",
     "tensor_tree",
-    "unwrapped",
     "walk",
 ]
 

@@ -22,6 +22,7 @@ from quantlens.graph.constants import fold_constants, refuse_random_numbers
 from quantlens.graph.exporting import Call, arguments_of, one_batch_size
 from quantlens.graph.graph import Graph, op_name, put_tensor, replace_argument
 from quantlens.graph.reuse import captured
+from quantlens.models import unwrapped
 
 aten = torch.ops.aten
 
@@ -59,6 +60,8 @@ def capture(model: nn.Module, inputs: Any, *, share: bool = False) -> Graph:
     memory, for a graph that is only read).
     """
     model = unwrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a module of TorchScript cannot be captured: give the Python module that it was made of")
     call = Call(model, *arguments_of(inputs))
     try:
         program = call.exported()
@@ -104,20 +107,6 @@ def graph_of(model: Any) -> Graph:
 
         model.derived["graph"] = make() if owner is None else captured(owner, model.module, inputs, make)
     return model.derived["graph"]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``. Raises CaptureError for a
-    module of TorchScript."""
-    while True:
-        if isinstance(model, torch.jit.ScriptModule):
-            raise CaptureError("a module of TorchScript cannot be captured: give the Python module that it was made of")
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 _ALONE = (

@@ -238,7 +238,8 @@ _NOT_CAPTURED = (
 
 
 def _short(value: Any) -> str:
-    return f"a {type(value).__name__}" if isinstance(value, Tensor | Mapping | Sequence) else repr(value)
+    large = isinstance(value, Tensor | Mapping | Sequence) or hasattr(value, "shape")
+    return f"a {type(value).__name__}" if large else repr(value)
 
 
 def _read(description: Any, value: Any, name: str, found: dict[int, Tensor]) -> None:

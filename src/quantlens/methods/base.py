@@ -200,10 +200,7 @@ class Method(ABC):
         with torch.no_grad():
             torch.default_generator.manual_seed(seed)
             graph = graph_of(model).clone()
-            names = [site.name for site in graph.sites]
-            for module, _ in asked.modules:
-                if not any(f"{name}.".startswith(f"{module}.") for name in names):
-                    raise UnknownNameError("module or site", module, names)
+            _check_modules(graph, asked)
             folded = fold_layer_scale(graph)
             done = [f"LayerScale folded into {len(folded)} linear layers"] if folded else []
             split = split_outlier_channels(graph, images) if settings["outlier_channels"] == "split" else []
@@ -261,6 +258,14 @@ class Method(ABC):
         """The settings that departures are about, with the values of the variant in ``options``."""
         paper = options.get("variant") == PAPER
         return {d.setting: d.paper if paper else d.ours for d in self.info.departures}
+
+
+def _check_modules(graph: Graph, asked: Bits) -> None:
+    """Raises UnknownNameError for a module with widths of its own that the graph does not have."""
+    names = [site.name for site in graph.sites]
+    for module, _ in asked.modules:
+        if not any(f"{name}.".startswith(f"{module}.") for name in names):
+            raise UnknownNameError("module or site", module, names)
 
 
 @dataclass(frozen=True)

@@ -109,9 +109,12 @@ def reliability(confidence: ArrayLike, correct: ArrayLike, *, n_bins: int = 15) 
     }
 
 
+MOST_BINS = 1_000_000
+
+
 def _checked_confidence(confidence: ArrayLike, correct: ArrayLike, n_bins: int) -> tuple[Float, Float]:
-    if isinstance(n_bins, bool) or not isinstance(n_bins, int | np.integer) or n_bins < 1:
-        raise QuantlensError(f"n_bins is {n_bins!r}, but must be a whole number of at least 1")
+    if isinstance(n_bins, bool) or not isinstance(n_bins, int | np.integer) or not 1 <= n_bins <= MOST_BINS:
+        raise QuantlensError(f"n_bins is {n_bins!r}, but must be a whole number from 1 to {MOST_BINS}")
     c = as_vector(confidence, "confidences")
     hit = as_vector(np.asarray(correct, dtype=np.float64), "correctness flags")
     if hit.shape != c.shape:

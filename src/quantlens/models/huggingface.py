@@ -5,6 +5,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from quantlens.models.weights import adapt, first_line, fit
 PREFIX = "hf:"
 FILES = ("model.safetensors", "pytorch_model.bin")
 FAULTS = (
+    UnpicklingError,
     OSError,
     ValueError,
     KeyError,
@@ -56,6 +58,10 @@ def transformers() -> Any:
 def timm_name(name: str) -> str | None:
     """How timm names an ``hf:`` model that is one of its own; None for any other."""
     source = name.removeprefix(PREFIX)
+    if not source or Path(source).is_file():
+        raise BadWeightsError(
+            f"{name} is no model; write hf:DIR, a folder of save_pretrained, or hf:user/repo of a hub"
+        )
     if not Path(source).is_dir():
         return f"hf-hub:{source}" if source.startswith("timm/") else None
     config = _read_json(Path(source) / "config.json")

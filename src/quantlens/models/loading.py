@@ -1,6 +1,7 @@
 """Where a model comes from: a timm name (hub tags too), Hugging Face (hub or folder), the models that ship with
 quantlens, or a user's own ``nn.Module``."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from quantlens import zoo
-from quantlens.ambient import isolated
+from quantlens.ambient import check_device, isolated
 from quantlens.data import Preprocess
 from quantlens.data.folders import WNID, imagenet_class_names
-from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnknownNameError
+from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnknownNameError, UnsupportedError
 from quantlens.models import huggingface, modules, weights as files
+from quantlens.models.reading import SUFFIXES
 from quantlens.models.tasks import check_task, task_of
 
 
@@ -69,7 +71,7 @@ class Model(nn.Module):
 
 @isolated
 def load_model(
-    model: str | nn.Module,
+    model: str | Path | nn.Module,
     weights: str | Path | None = None,
     *,
     num_classes: int | None = None,
@@ -93,6 +95,11 @@ def load_model(
 
     Raises UnknownNameError, BadWeightsError (with what does not fit).
     """
+    if not isinstance(preprocess, Preprocess | None):
+        raise QuantlensError(f"preprocess is a {type(preprocess).__name__}; give a quantlens.data.Preprocess")
+    check_device(device)
+    if weights == "":
+        raise BadWeightsError("weights is an empty text; give a file, 'pretrained' or 'random', or leave it out")
     path = None if weights in (None, "pretrained", "random") else Path(str(weights))
     check_task(task)
     size = None if input_size is None else modules.check_size(input_size)
@@ -329,6 +336,11 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any], seed: int) -> A
     base, _, tag = plain.partition(".")
     is_hub = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not is_hub and not timm.is_model(base):
+        if os.path.exists(name) or Path(name).suffix in (*SUFFIXES, ".onnx", ".xml"):
+            raise UnsupportedError(
+                f"{name} is a file or folder, and the name of a float model is wanted here; give its weights beside "
+                "the name (--weights FILE), or a folder of save_pretrained as hf:DIR"
+            )
         known = [*timm.list_models(), *zoo.available()]
         raise UnknownNameError("model", name, known, "`quantlens models --filter 'vit*'` lists the names")
     tags = {known.partition(".")[2] for known in timm.list_models(base, pretrained=True)}

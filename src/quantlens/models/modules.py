@@ -38,6 +38,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def check(module: nn.Module) -> None:
     """Raise UnsupportedError for a module that has no floating-point weights to quantize, or no code to capture."""
     name = type(module).__name__
+    if not isinstance(module, nn.Module):
+        raise QuantlensError(
+            f"a {name} was given where a model is wanted; give an nn.Module or what ql.load_model gives"
+        )
     for key, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
             what = f"{name}: {key}" if key else name
@@ -170,10 +174,16 @@ def _channels(module: nn.Module) -> int:
     return next((part.in_channels for part in module.modules() if isinstance(part, nn.Conv2d)), 3)
 
 
+LARGEST = 16384
+"""Pixels of the longest side that is tried: more do not fit into any memory."""
+
+
 def check_size(size: Any) -> tuple[int, int, int]:
     """(channels, height, width) as a person may say it: so, (height, width), or one side. Raises QuantlensError."""
-    sides = (size,) if isinstance(size, int) else tuple(size)
-    if len(sides) not in (1, 2, 3) or not all(isinstance(v, int) and v > 0 for v in sides):
-        raise QuantlensError(f"input_size {size!r}: write (channels, height, width), such as (3, 224, 224)")
+    sides = tuple(size) if isinstance(size, list | tuple) else (size,)
+    if len(sides) not in (1, 2, 3) or not all(isinstance(v, int) and 0 < v <= LARGEST for v in sides):
+        raise QuantlensError(
+            f"input_size {size!r}: write (channels, height, width), such as (3, 224, 224), of at most {LARGEST} pixels"
+        )
     channels = sides[0] if len(sides) == 3 else 3
     return channels, sides[-2] if len(sides) > 1 else sides[0], sides[-1]

@@ -2,8 +2,10 @@
 that is not in the results but shares of stored counts."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from quantlens.arguments import checked
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.plots import cells, points, precisions
 from quantlens.plots.style import Figure as Figure, PanelRow, composed, finished
@@ -25,7 +27,10 @@ FIGURES: dict[str, tuple[str, Callable[[Board], list[PanelRow]]]] = {
 """Every figure of the report by its name -> what it shows, and the function that makes its panels."""
 
 
-def plot(directory: Any, figure: str = "aupr", *, score: str | None = None, bits: str | None = None) -> Figure:
+@checked
+def plot(
+    directory: str | Path | Any, figure: str = "aupr", *, score: str | None = None, bits: str | None = None
+) -> Figure:
     """A figure of the study in `directory`: `plot(DIR, "aupr").save("aupr.pdf")`.
 
     figure: a name of `FIGURES`. score, bits: the OOD score and the precision shown (default: MSP, the lowest). Raises

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from quantlens._version import __version__
-from quantlens.ambient import isolated
+from quantlens.ambient import check_device, isolated
 from quantlens.data import Preprocess
-from quantlens.errors import BadWeightsError, QuantlensWarning, StorageError
+from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, StorageError
 from quantlens.files import write_whole
 from quantlens.formats import restore
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
@@ -63,6 +63,13 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -
     return torch.from_numpy(codes).reshape(shape)
 
 
+def check_name(path: str | Path) -> Path:
+    """The path of a checkpoint to be written. Raises StorageError for another ending than .safetensors."""
+    if Path(path).suffix != ".safetensors":
+        raise StorageError(f"{path}: quantized checkpoints end in .safetensors; give it a name that does")
+    return Path(path)
+
+
 @isolated
 def save(qmodel: QuantizedModel, path: str | Path) -> Path:
     """Write ``qmodel`` to a .safetensors file, whole or not at all. Returns the path.
@@ -71,9 +78,9 @@ def save(qmodel: QuantizedModel, path: str | Path) -> Path:
     """
     from safetensors.torch import save as to_bytes
 
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise StorageError(f"{path}: quantized checkpoints end in .safetensors")
+    path = check_name(path)
+    if not isinstance(qmodel, QuantizedModel):
+        raise QuantlensError(f"a {type(qmodel).__name__} cannot be saved; give a model that ql.quantize gives")
     tensors, header = _content(qmodel)
     text = json.dumps(header)
     packed = {name: value for name, value in tensors.items() if name not in header["small"]}
@@ -196,6 +203,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
     """
     from safetensors.torch import load_file
 
+    check_device(device)
     path = _found(path)
     header, text, digest = _described(path)
     try:

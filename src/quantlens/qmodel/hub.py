@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from quantlens.arguments import checked
 from quantlens.errors import BadWeightsError, QuantlensError, UnsupportedError
 
 LIBRARY = "quantlens"
@@ -16,6 +17,7 @@ CONFIG = "config.json"
 REPOSITORY = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[^@]+\.safetensors))?(@(?P<revision>.+))?")
 
 
+@checked
 def find_checkpoint(name: str | Path) -> Path | None:
     """The file of the quantized checkpoint that a name means, or None where it means something else.
 

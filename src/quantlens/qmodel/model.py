@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.ambient import plain_arithmetic
-from quantlens.errors import UnknownNameError
+from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.formats.base import Quantizer
 from quantlens.graph import Edge, Graph, graph_of
 from quantlens.qmodel.plan import FP32, Plan, Provenance
@@ -26,6 +26,13 @@ class Outputs(NamedTuple):
 
     logits: Tensor
     features: Tensor | None
+
+
+def pooled(logits: Tensor) -> Tensor:
+    """What a model gives as a row per image: of tokens [B, N, D] the first, of a feature map [B, C, H, W] the mean."""
+    if logits.dim() <= 2:
+        return logits
+    return logits.mean((-2, -1)) if logits.dim() == 4 else logits[:, 0]
 
 
 class QuantizedModel(nn.Module):
@@ -68,11 +75,9 @@ class QuantizedModel(nn.Module):
 
     def outputs(self, *args: Any, **kwargs: Any) -> Outputs:
         """Logits and the features that the classifier reads (before its own input quantizer), of images or of what else
-        the float module takes. Of tokens [B, N, D] the first counts, of a feature map [B, C, H, W] the mean."""
+        the float module takes; tokens and feature maps :func:`pooled`."""
         logits, features, _ = self._run(self.graph.tensors_of(args, kwargs))
-        if logits.dim() > 2:
-            logits = logits.mean((-2, -1)) if logits.dim() == 4 else logits[:, 0]
-        return Outputs(logits, features)
+        return Outputs(pooled(logits), features)
 
     def _run(self, tensors: list[Tensor]) -> tuple[Any, ...]:
         with plain_arithmetic():
@@ -187,6 +192,11 @@ def float_model(model: Any) -> QuantizedModel:
     """
     if isinstance(model, QuantizedModel):
         return model
+    if not hasattr(model, "derived"):
+        raise QuantlensError(
+            f"{type(model).__name__} is no float or quantized model; give what ql.load_model or ql.quantize gives "
+            "(load_model takes an nn.Module, too)"
+        )
     if "float_model" not in model.derived:
         plan = Plan(provenance=Provenance.of(model, method="fp32", bits=FP32))
         model.derived["float_model"] = QuantizedModel(graph_of(model), plan, preprocess=model.preprocess)

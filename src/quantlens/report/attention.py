@@ -147,7 +147,7 @@ def _photo(example: Example) -> Any:
 def map_shot(example: Example, base: Example, photo: Any, scale: pictures.Scale, where: str) -> Shot:
     """A rollout map, divided by its mean, laid over the photograph."""
     picture = pictures.overlay(photo, pictures.relative(map_of(example, example["rollout"])), scale)
-    label = str(example.get("class_name") or f"class {example.get('label')}")
+    label = str(example.get("class_name") or (f"class {example['label']}" if "label" in example else ""))
     probability = number(example.get("probability"))
     shown = "" if probability is None else f"{fixed(100 * probability, 0)} %"
     return {

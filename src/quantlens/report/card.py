@@ -14,6 +14,7 @@ from markupsafe import Markup
 from scipy.stats import binomtest
 
 from quantlens._version import __version__
+from quantlens.arguments import checked
 from quantlens.errors import QuantlensError, QuantlensWarning, StorageError
 from quantlens.evaluation import Result
 from quantlens.evaluation.compare import Wanted, replicate
@@ -42,6 +43,7 @@ TASKS = {"features": "image-feature-extraction", "zero-shot": "zero-shot-image-c
 """The hub's names of tasks; others are kinds of image classification."""
 
 
+@checked
 def card(
     model: QuantizedModel | str | Path,
     result: Any = None,

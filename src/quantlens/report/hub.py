@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlens._version import __version__
+from quantlens.arguments import checked
 from quantlens.errors import StorageError
 from quantlens.files import write_whole
 from quantlens.qmodel import QuantizedModel
@@ -15,6 +16,7 @@ from quantlens.qmodel.hub import CONFIG, LIBRARY, find_checkpoint, told
 from quantlens.report.card import card, default_stem
 
 
+@checked
 def push_to_hub(
     model: QuantizedModel | str | Path,
     repo: str,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from quantlens.arguments import checked
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.files import write_whole
@@ -128,6 +129,7 @@ def _read_part(data: Mapping[str, Any]) -> Part:
     return Part(**{**data, "effect": Effect(**data["effect"]), "edges": edges})
 
 
+@checked
 def inspect(
     model: Any,
     images: Any,

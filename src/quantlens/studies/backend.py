@@ -44,6 +44,23 @@ class Backend:
         chosen, found = method.info.name, dict(method.options(options))
         return MethodChoice(chosen, int(method.info.version), found, former_options(chosen, found))
 
+    def foreign(self, file: str) -> MethodChoice:
+        """What stands where methods do for a file of another tool: its content is in the key of its cell."""
+        from quantlens.evaluation.foreign_files import KINDS, files_of, sha256
+
+        path = Path(file)
+        if not path.is_file():
+            raise BadWeightsError(f"the foreign file {file} does not exist; check the path")
+        options = {"file": path.name, "sha256": sha256(files_of(path) if path.suffix in KINDS else [path])}
+        kind = KINDS.get(path.suffix, "logits")
+        return MethodChoice(f"foreign:{kind}", 1, options, {"sha256": options["sha256"]})
+
+    def open_foreign(self, file: str, reference: Any, bits: str) -> Any:
+        """The model of such a file, as `evaluate` measures it."""
+        from quantlens.evaluation.foreign import open_foreign
+
+        return open_foreign(file, reference=reference, bits=None if bits == "unknown" else bits)
+
     def check_model(self, name: str, weights: str | None) -> None:
         """Raise at once for a name or a weights file that cannot be right, before any model is loaded."""
         from quantlens import zoo
@@ -92,6 +109,8 @@ class Backend:
         from quantlens.attention.image_sets import survey
         from quantlens.errors import UnsupportedError
 
+        if hasattr(model, "foreign"):
+            return {"attention": {"unavailable": f"{model.method}: nobody can look into it"}}
         try:
             return survey(reference, model, id, ood, images=spec.images, show=spec.show, progress=progress)
         except UnsupportedError as error:

@@ -144,6 +144,8 @@ def open_store(store_or_dir: Any) -> tuple[Any, pathlib.Path | None]:
         if not (folder / "store.sqlite").is_file():
             raise StorageError(f"{folder} holds no store.sqlite; give the --out directory of a `quantlens study`")
         return Store(folder), folder
+    if not hasattr(store_or_dir, "cells"):
+        raise QuantlensError(f"a {type(store_or_dir).__name__} is no study; give its --out directory, or its Store")
     return store_or_dir, store_or_dir.directory if isinstance(store_or_dir, Store) else None
 
 

@@ -37,6 +37,13 @@ class PlannedCell:
     bits: str
     seed: int
     inspects: bool = False
+    foreign: str | None = None
+    """the file of another tool that is measured"""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether a method is applied, from calibration images."""
+        return self.method is not None and self.foreign is None and not self.inspects
 
     @property
     def kind(self) -> str:
@@ -89,6 +96,9 @@ def plan_study(config: StudyConfig, backend: Backend | None = None) -> list[Plan
     cells: list[PlannedCell] = []
     for model in config.models:
         cells.append(PlannedCell(model, None, "fp32", FP32, 0))
+        for one in model.foreign:
+            choice = backend.foreign(one.file)
+            cells.append(PlannedCell(model, choice, one.title, one.bits or "unknown", 0, foreign=one.file))
         if asked is not None:
             cells.append(PlannedCell(model, inspected, asked.method.label, asked.bits, asked.seed, inspects=True))
         cells += [
@@ -177,7 +187,7 @@ def spec_of(cell: PlannedCell, config: StudyConfig, images: StudyImages) -> dict
         return common | {"images": listed(images.inspected), "format": INSPECTION_FORMAT}
     drawn = "" if config.calibration is None else config.calibration.drawn(cell.seed)
     return common | {
-        "calibration": None if cell.method is None else listed(images.calibration.get(cell.seed), drawn),
+        "calibration": None if not cell.quantizes else listed(images.calibration.get(cell.seed), drawn),
         "id": listed(images.id),
         "ood": {name: {**listed(s), "group": images.groups[name]} for name, s in images.ood.items()},
         "fit": listed(images.fit),
@@ -226,7 +236,7 @@ def _determinants(cell: PlannedCell, config: StudyConfig, images: StudyImages) -
 
         common["allocation"] = VERSION
     return common | {
-        "calibration": None if method is None else images.mark(images.calibration[cell.seed]),
+        "calibration": None if not cell.quantizes else images.mark(images.calibration[cell.seed]),
         "id": images.mark(images.id),
         # The result names each set and averages far and near apart, so names and groups belong to the cell.
         "ood": [[name, images.mark(images.ood[name]), images.groups[name]] for name in sorted(images.ood)],

@@ -6,11 +6,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from quantlens.arguments import checked
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.compare import RESAMPLES, TRAITS, Comparison, Entry, Match, compare_matches
+from quantlens.evaluation.logits_files import is_logits
+from quantlens.evaluation.open_models import measurable
 from quantlens.evaluation.result import Result
+from quantlens.evaluation.run import evaluate
 from quantlens.studies.store import Store
+
+FOREIGN = (".onnx", ".xml", ".npz", ".csv")
 
 
 class Side(NamedTuple):
@@ -20,21 +26,33 @@ class Side(NamedTuple):
     entries: list[Entry]
 
 
+@checked
 def compare(
-    a: str | Path | Result,
-    b: str | Path | Result,
+    a: Any,
+    b: Any,
     *,
+    id: Any = None,
+    ood: Mapping[str, Any] | None = None,
     scores: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
+    **evaluating: Any,
 ) -> Comparison:
     """Compare two sides: stores, cells of a store, files or Results, as `open_side` takes them.
 
-    The other arguments are those of `evaluation.compare.compare_matches`.
+    With `id` (and `ood`), the images, a side may also be a model, or a file or name of one, as `evaluate` takes it: it
+    is measured on them first. A float model on one side is the one that a foreign model on the other came from.
+    evaluating: further arguments of `evaluate` (fit, reference, batch_size …). The other arguments are those of
+    `evaluation.compare.compare_matches`.
 
     Raises QuantlensError for sides that cannot be read or share no images, StorageError for damaged files.
     """
+    if id is not None:
+        evaluating |= {"scores": None if scores is None or list(scores) == ["all"] else scores, "progress": progress}
+        a, b = _measured(a, b, id, ood, **evaluating)
+    elif evaluating or ood:
+        raise QuantlensError(f"{', '.join(evaluating) or 'ood'} without id: give the ID images that models are run on")
     first, second = open_side(a), open_side(b)
     matches, unpaired = match(first, second)
     return compare_matches(
@@ -49,22 +67,62 @@ def compare(
     )
 
 
+def _measured(a: Any, b: Any, id: Any, ood: Any, *, reference: Any = None, **settings: Any) -> list[Any]:
+    """The sides that are models as Results with per-image outputs; the others as they are."""
+    sides = [side if _kept(side) else _opened(side, reference) for side in (a, b)]
+    floats = (side for side in sides if getattr(side, "method", None) == "fp32")
+    reference = next(floats, None) if reference is None else reference
+    sides = [_opened(side, reference) if isinstance(side, str | Path) and not _kept(side) else side for side in sides]
+    return [
+        side if _kept(side) else evaluate(side, id, ood, reference=False, keep="scores", **settings) for side in sides
+    ]
+
+
+def _opened(side: Any, reference: Any) -> Any:
+    """A model, ready to be measured; the file of one that needs its float model first, as it is."""
+    needs = isinstance(side, str | Path) and Path(side).suffix in FOREIGN
+    return side if needs and reference is None else measurable(side, reference=reference)
+
+
+def _kept(side: Any) -> bool:
+    """Whether it was measured already: a Result, a store, or a file of one."""
+    if isinstance(side, Result):
+        return True
+    if not isinstance(side, str | Path):
+        return False
+    path = Path(split_selection(str(side))[0])
+    return path.is_dir() or path.name == "store.sqlite" or path.suffix == ".json" or _is_outputs(path)
+
+
+def _is_outputs(path: Path) -> bool:
+    return path.suffix == ".npz" and not is_logits(path)
+
+
 # ---- sides -----------------------------------------------------------------------------------------------------------
 
 
+@checked
 def open_side(given: str | Path | Result) -> Side:
     """`DIR`, `DIR:key=value,…` (keys model, method, bits, seed; a key given twice takes either), `RESULT.json` of
-    `quantlens evaluate --json`, `OUTPUTS.npz` of `quantlens evaluate --keep`, or a Result (with intervals where it was
-    measured with `keep`).
+    `quantlens evaluate --json`, `OUTPUTS.npz` of `quantlens evaluate --keep`, a file of logits (.npz, .csv), or a
+    Result (with intervals where it was measured with `keep`).
 
     Raises QuantlensError for what is none of these, holds no finished cell, or selects none.
     """
     if isinstance(given, Result):
         result = given.to_dict()
         return Side(given.title, [Entry(*_traits(result), result, None, given.outputs)])
+    if not isinstance(given, str | Path):
+        raise QuantlensError(
+            f"a {type(given).__name__} is no result; give what ql.evaluate returns, or a file or study"
+        )
     text = str(given)
     place, chosen = split_selection(text)
     path = Path(place)
+    if is_logits(path):
+        return open_side(evaluate(path, keep="scores"))._replace(name=text)
+    if path.suffix in (".onnx", ".xml", ".safetensors"):
+        raise QuantlensError(f"{text} is a model: give the images to compare it on (id=, --id)")
     if path.suffix == ".npz":
         return Side(text, [Entry(*_traits(kept.read(path).about), None, path)])
     if path.is_file() and path.name != "store.sqlite":
@@ -74,7 +132,7 @@ def open_side(given: str | Path | Result) -> Side:
 
 
 def _traits(about: Mapping[str, Any]) -> tuple[str, str, str, int]:
-    return str(about["model"]), str(about["method"]), str(about["bits"]), int(about["seed"])
+    return str(about["model"]), str(about["method"]), str(about["bits"] or "unknown"), int(about["seed"])
 
 
 def split_selection(text: str) -> tuple[str, dict[str, list[str]]]:

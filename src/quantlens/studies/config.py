@@ -102,14 +102,37 @@ class _Strict(BaseModel):
         return value
 
 
+class ForeignSpec(_Strict):
+    """A file of another tool that was made from the model (.onnx, .xml), or of its logits (.npz, .csv): one more cell.
+    Its label stands where methods' do (by default its name); bits: where they are known."""
+
+    _short = "file"
+    file: Annotated[str, AfterValidator(_path)]
+    label: str = ""
+    bits: Precision | None = None
+
+    @property
+    def title(self) -> str:
+        return self.label or Path(self.file).stem
+
+    @field_validator("file")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        if Path(value).suffix not in (".onnx", ".xml", ".npz", ".csv"):
+            raise ValueError(f"{value} is none of .onnx, .xml (OpenVINO), .npz and .csv (logits)")
+        return value
+
+
 class ModelSpec(_Strict):
     """One model: a name that `load_model` takes, its weights ("pretrained", "random", a file, or nothing for the
-    default of the name), a label for tables, and further keyword arguments of `load_model`."""
+    default of the name), a label for tables, further keyword arguments of `load_model`, and files that other tools
+    made from it."""
 
     name: str = Field(min_length=1)
     weights: Annotated[str, AfterValidator(_weights)] | None = None
     label: str = ""
     options: dict[str, Any] = {}
+    foreign: tuple[ForeignSpec, ...] = ()
 
 
 class MethodSpec(_Strict):
@@ -238,8 +261,9 @@ class StudyConfig(_Strict):
 
     @model_validator(mode="after")
     def _whole(self) -> "StudyConfig":
-        for what, specs in (("models", self.models), ("methods", self.methods)):
-            labels = [spec.label for spec in specs]
+        called = [("models", [s.label for s in self.models]), ("methods", [s.label for s in self.methods])]
+        called += [("methods or files", [*called[1][1], *(f.title for f in s.foreign)]) for s in self.models]
+        for what, labels in called:
             twice = next((label for label in labels if labels.count(label) > 1), None)
             if twice is not None:
                 raise ValueError(f"two {what} are called {twice!r}: give each of them its own `label`")

@@ -141,7 +141,7 @@ class _Pilots:
 
     def _kind(self, work: ModelWork, cost: ModelCost, kind: str, cells: list[PlannedCell]) -> None:
         """The pilot of FP32, of the inspection, or of a method at its lowest precision."""
-        pilot = min(cells, key=lambda cell: int(re.findall(r"\d+", cell.bits)[0]))
+        pilot = min(cells, key=lambda cell: int((re.findall(r"\d+", cell.bits) or [0])[0]))
         self.shown.message(f"pilot: {pilot} on {len(self.few.id)} images")
         outcome = work.attempt(pilot)
         if outcome.result is None:
@@ -159,7 +159,7 @@ class _Pilots:
             return outcome.seconds * len(images.inspected) / len(few.inspected)
         spent = outcome.result["seconds"]
         seconds = spent["evaluation"] / len(few.id) * self.evaluated
-        if cell.method is not None:
+        if cell.quantizes:
             seconds += spent["calibration"] * len(images.calibration[cell.seed]) / len(few.calibration[cell.seed])
         if self.config.attention is not None:
             seconds += spent["attention"] / len(few.id) * self.config.attention.images * (1 + len(images.ood))

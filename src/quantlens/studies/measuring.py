@@ -89,7 +89,9 @@ class ModelWork:
             }, None
         started = time.perf_counter()
         measured = self.model
-        if cell.method is not None:
+        if cell.foreign is not None:
+            measured = self.backend.open_foreign(cell.foreign, self.model, cell.bits)
+        elif cell.method is not None:
             images = self.calibration(cell.seed)
             measured = self.backend.quantize(
                 self.model, images, cell.method, cell.bits, cell.seed, lambda n, total: step("calibrating", n, total)
@@ -112,7 +114,7 @@ class ModelWork:
             )
         outputs = None if result.outputs is None else pack(result.outputs)
         data: dict[str, Any] = result.to_dict()
-        if cell.method is not None:
+        if cell.quantizes:
             data["seconds"] = {**data["seconds"], "calibration": seconds}
         if config.attention is not None:
             started = time.perf_counter()

@@ -187,7 +187,7 @@ class _Search:
             )
         self.settings: dict[str, Any] = {"keep": "scores", "scores": ["msp"], "progress": self.progress}
         self.fp32 = evaluate(self.model, self.id, self.ood, **self.settings)
-        mixed = np.random.default_rng(self.seed).permutation(len(self.id))
+        mixed = np.random.default_rng(self.seed % 2**64).permutation(len(self.id))
         self.few = self.id.select(mixed[: math.ceil(SHARE * len(mixed))])
         self.few_fp32 = evaluate(self.model, self.few, **self.settings)
         self.settings["progress"] = self.told

@@ -154,11 +154,22 @@ def _config(directory: Path) -> StudyConfig:
 
 def _part(config: StudyConfig, entry: Entry) -> StudyConfig:
     """The study of one cell. Raises QuantlensError where the store's current study does not have it."""
-    models = tuple(model for model in config.models if model.label == entry.model)
+    models = tuple(
+        model.model_copy(update={"foreign": tuple(f for f in model.foreign if f.title == entry.method)})
+        for model in config.models
+        if model.label == entry.model
+    )
     methods = tuple(method for method in config.methods if entry.baseline or method.label == entry.method)
-    if not models or not (methods or entry.baseline):
+    foreign = any(model.foreign for model in models)
+    if not models or not (methods or entry.baseline or foreign):
         raise QuantlensError(f"{entry} is no cell of the study that the store was last used for; run its own again")
-    bare = {"models": models, "methods": methods, "bits": (entry.bits,), "attention": None, "inspect": None}
+    bare = {
+        "models": models,
+        "methods": methods,
+        "bits": ("FP32" if foreign else entry.bits,),
+        "attention": None,
+        "inspect": None,
+    }
     return config.model_copy(update={**bare, "outputs": False} | ({} if entry.baseline else {"seeds": (entry.seed,)}))
 
 
@@ -170,6 +181,8 @@ def _study_of(entry: Entry) -> StudyConfig:
     sets = {name: {"source": part["source"], "group": part["group"]} for name, part in result["ood"].items()}
     study: dict[str, Any] = {"models": [entry.model], "id": result["id"]["source"], "ood": sets, "bits": [entry.bits]}
     study |= {"fit": (result.get("fit") or {}).get("source"), "outputs": False}
+    if entry.method.startswith("foreign:"):
+        raise QuantlensError(f"{entry} was measured from a file that a result does not have; evaluate that file again")
     if not entry.baseline:
         calibration = result.get("calibration") or {}
         plain = re.fullmatch(r"(.*)\?n=(\d+)&seed=(\d+)", str(calibration.get("source")))

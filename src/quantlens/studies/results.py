@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantlens.arguments import checked
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.evaluation.result import columns, frame, row
 from quantlens.files import write_whole
@@ -104,6 +105,7 @@ class Results:
         return rows
 
 
+@checked
 def results(directory: str | Path) -> Results:
     """The results of the study in `directory`, the --out of `quantlens study`. Raises StorageError where there is none
     or its store is damaged."""

@@ -1,0 +1,79 @@
+"""Places where OpenVINO's own passes compute something else than the file says, which export writes around."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import quantlens as ql
+from quantlens.data import Preprocess
+from quantlens.export import exported
+from quantlens.export.export import export
+from quantlens.export.exported import Artefact
+
+pytest.importorskip("onnx", reason="the deploy extra is not installed")
+pytest.importorskip("openvino", reason="the deploy extra is not installed")
+
+
+class Token(nn.Module):
+    """A token in front of patches, read by a layer at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 8, 8, 8), nn.Parameter(torch.randn(1, 1, 8))
+        self.up, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        return self.head(nn.functional.gelu(self.up(x))).mean(1)
+
+
+class Pooled(nn.Module):
+    """A mean of windows over the edge, of what has been scaled and shifted, and a layer that reads such a thing."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 8, 4, 4), nn.GroupNorm(1, 8)
+        self.pool, self.up = nn.AvgPool2d(3, 1, 1, count_include_pad=inside), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+        nn.init.normal_(self.norm.bias)
+        nn.init.uniform_(self.norm.weight, 0.5, 2)
+
+    def forward(self, x):
+        x = self.norm(self.patches(x))
+        x = self.norm(x + self.pool(x) - x)
+        return self.head(self.up(x).relu().mean((2, 3)))
+
+
+class Excited(nn.Module):
+    """Squeeze-excite: a convolution without a bias is read twice, and its mean by a layer at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.deep = nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False)
+        self.gate, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.deep(nn.functional.gelu(self.patches(x)))
+        x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("target", [None, "openvino-cpu"])
+@pytest.mark.parametrize("made", [Token, lambda: Pooled(False), lambda: Pooled(True), Excited])
+def test_it_computes_what_was_measured(made, target, tmp_path, monkeypatch):
+    """In integers, and as on a processor whose sums saturate, to a flip or two of a code."""
+    torch.manual_seed(0)
+    images = torch.randn(24, 3, 32, 32)
+    model = ql.load_model(made().eval(), preprocess=Preprocess((3, 32, 32)))
+    qmodel = ql.quantize(model, images[:16], method="minmax", bits="W8A8", target=target)
+    path, expected = export(qmodel, tmp_path / "m.xml", simulate=True), qmodel(images)
+    for saturates in (False, True):
+        monkeypatch.setattr(exported, "saturates", lambda said=saturates: said)
+        noise = float((expected - Artefact(path, threads=1)(images)).square().sum())
+        assert 10 * math.log10(float(expected.square().sum()) / noise) > 60, saturates
