@@ -235,3 +235,25 @@ def test_the_size_is_seen_without_losing_an_image(given: Callable[[], Any], size
     assert found == size
     if size is not None:
         assert torch.equal(calibrated(images), X)
+
+
+@pytest.mark.parametrize("place", [lambda x: x.to("meta"), lambda x: x.to_sparse()])
+def test_tensors_without_plain_values_are_named(place) -> None:
+    images = place(torch.ones(2, 3, 8, 8))
+    preprocess = Preprocess((3, 8, 8))
+    for call in (
+        lambda: Calibration.of(images, preprocess),
+        lambda: as_image_set((images, [0, 1]), preprocess, "the ID set"),
+    ):
+        with pytest.raises(QuantlensError, match=r"are (on the meta device|sparse).*; give a plain tensor"):
+            call()
+
+
+def test_pictures_of_datasets_in_a_format_of_arrays() -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed (quantlens[hf])")
+    pictures = [Image.fromarray(np.full((9, 8, 3), shade, np.uint8)) for shade in (20, 200)]
+    plain = datasets.Dataset.from_dict({"image": pictures, "label": [1, 0]}).cast_column("image", datasets.Image())
+    expected = list(Calibration.of(plain, Preprocess((3, 8, 8)), seed=0))
+    for kind in ("torch", "numpy"):
+        found = list(Calibration.of(plain.with_format(kind), Preprocess((3, 8, 8)), seed=0))
+        assert torch.equal(torch.cat(found), torch.cat(expected))

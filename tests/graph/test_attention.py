@@ -68,10 +68,31 @@ def test_the_same_function_with_the_mask(kind):
         assert not any("add" in str(node.target) for node in graph.fx.nodes)
 
 
-def test_a_batch_size_that_is_fixed_by_len_is_named():
-    class Fixed(nn.Module):
-        def forward(self, x):
-            return x.reshape(len(x), -1)
+@pytest.mark.parametrize("size", [len, lambda x: int(x.shape[0]), lambda x: x.size(0) * 1])
+def test_a_batch_size_as_a_number(size):
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.layers = nn.Parameter(torch.randn(1, 1, 9)), nn.Sequential(nn.Linear(9, 9))
 
-    with pytest.raises(CaptureError, match=r"one batch size only; does it say len\(x\)"):
-        capture(Fixed().eval(), torch.randn(3, 4, 3, 3))
+        def forward(self, x):
+            x = torch.cat([self.token.expand(size(x), -1, -1), x.reshape(size(x), 4, -1)], 1)
+            return {"tokens": self.layers(x), "logits": x.mean(-1), "more": (x, None)}
+
+    model, images = Sized().eval(), torch.randn(3, 4, 3, 3)
+    graph = capture(model, images)
+    for batch in (1, 3):
+        expected, found = model(images[:batch]), graph(images[:batch])
+        assert found["more"][1] is None
+        torch.testing.assert_close(found["tokens"], expected["tokens"])
+        torch.testing.assert_close(found["logits"], expected["logits"])
+    assert [site.name for site in graph.sites] == ["layers.0"]
+
+
+def test_images_one_by_one_are_refused():
+    class Loop(nn.Module):
+        def forward(self, x):
+            return torch.stack([image.flatten() for image in x])
+
+    with pytest.raises(CaptureError, match="one batch size only"):
+        capture(Loop().eval(), torch.randn(3, 4, 3, 3))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
 import quantlens as ql
-from quantlens.errors import CaptureError, QuantlensError
+from quantlens.errors import CaptureError, QuantlensError, QuantlensWarning
 from quantlens.graph import capture
 from quantlens.graph.structure import build
 
@@ -73,6 +74,114 @@ def test_named_tuples_come_back_and_are_read_by_name_after_loading(tmp_path):
     assert torch.equal(found.map, quantized(images, torch.ones(2)).map)
     assert torch.equal(found[0], found["map"])
     assert found.rest[1:] == [None, 3]
+    first, second = found  # as the module's is taken apart
+    assert first is found.map
+    assert second is found.rest
+
+
+@dataclass(frozen=True)
+class Answer:
+    logits: torch.Tensor
+    parts: tuple[object, ...]
+    scale: float = 2.0
+
+
+def test_a_dataclass_comes_back():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(12, 5)
+
+        def forward(self, x):
+            return Answer(self.fc(x.flatten(1)), ({"inner": Answer(x, ())}, None))
+
+    model, images = Net().eval(), torch.randn(2, 3, 2, 2)
+    found, expected = ql.quantize(model, images, bits="FP32")(images), model(images)
+    assert type(found) is Answer
+    assert torch.allclose(found.logits, expected.logits)
+    assert torch.equal(found.parts[0]["inner"].logits, images)
+    assert (found.parts[1], found.scale) == (None, 2.0)
+
+
+class _Held:
+    def __init__(self, x):
+        self.x = x
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (_Held, "a _Held among what"),
+        (lambda x: {"y": x, "count": x.shape[0]}, "a number made of the batch size among what"),
+        (lambda x: None, "returns no tensor"),
+        (lambda x: x.mean(), "one number for all images together"),
+    ],
+)
+def test_what_cannot_be_returned_is_named(returned, said):
+    class Net(nn.Conv2d):
+        def forward(self, x):
+            return returned(super().forward(x))
+
+    with pytest.raises(CaptureError, match=said):
+        ql.quantize(Net(3, 2, 2).eval(), torch.randn(2, 3, 4, 4))
+
+
+def test_what_asks_for_the_batch_size_is_told():
+    class Net(nn.Conv2d):
+        def forward(self, x):
+            x = super().forward(x)
+            return x if x.shape[0] > 1 else x * 2
+
+    model, images = Net(3, 2, 2).eval(), torch.randn(2, 3, 4, 4)
+    with pytest.warns(QuantlensWarning, match="something else for a single image"):
+        assert torch.allclose(capture(model, images)(images), model(images))
+
+
+def test_values_that_are_asked_for_are_named(capsys):
+    class Net(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x / 2 if x.max() > 3 else x)
+
+    with pytest.raises(CaptureError, match="depends on values"):
+        capture(Net(3, 2, 2).eval(), torch.randn(2, 3, 4, 4))
+    assert capsys.readouterr().err == ""
+
+
+def test_double_images_give_double():
+    model, images = nn.Sequential(nn.Conv2d(3, 2, 2), nn.Flatten()).double().eval(), torch.randn(2, 3, 4, 4).double()
+    found = ql.quantize(model, images, bits="FP32")(images)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_without_parameters(tmp_path):
+    images = torch.randn(2, 3, 4, 4)
+    quantized = ql.quantize(nn.Sequential(nn.AvgPool2d(2), nn.Flatten()), images)
+    assert torch.equal(ql.load(quantized.save(tmp_path / "q.safetensors"))(images), quantized(images))
+
+
+def test_recurrent_layers_and_masks_of_torchs_transformers():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(4, 4, 2, batch_first=True, dropout=0.1)
+            layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+        def forward(self, x):
+            x = self.gru(x.flatten(2).transpose(1, 2))[0]
+            mask = torch.triu(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool), 1)
+            return self.encoder(x, mask=mask).mean(1)
+
+    model, images = Net().eval(), torch.randn(3, 4, 3, 3)
+    torch.testing.assert_close(capture(model, images)(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_every_part_keeps_its_mode():
+    model = nn.Sequential(nn.Conv2d(3, 2, 2), nn.BatchNorm2d(2)).train()
+    model[1].eval()
+    capture(model, torch.randn(2, 3, 4, 4))
+    assert [part.training for part in model.modules()] == [True, True, False]
 
 
 def test_a_file_names_no_class_but_those_of_transformers():

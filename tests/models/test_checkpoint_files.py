@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -237,3 +238,79 @@ def test_a_weight_that_is_missing_is_still_refused(trained, tmp_path):
     torch.save({"model": under("module.", state), "args": argparse.Namespace()}, tmp_path / "w.pth")
     with pytest.raises(BadWeightsError, match=r"2 missing \(blocks\.0\.mlp\.fc1\.weight"):
         loaded(tmp_path / "w.pth")
+
+
+def _beside(state):
+    return {f"module.{'' if k.startswith('head.') else 'backbone.'}{k}": v for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (_beside, ""),
+        (lambda s: {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in s.items()}, ""),
+        (lambda s: {"params": {k: v * 0 for k, v in s.items()}, "params_ema": s}, "averaged"),
+        (
+            lambda s: {f"model.{k}": v * 0 for k, v in s.items()} | {f"ema_model.module.{k}": v for k, v in s.items()},
+            r"left out .*model\.cls_token",
+        ),
+        (
+            lambda s: s | {"decoder_blocks.0.weight": torch.ones(2), "mask_token": torch.ones(1)},
+            "left out .*mask_token",
+        ),
+        (lambda s: s | {"head_dist.weight": torch.ones(4, 32)}, r"left out .*head_dist"),
+        (lambda s: s | {"head.weight": s["head.weight"].to_sparse()}, ""),
+    ],
+)
+def test_more_layouts(trained, tmp_path, layout, said):
+    torch.save(layout(trained.state_dict()), tmp_path / "w.pth")
+    model, told = loaded(tmp_path / "w.pth")
+    assert torch.equal(model(IMAGES), trained(IMAGES))
+    assert re.search(said, told)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: (w * 10).to(torch.int8), r"1 that hold no weights \(head.weight: int8\)"),
+        (lambda w: w.to(torch.complex64), r"head.weight: complex64"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "'head.weight' is a quantized tensor"),
+        (None, "a body without a classifier"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_what_holds_no_weights(trained, tmp_path, change, said):
+    state = trained.state_dict()
+    heads = {"head.weight": change(state["head.weight"])} if change else {}
+    body = {k: v for k, v in state.items() if change or not k.startswith("head.")}
+    torch.save(body | heads, tmp_path / "w.pth")
+    with pytest.raises(BadWeightsError, match=said):
+        loaded(tmp_path / "w.pth")
+
+
+def test_another_block_is_still_unknown(trained, tmp_path):
+    torch.save(trained.state_dict() | {"blocks.1.norm1.weight": torch.ones(32)}, tmp_path / "w.pth")
+    with pytest.raises(BadWeightsError, match="1 unknown"):
+        loaded(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is empty"),
+        (b"  <!DOCTYPE html><html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (b"\x1f\x8b\x08\x00", "gzip"),
+        (None, "an archive of other files"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_downloads_that_are_no_weights(tmp_path, content, said, suffix):
+    path = tmp_path / f"w{suffix}"
+    if content is None:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("model.pth", b"x")
+    else:
+        path.write_bytes(content)
+    with pytest.raises(BadWeightsError, match=said):
+        read_state(path)

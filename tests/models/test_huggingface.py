@@ -136,6 +136,25 @@ def test_of_images_and_text_the_vision_tower(tmp_path, name, output):
     assert not any("text" in key for key in model.module.state_dict())
 
 
+@pytest.mark.parametrize("name", ["CLIPVisionModelWithProjection", "AltCLIPModel", "Aimv2Model", "ConvNextBackbone"])
+def test_towers_and_backbones_by_their_class(tmp_path, name):
+    t, vision = transformers, SIZES
+    if name == "CLIPVisionModelWithProjection":
+        module = t.CLIPVisionModelWithProjection(t.CLIPVisionConfig(**SIZES, projection_dim=24))
+        task, own = "zero-shot", lambda m: m(PICTURES).image_embeds
+    elif name == "ConvNextBackbone":
+        module = t.ConvNextBackbone(t.ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, image_size=32))
+        task, own = "features", lambda m: m(PICTURES).feature_maps[-1]
+    else:
+        config = getattr(t, name.replace("Model", "Config"))(vision_config=vision, text_config=TEXT)
+        module, task, own = getattr(t, name)(config), "zero-shot", lambda m: m(PICTURES).pooler_output
+    module = module.eval()
+    model = ql.load_model(folder(tmp_path, module), input_size=32)
+    assert model.task == task
+    part = module.vision_model if name in ("AltCLIPModel", "Aimv2Model") else module
+    assert torch.equal(own(model.module), own(part))
+
+
 def test_without_a_processor_it_says_what_it_assumed(tmp_path):
     given = folder(tmp_path, made("ViT"))
     with pytest.warns(QuantlensWarning, match=r"assumed: 32×32 pixels, mean \(0\.5, 0\.5, 0\.5\)"):

@@ -207,6 +207,8 @@ def test_what_has_no_float_weights_is_refused():
     module = vit()
     with pytest.raises(UnsupportedError, match="TorchScript"):
         ql.load_model(torch.jit.trace(Small(), images()))
+    with pytest.raises(UnsupportedError, match="Sequential: 0 is TorchScript"):
+        ql.load_model(nn.Sequential(torch.jit.script(nn.Conv2d(3, 2, 4)), nn.Flatten()))
     with torch.device("meta"):
         empty = Small()
     with pytest.raises(UnsupportedError, match="meta device"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.data import ImageSet, as_image_set
-from quantlens.data.given import drawn
+from quantlens.data.given import check_values, drawn
 from quantlens.data.shared import content_digests
 from quantlens.data.sources import open_calibration
 from quantlens.errors import QuantlensError
@@ -79,8 +79,7 @@ class Calibration:
         if isinstance(images, Tensor):
             images = images.detach()
             _check_shape(images, size)
-            if images.layout != torch.strided:
-                raise QuantlensError(f"calibration images are {images.layout}; give a plain tensor, images.to_dense()")
+            check_values(images, "calibration images")
             if not bool(torch.isfinite(images).all()):
                 raise QuantlensError("calibration images hold NaN or infinity")
             content = images.cpu().contiguous().float().numpy()

@@ -78,11 +78,20 @@ def _with_preprocess(images: ImageSet, preprocess: Preprocess | None) -> ImageSe
 
 def opened(x: Any, name: str) -> Any:
     """A `datasets.Dataset` of pictures as a Source, which is cached; all else as it is."""
+    x = _as_pictures(x)
     if not type(x).__module__.startswith("datasets.") or not hasattr(x, "_fingerprint") or x.format["type"] is not None:
         return x
     from quantlens.data.hub import of_dataset
 
     return of_dataset(x, SourceSpec(name, "hf", name, slice(None), None, 0, {}), name)
+
+
+def _as_pictures(x: Any) -> Any:
+    """A `datasets.Dataset` whose pictures are to come as arrays, with pictures; all else as it is."""
+    if not type(x).__module__.startswith("datasets.") or not hasattr(x, "_fingerprint"):
+        return x
+    pictures = any(type(feature).__name__ == "Image" for feature in (x.features or {}).values())
+    return x.with_format(None) if pictures and x.format["type"] in ("torch", "numpy", "tensorflow", "jax") else x
 
 
 def drawn(x: Any, seed: int) -> Any:
@@ -93,6 +102,15 @@ def drawn(x: Any, seed: int) -> Any:
         return x
     rows = np.random.RandomState(seed % 2**32).permutation(len(x))[:CALIBRATION_IMAGES]
     return x.select(rows) if isinstance(x, Source) else [x[int(row)] for row in rows]
+
+
+def check_values(images: torch.Tensor, name: str) -> None:
+    """Raise QuantlensError for a tensor without values of its own for every place."""
+    import torch
+
+    if images.is_meta or images.layout != torch.strided:
+        what = "on the meta device, without values" if images.is_meta else "sparse"
+        raise QuantlensError(f"{name} are {what}; give a plain tensor of values")
 
 
 def is_map_style(x: Any) -> bool:
@@ -111,6 +129,7 @@ def peeked(x: Any) -> tuple[Any, tuple[int, ...] | None]:
     item, and what is given back begins with it."""
     if x is None or isinstance(x, str | Source | ImageSet):
         return x, None if not isinstance(x, ImageSet) or x.values is None else tuple(x.values.shape[1:])
+    x = _as_pictures(x)
     if is_map_style(x):
         first = [x[0]] if len(x) else []
     elif _dims(x) is not None or isinstance(x, list | tuple | Mapping) or not isinstance(x, Iterable):
@@ -299,6 +318,7 @@ class _Reader:
         if tensor.ndim != 4 or tensor.shape[1] != self.channels:
             hint = ": the channels come last, permute(0, 3, 1, 2) puts them first" if last else ""
             raise QuantlensError(f"{self.name}: images have shape {shape}; give {wanted}{hint}")
+        check_values(tensor, self.name)
         values = tensor.to(device="cpu", dtype=torch.float32).contiguous()
         if not bool(torch.isfinite(values).all()):
             raise QuantlensError(f"{self.name}: the images hold NaN or infinity; look at the transform that made them")

@@ -1,7 +1,8 @@
 """A model as a graph of quantization sites: capture, sites, blocks, serialization."""
 
 from quantlens import _moved
-from quantlens.graph.capture import arguments_of, capture, graph_of, images_among
+from quantlens.graph.capture import capture, graph_of
+from quantlens.graph.exporting import arguments_of, images_among
 from quantlens.graph.graph import (
     VIEWS,
     EdgeHook,

@@ -7,23 +7,21 @@ here: name the parameters, fold what does not depend on the images (Swin's relat
 into q·kᵀ, scale, mask, softmax and ·v, and bring equivalent spellings to one.
 """
 
-import itertools
 import re
+import warnings
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from quantlens.ambient import isolated
-from quantlens.errors import CaptureError
+from quantlens.errors import CaptureError, QuantlensWarning
 from quantlens.graph.attention import open_attention
 from quantlens.graph.constants import fold_constants, refuse_random_numbers
+from quantlens.graph.exporting import Call, arguments_of, one_batch_size
 from quantlens.graph.graph import Graph, op_name, put_tensor, replace_argument
 from quantlens.graph.reuse import captured
-from quantlens.graph.structure import Placed, Structure, bound, describe, parameters_of, paths_of, primary_of
 from quantlens.models import unwrapped
 
 aten = torch.ops.aten
@@ -64,23 +62,22 @@ def capture(model: nn.Module, inputs: Any, *, share: bool = False) -> Graph:
     model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a module of TorchScript cannot be captured: give the Python module that it was made of")
-    call = _Call(model, *arguments_of(inputs))
-    training = model.training
-    model.eval()
+    call = Call(model, *arguments_of(inputs))
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            program = call.exported()
+        program = call.exported()
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if reason.startswith("Constraints violated"):
-            reason = "it works for one batch size only; does it say len(x) where x.shape[0] is meant?"
+        if one_batch_size(error):
+            reason = "it works for one batch size only; does it go through the images one by one?"
+        elif "data-dependent" in reason:
+            reason = "what it computes depends on values (.item(), bool(…), an if); say it in tensors, as torch.where"
         raise CaptureError(
             f"{type(model).__name__} cannot be captured by torch.export: {reason} "
             "(the model must take images [B, 3, H, W], or what else the example holds, and work for any batch size)"
         ) from error
-    finally:
-        model.train(training)
-    graph = call.graph(program, share)
+    call.gives()
+    root, nodes, shapes = _flatten(program, share, call.names, call.image)
+    graph = Graph(root, nodes, call.structure(shapes))
     _normalise(graph)
     fold_constants(graph)
     open_attention(graph)
@@ -89,6 +86,8 @@ def capture(model: nn.Module, inputs: Any, *, share: bool = False) -> Graph:
     refuse_random_numbers(graph)
     graph.fx.lint()
     graph.eval()
+    if not call.same_alone(graph):
+        warnings.warn(_ALONE.format(name=type(model).__name__), QuantlensWarning, stacklevel=2)
     return graph
 
 
@@ -110,95 +109,10 @@ def graph_of(model: Any) -> Graph:
     return model.derived["graph"]
 
 
-def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments and keyword arguments, of an image tensor, a dictionary, a tuple of arguments or (arguments, keyword
-    arguments)."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if not isinstance(inputs, tuple | list):
-        return (inputs,), {}
-    if len(inputs) == 2 and isinstance(inputs[0], tuple | list) and isinstance(inputs[1], Mapping):
-        return tuple(inputs[0]), dict(inputs[1])
-    return tuple(inputs), {}
-
-
-class _Call(nn.Module):
-    """A model called as in an example: a module that takes the example's tensors and returns a tuple of tensors, with
-    the structure of both."""
-
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        super().__init__()
-        self.model = model
-        leaves, self._spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        numbers = itertools.count()
-        self._leaves = [Placed(next(numbers)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._arguments = parameters_of(model.forward)
-        try:
-            given = bound(self._arguments, *pytree.tree_unflatten(self._leaves, self._spec))
-        except TypeError as error:
-            raise CaptureError(f"{type(model).__name__} cannot be called with the example inputs: {error}") from error
-        self._takes = {name: describe(value) for name, value in given.items()}
-        self._names = paths_of({"dict": list(self._takes.items())})
-        self._image = images_among(tensors, self._names)
-        self._example = _batch_of_two(tensors, self._image)
-        self._returned = SimpleNamespace()  # an export sets a module's attributes back to what they were
-
-    def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        leaves = [tensors[leaf.number] if isinstance(leaf, Placed) else leaf for leaf in self._leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-        leaves, self._returned.spec = pytree.tree_flatten(self.model(*args, **kwargs))
-        numbers = itertools.count()
-        self._returned.leaves = [Placed(next(numbers)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-
-    def exported(self) -> Any:
-        """The model as a program of ATen operations, its batch size a symbol."""
-        batch = torch.export.Dim("batch", min=1, max=1 << 20)
-        shapes = {"tensors": tuple({0: batch} if batched else None for _, batched in self._example)}
-        example = tuple(x for x, _ in self._example)
-        program = torch.export.export(self, (example,), dynamic_shapes=shapes, strict=False)
-        return program.run_decompositions({})
-
-    def graph(self, program: Any, share: bool) -> Graph:
-        """The exported program as a Graph."""
-        leaves, spec = self._returned.leaves, self._returned.spec
-        if not any(isinstance(leaf, Placed) for leaf in leaves):
-            raise CaptureError(f"{type(self.model).__name__} returns no tensor")
-        gives = describe(pytree.tree_unflatten(leaves, spec))
-        root, graph, shapes = _flatten(program, share, self._names, self._image)
-        structure = Structure(
-            self._arguments,
-            self._takes,
-            gives,
-            self._image,
-            primary_of(gives, shapes),
-            example=tuple(x for x, _ in self._example),
-            spec=(spec, leaves),
-        )
-        return Graph(root, graph, structure)
-
-
-def images_among(tensors: Sequence[Tensor], names: Mapping[int, str]) -> int:
-    """Which of the inputs are the images: ``pixel_values``, else the first [B, C, H, W], else the first in float."""
-    if not tensors:
-        raise CaptureError("the example inputs hold no tensor: give images [B, 3, H, W]")
-    floats = [n for n, x in enumerate(tensors) if x.is_floating_point()] or [0]
-    named = [n for n in floats if names[n] == "pixel_values"]
-    return next(iter([*named, *(n for n in floats if tensors[n].dim() == 4), *floats]))
-
-
-def _batch_of_two(tensors: Sequence[Tensor], image: int) -> list[tuple[Tensor, bool]]:
-    """Two images of an example (one: twice), and of what else has a value for each of them; with whether it has."""
-    if tensors[image].dim() == 0 or len(tensors[image]) == 0:
-        raise CaptureError("the example inputs hold no image")
-    count, made = len(tensors[image]), []
-    for x in tensors:
-        batched = x.dim() > 0 and len(x) == count
-        if batched:
-            x = x[:2] if count >= 2 else x.expand(2, *x.shape[1:])
-        made.append((x.detach().clone(memory_format=torch.contiguous_format), batched))
-    return made
+_ALONE = (
+    "{name} computes something else for a single image than for several (does it ask for the batch size?): what it "
+    "does with several was captured; give it two images at least"
+)
 
 
 def _flatten(
@@ -265,7 +179,7 @@ def _meta(node: fx.Node, value: Any) -> dict[str, Any]:
 
 
 def _plain(name: str) -> str:
-    """The name of a tensor or module in the model as a person sees it: without what :class:`_Call` and
+    """The name of a tensor or module in the model as a person sees it: without what :class:`Call` and
     ``torch.compile`` put around it."""
     return re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", re.sub(r"^(_lifted\.)?model(\.|$)", r"\1", name)).removeprefix(".")
 

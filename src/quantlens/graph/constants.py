@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.errors import CaptureError
-from quantlens.graph.graph import Graph, op_name
+from quantlens.graph.graph import Graph, argument, op_name
 
 aten = torch.ops.aten
 
@@ -38,7 +38,10 @@ def fold_constants(graph: Graph) -> None:
 
 
 def is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether an operation draws numbers; what only does so in training (a recurrent layer's dropout) does not."""
+    return (
+        torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and argument(node, "train") is not False
+    )
 
 
 def refuse_random_numbers(graph: Graph) -> None:

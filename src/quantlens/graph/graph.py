@@ -181,7 +181,7 @@ class Graph(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.tensors().values())).device
+        return next(iter(self.tensors().values()), torch.empty(0, device="cpu")).device
 
     def insert(self, before: fx.Node, target: Any, args: tuple[Any, ...], shape: Sequence[int | None]) -> fx.Node:
         """A call in front of a node, in its module; ``shape``: of what it gives."""

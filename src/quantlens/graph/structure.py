@@ -2,18 +2,20 @@
 Hugging Face models; as plain data, so that a checkpoint says it too.
 
 A description is ``{"tensor": 3}`` (one of the graph's inputs or outputs, counted from 0), ``{"value": None}``,
-``{"tuple": […]}``, ``{"list": […]}``, ``{"dict": [[key, …], …]}`` or ``{"object": class, "fields": [[name, …], …]}``.
+``{"tuple": […]}``, ``{"list": […]}``, ``{"dict": [[key, …], …]}`` or ``{"object": class, "fields": [[name, …], …]}``,
+with ``"named": True`` for a named tuple.
 """
 
 import dataclasses
 import importlib
 import inspect
 import re
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict, namedtuple
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.utils import _pytree as pytree
 
 from quantlens.errors import BadWeightsError, CaptureError, QuantlensError
@@ -49,6 +51,35 @@ class Placed:
         self.number = number
 
 
+class _Opened:
+    """A dataclass as torch sees it: what its fields hold; put together it is the dataclass again."""
+
+    def __init__(self, value: Any):
+        self.kind = type(value)
+        self.fields = {f.name: opened(getattr(value, f.name)) for f in dataclasses.fields(value)}
+
+
+def _closed(values: Iterable[Any], context: tuple[type, tuple[str, ...]]) -> Any:
+    made: Any = object.__new__(context[0])
+    for name, value in zip(context[1], values, strict=True):
+        object.__setattr__(made, name, value)
+    return made
+
+
+pytree.register_pytree_node(
+    _Opened,
+    lambda value: (list(value.fields.values()), (value.kind, tuple(value.fields))),
+    _closed,
+)
+
+
+def opened(value: Any) -> Any:
+    """A structure whose dataclasses torch can take apart too."""
+    return pytree.tree_map(
+        lambda leaf: _Opened(leaf) if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) else leaf, value
+    )
+
+
 def describe(value: Any) -> Any:
     """The description of a structure that holds plain values and, in place of its tensors, :class:`Placed`. Raises
     CaptureError for anything else."""
@@ -62,10 +93,11 @@ def describe(value: Any) -> Any:
         return {"dict": [[key, describe(v)] for key, v in value.items()]}
     fields = _fields(value)
     if fields is None:
-        kind = type(value).__name__
-        raise CaptureError(f"a {kind} among what the model takes or returns is not understood: give and return tensors")
+        kind = f"a {type(value).__name__}" if not isinstance(value, SymInt) else "a number made of the batch size"
+        raise CaptureError(f"{kind} among what the model takes or returns is not understood: give and return tensors")
     path = f"{type(value).__module__}.{type(value).__qualname__}"
-    return {"object": path, "fields": [[name, describe(v)] for name, v in fields.items()]}
+    named = {"named": True} if hasattr(value, "_fields") else {}
+    return {"object": path, "fields": [[name, describe(v)] for name, v in fields.items()], **named}
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
@@ -91,8 +123,18 @@ def build(description: Any, tensors: Sequence[Any]) -> Any:
         return {key: build(v, tensors) for key, v in content}
     if kind == "object":
         fields = {name: build(v, tensors) for name, v in description["fields"]}
+        if description.get("named"):
+            return _named(content.split(".")[-1], tuple(fields))(**fields)
         return _class_named(content)(**fields)
     raise BadWeightsError(f"the checkpoint describes a value that is not understood: {kind!r}")
+
+
+@cache
+def _named(name: str, fields: tuple[str, ...]) -> Any:
+    """A kind of named tuple in place of one that is not there; its values are also found by ``[name]``."""
+    kind: Any = namedtuple(name, fields)  # type: ignore[misc]
+    kind.__getitem__ = lambda self, key: getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)  # type: ignore[method-assign]
+    return kind
 
 
 def _class_named(path: str) -> Any:

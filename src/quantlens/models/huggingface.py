@@ -16,7 +16,7 @@ from quantlens.data import Preprocess
 from quantlens.errors import BadWeightsError, QuantlensError, UnsupportedError
 from quantlens.models.processors import preprocess_of
 from quantlens.models.tasks import task_of
-from quantlens.models.weights import first_line, fit
+from quantlens.models.weights import adapt, first_line, fit
 
 PREFIX = "hf:"
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -111,7 +111,7 @@ def open_model(name: str, *, weights: bool, num_classes: int | None, task: str |
 
 def _build(package: Any, source: str | None, config: Any, body: bool, seed: int, asked: dict[str, Any]) -> nn.Module:
     """The module of a configuration, with the weights of ``source`` or random ones."""
-    kind, config, more = _kind(package, config, body)
+    (kind, config, more), whole = _kind(package, config, body), config
 
     def make(**options: Any) -> tuple[nn.Module, list[str]]:
         if source is None:
@@ -124,6 +124,11 @@ def _build(package: Any, source: str | None, config: Any, body: bool, seed: int,
     module, missing = make(**more)
     if missing and all("pooler." in key for key in missing):  # a body that was saved without one
         module, missing = make(**more, add_pooling_layer=False)
+    if len(missing) > len(module.state_dict()) // 2 and hasattr(whole, "vision_config"):
+        parent = package.AutoModel.from_pretrained(source, **asked)  # a tower that has other names in the whole model
+        state, _ = adapt(parent.state_dict(), module)
+        fit(module, {k: v for k, v in state.items() if k in module.state_dict()}, f"{source}", type(module).__name__)
+        missing = []
     if missing:
         hint = "; it is a body without a classifier: say task='features'" if _is_head(missing) else ""
         raise BadWeightsError(f"{len(missing)} tensors are missing ({', '.join(sorted(missing)[:3])}){hint}")
@@ -141,6 +146,10 @@ def _kind(package: Any, config: Any, body: bool) -> tuple[Any, Any, dict[str, An
         return package.ViTModel, package.ViTConfig(**plain), {"add_pooling_layer": False}
     if hasattr(config, "vision_config"):
         return (*_tower(package, config), {})
+    if named.endswith(("VisionModelWithProjection", "Backbone")) or (
+        named.endswith("VisionModel") and type(config) not in package.AutoModel._model_mapping
+    ):
+        return getattr(package, named, package.AutoModel), config, {}
     return package.AutoModel, config, {}
 
 

@@ -42,10 +42,12 @@ def check(module: nn.Module) -> None:
         raise QuantlensError(
             f"a {name} was given where a model is wanted; give an nn.Module or what ql.load_model gives"
         )
-    if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedError(
-            f"{name} is TorchScript, which torch.export cannot capture; give the nn.Module that it was made from"
-        )
+    for key, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            what = f"{name}: {key}" if key else name
+            raise UnsupportedError(
+                f"{what} is TorchScript, which torch.export cannot capture; give the nn.Module that it was made from"
+            )
     if hasattr(module, "plan") and hasattr(module, "graph"):
         raise UnsupportedError(
             f"a model that quantlens quantized ({getattr(module, 'bits', name)}) was given where a float model is "

@@ -34,7 +34,7 @@ FOLDER_FILES = (
     "pytorch_model.bin.index.json",
 )
 
-AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+AVERAGED = ("state_dict_ema", "params_ema", "model_ema", "ema_state_dict", "ema")
 WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model_state", "model", "module", "teacher", "net", "network")
 """Where training code keeps the weights, the likeliest first: averaged weights before the others, as timm has it."""
 
@@ -81,6 +81,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     check_path(path)
     if path.is_dir():
         path = next(path / name for name in FOLDER_FILES if (path / name).is_file())
+    if foreign := _foreign(path):
+        raise BadWeightsError(f"{path} cannot be read as weights: it is {foreign}")
     try:
         if path.suffix == ".json":
             content: Any = _read_split(path)
@@ -100,6 +102,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     state, told = _found(content)
     if not state:
         raise BadWeightsError(f"{path} holds no state_dict of tensors")
+    state = {key: value.to_dense() if value.layout != torch.strided else value for key, value in state.items()}
+    quantized = next((key for key, value in state.items() if value.is_quantized), None)
+    if quantized is not None:
+        raise BadWeightsError(f"{path}: {quantized!r} is a quantized tensor; give the float model's weights")
     if told:
         warnings.warn(f"{path}: {told}", QuantlensWarning, stacklevel=2)
     return state
@@ -116,6 +122,26 @@ def check_path(path: Path) -> None:
         )
     elif path.suffix not in SUFFIXES:
         raise BadWeightsError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(SUFFIXES)}")
+
+
+_BEGINNINGS = {
+    b"<": "a web page: what was downloaded is not the file itself",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself (git lfs pull)",
+    b"\x1f\x8b": "compressed by gzip: unpack it first",
+}
+
+
+def _foreign(path: Path) -> str:
+    """What a file is that holds no weights, by its first bytes; nothing where that is not known."""
+    with path.open("rb") as stream:
+        first = stream.read(64).lstrip()
+    if not first:
+        return "empty"
+    if first.startswith(b"PK") and zipfile.is_zipfile(path) and path.suffix != ".npz":
+        with zipfile.ZipFile(path) as archive:
+            packed = any(name.endswith("data.pkl") for name in archive.namelist())
+        return "" if packed else "an archive of other files: unpack it first"
+    return next((what for beginning, what in _BEGINNINGS.items() if first.startswith(beginning)), "")
 
 
 def first_line(error: Exception) -> str:

@@ -28,7 +28,7 @@ def task_of(module: nn.Module, given: Any = None) -> str:
     classes = getattr(module, "num_classes", None)
     if isinstance(classes, int) and classes < 2:
         return "binary" if classes == 1 else "features"
-    if isinstance(given, Tensor) and classes is None:
+    if isinstance(given, Tensor) and given.dim() > 0 and classes is None:
         return {1: "binary", 2: "binary" if given.shape[-1] == 1 else "classify"}.get(given.dim(), "features")
     return "classify"
 

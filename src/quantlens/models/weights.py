@@ -3,6 +3,7 @@ they do not fit."""
 
 import hashlib
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,13 @@ from torch import Tensor, nn
 from quantlens.errors import BadWeightsError, QuantlensWarning
 from quantlens.models.reading import FAULTS, check_path, first_line, read_state  # noqa: F401 (used as weights.…)
 from quantlens.models.translate import to_timm
+
+_WRAPPED = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+"""What torch puts into the names of parts that it compiles, shards or computes again."""
+
+_AVERAGED = re.compile(r"(^|[._])ema([._]|$)")
+_SPARE = re.compile(r"(decoder|mask_token|head|aux|classifier|proj(ection)?_?head|projector|predictor)")
+"""How that is called which pretraining and distillation add to a model, and its function does not need."""
 
 HEADS = ("head", "heads", "fc", "classifier", "head_dist", "last_linear")
 """How classifiers are called, which a model of features does without."""
@@ -56,7 +64,7 @@ def adapt(state: dict[str, Tensor], module: nn.Module) -> tuple[dict[str, Tensor
     if _matches(state, own) == len(own) == len(state):
         return state, []
     told: list[str] = []
-    state = _in_order(state, own)
+    state = _in_order({k if k in own else _WRAPPED.sub(r"\1", k): v for k, v in state.items()}, own)
     if "blocks.0.attn.qkv.weight" in own and "blocks.0.attn.qkv.weight" not in state and (named := to_timm(state)):
         state, told = named, ["the names of Hugging Face translated to timm's"]
     state, left = _without_prefix(state, own)
@@ -103,7 +111,7 @@ def _without_prefix(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tupl
         return {name[: i + 1] for name in names for i, letter in enumerate(name) if letter == "."}
 
     best, prefix = sum(key in own for key in state), ""
-    for head in sorted(heads(state), key=len):
+    for head in sorted(heads(state), key=lambda head: (_AVERAGED.search(head) is None, len(head))):
         found = sum(f"{head}{key}" in state for key in own)
         if found > best:
             best, prefix = found, head
@@ -115,7 +123,13 @@ def _without_prefix(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tupl
     if put:
         return {key if key in own else f"{put}{key}": value for key, value in state.items()}, []
     left = [key for key in state if not key.startswith(prefix) and key not in own]
-    return {key.removeprefix(prefix): value for key, value in state.items() if key not in left}, left
+    made = {key.removeprefix(prefix): value for key, value in state.items() if key not in left}
+    for key in (key for key in own if key not in made):  # a head that lies beside its backbone
+        ends = [k for k in left if k.endswith(f".{key}") and state[k].shape == own[key].shape]
+        if len(ends) == 1:
+            made[key] = state[ends[0]]
+            left.remove(ends[0])
+    return made, left
 
 
 def resample(state: Mapping[str, Tensor], module: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
@@ -156,22 +170,38 @@ def fit(module: nn.Module, state: dict[str, Tensor], origin: str, name: str) -> 
     """Load ``state``, after :func:`adapt`, strictly. Raises BadWeightsError that says what is missing, unknown or of
     another shape."""
     (state, told), own = adapt(state, module), module.state_dict()
+    tops = {name.split(".")[0] for name in own}
     heads = [k for k in state if k not in own and k.split(".")[0] in HEADS]
-    if heads and not any(k.split(".")[0] in HEADS for k in own):
+    if heads and tops.isdisjoint(HEADS):
         state = {k: v for k, v in state.items() if k not in heads}
         told.append(f"left the classifier out ({', '.join(heads[:2])})")
-    both = [k for k in own if k in state and own[k].shape != state[k].shape]
-    wrong = {
-        "of another shape": [f"{k}: file {tuple(state[k].shape)}, model {tuple(own[k].shape)}" for k in both],
-        "missing": [k for k in own if k not in state],
-        "unknown": [k for k in state if k not in own and state[k].is_floating_point()],
-    }
+    spare = [k for k in state if k not in own and _SPARE.match(k) and k.split(".")[0] not in tops]
+    if spare:
+        state = {k: v for k, v in state.items() if k not in spare}
+        told.append(f"left out what the model has not ({', '.join(spare[:3])}{' …' if spare[3:] else ''})")
+    wrong = _wrong(state, own)
     parts = [f"{len(k)} {what} ({', '.join(k[:3])}{' …' if len(k) > 3 else ''})" for what, k in wrong.items() if k]
     if parts:
-        raise BadWeightsError(
-            f"{origin} does not fit {name}: of {len(own)} tensors {'; '.join(parts)}. "
-            "Is it another architecture or size?"
-        )
+        headless = list(filter(None, wrong.values())) == [[k for k in wrong["missing"] if k.split(".")[0] in HEADS]]
+        hint = "Is it a body without a classifier?" if headless else "Is it another architecture or size?"
+        raise BadWeightsError(f"{origin} does not fit {name}: of {len(own)} tensors {'; '.join(parts)}. {hint}")
     if told:
         warnings.warn(f"{origin}: {'; '.join(told)}", QuantlensWarning, stacklevel=2)
     module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=True)
+
+
+def _wrong(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What is the matter -> the tensors, by name and with what is wrong of them."""
+    both = [(k, state[k], own[k]) for k in own if k in state]
+    return {
+        "of another shape": [
+            f"{k}: file {tuple(a.shape)}, model {tuple(b.shape)}" for k, a, b in both if a.shape != b.shape
+        ],
+        "that hold no weights": [
+            f"{k}: {str(a.dtype).removeprefix('torch.')}"
+            for k, a, b in both
+            if b.is_floating_point() and not a.is_floating_point()
+        ],
+        "missing": [k for k in own if k not in state],
+        "unknown": [k for k in state if k not in own and state[k].is_floating_point()],
+    }

@@ -69,7 +69,7 @@ class QuantizedModel(nn.Module):
         tensors = self.graph.tensors_of(args, kwargs)
         given = tensors[self.graph.structure.image].dtype
         outputs = self._run(tensors)[2]
-        if given in (torch.float16, torch.bfloat16):
+        if given in (torch.float16, torch.bfloat16, torch.float64):
             outputs = [x.to(given) if x.is_floating_point() else x for x in outputs]
         return self.graph.structure.result(outputs)
 
