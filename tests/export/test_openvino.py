@@ -61,7 +61,7 @@ class Excited(nn.Module):
     def forward(self, x):
         x = self.deep(nn.functional.gelu(self.patches(x)))
         x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
-        return self.head(x.mean((2, 3)))
+        return self.head(x.flatten(2).mean(-1))
 
 
 @pytest.mark.parametrize("target", [None, "openvino-cpu"])
