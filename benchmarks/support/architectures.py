@@ -96,8 +96,11 @@ TIMM: list[tuple[dict[str, Any], str]] = [
     (MAXX, "coatnet_0_224 coatnet_pico_rw_224 coatnet_bn_0_rw_224 coatnet_rmlp_nano_rw_224 coatnet_nano_cc_224"),
     (MAXX, "coatnext_nano_rw_224 maxvit_tiny_tf_224 maxvit_pico_rw_256 maxvit_rmlp_pico_rw_256 maxvit_tiny_pm_256"),
     (MAXX, "maxxvit_rmlp_nano_rw_256 maxxvitv2_nano_rw_256 test_coatnet test_maxvit"),
-    ({"depth": 1, "img_size": 128, "embed_dim": 96, "num_heads": 3}, "vit_tiny_r_s16_p8_224 vit_small_r26_s32_224"),
-    ({"depth": 1, "img_size": 128, "embed_dim": 96, "num_heads": 3}, "vit_small_resnet26d_224"),
+    ({"depth": 1, "img_size": 128, "embed_dim": 96, "num_heads": 3}, "vit_tiny_r_s16_p8_224"),
+    (
+        {"depth": 1, "img_size": 96, "embed_dim": 96, "num_heads": 3, "_keep": "Bottleneck PreActBottleneck"},
+        "vit_small_r26_s32_224 vit_small_resnet26d_224",
+    ),
     ({"depth": 1, "img_size": 64}, "vit_base_mci_224"),
     ({"img_size": 128, "_keep": "Block"}, "visformer_tiny"),
     ({"img_size": 128, "_keep": "LevitBlock"}, "levit_128s levit_256d levit_conv_128s"),

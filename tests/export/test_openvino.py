@@ -50,7 +50,7 @@ class Pooled(nn.Module):
 
 
 class Excited(nn.Module):
-    """Squeeze-excite: a convolution without a bias is read twice, and its mean by a layer at once."""
+    """Squeeze-excite: a convolution without a bias is read twice, and its mean by a layer."""
 
     def __init__(self):
         super().__init__()
@@ -64,8 +64,21 @@ class Excited(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Means(nn.Module):
+    """Means and largest values of channels that have been scaled, before layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm, self.head = nn.Conv2d(3, 8, 4, 4), nn.GroupNorm(1, 8), nn.Linear(8, 5)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x):
+        x = self.norm(self.patches(x)).flatten(2)
+        return self.head(x.mean(-1)) + self.head(x.mean(-1, keepdim=True).flatten(1)) + self.head(x.amax(-1))
+
+
 @pytest.mark.parametrize("target", [None, "openvino-cpu"])
-@pytest.mark.parametrize("made", [Token, lambda: Pooled(False), lambda: Pooled(True), Excited])
+@pytest.mark.parametrize("made", [Token, lambda: Pooled(False), lambda: Pooled(True), Excited, Means])
 def test_it_computes_what_was_measured(made, target, tmp_path, monkeypatch):
     """In integers, and as on a processor whose sums saturate, to a flip or two of a code."""
     torch.manual_seed(0)

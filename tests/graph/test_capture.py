@@ -178,3 +178,23 @@ def test_a_capture_copies_and_the_graph_of_a_model_takes_no_memory(small_models,
 
 def _addresses(tensors) -> set[int]:
     return {tensor.data_ptr() for tensor in tensors}
+
+
+class Relative(nn.Module):
+    """Products with a parameter that is used as it is, too, and turned: its name is that of a tensor already."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.embed = nn.Parameter(torch.randn(8, 8)), nn.Linear(3, 8)
+
+    def forward(self, x):
+        x = self.embed(x.flatten(2).mT)
+        return (x @ self.w + x @ self.w.mT + x * self.w[0] + x @ (2 * self.w)).mean(1)
+
+
+def test_a_parameter_is_a_tensor_and_the_weight_of_layers():
+    net = Relative().eval()
+    images = torch.randn(3, 3, 4, 4)
+    graph = capture(net, images)
+    assert [op_name(n) for n in graph.fx.nodes].count("aten.linear.default") == 4
+    torch.testing.assert_close(graph(images), net(images), rtol=1e-5, atol=1e-5)

@@ -270,9 +270,9 @@ def _reduced(kind: str) -> Writer:
         value = e.cast(value, given, kinds)
         if not dims:
             return value
-        if kind == "ReduceMean":  # OpenVINO fuses it with a quantizer right after it into a wrong one
-            return e.reshape(e.op(kind, value, dims, keepdims=1 - keep), e.sizes(node))
-        return e.cast(e.op(kind, value, dims, keepdims=keep), kinds, given)
+        # OpenVINO moves scales of channels past a reduction, wrongly past one that drops its dimensions
+        value = e.op(kind, value, dims, keepdims=1)
+        return e.cast(value if keep else e.reshape(value, e.sizes(node)), kinds, given)
 
     return write
 
