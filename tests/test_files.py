@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
@@ -27,6 +28,19 @@ def test_what_cannot_be_written_is_refused(tmp_path, place):
         check_writable(path, what="the table")
     with pytest.raises(StorageError):
         write_whole(path, "text")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+    pipe, found = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    check_writable(pipe)
+    write_whole(pipe, "text")
+    reader.join(10)
+    assert found == [b"text"]
+    assert pipe.is_fifo()
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")

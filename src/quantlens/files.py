@@ -26,15 +26,20 @@ def _refusal(path: Path, what: str) -> Iterator[None]:
 def write_whole(path: Path, content: bytes | str | Iterator[bytes], *, what: str = "") -> Path:
     """Write ``content`` (text as UTF-8, or piece by piece) beside ``path``, then put it in its place. Returns the path.
 
-    what: what it is, for the error ("the report"). Raises StorageError where that cannot be done; nothing is left then.
+    A device or a pipe (``/dev/null``, ``/dev/stdout``) is written to as it is. what: what it is, for the error ("the
+    report"). Raises StorageError where that cannot be done; nothing is left then.
     """
-    if isinstance(content, str):
-        content = content.encode()
+    content = content.encode() if isinstance(content, str) else content
+    parts = [content] if isinstance(content, bytes) else content
     with _refusal(path, what):
+        if _is_stream(path):
+            with open(path, "wb") as stream:
+                stream.writelines(parts)
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             with open(Path(folder) / path.name, "wb") as stream:
-                stream.writelines([content] if isinstance(content, bytes) else content)
+                stream.writelines(parts)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(stream.name, path)
@@ -50,10 +55,17 @@ def check_writable(path: Path | str | None, *, what: str = "") -> None:
         return
     path = Path(path)
     with _refusal(path, what):
+        if _is_stream(path):
+            return
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         folder = next(folder for folder in path.absolute().parents if folder.exists())
         tempfile.TemporaryFile(dir=folder).close()
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is a device or a pipe, which a file must not replace."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def package_file(package: str, relative: str) -> Path:

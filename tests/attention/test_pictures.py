@@ -52,7 +52,7 @@ def test_photographs_undo_the_normalisation():
     values = preprocess.normalize(pixels)
     expected = pixels[0].transpose(1, 2, 0)
     for images, known in (
-        (SimpleNamespace(pixels=pixels), None),
+        (SimpleNamespace(pixels=pixels, preprocess=preprocess), None),
         (SimpleNamespace(pixels=None, values=values, preprocess=preprocess), None),
         (SimpleNamespace(pixels=None, values=values, preprocess=None), preprocess),
     ):

@@ -59,7 +59,7 @@ def test_card_tells_the_truth(digits_vit: torch.nn.Module) -> None:
     assert card["sha256"] == hashlib.sha256(entry.weights.read_bytes()).hexdigest()
     assert card["bytes"] == entry.weights.stat().st_size
     assert card["num_parameters"] == sum(p.numel() for p in digits_vit.parameters())
-    recipe = json.loads(json.dumps(asdict(DIGITS_VIT)))
+    recipe = json.loads(json.dumps(asdict(DIGITS_VIT) | {"preprocess": DIGITS_VIT.preprocess.to_dict()}))
     then = recipe | {"augmentation": recipe["augmentation"] | {"noise": 0.0, "cutout": 0.0, "mixup": 0.0}}
     assert card["recipe"] == then | {"weight_decay": 0.0, "label_smoothing": 0.0}, "today's cannot do what was off"
     measured = measure(digits_vit, entry)

@@ -137,7 +137,7 @@ def inspect(
     *,
     method: str = "minmax",
     seed: int = 0,
-    by: Sequence[str] = (SITE, BLOCK),
+    by: str | Sequence[str] = (SITE, BLOCK),
     rows: int | None = None,
     progress: Stage | None = None,
     **options: Any,
@@ -187,7 +187,7 @@ def inspect(
     )
 
 
-def check_names(by: Sequence[str], rank: str = "sqnr") -> tuple[str, ...]:
+def check_names(by: str | Sequence[str], rank: str = "sqnr") -> tuple[str, ...]:
     """The granularities, each once. Raises UnknownNameError for a granularity or a rank that does not exist,
     QuantlensError without any."""
     wanted = (by,) if isinstance(by, str) else tuple(dict.fromkeys(by))

@@ -198,7 +198,8 @@ def write(model: nn.Module, recipe: Recipe, figures: dict[str, Any], seconds: fl
     state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     versions = {"quantlens": __version__, "torch": torch.__version__, "timm": timm.__version__}
     made_with = {**versions, "python": platform.python_version(), "threads": torch.get_num_threads()}
-    told = {"recipe": asdict(recipe), "made_with": made_with, "figures": figures}
+    described = asdict(recipe) | {"preprocess": recipe.preprocess.to_dict()}
+    told = {"recipe": described, "made_with": made_with, "figures": figures}
     header = {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
     content = save(state, {"format": "pt", "model": recipe.name, "license": "Apache-2.0", **header})
     write_whole(weights, content)
