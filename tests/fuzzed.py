@@ -36,6 +36,7 @@ class Drawn:
     position: str
     scaled: bool
     pre_norm: bool
+    by_len: bool
 
 
 @st.composite
@@ -60,6 +61,7 @@ def drawn_models(draw) -> Drawn:
         position=draw(st.sampled_from(["learned", "sine", "none", "convolution"])),
         scaled=draw(st.booleans()),
         pre_norm=draw(st.booleans()),
+        by_len=draw(st.sampled_from([False, False, False, True])),
     )
 
 
@@ -209,7 +211,7 @@ class Model(nn.Module):
             angle = torch.arange(x.shape[1], device=x.device)[:, None] / 10.0 ** torch.arange(m.dim, device=x.device)
             x = x + torch.sin(angle)
         if m.pool == "class":
-            x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.cls.expand(len(x) if m.by_len else x.shape[0], -1, -1), x], 1)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)

@@ -82,7 +82,7 @@ def redrawn(model: nn.Module, seed: int = 0) -> nn.Module:
         elif value.dim() < 2 or "norm" in name:
             value.data = 0.2 * drawn + (1.0 if name.endswith(("weight", "lambda1", "gamma")) else 0.0)
         else:
-            value.data = drawn * value[0].numel() ** -0.5
+            value.data = drawn * max(value[0].numel(), 1) ** -0.5
     return model.eval().requires_grad_(False)
 
 

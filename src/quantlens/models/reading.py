@@ -138,8 +138,11 @@ def _foreign(path: Path) -> str:
     if not first:
         return "empty"
     if first.startswith(b"PK") and zipfile.is_zipfile(path) and path.suffix != ".npz":
-        with zipfile.ZipFile(path) as archive:
-            packed = any(name.endswith("data.pkl") for name in archive.namelist())
+        try:
+            with zipfile.ZipFile(path) as archive:
+                packed = any(name.endswith("data.pkl") for name in archive.namelist())
+        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
+            return f"a damaged archive ({first_line(error)})"
         return "" if packed else "an archive of other files: unpack it first"
     return next((what for beginning, what in _BEGINNINGS.items() if first.startswith(beginning)), "")
 
