@@ -105,7 +105,7 @@ CALLS: list[tuple[Callable[[Any, Any], Any], str]] = [
     (lambda m, q: ql.quantize(m, {}, method="minmax"), "a dict with nothing"),
     (lambda m, q: ql.allocate(m, IMAGES, sensitivity=[]), "sensitivity is"),
     (lambda m, q: ql.allocate(m, IMAGES, budget=float("inf")), "a budget of inf is none"),
-    (lambda m, q: ql.inspect(m, IMAGES, by=None), "by is None; give a list"),
+    (lambda m, q: ql.inspect(m, IMAGES, by=None), "by is None; give a text or a list of texts"),
     (lambda m, q: ql.evaluate(q, id="embedded:digits-test[0:2]", scores=1), "scores is 1; give a list"),
     (lambda m, q: ql.evaluate(q, id="embedded:digits-test[0:2]", device=1.5), "device is 1.5"),
     (lambda m, q: ql.evaluate(q, id="embedded:digits-test[0:2]", device="meta"), "unknown device 'meta'"),
