@@ -31,7 +31,7 @@ CONFIGURATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "data2vec": ("Data2VecVisionForImageClassification", "Data2VecVisionConfig", VIT),
     "dinov2": ("Dinov2ForImageClassification", "Dinov2Config", VIT),
     "dinov2-registers": ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", VIT),
-    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", VIT),
+    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {**VIT, "num_register_tokens": 2}),
     "siglip": ("SiglipVisionModel", "SiglipVisionConfig", VIT),
     "clip": ("CLIPVisionModel", "CLIPVisionConfig", VIT),
     "clip-projected": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {**VIT, "projection_dim": 16}),
@@ -74,7 +74,7 @@ def redrawn(model: nn.Module, seed: int = 0) -> nn.Module:
     """Every tensor away from its initial value, at the scale of trained ones."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if not value.is_floating_point() or "inv_freq" in name or "coords" in name:
+        if not value.numel() or not value.is_floating_point() or "inv_freq" in name or "coords" in name:
             continue
         drawn = torch.randn(value.shape, generator=generator)
         if name.endswith("running_var"):
