@@ -144,6 +144,13 @@ TIMM: list[tuple[dict[str, Any], str]] = [
 
 BODY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
 HF_VIT = {**BODY, "image_size": 64, "patch_size": 16}
+HF_LEVIT = {
+    "image_size": 64,
+    "hidden_sizes": [32, 48, 64],
+    "num_attention_heads": [2, 2, 2],
+    "depths": [1, 1, 1],
+    "key_dim": [8, 8, 8],
+}
 HF_SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 24, "depths": [1, 2], "num_heads": [2, 2], "window_size": 4}
 HF_PYRAMID = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 48, 64]}
 HF_SEG = {**HF_PYRAMID, "num_attention_heads": [1, 2, 2, 2], "sr_ratios": [8, 4, 2, 1]}
@@ -190,30 +197,8 @@ HF_ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("hf-siglip", "SiglipForImageClassification", "SiglipConfig", {"vision_config": HF_VIT}),
     ("hf-siglip-vision", "SiglipVisionModel", "SiglipVisionConfig", HF_VIT),
     ("hf-aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", HF_VIT),
-    (
-        "hf-levit",
-        "LevitForImageClassification",
-        "LevitConfig",
-        {
-            "image_size": 64,
-            "hidden_sizes": [32, 48, 64],
-            "num_attention_heads": [2, 2, 2],
-            "depths": [1, 1, 1],
-            "key_dim": [8, 8, 8],
-        },
-    ),
-    (
-        "hf-levit-teacher",
-        "LevitForImageClassificationWithTeacher",
-        "LevitConfig",
-        {
-            "image_size": 64,
-            "hidden_sizes": [32, 48, 64],
-            "num_attention_heads": [2, 2, 2],
-            "depths": [1, 1, 1],
-            "key_dim": [8, 8, 8],
-        },
-    ),
+    ("hf-levit", "LevitForImageClassification", "LevitConfig", HF_LEVIT),
+    ("hf-levit-teacher", "LevitForImageClassificationWithTeacher", "LevitConfig", HF_LEVIT),
     (
         "hf-mobilevit",
         "MobileViTForImageClassification",

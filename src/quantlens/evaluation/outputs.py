@@ -1,22 +1,20 @@
 """What a model gave on every single image, kept in one compressed file per cell: `DIR/outputs/<key>.npz`.
 
 The metrics of a study are means; whether two of them differ by more than chance can only be seen on the images they
-are means of. A file holds, for N ID images and the M images of each OOD set,
-
-    labels, predicted, rank      int32 [N]    true class, largest logit, classes that stand before the true one
-    confidence, nll, brier       float64 [N]  as in `metrics.classification.PerImage`
-    logits                       float16 [N, K] of the ID images (float32 where float16 would overflow); optional
-    narrow, wide                 float32, float64 [scores, N + sum of M]: the OOD scores, ID images first
-    about                        JSON: what was measured on which images, and the names of the scores and sets
-
-Other tasks than one label of several have no vectors from `predicted` to `brier` (format 2). `binary` and `multilabel`
-have labels uint8 [N, L] and always logits float32 [N, L]; `features` has, of what was measured, `knn1` and `linear1`
-(whether the image got its label) and `cosine` (to the FP32 model's features), float64 [N].
-
-The metrics need no logits, and are computed from the vectors, so that they equal the store's to the last digit; half
-precision is for whoever asks something new of the logits. A score is kept in float32 where that keeps every two of its
-values apart, otherwise in float64: the order of the images, which AUPR, AUROC and FPR@95 depend on, is exact.
+are means of. The metrics need no logits, and are computed from the vectors, so that they equal the store's to the last
+digit. A score is kept in float32 where that keeps every two of its values apart, otherwise in float64: the order of the
+images, which AUPR, AUROC and FPR@95 depend on, is exact.
 """
+
+# A file holds, for N ID images and the M images of each OOD set,
+#     labels, predicted, rank      int32 [N]    true class, largest logit, classes that stand before the true one
+#     confidence, nll, brier       float64 [N]  as in `metrics.classification.PerImage`
+#     logits                       float16 [N, K] of the ID images (float32 where float16 would overflow); optional
+#     narrow, wide                 float32, float64 [scores, N + sum of M]: the OOD scores, ID images first
+#     about                        JSON: what was measured on which images, and the names of the scores and sets
+# Other tasks than one label of several have no vectors from `predicted` to `brier` (format 2): `binary` and
+# `multilabel` have labels uint8 [N, L] and always logits float32 [N, L]; `features` has, of what was measured, `knn1`
+# and `linear1` (whether the image got its label) and `cosine` (to the FP32 model's features), float64 [N].
 
 import io
 import json

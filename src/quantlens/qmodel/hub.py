@@ -94,30 +94,25 @@ def told(what: str, kind: type[QuantlensError] = BadWeightsError) -> Iterator[No
         raise UnsupportedError(f"{what}: huggingface_hub is not installed (`pip install huggingface_hub`)") from error
     # its client, and so what is raised without a network, differs between releases
     clients = [c for c in errors.HfHubHTTPError.__mro__ if c.__name__ in ("HTTPError", "RequestException")]
-    no_network: Any = (errors.OfflineModeIsEnabled, ConnectionError, TimeoutError, *clients)
+    no_network = (errors.OfflineModeIsEnabled, ConnectionError, TimeoutError, *clients)
+    sentences: dict[Any, str] = {  # the narrower kinds first
+        errors.GatedRepoError: "ask for access on its page, and log in (`hf auth login`)",
+        errors.RepositoryNotFoundError: "there is no such repository, or it is private and needs a token",
+        errors.RevisionNotFoundError: "it has no such revision",
+        errors.LocalEntryNotFoundError: "there is no network, and no copy on this machine",
+        errors.EntryNotFoundError: "it has no such file",
+        errors.LocalTokenNotFoundError: "no token is known; log in (`hf auth login`) or give token=…",
+        errors.HFValidationError: "{line}",
+        errors.HfHubHTTPError: "{line}",
+        **dict.fromkeys(no_network, "there is no network ({line})"),
+    }
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise kind(f"{what}: ask for access on its page, and log in (`hf auth login`)") from error
-    except errors.RepositoryNotFoundError as error:
-        raise kind(f"{what}: there is no such repository, or it is private and needs a token") from error
-    except errors.RevisionNotFoundError as error:
-        raise kind(f"{what}: it has no such revision") from error
-    except errors.EntryNotFoundError as error:
-        offline = isinstance(error, errors.LocalEntryNotFoundError)
-        why = "there is no network, and no copy on this machine" if offline else "it has no such file"
-        raise kind(f"{what}: {why}") from error
-    except errors.LocalTokenNotFoundError as error:
-        raise kind(f"{what}: no token is known; log in (`hf auth login`) or give token=…") from error
-    except errors.HFValidationError as error:
-        raise kind(f"{what}: {_line(error)}") from error
-    except errors.HfHubHTTPError as error:
-        code = getattr(error.response, "status_code", None)
-        refused = code in (401, 403)
-        why = "the token is missing or does not allow it (`hf auth login`)" if refused else _line(error)
-        raise kind(f"{what}: {why}") from error
-    except no_network as error:
-        raise kind(f"{what}: there is no network ({_line(error)})") from error
+    except tuple(sentences) as error:
+        why = next(text for one, text in sentences.items() if isinstance(error, one))
+        if why == "{line}" and getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            why = "the token is missing or does not allow it (`hf auth login`)"
+        raise kind(f"{what}: {why.replace('{line}', _line(error))}") from error
 
 
 def _line(error: Exception) -> str:
