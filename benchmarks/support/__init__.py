@@ -10,6 +10,7 @@ import datetime
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -125,7 +126,7 @@ def judge(data: dict[str, Any]) -> dict[str, tuple[str, str]]:
     for step in STEPS:
         done = [(name, steps[name]) for name in groups[step] if name in steps]
         bad = [(name, one) for name, one in done if not one.get("ok")]
-        reasons = [one["error"] if "error" in one else _numbers(one) for _, one in bad]
+        reasons = [re.sub(r"/\S*/", "", one["error"]) if "error" in one else _numbers(one) for _, one in bad]
         if moved := [one["rounding"] for _, one in bad if "rounding" in one]:
             reasons.append(f"rounding alone, at the borders of two codes: {min(moved):.1f} dB")
         if step == "W8A8" and (below := _below(steps)):

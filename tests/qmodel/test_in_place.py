@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -100,3 +101,28 @@ def test_the_body_of_a_detector(part, tmp_path):
     found = ql.load(quantized.save(tmp_path / "body.safetensors"))(images)
     assert all(torch.equal(found[name], value) for name, value in quantized(images).items())
     assert quantized.outputs(images).logits.dim() == 2
+
+
+class _Weighted(nn.Module):
+    """Images and, for each of them, a weight of its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+
+    def forward(self, images, weights):
+        tokens = self.stem(images).flatten(2).transpose(1, 2)
+        return self.head((tokens * weights[..., None]).sum(1))
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_inputs_that_differ_from_image_to_image_are_told(differ):
+    torch.manual_seed(0)
+    module, images = _Weighted().eval(), torch.randn(4, 3, 8, 8)
+    weights = torch.rand(4, 4) if differ else torch.rand(1, 4).expand(4, 4).contiguous()
+    calls = [{"images": images, "weights": weights}]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        quantized = ql.quantize(module, calls, method="minmax", bits="W8A8")
+    assert any("weights differ from image to image" in str(one.message) for one in told) is differ
+    assert torch.allclose(quantized(images, weights), module(images, weights), atol=0.1)

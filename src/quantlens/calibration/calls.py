@@ -1,5 +1,6 @@
 """Calibration inputs that are more than images: whole calls of the model, with all that it takes."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 from quantlens.data.given import IMAGE_KEYS, LABEL_KEYS, is_map_style
 from quantlens.data.images import ImageSet
 from quantlens.data.sources import Source
-from quantlens.errors import QuantlensError
+from quantlens.errors import QuantlensError, QuantlensWarning
 from quantlens.graph import arguments_of, images_among, parameters_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -97,7 +98,24 @@ def _joined(items: Iterable[Any], names: list[str]) -> Calls:
         for place in range(len(batches[0]))
         if place != number
     }
+    _tell_varying({name: others[place] for place, name in names_of(example).items() if place in others}, len(images))
     return Calls(images, example, others)
+
+
+def _tell_varying(others: Mapping[str, Tensor], count: int) -> None:
+    """Warn of inputs besides the images that differ between these."""
+    varying = [
+        name
+        for name, value in others.items()
+        if value.dim() and len(value) == count and not torch.equal(value, value[:1].expand_as(value))
+    ]
+    if varying:
+        warnings.warn(
+            f"{', '.join(varying)} differ from image to image: ranges are chosen with every image's own, but training, "
+            "gradients, `inspect` and `allocate` run the model with the first image's",
+            QuantlensWarning,
+            stacklevel=2,
+        )
 
 
 def names_of(call: Call) -> dict[int, str]:

@@ -165,7 +165,7 @@ class _Card:
                 version=__version__,
                 facts=self._facts(base),
                 load=f'import quantlens as ql\nqmodel = ql.load("{f"hf:{self.repo}" if self.repo else self.name}")\n'
-                "logits = qmodel(images)",
+                "outputs = qmodel(images)  # as the float model gives them",
                 shape=", ".join(map(str, self.qmodel.preprocess.input_size)),
                 plain_file=code(self.name).strip("`"),
                 images=_images(told["id"]) if told else None,
