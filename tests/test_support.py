@@ -52,5 +52,10 @@ def test_architectures_are_many_and_the_page_shows_those_with_results(tmp_path):
     assert sum(name.startswith("hf-") for name in names) >= 25
     (tmp_path / f"{names[0]}.json").write_text(json.dumps({"steps": GOOD}))
     text = page(tmp_path, names)
-    assert f"| {names[0]} | ● | ● | ● | ● | ● | ● |  |" in text
+    assert f"| {names[0]} | ● | ● | ● | ● | ● | ● |\n" in text
     assert names[1] not in text
+    assert "What is not" not in text
+    (tmp_path / f"{names[1]}.json").write_text(
+        json.dumps({"steps": {**GOOD, "export any .onnx": {"error": "UnsupportedError: no operator"}}})
+    )
+    assert f"- **{names[1]}**: ONNX: " in page(tmp_path, names)
