@@ -77,6 +77,29 @@ class Means(nn.Module):
         return self.head(x.mean(-1)) + self.head(x.mean(-1, keepdim=True).flatten(1)) + self.head(x.amax(-1))
 
 
+class Resized(nn.Module):
+    """Pictures of another size, whose channels have scales of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = nn.functional.interpolate(x, (24, 24), mode="bicubic")
+        return self.head(self.patches(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("target", [None, "openvino-cpu"])
+def test_a_resized_picture_with_scales_of_channels(target, tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(24, 3, 32, 32) * torch.tensor([0.5, 1, 2])[:, None, None]
+    model = ql.load_model(Resized().eval(), preprocess=Preprocess((3, 32, 32)))
+    qmodel = ql.quantize(model, images[:16], bits="W8A8", target=target)
+    expected = qmodel(images)
+    noise = float((expected - Artefact(export(qmodel, tmp_path / "m.xml", simulate=True))(images)).square().sum())
+    assert 10 * math.log10(float(expected.square().sum()) / noise) > 60
+
+
 @pytest.mark.parametrize("target", [None, "openvino-cpu"])
 @pytest.mark.parametrize("made", [Token, lambda: Pooled(False), lambda: Pooled(True), Excited, Means])
 def test_it_computes_what_was_measured(made, target, tmp_path, monkeypatch):

@@ -118,7 +118,8 @@ def _resize(e: Emitter, node: fx.Node) -> str:
             value = e.op("MatMul", value, matrix.T.contiguous())
         else:
             value = e.op("MatMul", matrix, value)
-    return value
+    # OpenVINO takes scales of channels that come next for scales of the product's last dimension
+    return value if "nearest" in name else e.apart(value)
 
 
 def _factors(node: fx.Node, rank: int) -> Any:
