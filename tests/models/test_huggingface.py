@@ -238,7 +238,7 @@ def test_refusals(tmp_path):
     with pytest.raises(BadWeightsError, match=r"no config\.json"):
         ql.load_model(f"hf:{tmp_path / 'empty'}")
     text = transformers.BertConfig(**{k: v for k, v in TEXT.items() if "token" not in k})
-    with pytest.raises(QuantlensError, match="bert model, which does not take images"):
+    with pytest.raises(QuantlensError, match="a bert model, takes input_ids, not images"):
         ql.load_model(folder(tmp_path / "bert", transformers.BertModel(text)))
     given = folder(tmp_path / "vit", made("ViT"), processor_of())
     with pytest.raises(BadWeightsError, match="classes, not 9"):

@@ -128,7 +128,7 @@ def test_nan_in_weights_is_named(state, tmp_path):
         (b"junk", ".safetensors", "cannot be read"),
         (b"junk", ".txt", "unknown ending"),
         (b"junk", ".pth", "cannot be read"),
-        (b"junk", ".npz", "does not fit"),
+        (b"junk", ".npz", "cannot be read"),
     ],
 )
 def test_files_that_are_no_weights(tmp_path, content, suffix, message):
