@@ -67,7 +67,7 @@ def open_foreign(
 class About:
     """What every foreign model says of itself, in the words of a quantized one. foreign: what else a result keeps."""
 
-    seed, calibration, class_names, guard = 0, None, None, None
+    seed, calibration, guard = 0, None, None
     num_parameters: int | None = None
     size_mb: float | None = None
     device: Any = torch.device("cpu")
@@ -90,6 +90,7 @@ class About:
         self.name = str(name or called or own_name)
         self.checkpoint_sha256 = getattr(source, "checkpoint_sha256", None)
         self.num_parameters = getattr(source, "num_parameters", None)
+        self.class_names = getattr(source, "class_names", None)
         self.options: dict[str, Any] = {}
         self.task, self._expected = task or getattr(source, "task", None), _classes(source)
         theirs = getattr(source, "preprocess", None)

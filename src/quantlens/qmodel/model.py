@@ -63,7 +63,7 @@ class QuantizedModel(nn.Module):
         self.quantizers = nn.ModuleList(plan.quantizers.values())
         self.operators = nn.ModuleList(plan.operators.values())
         self.preprocess = preprocess
-        self._reference = [reference]  # in a list: not a submodule
+        self._reference = self._like = [reference]  # in a list: not a submodule
         self._simulation: list[fx.GraphModule | None] = [None]
         self.eval()
 
@@ -102,22 +102,22 @@ class QuantizedModel(nn.Module):
         return classifier_of(self.graph, self.plan.quantizers)
 
     def __getattr__(self, name: str) -> Any:
-        """What a larger model reads of its part (``config``, ``main_input_name``, ``num_features``): values as the float
-        module has them, which a model read from a file does not know; of its functions only those that call it."""
+        """What a larger model reads of its part (``config``, ``main_input_name``, ``num_features``): values as the
+        float module has them, which a model read from a file does not know; of its functions those that call it."""
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            module = getattr((self.__dict__.get("_reference") or [None])[0], "module", None)
+            module = getattr((self.__dict__.get("_like") or [None])[0], "module", None)
             value = None if module is None or name.startswith("_") else getattr(module, name, None)
             if name in CALLING and isinstance(value, MethodType):
                 return MethodType(value.__func__, self)
             if value is None:
                 raise
             if callable(value) or isinstance(value, Tensor):
-                text = (
-                    f"{name!r} of {type(module).__name__} is none of the quantized model's; take it of the float module"
-                )
-                raise AttributeError(text) from error
+                raise AttributeError(
+                    f"{name!r} lies inside {type(module).__name__}, which was quantized as a whole; quantize a part "
+                    "that nothing else reaches into"
+                ) from error
             return value
 
     # -- what it is -------------------------------------------------------------------------------------------------
@@ -229,4 +229,6 @@ def float_model(model: Any) -> QuantizedModel:
 
 def float_copy(model: Any) -> QuantizedModel:
     """As :func:`float_model`, with a graph and a plan of its own: whatever is done to it, ``model`` stays as it is."""
-    return copy.deepcopy(float_model(model))
+    made = copy.deepcopy(float_model(model))
+    made._like = made._like if isinstance(model, QuantizedModel) else [model]
+    return made
