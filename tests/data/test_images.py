@@ -249,8 +249,8 @@ def test_labels_stay_where_names_say_nothing() -> None:
     for own, names in ((["x", "y"], None), (["x", "x"], ["x", "y"]), (["x", "y"], ["y", "y"]), (["x"], ["a", "b"])):
         images = named([0, 0, 0], own)
         assert images.in_classes_of(names) is images
+    other = named([0, 1, 0], ["x", "y"])
     with pytest.warns(QuantlensWarning, match="names its classes otherwise than the model .'x', not 'a'") as told:
-        other = named([0, 1, 0], ["x", "y"])
         assert other.in_classes_of(["a", "b"]).in_classes_of(["a", "b"]) is other
     assert len(told) == 1
 
