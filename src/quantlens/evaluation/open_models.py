@@ -70,7 +70,8 @@ def open_models(
         return made, None
     called = reference or made.name
     try:
-        reference = open_float(called, weights, device)
+        with warnings.catch_warnings(record=True) as said:
+            reference = open_float(called, weights, device)
     except UnknownNameError as error:
         if reference is not None:
             raise
@@ -80,7 +81,9 @@ def open_models(
         ) from error
     size, own = (getattr(getattr(m, "preprocess", None), "input_size", None) for m in (made, reference))
     if size is not None and own not in (None, size):
-        reference = open_float(called, weights, device, size)
+        reference, said = open_float(called, weights, device, size), []  # what was said was of the first
+    for one in said:
+        warnings.warn(one.message, one.category, stacklevel=2)
     if made.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
         raise BadWeightsError(
             f"--weights {weights} is not the checkpoint that {path} was made from (SHA-256 "
