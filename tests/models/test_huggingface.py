@@ -232,7 +232,7 @@ def test_a_checkpoint_of_another_size_finds_its_float_model(tmp_path):
     (tmp_path / "vit" / "preprocessor_config.json").unlink()
     with pytest.warns(QuantlensWarning, match="assumed: 48×48") as told:  # it is opened at its own size before
         open_models(out, "pretrained")
-    assert len(told) == 1
+    assert sum("assumed" in str(one.message) for one in told) == 1
 
 
 def test_refusals(tmp_path):
