@@ -214,9 +214,9 @@ def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str
 
 
 def _fold_biases(model: Any) -> None:
-    """Biases of convolutions in the sizes that they are added in. OpenVINO reads them as reshaped by a shape that it
-    computes late, and where a model also makes tensors of the batch's size it may by then have taken the first channel's
-    bias for all, into the quantizer that follows."""
+    """Biases of convolutions as constants of the sizes they are added in. OpenVINO reads them as reshaped by a shape
+    that it computes late, and where a model also makes tensors of the batch's size it may by then have taken the first
+    channel's bias for all, into the quantizer that follows."""
     from openvino import opset13 as operators
 
     for node in model.get_ordered_ops():
