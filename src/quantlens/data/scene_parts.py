@@ -56,7 +56,7 @@ def parts(split: str) -> Parts:
     half = "train" if split == "train" else "test"
     pictures = [_photo(name, half) for name in PHOTOS] + _textures(half)
     pixels: list[np.ndarray] = []
-    places = np.zeros((len(pictures), LEVELS, 3), np.int64)
+    places = np.zeros((len(pictures), LEVELS, 3), np.int32)
     start = 0
     for source, picture in enumerate(pictures):
         for level in range(LEVELS):

@@ -28,7 +28,7 @@ PHOTO_SHARE = 5  # of 8 scenes stand on a photograph, the others on a texture
 TOGETHER = 64  # scenes drawn at a time: fewer scenes are the first of more
 
 Draw = Callable[..., Tensor]
-"""`draw(low, high, *shape)`: whole numbers, low to high - 1, int64."""
+"""`draw(low, high, *shape)`: whole numbers, low to high - 1."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,15 @@ def scenes(split: str, n: int, seed: int = 0) -> Scenes:
     return Scenes(pixels, image, boxes[image, slot].astype(np.float64), labels[image, slot])
 
 
-def compose(bank: Parts, draw: Draw, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def compose(bank: Parts, draw64: Draw, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """`count` scenes on the bank's device: pixels uint8 [B,96,96,3], boxes [B,MOST,4] (x1, y1, x2, y2), and labels
     [B,MOST], -1 where there is no digit or one of no class."""
+
+    def draw(low: int, high: int, *shape: int) -> Tensor:
+        return draw64(low, high, *shape).int()  # which is wide enough, and half the memory
+
     glyph = draw(0, len(bank.classes), count, MOST)
-    height = torch.tensor(HEIGHTS, device=bank.behind.device)[draw(0, len(HEIGHTS), count, MOST)]
+    height = torch.tensor(HEIGHTS, device=bank.behind.device, dtype=torch.int)[draw(0, len(HEIGHTS), count, MOST)]
     width = height * draw(200, 300, count, MOST) // 256
     centre, there = _places(draw, width, height)
     opacity = _rendered(bank, draw, glyph, centre, width, height) * there[..., None, None]
@@ -99,12 +103,12 @@ def _places(draw: Draw, width: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rendered(bank: Parts, draw: Draw, glyph: Tensor, centre: Tensor, width: Tensor, height: Tensor) -> Tensor:
-    """Opacity int64 [B,MOST,96,96] of the glyphs, turned and slanted, each from the level next to its size."""
-    level = sum((height < GLYPH * UNIT * 3 // 4 >> k).long() for k in range(3))
+    """Opacity int32 [B,MOST,96,96] of the glyphs, turned and slanted, each from the level next to its size."""
+    level = sum((height < GLYPH * UNIT * 3 // 4 >> k).int() for k in range(3))
     side = GLYPH >> level
     along, down = (side * (256 * UNIT) // size for size in (width, height))  # source pixels in a pixel, of 256
     turn, slant = draw(-56, 57, *glyph.shape), draw(-56, 57, *glyph.shape)
-    at = torch.arange(SIDE, device=glyph.device) * UNIT + UNIT // 2
+    at = torch.arange(SIDE, device=glyph.device, dtype=torch.int) * UNIT + UNIT // 2
     x = (at - centre[..., :1])[:, :, None, :]
     y = (at - centre[..., 1:])[:, :, :, None]
 
@@ -114,14 +118,14 @@ def _rendered(bank: Parts, draw: Draw, glyph: Tensor, centre: Tensor, width: Ten
     middle = wide((side + 1) * 128)  # the first pixel of a level is its border
     u = ((wide(along) * x + wide(along * (turn + slant) >> 8) * y) >> 4) + middle
     v = ((wide(down) * y - wide(down * turn >> 8) * x) >> 4) + middle
-    start = torch.tensor(level_offsets(), device=glyph.device)
+    start = torch.tensor(level_offsets(), device=glyph.device, dtype=torch.int)
     first = glyph * start[-1] + start[level]
     values = bank.strokes.view(-1, 1)
     return _sampled(values, wide(first), wide(side + 2), wide(side + 2), u, v)[..., 0]
 
 
 def _sampled(values: Tensor, start: Tensor, width: Tensor, height: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Bilinear, int64 [..., C]: of the pictures that begin in row `start` of `values` [M,C], at u, v in pixels/256."""
+    """Bilinear, int32 [..., C]: of the pictures that begin in row `start` of `values` [M,C], at u, v in pixels/256."""
     u = torch.minimum(u.clamp(min=0), (width - 1) * 256 - 1)
     v = torch.minimum(v.clamp(min=0), (height - 1) * 256 - 1)
     right, low = (u & 255)[..., None], (v & 255)[..., None]
@@ -142,18 +146,18 @@ def _boxes(stroke: Tensor) -> Tensor:
 
 
 def _behind(bank: Parts, draw: Draw, count: int) -> Tensor:
-    """int64 [B,96,96,3]: a piece of a photograph or texture, of any scale, mirrored or not, of any contrast."""
+    """int32 [B,96,96,3]: a piece of a photograph or texture, of any scale, mirrored or not, of any contrast."""
     photo = draw(0, 8, count) < PHOTO_SHARE
     source = torch.where(photo, draw(0, bank.photos, count), draw(bank.photos, len(bank.places), count))
     largest = bank.places[source, 0, 1:].amin(-1) * 256 // (SIDE + 1)
     scale = torch.minimum(90 + (draw(0, 27, count) * draw(0, 27, count)), largest)  # source pixels in a pixel, of 256
-    level = (scale >= 384).long() + (scale >= 768).long()
+    level = (scale >= 384).int() + (scale >= 768).int()
     start, width, height = bank.places[source, level].unbind(-1)
     scale = scale >> level
-    at = torch.arange(SIDE, device=scale.device)
+    at = torch.arange(SIDE, device=scale.device, dtype=torch.int)
     axes = []
     for length in (width, height):
-        first = draw(0, 1 << 16, count) * (length * 256 - SIDE * scale).clamp(min=1) >> 16
+        first = draw(0, 1 << 12, count) * (length * 256 - SIDE * scale).clamp(min=1) >> 12
         axes.append(first[:, None] + at * scale[:, None])
     x = torch.where(draw(0, 2, count, 1) > 0, axes[0].flip(-1), axes[0])
     y = torch.where(draw(0, 4, count, 1) > 2, axes[1].flip(-1), axes[1])
@@ -170,13 +174,13 @@ def _painted(draw: Draw, picture: Tensor, opacity: Tensor) -> Tensor:
     """With one glyph [B,96,96] in ink: darker or lighter than what is under it, grey or of some colour."""
     count = len(picture)
     weight = opacity[..., None]
-    under = (picture * weight).sum((1, 2)) // weight.sum((1, 2)).clamp(min=1)
+    under = ((picture * weight).sum((1, 2)) // weight.sum((1, 2)).clamp(min=1)).int()
     light = (under[:, :1] + 2 * under[:, 1:2] + under[:, 2:]) >> 2
     strength = draw(60, 126, count, 1)
     sign = 1 - 2 * draw(0, 2, count, 1)
     sign = torch.where((light + sign * strength < 0) | (light + sign * strength > 255), -sign, sign)
     tint = draw(-60, 61, count, 3) * draw(0, 2, count, 1)
-    tint = tint - tint.sum(-1, keepdim=True) // 3
+    tint = tint - tint.sum(-1, keepdim=True).int() // 3
     ink = (light + sign * strength + tint).clamp(0, 255)[:, None, None]
     covering = weight * draw(180, 257, count, 1, 1, 1) >> 8
     return picture + (((ink - picture) * covering + 128) >> 8)
