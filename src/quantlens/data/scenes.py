@@ -93,7 +93,9 @@ def _places(draw: Draw, width: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
     for slot in range(1, MOST):
         one, others = tried[:, slot, :, None], centre[:, None, :slot]
         reach = half[:, slot, None, None] + half[:, None, :slot]
-        shared = torch.minimum(reach - (one - others).abs(), 2 * torch.minimum(half[:, slot, None], half[:, :slot])[:, None])
+        shared = torch.minimum(
+            reach - (one - others).abs(), 2 * torch.minimum(half[:, slot, None], half[:, :slot])[:, None]
+        )
         limit = torch.minimum(area[:, slot, None], area[:, :slot])[:, None] // OVERLAP
         free = ((shared.clamp(min=0).prod(-1) <= limit) | ~kept[:, None, :slot]).all(-1)
         best = free.int().argmax(-1)

@@ -1,4 +1,4 @@
-"""What a detector learns from: one-to-one matching of queries and boxes, losses on both, and a dense head on the memory.
+"""What a detector learns from: one-to-one matching of queries and boxes, their losses, and a dense head on the memory.
 
 True boxes come padded to T a picture: boxes [B,T,4] (x1, y1, x2, y2 as fractions) and labels [B,T], -1 for none.
 All of it is vectorised, on whatever device the tensors are.
@@ -84,7 +84,8 @@ def detection_loss(stages: Stages, boxes: Tensor, labels: Tensor, softmax: bool)
     chosen = guessed[rows, query]
     iou, giou = overlaps(boxes, corners(chosen))
     number = there.sum().clamp(min=1) / len(counts)
-    place = ((centred(boxes) - chosen).abs().sum(-1) * L1_COST + (1 - giou) * GIOU_COST)[there].sum() / number
+    far = (centred(boxes) - chosen).abs().sum(-1) * L1_COST + (1 - giou) * GIOU_COST
+    place = (far * there).sum() / number  # no indexing by a mask, for which a GPU would have to wait
     spare = torch.where(there, query, logits.shape[1])  # boxes that do not exist write beside the queries
     if softmax:
         target = logits.new_full((len(logits), logits.shape[1] + 1), logits.shape[-1] - 1, dtype=torch.int64)

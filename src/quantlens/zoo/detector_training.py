@@ -21,11 +21,15 @@ from quantlens.data.preprocess import Preprocess
 from quantlens.data.scene_parts import parts
 from quantlens.data.scenes import CLASSES, MOST, SIDE, compose, scenes
 from quantlens.files import write_whole
+from quantlens.metrics import ood_metrics
 from quantlens.zoo.detector_losses import DenseHead, average_precision, detection_loss, detections
 from quantlens.zoo.detectors import Detector, build
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Normalised pictures [B,3,S,S], boxes [B,T,4] as fractions, labels [B,T]."""
+
+
+PREPROCESS = Preprocess((3, SIDE, SIDE), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class DetectorRecipe:
     shape: str  # a key of quantlens.zoo.detectors.SHAPES
     settings: dict[str, Any]
     scoring: str  # "softmax" (the last class is "no object") or "sigmoid"
-    preprocess: Preprocess = Preprocess((3, SIDE, SIDE), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+    preprocess: Preprocess = PREPROCESS
     steps: int = 9000
     batch_size: int = 128
     learning_rate: float = 1e-3
@@ -97,13 +101,18 @@ def fixed(recipe: DetectorRecipe, split: str, n: int, seed: int) -> Batch:
 
 
 @torch.inference_mode()
+def answers(model: Detector, recipe: DetectorRecipe, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Scores, labels and boxes that the model finds, 64 pictures at a time."""
+    device = next(model.parameters()).device
+    return [detections(*model(x.to(device)).values(), recipe.scoring == "softmax") for x in batch[0].split(64)]
+
+
 def precision(model: Detector, recipe: DetectorRecipe, batch: Batch) -> dict[str, float]:
     """mAP over IoU 0.5 to 0.95, and at 0.5 and 0.75 (fractions), of the model in evaluation mode."""
-    device = next(model.parameters()).device
-    answers = [detections(*model(x.to(device)).values(), recipe.scoring == "softmax") for x in batch[0].split(64)]
-    scores, labels, boxes = (torch.cat(tensors).cpu() for tensors in zip(*answers, strict=True))
-    found = average_precision(scores, labels, boxes, batch[1].cpu(), batch[2].cpu(), len(CLASSES))
-    return {"map": float(np.nanmean(found)), "map50": float(np.nanmean(found[:, 0])), "map75": float(found[:, 5].mean())}
+    found = zip(*answers(model, recipe, batch), strict=True)
+    scores, labels, boxes = (torch.cat(tensors).cpu() for tensors in found)
+    mean = np.nanmean(average_precision(scores, labels, boxes, *batch[1:], len(CLASSES)), axis=0)
+    return {"map": float(mean.mean()), "map50": float(mean[0]), "map75": float(mean[5])}
 
 
 class Run:
@@ -128,16 +137,17 @@ class Run:
         ]
         self.optimiser = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=device.type == "cuda")
 
-    def state(self) -> dict[str, Any]:
+    def state(self, log: list[dict[str, float]]) -> dict[str, Any]:
         """All that `load` wants."""
-        parts_of = (self.model, self.averaged, self.dense, self.optimiser)
-        return {"step": self.step, "seconds": self.seconds, "parts": [part.state_dict() for part in parts_of]}
+        kept = [part.state_dict() for part in (self.model, self.averaged, self.dense, self.optimiser)]
+        return {"step": self.step, "seconds": self.seconds, "parts": kept, "log": log}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+    def load(self, state: dict[str, Any]) -> list[dict[str, float]]:
+        """Go on where `state` was taken; returns its log."""
         self.step, self.seconds = state["step"], state["seconds"]
         for part, value in zip((self.model, self.averaged, self.dense, self.optimiser), state["parts"], strict=True):
             part.load_state_dict(value)
+        return state["log"]
 
     def advance(self, batch: Batch, progress: float) -> Tensor:
         """One step; returns its loss (on the device). `progress`: how much of the schedule is over, 0 to 1."""
@@ -166,7 +176,7 @@ class Run:
 
 def follow(
     recipe: DetectorRecipe,
-    out: Path,
+    weights: Path,
     *,
     device: str = "cpu",
     minutes: float | None = None,
@@ -174,19 +184,17 @@ def follow(
     every: float = 60.0,
     source: Callable[[int], Batch] | None = None,
     report: Callable[[str], None] = print,
-) -> Detector:
-    """Train and return the averaged model on the CPU, in evaluation mode.
+) -> tuple[Detector, list[dict[str, float]]]:
+    """Train; the averaged model on the CPU, in evaluation mode, and the log: an entry for every `every` seconds.
 
-    Every `every` seconds, and at the end, `out` gets `<name>.safetensors` (the averaged weights) and `<name>.log.json`;
-    `state` (a file, by default in `out`) gets what a second call goes on from. minutes: end the schedule by the clock.
+    As often, `weights` (a safetensors file) gets the averaged weights, the file beside it (.json) the log, and `state`
+    what a later call goes on from (default: beside them, .pt). minutes: end the schedule by the clock, not by steps.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    run, state = Run(recipe, torch.device(device)), state or out / f"{recipe.name}.state.pt"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    run, state = Run(recipe, torch.device(device)), state or weights.with_suffix(".pt")
     log: list[dict[str, float]] = []
-    path = out / f"{recipe.name}.log.json"
     if state.exists():
-        run.load(torch.load(state, map_location=device, weights_only=True))
-        log = json.loads(path.read_text()) if path.exists() else []
+        log = run.load(torch.load(state, map_location=device, weights_only=True))
     source, held_out = source or Source(recipe, run.device), fixed(recipe, "test", 256, seed=1)
     start, saved, losses = time.monotonic() - run.seconds, time.monotonic(), []
 
@@ -198,9 +206,9 @@ def follow(
         entry = {"step": run.step, "seconds": round(run.seconds, 1), "loss": float(torch.stack(losses).mean())}
         log.append({**entry, **precision(run.averaged, recipe, held_out)})
         report(f"{recipe.name}  " + "  ".join(f"{key} {value:.4g}" for key, value in log[-1].items()))
-        write_whole(out / f"{recipe.name}.safetensors", save(weights_of(run.averaged), {"format": "pt"}))
-        write_whole(path, json.dumps(log, indent=1) + "\n")
-        torch.save(run.state(), state)
+        write_whole(weights, save(weights_of(run.averaged), {"format": "pt"}))
+        write_whole(weights.with_suffix(".json"), json.dumps({"model": recipe.name, "log": log}, indent=1) + "\n")
+        torch.save(run.state(log), state)
         losses.clear()
 
     while (done := progress()) < 1:
@@ -212,7 +220,19 @@ def follow(
             saved = time.monotonic()
     if losses:
         keep()
-    return run.averaged.cpu()
+    return run.averaged.cpu(), log
+
+
+def measure_detector(model: Detector, recipe: DetectorRecipe, n: int = 512) -> dict[str, Any]:
+    """FP32 metrics on `n` held-out scenes: mAP; AUPR-out and AUROC, by the largest score of a scene, against as many
+    scenes that hold unknown digits and letters only (fractions).
+    """
+    known, unknown = (fixed(recipe, split, n, seed=0) for split in ("test", "unknown"))
+    result: dict[str, Any] = {"n": n, **precision(model, recipe, known)}
+    largest = [torch.cat([found[0][:, 0] for found in answers(model, recipe, b)]).numpy() for b in (known, unknown)]
+    found = ood_metrics(*largest)
+    keep = {key: found[key] for key in ("aupr_out", "auroc", "chance_aupr_out", "n_ood")}
+    return {**result, "ood": {"scenes-unknown": {"group": "near", **keep}}}
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ what training looks at: logits and boxes after every layer, and the memory [B,N,
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class MLP(nn.Module):
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -225,7 +226,10 @@ class Sampling(nn.Module):
         super().__init__()
         self.shape = (heads, levels, points)
         self.value, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.offsets, self.weights = nn.Linear(dim, heads * levels * points * 2), nn.Linear(dim, heads * levels * points)
+        self.offsets, self.weights = (
+            nn.Linear(dim, heads * levels * points * 2),
+            nn.Linear(dim, heads * levels * points),
+        )
         nn.init.zeros_(self.offsets.weight)
         nn.init.zeros_(self.weights.weight)
         turn = torch.arange(heads)[:, None] * (2 * math.pi / heads) + math.pi / 4
