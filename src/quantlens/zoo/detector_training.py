@@ -29,6 +29,8 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """Normalised pictures [B,3,S,S], boxes [B,T,4] as fractions, labels [B,T]."""
 
 
+HELD_OUT = 512
+"""Scenes that a trained detector is measured on, and as many of unknown objects."""
 PREPROCESS = Preprocess((3, SIDE, SIDE), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
 
 
@@ -195,7 +197,7 @@ def follow(
     log: list[dict[str, float]] = []
     if state.exists():
         log = run.load(torch.load(state, map_location=device, weights_only=True))
-    source, held_out = source or Source(recipe, run.device), fixed(recipe, "test", 256, seed=1)
+    source, held_out = source or Source(recipe, run.device), fixed(recipe, "test", HELD_OUT // 2, seed=1)
     start, saved, losses = time.monotonic() - run.seconds, time.monotonic(), []
 
     def progress() -> float:
@@ -223,12 +225,12 @@ def follow(
     return run.averaged.cpu(), log
 
 
-def measure_detector(model: Detector, recipe: DetectorRecipe, n: int = 512) -> dict[str, Any]:
-    """FP32 metrics on `n` held-out scenes: mAP; AUPR-out and AUROC, by the largest score of a scene, against as many
+def measure_detector(model: Detector, recipe: DetectorRecipe) -> dict[str, Any]:
+    """FP32 metrics on HELD_OUT scenes: mAP; AUPR-out and AUROC, by the largest score of a scene, against as many
     scenes that hold unknown digits and letters only (fractions).
     """
-    known, unknown = (fixed(recipe, split, n, seed=0) for split in ("test", "unknown"))
-    result: dict[str, Any] = {"n": n, **precision(model, recipe, known)}
+    known, unknown = (fixed(recipe, split, HELD_OUT, seed=0) for split in ("test", "unknown"))
+    result: dict[str, Any] = {"n": HELD_OUT, **precision(model, recipe, known)}
     largest = [torch.cat([found[0][:, 0] for found in answers(model, recipe, b)]).numpy() for b in (known, unknown)]
     found = ood_metrics(*largest)
     keep = {key: found[key] for key in ("aupr_out", "auroc", "chance_aupr_out", "n_ood")}
