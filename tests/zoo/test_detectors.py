@@ -25,6 +25,16 @@ SETTINGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def eight() -> tuple[torch.Tensor, ...]:
+    return fixed(DETECTOR_RECIPES["scenes-detr"], "train", 8, 0)
+
+
+@pytest.fixture
+def _few_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantlens.zoo.detector_training.HELD_OUT", 32)
+
+
 def small(name: str, **changes) -> DetectorRecipe:
     return replace(DETECTOR_RECIPES[name], settings=SETTINGS[name], batch_size=2, warmup=1, **changes)
 
@@ -118,10 +128,11 @@ def test_average_precision_of_a_small_case() -> None:
     assert np.isnan(found[1]).all()
 
 
+@pytest.mark.usefixtures("_few_held_out")
 @pytest.mark.parametrize("name", DETECTOR_RECIPES)
-def test_a_run_that_was_stopped_goes_on(name: str, tmp_path) -> None:
+def test_a_run_that_was_stopped_goes_on(name: str, tmp_path, eight) -> None:
     recipe = small(name, steps=4)
-    batches = [fixed(recipe, "train", 2, seed) for seed in range(4)]
+    batches = [tuple(tensor[2 * step : 2 * step + 2] for tensor in eight) for step in range(4)]
     quiet = {"source": batches.__getitem__, "report": lambda text: None}
     whole, log = follow(recipe, tmp_path / "a.safetensors", **quiet)
     state = tmp_path / "b.pt"
@@ -138,24 +149,24 @@ def test_a_run_that_was_stopped_goes_on(name: str, tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTOR_RECIPES)
-def test_a_few_scenes_are_learnt_by_heart(name: str) -> None:
+def test_a_few_scenes_are_learnt_by_heart(name: str, eight) -> None:
     recipe = replace(DETECTOR_RECIPES[name], warmup=30, average=0.9)
-    run, batch = Run(recipe, torch.device("cpu")), fixed(recipe, "train", 8, 0)
+    run, batch = Run(recipe, torch.device("cpu")), eight
     for step in range(150):
         run.advance(batch, step / 150)
     scores, labels, boxes = detections(*run.averaged(batch[0]).values(), recipe.scoring == "softmax")
     assert np.nanmean(average_precision(scores, labels, boxes, *batch[1:], 8)) > 0.9
 
 
+@pytest.mark.usefixtures("_few_held_out")
 def test_command_trains_measures_and_writes_a_card(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(DETECTOR_RECIPES, "scenes-detr", small("scenes-detr"))
-    monkeypatch.setattr("quantlens.zoo.detector_training.HELD_OUT", 64)
     main(["scenes-detr", "--steps", "2", "--out", str(tmp_path)])
     assert "map50" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scenes_detr.json", "scenes_detr.safetensors"]
     card = json.loads((tmp_path / "scenes_detr.json").read_text())
     assert card["recipe"]["steps"] == 2
-    assert card["figures"]["n"] == 64
+    assert card["figures"]["n"] == 32
     assert 0 <= card["figures"]["map"] <= card["figures"]["map50"] <= 1
     main(["scenes-detr", "--trained", str(tmp_path), "--out", str(tmp_path / "again")])
     again = json.loads((tmp_path / "again" / "scenes_detr.json").read_text())

@@ -25,7 +25,7 @@ STROKE = 64  # opacity, of 255, from which a pixel belongs to the box
 OVERLAP = 8  # the largest overlap of two digits: the smaller one's area divided by this
 TRIES = 12  # places tried for one digit before it is left out
 PHOTO_SHARE = 5  # of 8 scenes stand on a photograph, the others on a texture
-TOGETHER = 64  # scenes drawn at a time: fewer scenes are the first of more
+TOGETHER = 16  # scenes drawn at a time: fewer scenes are the first of more
 
 Draw = Callable[..., Tensor]
 """`draw(low, high, *shape)`: whole numbers, low to high - 1."""

@@ -74,11 +74,16 @@ DETECTOR_RECIPES = {
 
 
 class Source:
-    """Batches of training scenes, drawn on the device: the one of a step depends on the seed and the step alone."""
+    """Batches of training scenes, drawn on the device: the one of a step depends on the seed and the step alone.
+
+    On a GPU those of eight steps are drawn at a time, as there it is the number of operations that costs.
+    """
 
     def __init__(self, recipe: DetectorRecipe, device: torch.device) -> None:
         self.recipe, self.bank = recipe, parts("train").to(device)
         self.generator = torch.Generator(device)
+        self.together = 8 if device.type == "cuda" else 1
+        self.block, self.drawn = -1, (torch.empty(0),) * 3
 
     def draw(self, low: int, high: int, *shape: int) -> Tensor:
         """Whole numbers, low to high - 1."""
@@ -86,8 +91,13 @@ class Source:
         return torch.randint(low, high, shape, generator=self.generator, device=device, dtype=torch.int)
 
     def __call__(self, step: int) -> Batch:
-        self.generator.manual_seed(self.recipe.seed * 1_000_003 + step)
-        pixels, boxes, labels = compose(self.bank, self.draw, self.recipe.batch_size)
+        block, place = divmod(step, self.together)
+        if block != self.block:
+            self.generator.manual_seed(self.recipe.seed * 1_000_003 + block)
+            self.drawn = compose(self.bank, self.draw, self.together * self.recipe.batch_size)
+            self.block = block
+        size = self.recipe.batch_size
+        pixels, boxes, labels = (tensor[place * size : (place + 1) * size] for tensor in self.drawn)
         return self.recipe.preprocess.normalize(pixels.permute(0, 3, 1, 2)), boxes / SIDE, labels
 
 
