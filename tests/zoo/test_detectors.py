@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from dataclasses import replace
@@ -9,12 +10,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
+from quantlens import zoo
+from quantlens.data.scenes import CLASSES
 from quantlens.graph import capture
 from quantlens.zoo.detector_losses import assign, average_precision, detection_loss, detections, overlaps
-from quantlens.zoo.detector_training import DETECTOR_RECIPES, DetectorRecipe, Run, fixed, follow
-from quantlens.zoo.train import main
+from quantlens.zoo.detector_training import (
+    DETECTOR_RECIPES,
+    DetectorRecipe,
+    Run,
+    fixed,
+    follow,
+    measure_detector,
+    precision,
+)
+from quantlens.zoo.train import RECIPES, main
 
 SMALL = {"dim": 16, "heads": 2, "queries": 9}
 NARROW = {**SMALL, "widths": (8, 8, 16), "hidden": 16, "encoder": 1, "decoder": 2}
@@ -52,7 +63,10 @@ def test_detectors_fit_in_four_megabytes_and_answer_as_agreed(name: str) -> None
     assert 0 < float(found["pred_boxes"].min()) < float(found["pred_boxes"].max()) < 1
 
 
-@pytest.mark.parametrize("name", DETECTOR_RECIPES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "scenes-rtdetr" else pytest.mark.slow) for name in DETECTOR_RECIPES],
+)
 def test_a_captured_detector_says_what_the_module_says(name: str) -> None:
     torch.manual_seed(0)
     model = small(name).build()
@@ -172,3 +186,46 @@ def test_command_trains_measures_and_writes_a_card(tmp_path, monkeypatch, capsys
     again = json.loads((tmp_path / "again" / "scenes_detr.json").read_text())
     assert again["figures"] == card["figures"]
     assert again["log"] == card["log"]
+
+
+@pytest.mark.parametrize("name", DETECTOR_RECIPES)
+def test_entry_and_recipe_agree(name: str, monkeypatch, tmp_path) -> None:
+    (tmp_path / f"{name.replace('-', '_')}.safetensors").touch()
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    (entry,) = zoo.available().values()
+    recipe = DETECTOR_RECIPES[name]
+    assert entry.name == name
+    assert (entry.preprocess, entry.scoring, entry.class_names) == (recipe.preprocess, recipe.scoring, CLASSES)
+    assert entry.build().state_dict().keys() == recipe.build().state_dict().keys()
+    with_weights = {**RECIPES, **DETECTOR_RECIPES}
+    assert zoo.DETECTORS.keys() == DETECTOR_RECIPES.keys() == with_weights.keys() - {"digits-vit"}
+
+
+SHIPPED = [name for name in DETECTOR_RECIPES if name in zoo.available()]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_card_of_a_shipped_detector_tells_the_truth(name: str) -> None:
+    entry, recipe = zoo.available()[name], DETECTOR_RECIPES[name]
+    card, content = entry.card(), entry.weights.read_bytes()
+    assert card["sha256"] == hashlib.sha256(content).hexdigest()
+    assert card["bytes"] == len(content) <= 4 * 2**20
+    figures = card["figures"]
+    assert figures["n"] >= 500
+    assert figures["map"] >= 0.55
+    assert figures["map50"] >= 0.85
+    model = entry.build()
+    model.load_state_dict(load(content), strict=True)
+    found = precision(model.eval(), recipe, fixed(recipe, "test", 64, 0))
+    assert found["map"] == pytest.approx(figures["map"], abs=0.08), "of an eighth of the scenes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_figures_of_a_shipped_detector_are_measured_again(name: str) -> None:
+    entry = zoo.available()[name]
+    model = entry.build()
+    model.load_state_dict(load_file(entry.weights), strict=True)
+    measured = measure_detector(model.eval(), DETECTOR_RECIPES[name])
+    for key in ("map", "map50", "map75"):
+        assert measured[key] == pytest.approx(entry.card()["figures"][key], abs=0.003)

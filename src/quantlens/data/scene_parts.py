@@ -67,8 +67,7 @@ def parts(split: str) -> Parts:
             picture = _halved(picture)
     sets = [load_embedded(name) for name in GLYPHS[split]]
     glyphs = np.concatenate([_strokes(s.pixels[..., 0]) for s in sets])
-    labels = [np.full(len(s.pixels), -1) if split == "unknown" else s.labels for s in sets]
-    classes = torch.from_numpy(np.concatenate(labels).astype(np.int64))
+    classes = torch.full((len(glyphs),), -1) if split == "unknown" else torch.from_numpy(np.array(sets[0].labels))
     behind = torch.from_numpy(np.concatenate(pixels))
     return Parts(behind, torch.from_numpy(places), len(PHOTOS), torch.from_numpy(glyphs), classes)
 

@@ -116,7 +116,8 @@ def fixed(recipe: DetectorRecipe, split: str, n: int, seed: int) -> Batch:
 def answers(model: Detector, recipe: DetectorRecipe, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Scores, labels and boxes that the model finds, 64 pictures at a time."""
     device = next(model.parameters()).device
-    return [detections(*model(x.to(device)).values(), recipe.scoring == "softmax") for x in batch[0].split(64)]
+    outputs = [model(x.to(device)) for x in batch[0].split(64)]
+    return [detections(found["logits"], found["pred_boxes"], recipe.scoring == "softmax") for found in outputs]
 
 
 def precision(model: Detector, recipe: DetectorRecipe, batch: Batch) -> dict[str, float]:
@@ -208,7 +209,8 @@ def follow(
     if state.exists():
         log = run.load(torch.load(state, map_location=device, weights_only=True))
     source, held_out = source or Source(recipe, run.device), fixed(recipe, "test", HELD_OUT // 2, seed=1)
-    start, saved, losses = time.monotonic() - run.seconds, time.monotonic(), []
+    start, saved = time.monotonic() - run.seconds, time.monotonic()
+    losses: list[Tensor] = []
 
     def progress() -> float:
         run.seconds = time.monotonic() - start
