@@ -20,7 +20,7 @@ import numpy as np
 
 from quantlens._version import __version__
 from quantlens.ambient import isolated
-from quantlens.errors import QuantlensError, StorageError, UnknownNameError, UnsupportedError
+from quantlens.errors import QuantlensError, StorageError, UnknownNameError, UnsupportedError, first_line
 from quantlens.export.onnx_file import Initializer, check, pieces
 from quantlens.export.onnx_values import Size
 from quantlens.files import write_whole
@@ -197,8 +197,7 @@ def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str
         try:
             model = openvino_core().read_model(source)
         except RuntimeError as error:
-            why = (str(error).strip().splitlines() or [""])[-1]
-            raise UnsupportedError(f"OpenVINO cannot read {path.stem}: {why}; export to .onnx") from error
+            raise UnsupportedError(f"OpenVINO cannot read {path.stem}: {first_line(error)}; export to .onnx") from error
         _fold_biases(model)
         for key, value in record.items():
             model.set_rt_info(value, ["quantlens", key])
