@@ -3,7 +3,7 @@ wrote. Code that comes with a model is never run."""
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from quantlens.data import Preprocess
+from quantlens.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from quantlens.errors import BadWeightsError, QuantlensError, UnsupportedError
 from quantlens.models.processors import preprocess_of
 from quantlens.models.tasks import task_of
@@ -20,6 +21,15 @@ from quantlens.models.weights import adapt, first_line, fit
 
 PREFIX = "hf:"
 FILES = ("model.safetensors", "pytorch_model.bin")
+IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+BICUBIC = {**IMAGENET, "interpolation": "bicubic"}
+DINO = {**BICUBIC, "resize": (256,)}  # of 224 pixels
+PUBLISHED: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), DINO),
+    **dict.fromkeys(("convnext", "convnextv2", "cvt", "deit", "regnet", "resnet", "vit_mae", "vit_msn"), IMAGENET),
+    **dict.fromkeys(("swin", "swinv2"), BICUBIC),
+}
+"""How the published models of a type have their images, where the processor's class has other defaults."""
 FAULTS = (
     UnpicklingError,
     OSError,
@@ -230,8 +240,8 @@ def preprocess_beside(module: nn.Module) -> Preprocess | None:
 
 
 def default_preprocess(module: nn.Module) -> Preprocess | None:
-    """What the image processor of a module's architecture does by default, at the size of its configuration; None
-    where its architecture has none."""
+    """What the image processor of a module's architecture does by default, or of the models that were published (see
+    :data:`PUBLISHED`), at the size of its configuration; None where its architecture has none."""
     config: Any = getattr(module, "config", None)
     found = _default_preprocess(transformers(), config) if hasattr(config, "model_type") else None
     return found and found.for_size(image_size(config))
@@ -256,9 +266,10 @@ def _default_preprocess(package: Any, config: Any) -> Preprocess | None:
     names = next((known[family] for family in families if family in known), ())
     names = list(names.values()) if isinstance(names, dict) else [*names][::-1]
     try:
-        return next((preprocess_of(getattr(package, name)()) for name in names if name), None)
+        found = next((preprocess_of(getattr(package, name)()) for name in names if name), None)
     except FAULTS:
         return None
+    return found and replace(found, **PUBLISHED.get(config.model_type, {}))
 
 
 def _weights_file(source: str, revision: str) -> Path | None:
