@@ -5,7 +5,7 @@ import copy
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from quantlens.data import Preprocess
+from quantlens.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnsupportedError, first_line
 from quantlens.files import mistaken
 from quantlens.models import detection
@@ -25,6 +26,15 @@ from quantlens.models.weights import adapt, fit
 
 PREFIX = "hf:"
 FILES = ("model.safetensors", "pytorch_model.bin")
+IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+BICUBIC = {**IMAGENET, "interpolation": "bicubic"}
+DINO = {**BICUBIC, "resize": (256,)}  # of 224 pixels
+PUBLISHED: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), DINO),
+    **dict.fromkeys(("convnext", "convnextv2", "cvt", "deit", "regnet", "resnet", "vit_mae", "vit_msn"), IMAGENET),
+    **dict.fromkeys(("swin", "swinv2"), BICUBIC),
+}
+"""How the published models of a type have their images, where the processor's class has other defaults."""
 FAULTS = (
     UnpicklingError,
     OSError,
@@ -296,8 +306,8 @@ def preprocess_beside(module: nn.Module) -> Preprocess | None:
 
 
 def default_preprocess(module: nn.Module) -> Preprocess | None:
-    """What the image processor of a module's architecture does by default, at the size of its configuration; None
-    where its architecture has none."""
+    """What the image processor of a module's architecture does by default, or of the models that were published (see
+    :data:`PUBLISHED`), at the size of its configuration; None where its architecture has none."""
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "model_type"):
         return None
@@ -329,9 +339,10 @@ def _default_preprocess(package: Any, config: Any, square: bool) -> Preprocess |
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QuantlensWarning)  # nobody gave this one
         try:
-            return next((preprocess_of(getattr(package, name)(), square=square) for name in names if name), None)
+            found = next((preprocess_of(getattr(package, name)(), square=square) for name in names if name), None)
         except FAULTS:
             return None
+    return found and replace(found, **PUBLISHED.get(config.model_type, {}))
 
 
 def _weights_file(source: str, revision: str) -> Path | None:

@@ -93,7 +93,7 @@ def load_model(
     file, or ``"random"`` (drawn with ``seed``). None: random for a timm name, a model's own for all others.
     num_classes: taken from the file if its classifier has another size than the architecture's default; 0 leaves the
     classifier out. preprocess, input_size: the model's own otherwise. task: "classify", "binary", "multilabel",
-    "features", "zero-shot" or "detect"; None finds it from the model.
+    "features" (a name's classifier is left out), "zero-shot" or "detect"; None finds it from the model.
 
     Raises UnknownNameError, BadWeightsError (with what does not fit).
     """
@@ -103,11 +103,10 @@ def load_model(
     if weights == "":
         raise BadWeightsError("weights is an empty text; give a file, 'pretrained' or 'random', or leave it out")
     path = None if weights in (None, "pretrained", "random") else Path(str(weights))
-    check_task(task)
     size = None if input_size is None else modules.check_size(input_size)
     if preprocess is not None and size not in (None, preprocess.input_size):
         raise QuantlensError(f"input_size {size} and preprocess, whose is {preprocess.input_size}, differ; give one")
-    own: dict[str, Any] = {"preprocess": preprocess, "input_size": size, "task": task}
+    own: dict[str, Any] = {"preprocess": preprocess, "input_size": size, "task": check_task(task)}
     if isinstance(model, torch.export.ExportedProgram):
         model = modules.unwrapped(model)
     if isinstance(model, nn.Module):
@@ -150,6 +149,7 @@ def _by_name(
     if name in zoo.available():
         _refuse(name, num_classes=num_classes, input_size=own["input_size"])
         return _from_zoo(zoo.available()[name], path, weights == "random", seed, own)
+    num_classes = 0 if own["task"] == "features" and num_classes is None else num_classes
     as_timm: str | None = name
     if name.startswith(huggingface.PREFIX):
         as_timm, weights = huggingface.timm_name(name), weights or (None if path else "pretrained")
@@ -245,7 +245,10 @@ def _from_zoo(entry: zoo.ZooEntry, path: Path | None, random: bool, seed: int, o
     if path is not None:
         files.fit(module, files.read_state(path), str(path), entry.name)
     preprocess, task = own["preprocess"] or entry.preprocess, own["task"]
-    named: dict[str, Any] = {"name": entry.name, "class_names": entry.class_names, "checkpoint": "random"}
+    names = None if task == "features" else entry.class_names
+    if names is None:
+        module.reset_classifier(0)
+    named: dict[str, Any] = {"name": entry.name, "class_names": names, "checkpoint": "random"}
     return Model(module, preprocess=preprocess, path=path, task=task, **named)
 
 
