@@ -220,9 +220,10 @@ def _fold_biases(model: Any) -> None:
     from openvino import opset13 as operators
 
     for node in model.get_ordered_ops():
-        source = node.input_value(0).get_node() if node.get_type_name() == "Reshape" else None
-        shape = node.get_output_partial_shape(0) if source else None
-        if source and source.get_type_name() == "Constant" and shape.is_static and node.get_element_type().is_real():
+        if node.get_type_name() != "Reshape" or not node.get_element_type().is_real():
+            continue
+        source, shape = node.input_value(0).get_node(), node.get_output_partial_shape(0)
+        if source.get_type_name() == "Constant" and shape.is_static:
             folded = operators.constant(source.get_data().reshape(list(shape.to_shape())))
             for reader in list(node.output(0).get_target_inputs()):
                 reader.replace_source_output(folded.output(0))
