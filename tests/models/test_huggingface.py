@@ -162,6 +162,13 @@ def test_without_a_processor_it_says_what_it_assumed(tmp_path):
     assert model.preprocess.input_size == (3, 32, 32)
 
 
+def test_without_a_processor_dinov2_gets_the_images_of_its_published_models(tmp_path):
+    with pytest.warns(QuantlensWarning, match=r"assumed: 32×32 pixels, mean \(0\.485, .* bicubic"):
+        found = ql.load_model(folder(tmp_path, made("Dinov2"))).preprocess
+    assert found.std == (0.229, 0.224, 0.225)
+    assert found.resize == (37,), "256 pixels for 224"
+
+
 def test_another_image_size(tmp_path):
     given = folder(tmp_path, made("ViT"), processor_of())
     with pytest.warns(QuantlensWarning, match=r"resampled 1 position embeddings .*image size"):

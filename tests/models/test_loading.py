@@ -31,6 +31,16 @@ def _same(model, network):
     assert torch.equal(model(x), network(x))
 
 
+def test_features_leave_the_classifier_out(state, network, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(state, path)
+    x = torch.randn(2, 3, 32, 32)
+    model = ql.load_model(NAME, path, input_size=(3, 32, 32), task="features")
+    assert torch.equal(model(x), network.forward_head(network.forward_features(x), pre_logits=True))
+    shipped = ql.load_model("digits-vit", task="features")
+    assert (shipped(x).shape, shipped.task, shipped.class_names) == ((2, 64), "features", None)
+
+
 def test_safetensors(network, state, tmp_path):
     path = tmp_path / "w.safetensors"
     save_file(state, path)

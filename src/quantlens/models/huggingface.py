@@ -5,7 +5,7 @@ import copy
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,8 +15,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from quantlens.data import Preprocess
+from quantlens.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnsupportedError, first_line
 from quantlens.files import mistaken
+from quantlens.models import detection
 from quantlens.models.modules import check_images
 from quantlens.models.processors import preprocess_of
 from quantlens.models.tasks import task_of
@@ -24,6 +26,15 @@ from quantlens.models.weights import adapt, fit
 
 PREFIX = "hf:"
 FILES = ("model.safetensors", "pytorch_model.bin")
+IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+BICUBIC = {**IMAGENET, "interpolation": "bicubic"}
+DINO = {**BICUBIC, "resize": (256,)}  # of 224 pixels
+PUBLISHED: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), DINO),
+    **dict.fromkeys(("convnext", "convnextv2", "cvt", "deit", "regnet", "resnet", "vit_mae", "vit_msn"), IMAGENET),
+    **dict.fromkeys(("swin", "swinv2"), BICUBIC),
+}
+"""How the published models of a type have their images, where the processor's class has other defaults."""
 FAULTS = (
     UnpicklingError,
     OSError,
@@ -37,6 +48,9 @@ FAULTS = (
     SafetensorError,
 )
 """What transformers raises for a folder or a name that it cannot use."""
+
+LIKE = {"rt_detr_v2": "rt_detr", "d_fine": "rt_detr", "dab_detr": "conditional_detr"}
+"""Whose image processor an architecture without one of its own is published with."""
 
 
 @dataclass
@@ -111,7 +125,7 @@ def open_model(name: str, *, weights: bool, num_classes: int | None, task: str |
             raise _refusal(name, error) from error
         check_images(module, f"{name}, a {config.model_type} model,")
         processor = _processor(package, source, asked)
-    preprocess = preprocess_of(processor) if processor is not None else None
+    preprocess = preprocess_of(processor, square=detects(module)) if processor is not None else None
     names = class_names(module)
     path = _weights_file(source, revision) if weights else None
     paired = hasattr(config, "text_config") and names is None and "ForImage" not in type(module).__name__
@@ -152,6 +166,8 @@ def _kind(package: Any, config: Any, body: bool) -> tuple[Any, Any, dict[str, An
     """(class that is asked for the model, its configuration, what else it is told)."""
     named = next(iter(getattr(config, "architectures", None) or ()), "")
     classifiers = package.AutoModelForImageClassification
+    if not body and named.endswith("ForObjectDetection"):
+        return getattr(package, named, package.AutoModelForObjectDetection), config, {}
     if not body and ("ForImageClassification" in named or (not named and type(config) in classifiers._model_mapping)):
         return classifiers, config, {}
     if config.model_type == "vit_mae":  # its own body hides patches at random
@@ -254,12 +270,20 @@ def _processor(package: Any, source: str, asked: dict[str, Any]) -> Any:
 
 
 def class_names(module: nn.Module) -> list[str] | None:
-    """A classifier's ``id2label`` in order; None where its names are only numbers."""
+    """The ``id2label`` of a classifier or detector in order; None where its names are only numbers."""
     labels = getattr(getattr(module, "config", None), "id2label", None) or {}
-    if "ForImageClassification" not in type(module).__name__:
+    if detects(module):
+        names = detection.names_of(module) or []
+    elif "ForImageClassification" in type(module).__name__:
+        names = [str(labels[key]) for key in sorted(labels)]
+    else:
         return None
-    names = [str(labels[key]) for key in sorted(labels)]
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
+
+
+def detects(module: nn.Module) -> bool:
+    """Whether a module of Hugging Face is a detector."""
+    return type(module).__name__.endswith("ForObjectDetection")
 
 
 def image_size(config: Any) -> tuple[int, int, int]:
@@ -278,14 +302,18 @@ def preprocess_beside(module: nn.Module) -> Preprocess | None:
     package = transformers()
     with _quiet(package):
         processor = _processor(package, source, {"local_files_only": True})
-    return None if processor is None else preprocess_of(processor)
+    return None if processor is None else preprocess_of(processor, square=detects(module))
 
 
 def default_preprocess(module: nn.Module) -> Preprocess | None:
-    """What the image processor of a module's architecture does by default, at the size of its configuration; None
-    where its architecture has none."""
+    """What the image processor of a module's architecture does by default, or of the models that were published (see
+    :data:`PUBLISHED`), at the size of its configuration; None where its architecture has none."""
     config: Any = getattr(module, "config", None)
-    found = _default_preprocess(transformers(), config) if hasattr(config, "model_type") else None
+    if not hasattr(config, "model_type"):
+        return None
+    found = _default_preprocess(transformers(), config, detects(module))
+    if detects(module) and not getattr(config, "image_size", None):
+        return found
     return found and found.for_size(image_size(config))
 
 
@@ -302,17 +330,19 @@ def resized(module: nn.Module, size: tuple[int, int, int]) -> nn.Module:
     return other
 
 
-def _default_preprocess(package: Any, config: Any) -> Preprocess | None:
+def _default_preprocess(package: Any, config: Any, square: bool) -> Preprocess | None:
     known = package.models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES
-    families = (config.model_type, type(config).__module__.split(".")[-2])  # that of a vision tower has no entry
+    families = [config.model_type, type(config).__module__.split(".")[-2]]  # that of a vision tower has no entry
+    families += [LIKE[config.model_type]] if config.model_type in LIKE else []
     names = next((known[family] for family in families if family in known), ())
     names = list(names.values()) if isinstance(names, dict) else [*names][::-1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QuantlensWarning)  # nobody gave this one
         try:
-            return next((preprocess_of(getattr(package, name)()) for name in names if name), None)
+            found = next((preprocess_of(getattr(package, name)(), square=square) for name in names if name), None)
         except FAULTS:
             return None
+    return found and replace(found, **PUBLISHED.get(config.model_type, {}))
 
 
 def _weights_file(source: str, revision: str) -> Path | None:

@@ -268,3 +268,10 @@ def _wrong(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, 
         "missing": [k for k in own if k not in state],
         "unknown": [k for k in state if k not in own and state[k].is_floating_point()],
     }
+
+
+def classes_in(state: dict[str, Tensor], module: Any) -> int | None:
+    """Size of the classifier in a state dict, by the name that the architecture gives its classifier."""
+    names = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    weight = state.get(f"{names if isinstance(names, str) else names[0]}.weight")
+    return weight.shape[0] if weight is not None and weight.dim() == 2 else None

@@ -14,7 +14,7 @@ LIBRARY = "quantlens"
 CONFIG = "config.json"
 """Says in a folder or repository which file is the checkpoint: {"library_name": "quantlens", "checkpoint": FILE}."""
 
-REPOSITORY = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[^@]+\.safetensors))?(@(?P<revision>.+))?")
+REPOSITORY = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(/(?P<file>[^@]+\.safetensors))?(@(?P<revision>.+))?")
 
 
 @checked
