@@ -198,3 +198,18 @@ def test_a_parameter_is_a_tensor_and_the_weight_of_layers():
     graph = capture(net, images)
     assert [op_name(n) for n in graph.fx.nodes].count("aten.linear.default") == 4
     torch.testing.assert_close(graph(images), net(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA")
+def test_batch_norm_on_a_gpu():
+    """Exported without one: torch chooses BatchNorm's kernel there by the size of the batch, or of all its windows."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from quantlens.graph.exporting import Call
+
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        image = torch.randn(2, 3, 16, 16, device="cuda")
+        norm = nn.Sequential(nn.Conv2d(3, 4, 3, device="cuda"), nn.BatchNorm2d(4, device="cuda")).eval()
+        program = Call(norm, (image,), {})._exported(strict=False)
+    assert any("batch_norm" in str(node.target) for node in program.graph.nodes)

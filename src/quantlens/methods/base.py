@@ -232,7 +232,8 @@ class Method(ABC):
             calibration=images.info(content=True),
             seconds=round(time.perf_counter() - started, 3),
         )
-        return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model)
+        # formats whose parameters follow from their bits alone are made on the CPU
+        return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model).to(images.device)
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options with their values, shared ones too: defaults (those of the variant; with a target also
