@@ -188,15 +188,12 @@ def load_images(
     key = None if identity is None else cache.cache_key(identity, preprocess.image_key())
     bad: cache.Skipped = []
     decoded = _decoded(source, preprocess, bad, skip_bad, progress, workers)
-    total = len(source)
-    pixels, bad = _entry(decoded, bad, total, preprocess.input_size, cache_dir, key)
+    pixels, bad = _entry(decoded, bad, len(source), preprocess.input_size, cache_dir, key)
     if bad and not skip_bad:
         raise _bad_image(source, *bad[0])
     skipped = [(source.names[k], reason) for k, reason in bad]
     if skipped:
         source = source.select(np.delete(np.arange(len(source)), [k for k, _ in bad]))
-    if not total:
-        raise QuantlensError(f"{source.spec} holds no images")
     if not len(source):
         raise QuantlensError(
             f"none of the {len(skipped)} images of {source.spec} can be read; the first is "

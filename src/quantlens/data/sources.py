@@ -246,6 +246,8 @@ def open_source(spec: str) -> Source:
 
     parsed = parse_spec(spec)
     source = KINDS[parsed.kind].open(parsed)
+    if not len(source):
+        raise QuantlensError(f"source {spec!r} holds no images")
     if parsed.rows == slice(None) and parsed.sample is None:
         return source
     rows = np.arange(len(source))[parsed.rows]
