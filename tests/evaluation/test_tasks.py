@@ -182,7 +182,7 @@ def test_a_cosine_is_left_out_where_the_classifier_reads_other_axes() -> None:
     assert "cosine" not in rotated.outputs.hits
     qmodel = ql.quantize(whole, pixels[:8], bits="W8A8")
     sets = {"id": (pixels[8:], torch.arange(16) % 5), "fit": (pixels[:8], torch.arange(8) % 5)}
-    with pytest.warns(QuantlensWarning, match="knn take their distances on other axes"):
+    with pytest.warns(QuantlensWarning, match="knn, mahalanobis see features on other axes"):
         evaluate(qmodel, ood={"odd": pixels[8:] + 3}, scores=["knn", "mahalanobis"], reference=whole, **sets)
 
 

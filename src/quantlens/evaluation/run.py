@@ -39,9 +39,6 @@ from quantlens.metrics import (
 )
 from quantlens.models import class_names
 
-AXES_FREE = ("mahalanobis", "rmahalanobis")
-"""Scores of features that no linear map of them changes."""
-
 
 @isolated
 def evaluate(
@@ -192,12 +189,11 @@ class _Run:
         reference = measurable(reference, device)
         _check_same_preprocess(reference, model)
         self.same_axes = same_axes(model, reference)
-        moved = [name for name, info in self.scores.items() if info.needs_features and name not in AXES_FREE]
+        moved = [name for name, info in self.scores.items() if info.needs_features]
         if not self.same_axes and self.task != "features" and moved and sets.ood and sets.fit is not None:
             warnings.warn(
                 f"{model.method} folds the last LayerNorm into the classifier or rotates what it reads, so that "
-                f"{', '.join(moved)} take their distances on other axes than FP32: their change is not quantization's "
-                "alone",
+                f"{', '.join(moved)} see features on other axes than FP32: their change is not quantization's alone",
                 QuantlensWarning,
                 stacklevel=3,
             )
