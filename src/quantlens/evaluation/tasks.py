@@ -76,7 +76,7 @@ def same_axes(model: Any, reference: Any) -> bool:
     """Whether the features that a quantized classifier reads have the axes of the FP32 model's, so that their cosine
     says something: not where the last LayerNorm went into the classifier, nor after a rotation. True where no graph
     tells."""
-    graphs = [getattr(one, "graph", None) for one in (model, reference)]
+    graphs: list[Any] = [getattr(one, "graph", None) for one in (model, reference)]
     if own_task(model) in ("features", "zero-shot") or None in graphs:
         return True
     first, second = ({node.target: graph.tensor(node.target) for node in _shaping(graph)} for graph in graphs)
