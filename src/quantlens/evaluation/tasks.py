@@ -76,17 +76,18 @@ def same_axes(model: Any, reference: Any) -> bool:
     """Whether the features that a quantized classifier reads have the axes of the FP32 model's, so that their cosine
     says something: not where the last LayerNorm went into the classifier, nor after a rotation. True where no graph
     tells."""
-    graphs: list[Any] = [getattr(one, "graph", None) for one in (model, reference)]
-    if own_task(model) in ("features", "zero-shot") or None in graphs:
+    graphs: list[Graph] = [one.graph for one in (model, reference) if getattr(one, "graph", None) is not None]
+    if own_task(model) in ("features", "zero-shot") or len(graphs) < 2:
         return True
-    first, second = ({node.target: graph.tensor(node.target) for node in _shaping(graph)} for graph in graphs)
+    first, second = ({name: graph.tensor(name) for name in _shaping(graph)} for graph in graphs)
     return first.keys() == second.keys() and all(
-        torch.allclose(first[name], second[name].to(first[name])) for name in first
+        first[name].shape == second[name].shape and torch.allclose(first[name], second[name].to(first[name]))
+        for name in first
     )
 
 
-def _shaping(graph: Graph) -> Iterator[fx.Node]:
-    """The constants that act on what a classifier reads after the last layers before it."""
+def _shaping(graph: Graph) -> Iterator[str]:
+    """Names of the tensors that act on what a classifier reads after the last layers before it."""
 
     def onward(node: fx.Node) -> list[fx.Node]:
         site = graph.sites.by_node.get(node)
@@ -96,7 +97,7 @@ def _shaping(graph: Graph) -> Iterator[fx.Node]:
         return node.all_input_nodes[1:] if norm else node.all_input_nodes
 
     read = [node.args[0] for node, _ in classifier_terms(graph) or ()]
-    return (node for node in walk(read, onward) if graph.constant(node) is not None)
+    return (str(node.target) for node in walk(read, onward) if graph.constant(node) is not None)
 
 
 def check_labels(images: Any, task: str, num_classes: int) -> np.ndarray | None:

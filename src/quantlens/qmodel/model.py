@@ -4,15 +4,17 @@ same two."""
 import copy
 import math
 from operator import attrgetter
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from quantlens.ambient import plain_arithmetic
-from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.formats.base import Quantizer
 from quantlens.graph import Edge, Graph, graph_of
+from quantlens.models.detection import scores_and_boxes
 from quantlens.qmodel.plan import FP32, Plan, Provenance
 from quantlens.qmodel.simulation import classifier_of, simulate
 
@@ -20,12 +22,18 @@ CACHED = 4 << 20
 """Bytes of the largest activation that a CPU may work on at once: larger ones leave its cache between operations."""
 
 
+CALLING = ("forward_with_filtered_kwargs",)
+"""Functions of a part that a larger model calls in place of the part, and that do nothing but call it."""
+
+
 class Outputs(NamedTuple):
     """What is measured of a model for a batch: logits [B, K] (or features, of a model without a classifier); features
-    [B, D] that the classifier reads, or None."""
+    [B, D] that the classifier reads, or None. Of a detector class logits [B, Q, C] and boxes [B, Q, 4]: centre x, y,
+    width, height in fractions of the input."""
 
     logits: Tensor
     features: Tensor | None
+    boxes: Tensor | None = None
 
 
 def pooled(logits: Tensor) -> Tensor:
@@ -58,7 +66,7 @@ class QuantizedModel(nn.Module):
         self.quantizers = nn.ModuleList(plan.quantizers.values())
         self.operators = nn.ModuleList(plan.operators.values())
         self.preprocess = preprocess
-        self._reference = [reference]  # in a list: not a submodule
+        self._reference = self._like = [reference]  # in a list: not a submodule
         self._simulation: list[fx.GraphModule | None] = [None]
         self.eval()
 
@@ -76,8 +84,13 @@ class QuantizedModel(nn.Module):
     def outputs(self, *args: Any, **kwargs: Any) -> Outputs:
         """Logits and the features that the classifier reads (before its own input quantizer), of images or of what else
         the float module takes; tokens and feature maps :func:`pooled`."""
-        logits, features, _ = self._run(self.graph.tensors_of(args, kwargs))
-        return Outputs(pooled(logits), features)
+        logits, features, everything = self._run(self.graph.tensors_of(args, kwargs))
+        if self.task != "detect":
+            return Outputs(pooled(logits), features)
+        found = scores_and_boxes(self.graph.structure.result(everything))
+        if found is None:
+            raise UnsupportedError(f"{self.name} gives no class logits [B, Q, C] and boxes [B, Q, 4]")
+        return Outputs(found[0], None, found[1])
 
     def _run(self, tensors: list[Tensor]) -> tuple[Any, ...]:
         with plain_arithmetic():
@@ -96,6 +109,25 @@ class QuantizedModel(nn.Module):
         has none."""
         return classifier_of(self.graph, self.plan.quantizers)
 
+    def __getattr__(self, name: str) -> Any:
+        """What a larger model reads of its part (``config``, ``main_input_name``, ``num_features``): values as the
+        float module has them, which a model read from a file does not know; of its functions those that call it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            module = getattr((self.__dict__.get("_like") or [None])[0], "module", None)
+            value = None if module is None or name.startswith("_") else getattr(module, name, None)
+            if name in CALLING and isinstance(value, MethodType):
+                return MethodType(value.__func__, self)
+            if value is None:
+                raise
+            if callable(value) or isinstance(value, Tensor):
+                raise AttributeError(
+                    f"{name!r} lies inside {type(module).__name__}, which was quantized as a whole; quantize a part "
+                    "that nothing else reaches into"
+                ) from error
+            return value
+
     # -- what it is -------------------------------------------------------------------------------------------------
     @property
     def reference(self) -> Any:
@@ -110,6 +142,7 @@ class QuantizedModel(nn.Module):
     checkpoint_sha256 = property(attrgetter("provenance.checkpoint_sha256"))
     class_names = property(attrgetter("provenance.class_names"))
     task = property(attrgetter("provenance.task"))
+    detection_head = property(attrgetter("provenance.detection_head"), doc="What a detector's outputs mean, or None.")
     device = property(attrgetter("graph.device"))
 
     @property
@@ -118,6 +151,8 @@ class QuantizedModel(nn.Module):
 
     @property
     def num_classes(self) -> int:
+        if self.detection_head is not None:
+            return len(self.detection_head.labels)
         return int(self.graph.output.meta["shape"][-1])
 
     @property
@@ -205,4 +240,6 @@ def float_model(model: Any) -> QuantizedModel:
 
 def float_copy(model: Any) -> QuantizedModel:
     """As :func:`float_model`, with a graph and a plan of its own: whatever is done to it, ``model`` stays as it is."""
-    return copy.deepcopy(float_model(model))
+    made = copy.deepcopy(float_model(model))
+    made._like = made._like if isinstance(model, QuantizedModel) else [model]
+    return made

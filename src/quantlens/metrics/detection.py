@@ -1,0 +1,5 @@
+"""How well a detector does."""
+
+from quantlens.boxes import Boxes, Detections
+
+__all__ = ["Boxes", "Detections"]
