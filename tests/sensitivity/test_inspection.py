@@ -160,6 +160,23 @@ def test_other_tasks_have_a_divergence_of_their_own_or_none(loaded, pictures):
         features.ranked("block", "kl")
 
 
+def test_a_model_that_gives_tokens(pictures):
+    """Its features are those of the first token, and the noise is that of all."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.mix = nn.Conv2d(3, 8, 16, 16), nn.Linear(8, 8)
+
+        def forward(self, images):
+            return self.mix(self.patches(images).flatten(2).transpose(1, 2))
+
+    preprocess = ql.load_model("digits-vit").preprocess
+    found = inspect(ql.load_model(Tokens(), preprocess=preprocess, task="features"), pictures, by="site")
+    assert {site.name for site in found.sites} == {"patches", "mix"}
+    assert all(site.effect.sqnr_db > 20 for site in found.sites)
+
+
 def test_the_file_is_plain_json(loaded, pictures, tmp_path):
     found = inspect(loaded["swin"], pictures, "W6A6", by=EVERYTHING)
     data = json.loads(found.save(tmp_path / "found.json").read_text())

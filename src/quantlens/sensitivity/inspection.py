@@ -19,6 +19,7 @@ from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.methods import Progress, registry
 from quantlens.qmodel import Bits, QuantizedModel, float_model, simulate
+from quantlens.qmodel.model import pooled
 from quantlens.sensitivity.alone import Effect, effects_alone
 from quantlens.sensitivity.statistics import EdgeStatistics, edge_statistics
 
@@ -212,7 +213,7 @@ def _check_same(model: Any, quantized: QuantizedModel, calibration: Calibration)
     images = calibration.chunk(0)[:4]
     with torch.no_grad():
         expected = float_model(model).outputs(images).logits.double()
-        error = (simulate(quantized.graph, {})(images)[0].double() - expected).square().sum()
+        error = (pooled(simulate(quantized.graph, {})(images)[0]).double() - expected).square().sum()
     if float(error) > float(expected.square().sum()) * 10 ** (-SAME_DB / 10):
         raise UnsupportedError(
             f"{quantized.method} changes the model's weights besides quantizing them, so that no site can be quantized "
