@@ -218,7 +218,7 @@ class Foreign(About):
         if short:
             images = torch.cat([images, images[-1:].expand(short, -1, -1, -1)])
         parts = [self._of_outputs(self.named(part.contiguous())) for part in images.split(size)]
-        logits, features = zip(*parts, strict=True)
+        logits, features = zip(*(part[:2] for part in parts), strict=True)
         return Outputs(torch.cat(logits)[:n], None if features[0] is None else torch.cat(features)[:n])
 
     def _of_outputs(self, found: Mapping[str, Tensor]) -> Outputs:

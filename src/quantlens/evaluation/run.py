@@ -5,6 +5,7 @@ arrays; of an OOD set only the scores (float64 [N]) stay once it has been measur
 """
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from quantlens.ambient import isolated
 from quantlens.data.shared import without_content
-from quantlens.errors import QuantlensError
+from quantlens.errors import QuantlensError, QuantlensWarning
 from quantlens.evaluation.environment import environment
 from quantlens.evaluation.images import EvaluationImages, ImageProgress, describe
 from quantlens.evaluation.open_models import measurable
@@ -187,7 +188,15 @@ class _Run:
             return metrics_only(vars(reference))
         reference = measurable(reference, device)
         _check_same_preprocess(reference, model)
-        self.same_axes = self.task != "features" or same_axes(model, reference)
+        self.same_axes = same_axes(model, reference)
+        moved = [name for name, info in self.scores.items() if info.needs_features]
+        if not self.same_axes and self.task != "features" and moved and sets.ood and sets.fit is not None:
+            warnings.warn(
+                f"{model.method} folds the last LayerNorm into the classifier or rotates what it reads, so that "
+                f"{', '.join(moved)} see features on other axes than FP32: their change is not quantization's alone",
+                QuantlensWarning,
+                stacklevel=3,
+            )
         return metrics_only(self.measure(self.classifying(reference), sets))
 
     def measure(self, model: Any, sets: EvaluationImages, keep: bool | str = False) -> dict[str, Any]:
