@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hf_models import redrawn
 from torch import nn
-
-from tests.graph.hf_models import redrawn
 
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
 RESNET |= {"layer_type": "basic"}
