@@ -223,7 +223,8 @@ def _preprocess_of(
         likely = [modules.stated_size(module, carried.input_size), carried.input_size]
     else:
         known = huggingface.preprocess_beside(module)
-        likely = [*([known.input_size] if known else []), modules.stated_size(module)]
+        usual = known or (huggingface.default_preprocess(module) if huggingface.detects(module) else None)
+        likely = [*([usual.input_size] if usual else []), modules.stated_size(module)]
     if size is None:
         size, given = modules.taken(module, likely)
     found = known or huggingface.default_preprocess(module) or Preprocess(crop_pct=0.9)
