@@ -113,6 +113,24 @@ def test_batch_norm_is_part_of_its_convolution(settings, left):
     torch.testing.assert_close(module(IMAGES), expected)  # and it stays itself
 
 
+def test_a_convolution_that_is_called_twice_stays_one_weight():
+    class Levels(Stem):
+        def forward(self, images):
+            fine = self.norms[0](self.one(images)).flatten(2)
+            coarse = self.norms[0](self.one(images[..., ::2, ::2])).flatten(2)
+            x = torch.cat([fine, coarse], 2).mT
+            return {"logits": self.head(x), "pred_boxes": self.place(x)}
+
+    torch.manual_seed(0)
+    module = Levels(Frozen, boxes=True).eval()
+    graph = capture(module, IMAGES)
+    assert [(site.name, site.weight) for site in graph.sites.of_kind("conv")] == [
+        ("one.call1", "one.weight_folded"),
+        ("one.call2", "one.weight_folded"),
+    ]
+    torch.testing.assert_close(graph(IMAGES)["logits"], module(IMAGES)["logits"])
+
+
 def test_a_scale_by_place_is_no_batch_norm():
     class Scaled(nn.Module):
         def __init__(self):

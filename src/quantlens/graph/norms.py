@@ -37,8 +37,12 @@ def _fold(graph: Graph, conv: fx.Node, scale: Tensor, shift: Tensor) -> None:
         "weight": (name, old.double() * scale.view(-1, *[1] * (old.dim() - 1))),  # type: ignore[union-attr]
         "bias": (stem, shift),
     }
-    for which, (called, value) in new.items():
-        made = graph.insert_tensor(conv, graph.unused(f"{called}_folded", ""), value.to(old.dtype))  # type: ignore[union-attr]
+    for which, (called, wide) in new.items():
+        value, held = wide.to(old.dtype), graph.tensors().get(f"{called}_folded")  # type: ignore[union-attr]
+        if held is not None and torch.equal(held, value):  # the layer is called again
+            made = graph.insert_tensor(conv, f"{called}_folded")
+        else:
+            made = graph.insert_tensor(conv, graph.unused(f"{called}_folded", ""), value)
         replace_argument(conv, which, made)
 
 
