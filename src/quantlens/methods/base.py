@@ -217,6 +217,7 @@ class Method(ABC):
             raise QuantlensError(f"the method {self.info.name} gave {type(plan).__name__}; its `build` returns a Plan")
         graph.invalidate()
         widths.conform(graph, plan)
+        plan.share_weights(graph)
         plan.quantizers |= {key: pixel_codes(images.device) for key in pixels if key in plan.quantizers}
         order = {key: place for place, key in enumerate(graph.sites.edges)}
         plan.quantizers = dict(sorted(plan.quantizers.items(), key=lambda item: order.get(item[0], -1)))

@@ -222,7 +222,8 @@ def _preprocess_of(
         likely = [modules.stated_size(module, carried.input_size), carried.input_size]
     else:
         known = huggingface.preprocess_beside(module)
-        likely = [*([known.input_size] if known else []), modules.stated_size(module)]
+        usual = known or (huggingface.default_preprocess(module) if huggingface.detects(module) else None)
+        likely = [*([usual.input_size] if usual else []), modules.stated_size(module)]
     if size is None:
         size, given = modules.taken(module, likely)
     found = known or huggingface.default_preprocess(module) or Preprocess(crop_pct=0.9)
@@ -246,6 +247,9 @@ def _from_zoo(entry: zoo.ZooEntry, path: Path | None, random: bool, seed: int, o
     if path is not None:
         files.fit(module, files.read_state(path), str(path), entry.name)
     preprocess, task = own["preprocess"] or entry.preprocess, own["task"]
+    if entry.scoring is not None:
+        _refuse(entry.name, task=None if task == "detect" else task)
+        preprocess, task = own["preprocess"] or detection.square(entry.preprocess), "detect"
     names = None if task == "features" else entry.class_names
     if names is None:
         module.reset_classifier(0)
