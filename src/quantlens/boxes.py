@@ -37,7 +37,7 @@ class _Rows:
         if n and self.image.min() < 0:
             raise QuantlensError(f"boxes: {self.image.min()} is no index of an image")
         for name in ("boxes", *({"scores", "area"} & vars(self).keys())):
-            bad = np.count_nonzero(~np.isfinite(getattr(self, name)).reshape(n, -1).all(axis=1))
+            bad = np.unique(np.nonzero(~np.isfinite(getattr(self, name)))[0]).size
             if bad:
                 raise QuantlensError(f"{bad} of {n} boxes have NaN or infinite {name}; look for where they come from")
 
