@@ -22,6 +22,7 @@ from functools import cache, partial
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from quantlens.boxes import Boxes
 from quantlens.data.sources import ArraySource, SourceSpec
 from quantlens.errors import UnknownNameError
 from quantlens.files import package_file
@@ -42,8 +43,8 @@ MIN_CONTRAST = 12.0  # grey levels
 PATCH_SIDES = (32, 48, 64, 96, 128, 192, 256)  # sides of the square cut from the photograph, in pixels
 
 
-Built = tuple[np.ndarray, list[str], np.ndarray | None, list[str] | None]
-"""Pixels, a name for each image, labels, class names."""
+Built = tuple[np.ndarray, list[str], np.ndarray | Boxes | None, list[str] | None]
+"""Pixels, a name for each image, labels or boxes in pixels, class names."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,13 @@ def load_embedded(name: str) -> ArraySource:
         raise UnknownNameError("embedded image set", name, _SETS, hint="`quantlens sources` lists them")
     pixels, names, labels, classes = _SETS[name].build()
     pixels.setflags(write=False)
-    group = _SETS[name].group
-    return ArraySource(f"embedded:{name}", "embedded", name, names, labels, classes, group, pixels=pixels)
+    given = (f"embedded:{name}", "embedded", name, names)
+    source = ArraySource(*given, class_names=classes, group=_SETS[name].group, pixels=pixels)
+    if isinstance(labels, Boxes):
+        source.boxes, source.sizes = labels, np.tile(pixels.shape[1:3], (len(pixels), 1))
+    else:
+        source.labels = labels
+    return source
 
 
 def open_embedded(spec: SourceSpec) -> ArraySource:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantlens import _moved
+from quantlens.boxes import Boxes
 from quantlens.data import cache
 from quantlens.data.preprocess import Preprocess
 from quantlens.data.sources import FINGERPRINT_DIGITS, Source, open_source
@@ -31,6 +32,7 @@ class ImageSet:
 
     Either `pixels` (uint8 [N,3,H,W], normalised with `preprocess` when used) or `values` (float32 [N,3,H,W],
     used as they are) is there. `labels` is int64 [N], int64 [N,L] of 0 and 1 where an image has several, or None.
+    `boxes` are those of objects, or None, and `sizes` int64 [N, 2], (height, width), of the pictures that they are of.
     `skipped` has (name, reason) of every bad image that was left out.
     """
 
@@ -44,6 +46,8 @@ class ImageSet:
     class_names: list[str] | None = None
     skipped: list[tuple[str, str]] = field(default_factory=list)
     group: str | None = None
+    boxes: Boxes | None = None
+    sizes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,6 +91,8 @@ class ImageSet:
             labels=None if self.labels is None else self.labels[indices],
             pixels=None if self.pixels is None else self.pixels[indices],
             values=None if self.values is None else self.values[indices],
+            boxes=None if self.boxes is None else self.boxes.select(indices),
+            sizes=None if self.sizes is None else self.sizes[indices],
             fingerprint=chosen[:FINGERPRINT_DIGITS],
         )
 
@@ -177,6 +183,8 @@ def load_images(
         class_names=source.class_names,
         skipped=skipped,
         group=source.group,
+        boxes=source.boxes,
+        sizes=source.sizes,
     )
 
 
