@@ -13,6 +13,11 @@ Array = np.ndarray[Any, Any]
 _TYPES = {"image": np.int64, "labels": np.int64, "scores": np.float64, "area": np.float64, "crowd": np.bool_}
 
 
+def spans(first: Array, counts: Array) -> Array:
+    """The indices first, first + 1, … of every span, one span after the other."""
+    return np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+
+
 @dataclass(frozen=True, eq=False)
 class _Rows:
     """N rows: `image` int64 [N] is the index of the image, `boxes` float64 [N, 4] x1, y1, x2, y2 in pixels of the
@@ -53,8 +58,7 @@ class _Rows:
         order = np.argsort(self.image, kind="stable")
         first, last = (np.searchsorted(self.image[order], chosen, side) for side in ("left", "right"))
         counts = last - first
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        found = self.take(order[np.repeat(first, counts) + within])
+        found = self.take(order[spans(first, counts)])
         return replace(found, image=np.repeat(np.arange(len(chosen)), counts))
 
     @classmethod

@@ -40,7 +40,7 @@ from quantlens.metrics.ood_scores.features import (
     vim_parameters,
     whitening,
 )
-from quantlens.metrics.ood_scores.labels import joint_energy, sigmoid_confidence
+from quantlens.metrics.ood_scores.labels import joint_energy, max_confidence, sigmoid_confidence
 # isort: on
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "ledoit_wolf",
     "mahalanobis",
     "make_scorer",
+    "max_confidence",
     "maxlogit",
     "msp",
     "react",
