@@ -14,7 +14,8 @@ images, which AUPR, AUROC and FPR@95 depend on, is exact.
 #     about                        JSON: what was measured on which images, and the names of the scores and sets
 # Other tasks than one label of several have no vectors from `predicted` to `brier` (format 2): `binary` and
 # `multilabel` have labels uint8 [N, L] and always logits float32 [N, L]; `features` has, of what was measured, `knn1`
-# and `linear1` (whether the image got its label) and `cosine` (to the FP32 model's features), float64 [N].
+# and `linear1` (whether the image got its label) and `cosine` (to the FP32 model's features), float64 [N]; `detect` has
+# `logits` float32 [N, Q, C] and `boxes` float32 [N, Q, 4], where they were kept, and labels of -1.
 
 import io
 import json
@@ -49,14 +50,15 @@ def vectors_of(task: str | None) -> dict[str, Any]:
     """Names and types of the arrays [N] or [N, L] that are kept of every image of the ID set, by task."""
     if task in ("binary", "multilabel"):
         return {"labels": np.uint8, "logits": np.float32}
-    return {"labels": np.int32} if task == "features" else VECTORS
+    return {"labels": np.int32} if task in ("features", "detect") else VECTORS
 
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
     """Per-image outputs of one model (see above). `id_scores[score]` is [N], `ood_scores[set][score]` is [M], both
     float64; `about` has "model", "method", "bits", "seed", "n_bins", "id" and "ood" (fingerprint and group by set), and
-    "task" unless it is one label of several. `hits`: the vectors of features, by metric."""
+    "task" unless it is one label of several. `hits`: the vectors of features, by metric. Of detectors `logits` is
+    [N, Q, C] and `boxes` [N, Q, 4], as `DetectionHead` reads them."""
 
     labels: np.ndarray
     id_scores: dict[str, np.ndarray]
@@ -68,6 +70,7 @@ class Outputs:
     nll: Any = None
     brier: Any = None
     logits: np.ndarray | None = None
+    boxes: np.ndarray | None = None
     hits: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -145,6 +148,8 @@ def pack(outputs: Outputs) -> bytes:
     arrays["wide"] = np.array(list(rows["wide"].values()), np.float64).reshape(-1, total)
     if outputs.logits is not None and "logits" not in arrays:
         arrays["logits"] = outputs.logits
+    if outputs.boxes is not None:
+        arrays["boxes"] = outputs.boxes.astype(np.float32)
     text = json.dumps(about, sort_keys=True, allow_nan=False).encode()
     stream = io.BytesIO()
     np.savez_compressed(stream, allow_pickle=False, about=np.frombuffer(text, np.uint8), **arrays)
@@ -172,7 +177,7 @@ def read(path: str | os.PathLike[str], *, logits: bool = False) -> Outputs:
                     f"one reads {FORMAT}); install that version"
                 )
             wanted = {*vectors_of(about.get("task")), "narrow", "wide"}
-            wanted |= {name for name in (*OF_FEATURES, *(["logits"] if logits else [])) if name in file.files}
+            wanted |= {name for name in (*OF_FEATURES, *(["logits", "boxes"] if logits else [])) if name in file.files}
             return _unpacked(about, {name: file[name] for name in wanted})
     except FileNotFoundError:
         raise StorageError(
@@ -200,9 +205,11 @@ def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Output
             raise ValueError(f"{name} does not hold {shape} numbers")
     if 0 in (n, *(size for _, size in sizes)) or set(about["ood"]) != {name for name, _ in sizes}:
         raise ValueError("the image sets are not those of the scores, or one is empty")
-    logits = arrays.get("logits")
+    logits, boxes = arrays.get("logits"), arrays.get("boxes")
     if logits is not None and len(logits) != n:
         raise ValueError("the logits do not fit the images")
+    if boxes is not None and (logits is None or boxes.shape != (*logits.shape[:2], 4)):
+        raise ValueError("the boxes do not fit the logits")
     rows: dict[str, np.ndarray] = {}
     for kind, names in about["scores"].items():
         rows |= dict(zip(names, arrays[kind].astype(np.float64), strict=True))
@@ -213,5 +220,6 @@ def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Output
         ood_scores={name: {score: part[i + 1] for score, part in parts.items()} for i, (name, _) in enumerate(sizes)},
         about={key: about[key] for key in (*ABOUT, *({"task"} & about.keys()))},
         logits=logits,
+        boxes=boxes,
         hits={name: arrays[name] for name in hits},
     )

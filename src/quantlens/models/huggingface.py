@@ -14,6 +14,7 @@ from torch import nn
 
 from quantlens.data import Preprocess
 from quantlens.errors import BadWeightsError, QuantlensError, UnsupportedError
+from quantlens.models import detection
 from quantlens.models.processors import preprocess_of
 from quantlens.models.tasks import task_of
 from quantlens.models.weights import adapt, first_line, fit
@@ -33,6 +34,9 @@ FAULTS = (
     SafetensorError,
 )
 """What transformers raises for a folder or a name that it cannot use."""
+
+LIKE = {"rt_detr_v2": "rt_detr", "d_fine": "rt_detr", "dab_detr": "conditional_detr"}
+"""Whose image processor an architecture without one of its own is published with."""
 
 
 @dataclass
@@ -102,7 +106,7 @@ def open_model(name: str, *, weights: bool, num_classes: int | None, task: str |
         if getattr(module, "main_input_name", "pixel_values") != "pixel_values":
             raise QuantlensError(f"{name} is a {config.model_type} model, which does not take images")
         processor = _processor(package, source, asked)
-    preprocess = preprocess_of(processor) if processor is not None else None
+    preprocess = preprocess_of(processor, square=detects(module)) if processor is not None else None
     names = class_names(module)
     path = _weights_file(source, revision) if weights else None
     paired = hasattr(config, "text_config") and names is None and "ForImage" not in type(module).__name__
@@ -139,6 +143,8 @@ def _kind(package: Any, config: Any, body: bool) -> tuple[Any, Any, dict[str, An
     """(class that is asked for the model, its configuration, what else it is told)."""
     named = next(iter(getattr(config, "architectures", None) or ()), "")
     classifiers = package.AutoModelForImageClassification
+    if not body and named.endswith("ForObjectDetection"):
+        return getattr(package, named, package.AutoModelForObjectDetection), config, {}
     if not body and ("ForImageClassification" in named or (not named and type(config) in classifiers._model_mapping)):
         return classifiers, config, {}
     if config.model_type == "vit_mae":  # its own body hides patches at random
@@ -202,12 +208,20 @@ def _processor(package: Any, source: str, asked: dict[str, Any]) -> Any:
 
 
 def class_names(module: nn.Module) -> list[str] | None:
-    """A classifier's ``id2label`` in order; None where its names are only numbers."""
+    """The ``id2label`` of a classifier or detector in order; None where its names are only numbers."""
     labels = getattr(getattr(module, "config", None), "id2label", None) or {}
-    if "ForImageClassification" not in type(module).__name__:
+    if detects(module):
+        names = detection.names_of(module) or []
+    elif "ForImageClassification" in type(module).__name__:
+        names = [str(labels[key]) for key in sorted(labels)]
+    else:
         return None
-    names = [str(labels[key]) for key in sorted(labels)]
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
+
+
+def detects(module: nn.Module) -> bool:
+    """Whether a module of Hugging Face is a detector."""
+    return type(module).__name__.endswith("ForObjectDetection")
 
 
 def image_size(config: Any) -> tuple[int, int, int]:
@@ -226,14 +240,18 @@ def preprocess_beside(module: nn.Module) -> Preprocess | None:
     package = transformers()
     with _quiet(package):
         processor = _processor(package, source, {"local_files_only": True})
-    return None if processor is None else preprocess_of(processor)
+    return None if processor is None else preprocess_of(processor, square=detects(module))
 
 
 def default_preprocess(module: nn.Module) -> Preprocess | None:
     """What the image processor of a module's architecture does by default, at the size of its configuration; None
     where its architecture has none."""
     config: Any = getattr(module, "config", None)
-    found = _default_preprocess(transformers(), config) if hasattr(config, "model_type") else None
+    if not hasattr(config, "model_type"):
+        return None
+    found = _default_preprocess(transformers(), config, detects(module))
+    if detects(module) and not getattr(config, "image_size", None):
+        return found
     return found and found.for_size(image_size(config))
 
 
@@ -250,13 +268,14 @@ def resized(module: nn.Module, size: tuple[int, int, int]) -> nn.Module:
     return other
 
 
-def _default_preprocess(package: Any, config: Any) -> Preprocess | None:
+def _default_preprocess(package: Any, config: Any, square: bool) -> Preprocess | None:
     known = package.models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES
-    families = (config.model_type, type(config).__module__.split(".")[-2])  # that of a vision tower has no entry
+    families = [config.model_type, type(config).__module__.split(".")[-2]]  # that of a vision tower has no entry
+    families += [LIKE[config.model_type]] if config.model_type in LIKE else []
     names = next((known[family] for family in families if family in known), ())
     names = list(names.values()) if isinstance(names, dict) else [*names][::-1]
     try:
-        return next((preprocess_of(getattr(package, name)()) for name in names if name), None)
+        return next((preprocess_of(getattr(package, name)(), square=square) for name in names if name), None)
     except FAULTS:
         return None
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantlens import zoo
 from quantlens.ambient import check_device, isolated
 from quantlens.data import Preprocess
 from quantlens.data.folders import WNID, imagenet_class_names
 from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnknownNameError, UnsupportedError
-from quantlens.models import huggingface, modules, weights as files
+from quantlens.models import detection, huggingface, modules, weights as files
 from quantlens.models.reading import SUFFIXES
 from quantlens.models.tasks import check_task, task_of
 
@@ -25,8 +25,11 @@ class Model(nn.Module):
     module: the network, in evaluation mode. name: as given. preprocess: how its images are prepared.
     checkpoint: "pretrained", a file name, "random" (untrained) or "memory" (a user's module).
     checkpoint_sha256: of the file, or of the tensors when there is no file. class_names: list or None.
-    task: one of :data:`quantlens.models.tasks.TASKS`; None finds it from the module.
+    task: one of :data:`quantlens.models.tasks.TASKS`; None finds it from the module. detection_head: what the outputs
+    of a detector mean; None for another task.
     """
+
+    detection_head: detection.DetectionHead | None = None
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ def load_model(
     file, or ``"random"`` (drawn with ``seed``). None: random for a timm name, a model's own for all others.
     num_classes: taken from the file if its classifier has another size than the architecture's default; 0 leaves the
     classifier out. preprocess, input_size: the model's own otherwise. task: "classify", "binary", "multilabel",
-    "features" or "zero-shot"; None finds it from the model.
+    "features", "zero-shot" or "detect"; None finds it from the model.
 
     Raises UnknownNameError, BadWeightsError (with what does not fit).
     """
@@ -133,6 +136,9 @@ def model_for_tensors(module: nn.Module, input_size: tuple[int, ...] | None) -> 
 
 def _ready(loaded: Model) -> Model:
     files.check_finite(loaded.module.state_dict(), loaded.weights_path or loaded.name)
+    if loaded.task == "detect":
+        given = modules.answer(loaded.module, loaded.preprocess.input_size)
+        loaded.detection_head = detection.head_of(loaded, given)
     return loaded.requires_grad_(False)
 
 
@@ -179,7 +185,7 @@ def from_module(
     kind = type(module).__name__
     if path is not None:
         files.fit(module, files.read_state(path), str(path), kind)
-    module, given = modules.plain(module), None
+    module, given, assumed = modules.plain(module), None, False
     if getattr(module, "main_input_name", "pixel_values") != "pixel_values":
         raise QuantlensError(
             f"{kind} takes {module.main_input_name}, not images; give the part of it that takes images"
@@ -188,15 +194,19 @@ def from_module(
         preprocess = known.preprocess.for_size(input_size) if input_size else known.preprocess
     if preprocess is None:
         preprocess, given = _preprocess_of(module, input_size, name or kind, tell)
+        assumed = True
     if task is None and known is None and given is None and not hasattr(module, "config"):
         given = modules.answer(module, preprocess.input_size)
+    task = task or (known.task if known else task_of(module, given))
+    if task == "detect" and assumed:
+        preprocess = detection.square(preprocess)
     return Model(
         module,
         name=name or (known.name if known else kind),
         preprocess=preprocess,
         path=path,
         class_names=known.class_names if known else huggingface.class_names(module),
-        task=task or (known.task if known else task_of(module, given)),
+        task=task,
     )
 
 
@@ -260,10 +270,14 @@ def _from_hub(
     known = preprocess or found.preprocess
     own = modules.stated_size(module)
     if known is None:
-        known = (huggingface.default_preprocess(module) or Preprocess(crop_pct=0.9)).for_size(input_size or own)
+        likely = huggingface.default_preprocess(module)
+        known = (likely or Preprocess(crop_pct=0.9)).for_size(
+            input_size or (likely.input_size if likely and found.task == "detect" else own)
+        )
+        known = detection.square(known) if found.task == "detect" else known
         _tell_assumed(name, known)
     size = input_size or known.input_size
-    if size != own and modules.answer(module, size) is None:
+    if found.task != "detect" and size != own and modules.answer(module, size) is None:
         if input_size is None and modules.answer(module, own) is not None:
             text = f"{name} takes images of {own}; its image processor makes {size}: {own} is taken"
             warnings.warn(text, QuantlensWarning, stacklevel=2)
@@ -302,10 +316,10 @@ def _from_timm(
         kwargs |= {"img_size": size[-2:]} | ({} if size[0] == 3 else {"in_chans": size[0]})
     module = _create(name, pretrained, kwargs, seed)
     if path is not None and path.suffix == ".npz":
-        _load_npz(module, path, name)
+        files.load_npz(module, path, name)
     elif path is not None:
         raw = files.read_state(path)
-        classes = _classes_in(files.adapt(raw, module)[0], module)
+        classes = files.classes_in(files.adapt(raw, module)[0], module)
         if num_classes is None and classes not in (None, module.num_classes):
             module = _create(name, False, {**kwargs, "num_classes": classes}, seed)
         files.fit(module, raw, str(path), name)
@@ -359,24 +373,6 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any], seed: int) -> A
                 "the file elsewhere and give it with --weights FILE.safetensors)"
             ) from error
         raise QuantlensError(f"timm cannot make {name}: {detail}") from error
-
-
-def _load_npz(module: Any, path: Path, name: str) -> None:
-    """AugReg / JAX weights through the architecture's own translation (``np.load`` without pickle)."""
-    if not hasattr(module, "load_pretrained"):
-        raise BadWeightsError(f"{path}: {name} cannot read .npz weights; only ViT and its variants can")
-    try:
-        with torch.no_grad():
-            module.load_pretrained(str(path))
-    except Exception as error:
-        raise BadWeightsError(f"{path} does not fit {name}: {files.first_line(error)}") from error
-
-
-def _classes_in(state: dict[str, Tensor], module: Any) -> int | None:
-    """Size of the classifier in a state dict, by the name that the architecture gives its classifier."""
-    names = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    weight = state.get(f"{names if isinstance(names, str) else names[0]}.weight")
-    return weight.shape[0] if weight is not None and weight.dim() == 2 else None
 
 
 # ---- names of classes ------------------------------------------------------------------------------------------------

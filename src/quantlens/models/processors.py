@@ -1,6 +1,7 @@
 """Image processors of Hugging Face as :class:`~quantlens.data.Preprocess`: read from their attributes, then compared
 with what the processor itself makes of a picture."""
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +16,15 @@ TOLERATED = 3
 """Grey levels by which a resized pixel may differ: two resizes of the same kind round differently."""
 
 
-def preprocess_of(processor: Any) -> Preprocess | None:
+def preprocess_of(processor: Any, *, square: bool = False) -> Preprocess | None:
     """What an image processor does, or None where its images have no fixed size (one warning says so). One that does
-    something else to a picture than we understood is told in a warning, too."""
+    something else to a picture than we understood is told in a warning, too. square: of a processor that keeps the
+    aspect ratio, what it does when told to make squares (detectors)."""
     name = type(processor).__name__
     if hasattr(processor, "data_config"):  # timm's own, in a wrapper
         return Preprocess.from_timm(processor.data_config)
+    if square:
+        processor = _squared(processor)
     try:
         found = _read(processor)
         off = _difference(processor, found)
@@ -35,6 +39,18 @@ def preprocess_of(processor: Any) -> Preprocess | None:
         )
         warnings.warn(text, QuantlensWarning, stacklevel=2)
     return found
+
+
+def _squared(processor: Any) -> Any:
+    """A processor that keeps the aspect ratio of a picture, as one that makes squares of its shorter side: what a model
+    computes of an image is then no matter of the others in its batch."""
+    size = getattr(processor, "size", None)
+    side = size.get("shortest_edge") if isinstance(size, Mapping) else getattr(size, "shortest_edge", None)
+    if not side:
+        return processor
+    squared = copy.copy(processor)
+    squared.size, squared.do_pad = {"height": side, "width": side}, False
+    return squared
 
 
 def _read(processor: Any) -> Preprocess:

@@ -1,12 +1,13 @@
-"""What a model's outputs are for: one label of several, yes or no, several labels, or features."""
+"""What a model's outputs are for: one label of several, yes or no, several labels, features, or boxes."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
 from quantlens.errors import UnknownNameError, UnsupportedError
+from quantlens.models.detection import scores_and_boxes
 
-TASKS = ("classify", "binary", "multilabel", "features", "zero-shot")
+TASKS = ("classify", "binary", "multilabel", "features", "zero-shot", "detect")
 
 
 def check_task(task: str | None) -> str | None:
@@ -25,6 +26,8 @@ def task_of(module: nn.Module, given: Any = None) -> str:
     config: Any = getattr(module, "config", None)
     if hasattr(config, "model_type"):
         return _of_config(type(module).__name__, config)
+    if scores_and_boxes(given) is not None:
+        return "detect"
     classes = getattr(module, "num_classes", None)
     if isinstance(classes, int) and classes < 2:
         return "binary" if classes == 1 else "features"
@@ -34,6 +37,8 @@ def task_of(module: nn.Module, given: Any = None) -> str:
 
 
 def _of_config(name: str, config: Any) -> str:
+    if name.endswith("ForObjectDetection"):
+        return "detect"
     if "ForImageClassification" not in name:
         return "zero-shot" if name.endswith("VisionModelWithProjection") else "features"
     problem, labels = getattr(config, "problem_type", None), int(getattr(config, "num_labels", 2))

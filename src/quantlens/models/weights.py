@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -205,3 +206,21 @@ def _wrong(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, 
         "missing": [k for k in own if k not in state],
         "unknown": [k for k in state if k not in own and state[k].is_floating_point()],
     }
+
+
+def load_npz(module: Any, path: Path, name: str) -> None:
+    """AugReg / JAX weights through the architecture's own translation (``np.load`` without pickle)."""
+    if not hasattr(module, "load_pretrained"):
+        raise BadWeightsError(f"{path}: {name} cannot read .npz weights; only ViT and its variants can")
+    try:
+        with torch.no_grad():
+            module.load_pretrained(str(path))
+    except Exception as error:
+        raise BadWeightsError(f"{path} does not fit {name}: {first_line(error)}") from error
+
+
+def classes_in(state: dict[str, Tensor], module: Any) -> int | None:
+    """Size of the classifier in a state dict, by the name that the architecture gives its classifier."""
+    names = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    weight = state.get(f"{names if isinstance(names, str) else names[0]}.weight")
+    return weight.shape[0] if weight is not None and weight.dim() == 2 else None

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.ambient import plain_arithmetic
-from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.formats.base import Quantizer
 from quantlens.graph import Edge, Graph, graph_of
+from quantlens.models.detection import scores_and_boxes
 from quantlens.qmodel.plan import FP32, Plan, Provenance
 from quantlens.qmodel.simulation import classifier_of, simulate
 
@@ -22,10 +23,12 @@ CACHED = 4 << 20
 
 class Outputs(NamedTuple):
     """What is measured of a model for a batch: logits [B, K] (or features, of a model without a classifier); features
-    [B, D] that the classifier reads, or None."""
+    [B, D] that the classifier reads, or None. Of a detector class logits [B, Q, C] and boxes [B, Q, 4]: centre x, y,
+    width, height in fractions of the input."""
 
     logits: Tensor
     features: Tensor | None
+    boxes: Tensor | None = None
 
 
 def pooled(logits: Tensor) -> Tensor:
@@ -76,8 +79,13 @@ class QuantizedModel(nn.Module):
     def outputs(self, *args: Any, **kwargs: Any) -> Outputs:
         """Logits and the features that the classifier reads (before its own input quantizer), of images or of what else
         the float module takes; tokens and feature maps :func:`pooled`."""
-        logits, features, _ = self._run(self.graph.tensors_of(args, kwargs))
-        return Outputs(pooled(logits), features)
+        logits, features, everything = self._run(self.graph.tensors_of(args, kwargs))
+        if self.task != "detect":
+            return Outputs(pooled(logits), features)
+        found = scores_and_boxes(self.graph.structure.result(everything))
+        if found is None:
+            raise UnsupportedError(f"{self.name} gives no class logits [B, Q, C] and boxes [B, Q, 4]")
+        return Outputs(found[0], None, found[1])
 
     def _run(self, tensors: list[Tensor]) -> tuple[Any, ...]:
         with plain_arithmetic():
@@ -110,6 +118,7 @@ class QuantizedModel(nn.Module):
     checkpoint_sha256 = property(attrgetter("provenance.checkpoint_sha256"))
     class_names = property(attrgetter("provenance.class_names"))
     task = property(attrgetter("provenance.task"))
+    detection_head = property(attrgetter("provenance.detection_head"), doc="What a detector's outputs mean, or None.")
     device = property(attrgetter("graph.device"))
 
     @property
@@ -118,6 +127,8 @@ class QuantizedModel(nn.Module):
 
     @property
     def num_classes(self) -> int:
+        if self.detection_head is not None:
+            return len(self.detection_head.labels)
         return int(self.graph.output.meta["shape"][-1])
 
     @property

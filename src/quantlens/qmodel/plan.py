@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.formats import Operator, Quantizer, Uniform, affine_parameters, symmetric_parameters
+from quantlens.models.detection import DetectionHead
 
 FP32 = "FP32"
 
@@ -24,7 +25,7 @@ class Provenance:
 
     model: name. checkpoint, checkpoint_sha256: the file of its weights and their digest. bits: ``W4A8``-style; widths:
     by module, with mixed precision. options: all of the method's. calibration: source, n, fingerprint. seconds: the
-    method took.
+    method took. detection_head: what the outputs of a detector mean.
     """
 
     model: str = "model"
@@ -40,6 +41,7 @@ class Provenance:
     calibration: Mapping[str, Any] | None = None
     seconds: float | None = None
     task: str = "classify"
+    detection_head: DetectionHead | None = None
 
     @classmethod
     def of(cls, model: Any, **settings: Any) -> Provenance:
@@ -50,13 +52,16 @@ class Provenance:
             checkpoint_sha256=model.checkpoint_sha256,
             class_names=model.class_names,
             task=getattr(model, "task", "classify"),
+            detection_head=getattr(model, "detection_head", None),
             **settings,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; what need not be there is left out where it is None."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: v for k, v in values.items() if v is not None or k not in ("method_version", "widths", "seconds")}
+        values["detection_head"] = self.detection_head and self.detection_head.to_dict()
+        later = ("method_version", "widths", "seconds", "detection_head")
+        return {k: v for k, v in values.items() if v is not None or k not in later}
 
 
 class _ReadOnly(dict[str, Any]):
@@ -95,7 +100,10 @@ class Plan:
     ) -> Plan:
         """A plan whose :attr:`info` is ``info``."""
         known = {f.name for f in fields(Provenance)}
-        provenance = Provenance(**{key: value for key, value in info.items() if key in known})
+        given = {key: value for key, value in info.items() if key in known}
+        if given.get("detection_head") is not None:
+            given["detection_head"] = DetectionHead.from_dict(given["detection_head"])
+        provenance = Provenance(**given)
         notes = {key: value for key, value in info.items() if key not in known}
         return cls(quantizers, rewrites, notes, operators, provenance)
 

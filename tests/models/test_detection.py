@@ -1,0 +1,186 @@
+"""Detectors as models: found by what they give, their pictures and boxes as Hugging Face's processors have them."""
+
+from __future__ import annotations
+
+import warnings
+from collections import namedtuple
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import quantlens as ql
+from quantlens.data import Preprocess
+from quantlens.errors import QuantlensError, QuantlensWarning, UnsupportedError
+from quantlens.models.detection import DetectionHead, letterbox, postprocess, square
+
+SIZES = [(30, 50), (64, 40), (100, 7)]
+GENERATOR = torch.Generator().manual_seed(3)
+LOGITS = 2 * torch.randn(3, 6, 4, generator=GENERATOR)
+BOXES = torch.rand(3, 6, 4, generator=GENERATOR)
+PLAIN = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+
+
+class Boxer(nn.Module):
+    """A detector of 5 queries and ``columns`` logits, that answers as a tuple, a dictionary or a named tuple."""
+
+    def __init__(self, columns: int = 4, answer: str = "dict"):
+        super().__init__()
+        self.patch, self.columns, self.answer = nn.Conv2d(3, 5, 16, 16), columns, answer
+        self.classify, self.locate = nn.Linear(4, columns), nn.Linear(4, 4)
+
+    def forward(self, images):
+        tokens = self.patch(images).flatten(2)
+        logits, boxes = self.classify(tokens), self.locate(tokens).sigmoid()
+        named = {"logits": logits, "pred_boxes": boxes}
+        return {
+            "dict": named,
+            "tuple": (logits, boxes),
+            "named": namedtuple("Found", named)(**named),
+            "boxes only": {"logits": logits.mean(1), "pred_boxes": boxes},
+        }[self.answer]
+
+
+def boxer(**settings) -> Boxer:
+    torch.manual_seed(0)
+    return Boxer(**settings)
+
+
+@pytest.mark.parametrize(
+    ("processor", "scoring", "top"),
+    [
+        ("YolosImageProcessor", "softmax", 100),
+        ("DetrImageProcessor", "softmax", 100),
+        ("ConditionalDetrImageProcessor", "sigmoid", 100),
+        ("DeformableDetrImageProcessor", "sigmoid", 100),
+        ("RTDetrImageProcessor", "sigmoid", 6),
+        ("RfDetrImageProcessor", "sigmoid", 6),
+    ],
+)
+def test_boxes_are_those_of_the_processor(processor, scoring, top):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (quantlens[hf])")
+    if not hasattr(transformers, processor):
+        pytest.skip(f"this transformers has no {processor}")
+    given = SimpleNamespace(logits=LOGITS, pred_boxes=BOXES)
+    theirs = getattr(transformers, processor)().post_process_object_detection(given, 0.0, target_sizes=SIZES)
+    labels = tuple("abcd"[: 4 - (scoring == "softmax")])
+    found = postprocess(LOGITS, BOXES, SIZES, DetectionHead(scoring, labels), top=top, first=7)
+    for i, expected in enumerate(theirs):
+        own = found.image == i + 7
+        order = np.argsort(-expected["scores"].numpy(), kind="stable")
+        np.testing.assert_allclose(found.scores[own], expected["scores"].numpy()[order], rtol=1e-5)
+        np.testing.assert_array_equal(found.labels[own], expected["labels"].numpy()[order])
+        np.testing.assert_allclose(found.boxes[own], expected["boxes"].numpy()[order], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_the_best_come_first_and_no_more_than_asked_for(scoring):
+    head = DetectionHead(scoring, ("a", "b", "c"))
+    two, every = (postprocess(LOGITS, BOXES, SIZES, head, top=top) for top in (2, 1000))
+    assert np.bincount(two.image).tolist() == [2, 2, 2]
+    for i in range(3):
+        assert (np.diff(every.scores[every.image == i]) <= 0).all()
+        np.testing.assert_array_equal(two.boxes[two.image == i], every.boxes[every.image == i][:2])
+
+
+@pytest.mark.parametrize("size", [(60, 60), (90, 31), (17, 90), (5, 4)])
+@pytest.mark.parametrize("fit", [square, letterbox])
+def test_boxes_lie_where_the_object_is_in_the_picture(fit, size):
+    """An object is drawn into a picture; its place in the prepared image, as fractions, gives its place again."""
+    height, width = size
+    drawn = np.zeros((height, width, 3), np.uint8)
+    box = np.array([width // 4, height // 5, width - 1, height - 2])
+    drawn[box[1] : box[3], box[0] : box[2]] = 255
+    preprocess = fit(Preprocess((3, 96, 128), **PLAIN))
+    image = preprocess.normalize(preprocess.resize_crop(Image.fromarray(drawn)))[0]
+    rows, columns = (np.flatnonzero((image > 0.5).any(dim).numpy()) for dim in (1, 0))
+    low, high = np.array([columns[0], rows[0]]), np.array([columns[-1], rows[-1]]) + 1
+    boxes = torch.tensor([[[*((low + high) / 2 / [128, 96]), *((high - low) / [128, 96])]]])
+    resize = "letterbox" if fit is letterbox else "square"
+    head = DetectionHead("sigmoid", ("object",), resize, (96, 128))
+    found = postprocess(torch.zeros(1, 1, 1), boxes, [size], head)
+    pixel = max(height / 96, width / 128) if fit is letterbox else np.tile([width / 128, height / 96], 2)
+    assert (np.abs(found.boxes[0] - box) <= 1.5 * pixel + 0.5).all()
+
+
+def test_what_does_not_belong_together_is_refused():
+    with pytest.raises(QuantlensError, match=r"\[3, 6, 4\].*\[3, 5, 4\] and 3 sizes"):
+        postprocess(LOGITS, BOXES[:, :5], SIZES, DetectionHead("sigmoid", ()))
+    with pytest.raises(QuantlensError, match="scoring 'sotfmax'"):
+        DetectionHead("sotfmax", ())
+
+
+@pytest.mark.parametrize("answer", ["dict", "tuple", "named"])
+def test_a_module_that_gives_scores_and_boxes_is_a_detector(answer):
+    module = boxer(answer=answer)
+    model = ql.load_model(
+        module, preprocess=square(Preprocess((3, 32, 32), **PLAIN)), class_names=["cat", "dog", "owl"]
+    )
+    assert model.task == "detect"
+    assert model.detection_head == DetectionHead("softmax", ("cat", "dog", "owl"), "square", (32, 32))
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    qmodel = ql.quantize(model, images, method="minmax", bits="W8A8")
+    logits, boxes = list(module(images).values()) if answer == "dict" else module(images)
+    found = qmodel.outputs(images)
+    assert found.features is None
+    torch.testing.assert_close(found.logits, logits, atol=0.1, rtol=0.1)
+    torch.testing.assert_close(found.boxes, boxes, atol=0.05, rtol=0.1)
+    assert (qmodel.task, qmodel.detection_head, qmodel.num_classes) == ("detect", model.detection_head, 3)
+
+
+def test_as_many_logits_as_names_are_sigmoids_and_unnamed_classes_have_numbers():
+    prepared = letterbox(Preprocess((3, 32, 32), **PLAIN))
+    named = ql.load_model(boxer(), preprocess=prepared, class_names=list("abcd")).detection_head
+    unnamed = ql.load_model(boxer(), preprocess=prepared).detection_head
+    assert named == DetectionHead("sigmoid", tuple("abcd"), "letterbox", (32, 32))
+    assert unnamed.labels == tuple("0123")
+
+
+def test_what_is_no_detector_is_refused():
+    with pytest.raises(UnsupportedError, match="class logits"):
+        ql.load_model(boxer(answer="boxes only"), preprocess=square(Preprocess((3, 32, 32))), task="detect")
+    with pytest.raises(UnsupportedError, match="crops pictures"):
+        ql.load_model(boxer(), preprocess=Preprocess((3, 32, 32)))
+
+
+def test_an_assumed_preprocessing_does_not_crop():
+    with pytest.warns(QuantlensWarning, match="does not say how"):
+        model = ql.load_model(boxer(), input_size=32)
+    assert model.preprocess.resize == (32, 32)
+
+
+def test_the_head_is_kept_in_a_checkpoint(tmp_path):
+    model = ql.load_model(boxer(), preprocess=square(Preprocess((3, 32, 32), **PLAIN)), class_names=["a", "b", "c"])
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    qmodel = ql.quantize(model, images, method="minmax", bits="W4A8")
+    again = ql.load(qmodel.save(tmp_path / "q.safetensors"))
+    assert again.detection_head == qmodel.detection_head == model.detection_head
+    for found, expected in zip(again.outputs(images), qmodel.outputs(images), strict=True):
+        assert found is expected is None or torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("size", "side"), [({"shortest_edge": 40, "longest_edge": 66}, 40), (None, 32)])
+def test_a_folder_is_a_detector_whose_processor_makes_squares(tmp_path, size, side):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (quantlens[hf])")
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    small |= {"image_size": [32, 32], "patch_size": 8, "num_detection_tokens": 3}
+    names = {0: "N/A", 1: "cat", 2: "dog"}
+    module = transformers.YolosForObjectDetection(transformers.YolosConfig(**small, id2label=names)).eval()
+    module.save_pretrained(tmp_path)
+    if size is not None:
+        processor = transformers.YolosImageProcessor(size=size, image_mean=[0.4] * 3)
+        processor.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if size else "ignore", QuantlensWarning)
+        model = ql.load_model(f"hf:{tmp_path}")
+    assert (model.task, model.class_names) == ("detect", list(names.values()))
+    assert model.detection_head == DetectionHead("softmax", tuple(names.values()), "square", (side, side))
+    assert model.preprocess.resize == (side, side)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    if size is not None:
+        theirs = processor(images=picture, size={"height": 40, "width": 40}, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(model.preprocess(picture), theirs, atol=0.02, rtol=0)
+    assert ql.load_model(f"hf:{tmp_path}", input_size=48).detection_head.input_size == (48, 48)
