@@ -132,7 +132,7 @@ def _boxes(
     if len(place) < len(images) and annotations:
         raise QuantlensError(f"{where} gives several images one id; repair the file")
 
-    def refuse(wrong: np.ndarray, what: str, cure: str) -> None:
+    def refuse(wrong: Any, what: str, cure: str) -> None:
         if wrong.any():
             k = int(np.argmax(wrong))
             first = f"annotation {annotations[k].get('id', k)} of image {annotations[k]['image_id']}"

@@ -23,6 +23,7 @@ from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.outputs import Outputs
 from quantlens.metrics import TASKS, metrics_of, names_of
 from quantlens.metrics.bootstrap import ID, Array, Resamples, classification, differences, holm, interval, ranking
+from quantlens.metrics.detection import resampled_detections
 from quantlens.metrics.labels import resampled_labels
 
 BASELINE = "FP32"
@@ -374,5 +375,8 @@ def _of_ids(outputs: Outputs, drawn: Array, wanted: Collection[str]) -> dict[str
     if outputs.task in ("binary", "multilabel"):
         labels, logits = outputs.labels.astype(bool), np.asarray(outputs.logits)
         return resampled_labels(logits, labels, drawn, n_bins=n_bins, wanted=wanted)
+    if outputs.task == "detect":
+        matches, ratios = outputs.matches
+        return resampled_detections(matches, drawn, n_bins=n_bins, wanted=wanted, ratios=ratios)
     vectors = (outputs.rank, outputs.confidence, outputs.nll, outputs.brier)
     return classification(*vectors, drawn, n_bins=n_bins, wanted=wanted)

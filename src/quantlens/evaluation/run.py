@@ -5,7 +5,7 @@ arrays; of an OOD set only the scores (float64 [N]) stay once it has been measur
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def evaluate(
     _check_keep(keep)
     model, texts = measurable(model, device, reference=reference, images=id), TextEmbeddings.of(text_embeddings)
     task = task_of(model, task, texts is not None)
-    run = _Run(batch_size, progress, n_bins, choose_scores(scores, task), task, texts)
+    run = _run_of(task)(batch_size, progress, n_bins, choose_scores(scores, task), task, texts)
     model = run.classifying(model)
     if isinstance(reference, str | Path) or (reference is None and model.method != "fp32"):
         reference = model.reference
@@ -98,8 +98,16 @@ def evaluate(
     )
     if reference is not None and reference is not False:
         result.fp32 = run.fp32(model, reference, sets, device)
-    _compare_features(result, run)
+    _compare_outputs(result, run)
     return result
+
+
+def _run_of(task: str) -> type["Run"]:
+    if task != "detect":
+        return Run
+    from quantlens.evaluation.detection import DetectionRun
+
+    return DetectionRun
 
 
 def _check_keep(keep: Any) -> None:
@@ -112,9 +120,13 @@ def _looks(reference: Any) -> bool:
     return not isinstance(reference, Result | bool | None) and not hasattr(reference, "recorded")
 
 
-def _compare_features(result: Result, run: "_Run") -> None:
-    """Add how near the features of a quantized model are to those of the FP32 model on the same images, where both were
-    run."""
+def _compare_outputs(result: Result, run: "Run") -> None:
+    """Add how near the features (or the boxes) of a quantized model are to those of the FP32 model on the same images,
+    where both were run."""
+    if run.task == "detect":
+        from quantlens.evaluation.detection import compare_detections
+
+        compare_detections(result, run.found)
     if run.task != "features" or result.method == "fp32":
         return
     if len(run.embeddings) < 2:
@@ -155,7 +167,7 @@ def _facts(model: Any) -> dict[str, Any]:
 
 
 @dataclass
-class _Run:
+class Run:
     """The settings of one evaluation, and the passes over the images that it makes."""
 
     batch_size: int
@@ -166,6 +178,8 @@ class _Run:
     texts: TextEmbeddings | None = None
     embeddings: list[np.ndarray] = field(default_factory=list)
     """of the ID images, by every model measured; for the task "features" """
+    found: list[Any] = field(default_factory=list)
+    """the same of detections; for the task "detect" """
 
     def classifying(self, model: Any) -> Any:
         """A model as a classifier of the texts, where there are any."""
@@ -277,21 +291,27 @@ class _Run:
             )
         return (None, whole) if self.task == "features" else (whole, features)
 
+    @torch.inference_mode()
     def run(self, model: Any, images: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
         """The same of a model that has to see the images."""
-        logits, features, done = [], [], 0
-        size = min(self.batch_size, getattr(model, "images_together", None) or self.batch_size)
-        with torch.inference_mode():
-            for pixels, _ in images.batches(batch_size=size, device=getattr(model, "device", "cpu")):
-                outputs = model.outputs(pixels)
-                found = embedding(model, outputs) if self.task == "features" else outputs.logits
-                logits.append(found.float().cpu().numpy())
-                if outputs.features is not None and self.task != "features":
-                    features.append(outputs.features.float().cpu().numpy())
-                done += len(pixels)
-                if self.progress is not None:
-                    self.progress(f"evaluating {what}", done, len(images))
+        logits, features = [], []
+        for pixels in self.batches(model, images, what):
+            outputs = model.outputs(pixels)
+            found = embedding(model, outputs) if self.task == "features" else outputs.logits
+            logits.append(found.float().cpu().numpy())
+            if outputs.features is not None and self.task != "features":
+                features.append(outputs.features.float().cpu().numpy())
         return np.concatenate(logits), np.concatenate(features) if features else None
+
+    def batches(self, model: Any, images: Any, what: str) -> Iterator[torch.Tensor]:
+        """The images [B, C, H, W], batch after batch, where the model is; they are told of when the next is asked
+        for."""
+        done, size = 0, min(self.batch_size, getattr(model, "images_together", None) or self.batch_size)
+        for pixels, _ in images.batches(batch_size=size, device=getattr(model, "device", "cpu")):
+            yield pixels
+            done += len(pixels)
+            if self.progress is not None:
+                self.progress(f"evaluating {what}", done, len(images))
 
 
 def _scored(scorers: Mapping[str, Scorer], logits: Any, features: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -202,6 +202,12 @@ def _quotient(top: Array, bottom: Array) -> Array:
     return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1), np.nan)
 
 
+def overall(ratio: Ratio) -> float | None:
+    """The metric of all images once; None where the denominator is 0."""
+    top, bottom = (float(part.sum()) for part in ratio)
+    return top / bottom if bottom else None
+
+
 # ---- calibration -----------------------------------------------------------------------------------------------------
 
 
@@ -339,14 +345,13 @@ def detection_metrics(
     if detections.scores.min(initial=0) < 0 or detections.scores.max(initial=0) > 1:
         raise QuantlensError("scores of detections must lie in 0..1: give probabilities, not logits")
     matches, once = match(detections, boxes), np.ones((n_images, 1))
-    oce = object_calibration(detections, boxes, n_images)
-    own = resampled_detections(matches, once, n_bins=n_bins, wanted=("d_ece", "oce"), ratios={"oce": oce})
     scores, correct, _ = _judged(matches)
     return {
         "n": n_images,
         "n_boxes": int(np.count_nonzero(~boxes.crowd)),
         **coco_metrics(detections, boxes, n_images),
-        **{name: known(values[0]) for name, values in own.items()},
+        "d_ece": detection_calibration_error(scores, correct, n_bins=n_bins),
+        "oce": overall(object_calibration(detections, boxes, n_images)),
         "per_class": _per_class(matches, once, names),
         **({"reliability": reliability(scores, correct, n_bins=n_bins)} if len(scores) else {}),
     }
@@ -365,8 +370,3 @@ def _per_class(matches: Matches, once: Array, names: Sequence[str] | None) -> li
         }
         for label in by_threshold[0]
     ]
-
-
-def known(value: float) -> float | None:
-    """A number as Python's, None for NaN."""
-    return None if np.isnan(value) else float(value)

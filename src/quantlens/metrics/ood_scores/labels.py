@@ -11,6 +11,22 @@ from quantlens.metrics.ood_scores.registry import SIGMOID, ScoreInfo, register_s
 
 @register_score(
     ScoreInfo(
+        "max_confidence",
+        "Largest confidence",
+        "Hendrycks and Gimpel, A Baseline for Detecting Misclassified and OOD Examples, ICLR 2017",
+        formula="max_k p_k",
+        departure="the largest score of any detection in the image",
+        label="largest confidence",
+        tasks=("detect",),
+    )
+)
+def max_confidence(logits: ArrayLike) -> Float:
+    """The score of a detector's surest detection, max_k p_k, p the sigmoid. logits [N, C] -> [N] in 0..1."""
+    return np.asarray(expit(as_matrix(logits, "logits").max(axis=1).astype(np.float64)))
+
+
+@register_score(
+    ScoreInfo(
         "joint_energy",
         "Joint energy",
         "Wang et al., Can multi-label classification networks know what they don't know?, NeurIPS 2021",
@@ -38,19 +54,3 @@ def joint_energy(logits: ArrayLike) -> Float:
 def sigmoid_confidence(logits: ArrayLike) -> Float:
     """Mean over labels of max(p_k, 1 - p_k), p the sigmoid. logits [N, L] -> [N] in 1/2..1; for one label, MSP."""
     return per_row(as_matrix(logits, "logits"), lambda f: np.asarray(expit(np.abs(f)).mean(axis=1)))
-
-
-@register_score(
-    ScoreInfo(
-        "max_confidence",
-        "Largest confidence",
-        "Hendrycks and Gimpel, A Baseline for Detecting Misclassified and OOD Examples, ICLR 2017",
-        formula="max_k p_k",
-        departure="the largest score of any detection in the image",
-        label="largest confidence",
-        tasks=("detect",),
-    )
-)
-def max_confidence(logits: ArrayLike) -> Float:
-    """The score of a detector's surest detection, max_k p_k, p the sigmoid. logits [N, C] -> [N] in 0..1."""
-    return np.asarray(expit(as_matrix(logits, "logits").max(axis=1).astype(np.float64)))
