@@ -3,6 +3,7 @@ and against the float model's own boxes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from quantlens.boxes import Array, Boxes, Detections
 from quantlens.data.sources import FINGERPRINT_DIGITS, sha256_of
 from quantlens.errors import QuantlensError, UnsupportedError
+from quantlens.evaluation import outputs
 from quantlens.evaluation.images import EvaluationImages
 from quantlens.evaluation.run import Run
 from quantlens.metrics import box_drift, detection_metrics
@@ -31,14 +33,14 @@ class DetectionRun(Run):
         known."""
         head, first, logits, found = head_of(model), 0, [], []
         for pixels in self.batches(model, images, what):
-            outputs = model.outputs(pixels)
-            if getattr(outputs, "boxes", None) is None:
+            given = model.outputs(pixels)
+            if getattr(given, "boxes", None) is None:
                 raise UnsupportedError(f"{model.name} ({model.method}) gives no boxes; its task is not 'detect'")
-            logits.append(class_logits(outputs.logits, head).float().cpu().numpy())
+            logits.append(class_logits(given.logits, head).float().cpu().numpy())
             if images.boxes is not None and images.sizes is not None:
                 sizes = images.sizes[first : first + len(pixels)]
-                check_finite(model, outputs.boxes, images, first, what)
-                found.append(postprocess(outputs.logits, outputs.boxes, sizes, head, first=first))
+                check_finite(model, given.boxes, images, first, what)
+                found.append(postprocess(given.logits, given.boxes, sizes, head, first=first))
             first += len(pixels)
         return np.concatenate(logits), narrow(Detections.joined(found)) if found else None
 
@@ -57,18 +59,33 @@ class DetectionRun(Run):
         """No score of detectors is fitted."""
 
 
+DRIFT = ("matched_iou", "lost", "invented", "score_drift")
+
+
 def compare_detections(result: Any, found: Sequence[Detections]) -> None:
     """Add how far a quantized model's boxes are from the FP32 model's on the same images, where both were run."""
     if result.method == "fp32":
         return
-    drift = None if len(found) < 2 else box_drift(found[0], found[1], result.id["n"])
-    if drift is None:
+    if len(found) < 2:
         reason = "is taken to the FP32 model's detections: give the FP32 model as `reference`, not its Result"
-        result.metrics_unavailable |= dict.fromkeys(("matched_iou", "lost", "invented", "score_drift"), reason)
+        result.metrics_unavailable |= dict.fromkeys(DRIFT, reason)
         return
+    drift = box_drift(found[0], found[1], result.id["n"])
     result.id |= {name: overall(ratio) for name, ratio in drift.items()}
     if result.outputs is not None:
         result.outputs.drift.update(drift)
+
+
+def compare_kept(result: Any, kept: bytes, reference: Path) -> bytes:
+    """The same of per-image outputs: `kept` of a result, and the file of those of its FP32 model. Gives those of the
+    result with the drift of each image, and as they are where those of the FP32 model were not kept."""
+    if not reference.is_file():
+        return kept
+    result.outputs = outputs.read(kept)
+    found = [one.detections for one in (result.outputs, outputs.read(reference)) if one.detections is not None]
+    compare_detections(result, found)
+    result.metrics_unavailable = {k: v for k, v in result.metrics_unavailable.items() if k not in DRIFT}
+    return outputs.pack(result.outputs)
 
 
 def head_of(model: Any) -> DetectionHead:

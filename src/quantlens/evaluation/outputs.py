@@ -184,14 +184,15 @@ def _apart_in_float32(values: np.ndarray) -> bool:
     return bool(np.isfinite(narrow).all()) and np.unique(narrow).size == np.unique(values).size
 
 
-def read(path: str | os.PathLike[str], *, logits: bool = False) -> Outputs:
-    """Read a file (`logits`: those too, where they were kept). Nothing in it is executed or unpickled.
+def read(path: str | os.PathLike[str] | bytes, *, logits: bool = False) -> Outputs:
+    """Read a file, or its content (`logits`: those too, where they were kept). Nothing in it is executed or unpickled.
 
     Raises StorageError for a file that is missing, damaged, or of a newer format.
     """
-    path = Path(path)
+    content = io.BytesIO(path) if isinstance(path, bytes) else None
+    path = "of a cell" if isinstance(path, bytes) else Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(content or path, allow_pickle=False) as file:
             about = json.loads(bytes(file["about"]).decode())
             if about["format"] > FORMAT:
                 raise StorageError(

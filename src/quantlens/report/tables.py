@@ -225,8 +225,8 @@ def set_rows(board: Board) -> list[list[str]]:
 
 
 def class_tables(board: Board) -> list[dict[str, Any]]:
-    """Top-1 per class (mean over seeds) at every precision, a table per group, worst first: columns after class, name
-    and n are precisions, then the delta at the lowest."""
+    """Top-1 (of detectors AP) per class (mean over seeds) at every precision, a table per group, worst first: columns
+    after class, name and n are precisions, then the delta at the lowest."""
     tables = []
     for group in board.groups:
         found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
@@ -255,7 +255,7 @@ def _class_row(
     key: str, entries: Mapping[str, list[Mapping[str, Any]]], precisions: list[str]
 ) -> tuple[tuple[float, ...], float, list[str]]:
     """(what it is sorted by, number of images, texts) of a class. entries: of every seed at each precision."""
-    values = [mean_of(Stat.of(e.get("top1") for e in entries.get(b, ()))) for b in precisions]
+    values = [mean_of(Stat.of(e.get("top1", e.get("ap")) for e in entries.get(b, ()))) for b in precisions]
     first, last, delta = values[0], values[-1], None
     if first is not None and last is not None and precisions[0] == BASELINE != precisions[-1]:
         delta = last - first
