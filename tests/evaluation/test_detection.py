@@ -20,6 +20,7 @@ from quantlens.errors import QuantlensError, StorageError, UnsupportedError
 from quantlens.evaluation import outputs
 from quantlens.evaluation.compare import Wanted, point
 from quantlens.evaluation.detection import class_logits, compare_kept, of_classes
+from quantlens.evaluation.foreign_modules import ForeignModule
 from quantlens.evaluation.result import Result
 from quantlens.metrics import metrics_of, names_of
 from quantlens.metrics.detection import COCO
@@ -148,6 +149,28 @@ def test_a_result_as_reference_has_metrics_and_no_boxes(measured: dict[str, Any]
     fewer = replace(measured["ids"], boxes=measured["ids"].boxes.take(slice(1, None)))
     with pytest.raises(QuantlensError, match="other ID images"):
         ql.evaluate(measured["models"]["W8A8"], id=fewer, reference=fp32)
+
+
+def test_a_module_is_a_foreign_detector_whose_float_model_says_what_it_gives(measured: dict[str, Any]) -> None:
+    class AsTuple(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            found = self.inner(x)
+            return found["logits"], found["pred_boxes"] + 0.01
+
+    model, ids, fp32 = measured["model"], measured["ids"], measured["results"]["FP32"]
+    found = ql.evaluate(model.module, id=ids, reference=model)
+    assert (found.method, found.task) == ("foreign:torch", "detect")
+    assert (found.id["map"], found.id["matched_iou"]) == (fp32.id["map"], 1)
+    moved = ql.evaluate(AsTuple(model.module), id=ids, reference=model)
+    assert moved.id["map"] < fp32.id["map"]
+    assert 0.7 < moved.id["matched_iou"] < 1
+    with pytest.raises(UnsupportedError, match=r"measured as a detector.*load_model"):
+        ql.evaluate(model.module, id=ids)
+    assert ql.evaluate(ForeignModule.float(model), id=ids).id["map"] == fp32.id["map"]
 
 
 # --- classes ---
