@@ -3,8 +3,14 @@
 import json
 
 import pytest
+import torch
 from benchmarks.support import judge, page
 from benchmarks.support.architectures import architectures
+from benchmarks.support.worker import SAME, rounding, weakest
+from torch import nn
+
+import quantlens as ql
+from quantlens.data import Preprocess
 
 GOOD = {
     "capture": {"ok": True, "apart": 1e-7},
@@ -29,6 +35,19 @@ def test_all_is_well():
         ({"minmax W8A8": {"ok": True, "db": 33.0, "blocks": {}}}, "W8A8", "◐", "4.0 dB below minmax (29.0)"),
         ({"minmax W8A8": {**GOOD["minmax W8A8"], "blocks": {"blocks.0": 45.0}}}, "W8A8", "◐", "at blocks.0"),
         ({"export any .xml": {"ok": False, "db": 12.0}}, "OpenVINO", "◐", "12.0 dB"),
+        (
+            {"export any .xml": {"ok": False, "db": 28.0, "rounding": 27.0, "weakest": 66.0, "edge": "a.input"}},
+            "OpenVINO",
+            "◐",
+            "28.0 dB; within the rounding of codes: two simulations differ as much (27.0 dB; every quantizer of the "
+            "file by itself: 66 dB or more)",
+        ),
+        (
+            {"export any .xml": {"ok": False, "db": 31.0, "weakest": 12.0, "edge": "a.input"}},
+            "OpenVINO",
+            "◐",
+            "31.0 dB; a fault at a.input, by itself 12.0 dB",
+        ),
         ({"export any .onnx": {"error": "UnsupportedError: no operator"}}, "ONNX", "○", "no operator"),
         ({"reload quantlens-fast W8A8": {"ok": False}}, "reload", "○", "not bit-equal"),
     ],
@@ -59,3 +78,19 @@ def test_architectures_are_many_and_the_page_shows_those_with_results(tmp_path):
         json.dumps({"steps": {**GOOD, "export any .onnx": {"error": "UnsupportedError: no operator"}}})
     )
     assert f"- **{names[1]}**: ONNX: " in page(tmp_path, names)
+
+
+def test_a_fault_of_a_file_is_told_from_rounding(tmp_path):
+    pytest.importorskip("openvino", reason="the deploy extra is not installed")
+    torch.manual_seed(0)
+    images = torch.randn(12, 3, 16, 16)
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 8, 2, 2), nn.Flatten(), nn.Linear(32, 5))
+    preprocess = Preprocess((3, 16, 16))
+    quantized = ql.quantize(ql.load_model(model.eval(), preprocess=preprocess), images, method="minmax", bits="W8A8")
+    path = ql.export(quantized, tmp_path / "m.xml", simulate=True)
+    assert weakest(quantized, path, images)[1] > SAME
+    assert rounding(quantized, images) > SAME
+    quantized.plan.quantizers["2.input"].scale.mul_(1.1)
+    edge, db = weakest(quantized, path, images)
+    assert edge == "2.input"
+    assert db < 25

@@ -77,6 +77,19 @@ class Means(nn.Module):
         return self.head(x.mean(-1)) + self.head(x.mean(-1, keepdim=True).flatten(1)) + self.head(x.amax(-1))
 
 
+class Stem(nn.Module):
+    """Convolutions, and beside them a token that is repeated for the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 2, 2)
+        self.token, self.head = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.second(self.first(x).relu()).flatten(2).mT
+        return self.head(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)).mean(1)
+
+
 class Resized(nn.Module):
     """Pictures of another size, whose channels have scales of their own."""
 
@@ -101,7 +114,7 @@ def test_a_resized_picture_with_scales_of_channels(target, tmp_path):
 
 
 @pytest.mark.parametrize("target", [None, "openvino-cpu"])
-@pytest.mark.parametrize("made", [Token, lambda: Pooled(False), lambda: Pooled(True), Excited, Means])
+@pytest.mark.parametrize("made", [Token, lambda: Pooled(False), lambda: Pooled(True), Excited, Means, Stem])
 def test_it_computes_what_was_measured(made, target, tmp_path, monkeypatch):
     """In integers, and as on a processor whose sums saturate, to a flip or two of a code."""
     torch.manual_seed(0)

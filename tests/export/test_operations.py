@@ -20,7 +20,15 @@ pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
 
 SIZE = (4, 6, 10)
 GENERATOR = torch.Generator().manual_seed(0)
-SHAPES = {"c": (4,), "d": (4,), "wide": (10,), "pos": (4, 6, 10), "flat": (5, 10), "grid": (1, 5, 7, 2)}
+SHAPES = {
+    "c": (4,),
+    "d": (4,),
+    "wide": (10,),
+    "pos": (4, 6, 10),
+    "flat": (5, 10),
+    "grid": (1, 5, 7, 2),
+    "gates": (20, 10),
+}
 KERNELS = {"conv": (8, 2, 3, 3), "deep": (4, 3, 2, 3), "one": (5, 24, 3), "vol": (2, 1, 3, 3, 3)}
 HELD = {name: torch.randn(*size, generator=GENERATOR) * 0.3 for name, size in (SHAPES | KERNELS).items()}
 PICK = torch.tensor([3, 0, 2])
@@ -149,6 +157,24 @@ NORMS = {
     "instance held": lambda x: F.instance_norm(x, HELD["c"], HELD["d"].abs(), HELD["d"], use_input_stats=False),
 }  # fmt: skip
 
+
+def _recurrent(x, layers, both, biases):
+    """x [batch, 4, 6, 10] as rows of 6 sequences through LSTM layers 5 wide: outputs and last states."""
+    directions, held = 1 + both, []
+    for layer in range(layers):
+        parts = [HELD["gates"][:, : 5 * directions if layer else 10], HELD["gates"][:, 5:], *HELD["gates"].T[:2]]
+        held += [part + layer + 0.1 * way for way in range(directions) for part in parts[: 2 + 2 * biases]]
+    start = x.new_zeros(layers * directions, 1, 5).expand(-1, x.shape[0], -1) + x[:, 0, 0, :5]
+    found = torch.lstm(x[:, 1], (start, start * 0), held, biases, layers, 0.0, False, both, True)
+    return torch.cat([part.flatten() for part in found])
+
+
+RECURRENT = {
+    "lstm": lambda x: _recurrent(x, 1, False, True),
+    "lstm of layers and directions": lambda x: _recurrent(x, 2, True, True),
+    "lstm without biases": lambda x: _recurrent(x, 2, False, False),
+}
+
 CONVOLUTIONS = {
     "groups": lambda x: F.conv2d(
         x, HELD["conv"], torch.ones(8), stride=(2, 1), padding=(0, 2), dilation=(1, 2), groups=2
@@ -276,6 +302,7 @@ MOVES = {
 GROUPS = {
     "one value": ONE_VALUE, "two values": TWO_VALUES, "over dimensions": OVER_DIMENSIONS, "norms": NORMS,
     "convolutions": CONVOLUTIONS, "pooling": POOLING, "resizing": RESIZING, "padding": PADDING, "moves": MOVES,
+    "recurrent": RECURRENT,
 }  # fmt: skip
 
 

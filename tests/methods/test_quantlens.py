@@ -66,6 +66,9 @@ def test_each_step_on_weights_can_be_left_out(digits):
     )
     assert all(torch.equal(scale, start[key]) for key, scale in scales.items())
     assert not any(torch.equal(scale, start[key]) for key, scale in fit_scales.items())
+    told = fitted_by(columns=False)
+    same = {e.key for e, quantizer in told.weight_edges() if torch.equal(quantizer.scale, start[e.key])}
+    assert same == {"head.weight"}, "fitted, but for the one that reads fewer rows (8 images) than it has inputs"
     moved = [
         not torch.equal(rounded.graph.tensor(str(e.value.target)), neither.graph.tensor(str(e.value.target)))
         for e, _ in neither.weight_edges()

@@ -199,6 +199,7 @@ def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str
         except RuntimeError as error:
             why = (str(error).strip().splitlines() or [""])[-1]
             raise UnsupportedError(f"OpenVINO cannot read {path.stem}: {why}; export to .onnx") from error
+        _fold_biases(model)
         for key, value in record.items():
             model.set_rt_info(value, ["quantlens", key])
         # else OpenVINO quantizes float activations to 8 bits before layers with integer weights, unasked
@@ -210,6 +211,21 @@ def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str
         os.replace(folder / path.with_suffix(".bin").name, path.with_suffix(".bin"))
         os.replace(folder / path.name, path)
     return path
+
+
+def _fold_biases(model: Any) -> None:
+    """Biases of convolutions as constants of the sizes they are added in. OpenVINO reads them as reshaped by a shape
+    that it computes late, and where a model also makes tensors of the batch's size it may by then have taken the first
+    channel's bias for all, into the quantizer that follows."""
+    from openvino import opset13 as operators
+
+    for node in model.get_ordered_ops():
+        source = node.input_value(0).get_node() if node.get_type_name() == "Reshape" else None
+        shape = node.get_output_partial_shape(0) if source else None
+        if source and source.get_type_name() == "Constant" and shape.is_static and node.get_element_type().is_real():
+            folded = operators.constant(source.get_data().reshape(list(shape.to_shape())))
+            for reader in list(node.output(0).get_target_inputs()):
+                reader.replace_source_output(folded.output(0))
 
 
 @functools.cache

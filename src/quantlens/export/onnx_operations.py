@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from quantlens.errors import UnsupportedError
 from quantlens.export.onnx_arithmetic import ARITHMETIC, Writer
 from quantlens.export.onnx_graph import Emitter
-from quantlens.export.onnx_moves import MOVES
+from quantlens.export.onnx_moves import MOVES, slice_of
 from quantlens.export.onnx_spatial import SPATIAL
 from quantlens.export.onnx_values import described, is_size
 from quantlens.graph.graph import argument, op_name
@@ -129,6 +130,31 @@ def _instance_norm(e: Emitter, node: fx.Node) -> str:
     return _group_norm(e, node) if argument(node, "use_input_stats") else _batch_norm(e, node)
 
 
+def _lstm(e: Emitter, node: fx.Node) -> list[str]:
+    """Layers of LSTM, of one direction or both: the outputs, and the last hidden and cell states."""
+    both, turned = bool(argument(node, "bidirectional")), [1, 0, 2] if argument(node, "batch_first") else [0, 1, 2]
+    held, directions = [e.known(given) for given in argument(node, "params")], 2 if both else 1
+    count = 4 if argument(node, "has_biases") else 2
+    layers, states = int(argument(node, "num_layers")), [e.read(state) for state in argument(node, "hx")]
+    if any(given is None for given in held) or len(held) != layers * directions * count:
+        raise UnsupportedError(f"export cannot write {described(node)} with projections or weights that are computed")
+    gates = [given.unflatten(0, (4, -1))[[0, 3, 1, 2]].flatten(0, 1) for given in held if given is not None]
+    value, ends = e.op("Transpose", e.value(node), perm=turned), []
+    for first in range(0, layers * directions, directions):
+        own = [gates[count * place : count * (place + 1)] for place in range(first, first + directions)]
+        weight, recurrent, *bias = (torch.stack(parts) for parts in zip(*own, strict=True))
+        starts = [slice_of(e, state, 0, first, first + directions) for state in states]
+        inputs = [value, weight, recurrent, torch.cat(bias, 1) if bias else None, None, *starts]
+        how = {"hidden_size": recurrent.shape[-1], "direction": "bidirectional" if both else "forward"}
+        value, *last = e.ops("LSTM", *inputs, outs=3, **how)
+        value = e.op("Reshape", e.op("Transpose", value, perm=[0, 2, 1, 3]), [0, 0, -1])
+        ends.append(last)
+    return [
+        e.op("Transpose", value, perm=turned),
+        *(e.op("Concat", *parts, axis=0) for parts in zip(*ends, strict=True)),
+    ]
+
+
 def _first(writer: Writer) -> Writer:
     """For an operation that gives several values, of which all but the first are for training."""
     return lambda e, node: [writer(e, node)]
@@ -146,6 +172,7 @@ LAYERS: dict[str, Writer] = {
         ),
         _conv,
     ),
+    "aten.lstm.input": _lstm,
     "aten.layer_norm.default": _layer_norm,
     "aten.native_layer_norm.default": _first(_layer_norm),
     "aten.rms_norm.default": _rms_norm,

@@ -165,7 +165,8 @@ def rotate_inputs(work: Work) -> list[str]:
 class WeightFit:
     """Weights in closed form from second moments of the layer's inputs: fitted to the float output on quantized inputs,
     then rounded column by column, errors taken up by later columns (GPTQ). damping: λ of both, in units of the mean
-    squared input. fit: True, False, or auto (where the layer's input has one scale). columns: False rounds to nearest.
+    squared input. fit: True, False, or auto (where the layer's input has one scale, and there are as many rows as
+    inputs: fewer say more of their own noise than of the layer's error). columns: False rounds to nearest.
     """
 
     damping: float = 0.1
@@ -178,7 +179,8 @@ class WeightFit:
         """(the weight [out, in] before rounding, its quantizer, its values on that). grid: weight -> its quantizer."""
         target, gram = layer.weight, moments.gram if layer.free else moments.second
         factor = Factor.of(gram, self.damping, gram.diagonal().argsort(descending=True))
-        if self.fit is True or (self.fit == AUTO and not isinstance(layer.own, GroupScaled)):
+        told = moments.count >= len(gram) and not isinstance(layer.own, GroupScaled)
+        if self.fit is True or (self.fit == AUTO and told):
             target = ridge(target, moments, self.damping, factor if layer.free else None)
         quantizer = grid(target)
         if not self.columns:
@@ -215,7 +217,7 @@ class QuantlensFast(Method):
         year=2026,
         url="docs/methods.md",
         quantizes=MATMUL_OPERANDS,
-        version=7,
+        version=8,
         summary="exact rotations, clipped ranges, weights fitted and rounded in closed form on quantized inputs",
         aliases=("fast",),
         arguments={"outlier_channels": "split"},

@@ -4,7 +4,8 @@ Writes the weights (safetensors, with the recipe and versions in its header) and
 measured on the embedded sets) to the package's own `zoo/weights`, or to the folder given with --out.
 
 How the models are trained is plain data, a recipe, and one function that follows it: Adam with a linear warm-up and a
-cosine decay.
+cosine decay. `python -m quantlens.zoo.train scenes-yolos --device cuda --minutes 7` trains a detector; stopped, it goes
+on from its last minute when called again. Recipe and loop of detectors are in `detector_training`.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import nn
 
 from quantlens import zoo
@@ -31,6 +33,7 @@ from quantlens.ambient import isolated
 from quantlens.data import Preprocess, load_images
 from quantlens.files import write_whole
 from quantlens.metrics import classification_metrics, make_scorer, ood_metrics
+from quantlens.zoo.detector_training import DETECTOR_RECIPES, DetectorRecipe, follow, measure_detector
 
 
 @dataclass(frozen=True)
@@ -193,8 +196,15 @@ def measure(model: nn.Module, entry: zoo.ZooEntry) -> dict[str, Any]:
     return result
 
 
-def write(model: nn.Module, recipe: Recipe, figures: dict[str, Any], seconds: float, weights: Path) -> None:
-    """Write the weights and their card beside them. Raises StorageError where that fails."""
+def write(
+    model: nn.Module,
+    recipe: Recipe | DetectorRecipe,
+    figures: dict[str, Any],
+    seconds: float,
+    weights: Path,
+    **more: Any,
+) -> None:
+    """Write the weights and their card (with what `more` says) beside them. Raises StorageError where that fails."""
     state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     versions = {"quantlens": __version__, "torch": torch.__version__, "timm": timm.__version__}
     made_with = {**versions, "python": platform.python_version(), "threads": torch.get_num_threads()}
@@ -210,6 +220,7 @@ def write(model: nn.Module, recipe: Recipe, figures: dict[str, Any], seconds: fl
         "bytes": len(content),
         **told,
         "seconds": round(seconds, 1),
+        **more,
     }
     write_whole(weights.with_suffix(".json"), json.dumps(card, indent=1) + "\n")
 
@@ -217,14 +228,33 @@ def write(model: nn.Module, recipe: Recipe, figures: dict[str, Any], seconds: fl
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `python -m quantlens.zoo.train`."""
     parser = argparse.ArgumentParser(prog="python -m quantlens.zoo.train", description="train a model of the zoo again")
-    parser.add_argument("model", choices=RECIPES)
+    parser.add_argument("model", choices=[*RECIPES, *DETECTOR_RECIPES])
     parser.add_argument("--out", type=Path, help="folder for the weights and the card (default: the package's own)")
-    parser.add_argument("--epochs", type=int, help="fewer epochs than the recipe's, for a trial")
+    parser.add_argument("--epochs", type=int, help="digits-vit: fewer epochs than the recipe's, for a trial")
+    detectors = parser.add_argument_group("detectors")
+    detectors.add_argument("--device", default="cpu")
+    detectors.add_argument("--steps", type=int, help="other than the recipe's")
+    detectors.add_argument("--minutes", type=float, help="end the schedule by the clock")
+    detectors.add_argument("--batch-size", type=int, help="other than the recipe's")
+    detectors.add_argument("--learning-rate", type=float, help="other than the recipe's")
+    detectors.add_argument("--seed", type=int, help="other than the recipe's")
+    detectors.add_argument("--state", type=Path, help="file to go on from (default: beside the weights)")
+    detectors.add_argument("--trained", type=Path, help="no training: measure and write what training left in a folder")
     given = parser.parse_args(arguments)
+    out = given.out or zoo.WEIGHTS
+    if given.model in RECIPES:
+        _train_classifier(RECIPES[given.model], out, given.epochs)
+    else:
+        names = ("steps", "batch_size", "learning_rate", "seed")
+        changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+        _train_detector(replace(DETECTOR_RECIPES[given.model], **changes), out, given)
+
+
+def _train_classifier(recipe: Recipe, out: Path, epochs: int | None) -> None:
     torch.set_num_threads(1)  # which repeats bit for bit
-    entry, recipe = zoo.available()[given.model], RECIPES[given.model]
-    if given.epochs is not None:
-        recipe = replace(recipe, epochs=given.epochs)
+    entry = zoo.available()[recipe.name]
+    if epochs is not None:
+        recipe = replace(recipe, epochs=epochs)
     start = time.monotonic()
 
     def report(done: int, total: int, loss: float) -> None:
@@ -233,9 +263,32 @@ def main(arguments: list[str] | None = None) -> None:
 
     model = train(recipe, report)
     seconds, figures = time.monotonic() - start, measure(model, entry)
-    weights = (given.out or zoo.WEIGHTS) / entry.weights.name
+    weights = out / entry.weights.name
     write(model, recipe, figures, seconds, weights)
-    print(f"{weights}: top-1 {100 * figures['top1']:.2f} %, NLL {figures['nll']:.3f}")
+    _tell(weights, f"top-1 {100 * figures['top1']:.2f} %, NLL {figures['nll']:.3f}", figures)
+
+
+def _train_detector(recipe: DetectorRecipe, out: Path, given: argparse.Namespace) -> None:
+    """Train (or take what training left in `given.trained`), measure, write weights and card, drop the state."""
+    name = recipe.name.replace("-", "_")
+    weights = out / f"{name}.safetensors"
+    if given.trained is not None:
+        model, path = recipe.build().eval(), given.trained / weights.name
+        model.load_state_dict(load(path.read_bytes()))
+        log = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["log"]
+    else:
+        state = given.state or weights.with_suffix(".pt")
+        show = partial(print, flush=True)
+        model, log = follow(recipe, weights, device=given.device, minutes=given.minutes, state=state, report=show)
+        state.unlink(missing_ok=True)
+    figures = measure_detector(model, recipe)
+    recipe = replace(recipe, steps=int(log[-1]["step"]))
+    write(model, recipe, figures, log[-1]["seconds"], weights, log=log)
+    _tell(weights, ", ".join(f"{key} {100 * figures[key]:.2f} %" for key in ("map", "map50", "map75")), figures)
+
+
+def _tell(weights: Path, words: str, figures: dict[str, Any]) -> None:
+    print(f"{weights}: {words}")
     for name, ood in figures["ood"].items():
         rates = f"AUPR-out {100 * ood['aupr_out']:.1f} %, AUROC {100 * ood['auroc']:.1f} %"
         print(f"  {name} ({ood['group']}): {rates}")
