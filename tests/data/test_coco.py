@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quantlens.data import Preprocess, load_images, open_source
+from quantlens.boxes import Boxes
+from quantlens.data import Preprocess, as_image_set, load_images, open_source
 from quantlens.errors import BadImageError, QuantlensError, QuantlensWarning
 
 SQUARE = Preprocess((3, 16, 16), resize=(16, 16))
@@ -97,6 +98,17 @@ def test_boxes_without_area_are_left_out_with_a_warning(written: Callable[..., s
     with pytest.warns(QuantlensWarning, match="1 boxes without area are left out"):
         source = open_source(spec)
     assert source.boxes.image.tolist() == [0, 1]
+
+
+def test_boxes_are_given_in_python_with_pictures_or_tensors() -> None:
+    pictures = [Image.new("RGB", size, (9, 9, 9)) for size in ((20, 50), (40, 30))]
+    boxes = Boxes([1, 0], [[0, 0, 5, 5], [1, 1, 9, 9]], [0, 2])
+    images = as_image_set((pictures, boxes), SQUARE)
+    assert images.sizes.tolist() == [[50, 20], [30, 40]]
+    assert images.boxes.area.tolist() == [25, 64]
+    assert as_image_set((np.zeros((2, 3, 8, 6), np.float32), boxes)).sizes.tolist() == [[8, 6], [8, 6]]
+    with pytest.raises(QuantlensError, match="has 1 images, and boxes are of image 1"):
+        as_image_set((pictures[:1], boxes), SQUARE)
 
 
 def _first(**changes: Any) -> Callable[[dict[str, Any]], None]:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -95,6 +95,18 @@ class ImageSet:
             sizes=None if self.sizes is None else self.sizes[indices],
             fingerprint=chosen[:FINGERPRINT_DIGITS],
         )
+
+    def with_boxes(self, boxes: Boxes, sizes: Any = None) -> ImageSet:
+        """The same with boxes, and the sizes [N, 2] of the pictures whose pixels they are in (by default the images'
+        own). Raises QuantlensError where they are of other images."""
+        sizes = np.tile(self.tensor(0, 1).shape[2:], (len(self), 1)) if sizes is None else np.asarray(sizes, np.int64)
+        if sizes.shape != (len(self), 2) or boxes.image.max(initial=-1) >= len(self):
+            last = boxes.image.max(initial=-1)
+            raise QuantlensError(
+                f"{self.source} has {len(self)} images, and boxes are of image {last} and {len(sizes)} sizes of "
+                "pictures; give boxes of these images"
+            )
+        return replace(self, boxes=boxes, sizes=sizes)
 
     def check_labels(self, num_classes: int) -> np.ndarray:
         """The labels, after making sure that they can be classes of a model with `num_classes` outputs.
