@@ -44,7 +44,7 @@ PATCH_SIDES = (32, 48, 64, 96, 128, 192, 256)  # sides of the square cut from th
 
 
 Built = tuple[np.ndarray, list[str], np.ndarray | Boxes | None, list[str] | None]
-"""Pixels, a name for each image, labels or boxes in pixels, class names."""
+"""Pixels, a name for each image, labels (or boxes), class names."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,18 @@ def _letter_counts(letter: str, rng: np.random.RandomState) -> np.ndarray:
     return scan.reshape(8, 4, 8, 4).sum(axis=(1, 3))
 
 
+# --- scenes ---
+
+
+def _scenes(split: str, n: int) -> Built:
+    """Scenes of `data.scenes`, whose boxes are known."""
+    from quantlens.data.scenes import CLASSES, scenes  # built on the digits above
+
+    found = scenes(split, n)
+    boxes = Boxes(found.image, found.boxes, found.labels, names=tuple(CLASSES), ids=ID_DIGITS)
+    return found.pixels, [f"scenes/{split}-{k:04d}" for k in range(n)], boxes, CLASSES
+
+
 _ID_WORDS = ", ".join(map(str, ID_DIGITS[:-1])) + f" and {ID_DIGITS[-1]}"
 _HELD_OUT_WORDS = " and ".join(map(str, HELD_OUT_DIGITS))
 _SETS = {
@@ -220,4 +232,19 @@ _SETS = {
     ),
     "photo-patches": EmbeddedInfo("far", "grey patches of scikit-learn's two photographs", _photo_patches),
     "letters": EmbeddedInfo("far", f"the letters {' '.join(LETTERS)}, drawn in the digits' style", _letters),
+    "scenes": EmbeddedInfo(
+        "id",
+        "photographs and textures with one to five of these digits, and their boxes",
+        partial(_scenes, "test", 512),
+    ),
+    "scenes-calibration": EmbeddedInfo(
+        "id",
+        "the same of what the detectors were trained on, for calibration",
+        partial(_scenes, "train", 128),
+    ),
+    "scenes-unknown": EmbeddedInfo(
+        "near",
+        f"scenes of the digits {_HELD_OUT_WORDS} and of letters alone, without boxes",
+        partial(_scenes, "unknown", 512),
+    ),
 }
