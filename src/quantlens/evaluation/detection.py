@@ -149,14 +149,13 @@ def of_classes(images: Any, head: DetectionHead) -> tuple[Boxes, Array]:
     """
     boxes: Boxes = images.boxes
     count = len(head.labels)
+    known: Mapping[str, int] = {letters(label): k for k, label in reversed(list(enumerate(head.labels)))}
+    places = np.array([known.get(letters(name), -1) for name in boxes.names], dtype=np.int64)
     if not boxes.names:
         places = np.arange(count)
-    elif all(letters(label).removeprefix("label").isdigit() for label in head.labels):
+    elif (places < 0).all() and all(name.removeprefix("label").isdigit() for name in known):
         ids = np.arange(count) if len(boxes.ids) == count else np.array(boxes.ids)
         places = np.where(ids < count, ids, -1)
-    else:
-        known: Mapping[str, int] = {letters(label): k for k, label in reversed(list(enumerate(head.labels)))}
-        places = np.array([known.get(letters(name), -1) for name in boxes.names], dtype=np.int64)
     within = boxes.labels < len(places)
     unknown = np.unique(boxes.labels[~within | (places[np.where(within, boxes.labels, 0)] < 0)])
     if len(unknown):
