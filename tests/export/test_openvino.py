@@ -90,6 +90,18 @@ class Stem(nn.Module):
         return self.head(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)).mean(1)
 
 
+class Grouped(nn.Module):
+    """A convolution of groups, a limit, and a layer that reads codes."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.first = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.second, self.head = nn.Conv2d(8, 8, 2, 2), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(self.patches(x)).clamp(0, 1)).flatten(2).mT).flatten(1)[:, :10]
+
+
 class Resized(nn.Module):
     """Pictures of another size, whose channels have scales of their own."""
 
@@ -114,7 +126,7 @@ def test_a_resized_picture_with_scales_of_channels(target, tmp_path):
 
 
 @pytest.mark.parametrize("target", [None, "openvino-cpu"])
-@pytest.mark.parametrize("made", [Token, lambda: Pooled(False), lambda: Pooled(True), Excited, Means, Stem])
+@pytest.mark.parametrize("made", [Token, lambda: Pooled(False), lambda: Pooled(True), Excited, Means, Stem, Grouped])
 def test_it_computes_what_was_measured(made, target, tmp_path, monkeypatch):
     """In integers, and as on a processor whose sums saturate, to a flip or two of a code."""
     torch.manual_seed(0)

@@ -77,6 +77,14 @@ Task = Annotated[
     str | None,
     typer.Option(metavar="TASK", help="classify, zero-shot, binary, multilabel or features (default: the model's)."),
 ]
+ModelTask = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help="What it is for, if it does not say: multilabel …; features drops its classifier.",
+    ),
+]
 TextEmbeddings = Annotated[
     str | None, typer.Option(metavar="FILE", help="Text embeddings [K, D] for zero-shot: .npy, .npz or .safetensors.")
 ]

@@ -161,15 +161,16 @@ def tables(result: Any) -> Iterator[Any]:
         (m.heading, m.text(result.id[name]), m.text(fp32.get(name)), m.text(change.get(name), "+"))[: len(heads)]
         for m, name in shown
     ]
-    yield _common.table(heads, rows, right=heads[1:], title="In distribution")
+    if rows:
+        yield _common.table(heads, rows, right=heads[1:], title="In distribution")
     if result.ood:
         yield from _ood_tables(result, METRICS["aupr_out"])
     if result.guard is not None:
         yield _guard_table(result.guard, [METRICS[name] for name in ("kept", "flagged", "balanced_accuracy")])
     lacking = {**result.metrics_unavailable, **(result.scores_unavailable if result.ood else {})}
     for reason in dict.fromkeys(lacking.values()):
-        names = [name for name, why in lacking.items() if why == reason]
-        yield f"left out: {', '.join(names)} ({reason})"
+        names = [METRICS[name].title if name in METRICS else name for name, why in lacking.items() if why == reason]
+        yield f"left out: {'; '.join(names)} ({'each ' if len(names) > 1 else ''}{reason})"
 
 
 def _ood_tables(result: Any, aupr: Any) -> Iterator[Any]:

@@ -333,7 +333,7 @@ class _Reader:
         return range(len(values)), values.numpy()
 
     def _labels(self, given: Any, count: int) -> list[Any] | None:
-        """One label per image: whole numbers, or rows of 0 and 1; None where what is given is no number."""
+        """One label per image: whole numbers, names, or rows of 0 and 1; None where what is given is neither."""
         import torch
 
         if given is None:
@@ -345,8 +345,10 @@ class _Reader:
             labels = np.asarray(labels.tolist())
         except ValueError:
             return None
+        if labels.dtype.kind == "U" and labels.shape in ((count,), ()):
+            return [str(label) for label in np.atleast_1d(labels)]
         if labels.dtype.kind not in "iubf":
-            return None  # names of files, boxes …
+            return None  # boxes …
         if labels.ndim == 0 and count == 1:
             labels = labels[None]
         if labels.ndim == 1 and count == 1 and len(labels) > 1:
@@ -374,10 +376,10 @@ class _Reader:
             raise QuantlensError(
                 f"{self.name}: some batches have labels and some have none; give labels for all or for none"
             )
-        labels = as_labels(self.labels if all(given) else None, None, self.name)[0]
-        return self._of(self.rows.whole(), labels)
+        labels, names = as_labels(self.labels if all(given) else None, None, self.name)
+        return self._of(self.rows.whole(), labels, names)
 
-    def _of(self, whole: np.ndarray, labels: np.ndarray | None) -> ImageSet:
+    def _of(self, whole: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None) -> ImageSet:
         import torch
 
         digest = hashlib.sha256(str(tuple(whole.shape)).encode())
@@ -391,5 +393,6 @@ class _Reader:
             preprocess=self.preprocess if pixels else None,
             pixels=whole if pixels else None,
             values=None if pixels else torch.from_numpy(whole),
+            class_names=class_names,
             skipped=self.skipped,
         )

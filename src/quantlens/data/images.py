@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -108,6 +109,33 @@ class ImageSet:
             )
         return replace(self, boxes=boxes, sizes=sizes)
 
+    def in_classes_of(self, names: Sequence[str] | None) -> ImageSet:
+        """The same images with labels that count a model's classes, where all class names of the set are among its
+        names (in any order, in any case). A warning where they are as many, and other ones: they are taken in order."""
+        own, labels = self.class_names, self.labels
+        if own is None or names is None or labels is None or list(own) == list(names):
+            return self
+        ours, theirs = ([str(name).strip().casefold().replace("_", " ") for name in some] for some in (own, names))
+        if ours == theirs or len({*ours}) < len(ours) or len({*theirs}) < len(theirs):
+            return self
+        if not {*ours} <= {*theirs}:
+            if len(ours) == len(theirs) and sum(a == b for a, b in zip(ours, theirs, strict=True)) < len(ours) / 2:
+                text = (
+                    f"{self.source} names its classes otherwise than the model ({own[0]!r}, not {names[0]!r} …): they "
+                    "are taken in their order"
+                )
+                if text not in TOLD.setdefault(self, set()):
+                    TOLD[self].add(text)
+                    warnings.warn(text, QuantlensWarning, stacklevel=2)
+            return self
+        place = np.array([theirs.index(name) for name in ours])
+        several = np.zeros((len(labels), len(theirs)), dtype=labels.dtype)
+        if labels.ndim == 2:
+            several[:, place] = labels
+        found = replace(self, labels=several if labels.ndim == 2 else place[labels], class_names=list(names))
+        TOLD[found] = TOLD.setdefault(self, set())
+        return found
+
     def check_labels(self, num_classes: int) -> np.ndarray:
         """The labels, after making sure that they can be classes of a model with `num_classes` outputs.
 
@@ -117,12 +145,12 @@ class ImageSet:
             raise QuantlensError(
                 f"the labels of {self.source} do not match the classes of the model: the set has "
                 f"{len(self.class_names)} classes, the model {num_classes}; give images labelled with the model's "
-                "classes (imagenet:DIR for ImageNet models)"
+                f"classes (imagenet:DIR for ImageNet models); the set's begin with {self.class_names[:3]}"
             )
         if self.labels is None:
             raise QuantlensError(
-                f"{self.source} has no labels, and accuracy needs them; use a source with labels "
-                "(imagenet, imagefolder, cifar10)"
+                f"{self.source} has no labels, and accuracy needs them; use a source with labels (imagenet, "
+                "imagefolder, cifar10), or name the column that holds them (parquet, hf and webdataset: ?label=COLUMN)"
             )
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < num_classes:
             outside = next(int(y) for y in self.labels if not 0 <= y < num_classes)
@@ -135,6 +163,10 @@ class ImageSet:
     def __repr__(self) -> str:
         labels = "no labels" if self.labels is None else "labels"
         return f"<ImageSet {self.source}: {len(self)} images, {labels}, {len(self.skipped)} skipped>"
+
+
+TOLD: WeakKeyDictionary[ImageSet, set[str]] = WeakKeyDictionary()
+"""What has been said of a set, which is said once."""
 
 
 def _ahead(read: Callable[[int], torch.Tensor], starts: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -174,12 +206,15 @@ def load_images(
     key = None if identity is None else cache.cache_key(identity, preprocess.image_key())
     bad: cache.Skipped = []
     decoded = _decoded(source, preprocess, bad, skip_bad, progress, workers)
-    pixels, bad = _entry(decoded, bad, len(source), preprocess.input_size, cache_dir, key)
+    total = len(source)
+    pixels, bad = _entry(decoded, bad, total, preprocess.input_size, cache_dir, key)
     if bad and not skip_bad:
         raise _bad_image(source, *bad[0])
     skipped = [(source.names[k], reason) for k, reason in bad]
     if skipped:
         source = source.select(np.delete(np.arange(len(source)), [k for k, _ in bad]))
+    if not total:
+        raise QuantlensError(f"{source.spec} holds no images")
     if not len(source):
         raise QuantlensError(
             f"none of the {len(skipped)} images of {source.spec} can be read; the first is "

@@ -31,17 +31,16 @@ class DetectionRun(Run):
     def run(self, model: Any, images: Any, what: str) -> tuple[np.ndarray, Any]:
         """The log-odds of every class [N, C] (see `class_logits`), and the detections, where sizes of the pictures are
         known."""
-        head, first, logits, found = head_of(model), 0, [], []
-        for pixels in self.batches(model, images, what):
+        head, logits, found = head_of(model), [], []
+        for place, pixels in self.batches(model, images, what):
             given = model.outputs(pixels)
             if getattr(given, "boxes", None) is None:
                 raise UnsupportedError(f"{model.name} ({model.method}) gives no boxes; its task is not 'detect'")
             logits.append(class_logits(given.logits, head).float().cpu().numpy())
             if images.boxes is not None and images.sizes is not None:
-                sizes = images.sizes[first : first + len(pixels)]
-                check_finite(model, given.boxes, images, first, what)
-                found.append(postprocess(given.logits, given.boxes, sizes, head, first=first))
-            first += len(pixels)
+                check_finite(model, given.boxes, images, place.start, what)
+                sizes = images.sizes[place]
+                found.append(postprocess(given.logits, given.boxes, sizes, head, first=place.start))
         return np.concatenate(logits), narrow(Detections.joined(found)) if found else None
 
     def of_ids(

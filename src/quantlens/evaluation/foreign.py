@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantlens.data import Preprocess
-from quantlens.errors import QuantlensError, QuantlensWarning, UnknownNameError, UnsupportedError
+from quantlens.errors import QuantlensError, QuantlensWarning, UnknownNameError, UnsupportedError, first_line
 from quantlens.evaluation.result import Result
 from quantlens.models.detection import scores_and_boxes
 from quantlens.qmodel import Bits, Outputs
@@ -41,7 +41,8 @@ def open_foreign(
     """A model that quantlens did not make, ready for `evaluate`, `compare` and studies.
 
     model: an ONNX or OpenVINO file (.onnx, .xml), a file of logits (.npz, .csv), an ``nn.Module`` (quantized by torchao
-    or anything else), or a callable, images float32 [B, 3, H, W] -> logits [B, K]. reference: the float model it came
+    or anything else), a program of torch.export, or
+    a callable, images float32 [B, 3, H, W] -> logits [B, K] (tensors or arrays). reference: the float model it came
     from, or its Result; its preprocessing is taken unless `preprocess` says another. output, features: names of the
     outputs to read (in a file also of tensors inside the graph); by default ``logits``, else the first [B, K], and a
     second [B, D]. task: as of `load_model`, by default the reference's. bits: ``W8A8``, where it is known.
@@ -58,14 +59,16 @@ def open_foreign(
 
         return ForeignFile(model, output=output, features=features, **given)
     from quantlens.evaluation.foreign_modules import ForeignModule
+    from quantlens.models import unwrapped
 
+    model = unwrapped(model) if isinstance(model, torch.export.ExportedProgram) else model
     return ForeignModule(model, output=output, features=features, **given)
 
 
 class About:
     """What every foreign model says of itself, in the words of a quantized one. foreign: what else a result keeps."""
 
-    seed, calibration, class_names, guard = 0, None, None, None
+    seed, calibration, guard = 0, None, None
     num_parameters: int | None = None
     size_mb: float | None = None
     device: Any = torch.device("cpu")
@@ -88,6 +91,7 @@ class About:
         self.name = str(name or called or own_name)
         self.checkpoint_sha256 = getattr(source, "checkpoint_sha256", None)
         self.num_parameters = getattr(source, "num_parameters", None)
+        self.class_names = getattr(source, "class_names", None)
         self.options: dict[str, Any] = {}
         self.task, self._expected = task or getattr(source, "task", None), _classes(source)
         self.detection_head = getattr(source, "detection_head", None)
@@ -198,9 +202,9 @@ class Foreign(About):
                     found = self.named(images[:1].expand(count, -1, -1, -1).contiguous())
             except Exception as error:
                 if count == counts[-1]:
-                    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
                     raise UnsupportedError(
-                        f"{self.name} ({self.method}) cannot be run on images {[count, *images.shape[1:]]}: {line}"
+                        f"{self.name} ({self.method}) cannot be run on images {[count, *images.shape[1:]]}: "
+                        f"{first_line(error)}"
                     ) from error
             else:
                 if count == 1 and not self.fixed_batch:

@@ -49,7 +49,8 @@ class EvaluationImages:
         def opened(value: Any, name: str) -> Any:
             told = None if progress is None else partial(progress, f"decoding {name}")
             refuse_unprepared(model, value)
-            return as_image_set(value, model.preprocess, name, progress=told, **reading)
+            images = as_image_set(value, model.preprocess, name, progress=told, **reading)
+            return images.in_classes_of(getattr(model, "class_names", None))
 
         if hasattr(model, "open_sets"):
             found: EvaluationImages = model.open_sets(id, ood, fit, groups, pixels, task, opened)

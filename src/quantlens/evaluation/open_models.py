@@ -6,18 +6,23 @@ from typing import Any
 
 from quantlens.errors import BadWeightsError, CaptureError, QuantlensWarning, UnknownNameError
 from quantlens.evaluation.environment import choose_device
+from quantlens.evaluation.tasks import own_task
 from quantlens.models import Model, load_model
 from quantlens.qmodel import float_model
 from quantlens.qmodel.hub import find_checkpoint
 
 
 def open_float(
-    name: str, weights: str | None = None, device: str = "cpu", input_size: int | tuple[int, ...] | None = None
+    name: str,
+    weights: str | None = None,
+    device: str = "cpu",
+    input_size: int | tuple[int, ...] | None = None,
+    task: str | None = None,
 ) -> Model:
-    """A float model by name. weights: "random", a file, or "pretrained", as for None. input_size: see `load_model`."""
-    return load_model(
-        name, "pretrained" if weights is None else weights, input_size=input_size, device=choose_device(device)
-    )
+    """A float model by name. weights: "random", a file, or "pretrained", as for None. input_size, task: see
+    `load_model`."""
+    weights, device = "pretrained" if weights is None else weights, choose_device(device)
+    return load_model(name, weights, input_size=input_size, task=task, device=device)
 
 
 def checkpoint_of(name: str) -> Path | None:
@@ -69,8 +74,9 @@ def open_models(
     if weights is None and reference is None:
         return made, None
     called = reference or made.name
+    task = "features" if own_task(made) == "features" else None  # without a classifier, as the file is
     try:
-        reference = open_float(called, weights, device)
+        reference = open_float(called, weights, device, task=task)
     except UnknownNameError as error:
         if reference is not None:
             raise
@@ -80,7 +86,7 @@ def open_models(
         ) from error
     size, own = (getattr(getattr(m, "preprocess", None), "input_size", None) for m in (made, reference))
     if size is not None and own not in (None, size):
-        reference = open_float(called, weights, device, size)
+        reference = open_float(called, weights, device, size, task)
     if made.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
         raise BadWeightsError(
             f"--weights {weights} is not the checkpoint that {path} was made from (SHA-256 "

@@ -21,7 +21,7 @@ from quantlens.evaluation.images import EvaluationImages, ImageProgress, describ
 from quantlens.evaluation.open_models import measurable
 from quantlens.evaluation.outputs import Outputs, about_of, of_images
 from quantlens.evaluation.result import Result, check_same_images, check_same_task, metrics_only, plain
-from quantlens.evaluation.tasks import ONE_LABEL, check_labels, embedding, feature_hits, id_metrics, task_of
+from quantlens.evaluation.tasks import ONE_LABEL, check_labels, embedding, feature_hits, id_metrics, same_axes, task_of
 from quantlens.evaluation.zero_shot import TextEmbeddings, ZeroShot
 from quantlens.export.export import guard_metrics, looks_unknown
 from quantlens.metrics import (
@@ -133,8 +133,16 @@ def _compare_outputs(result: Result, run: "Run") -> None:
         reason = "is taken to the FP32 model's features: give the FP32 model as `reference`, not its Result"
         result.metrics_unavailable |= dict.fromkeys(("cosine", "cosine_p5", "cka"), reason)
         return
-    result.id |= plain(similarity(*run.embeddings))
-    if result.outputs is not None:
+    found = plain(similarity(*run.embeddings))
+    if not run.same_axes:
+        reason = (
+            f"says nothing: {result.method} folds the last LayerNorm into the classifier or rotates what it reads; "
+            "quantize the model with task='features', which leaves its classifier out"
+        )
+        result.metrics_unavailable |= dict.fromkeys(("cosine", "cosine_p5"), reason)
+        found = {"cka": found["cka"]}
+    result.id |= found
+    if result.outputs is not None and run.same_axes:
         result.outputs.hits["cosine"] = cosines(*run.embeddings)
 
 
@@ -180,6 +188,8 @@ class Run:
     """of the ID images, by every model measured; for the task "features" """
     found: list[Any] = field(default_factory=list)
     """the same of detections; for the task "detect" """
+    same_axes: bool = True
+    """whether the embeddings are comparable one by one"""
 
     def classifying(self, model: Any) -> Any:
         """A model as a classifier of the texts, where there are any."""
@@ -191,6 +201,7 @@ class Run:
             return metrics_only(vars(reference))
         reference = measurable(reference, device)
         _check_same_preprocess(reference, model)
+        self.same_axes = self.task != "features" or same_axes(model, reference)
         return metrics_only(self.measure(self.classifying(reference), sets))
 
     def measure(self, model: Any, sets: EvaluationImages, keep: bool | str = False) -> dict[str, Any]:
@@ -294,24 +305,34 @@ class Run:
     @torch.inference_mode()
     def run(self, model: Any, images: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
         """The same of a model that has to see the images."""
-        logits, features = [], []
-        for pixels in self.batches(model, images, what):
+        kept: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+        for place, pixels in self.batches(model, images, what):
             outputs = model.outputs(pixels)
             found = embedding(model, outputs) if self.task == "features" else outputs.logits
-            logits.append(found.float().cpu().numpy())
-            if outputs.features is not None and self.task != "features":
-                features.append(outputs.features.float().cpu().numpy())
-        return np.concatenate(logits), np.concatenate(features) if features else None
+            more = None if self.task == "features" else outputs.features
+            if not place.start:
+                kept = _rows(found, len(images)), _rows(more, len(images))
+            for rows, values in zip(kept, (found, more), strict=True):
+                if rows is not None and values is not None:
+                    rows[place] = values.float().cpu().numpy()
+        logits, features = kept
+        return logits, features  # type: ignore[return-value]
 
-    def batches(self, model: Any, images: Any, what: str) -> Iterator[torch.Tensor]:
-        """The images [B, C, H, W], batch after batch, where the model is; they are told of when the next is asked
-        for."""
+    def batches(self, model: Any, images: Any, what: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(which images, they themselves [B, C, H, W] where the model is), batch after batch; each is told of when the
+        next is asked for."""
         done, size = 0, min(self.batch_size, getattr(model, "images_together", None) or self.batch_size)
         for pixels, _ in images.batches(batch_size=size, device=getattr(model, "device", "cpu")):
-            yield pixels
+            yield slice(done, done + len(pixels)), pixels
             done += len(pixels)
             if self.progress is not None:
                 self.progress(f"evaluating {what}", done, len(images))
+
+
+def _rows(values: Any, count: int) -> np.ndarray | None:
+    """Room for the rows [count, D] of all batches, of the first batch's width: a batch itself is not kept, as features
+    are often a view of every token."""
+    return None if values is None else np.empty((count, *values.shape[1:]), np.float32)
 
 
 def _scored(scorers: Mapping[str, Scorer], logits: Any, features: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from quantlens._version import __version__
 from quantlens.ambient import isolated
-from quantlens.errors import QuantlensError, StorageError, UnknownNameError, UnsupportedError
+from quantlens.errors import QuantlensError, StorageError, UnknownNameError, UnsupportedError, first_line
 from quantlens.export.onnx_file import Initializer, check, pieces
 from quantlens.export.onnx_values import Size
 from quantlens.files import write_whole
@@ -197,8 +197,7 @@ def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str
         try:
             model = openvino_core().read_model(source)
         except RuntimeError as error:
-            why = (str(error).strip().splitlines() or [""])[-1]
-            raise UnsupportedError(f"OpenVINO cannot read {path.stem}: {why}; export to .onnx") from error
+            raise UnsupportedError(f"OpenVINO cannot read {path.stem}: {first_line(error)}; export to .onnx") from error
         _fold_biases(model)
         for key, value in record.items():
             model.set_rt_info(value, ["quantlens", key])
@@ -220,9 +219,10 @@ def _fold_biases(model: Any) -> None:
     from openvino import opset13 as operators
 
     for node in model.get_ordered_ops():
-        source = node.input_value(0).get_node() if node.get_type_name() == "Reshape" else None
-        shape = node.get_output_partial_shape(0) if source else None
-        if source and source.get_type_name() == "Constant" and shape.is_static and node.get_element_type().is_real():
+        if node.get_type_name() != "Reshape" or not node.get_element_type().is_real():
+            continue
+        source, shape = node.input_value(0).get_node(), node.get_output_partial_shape(0)
+        if source.get_type_name() == "Constant" and shape.is_static:
             folded = operators.constant(source.get_data().reshape(list(shape.to_shape())))
             for reader in list(node.output(0).get_target_inputs()):
                 reader.replace_source_output(folded.output(0))

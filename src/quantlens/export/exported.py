@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,9 @@ from quantlens.ambient import isolated
 from quantlens.arguments import checked
 from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, as_rgb, decode_image
-from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError
+from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError, first_line
 from quantlens.export.export import GUARDS, _need, _threshold, openvino_core
+from quantlens.files import mistaken
 from quantlens.metrics.divergence import sqnr_db
 from quantlens.qmodel import Outputs, float_model
 
@@ -235,6 +237,9 @@ def open_file(path: Path, threads: int | None = None, inner: Sequence[str] = ())
         raise BadWeightsError(f"no exported model at {path}")
     if path.suffix not in _RUNTIMES:
         raise BadWeightsError(f"{path}: exported models end in .onnx or .xml")
+    for file in filter(Path.is_file, files_of(path)):
+        if what := mistaken(file):
+            raise BadWeightsError(f"{file} is no model: it is {what}")
     return _RUNTIMES[path.suffix](path, threads, inner)
 
 
@@ -255,7 +260,16 @@ def _onnxruntime(path: Path, threads: int | None, inner: Sequence[str]) -> Opene
         try:
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except failures as error:
-            raise BadWeightsError(f"{path} cannot be run by ONNX Runtime: {error}") from error
+            own = re.search(r"([\w.]+:\w+)\(-?\d+\) is not a registered function", str(error))
+            reason = (
+                first_line(error)
+                if own is None
+                else (
+                    f"it has no operator {own[1]}; open the file with the library of its maker, and give "
+                    "quantlens.open_foreign a function of images that runs it"
+                )
+            )
+            raise BadWeightsError(f"{path} cannot be run by ONNX Runtime: {reason}") from error
 
     session = opened(precise=False)
     metadata = dict(session.get_modelmeta().custom_metadata_map)
@@ -311,7 +325,7 @@ def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
             model.add_outputs(name)
         compiled = openvino_core().compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        raise BadWeightsError(f"{path} cannot be run by OpenVINO: {error}") from error
+        raise BadWeightsError(f"{path} cannot be run by OpenVINO: {first_line(error)}") from error
     info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
     metadata = {key: str(getattr(value, "value", value)) for key, value in info.items()}
     written = json.loads(metadata.get("outputs", '["logits", "score"]')) if "plan" in metadata else []

@@ -52,6 +52,8 @@ class Emitter:
         self.folded = constants(graph)
         self.values = values(graph, self.folded)
         self.edges = graph.sites.edges_by_node
+        self.grouped: set[str] = set()
+        """Results of grouped convolutions that are computed in float."""
         self._count = 0
         self._placed: dict[tuple[str, str], str] = {}
 
@@ -174,12 +176,21 @@ class Emitter:
 
     def _movable(self, name: str) -> bool:
         """Whether OpenVINO's passes make the quantizer of a value one of what the value is made of, and wrongly: of the
-        parts of a concatenation, or of what has been scaled or shifted by one number for each channel."""
-        made = next((node for node in self.nodes if name in node.output), None)
+        parts of a concatenation, of what has been scaled or shifted by one number for each channel, or of a grouped
+        convolution before a limit (then without its rounding)."""
+        made = source = self._maker(name)
+        while source is not None and source.op_type in ("Relu", "Clip", "Max", "Min"):
+            source = self._maker(source.input[0])
+        if source is not made:
+            return source is not None and source.output[0] in self.grouped
         if made is None or made.op_type not in ("Mul", "Add", "Sub", "Div"):
             return made is not None and made.op_type in ("Concat", "BatchNormalization")
         held = [self.constants[name].proto.dims for name in made.input if name in self.constants]
         return any(sum(n > 1 for n in dims) == 1 and dims[-1] == 1 for dims in held)
+
+    def _maker(self, name: str) -> Any:
+        """The node that gives a value; None for an input or a constant."""
+        return next((node for node in self.nodes if name in node.output), None)
 
     def key(self, node: fx.Node, position: int | None) -> str | None:
         """The key of a node's quantized edge: at an argument, or at its output (None)."""

@@ -80,7 +80,11 @@ def _conv(e: Emitter, node: fx.Node) -> str:
     if bias is None and e.key(node, 1):
         # of an integer convolution without one OpenVINO gets the scale wrong where two operations read its value
         inputs.append(e.constant(np.full(e.sizes(node)[1], NO_BIAS, np.float32)))
-    return e.op(kind, *inputs, kernel_shape=list(kernel), group=argument(node, "groups"), **attributes)
+    found = e.op(kind, *inputs, kernel_shape=list(kernel), group=argument(node, "groups"), **attributes)
+    quantizer = e.quantizers.get(e.key(node, 1) or "")
+    if argument(node, "groups") > 1 and e.sizes(node.args[1])[1] > 1 and not getattr(quantizer, "signed", False):
+        e.grouped.add(found)
+    return found
 
 
 def _layer_norm(e: Emitter, node: fx.Node) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.ambient import isolated
-from quantlens.errors import CaptureError, QuantlensWarning
+from quantlens.errors import CaptureError, QuantlensWarning, first_line
 from quantlens.graph.attention import open_attention
 from quantlens.graph.constants import fold_constants, refuse_random_numbers
 from quantlens.graph.exporting import Call, arguments_of, one_batch_size
@@ -66,7 +66,7 @@ def capture(model: nn.Module, inputs: Any, *, share: bool = False) -> Graph:
     try:
         program = call.exported()
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if one_batch_size(error):
             reason = "it works for one batch size only; does it go through the images one by one?"
         elif "data-dependent" in reason:

@@ -1,8 +1,10 @@
 """A model called as in an example, and what ``torch.export`` makes of it."""
 
+import builtins
 import io
 import itertools
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from types import SimpleNamespace
@@ -73,11 +75,13 @@ class Call(nn.Module):
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
     def exported(self) -> Any:
-        """The model as a program of ATen operations, its batch size a symbol. What makes a number of that size, such as
-        ``len(x)``, is only understood where torch reads the code itself, which is slower (strict)."""
+        """The model as a program of ATen operations, its batch size a symbol. What makes a number of that size is only
+        understood where torch reads the code itself, which is slower (strict)."""
+        self._expected = self._alone()  # before: what the model keeps of its first call must hold values
         with evaluating(self.model), _masks_as_given(), redirect_stderr(io.StringIO()):  # torch prints what it has
             try:
-                return self._exported(strict=False)
+                with _lengths_as_symbols(self.model):
+                    return self._exported(strict=False)
             except Exception as error:
                 if not one_batch_size(error):
                     raise
@@ -112,21 +116,30 @@ class Call(nn.Module):
 
     def same_alone(self, graph: Graph) -> bool:
         """Whether the graph, which is of several images, also does what the model does with a single one."""
+        if self._expected is None:  # it takes several only
+            return True
+        with torch.no_grad():
+            found = graph.module()(*self._one())
+        found = found if isinstance(found, tuple | list) else (found,)
+        return all(a.shape == b.shape and _about_equal(a, b) for a, b in zip(self._expected, found, strict=True))
+
+    def _one(self) -> list[Tensor]:
+        """The example with a single image, which is not all one value."""
         tensors = [x[:1] if batched else x for x, batched in self._example]
         image = tensors[self.image]
         if not image.any():
             shades = torch.linspace(-1, 1, image.numel(), device=image.device)
             tensors[self.image] = shades.reshape(image.shape).to(image.dtype)
+        return tensors
+
+    def _alone(self) -> tuple[Tensor, ...] | None:
+        """What the model gives for a single image; None where it does not take one."""
         buffers = {f"model.{name}": value.clone() for name, value in self.model.named_buffers()}
         try:
             with evaluating(self.model):
-                expected = torch.func.functional_call(self, buffers, (tuple(x.clone() for x in tensors),))
-        except (RuntimeError, ValueError, TypeError, IndexError):  # it takes several only
-            return True
-        with torch.no_grad():
-            found = graph.module()(*tensors)
-        found = found if isinstance(found, tuple | list) else (found,)
-        return all(a.shape == b.shape and _about_equal(a, b) for a, b in zip(expected, found, strict=True))
+                return torch.func.functional_call(self, buffers, (tuple(x.clone() for x in self._one()),))
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return None
 
     def _exported(self, *, strict: bool) -> Any:
         batch = torch.export.Dim("batch", min=1, max=1 << 20)
@@ -156,6 +169,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+@contextmanager
+def _lengths_as_symbols(model: nn.Module) -> Iterator[None]:
+    """Inside, ``len(x)`` in the code of a model's parts is ``x.shape[0]`` of a tensor, which stays a symbol: Python
+    makes a number of what ``len`` gives."""
+    names = {type(part).__module__ for part in model.modules()}
+    places = [vars(sys.modules[name]) for name in names if name in sys.modules and not name.startswith("torch.")]
+    places = [place for place in places if "len" not in place]
+    try:
+        for place in places:
+            place["len"] = lambda x: x.shape[0] if isinstance(x, Tensor) and x.dim() else builtins.len(x)
+        yield
+    finally:
+        for place in places:
+            del place["len"]
 
 
 @contextmanager

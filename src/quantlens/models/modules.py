@@ -2,6 +2,7 @@
 the images that it takes."""
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -23,9 +24,12 @@ FAULTS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError, KeyEr
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of DataParallel, DistributedDataParallel, torch.compile and averages of weights."""
+    """The module inside of DataParallel, DistributedDataParallel, torch.compile and averages of weights, and of a
+    program of torch.export."""
     while True:
         inner = getattr(module, "_orig_mod", None)
+        if isinstance(module, torch.export.ExportedProgram):
+            return module.module()
         if isinstance(
             module, nn.DataParallel | nn.parallel.DistributedDataParallel | torch.optim.swa_utils.AveragedModel
         ) or type(module).__module__.startswith("timm.utils.model_ema"):
@@ -64,6 +68,24 @@ def check(module: nn.Module) -> None:
                 f"{name}: {key} is a {kind.__name__}, not a plain tensor: another package quantized or sharded it; "
                 "give the float model (`evaluate` and `compare` take this one as it is)"
             )
+
+
+def check_images(module: nn.Module, name: str) -> None:
+    """Raise QuantlensError for a module of transformers that says that it takes something else than images."""
+    main, config = getattr(module, "main_input_name", None), getattr(module, "config", None)
+    if main is None:
+        return
+    takes = list(inspect.signature(module.forward).parameters)
+    if main != "pixel_values" and (main in takes or "pixel_values" not in takes):  # parts inherit the name of the whole
+        raise QuantlensError(
+            f"{name} takes {main if main in takes else takes[0]}, not images; give the part of it that takes images"
+        )
+    config = getattr(config, "vision_config", config)
+    if hasattr(config, "num_patches") and not hasattr(config, "image_size"):
+        raise UnsupportedError(
+            f"{name} takes pictures that its processor cut into patches, a varying number of them (NaFlex), not images "
+            "[B, 3, H, W]; take one of its models of a fixed size"
+        )
 
 
 def copied(module: nn.Module) -> nn.Module:

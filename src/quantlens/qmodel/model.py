@@ -4,6 +4,7 @@ same two."""
 import copy
 import math
 from operator import attrgetter
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,10 @@ from quantlens.qmodel.simulation import classifier_of, simulate
 
 CACHED = 4 << 20
 """Bytes of the largest activation that a CPU may work on at once: larger ones leave its cache between operations."""
+
+
+CALLING = ("forward_with_filtered_kwargs",)
+"""Functions of a part that a larger model calls in place of the part, and that do nothing but call it."""
 
 
 class Outputs(NamedTuple):
@@ -61,7 +66,7 @@ class QuantizedModel(nn.Module):
         self.quantizers = nn.ModuleList(plan.quantizers.values())
         self.operators = nn.ModuleList(plan.operators.values())
         self.preprocess = preprocess
-        self._reference = [reference]  # in a list: not a submodule
+        self._reference = self._like = [reference]  # in a list: not a submodule
         self._simulation: list[fx.GraphModule | None] = [None]
         self.eval()
 
@@ -103,6 +108,25 @@ class QuantizedModel(nn.Module):
         """Weight [K, D] and bias [K] of the classifier as quantized, on the features of :meth:`outputs`; None if it
         has none."""
         return classifier_of(self.graph, self.plan.quantizers)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a larger model reads of its part (``config``, ``main_input_name``, ``num_features``): values as the
+        float module has them, which a model read from a file does not know; of its functions those that call it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            module = getattr((self.__dict__.get("_like") or [None])[0], "module", None)
+            value = None if module is None or name.startswith("_") else getattr(module, name, None)
+            if name in CALLING and isinstance(value, MethodType):
+                return MethodType(value.__func__, self)
+            if value is None:
+                raise
+            if callable(value) or isinstance(value, Tensor):
+                raise AttributeError(
+                    f"{name!r} lies inside {type(module).__name__}, which was quantized as a whole; quantize a part "
+                    "that nothing else reaches into"
+                ) from error
+            return value
 
     # -- what it is -------------------------------------------------------------------------------------------------
     @property
@@ -216,4 +240,6 @@ def float_model(model: Any) -> QuantizedModel:
 
 def float_copy(model: Any) -> QuantizedModel:
     """As :func:`float_model`, with a graph and a plan of its own: whatever is done to it, ``model`` stays as it is."""
-    return copy.deepcopy(float_model(model))
+    made = copy.deepcopy(float_model(model))
+    made._like = made._like if isinstance(model, QuantizedModel) else [model]
+    return made
