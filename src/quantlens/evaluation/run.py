@@ -63,8 +63,8 @@ def evaluate(
 
     model: also a name or file (`open_models`), and what quantlens did not make (`open_foreign`); logits need no images.
     id, ood (name -> images), fit: anything that `data.as_image_set` accepts (a SOURCE string, an ImageSet, a float
-        tensor [N, 3, H, W] already normalised, a pair (images, labels), or batches of either). fit: ID images, not
-        among those evaluated, for scores and for k-NN and linear probe; without it these are named as unavailable.
+        tensor [N, 3, H, W] already normalised, a pair (images, labels), of a detector (images, Boxes), or batches).
+        fit: ID images, not among those evaluated, for scores, k-NN and linear probe; without it these are unavailable.
     reference: the FP32 model, or its Result on the same images; by default a quantized model's own `.reference`, False
         leaves it out. scores: names of OOD scores (None: quantlens' own). groups: OOD set -> "far" (default) or "near".
     task: of `metrics.TASKS`; None: the model's own. text_embeddings: for "zero-shot", see `zero_shot.TextEmbeddings`.
