@@ -115,6 +115,16 @@ TABLE_1 = {
 }
 
 
+TABLE_1_OF_DETECTORS = {
+    "Table 1. Mean average precision on the ID images (COCO: over IoU 0.50 to 0.95, at 0.50)": ("map", "map50"),
+    "What quantization does to the FP32 model's boxes: those that match, those that are gone": ("matched_iou", "lost"),
+    "Boxes that the FP32 model has not; change of the score of those that match": ("invented", "score_drift"),
+    "Detection calibration error; size of the packed weights": ("d_ece", "size_mb"),
+    "mAP of small, medium and large objects": ("map_small", "map_medium", "map_large"),
+    "Recall of 100 detections; object-level calibration error": ("mar_100", "oce"),
+}
+
+
 def id_sizes(board: Board) -> list[int]:
     """How many ID images each result is of."""
     return [int(n) for result in board.results if (n := number(dig(result, ("id", "n")))) is not None]
@@ -124,12 +134,12 @@ def table_1(board: Board) -> list[dict[str, Any]]:
     """The paper's Table 1 (top-1 and NLL by precision), then ECE and packed size, then further metrics
     (`more`); of other tasks than one label of several, their metrics."""
     finer = {"top1": 2} if min(id_sizes(board), default=0) >= 5000 else {}
-    tables = []
-    for i, (caption, names) in enumerate(TABLE_1.items()):
+    tables, captions = [], TABLE_1_OF_DETECTORS if board.task == "detect" else TABLE_1
+    for i, (caption, names) in enumerate(captions.items()):
         paths = [(name,) if METRICS[name].family == "size" else ("id", name) for name in names]
         columns = [metric_column(board, path, finer.get(path[-1])) for path in paths]
         columns = [c for c in columns if any(c.of(g, b) for g in board.groups for b in board.precisions)]
-        tables.append(by_precision(board, caption, columns, more=i >= len(TABLE_1) - 2))
+        tables.append(by_precision(board, caption, columns, more=i >= len(captions) - 2))
     return [table for table in tables if table is not None]
 
 
