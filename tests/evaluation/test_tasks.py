@@ -15,7 +15,7 @@ from study_fakes import PREPROCESS, FakeModel, features_of, quantized
 
 import quantlens as ql
 from quantlens.data.images import ImageSet
-from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.errors import QuantlensError, QuantlensWarning, UnknownNameError, UnsupportedError
 from quantlens.evaluation import Result, evaluate
 from quantlens.evaluation.compare import ID_METRICS, OOD_METRICS
 from quantlens.evaluation.outputs import pack, read
@@ -180,6 +180,10 @@ def test_a_cosine_is_left_out_where_the_classifier_reads_other_axes() -> None:
     assert "task='features'" in rotated.metrics_unavailable["cosine_p5"]
     assert rotated.outputs is not None
     assert "cosine" not in rotated.outputs.hits
+    qmodel = ql.quantize(whole, pixels[:8], bits="W8A8")
+    sets = {"id": (pixels[8:], torch.arange(16) % 5), "fit": (pixels[:8], torch.arange(8) % 5)}
+    with pytest.warns(QuantlensWarning, match="knn, mahalanobis see features on other axes"):
+        evaluate(qmodel, ood={"odd": pixels[8:] + 3}, scores=["knn", "mahalanobis"], reference=whole, **sets)
 
 
 # ---- binary, multi-label ---------------------------------------------------------------------------------------------
@@ -301,7 +305,8 @@ def test_text_embeddings_that_do_not_fit_are_refused(given: Any, said: str) -> N
         ("classify", 5, {"task": "binary"}, "5 logits and a binary model one"),
         ("zero-shot", 64, {}, "text_embeddings"),
         ("classify", 5, {"task": "binary", "text_embeddings": texts()}, "not 'binary'"),
-        ("detect", 5, {}, "does not measure"),
+        ("segment", 5, {}, "does not measure"),
+        ("detect", 5, {}, "has no boxes"),
         ("multilabel", 6, {}, r"shape \(60,\).*need \(60, 6\)"),
     ],
 )
