@@ -269,5 +269,5 @@ def test_a_source_without_images(tmp_path) -> None:
 
     columns = {"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}
     parquet.write_table(pa.table(columns), tmp_path / "none.parquet")
-    with pytest.raises(QuantlensError, match=r"none\.parquet holds no images"):
+    with pytest.raises(QuantlensError, match=r"none\.parquet' holds no images"):
         load_images(f"parquet:{tmp_path / 'none.parquet'}", PRE, cache_dir=False)

@@ -305,7 +305,8 @@ def test_text_embeddings_that_do_not_fit_are_refused(given: Any, said: str) -> N
         ("classify", 5, {"task": "binary"}, "5 logits and a binary model one"),
         ("zero-shot", 64, {}, "text_embeddings"),
         ("classify", 5, {"task": "binary", "text_embeddings": texts()}, "not 'binary'"),
-        ("detect", 5, {}, "does not measure"),
+        ("segment", 5, {}, "does not measure"),
+        ("detect", 5, {}, "has no boxes"),
         ("multilabel", 6, {}, r"shape \(60,\).*need \(60, 6\)"),
     ],
 )

@@ -236,6 +236,10 @@ def test_a_checkpoint_of_another_size_finds_its_float_model(tmp_path):
     quantized, reference = open_models(out, "pretrained")
     assert quantized.preprocess == reference.preprocess
     assert quantized.preprocess.input_size == (3, 48, 48)
+    (tmp_path / "vit" / "preprocessor_config.json").unlink()
+    with pytest.warns(QuantlensWarning, match="assumed: 48×48") as told:  # it is opened at its own size before
+        open_models(out, "pretrained")
+    assert sum("assumed" in str(one.message) for one in told) == 1
 
 
 def test_refusals(tmp_path):

@@ -70,7 +70,7 @@ Scores = Annotated[
         metavar="NAMES",
         help="OOD scores (default: all that fit the task): msp, maxlogit, energy, entropy, gen, knn, vim, mahalanobis, "
         "rmahalanobis (relative), mahalanobis_l2, rmahalanobis_l2, react; binary and multilabel: joint_energy, "
-        "sigmoid_confidence.",
+        "sigmoid_confidence; detectors: max_confidence, joint_energy.",
     ),
 ]
 Task = Annotated[

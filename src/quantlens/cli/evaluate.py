@@ -174,7 +174,7 @@ def tables(result: Any) -> Iterator[Any]:
 
 
 def _ood_tables(result: Any, aupr: Any) -> Iterator[Any]:
-    from quantlens.metrics import score_label
+    from quantlens.metrics import first_score, score_label
 
     means = {f"mean {group}": result.ood_mean[group] for group in ("far", "near") if group in result.ood_mean}
     columns = {**result.ood, **means}
@@ -186,8 +186,8 @@ def _ood_tables(result: Any, aupr: Any) -> Iterator[Any]:
         rows.append(["chance", *(aupr.text(entry.get(score, {}).get("chance_aupr_out")) for entry in columns.values())])
     title = f"Out of distribution, {aupr.heading} by score"
     yield _common.table(["score", *columns], rows, right=columns, title=title)
-    score = next((name for name in ("msp", *result.histograms) if name in result.histograms), None)
-    if result.change is not None and score is not None:
+    score = first_score(result.histograms)
+    if result.change is not None and result.histograms:
         changes = result.change["ood"]
         row = [aupr.text(entry.get(score, {}).get("aupr_out"), "+") for entry in changes.values()]
         title = f"Change of {aupr.title} by {score_label(score)}, {aupr.change_unit} ({CHANGE}) {aupr.arrow}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from quantlens.boxes import Boxes
 from quantlens.data.cache import Rows
 from quantlens.data.images import CacheDir, ImageSet, Progress, load_images
 from quantlens.data.labels import as_labels
@@ -44,6 +45,7 @@ def as_image_set(
     - a Source, a SOURCE text or a `datasets.Dataset`: loaded with `preprocess`, which is then needed;
     - float tensors or arrays [N,C,H,W], already normalised, used as they are; PIL images, which `preprocess` prepares;
       pairs of either with labels; dictionaries with `pixel_values` or `image`, and `labels`;
+    - a pair of images and `Boxes`, in pixels of the pictures, or of the images that are tensors;
     - an iterable of these or of single images (DataLoader, list, generator), or a map-style `Dataset`: read once, so
       that FP32 and quantized models see the same images in the same order; what is large is kept in a temporary file.
 
@@ -52,6 +54,10 @@ def as_image_set(
     """
     if isinstance(x, ImageSet):
         return _with_preprocess(x, preprocess)
+    if isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Boxes):
+        images = as_image_set(x[0], preprocess, name, cache_dir=cache_dir, progress=progress)
+        pictures = _are_images(x[0]) and isinstance(x[0][0], Image.Image)
+        return images.with_boxes(x[1], [as_rgb(one).size[::-1] for one in x[0]] if pictures else images.sizes)
     x = opened(x, name)
     if isinstance(x, (Source, str)):
         if preprocess is None:

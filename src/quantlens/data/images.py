@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from quantlens import _moved
+from quantlens.boxes import Boxes
 from quantlens.data import cache
 from quantlens.data.preprocess import Preprocess
 from quantlens.data.sources import FINGERPRINT_DIGITS, Source, open_source
@@ -32,6 +33,7 @@ class ImageSet:
 
     Either `pixels` (uint8 [N,3,H,W], normalised with `preprocess` when used) or `values` (float32 [N,3,H,W],
     used as they are) is there. `labels` is int64 [N], int64 [N,L] of 0 and 1 where an image has several, or None.
+    `boxes` are those of objects, or None, and `sizes` int64 [N, 2], (height, width), of the pictures that they are of.
     `skipped` has (name, reason) of every bad image that was left out.
     """
 
@@ -45,6 +47,8 @@ class ImageSet:
     class_names: list[str] | None = None
     skipped: list[tuple[str, str]] = field(default_factory=list)
     group: str | None = None
+    boxes: Boxes | None = None
+    sizes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -88,8 +92,22 @@ class ImageSet:
             labels=None if self.labels is None else self.labels[indices],
             pixels=None if self.pixels is None else self.pixels[indices],
             values=None if self.values is None else self.values[indices],
+            boxes=None if self.boxes is None else self.boxes.select(indices),
+            sizes=None if self.sizes is None else self.sizes[indices],
             fingerprint=chosen[:FINGERPRINT_DIGITS],
         )
+
+    def with_boxes(self, boxes: Boxes, sizes: Any = None) -> ImageSet:
+        """The same with boxes, and the sizes [N, 2] of the pictures whose pixels they are in (by default the images'
+        own). Raises QuantlensError where they are of other images."""
+        sizes = np.tile(self.tensor(0, 1).shape[2:], (len(self), 1)) if sizes is None else np.asarray(sizes, np.int64)
+        if sizes.shape != (len(self), 2) or boxes.image.max(initial=-1) >= len(self):
+            last = boxes.image.max(initial=-1)
+            raise QuantlensError(
+                f"{self.source} has {len(self)} images, and boxes are of image {last} and {len(sizes)} sizes of "
+                "pictures; give boxes of these images"
+            )
+        return replace(self, boxes=boxes, sizes=sizes)
 
     def in_classes_of(self, names: Sequence[str] | None) -> ImageSet:
         """The same images with labels that count a model's classes, where all class names of the set are among its
@@ -188,15 +206,12 @@ def load_images(
     key = None if identity is None else cache.cache_key(identity, preprocess.image_key())
     bad: cache.Skipped = []
     decoded = _decoded(source, preprocess, bad, skip_bad, progress, workers)
-    total = len(source)
-    pixels, bad = _entry(decoded, bad, total, preprocess.input_size, cache_dir, key)
+    pixels, bad = _entry(decoded, bad, len(source), preprocess.input_size, cache_dir, key)
     if bad and not skip_bad:
         raise _bad_image(source, *bad[0])
     skipped = [(source.names[k], reason) for k, reason in bad]
     if skipped:
         source = source.select(np.delete(np.arange(len(source)), [k for k, _ in bad]))
-    if not total:
-        raise QuantlensError(f"{source.spec} holds no images")
     if not len(source):
         raise QuantlensError(
             f"none of the {len(skipped)} images of {source.spec} can be read; the first is "
@@ -212,6 +227,8 @@ def load_images(
         class_names=source.class_names,
         skipped=skipped,
         group=source.group,
+        boxes=source.boxes,
+        sizes=source.sizes,
     )
 
 

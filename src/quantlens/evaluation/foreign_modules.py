@@ -60,6 +60,7 @@ class ForeignModule(Foreign):
         made = cls(model.module, preprocess=model.preprocess, task=getattr(model, "task", None), name=model.name)
         made.method, made.bits = "fp32", FP32
         made.checkpoint_sha256, made.class_names = model.checkpoint_sha256, model.class_names
+        made.detection_head = getattr(model, "detection_head", None)
         return made
 
     def _of_placeholder(self, module: fx.GraphModule) -> None:
@@ -84,7 +85,7 @@ class ForeignModule(Foreign):
     def learn(self, size: Any = None) -> None:
         known = self._read is not None
         super().learn(size)
-        if known or self._read is None or self._read.task == "features" or self._read.features is not None:
+        if known or self._read is None or self._read.task in ("features", "detect") or self._read.features is not None:
             return
         shape = tuple(size or (self.preprocess.input_size if self.preprocess else (3, 224, 224)))
         images = torch.linspace(-1, 1, shape[0] * shape[1] * shape[2]).view(1, *shape)

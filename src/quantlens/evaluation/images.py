@@ -60,7 +60,12 @@ class EvaluationImages:
         id_images = opened(id, "the ID set")
         if hasattr(model, "learn"):
             model.learn(id_images.tensor(0, 1).shape[1:])
-        check_labels(id_images, task, model.num_classes)
+        if task == "detect":
+            from quantlens.evaluation.detection import with_boxes
+
+            id_images = with_boxes(id_images, model)
+        else:
+            check_labels(id_images, task, model.num_classes)
         ood_images = {str(name): opened(value, f"OOD set {name}") for name, value in (ood or {}).items()}
         fit_images = None if fit is None else opened(fit, "the fit set")
         if fit_images is not None:

@@ -73,12 +73,18 @@ def open_models(
         return made, reference
     if weights is None and reference is None:
         return made, None
-    called = reference or made.name
+    return made, _made_from(made, path, reference, weights, device)
+
+
+def _made_from(made: Any, path: Path, name: str | None, weights: str | None, device: str) -> Model:
+    """The float model that a file was made from, by the name that a person or the file gives."""
+    called = name or made.name
     task = "features" if own_task(made) == "features" else None  # without a classifier, as the file is
     try:
-        reference = open_float(called, weights, device, task=task)
+        with warnings.catch_warnings(record=True) as said:
+            reference = open_float(called, weights, device, task=task)
     except UnknownNameError as error:
-        if reference is not None:
+        if name is not None:
             raise
         raise BadWeightsError(
             f"{path} was made from a module that has no name to load it by ({called}); leave --weights out, or use "
@@ -86,13 +92,15 @@ def open_models(
         ) from error
     size, own = (getattr(getattr(m, "preprocess", None), "input_size", None) for m in (made, reference))
     if size is not None and own not in (None, size):
-        reference = open_float(called, weights, device, size, task)
+        reference, said = open_float(called, weights, device, size, task), []  # what was said was of the first
+    for one in said:
+        warnings.warn(one.message, one.category, stacklevel=2)
     if made.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
         raise BadWeightsError(
             f"--weights {weights} is not the checkpoint that {path} was made from (SHA-256 "
             f"{str(reference.checkpoint_sha256)[:12]}…, not {str(made.checkpoint_sha256)[:12]}…); give that one"
         )
-    return made, reference
+    return reference
 
 
 def _of_file(path: Path, reference: Any) -> tuple[Any, bool]:

@@ -6,6 +6,7 @@ binary      one logit, labels 0 and 1 [N]: a sigmoid
 multilabel  logits [N, L], labels [N, L] of 0 and 1: a sigmoid each
 features    features [N, D] of a model without a classifier, or those that its classifier reads; labels [N] are
             optional
+detect      class logits and boxes of queries; annotated boxes in place of labels (`evaluation.detection`)
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,9 +31,11 @@ def task_of(model: Any, asked: str | None = None, texts: bool = False) -> str:
 
     Raises UnknownNameError, and UnsupportedError for a task that is not measured here or does not fit what is given.
     """
-    one = int(model.num_classes) == 1
     if asked is not None and asked not in TASKS:
         raise UnknownNameError("task", asked, TASKS)
+    if "detect" in (asked, own_task(model)):
+        return _detect(model, asked, texts)
+    one = int(model.num_classes) == 1
     task = str(asked or ("zero-shot" if texts else own_task(model)))
     if task not in TASKS:
         raise UnsupportedError(
@@ -57,6 +60,18 @@ def task_of(model: Any, asked: str | None = None, texts: bool = False) -> str:
             "task='classify', several labels with task='multilabel'"
         )
     return task
+
+
+def _detect(model: Any, asked: str | None, texts: bool) -> str:
+    if own_task(model) != "detect":
+        raise UnsupportedError(f"{model.name} is no detector, as it gives no boxes: task 'detect' is not for it")
+    if asked not in (None, "detect") or texts:
+        raise UnsupportedError(
+            f"{model.name} is a detector, and only its detections are measured: its task is 'detect'"
+        )
+    if hasattr(model, "recorded"):
+        raise UnsupportedError(f"{model.name}: a file of logits has no boxes; give the detector itself, or its file")
+    return "detect"
 
 
 def own_task(model: Any) -> str:

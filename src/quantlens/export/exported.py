@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import platform
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +18,8 @@ from quantlens.ambient import isolated
 from quantlens.arguments import checked
 from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, as_rgb, decode_image
-from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError, first_line
-from quantlens.export.export import GUARDS, _need, _threshold, openvino_core
+from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError
+from quantlens.export.export import GUARDS, _need, _threshold, openvino_core, refused
 from quantlens.files import mistaken
 from quantlens.metrics.divergence import sqnr_db
 from quantlens.qmodel import Outputs, float_model
@@ -260,16 +259,7 @@ def _onnxruntime(path: Path, threads: int | None, inner: Sequence[str]) -> Opene
         try:
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except failures as error:
-            own = re.search(r"([\w.]+:\w+)\(-?\d+\) is not a registered function", str(error))
-            reason = (
-                first_line(error)
-                if own is None
-                else (
-                    f"it has no operator {own[1]}; open the file with the library of its maker, and give "
-                    "quantlens.open_foreign a function of images that runs it"
-                )
-            )
-            raise BadWeightsError(f"{path} cannot be run by ONNX Runtime: {reason}") from error
+            raise refused(path, "ONNX Runtime", error) from error
 
     session = opened(precise=False)
     metadata = dict(session.get_modelmeta().custom_metadata_map)
@@ -325,7 +315,7 @@ def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
             model.add_outputs(name)
         compiled = openvino_core().compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        raise BadWeightsError(f"{path} cannot be run by OpenVINO: {first_line(error)}") from error
+        raise refused(path, "OpenVINO", error) from error
     info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
     metadata = {key: str(getattr(value, "value", value)) for key, value in info.items()}
     written = json.loads(metadata.get("outputs", '["logits", "score"]')) if "plan" in metadata else []
@@ -403,12 +393,6 @@ def parity(
                 progress(sum(map(len, got)), len(batches))
     a, b = np.concatenate(expected).astype(np.float64), np.concatenate(got).astype(np.float64)
     difference = np.abs(a - b)
-    noise = float((difference**2).sum())
-    sqnr = sqnr_db(float((a**2).sum()), noise)
-    return Parity(
-        len(a),
-        float(difference.max()),
-        float(difference.mean()),
-        sqnr if sqnr is not None else float("inf"),
-        float((a.argmax(1) == b.argmax(1)).mean()),
-    )
+    sqnr, agreement = sqnr_db(float((a**2).sum()), float((difference**2).sum())), (a.argmax(1) == b.argmax(1)).mean()
+    sqnr = float("inf") if sqnr is None else sqnr
+    return Parity(len(a), float(difference.max()), float(difference.mean()), sqnr, float(agreement))

@@ -104,7 +104,7 @@ def open_model(name: str, *, weights: bool, num_classes: int | None, task: str |
         raise BadWeightsError(f"no folder at {source}; hf: takes a folder of save_pretrained, or the ID of a hub")
     with _quiet(package):
         try:
-            config = package.AutoConfig.from_pretrained(source, **asked, trust_remote_code=False)
+            config = _configuration(package, source, asked)
         except FAULTS as error:
             raise _refusal(name, error) from error
         if weights and (how := getattr(config, "quantization_config", None)):
@@ -130,6 +130,18 @@ def open_model(name: str, *, weights: bool, num_classes: int | None, task: str |
     path = _weights_file(source, revision) if weights else None
     paired = hasattr(config, "text_config") and names is None and "ForImage" not in type(module).__name__
     return Found(module, task or ("zero-shot" if paired else task_of(module)), preprocess, names, path)
+
+
+def _configuration(package: Any, source: str, asked: dict[str, Any]) -> Any:
+    """The configuration of a model. Of a folder that names a backbone of timm (DETR as it was first published),
+    transformers would ask the hub for it."""
+    told = _read_json(Path(source) / "config.json") if Path(source).is_dir() else {}
+    if not told.get("backbone") or not told.get("use_timm_backbone") or told.get("backbone_config"):
+        return package.AutoConfig.from_pretrained(source, **asked, trust_remote_code=False)
+    named = ("backbone", "use_timm_backbone", "use_pretrained_backbone", "backbone_kwargs", "backbone_config")
+    backbone = {"backbone": told["backbone"], **(told.get("backbone_kwargs") or {}), "use_pretrained_backbone": False}
+    kept = {key: value for key, value in told.items() if key not in named}
+    return package.AutoConfig.for_model(**kept, backbone_config={"model_type": "timm_backbone", **backbone})
 
 
 def _build(package: Any, source: str | None, config: Any, body: bool, seed: int, asked: dict[str, Any]) -> nn.Module:

@@ -81,7 +81,7 @@ def load_model(
     input_size: int | tuple[Any, ...] | None = None,
     class_names: list[str] | None = None,
     task: str | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     seed: int = 0,
     name: str | None = None,
 ) -> Model:
@@ -93,13 +93,14 @@ def load_model(
     file, or ``"random"`` (drawn with ``seed``). None: random for a timm name, a model's own for all others.
     num_classes: taken from the file if its classifier has another size than the architecture's default; 0 leaves the
     classifier out. preprocess, input_size: the model's own otherwise. task: "classify", "binary", "multilabel",
-    "features" (a name's classifier is left out), "zero-shot" or "detect"; None finds it from the model.
+    "features" (a name's classifier is left out), "zero-shot" or "detect"; None finds it from the model. device: where
+    a module lies already, else the CPU, by default.
 
     Raises UnknownNameError, BadWeightsError (with what does not fit).
     """
     if not isinstance(preprocess, Preprocess | None):
         raise QuantlensError(f"preprocess is a {type(preprocess).__name__}; give a quantlens.data.Preprocess")
-    check_device(device)
+    check_device("cpu" if device is None else device)
     if weights == "":
         raise BadWeightsError("weights is an empty text; give a file, 'pretrained' or 'random', or leave it out")
     path = None if weights in (None, "pretrained", "random") else Path(str(weights))
@@ -123,7 +124,7 @@ def load_model(
         raise QuantlensError(f"a model is a name or an nn.Module, not {type(model).__name__}")
     if class_names is not None:
         loaded.class_names = class_names
-    return _ready(loaded).to(device)
+    return _ready(loaded).to(loaded.device if device is None else device)
 
 
 @isolated
@@ -221,7 +222,8 @@ def _preprocess_of(
         likely = [modules.stated_size(module, carried.input_size), carried.input_size]
     else:
         known = huggingface.preprocess_beside(module)
-        likely = [*([known.input_size] if known else []), modules.stated_size(module)]
+        usual = known or (huggingface.default_preprocess(module) if huggingface.detects(module) else None)
+        likely = [*([usual.input_size] if usual else []), modules.stated_size(module)]
     if size is None:
         size, given = modules.taken(module, likely)
     found = known or huggingface.default_preprocess(module) or Preprocess(crop_pct=0.9)
@@ -245,6 +247,9 @@ def _from_zoo(entry: zoo.ZooEntry, path: Path | None, random: bool, seed: int, o
     if path is not None:
         files.fit(module, files.read_state(path), str(path), entry.name)
     preprocess, task = own["preprocess"] or entry.preprocess, own["task"]
+    if entry.scoring is not None:
+        _refuse(entry.name, task=None if task == "detect" else task)
+        preprocess, task = own["preprocess"] or detection.square(entry.preprocess), "detect"
     names = None if task == "features" else entry.class_names
     if names is None:
         module.reset_classifier(0)

@@ -23,6 +23,9 @@ FAULTS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError, KeyEr
 """What a module raises for images that it does not take."""
 
 
+FLOAT = "give the float model (`evaluate` and `compare` take this one as it is)"
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside of DataParallel, DistributedDataParallel, torch.compile and averages of weights, and of a
     program of torch.export."""
@@ -57,16 +60,20 @@ def check(module: nn.Module) -> None:
             f"a model that quantlens quantized ({getattr(module, 'bits', name)}) was given where a float model is "
             "wanted; give the model that it was made from"
         )
+    packed = next((k for k, part in module.named_modules() if ".quantized" in type(part).__module__), None)
+    if packed is not None:
+        raise UnsupportedError(f"{name}: torch quantized {packed!r}; {FLOAT}")
     for key, value in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(value):
             raise UnsupportedError(f"{name}: {key} has no shape yet; run the module once on a batch of images")
         if value.is_meta:
             raise UnsupportedError(f"{name}: {key} lies on the meta device, without values; load its weights first")
-        kind = type(value.detach())
-        if kind is not Tensor or value.is_quantized:
+        own, kind = type(value) in (Tensor, nn.Parameter), type(value.detach())
+        codes = isinstance(value, nn.Parameter) and value.dtype in (torch.int8, torch.uint8)
+        if not own or kind is not Tensor or value.is_quantized or codes:
+            what = (kind if own else type(value)).__name__ if not codes else str(value.dtype)
             raise UnsupportedError(
-                f"{name}: {key} is a {kind.__name__}, not a plain tensor: another package quantized or sharded it; "
-                "give the float model (`evaluate` and `compare` take this one as it is)"
+                f"{name}: {key} is a {what}, not a plain tensor: another package quantized or sharded it; {FLOAT}"
             )
 
 

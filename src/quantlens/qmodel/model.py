@@ -14,7 +14,6 @@ from quantlens.ambient import plain_arithmetic
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.formats.base import Quantizer
 from quantlens.graph import Edge, Graph, graph_of
-from quantlens.models.detection import scores_and_boxes
 from quantlens.qmodel.plan import FP32, Plan, Provenance
 from quantlens.qmodel.simulation import classifier_of, simulate
 
@@ -87,10 +86,9 @@ class QuantizedModel(nn.Module):
         logits, features, everything = self._run(self.graph.tensors_of(args, kwargs))
         if self.task != "detect":
             return Outputs(pooled(logits), features)
-        found = scores_and_boxes(self.graph.structure.result(everything))
-        if found is None:
+        if self.graph.boxes is None:
             raise UnsupportedError(f"{self.name} gives no class logits [B, Q, C] and boxes [B, Q, 4]")
-        return Outputs(found[0], None, found[1])
+        return Outputs(logits, None, everything[self.graph.outputs.index(self.graph.boxes)])
 
     def _run(self, tensors: list[Tensor]) -> tuple[Any, ...]:
         with plain_arithmetic():
@@ -180,17 +178,25 @@ class QuantizedModel(nn.Module):
         return self.size_bytes() / (4 * self.num_parameters)
 
     def size_bytes(self) -> int:
-        total = sum(t.nbytes for t in self.graph.tensors().values())
-        for edge, quantizer in self.weight_edges():
-            weight = self.graph.tensor(str(edge.value.target))
+        total, uses = sum(t.nbytes for t in self.graph.tensors().values()), self.weight_uses()
+        for name, ((_, quantizer), *_) in uses.items():
+            weight = self.graph.tensor(name)
             total += -(-weight.numel() * quantizer.bits // 8) - weight.nbytes
-        parts = (*self.plan.quantizers.values(), *self.plan.operators.values())
-        return total + sum(t.nbytes for part in parts for t in part.tensors().values())
+        again = {key for (_, first), *others in uses.values() for key, q in others if q is first}
+        kept = (q for key, q in self.plan.quantizers.items() if key not in again)
+        return total + sum(t.nbytes for part in (*kept, *self.plan.operators.values()) for t in part.tensors().values())
 
     def weight_edges(self) -> list[tuple[Edge, Quantizer]]:
         """Edges of quantized weights with their quantizers, in graph order."""
         edges = self.graph.sites.edges
         return [(edges[k], q) for k, q in self.plan.quantizers.items() if edges[k].is_weight]
+
+    def weight_uses(self) -> dict[str, list[tuple[str, Quantizer]]]:
+        """Quantized weights by name: (edge, quantizer) of each layer that reads it."""
+        found: dict[str, list[tuple[str, Quantizer]]] = {}
+        for edge, quantizer in self.weight_edges():
+            found.setdefault(str(edge.value.target), []).append((edge.key, quantizer))
+        return found
 
     # -- moving, saving -----------------------------------------------------------------------------------------------
     def _apply(self, *args: Any, **kwargs: Any) -> "QuantizedModel":
