@@ -253,7 +253,7 @@ class Target:
             if not self.symmetric_weights or quantizer.symmetric:
                 return quantizer
             values = quantizer(weight).abs()
-            largest = values.amax() if quantizer.axis is None else values.movedim(quantizer.axis, 0).flatten(1).amax(1)
+            largest = values.amax() if quantizer.axis is None else values.movedim(quantizer.axis, 0).reshape(values.shape[quantizer.axis], -1).amax(1)
             return self.symmetric(largest, quantizer)
         low = (quantizer.qmin - quantizer.zero_point) * quantizer.scale
         high = (quantizer.qmax - quantizer.zero_point) * quantizer.scale
