@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
 import quantlens as ql
 from quantlens.methods import registry
@@ -90,6 +91,16 @@ def test_every_architecture(method, architecture, small_models, pictures):
     _same_plan(got, here)
     assert bool(torch.isfinite(got(pictures.to(DEVICE))).all())
     model.to("cpu")
+
+
+def test_a_module_stays_where_it_is(pictures):
+    """BatchNorm as well: torch chooses its kernel on a GPU by the size of the batch."""
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.Flatten(), nn.Linear(7200, 5))
+    model = ql.load_model(layers.eval().to(DEVICE), input_size=(3, 32, 32))
+    assert _kind(model.device) == _kind(DEVICE)
+    got = ql.quantize(model, pictures, method="minmax", bits="W8A8")(pictures.to(DEVICE))
+    here = ql.quantize(layers.cpu(), pictures, method="minmax", bits="W8A8")(pictures)
+    torch.testing.assert_close(got.cpu(), here, rtol=0.02, atol=0.02)
 
 
 def test_the_gpu_does_the_same_twice(digits, there):

@@ -173,6 +173,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "quantlens.evaluation.run",
     ),
     "quantlens.data.images": ("quantlens.data.given",),
+    "quantlens.data.folders": ("quantlens.data.coco",),
     "quantlens.graph": ("quantlens.transforms",),
     "quantlens.graph.rewrites": ("quantlens.transforms.norms", "quantlens.transforms.layers"),
     "quantlens.reconstruction": ("quantlens.transforms",),

@@ -16,6 +16,7 @@ from quantlens.errors import QuantlensError
 from quantlens.graph import forget_if_changed
 from quantlens.methods import Progress, registry
 from quantlens.models import Model, load_model, model_for_tensors, state_sha256, unwrapped
+from quantlens.models.modules import check_images
 from quantlens.qmodel import Bits, QuantizedModel
 from quantlens.sensitivity import Inspection, inspect as inspect_parts
 
@@ -146,11 +147,14 @@ def allocation_of(
 def _loaded(model: Model | torch.nn.Module, calibration: Any) -> tuple[Model, Any]:
     """A module as a Model, with the size of the calibration images, and these (of an iterator one has been read). A
     Model whose weights have changed since is another one."""
+    if isinstance(model, torch.export.ExportedProgram):
+        model = unwrapped(model)
     if not isinstance(model, torch.nn.Module):
         raise QuantlensError(
             f"a {type(model).__name__} was given where a model is wanted; give an nn.Module or what ql.load_model gives"
         )
     module = model.module if isinstance(model, Model) else unwrapped(model)
+    check_images(module, type(module).__name__)
     if not isinstance(calibration, Calibration):
         calibration = called(calibration, module)
     calls = calibration if isinstance(calibration, Calls) else None

@@ -13,6 +13,11 @@ Array = np.ndarray[Any, Any]
 _TYPES = {"image": np.int64, "labels": np.int64, "scores": np.float64, "area": np.float64, "crowd": np.bool_}
 
 
+def spans(first: Array, counts: Array) -> Array:
+    """The indices first, first + 1, … of every span, one span after the other."""
+    return np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+
+
 @dataclass(frozen=True, eq=False)
 class _Rows:
     """N rows: `image` int64 [N] is the index of the image, `boxes` float64 [N, 4] x1, y1, x2, y2 in pixels of the
@@ -25,19 +30,17 @@ class _Rows:
         n = np.shape(self.image)[0] if np.ndim(self.image) == 1 else -1
         boxes = np.asarray(self.boxes, dtype=np.float64)
         object.__setattr__(self, "boxes", boxes.reshape(0, 4) if n == 0 and not boxes.size else boxes)
+        if self.boxes.shape != (n, 4):
+            raise QuantlensError(f"{n} boxes have shape {self.boxes.shape}; give [N, 4]: x1, y1, x2, y2 in pixels")
         for name in _TYPES.keys() & vars(self).keys():
             values = np.asarray(getattr(self, name))
             if values.shape != (n,):
-                raise QuantlensError(f"boxes: {name} has shape {values.shape} and image {np.shape(self.image)}")
+                raise QuantlensError(f"{n} boxes have {name} of shape {values.shape}; give one number for each")
             object.__setattr__(self, name, values.astype(_TYPES[name]))
-        if self.boxes.shape != (n, 4):
-            raise QuantlensError(
-                f"boxes of shape {self.boxes.shape} of {n} rows; give [N, 4], x1, y1, x2, y2 in pixels"
-            )
         if n and self.image.min() < 0:
             raise QuantlensError(f"boxes: {self.image.min()} is no index of an image")
         for name in ("boxes", *({"scores", "area"} & vars(self).keys())):
-            bad = np.count_nonzero(~np.isfinite(getattr(self, name)).reshape(n, -1).all(axis=1))
+            bad = np.unique(np.nonzero(~np.isfinite(getattr(self, name)))[0]).size
             if bad:
                 raise QuantlensError(f"{bad} of {n} boxes have NaN or infinite {name}; look for where they come from")
 
@@ -55,8 +58,7 @@ class _Rows:
         order = np.argsort(self.image, kind="stable")
         first, last = (np.searchsorted(self.image[order], chosen, side) for side in ("left", "right"))
         counts = last - first
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        found = self.take(order[np.repeat(first, counts) + within])
+        found = self.take(order[spans(first, counts)])
         return replace(found, image=np.repeat(np.arange(len(chosen)), counts))
 
     @classmethod
@@ -89,9 +91,10 @@ class Boxes(_Rows):
     ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        boxes = np.asarray(self.boxes, dtype=np.float64).reshape(-1, 4)
-        if self.crowd is None:
-            object.__setattr__(self, "crowd", np.zeros(len(boxes), dtype=bool))
-        if self.area is None:
-            object.__setattr__(self, "area", (boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
+        unknown = self.area is None
+        for name in ("crowd", "area"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.zeros(np.shape(self.image)))
         super().__post_init__()
+        if unknown:
+            object.__setattr__(self, "area", (self.boxes[:, 2:] - self.boxes[:, :2]).prod(axis=1))

@@ -14,6 +14,14 @@ def debugging() -> bool:
     return os.environ.get("QUANTLENS_DEBUG", "0") not in ("", "0")
 
 
+def first_line(error: BaseException) -> str:
+    """What another package's error says: its first line that is not a place in that package's source, shortened,
+    without the colours of a terminal; its type's name where it says nothing."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
+    telling = [line for line in lines if not re.search(r"(Exception from|failed at) \S+:\d+:$", line)]
+    return (telling or lines or [type(error).__name__])[0][:300]
+
+
 class QuantlensError(Exception):
     """Something the caller can put right: a bad name, file, option or image. Base of all quantlens errors.
 

@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,30 @@ def check_writable(path: Path | str | None, *, what: str = "") -> None:
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         folder = next(folder for folder in path.absolute().parents if folder.exists())
         tempfile.TemporaryFile(dir=folder).close()
+
+
+_BEGINNINGS = {
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself (git lfs pull)",
+    b"\x1f\x8b": "compressed by gzip: unpack it first",
+    b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file",
+}
+
+
+def mistaken(path: Path) -> str:
+    """What a file is that was taken for a model's: empty, a web page, a pointer of Git LFS, text …; nothing where its
+    first bytes do not tell. Raises OSError."""
+    with path.open("rb") as stream:
+        first = stream.read(64).lstrip()
+    if not first:
+        return "empty"
+    if found := next((what for beginning, what in _BEGINNINGS.items() if first.startswith(beginning)), None):
+        return found
+    if first.startswith(b"<") and (path.suffix != ".xml" or re.match(rb"<(!doctype|html)", first, re.IGNORECASE)):
+        return "a web page: what was downloaded is not the file itself"
+    if path.suffix not in (".xml", ".json") and re.fullmatch(rb"[\t\n\r -~]+", first):
+        return f"text, which begins with {first[:32].decode()!r}"
+    return ""
 
 
 def _is_stream(path: Path) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 import quantlens as ql
 from quantlens.allocation import Allocation, default_candidates, is_target, parse_target
-from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,9 @@ def test_mistakes_are_told(vit, pictures):
         ql.allocate(vit, pictures, sensitivity="nuclear")
     with pytest.raises(UnknownNameError, match="probes"):
         ql.allocate(vit, pictures, sensitivity="hessian", probe=3)
+    labels = ql.load_model(vit.module, preprocess=vit.preprocess, task="multilabel")
+    with pytest.raises(UnsupportedError, match=r"'kl' is of the softmax .* 'multilabel'; take nuclear-norm"):
+        ql.allocate(labels, pictures, sensitivity="kl")
     with pytest.raises(UnknownNameError, match="cost"):
         ql.allocate(vit, pictures, cost="speed")
     with pytest.raises(QuantlensError, match="2 to 10 bits"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from PIL import Image
 import quantlens as ql
 from quantlens.attention import pictures as drawing
 from quantlens.attention.drift import measure, outlier_tokens, token_norms
-from quantlens.attention.image_sets import chosen, evenly
+from quantlens.attention.image_sets import chosen, evenly, truth_of
 from quantlens.attention.picture_grids import maps_picture
 from quantlens.attention.recording import Lens
 from quantlens.data import load_images, open_source
@@ -88,6 +89,18 @@ def test_every_map_of_a_picture_has_one_scale(found, monkeypatch):
     maps_picture(found, {"ID": [0, 1, 2], "letters": [4]})
     assert len(scales) == 4 * 3
     assert len(set(scales)) == 1
+
+
+def test_images_of_other_classes_keep_their_names(digits):
+    model, quantized, images = digits
+    other = dataclasses.replace(images, labels=images.labels + 400, class_names=[f"c{i}" for i in range(1000)])
+    assert truth_of(other, 0, model.class_names)[1] == f"c{images.labels[0] + 400}"
+    assert truth_of(dataclasses.replace(other, class_names=None), 0, model.class_names)[1] is None
+    several = dataclasses.replace(images, labels=np.ones((len(images), 8), np.int64))
+    assert truth_of(several, 0, model.class_names) == (None, None)
+    for given in (other, several):
+        result = ql.attention.compare(model, quantized["W8A8"], given, limit=2)
+        assert maps_picture(result, {"ID": [0, 1]})
 
 
 def test_models_may_be_given_alone_as_a_list_or_by_label(digits):

@@ -9,6 +9,9 @@ from quantlens.data import Preprocess, available_embedded, cache_directory, load
 from quantlens.data.embedded import HELD_OUT_DIGITS, ID_DIGITS
 from quantlens.errors import UnknownNameError
 
+DIGITS = [name for name in available_embedded() if not name.startswith("scenes")]
+"""Sets that are there at once; scenes are drawn for seconds, and `test_scenes` looks at fewer of them."""
+
 
 def keys(name: str) -> set[bytes]:
     return {p.tobytes() for p in load_embedded(name).pixels}
@@ -24,8 +27,11 @@ def test_what_there_is() -> None:
         "digits-held-out": "near",
         "photo-patches": "far",
         "letters": "far",
+        "scenes": "id",
+        "scenes-calibration": "id",
+        "scenes-unknown": "near",
     }
-    for name in groups:
+    for name in DIGITS:
         images = load_embedded(name)
         assert images.pixels.dtype == np.uint8
         assert images.pixels.shape == (len(images.names), 32, 32, 3)
@@ -78,13 +84,28 @@ def test_letters_look_like_digits_and_patches_do_not() -> None:
 
 
 def test_sets_are_deterministic() -> None:
-    for name in available_embedded():
+    for name in DIGITS:
         first = load_embedded(name)
         load_embedded.cache_clear()
         again = load_embedded(name)
         assert again is not first
         assert again.fingerprint() == first.fingerprint()
-    assert len({load_embedded(n).fingerprint() for n in available_embedded()}) == len(available_embedded())
+    assert len({load_embedded(n).fingerprint() for n in DIGITS}) == len(DIGITS)
+
+
+@pytest.mark.slow
+def test_scenes_have_boxes_in_pixels_and_unknown_ones_have_none() -> None:
+    for name, count in (("scenes", 512), ("scenes-calibration", 128), ("scenes-unknown", 512)):
+        source = open_source(f"embedded:{name}")
+        assert (len(source), source.sizes.shape, source.labels) == (count, (count, 2), None)
+        corners = source.boxes.boxes
+        assert (corners[:, :2] < corners[:, 2:]).all()
+        assert (corners >= 0).all()
+        assert (corners <= 96).all()
+        assert len(np.unique(source.boxes.image)) == (0 if name == "scenes-unknown" else count)
+    part = open_source("embedded:scenes[500:]")
+    assert part.boxes.image.max() < 12
+    assert part.boxes.names == tuple("01234567")
 
 
 def test_sets_are_read_only_and_not_cached_on_disk() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from quantlens.data import Preprocess, as_image_set, load_images, open_source
-from quantlens.data.images import _ahead
-from quantlens.errors import BadImageError, QuantlensError, UnknownNameError
+from quantlens.data.images import ImageSet, _ahead
+from quantlens.errors import BadImageError, QuantlensError, QuantlensWarning, UnknownNameError
 
 PRE = Preprocess((3, 24, 24), crop_pct=0.9)
 
@@ -227,3 +227,47 @@ def test_an_image_set_takes_another_models_normalisation_but_not_its_size(folder
     assert torch.equal(again.tensor(), load_images(f"images:{folder}", half, cache_dir=False).tensor())
     with pytest.raises(QuantlensError, match="was prepared as"):
         as_image_set(images, Preprocess((3, 32, 32)))
+
+
+def named(labels, names) -> ImageSet:
+    return ImageSet(
+        ["a", "b", "c"], np.array(labels), "set", "0", values=torch.zeros(3, 3, 2, 2), class_names=list(names)
+    )
+
+
+def test_labels_follow_the_names_of_the_models_classes() -> None:
+    model = ["Dog", "cat", "red_panda"]
+    assert named([0, 1, 0], ["cat", "dog"]).in_classes_of(model).labels.tolist() == [1, 0, 1]
+    found = named([0, 1, 2], ["cat", "dog", "Red Panda"]).in_classes_of(model)
+    assert (found.labels.tolist(), found.class_names) == ([1, 0, 2], model)
+    assert found.check_labels(3).tolist() == [1, 0, 2]
+    several = named([[1, 0], [0, 1], [1, 1]], ["cat", "dog"]).in_classes_of(model)
+    assert several.labels.tolist() == [[0, 1, 0], [1, 0, 0], [1, 1, 0]]
+
+
+def test_labels_stay_where_names_say_nothing() -> None:
+    for own, names in ((["x", "y"], None), (["x", "x"], ["x", "y"]), (["x", "y"], ["y", "y"]), (["x"], ["a", "b"])):
+        images = named([0, 0, 0], own)
+        assert images.in_classes_of(names) is images
+    other = named([0, 1, 0], ["x", "y"])
+    with pytest.warns(QuantlensWarning, match="names its classes otherwise than the model .'x', not 'a'") as told:
+        again = other.in_classes_of(["a", "b"]).in_classes_of(["a", "b"])
+    assert again is other
+    assert len(told) == 1
+
+
+def test_labels_that_are_names() -> None:
+    images = as_image_set((torch.zeros(3, 3, 2, 2), ["cat", "dog", "cat"]))
+    assert (images.labels.tolist(), images.class_names) == ([0, 1, 0], ["cat", "dog"])
+    batches = [{"pixel_values": torch.zeros(1, 3, 2, 2), "label": [name]} for name in ("dog", "ant")]
+    assert as_image_set(batches).in_classes_of(["dog", "ant", "cat"]).labels.tolist() == [0, 1]
+
+
+def test_a_source_without_images(tmp_path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
+    from pyarrow import parquet
+
+    columns = {"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}
+    parquet.write_table(pa.table(columns), tmp_path / "none.parquet")
+    with pytest.raises(QuantlensError, match=r"none\.parquet' holds no images"):
+        load_images(f"parquet:{tmp_path / 'none.parquet'}", PRE, cache_dir=False)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
+import weakref
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +116,27 @@ def test_reference_of_other_images_is_refused() -> None:
         evaluate(low, f"{ID}[0:50]", {"near": NEAR}, reference=fp32)
     with pytest.raises(QuantlensError, match="FP32 model"):
         evaluate(low, ID, reference=evaluate(low, ID, reference=False))
+
+
+def test_batches_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features are often a view of every token; 50 000 images must not keep those."""
+    model, whole = FakeModel(), []
+    plain = FakeModel.outputs
+
+    def outputs(self: FakeModel, x: torch.Tensor) -> Any:
+        found = plain(self, x)
+        tokens = found.features[:, None].repeat(1, 50, 1)
+        whole.append(weakref.ref(tokens.untyped_storage()))
+        return SimpleNamespace(logits=found.logits, features=tokens[:, 0])
+
+    monkeypatch.setattr(FakeModel, "outputs", outputs)
+    alive: list[int] = []
+    found = evaluate(
+        model, ID, OOD, fit=FIT, scores=["knn"], progress=lambda *_: alive.append(sum(r() is not None for r in whole))
+    )
+    assert max(alive) <= 1
+    monkeypatch.undo()
+    assert found.to_dict()["ood"] == evaluate(model, ID, OOD, fit=FIT, scores=["knn"]).to_dict()["ood"]
 
 
 def test_every_image_goes_through_the_model_once() -> None:

@@ -157,6 +157,36 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(tmp_path) -> None:
         evaluate(open_foreign(plain, reference=FakeModel()))
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "it is empty"), (b"version https://git-lfs", "a pointer of Git LFS"), (b"<!DOCTYPE html>", "a web page")],
+)
+@pytest.mark.parametrize("name", ["m.onnx", "m.xml"])
+def test_downloads_that_are_no_models(tmp_path, content, said, name) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadWeightsError, match=said):
+        open_foreign(tmp_path / name)
+
+
+def test_a_file_with_operators_of_its_maker_says_which(tmp_path) -> None:
+    onnx = pytest.importorskip("onnx", reason="the deploy extra is not installed")
+    proto = onnx.load(str(write(tmp_path / "m.onnx")))
+    proto.graph.node[0].op_type, proto.graph.node[0].domain = "ExtendedMatMul", "com.amd.quark"
+    proto.opset_import.append(onnx.helper.make_opsetid("com.amd.quark", 1))
+    onnx.save(proto, str(tmp_path / "quark.onnx"))
+    with pytest.raises(BadWeightsError, match=r"no operator com\.amd\.quark:ExtendedMatMul; open the file with"):
+        open_foreign(tmp_path / "quark.onnx")
+
+
+def test_openvino_says_what_is_wrong_not_where_in_its_source(tmp_path) -> None:
+    openvino = pytest.importorskip("openvino", reason="the deploy extra is not installed")
+    openvino.save_model(openvino.convert_model(str(write(tmp_path / "m.onnx"))), tmp_path / "m.xml")
+    (tmp_path / "m.bin").unlink()
+    with pytest.raises(BadWeightsError, match="bin file") as refused:
+        open_foreign(tmp_path / "m.xml")
+    assert ".cpp" not in str(refused.value)
+
+
 def test_tensors_need_no_preprocessing(tmp_path) -> None:
     result = evaluate(write(tmp_path / "m.onnx"), (torch.rand(9, 3, 32, 32), np.arange(9) % 8))
     assert (result.id["n"], result.model) == (9, "m")
@@ -253,6 +283,21 @@ def test_a_callable_and_half_precision() -> None:
         evaluate(lambda images: images @ images.new_zeros(7, 7), ID, reference=FakeModel())
     with pytest.raises(UnsupportedError, match="gives output"):
         evaluate(lambda images: images, ID, reference=FakeModel())
+
+
+def test_what_a_runtime_or_an_archive_gives() -> None:
+    """Arrays by a runtime's own keys, a frozen program of TorchScript, a program of torch.export."""
+    module = Small().eval()
+    expected = evaluate(module, ID, reference=FakeModel()).id["nll"]
+    traced = torch.jit.freeze(torch.jit.trace(module, torch.zeros(2, 3, 32, 32)))
+    program = torch.export.export(module, (torch.zeros(3, 3, 32, 32),))
+    for given in (
+        lambda images: module(images).detach().numpy(),
+        lambda images: {("port", 0): module(images).detach().numpy()},
+        traced,
+        program,
+    ):
+        assert evaluate(given, ID, reference=FakeModel()).id["nll"] == pytest.approx(expected, abs=1e-6)
 
 
 class Branching(Small):

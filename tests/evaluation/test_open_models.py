@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import quantlens as ql
 from quantlens.errors import BadWeightsError
@@ -26,6 +27,14 @@ def test_a_name_a_file_and_what_it_was_made_from(tmp_path):
     assert reference.checkpoint_sha256 == model.checkpoint_sha256
     with pytest.raises(BadWeightsError, match="does not exist"):
         open_models(str(tmp_path / "absent.safetensors"))
+
+
+def test_a_file_without_a_classifier_stands_beside_a_model_without_one(tmp_path):
+    model = ql.load_model("digits-vit", task="features")
+    file = tmp_path / "q.safetensors"
+    ql.quantize(model, "embedded:digits-calibration[0:4]", method="minmax").save(file)
+    made, reference = open_models(str(file), "pretrained")
+    assert (made.task, reference.task, reference(torch.zeros(1, 3, 32, 32)).shape) == ("features", "features", (1, 64))
 
 
 def test_a_file_of_other_weights_is_refused(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from study_fakes import PREPROCESS, FakeModel, features_of, quantized
 
 import quantlens as ql
 from quantlens.data.images import ImageSet
-from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.errors import QuantlensError, QuantlensWarning, UnknownNameError, UnsupportedError
 from quantlens.evaluation import Result, evaluate
 from quantlens.evaluation.compare import ID_METRICS, OOD_METRICS
 from quantlens.evaluation.outputs import pack, read
@@ -155,6 +155,37 @@ def test_the_features_of_a_classifier_are_what_its_last_layer_reads() -> None:
     assert found.id["num_features"] == 64
 
 
+def test_a_cosine_is_left_out_where_the_classifier_reads_other_axes() -> None:
+    """Folding the last LayerNorm and rotating its output change no logit and every feature."""
+    vision_transformer = pytest.importorskip("timm").models.vision_transformer
+    torch.manual_seed(0)
+    net = vision_transformer.VisionTransformer(32, 16, embed_dim=32, depth=1, num_heads=2, num_classes=5).eval()
+    torch.nn.init.uniform_(net.norm.weight, 0.2, 2)
+    whole = ql.load_model(net, preprocess=PREPROCESS)
+    net.reset_classifier(0)
+    body = ql.load_model(net, preprocess=PREPROCESS)
+    pixels = torch.randn(24, 3, 32, 32)
+
+    def measured(model: Any, method: str) -> Result:
+        qmodel = ql.quantize(model, pixels[:8], method=method, bits="W8A8")
+        return evaluate(qmodel, (pixels[8:], torch.arange(16) % 5), reference=model, task="features", keep=True)
+
+    for found in (measured(whole, "minmax"), measured(body, "quantlens-fast")):
+        assert found.id["cosine"] > 0.999
+        assert found.id["num_features"] == 32
+        assert "cosine" not in found.metrics_unavailable
+    rotated = measured(whole, "quantlens-fast")
+    assert "cosine" not in rotated.id
+    assert rotated.id["cka"] > 0.9
+    assert "task='features'" in rotated.metrics_unavailable["cosine_p5"]
+    assert rotated.outputs is not None
+    assert "cosine" not in rotated.outputs.hits
+    qmodel = ql.quantize(whole, pixels[:8], bits="W8A8")
+    sets = {"id": (pixels[8:], torch.arange(16) % 5), "fit": (pixels[:8], torch.arange(8) % 5)}
+    with pytest.warns(QuantlensWarning, match="knn, mahalanobis see features on other axes"):
+        evaluate(qmodel, ood={"odd": pixels[8:] + 3}, scores=["knn", "mahalanobis"], reference=whole, **sets)
+
+
 # ---- binary, multi-label ---------------------------------------------------------------------------------------------
 
 
@@ -274,7 +305,8 @@ def test_text_embeddings_that_do_not_fit_are_refused(given: Any, said: str) -> N
         ("classify", 5, {"task": "binary"}, "5 logits and a binary model one"),
         ("zero-shot", 64, {}, "text_embeddings"),
         ("classify", 5, {"task": "binary", "text_embeddings": texts()}, "not 'binary'"),
-        ("detect", 5, {}, "does not measure"),
+        ("segment", 5, {}, "does not measure"),
+        ("detect", 5, {}, "has no boxes"),
         ("multilabel", 6, {}, r"shape \(60,\).*need \(60, 6\)"),
     ],
 )

@@ -151,19 +151,24 @@ def test_the_model_is_left_alone(pictures):
 
 
 def test_no_two_sites_share_a_name() -> None:
-    """`fc`, called twice, is numbered beside a layer that is called fc1."""
+    """`norm`, called twice, is numbered beside one that is called norm1; calls of a layer are told apart from layers of
+    a list."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fc, self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.norm, self.norm1, self.norm2 = nn.LayerNorm(4), nn.LayerNorm(4), nn.LayerNorm(4)
+            self.fc = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
 
         def forward(self, x):
             x = x.mean((2, 3))
-            return self.fc2(self.fc(self.fc1(self.fc(x))))
+            x = self.norm2(self.norm(self.norm1(self.norm(x))))
+            return self.fc[1](self.fc[0](self.fc[1](x)))
 
     graph = capture(Twice().eval(), torch.randn(2, 4, 8, 8))
-    assert [site.name for site in graph.sites] == ["fc3", "fc1", "fc4", "fc2"]
+    norms, layers = ["norm3", "norm1", "norm4", "norm2"], ["fc.1.call1", "fc.0", "fc.1.call2"]
+    assert [site.name for site in graph.sites] == norms + layers
+    assert graph.sites.former == {"fc.11": "fc.1.call1", "fc.12": "fc.1.call2"}
 
 
 def test_a_capture_copies_and_the_graph_of_a_model_takes_no_memory(small_models, pictures):
@@ -198,3 +203,18 @@ def test_a_parameter_is_a_tensor_and_the_weight_of_layers():
     graph = capture(net, images)
     assert [op_name(n) for n in graph.fx.nodes].count("aten.linear.default") == 4
     torch.testing.assert_close(graph(images), net(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA")
+def test_batch_norm_on_a_gpu():
+    """Exported without one: torch chooses BatchNorm's kernel there by the size of the batch, or of all its windows."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from quantlens.graph.exporting import Call
+
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        image = torch.randn(2, 3, 16, 16, device="cuda")
+        norm = nn.Sequential(nn.Conv2d(3, 4, 3, device="cuda"), nn.BatchNorm2d(4, device="cuda")).eval()
+        program = Call(norm, (image,), {})._exported(strict=False)
+    assert any("batch_norm" in str(node.target) for node in program.graph.nodes)

@@ -39,7 +39,7 @@ NAMES = [
     "react",
 ]
 FITTED = NAMES[5:]
-OF_SIGMOIDS = ["joint_energy", "sigmoid_confidence"]
+OF_SIGMOIDS = ["max_confidence", "joint_energy", "sigmoid_confidence"]
 
 
 class World:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import quantlens as ql
-from quantlens.errors import BadWeightsError, QuantlensWarning
+from quantlens.errors import BadWeightsError, QuantlensWarning, UnsupportedError
 from quantlens.models import read_state
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -260,6 +260,13 @@ def _beside(state):
         ),
         (lambda s: s | {"head_dist.weight": torch.ones(4, 32)}, r"left out .*head_dist"),
         (lambda s: s | {"head.weight": s["head.weight"].to_sparse()}, ""),
+        (lambda s: {"model": averaged(s), "ema_model": s, "ema_decay": 0.9}, r"'ema_model' \(averaged weights\)"),
+        (lambda s: {"shadow_params": list(s.values()), "decay": 0.9}, "'shadow_params' .*; a list of tensors"),
+        (
+            lambda s: {("" if "head." in k else "backbone.") + k.replace("head.", "head.fc."): v for k, v in s.items()},
+            r"took head\.fc\.weight, head\.fc\.bias as head\.weight, head\.bias",
+        ),
+        (lambda s: s | {"lm_head.weight": torch.ones(4, 32), "masked_embed": torch.ones(1, 32)}, "left out .*lm_head"),
     ],
 )
 def test_more_layouts(trained, tmp_path, layout, said):
@@ -276,6 +283,7 @@ def test_more_layouts(trained, tmp_path, layout, said):
         (lambda w: w.to(torch.complex64), r"head.weight: complex64"),
         (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "'head.weight' is a quantized tensor"),
         (None, "a body without a classifier"),
+        (lambda w: torch.ones(9, 32), r"file \(9, 32\), model \(4, 32\)\)\. Its classifier has other classes"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
@@ -302,6 +310,9 @@ def test_another_block_is_still_unknown(trained, tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         (b"\x1f\x8b\x08\x00", "gzip"),
         (None, "an archive of other files"),
+        (b"PK\x03\x04 cut off", "an archive without its end"),
+        (b"Entry not found", "text, which begins with 'Entry not found'"),
+        (b"GGUF\x03\x00", "a GGUF file"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -314,3 +325,26 @@ def test_downloads_that_are_no_weights(tmp_path, content, said, suffix):
         path.write_bytes(content)
     with pytest.raises(BadWeightsError, match=said):
         read_state(path)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.bin", "w.PTH", "w.npz", "w.pkl"])
+def test_what_a_file_holds_counts_not_its_name(trained, tmp_path, name):
+    state = trained.state_dict()
+    np.savez(tmp_path / "a.npz", **{k: v.numpy() for k, v in state.items()})
+    save_file(state, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    torch.save(state, tmp_path / "a.pt")
+    for written in ("a.npz", "a.safetensors", "a.pt"):
+        (tmp_path / name).write_bytes((tmp_path / written).read_bytes())
+        assert torch.equal(loaded(tmp_path / name)[0](IMAGES), trained(IMAGES))
+
+
+def test_programs_and_quantized_checkpoints_are_no_weights(trained, tmp_path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), str(tmp_path / "script.pt"))
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+    torch.export.save(program, str(tmp_path / "program.pt2"))
+    save_file({"a": torch.ones(1)}, tmp_path / "q.safetensors", metadata={"format": "quantlens"})
+    for name, said in (("script.pt", "TorchScript"), ("program.pt2", "torch.export"), ("q.safetensors", "quantized")):
+        with pytest.raises(UnsupportedError, match=f"{said}.* opens it"):
+            ql.load_model(str(tmp_path / name))
+        with pytest.raises(BadWeightsError, match=said if name != "program.pt2" else "unknown ending"):
+            loaded(tmp_path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import namedtuple
 from types import SimpleNamespace
@@ -184,3 +185,25 @@ def test_a_folder_is_a_detector_whose_processor_makes_squares(tmp_path, size, si
         theirs = processor(images=picture, size={"height": 40, "width": 40}, return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(model.preprocess(picture), theirs, atol=0.02, rtol=0)
     assert ql.load_model(f"hf:{tmp_path}", input_size=48).detection_head.input_size == (48, 48)
+
+
+def test_a_backbone_of_timm_is_not_asked_for(tmp_path):
+    """DETR as it was first published names it; its weights lie in the folder, and the hub is left alone."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (quantlens[hf])")
+    backbone = {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4], "use_pretrained_backbone": False}
+    small = {"encoder_layers": 1, "encoder_ffn_dim": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    small |= {"decoder_layers": 1, "decoder_ffn_dim": 8, "d_model": 8, "num_queries": 3, "num_labels": 2}
+    torch.manual_seed(0)
+    config = transformers.DetrConfig(backbone_config={"model_type": "timm_backbone", **backbone}, **small)
+    module = transformers.DetrForObjectDetection(config).eval()
+    module.save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text()) | {"backbone_config": None, "backbone": "test_resnet"}
+    told |= {"use_timm_backbone": True, "use_pretrained_backbone": True}
+    told |= {"backbone_kwargs": {"in_chans": 3, "out_indices": [1, 2, 3, 4]}}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QuantlensWarning)
+        model = ql.load_model(f"hf:{tmp_path}", input_size=64)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    assert model.detection_head.scoring == "softmax"
+    torch.testing.assert_close(model(images).pred_boxes, module(images).pred_boxes)

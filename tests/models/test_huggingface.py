@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import quantlens as ql
-from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning
+from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnsupportedError
 from quantlens.models.processors import preprocess_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (quantlens[hf])")
@@ -162,6 +162,13 @@ def test_without_a_processor_it_says_what_it_assumed(tmp_path):
     assert model.preprocess.input_size == (3, 32, 32)
 
 
+def test_without_a_processor_dinov2_gets_the_images_of_its_published_models(tmp_path):
+    with pytest.warns(QuantlensWarning, match=r"assumed: 32×32 pixels, mean \(0\.485, .* bicubic"):
+        found = ql.load_model(folder(tmp_path, made("Dinov2"))).preprocess
+    assert found.std == (0.229, 0.224, 0.225)
+    assert found.resize == (37,), "256 pixels for 224"
+
+
 def test_another_image_size(tmp_path):
     given = folder(tmp_path, made("ViT"), processor_of())
     with pytest.warns(QuantlensWarning, match=r"resampled 1 position embeddings .*image size"):
@@ -229,6 +236,10 @@ def test_a_checkpoint_of_another_size_finds_its_float_model(tmp_path):
     quantized, reference = open_models(out, "pretrained")
     assert quantized.preprocess == reference.preprocess
     assert quantized.preprocess.input_size == (3, 48, 48)
+    (tmp_path / "vit" / "preprocessor_config.json").unlink()
+    with pytest.warns(QuantlensWarning, match="assumed: 48×48") as told:  # it is opened at its own size before
+        open_models(out, "pretrained")
+    assert sum("assumed" in str(one.message) for one in told) == 1
 
 
 def test_refusals(tmp_path):
@@ -238,7 +249,7 @@ def test_refusals(tmp_path):
     with pytest.raises(BadWeightsError, match=r"no config\.json"):
         ql.load_model(f"hf:{tmp_path / 'empty'}")
     text = transformers.BertConfig(**{k: v for k, v in TEXT.items() if "token" not in k})
-    with pytest.raises(QuantlensError, match="bert model, which does not take images"):
+    with pytest.raises(QuantlensError, match="a bert model, takes input_ids, not images"):
         ql.load_model(folder(tmp_path / "bert", transformers.BertModel(text)))
     given = folder(tmp_path / "vit", made("ViT"), processor_of())
     with pytest.raises(BadWeightsError, match="classes, not 9"):
@@ -252,6 +263,75 @@ def test_refusals(tmp_path):
         ql.load_model(given)
     (tmp_path / "vit" / "config.json").write_text("{")
     with pytest.raises(BadWeightsError, match="cannot be read"):
+        ql.load_model(given)
+
+
+def written(tmp_path, **more):
+    """A folder with more in its configuration."""
+    given = folder(tmp_path, made("ViT"), processor_of())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | more))
+    return given
+
+
+def test_code_of_a_folder_is_never_run_nor_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a person was asked"))
+    names = {"AutoConfig": "theirs.C", "AutoModelForImageClassification": "theirs.M"}
+    given = written(tmp_path, model_type="theirs", auto_map=names)
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(BadWeightsError, match="code of its own, which quantlens never runs"):
+        ql.load_model(given)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("how", [{"quant_method": "bitsandbytes"}, {"quant_method": "torchao", "quant_type": "int8"}])
+def test_quantized_weights_are_for_evaluate(tmp_path, how):
+    with pytest.raises(UnsupportedError, match=f"{how['quant_method']} quantized.*give its module to `evaluate`"):
+        ql.load_model(written(tmp_path, quantization_config=how))
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ({"model.safetensors": "version https://git-lfs"}, r"model\.safetensors is a pointer of Git LFS"),
+        ({"model-q4.gguf": "GGUF"}, "it holds none of .*GGUF"),
+        ({"onnx/model.onnx": "x"}, "it holds none of .*ONNX"),
+        ({"adapter_config.json": '{"base_model_name_or_path": "a/b"}'}, r"an adapter \(LoRA\) of a/b"),
+        ({"config.json": "version https://git-lfs"}, r"config\.json cannot be read: it is a pointer of Git LFS"),
+        ({"config.json": None, "checkpoint-9/config.json": "{}"}, r"hf:.*checkpoint-9\?"),
+    ],
+)
+def test_folders_say_what_they_hold_instead(tmp_path, there, said):
+    given = folder(tmp_path, made("ViT"), processor_of())
+    (tmp_path / "model.safetensors").unlink()
+    for name, content in there.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+    with pytest.raises(BadWeightsError, match=said):
+        ql.load_model(given)
+
+
+def test_what_takes_no_images_is_told_before_it_is_run(tmp_path):
+    t = transformers
+    sizes = {k: v for k, v in SIZES.items() if k != "image_size"} | {"num_patches": 16}
+    tower = t.Siglip2VisionModel(t.Siglip2VisionConfig(**sizes))
+    with pytest.raises(UnsupportedError, match="NaFlex"):
+        ql.quantize(tower, PICTURES)
+    with pytest.raises(UnsupportedError, match="NaFlex"):
+        ql.load_model(folder(tmp_path, t.Siglip2Model(t.Siglip2Config(vision_config=sizes, text_config=TEXT))))
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_regression_has_no_classes(tmp_path, labels):
+    module = made("ViT", num_labels=labels, problem_type="regression")
+    with pytest.raises(UnsupportedError, match=f"a regression of {labels} number"):
+        ql.load_model(folder(tmp_path, module, processor_of()))
+
+
+def test_a_processor_that_cannot_be_read_is_told(tmp_path):
+    given = folder(tmp_path, made("ViT"), processor_of())
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.warns(QuantlensWarning, match=r"preprocessor_config\.json cannot be used"):
         ql.load_model(given)
 
 

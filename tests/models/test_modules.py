@@ -217,6 +217,12 @@ def test_what_has_no_float_weights_is_refused():
         ql.load_model(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)))
     with pytest.raises(UnsupportedError, match=r"W8A8.* float model is wanted"):
         ql.load_model(ql.quantize(module, images()))
+    packed = Small()
+    packed.codes = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedError, match=r"codes is a torch\.int8.*`evaluate` and `compare` take this one"):
+        ql.load_model(packed)
+    with pytest.raises(UnsupportedError, match="torch quantized '0'"):
+        ql.load_model(nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(3, 3)))
     holder = Small()
     holder.lock = threading.Lock()
     with pytest.raises(UnsupportedError, match="cannot be copied"):

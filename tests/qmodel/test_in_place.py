@@ -47,6 +47,29 @@ def test_the_vision_tower_of_a_clip_model(tmp_path):
     assert decibels(half.pooler_output.float(), tower(images).pooler_output) > 40
 
 
+def test_what_a_larger_model_reads_of_its_part():
+    """Its configuration and its names are the float module's; what lies inside it is not handed out as if quantized."""
+    transformers = pytest.importorskip("transformers")
+    decoder = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, add_cross_attention=True)
+    whole = transformers.VisionEncoderDecoderConfig
+    config = whole.from_encoder_decoder_configs(transformers.ViTConfig(**VIT), decoder)
+    model = redrawn(transformers.VisionEncoderDecoderModel(config))
+    call = {"pixel_values": torch.randn(4, 3, 32, 32), "decoder_input_ids": torch.ones(4, 3, dtype=torch.long)}
+    expected, encoder = model(**call).logits, model.encoder
+    settings = {"max_new_tokens": 2, "decoder_start_token_id": 1, "pad_token_id": 0, "do_sample": False}
+    words = model.generate(call["pixel_values"], **settings)
+    for bits, least in (("FP32", 80), ("W8A8", 20)):
+        model.encoder = ql.quantize(encoder, call["pixel_values"], method="minmax", bits=bits)
+        assert decibels(model(**call).logits, expected) > least
+        assert model.encoder.config is encoder.config or model.encoder.config.to_dict() == encoder.config.to_dict()
+        if bits == "FP32":
+            assert torch.equal(model.generate(call["pixel_values"], **settings), words)
+        with pytest.raises(AttributeError, match="lies inside ViTModel, which was quantized as a whole"):
+            _ = model.encoder.embeddings
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            _ = model.encoder.nothing
+
+
 class Pyramid(nn.Module):
     """A detector's body, as in Mask R-CNN with a Swin: feature maps by name, and the same at one width for its head."""
 

@@ -48,3 +48,15 @@ def test_its_logits_are_the_same_but_for_the_processor(qmodel, expected) -> None
     wanted = torch.tensor(expected["logits"])
     error = (logits - wanted).norm(dim=1) / wanted.norm(dim=1)
     assert error.median() < 1e-3
+
+
+def test_calls_of_one_layer_keep_quantizers_of_their_own_where_they_had_them() -> None:
+    """A file in which two calls of a layer have other names than now, and weight quantizers that differ."""
+    path = KEPT.with_name("shared-layer-w4a4-easyquant.safetensors")
+    qmodel = ql.load(path)
+    uses = qmodel.weight_uses()["fc.0.weight"]
+    assert [key for key, _ in uses] == ["fc.0.call1.weight", "fc.0.call2.weight"]
+    assert not torch.equal(uses[0][1].scale, uses[1][1].scale)
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = torch.tensor(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["logits"])
+    torch.testing.assert_close(qmodel(images), expected, rtol=1e-5, atol=1e-6)

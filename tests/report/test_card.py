@@ -283,7 +283,7 @@ def test_what_holds_no_checkpoint(made, hub, tmp_path) -> None:
     float_model = hub.root / "me/float/main"
     float_model.mkdir(parents=True)
     (float_model / "config.json").write_text('{"model_type": "vit"}')
-    for name in ("hf:me/float", float_model, f"hf:{float_model}"):
+    for name in ("hf:me/float", float_model, f"hf:{float_model}", "hf:./none"):
         with pytest.raises(BadWeightsError, match="holds no quantized checkpoint"):
             ql.load(name)
     for name in ("a", "b"):

@@ -138,6 +138,45 @@ def test_ranks_order_by_what_they_say(loaded, pictures):
     assert len(sqnr) == len(found.sites)
 
 
+def test_other_tasks_have_a_divergence_of_their_own_or_none(loaded, pictures):
+    """A sigmoid for every label; features have no classes."""
+    vit = loaded["vit"]
+    given = {"preprocess": vit.preprocess, "input_size": None}
+    model = ql.load_model(vit.module, **given, task="multilabel")
+    found = inspect(model, pictures, "W3A3", by="block").blocks[0]
+    quantized = ql.quantize(model, pictures, method="minmax", bits="W3A3")
+    plan = Plan({key: q for key, q in quantized.plan.quantizers.items() if key.startswith(f"{found.name}.")})
+    with torch.no_grad():
+        after = QuantizedModel(quantized.graph.clone(), plan, preprocess=None)(pictures).double()
+        before = quantized.graph(pictures).double()
+    p, q = before.sigmoid(), after.sigmoid()
+    kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    assert found.effect.kl == pytest.approx(float(kl.sum(1).mean()), rel=5e-3)
+    assert found.effect.changed == pytest.approx(float(((before > 0) != (after > 0)).any(1).double().mean()))
+    features = inspect(ql.load_model(vit.module, **given, task="features"), pictures, by="block")
+    assert features.blocks[0].effect.kl is None
+    assert features.blocks[0].effect.sqnr_db is not None
+    with pytest.raises(UnsupportedError, match="gives features"):
+        features.ranked("block", "kl")
+
+
+def test_a_model_that_gives_tokens(pictures):
+    """Its features are those of the first token, and the noise is that of all."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.mix = nn.Conv2d(3, 8, 16, 16), nn.Linear(8, 8)
+
+        def forward(self, images):
+            return self.mix(self.patches(images).flatten(2).transpose(1, 2))
+
+    preprocess = ql.load_model("digits-vit").preprocess
+    found = inspect(ql.load_model(Tokens(), preprocess=preprocess, task="features"), pictures, by="site")
+    assert {site.name for site in found.sites} == {"patches", "mix"}
+    assert all(site.effect.sqnr_db > 20 for site in found.sites)
+
+
 def test_the_file_is_plain_json(loaded, pictures, tmp_path):
     found = inspect(loaded["swin"], pictures, "W6A6", by=EVERYTHING)
     data = json.loads(found.save(tmp_path / "found.json").read_text())

@@ -10,7 +10,9 @@ import pytest
 import quantlens as ql
 from quantlens.cli.main import run
 from quantlens.errors import QuantlensError
+from quantlens.qmodel import Provenance
 from quantlens.studies.compare import open_side
+from quantlens.studies.reproduce import quantize_command
 from quantlens.studies.runner import run_study
 from quantlens.studies.store import Store
 
@@ -74,6 +76,36 @@ def test_a_result_file_is_made_again(tmp_path) -> None:
     file.write_text(json.dumps(result.to_dict()))
     (found,) = ql.reproduce(file, progress=False)
     assert found.identical
+
+
+@pytest.mark.slow
+def test_a_result_of_features_is_made_again_without_the_classifier(tmp_path) -> None:
+    model = ql.load_model("digits-vit", task="features")
+    made = ql.quantize(model, "embedded:digits-calibration?n=4&seed=0", method="minmax", bits="W4A8")
+    result = ql.evaluate(made, "embedded:digits-test[:30]", fit="embedded:digits-fit[:60]").to_dict()
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(result))
+    (found,) = ql.reproduce(file, progress=False)
+    assert found.identical
+    assert {metric.path for metric in found.metrics} == {"id.knn1", "id.linear1"}
+    file.write_text(json.dumps({**result, "text_embeddings": {"n": 8}}))
+    with pytest.raises(QuantlensError, match="against text embeddings, which a study does not take"):
+        ql.reproduce(file, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("about", "size", "words"),
+    [
+        ({"model": "hf:./vit", "checkpoint": "model.safetensors"}, 96, "hf:./vit --input-size 96 --calibration"),
+        ({"model": "hf:./vit", "checkpoint": "a.pth"}, 96, "hf:./vit --weights a.pth --input-size 96 --calibration"),
+        ({"model": "deit_tiny_patch16_224"}, 224, "deit_tiny_patch16_224 --calibration"),
+        ({"model": "deit_tiny_patch16_224"}, 384, "deit_tiny_patch16_224 --input-size 384 --calibration"),
+        ({"model": "digits-vit", "task": "features"}, 32, "digits-vit --task features --calibration"),
+    ],
+)
+def test_the_command_of_a_checkpoint_says_what_its_name_does_not(about, size, words) -> None:
+    found = Provenance(**about, calibration={"source": "images:x?n=8&seed=0"}, method="minmax", bits="W8A8")
+    assert f"quantlens quantize {words} 'images:x" in quantize_command(found, "o.safetensors", (3, size, size))
 
 
 def test_what_no_study_draws_is_told(tmp_path) -> None:

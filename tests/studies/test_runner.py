@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from study_fakes import FakeBackend, Recorder, config
 
-from quantlens.errors import QuantlensError, StorageError, UnknownNameError
+from quantlens.errors import QuantlensError, QuantlensWarning, StorageError, UnknownNameError
 from quantlens.studies.cells import StudyImages, cell_key, plan_study
 from quantlens.studies.progress import duration
 from quantlens.studies.runner import StudyInterrupted, run_study
@@ -31,6 +32,20 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     return tmp_path / "log"
+
+
+class Warns(FakeBackend):
+    def load_model(self, *arguments):
+        warnings.warn("this misleads", QuantlensWarning, stacklevel=2)
+        return super().load_model(*arguments)
+
+
+def test_what_workers_warn_of_is_told_once(out: Path, log: Path) -> None:
+    """Two models are loaded, each with the same warning."""
+    study = config(models=["fake", "other"], methods=[], bits=["FP32"])
+    with pytest.warns(QuantlensWarning, match="this misleads") as told:
+        assert run(out, log, study, Warns(log)).ran == 2
+    assert len(told) == 1
 
 
 # ---- the grid and its keys -------------------------------------------------------------------------------------------

@@ -142,6 +142,42 @@ def test_average_precision_of_a_small_case() -> None:
     assert np.isnan(found[1]).all()
 
 
+def test_average_precision_is_that_of_coco(eight) -> None:
+    """Detections are the true boxes, moved, some with another class, and boxes of nothing."""
+    coco = pytest.importorskip("pycocotools.coco")
+    cocoeval = pytest.importorskip("pycocotools.cocoeval")
+    _, true, classes = eight
+    generator = torch.Generator().manual_seed(0)
+    boxes = true.repeat(1, 4, 1) + 0.02 * torch.randn(8, 20, 4, generator=generator)
+    boxes = torch.cat((boxes[..., :2], torch.maximum(boxes[..., 2:], boxes[..., :2] + 0.02)), -1)
+    labels = torch.where(torch.rand(8, 20, generator=generator) > 0.2, classes.repeat(1, 4).clamp(min=0), 3)
+    scores = torch.rand(8, 20, generator=generator).sort(descending=True).values
+
+    def rows(boxes: torch.Tensor, labels: torch.Tensor) -> list[dict]:
+        images, slots = (labels >= 0).nonzero(as_tuple=True)
+        box = 96 * boxes[images, slots].double()
+        sides = torch.cat((box[:, :2], box[:, 2:] - box[:, :2]), -1).tolist()
+        given = zip(images.tolist(), labels[images, slots].tolist(), sides, strict=True)
+        keys = ("image_id", "category_id", "bbox")
+        return [
+            dict(zip(keys, row, strict=True), id=k, iscrowd=0, area=row[2][2] * row[2][3])
+            for k, row in enumerate(given, 1)
+        ]
+
+    index = coco.COCO()
+    index.dataset = {"images": [{"id": k} for k in range(8)], "categories": [{"id": k} for k in range(8)]}
+    index.dataset["annotations"] = rows(true, classes)
+    index.createIndex()
+    found = [{**row, "score": float(score)} for row, score in zip(rows(boxes, labels), scores.flatten(), strict=True)]
+    judge = cocoeval.COCOeval(index, index.loadRes(found), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    theirs = judge.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes
+    ours = average_precision(scores, labels, boxes, true, classes, 8)
+    assert np.nanmean(ours) == pytest.approx(theirs[theirs > -1].mean(), abs=1e-6)
+    assert 0.02 < np.nanmean(ours) < 0.9
+
+
 @pytest.mark.usefixtures("_few_held_out")
 @pytest.mark.parametrize("name", DETECTOR_RECIPES)
 def test_a_run_that_was_stopped_goes_on(name: str, tmp_path, eight) -> None:

@@ -32,7 +32,7 @@ from quantlens.allocation.sensitivity import (
 )
 from quantlens.arguments import checked
 from quantlens.calibration import Calibration
-from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.graph import Graph, graph_of
 from quantlens.methods.base import Progress
 from quantlens.transforms import fold_layer_scale
@@ -74,6 +74,12 @@ def allocate(
     width = parse_target(target)
     widths = _candidate_widths(width, candidates)
     settings = sensitivity_options(sensitivity, options)
+    task = getattr(model, "task", "classify")
+    if sensitivity in ("kl", "hessian") and task != "classify":
+        raise UnsupportedError(
+            f"sensitivity {sensitivity!r} is of the softmax over classes, and {model.name} is a model for {task!r}; "
+            "take nuclear-norm"
+        )
     if cost not in COSTS:
         raise UnknownNameError("cost", cost, COSTS)
     images = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)

@@ -84,6 +84,7 @@ def compare(
         name: as_image_set(source, model.preprocess, name, progress=partial(step, f"decoding {name}"), **reading)
         for name, source in {ID: images, **sets}.items()
     }
+    opened[ID] = opened[ID].in_classes_of(model.class_names)
     for name, one in opened.items():
         told = partial(step, f"attention on {name}")
         found.sets[name] = look_at(lenses, one, evenly(len(one), limit), settings, told)

@@ -146,7 +146,15 @@ def chosen(images: Any, positions: list[int]) -> Tensor:
 
 def name_of(names: list[str] | None, index: int) -> str | None:
     """The first of a class's names: "tench" of "tench, Tinca tinca". None where they are unknown, and of one logit."""
-    return None if names is None or len(names) == 1 else names[index].split(",")[0]
+    return None if names is None or len(names) == 1 or index >= len(names) else names[index].split(",")[0]
+
+
+def truth_of(images: Any, index: int, names: list[str] | None) -> tuple[int | None, str | None]:
+    """(label of an image, its name where that is known): of a set with other classes than the model's its own name."""
+    if images.labels is None or images.labels.ndim > 1:
+        return None, None
+    own, truth = images.class_names, int(images.labels[index])
+    return truth, name_of(names if own is None or len(own) == len(names or ()) else own, truth)
 
 
 # -- what a study keeps -----------------------------------------------------------------------------------------------
@@ -191,8 +199,8 @@ def example(view: SetView, k: int, lens: Lens, *, is_ood: bool, thumbnail: bool)
     thumbnail: a "thumbnail" too (base64 of a WebP file of at most 96 pixels) and "truth_name", of the float model.
     """
     images, index = view.images, view.positions[k]
-    truth = None if images.labels is None or images.labels.ndim > 1 or is_ood else int(images.labels[index])
     names = class_names(None if is_ood else images, lens.model)
+    truth, truth_name = (None, None) if is_ood else truth_of(images, index, names)
     found: dict[str, Any] = {
         "grid": list(lens.layout.grid),
         "truth": truth,
@@ -209,7 +217,7 @@ def example(view: SetView, k: int, lens: Lens, *, is_ood: bool, thumbnail: bool)
         small = pictures.photograph(images, index)
         small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         found["thumbnail"] = pictures.webp(small, quality=75)
-        found["truth_name"] = None if truth is None else name_of(names, truth)
+        found["truth_name"] = truth_name
     return found
 
 

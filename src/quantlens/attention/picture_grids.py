@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from quantlens.attention import pictures
-from quantlens.attention.image_sets import FP32, SetView, name_of
+from quantlens.attention.image_sets import FP32, SetView, name_of, truth_of
 from quantlens.models.loading import class_names
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ def _images(
         names = class_names(view.images if name == ID else None, result.reference)
         for k in places:
             title = f"{name} {view.positions[k]}"
-            if name == ID and view.images.labels is not None:
-                truth = int(view.images.labels[view.positions[k]])
-                title += f": {name_of(names, truth) or f'class {truth}'}"
+            truth, called = truth_of(view.images, view.positions[k], names) if name == ID else (None, None)
+            if truth is not None:
+                title += f": {called or f'class {truth}'}"
             yield view, k, names, title
 
 

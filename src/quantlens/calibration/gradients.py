@@ -84,8 +84,8 @@ class _Collector:
             env = {self.graph.input: images.clone().requires_grad_(True)}
             logits = self.graph.run(self.nodes, env, hook=self._hook, keep=[output])[output]
             loss(logits, logits.detach(), self.sampler.generator).backward()
-        for product in self.products:
-            if len(product.read) == 1:
+        for product in self.products:  # those that no gradient came to: what is measured does not depend on them
+            if not self.seen.keys().isdisjoint(e.key for e in product.read):
                 self._take(product, None)
         self.seen = {}
 

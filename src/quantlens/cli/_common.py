@@ -20,8 +20,8 @@ from quantlens.errors import QuantlensError
 from quantlens.files import write_whole
 from quantlens.plugins import load_all
 
-PIPED_WIDTH = 140
-"""Columns of a table that goes to a file or another program."""
+PIPED_WIDTH, NARROW = 140, 76
+"""Columns of a table that goes to a file or another program; and of a terminal on which a title is still one line."""
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -97,7 +97,8 @@ def table(
     """A table of rich. right: heads of the columns of numbers; whole: of those that are never broken into lines."""
     from rich.table import Table
 
-    made = Table(**{"title_justify": "left", "caption_justify": "left", **look})
+    wide = min(max((len(str(look.get(key) or "")) for key in ("title", "caption")), default=0), NARROW)
+    made = Table(**{"title_justify": "left", "caption_justify": "left", "min_width": wide, **look})
     for head in heads:
         made.add_column(head, justify="right" if head in right else "left", overflow="fold", no_wrap=head in whole)
     for row in rows:
@@ -232,6 +233,7 @@ def open_run(
     n: int | None,
     seed: int,
     input_size: int | None = None,
+    task: str | None = None,
     **reading: Any,
 ) -> tuple[Any, Any]:
     """(float model, calibration images as it reads them) of a command line: what the commands that quantize begin with.
@@ -241,6 +243,6 @@ def open_run(
     from quantlens.evaluation.open_models import open_float
 
     images = open_calibration(source, n, seed)
-    loaded = open_float(model, weights, device, input_size)
+    loaded = open_float(model, weights, device, input_size, task)
     told = partial(step, "decoding calibration images")
     return loaded, as_image_set(images, loaded.preprocess, progress=told, **reading)

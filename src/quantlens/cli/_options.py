@@ -70,12 +70,20 @@ Scores = Annotated[
         metavar="NAMES",
         help="OOD scores (default: all that fit the task): msp, maxlogit, energy, entropy, gen, knn, vim, mahalanobis, "
         "rmahalanobis (relative), mahalanobis_l2, rmahalanobis_l2, react; binary and multilabel: joint_energy, "
-        "sigmoid_confidence.",
+        "sigmoid_confidence; detectors: max_confidence, joint_energy.",
     ),
 ]
 Task = Annotated[
     str | None,
     typer.Option(metavar="TASK", help="classify, zero-shot, binary, multilabel or features (default: the model's)."),
+]
+ModelTask = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help="What it is for, if it does not say: multilabel …; features drops its classifier.",
+    ),
 ]
 TextEmbeddings = Annotated[
     str | None, typer.Option(metavar="FILE", help="Text embeddings [K, D] for zero-shot: .npy, .npz or .safetensors.")

@@ -161,19 +161,20 @@ def tables(result: Any) -> Iterator[Any]:
         (m.heading, m.text(result.id[name]), m.text(fp32.get(name)), m.text(change.get(name), "+"))[: len(heads)]
         for m, name in shown
     ]
-    yield _common.table(heads, rows, right=heads[1:], title="In distribution")
+    if rows:
+        yield _common.table(heads, rows, right=heads[1:], title="In distribution")
     if result.ood:
         yield from _ood_tables(result, METRICS["aupr_out"])
     if result.guard is not None:
         yield _guard_table(result.guard, [METRICS[name] for name in ("kept", "flagged", "balanced_accuracy")])
     lacking = {**result.metrics_unavailable, **(result.scores_unavailable if result.ood else {})}
     for reason in dict.fromkeys(lacking.values()):
-        names = [name for name, why in lacking.items() if why == reason]
-        yield f"left out: {', '.join(names)} ({reason})"
+        names = [METRICS[name].title if name in METRICS else name for name, why in lacking.items() if why == reason]
+        yield f"left out: {'; '.join(names)} ({'each ' if len(names) > 1 else ''}{reason})"
 
 
 def _ood_tables(result: Any, aupr: Any) -> Iterator[Any]:
-    from quantlens.metrics import score_label
+    from quantlens.metrics import first_score, score_label
 
     means = {f"mean {group}": result.ood_mean[group] for group in ("far", "near") if group in result.ood_mean}
     columns = {**result.ood, **means}
@@ -185,8 +186,8 @@ def _ood_tables(result: Any, aupr: Any) -> Iterator[Any]:
         rows.append(["chance", *(aupr.text(entry.get(score, {}).get("chance_aupr_out")) for entry in columns.values())])
     title = f"Out of distribution, {aupr.heading} by score"
     yield _common.table(["score", *columns], rows, right=columns, title=title)
-    score = next((name for name in ("msp", *result.histograms) if name in result.histograms), None)
-    if result.change is not None and score is not None:
+    score = first_score(result.histograms)
+    if result.change is not None and result.histograms:
         changes = result.change["ood"]
         row = [aupr.text(entry.get(score, {}).get("aupr_out"), "+") for entry in changes.values()]
         title = f"Change of {aupr.title} by {score_label(score)}, {aupr.change_unit} ({CHANGE}) {aupr.arrow}"

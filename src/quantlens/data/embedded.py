@@ -22,6 +22,7 @@ from functools import cache, partial
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from quantlens.boxes import Boxes
 from quantlens.data.sources import ArraySource, SourceSpec
 from quantlens.errors import UnknownNameError
 from quantlens.files import package_file
@@ -42,8 +43,8 @@ MIN_CONTRAST = 12.0  # grey levels
 PATCH_SIDES = (32, 48, 64, 96, 128, 192, 256)  # sides of the square cut from the photograph, in pixels
 
 
-Built = tuple[np.ndarray, list[str], np.ndarray | None, list[str] | None]
-"""Pixels, a name for each image, labels, class names."""
+Built = tuple[np.ndarray, list[str], np.ndarray | Boxes | None, list[str] | None]
+"""Pixels, a name for each image, labels (or boxes), class names."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,13 @@ def load_embedded(name: str) -> ArraySource:
         raise UnknownNameError("embedded image set", name, _SETS, hint="`quantlens sources` lists them")
     pixels, names, labels, classes = _SETS[name].build()
     pixels.setflags(write=False)
-    group = _SETS[name].group
-    return ArraySource(f"embedded:{name}", "embedded", name, names, labels, classes, group, pixels=pixels)
+    given = (f"embedded:{name}", "embedded", name, names)
+    source = ArraySource(*given, class_names=classes, group=_SETS[name].group, pixels=pixels)
+    if isinstance(labels, Boxes):
+        source.boxes, source.sizes = labels, np.tile(pixels.shape[1:3], (len(pixels), 1))
+    else:
+        source.labels = labels
+    return source
 
 
 def open_embedded(spec: SourceSpec) -> ArraySource:
@@ -194,6 +200,18 @@ def _letter_counts(letter: str, rng: np.random.RandomState) -> np.ndarray:
     return scan.reshape(8, 4, 8, 4).sum(axis=(1, 3))
 
 
+# --- scenes ---
+
+
+def _scenes(split: str, n: int) -> Built:
+    """Scenes of `data.scenes`, whose boxes are known."""
+    from quantlens.data.scenes import CLASSES, scenes  # built on the digits above
+
+    found = scenes(split, n)
+    boxes = Boxes(found.image, found.boxes, found.labels, names=tuple(CLASSES), ids=ID_DIGITS)
+    return found.pixels, [f"scenes/{split}-{k:04d}" for k in range(n)], boxes, CLASSES
+
+
 _ID_WORDS = ", ".join(map(str, ID_DIGITS[:-1])) + f" and {ID_DIGITS[-1]}"
 _HELD_OUT_WORDS = " and ".join(map(str, HELD_OUT_DIGITS))
 _SETS = {
@@ -214,4 +232,19 @@ _SETS = {
     ),
     "photo-patches": EmbeddedInfo("far", "grey patches of scikit-learn's two photographs", _photo_patches),
     "letters": EmbeddedInfo("far", f"the letters {' '.join(LETTERS)}, drawn in the digits' style", _letters),
+    "scenes": EmbeddedInfo(
+        "id",
+        "photographs and textures with one to five of these digits, and their boxes",
+        partial(_scenes, "test", 512),
+    ),
+    "scenes-calibration": EmbeddedInfo(
+        "id",
+        "the same of what the detectors were trained on, for calibration",
+        partial(_scenes, "train", 128),
+    ),
+    "scenes-unknown": EmbeddedInfo(
+        "near",
+        f"scenes of the digits {_HELD_OUT_WORDS} and of letters alone, without boxes",
+        partial(_scenes, "unknown", 512),
+    ),
 }

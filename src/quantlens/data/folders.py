@@ -1,6 +1,5 @@
-"""Sources that are folders of image files: imagenet, imagefolder, images, coco."""
+"""Sources that are folders of image files: imagenet, imagefolder, images."""
 
-import json
 import os
 import re
 from dataclasses import replace
@@ -10,9 +9,10 @@ from typing import NoReturn
 
 import numpy as np
 
+from quantlens import _moved
 from quantlens.data.label_files import find_label_file, read_label_file
 from quantlens.data.sources import IMAGE_SUFFIXES, FileSource, SourceSpec
-from quantlens.errors import QuantlensError, StorageError, UnknownNameError
+from quantlens.errors import QuantlensError, StorageError
 from quantlens.files import package_file
 
 WNID = re.compile(r"n\d{8}")
@@ -150,46 +150,4 @@ def _wnid(spec: SourceSpec, name: str, rank: dict[str, int]) -> str:
     return wnid
 
 
-def open_coco(spec: SourceSpec) -> FileSource:
-    """`coco:DIR`: the images an `instances_SPLIT.json` lists; `?split=val2017` where DIR has several. No
-    labels: an image of COCO has many objects.
-    """
-    root = existing_directory(spec)
-    split, file = _coco_annotations(spec, root)
-    try:
-        listed = [image["file_name"] for image in json.loads(file.read_text(encoding="utf-8"))["images"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise QuantlensError(f"source {spec.text!r}: {file} is not a COCO instances file; download it again") from error
-    if not listed:
-        raise QuantlensError(f"source {spec.text!r}: {file} lists no images; choose another split")
-    names = sorted(str(name).replace("\\", "/") for name in listed)
-    outside = next((n for n in names if n.startswith("/") or ".." in n.split("/")), None)
-    if outside is not None:
-        raise QuantlensError(
-            f"source {spec.text!r}: {file} lists {outside!r}, outside the image folder; repair the file"
-        )
-    folders = [root / split, root / "images" / split, root / "images", root]
-    folder = next((f for f in folders if (f / names[0]).is_file() or (f / names[-1]).is_file()), folders[0])
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise QuantlensError(
-            f"source {spec.text!r}: {len(missing)} of the {len(names)} images of {file.name} are missing from "
-            f"{folder}, the first is {missing[0]}; unpack them there, or use images:{spec.path}"
-        )
-    return FileSource(spec.text, spec.kind, f"{root.resolve().name}/{split}", names, root=folder)
-
-
-def _coco_annotations(spec: SourceSpec, root: Path) -> tuple[str, Path]:
-    """(split, path) of the instances file to read: the one asked for, the only one, or val2017."""
-    files = {
-        f.stem.removeprefix("instances_"): f for d in (root, root / "annotations") for f in d.glob("instances_*.json")
-    }
-    if not files:
-        raise QuantlensError(
-            f"source {spec.text!r}: no annotations/instances_*.json in {root}; unpack COCO's annotations there, or use "
-            f"images:{spec.path}"
-        )
-    split = spec.options.get("split", "val2017" if len(files) > 1 else next(iter(files)))
-    if split not in files:
-        raise UnknownNameError(f"split in source {spec.text!r}:", split, files, "?split=NAME chooses one")
-    return split, files[split]
+__getattr__ = _moved.finder(__name__)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from quantlens.boxes import Boxes
 from quantlens.data.cache import Rows
 from quantlens.data.images import CacheDir, ImageSet, Progress, load_images
 from quantlens.data.labels import as_labels
@@ -44,6 +45,7 @@ def as_image_set(
     - a Source, a SOURCE text or a `datasets.Dataset`: loaded with `preprocess`, which is then needed;
     - float tensors or arrays [N,C,H,W], already normalised, used as they are; PIL images, which `preprocess` prepares;
       pairs of either with labels; dictionaries with `pixel_values` or `image`, and `labels`;
+    - a pair of images and `Boxes`, in pixels of the pictures, or of the images that are tensors;
     - an iterable of these or of single images (DataLoader, list, generator), or a map-style `Dataset`: read once, so
       that FP32 and quantized models see the same images in the same order; what is large is kept in a temporary file.
 
@@ -52,6 +54,10 @@ def as_image_set(
     """
     if isinstance(x, ImageSet):
         return _with_preprocess(x, preprocess)
+    if isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Boxes):
+        images = as_image_set(x[0], preprocess, name, cache_dir=cache_dir, progress=progress)
+        pictures = _are_images(x[0]) and isinstance(x[0][0], Image.Image)
+        return images.with_boxes(x[1], [as_rgb(one).size[::-1] for one in x[0]] if pictures else images.sizes)
     x = opened(x, name)
     if isinstance(x, (Source, str)):
         if preprocess is None:
@@ -327,7 +333,7 @@ class _Reader:
         return range(len(values)), values.numpy()
 
     def _labels(self, given: Any, count: int) -> list[Any] | None:
-        """One label per image: whole numbers, or rows of 0 and 1; None where what is given is no number."""
+        """One label per image: whole numbers, names, or rows of 0 and 1; None where what is given is neither."""
         import torch
 
         if given is None:
@@ -339,8 +345,10 @@ class _Reader:
             labels = np.asarray(labels.tolist())
         except ValueError:
             return None
+        if labels.dtype.kind == "U" and labels.shape in ((count,), ()):
+            return [str(label) for label in np.atleast_1d(labels)]
         if labels.dtype.kind not in "iubf":
-            return None  # names of files, boxes …
+            return None  # boxes …
         if labels.ndim == 0 and count == 1:
             labels = labels[None]
         if labels.ndim == 1 and count == 1 and len(labels) > 1:
@@ -368,10 +376,10 @@ class _Reader:
             raise QuantlensError(
                 f"{self.name}: some batches have labels and some have none; give labels for all or for none"
             )
-        labels = as_labels(self.labels if all(given) else None, None, self.name)[0]
-        return self._of(self.rows.whole(), labels)
+        labels, names = as_labels(self.labels if all(given) else None, None, self.name)
+        return self._of(self.rows.whole(), labels, names)
 
-    def _of(self, whole: np.ndarray, labels: np.ndarray | None) -> ImageSet:
+    def _of(self, whole: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None) -> ImageSet:
         import torch
 
         digest = hashlib.sha256(str(tuple(whole.shape)).encode())
@@ -385,5 +393,6 @@ class _Reader:
             preprocess=self.preprocess if pixels else None,
             pixels=whole if pixels else None,
             values=None if pixels else torch.from_numpy(whole),
+            class_names=class_names,
             skipped=self.skipped,
         )

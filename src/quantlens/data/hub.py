@@ -14,7 +14,7 @@ from PIL import Image
 from quantlens.data.labels import as_labels
 from quantlens.data.sources import FINGERPRINT_DIGITS, Source, SourceSpec, sha256_of
 from quantlens.data.tables import choose_columns, choose_split, class_names_of, picture
-from quantlens.errors import QuantlensError
+from quantlens.errors import QuantlensError, first_line
 
 
 @dataclass(repr=False, eq=False)
@@ -66,7 +66,7 @@ def open_hub(spec: SourceSpec) -> HubSource:
             else:
                 found = {split: datasets.load_dataset(name, config, split=split)}
     except (OSError, ValueError, RuntimeError, NotImplementedError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        reason = first_line(error).rstrip(".")
         where = "" if local else "; a data set on this machine is named by its folder, hf:DIR"
         raise QuantlensError(f"source {spec.text!r} cannot be opened: {reason}{where}") from error
     name, split = (folder.resolve().name if local else spec.path), ""

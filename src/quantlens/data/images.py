@@ -8,11 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from quantlens import _moved
+from quantlens.boxes import Boxes
 from quantlens.data import cache
 from quantlens.data.preprocess import Preprocess
 from quantlens.data.sources import FINGERPRINT_DIGITS, Source, open_source
@@ -31,6 +33,7 @@ class ImageSet:
 
     Either `pixels` (uint8 [N,3,H,W], normalised with `preprocess` when used) or `values` (float32 [N,3,H,W],
     used as they are) is there. `labels` is int64 [N], int64 [N,L] of 0 and 1 where an image has several, or None.
+    `boxes` are those of objects, or None, and `sizes` int64 [N, 2], (height, width), of the pictures that they are of.
     `skipped` has (name, reason) of every bad image that was left out.
     """
 
@@ -44,6 +47,8 @@ class ImageSet:
     class_names: list[str] | None = None
     skipped: list[tuple[str, str]] = field(default_factory=list)
     group: str | None = None
+    boxes: Boxes | None = None
+    sizes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,8 +92,49 @@ class ImageSet:
             labels=None if self.labels is None else self.labels[indices],
             pixels=None if self.pixels is None else self.pixels[indices],
             values=None if self.values is None else self.values[indices],
+            boxes=None if self.boxes is None else self.boxes.select(indices),
+            sizes=None if self.sizes is None else self.sizes[indices],
             fingerprint=chosen[:FINGERPRINT_DIGITS],
         )
+
+    def with_boxes(self, boxes: Boxes, sizes: Any = None) -> ImageSet:
+        """The same with boxes, and the sizes [N, 2] of the pictures whose pixels they are in (by default the images'
+        own). Raises QuantlensError where they are of other images."""
+        sizes = np.tile(self.tensor(0, 1).shape[2:], (len(self), 1)) if sizes is None else np.asarray(sizes, np.int64)
+        if sizes.shape != (len(self), 2) or boxes.image.max(initial=-1) >= len(self):
+            last = boxes.image.max(initial=-1)
+            raise QuantlensError(
+                f"{self.source} has {len(self)} images, and boxes are of image {last} and {len(sizes)} sizes of "
+                "pictures; give boxes of these images"
+            )
+        return replace(self, boxes=boxes, sizes=sizes)
+
+    def in_classes_of(self, names: Sequence[str] | None) -> ImageSet:
+        """The same images with labels that count a model's classes, where all class names of the set are among its
+        names (in any order, in any case). A warning where they are as many, and other ones: they are taken in order."""
+        own, labels = self.class_names, self.labels
+        if own is None or names is None or labels is None or list(own) == list(names):
+            return self
+        ours, theirs = ([str(name).strip().casefold().replace("_", " ") for name in some] for some in (own, names))
+        if ours == theirs or len({*ours}) < len(ours) or len({*theirs}) < len(theirs):
+            return self
+        if not {*ours} <= {*theirs}:
+            if len(ours) == len(theirs) and sum(a == b for a, b in zip(ours, theirs, strict=True)) < len(ours) / 2:
+                text = (
+                    f"{self.source} names its classes otherwise than the model ({own[0]!r}, not {names[0]!r} …): they "
+                    "are taken in their order"
+                )
+                if text not in TOLD.setdefault(self, set()):
+                    TOLD[self].add(text)
+                    warnings.warn(text, QuantlensWarning, stacklevel=2)
+            return self
+        place = np.array([theirs.index(name) for name in ours])
+        several = np.zeros((len(labels), len(theirs)), dtype=labels.dtype)
+        if labels.ndim == 2:
+            several[:, place] = labels
+        found = replace(self, labels=several if labels.ndim == 2 else place[labels], class_names=list(names))
+        TOLD[found] = TOLD.setdefault(self, set())
+        return found
 
     def check_labels(self, num_classes: int) -> np.ndarray:
         """The labels, after making sure that they can be classes of a model with `num_classes` outputs.
@@ -99,12 +145,12 @@ class ImageSet:
             raise QuantlensError(
                 f"the labels of {self.source} do not match the classes of the model: the set has "
                 f"{len(self.class_names)} classes, the model {num_classes}; give images labelled with the model's "
-                "classes (imagenet:DIR for ImageNet models)"
+                f"classes (imagenet:DIR for ImageNet models); the set's begin with {self.class_names[:3]}"
             )
         if self.labels is None:
             raise QuantlensError(
-                f"{self.source} has no labels, and accuracy needs them; use a source with labels "
-                "(imagenet, imagefolder, cifar10)"
+                f"{self.source} has no labels, and accuracy needs them; use a source with labels (imagenet, "
+                "imagefolder, cifar10), or name the column that holds them (parquet, hf and webdataset: ?label=COLUMN)"
             )
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < num_classes:
             outside = next(int(y) for y in self.labels if not 0 <= y < num_classes)
@@ -117,6 +163,10 @@ class ImageSet:
     def __repr__(self) -> str:
         labels = "no labels" if self.labels is None else "labels"
         return f"<ImageSet {self.source}: {len(self)} images, {labels}, {len(self.skipped)} skipped>"
+
+
+TOLD: WeakKeyDictionary[ImageSet, set[str]] = WeakKeyDictionary()
+"""What has been said of a set, which is said once."""
 
 
 def _ahead(read: Callable[[int], torch.Tensor], starts: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -177,6 +227,8 @@ def load_images(
         class_names=source.class_names,
         skipped=skipped,
         group=source.group,
+        boxes=source.boxes,
+        sizes=source.sizes,
     )
 
 

@@ -1,8 +1,9 @@
 """The table of source kinds: one line each."""
 
 from quantlens.data.cifar import open_cifar
+from quantlens.data.coco import open_coco
 from quantlens.data.embedded import open_embedded
-from quantlens.data.folders import open_coco, open_imagefolder, open_imagenet, open_images
+from quantlens.data.folders import open_imagefolder, open_imagenet, open_images
 from quantlens.data.hub import open_hub
 from quantlens.data.sources import SourceKind
 from quantlens.data.tables import open_parquet
@@ -34,6 +35,6 @@ KINDS = {
     ),
     "cifar10": SourceKind("dir", "CIFAR-10 test images (?split=train)", open_cifar, ("split",)),
     "cifar100": SourceKind("dir", "CIFAR-100 test images, fine labels (?split=train)", open_cifar, ("split",)),
-    "coco": SourceKind("dir", "images of a COCO instances file, no labels (?split=val2017)", open_coco, ("split",)),
+    "coco": SourceKind("dir", "images and boxes of a COCO instances file (?split=val2017)", open_coco, ("split",)),
     "embedded": SourceKind("name", "a set that ships with the package, no download", open_embedded),
 }

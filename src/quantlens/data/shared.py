@@ -6,11 +6,10 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from quantlens.data.images import ImageSet
+from quantlens.data.images import TOLD, ImageSet
 from quantlens.data.preprocess import Preprocess
 from quantlens.errors import QuantlensWarning
 
@@ -21,9 +20,6 @@ COMPARED_BYTES = 4096
 """Pixels of an image that are compared: the rows in its middle, of the channel in the middle."""
 
 DIGEST_BYTES = 8
-
-TOLD: WeakKeyDictionary[ImageSet, set[str]] = WeakKeyDictionary()
-"""What has been said of an ID set."""
 
 
 def content_digests(

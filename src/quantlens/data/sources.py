@@ -26,6 +26,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from quantlens.boxes import Boxes
 from quantlens.errors import BadImageError, QuantlensError, UnknownNameError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
@@ -125,7 +126,8 @@ class Source(ABC):
 
     `spec` is the text it was opened from, `kind` and `name` are for people, `names` has one name per image,
     `labels` is int64 [N] or None, `class_names` is a list that `labels` index, or None. `group` is "id",
-    "near" or "far" for embedded sets and None for the rest. Every array has one row per image.
+    "near" or "far" for embedded sets and None for the rest. `boxes` are those of objects, None where nothing is known
+    of any; `sizes` int64 [N, 2], (height, width), of the pictures that they are of. Every array has one row per image.
     """
 
     spec: str
@@ -135,6 +137,8 @@ class Source(ABC):
     labels: np.ndarray | None = None
     class_names: list[str] | None = None
     group: str | None = None
+    boxes: Boxes | None = field(default=None, kw_only=True)
+    sizes: np.ndarray | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -159,7 +163,8 @@ class Source(ABC):
         arrays: dict[str, Any] = {
             key: value[rows] for key, value in vars(self).items() if isinstance(value, np.ndarray)
         }
-        return replace(self, names=[self.names[i] for i in rows], **arrays)
+        boxes = None if self.boxes is None else self.boxes.select(rows)
+        return replace(self, names=[self.names[i] for i in rows], boxes=boxes, **arrays)
 
     def label_marks(self) -> list[str]:
         """A text per image that tells its label, for fingerprints."""
@@ -246,6 +251,8 @@ def open_source(spec: str) -> Source:
 
     parsed = parse_spec(spec)
     source = KINDS[parsed.kind].open(parsed)
+    if not len(source):
+        raise QuantlensError(f"source {spec!r} holds no images")
     if parsed.rows == slice(None) and parsed.sample is None:
         return source
     rows = np.arange(len(source))[parsed.rows]

@@ -21,8 +21,9 @@ from threadpoolctl import threadpool_limits
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.outputs import Outputs
-from quantlens.metrics import TASKS, metrics_of, names_of
+from quantlens.metrics import TASKS, first_score, metrics_of, names_of
 from quantlens.metrics.bootstrap import ID, Array, Resamples, classification, differences, holm, interval, ranking
+from quantlens.metrics.detection import resampled_detections
 from quantlens.metrics.labels import resampled_labels
 
 BASELINE = "FP32"
@@ -238,7 +239,7 @@ def _common_scores(one: Match, scores: Sequence[str] | None) -> list[str]:
     having = [_scores_of(entry) for entry in one.entries]
     common = [score for score in having[0] if all(score in names for names in having)]
     if scores is None:
-        return ["msp"] if "msp" in common else common[:1]
+        return [first_score(common)] if common else []
     if list(scores) == ["all"]:
         return common
     for score in scores:
@@ -331,14 +332,14 @@ def point(outputs: Outputs, wanted: Wanted) -> dict[str, float]:
 
 
 def replicate(outputs: Outputs, wanted: Wanted, resamples: Resamples) -> dict[str, Array]:
-    """The metrics on every resample: path -> float64 [resamples]."""
+    """The metrics on every resample: path -> float64 [resamples], those left out that no resample has."""
     found: dict[str, Array] = {}
     # the products are small: several threads would wait for each other most of the time
     with threadpool_limits(limits=1, user_api="blas"):
         for part, counts in resamples.chunks(_sizes(outputs, wanted.sets)):
             for path, values in _metrics(outputs, wanted, counts).items():
                 found.setdefault(path, np.empty(resamples.count))[part] = values
-    return found
+    return {path: values for path, values in found.items() if not np.isnan(values).all()}
 
 
 def _sizes(outputs: Outputs, sets: Sequence[str]) -> dict[str, int]:
@@ -374,5 +375,8 @@ def _of_ids(outputs: Outputs, drawn: Array, wanted: Collection[str]) -> dict[str
     if outputs.task in ("binary", "multilabel"):
         labels, logits = outputs.labels.astype(bool), np.asarray(outputs.logits)
         return resampled_labels(logits, labels, drawn, n_bins=n_bins, wanted=wanted)
+    if outputs.task == "detect":
+        matches, ratios = outputs.matches
+        return resampled_detections(matches, drawn, n_bins=n_bins, wanted=wanted, ratios=ratios)
     vectors = (outputs.rank, outputs.confidence, outputs.nll, outputs.brier)
     return classification(*vectors, drawn, n_bins=n_bins, wanted=wanted)

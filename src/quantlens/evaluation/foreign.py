@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from quantlens.data import Preprocess
-from quantlens.errors import QuantlensError, QuantlensWarning, UnknownNameError, UnsupportedError
+from quantlens.errors import QuantlensError, QuantlensWarning, UnknownNameError, UnsupportedError, first_line
 from quantlens.evaluation.result import Result
+from quantlens.models.detection import scores_and_boxes
 from quantlens.qmodel import Bits, Outputs
 
 EMBEDDINGS = ("image_embeds", "pooler_output", "features", "image_features", "embedding", "embeddings", "feature")
@@ -40,7 +41,8 @@ def open_foreign(
     """A model that quantlens did not make, ready for `evaluate`, `compare` and studies.
 
     model: an ONNX or OpenVINO file (.onnx, .xml), a file of logits (.npz, .csv), an ``nn.Module`` (quantized by torchao
-    or anything else), or a callable, images float32 [B, 3, H, W] -> logits [B, K]. reference: the float model it came
+    or anything else), a program of torch.export, or
+    a callable, images float32 [B, 3, H, W] -> logits [B, K] (tensors or arrays). reference: the float model it came
     from, or its Result; its preprocessing is taken unless `preprocess` says another. output, features: names of the
     outputs to read (in a file also of tensors inside the graph); by default ``logits``, else the first [B, K], and a
     second [B, D]. task: as of `load_model`, by default the reference's. bits: ``W8A8``, where it is known.
@@ -57,14 +59,16 @@ def open_foreign(
 
         return ForeignFile(model, output=output, features=features, **given)
     from quantlens.evaluation.foreign_modules import ForeignModule
+    from quantlens.models import unwrapped
 
+    model = unwrapped(model) if isinstance(model, torch.export.ExportedProgram) else model
     return ForeignModule(model, output=output, features=features, **given)
 
 
 class About:
     """What every foreign model says of itself, in the words of a quantized one. foreign: what else a result keeps."""
 
-    seed, calibration, class_names, guard = 0, None, None, None
+    seed, calibration, guard = 0, None, None
     num_parameters: int | None = None
     size_mb: float | None = None
     device: Any = torch.device("cpu")
@@ -87,8 +91,10 @@ class About:
         self.name = str(name or called or own_name)
         self.checkpoint_sha256 = getattr(source, "checkpoint_sha256", None)
         self.num_parameters = getattr(source, "num_parameters", None)
+        self.class_names = getattr(source, "class_names", None)
         self.options: dict[str, Any] = {}
         self.task, self._expected = task or getattr(source, "task", None), _classes(source)
+        self.detection_head = getattr(source, "detection_head", None)
         theirs = getattr(source, "preprocess", None)
         prepared = theirs if preprocess is None else preprocess
         self.preprocess = Preprocess.from_dict(prepared) if isinstance(prepared, Mapping) else prepared
@@ -152,6 +158,9 @@ class Foreign(About):
             return
         shape = tuple(size or (self.preprocess.input_size if self.preprocess else DEFAULT_SIZE))
         found, count = self._tried(torch.zeros(2, *shape))
+        if self.task == "detect" or (self.task is None and "pred_boxes" in found):
+            self._learn_detector(found)
+            return
         self._read = chosen(found, count, *self._wanted, task=self.task, classes=self._expected, name=self.name)
         self.task = self._read.task
         primary = flat(found[self._read.output])
@@ -173,6 +182,17 @@ class Foreign(About):
                 stacklevel=2,
             )
 
+    def _learn_detector(self, found: Mapping[str, Tensor]) -> None:
+        if self.detection_head is None or _scores_and_boxes(found) is None:
+            raise UnsupportedError(
+                f"{self.name} ({self.method}) is measured as a detector: it must give logits and pred_boxes, and what "
+                "they mean is taken from the float model that it came from: name it (reference=, --reference), or load "
+                "it with quantlens.load_model where it is the float model"
+            )
+        self.task, self._columns = "detect", len(self.detection_head.labels)
+        self._read = Read("logits", None, self.task)
+        self.foreign |= {"task": self.task}
+
     def _tried(self, images: Tensor) -> tuple[dict[str, Tensor], int]:
         """What it gives for some images, and for how many: as many as it takes, two, else one."""
         counts = [self.fixed_batch] if self.fixed_batch else [2, 1]
@@ -182,9 +202,9 @@ class Foreign(About):
                     found = self.named(images[:1].expand(count, -1, -1, -1).contiguous())
             except Exception as error:
                 if count == counts[-1]:
-                    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
                     raise UnsupportedError(
-                        f"{self.name} ({self.method}) cannot be run on images {[count, *images.shape[1:]]}: {line}"
+                        f"{self.name} ({self.method}) cannot be run on images {[count, *images.shape[1:]]}: "
+                        f"{first_line(error)}"
                     ) from error
             else:
                 if count == 1 and not self.fixed_batch:
@@ -204,8 +224,7 @@ class Foreign(About):
                 self.images_together = 1
                 self.foreign["images_together"] = 1
                 parts = [self._of_batch(one) for one in images.split(1)]
-                features = None if found.features is None else torch.cat([p.features for p in parts])  # type: ignore[misc]
-                return Outputs(torch.cat([part.logits for part in parts]), features)
+                return _joined(parts)
         return found
 
     def _of_batch(self, images: Tensor) -> Outputs:
@@ -213,12 +232,14 @@ class Foreign(About):
         short = -n % size
         if short:
             images = torch.cat([images, images[-1:].expand(short, -1, -1, -1)])
-        parts = [self._of_outputs(self.named(part.contiguous())) for part in images.split(size)]
-        logits, features = zip(*parts, strict=True)
-        return Outputs(torch.cat(logits)[:n], None if features[0] is None else torch.cat(features)[:n])
+        return _joined([self._of_outputs(self.named(part.contiguous())) for part in images.split(size)], n)
 
     def _of_outputs(self, found: Mapping[str, Tensor]) -> Outputs:
         assert self._read is not None
+        if self._read.task == "detect":
+            detected = _scores_and_boxes(found)
+            assert detected is not None
+            return Outputs(detected[0].float(), None, detected[1].float())
         logits = flat(found[self._read.output])
         assert logits is not None
         logits = logits.float()
@@ -228,6 +249,17 @@ class Foreign(About):
             return Outputs(logits, logits)
         features = None if self._read.features is None else flat(found[self._read.features])
         return Outputs(logits, None if features is None else features.float())
+
+
+def _joined(parts: Sequence[Outputs], n: int | None = None) -> Outputs:
+    """The outputs of several batches as those of one, of the first n images."""
+    columns = zip(*parts, strict=True)
+    return Outputs(*(None if column[0] is None else torch.cat(column)[:n] for column in columns))
+
+
+def _scores_and_boxes(found: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Class logits [B, Q, C] and boxes [B, Q, 4] of a detector, by name, or the two first outputs."""
+    return scores_and_boxes(found if "pred_boxes" in found else list(found.values()))
 
 
 # ---- which outputs are read ------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantlens.errors import BadWeightsError, UnsupportedError
+from quantlens.errors import BadWeightsError, UnsupportedError, first_line
 from quantlens.evaluation.foreign import Foreign
 from quantlens.export.export import _need
 from quantlens.export.exported import Opened, open_file
@@ -97,8 +97,9 @@ class ForeignFile(Foreign):
         try:
             return super().outputs(images)
         except self._opened.failures as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise BadWeightsError(f"{self.path} cannot be run on images {list(images.shape)}: {line}") from error
+            raise BadWeightsError(
+                f"{self.path} cannot be run on images {list(images.shape)}: {first_line(error)}"
+            ) from error
 
 
 def files_of(path: Path) -> list[Path]:

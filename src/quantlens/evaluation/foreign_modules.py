@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -59,6 +60,7 @@ class ForeignModule(Foreign):
         made = cls(model.module, preprocess=model.preprocess, task=getattr(model, "task", None), name=model.name)
         made.method, made.bits = "fp32", FP32
         made.checkpoint_sha256, made.class_names = model.checkpoint_sha256, model.class_names
+        made.detection_head = getattr(model, "detection_head", None)
         return made
 
     def _of_placeholder(self, module: fx.GraphModule) -> None:
@@ -83,7 +85,7 @@ class ForeignModule(Foreign):
     def learn(self, size: Any = None) -> None:
         known = self._read is not None
         super().learn(size)
-        if known or self._read is None or self._read.task == "features" or self._read.features is not None:
+        if known or self._read is None or self._read.task in ("features", "detect") or self._read.features is not None:
             return
         shape = tuple(size or (self.preprocess.input_size if self.preprocess else (3, 224, 224)))
         images = torch.linspace(-1, 1, shape[0] * shape[1] * shape[2]).view(1, *shape)
@@ -122,7 +124,8 @@ class ForeignModule(Foreign):
 @contextmanager
 def _evaluating(module: Any) -> Iterator[None]:
     """Without dropout and statistics of training inside, and afterwards as before."""
-    training = [m for m in module.modules() if m.training] if isinstance(module, nn.Module) else []
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    training = [part for part in parts if getattr(part, "training", False)]  # frozen TorchScript has no such thing
     for one in training:
         one.training = False
     try:
@@ -143,11 +146,13 @@ def _own_preprocess(module: nn.Module) -> Preprocess | None:
 
 
 def _tensors(found: Any) -> dict[str, Tensor]:
-    """The tensors that a module returns, by key, or by place in a tuple."""
-    if isinstance(found, Tensor):
-        return {"output": found}
-    items = found.items() if isinstance(found, Mapping) else enumerate(found) if isinstance(found, tuple | list) else ()
-    return {str(key): value for key, value in items if isinstance(value, Tensor)}
+    """The tensors and arrays that a module or a function returns, by key, or by place in a tuple."""
+    if isinstance(found, Tensor | np.ndarray):
+        return {"output": torch.as_tensor(found)}
+    items: Any = enumerate(found) if isinstance(found, tuple | list) else ()
+    if isinstance(found, Mapping):  # keys that are no names are a runtime's own: a place says as much
+        items = ((key if isinstance(key, str) else place, value) for place, (key, value) in enumerate(found.items()))
+    return {str(key): torch.as_tensor(value) for key, value in items if isinstance(value, Tensor | np.ndarray)}
 
 
 def _is_torchao(tensor: Any) -> bool:

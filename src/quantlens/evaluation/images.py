@@ -49,7 +49,8 @@ class EvaluationImages:
         def opened(value: Any, name: str) -> Any:
             told = None if progress is None else partial(progress, f"decoding {name}")
             refuse_unprepared(model, value)
-            return as_image_set(value, model.preprocess, name, progress=told, **reading)
+            images = as_image_set(value, model.preprocess, name, progress=told, **reading)
+            return images.in_classes_of(getattr(model, "class_names", None))
 
         if hasattr(model, "open_sets"):
             found: EvaluationImages = model.open_sets(id, ood, fit, groups, pixels, task, opened)
@@ -59,7 +60,12 @@ class EvaluationImages:
         id_images = opened(id, "the ID set")
         if hasattr(model, "learn"):
             model.learn(id_images.tensor(0, 1).shape[1:])
-        check_labels(id_images, task, model.num_classes)
+        if task == "detect":
+            from quantlens.evaluation.detection import with_boxes
+
+            id_images = with_boxes(id_images, model)
+        else:
+            check_labels(id_images, task, model.num_classes)
         ood_images = {str(name): opened(value, f"OOD set {name}") for name, value in (ood or {}).items()}
         fit_images = None if fit is None else opened(fit, "the fit set")
         if fit_images is not None:

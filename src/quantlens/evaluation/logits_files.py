@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quantlens.data import ImageSet, open_source
 from quantlens.data.sources import FINGERPRINT_DIGITS
-from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnknownNameError
+from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnknownNameError, first_line
 from quantlens.evaluation.foreign import PROBABILITIES, About
 from quantlens.evaluation.foreign_files import sha256
 from quantlens.evaluation.images import EvaluationImages, groups_of, refuse_overlap
@@ -229,9 +229,8 @@ def read(path: Path) -> tuple[dict[str, Rows], tuple[Tensor, Tensor] | None]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadWeightsError(
-            f"{path} is no file of logits ({line}); write it with numpy.savez, plain arrays only"
+            f"{path} is no file of logits ({first_line(error)}); write it with numpy.savez, plain arrays only"
         ) from None
     return _of_npz(path, arrays)
 

@@ -6,18 +6,23 @@ from typing import Any
 
 from quantlens.errors import BadWeightsError, CaptureError, QuantlensWarning, UnknownNameError
 from quantlens.evaluation.environment import choose_device
+from quantlens.evaluation.tasks import own_task
 from quantlens.models import Model, load_model
 from quantlens.qmodel import float_model
 from quantlens.qmodel.hub import find_checkpoint
 
 
 def open_float(
-    name: str, weights: str | None = None, device: str = "cpu", input_size: int | tuple[int, ...] | None = None
+    name: str,
+    weights: str | None = None,
+    device: str = "cpu",
+    input_size: int | tuple[int, ...] | None = None,
+    task: str | None = None,
 ) -> Model:
-    """A float model by name. weights: "random", a file, or "pretrained", as for None. input_size: see `load_model`."""
-    return load_model(
-        name, "pretrained" if weights is None else weights, input_size=input_size, device=choose_device(device)
-    )
+    """A float model by name. weights: "random", a file, or "pretrained", as for None. input_size, task: see
+    `load_model`."""
+    weights, device = "pretrained" if weights is None else weights, choose_device(device)
+    return load_model(name, weights, input_size=input_size, task=task, device=device)
 
 
 def checkpoint_of(name: str) -> Path | None:
@@ -68,11 +73,18 @@ def open_models(
         return made, reference
     if weights is None and reference is None:
         return made, None
-    called = reference or made.name
+    return made, _made_from(made, path, reference, weights, device)
+
+
+def _made_from(made: Any, path: Path, name: str | None, weights: str | None, device: str) -> Model:
+    """The float model that a file was made from, by the name that a person or the file gives."""
+    called = name or made.name
+    task = "features" if own_task(made) == "features" else None  # without a classifier, as the file is
     try:
-        reference = open_float(called, weights, device)
+        with warnings.catch_warnings(record=True) as said:
+            reference = open_float(called, weights, device, task=task)
     except UnknownNameError as error:
-        if reference is not None:
+        if name is not None:
             raise
         raise BadWeightsError(
             f"{path} was made from a module that has no name to load it by ({called}); leave --weights out, or use "
@@ -80,13 +92,15 @@ def open_models(
         ) from error
     size, own = (getattr(getattr(m, "preprocess", None), "input_size", None) for m in (made, reference))
     if size is not None and own not in (None, size):
-        reference = open_float(called, weights, device, size)
+        reference, said = open_float(called, weights, device, size, task), []  # what was said was of the first
+    for one in said:
+        warnings.warn(one.message, one.category, stacklevel=2)
     if made.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
         raise BadWeightsError(
             f"--weights {weights} is not the checkpoint that {path} was made from (SHA-256 "
             f"{str(reference.checkpoint_sha256)[:12]}…, not {str(made.checkpoint_sha256)[:12]}…); give that one"
         )
-    return made, reference
+    return reference
 
 
 def _of_file(path: Path, reference: Any) -> tuple[Any, bool]:

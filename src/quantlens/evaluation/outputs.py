@@ -15,7 +15,8 @@ images, which AUPR, AUROC and FPR@95 depend on, is exact.
 # Other tasks than one label of several have no vectors from `predicted` to `brier` (format 2): `binary` and
 # `multilabel` have labels uint8 [N, L] and always logits float32 [N, L]; `features` has, of what was measured, `knn1`
 # and `linear1` (whether the image got its label) and `cosine` (to the FP32 model's features), float64 [N]; `detect` has
-# `logits` float32 [N, Q, C] and `boxes` float32 [N, Q, 4], where they were kept, and labels of -1.
+# labels of -1, the columns of all detections (`found.boxes` float32 [M, 4], …) and of all annotated boxes (`truth.…`),
+# and numerators and denominators of the metrics of drift by image (`drift.lost` float64 [2, N], …).
 
 import io
 import json
@@ -24,12 +25,14 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quantlens.errors import StorageError
+from quantlens.boxes import Boxes, Detections
+from quantlens.errors import QuantlensError, StorageError
 
 FORMAT = 2
 FOLDER = "outputs"
@@ -44,6 +47,8 @@ VECTORS = {
 }
 ABOUT = ("model", "method", "bits", "seed", "n_bins", "id", "ood")
 OF_FEATURES = ("knn1", "linear1", "cosine")
+DAMAGED = (zipfile.BadZipFile, zlib.error, QuantlensError)
+OF_DETECTORS = ("found", "truth", "drift")
 
 
 def vectors_of(task: str | None) -> dict[str, Any]:
@@ -57,8 +62,8 @@ def vectors_of(task: str | None) -> dict[str, Any]:
 class Outputs:
     """Per-image outputs of one model (see above). `id_scores[score]` is [N], `ood_scores[set][score]` is [M], both
     float64; `about` has "model", "method", "bits", "seed", "n_bins", "id" and "ood" (fingerprint and group by set), and
-    "task" unless it is one label of several. `hits`: the vectors of features, by metric. Of detectors `logits` is
-    [N, Q, C] and `boxes` [N, Q, 4], as `DetectionHead` reads them."""
+    "task" unless it is one label of several. `hits`: the vectors of features, by metric. Of detectors: `detections`,
+    the annotated boxes `truth`, both with the model's numbers of classes, and `drift` as of `metrics.box_drift`."""
 
     labels: np.ndarray
     id_scores: dict[str, np.ndarray]
@@ -70,8 +75,22 @@ class Outputs:
     nll: Any = None
     brier: Any = None
     logits: np.ndarray | None = None
-    boxes: np.ndarray | None = None
     hits: dict[str, np.ndarray] = field(default_factory=dict)
+    detections: Detections | None = None
+    truth: Boxes | None = None
+    drift: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def matches(self) -> Any:
+        """Of a detector: its detections matched with the annotated boxes, and {metric: (numerator, denominator) [N]}
+        of what is a quotient of sums over images."""
+        from quantlens.metrics.detection import object_calibration
+        from quantlens.metrics.matching import match
+
+        assert self.detections is not None
+        assert self.truth is not None
+        oce = object_calibration(self.detections, self.truth, len(self.labels))
+        return match(self.detections, self.truth), {"oce": oce, **self.drift}
 
     @property
     def task(self) -> str:
@@ -148,8 +167,11 @@ def pack(outputs: Outputs) -> bytes:
     arrays["wide"] = np.array(list(rows["wide"].values()), np.float64).reshape(-1, total)
     if outputs.logits is not None and "logits" not in arrays:
         arrays["logits"] = outputs.logits
-    if outputs.boxes is not None:
-        arrays["boxes"] = outputs.boxes.astype(np.float32)
+    for kind, boxes in (("found", outputs.detections), ("truth", outputs.truth)):
+        columns = {} if boxes is None else vars(boxes)
+        arrays |= {f"{kind}.{name}": values for name, values in columns.items() if isinstance(values, np.ndarray)}
+    arrays |= {name: arrays[name].astype(np.float32) for name in ("found.boxes", "found.scores") if name in arrays}
+    arrays |= {f"drift.{name}": np.stack(ratio).astype(np.float64) for name, ratio in outputs.drift.items()}
     text = json.dumps(about, sort_keys=True, allow_nan=False).encode()
     stream = io.BytesIO()
     np.savez_compressed(stream, allow_pickle=False, about=np.frombuffer(text, np.uint8), **arrays)
@@ -162,14 +184,15 @@ def _apart_in_float32(values: np.ndarray) -> bool:
     return bool(np.isfinite(narrow).all()) and np.unique(narrow).size == np.unique(values).size
 
 
-def read(path: str | os.PathLike[str], *, logits: bool = False) -> Outputs:
-    """Read a file (`logits`: those too, where they were kept). Nothing in it is executed or unpickled.
+def read(path: str | os.PathLike[str] | bytes, *, logits: bool = False) -> Outputs:
+    """Read a file, or its content (`logits`: those too, where they were kept). Nothing in it is executed or unpickled.
 
     Raises StorageError for a file that is missing, damaged, or of a newer format.
     """
-    path = Path(path)
+    content = io.BytesIO(path) if isinstance(path, bytes) else None
+    path = "of a cell" if isinstance(path, bytes) else Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(content or path, allow_pickle=False) as file:
             about = json.loads(bytes(file["about"]).decode())
             if about["format"] > FORMAT:
                 raise StorageError(
@@ -177,13 +200,25 @@ def read(path: str | os.PathLike[str], *, logits: bool = False) -> Outputs:
                     f"one reads {FORMAT}); install that version"
                 )
             wanted = {*vectors_of(about.get("task")), "narrow", "wide"}
-            wanted |= {name for name in (*OF_FEATURES, *(["logits", "boxes"] if logits else [])) if name in file.files}
+            wanted |= {name for name in (*OF_FEATURES, *(["logits"] if logits else [])) if name in file.files}
+            wanted |= {name for name in file.files if name.partition(".")[0] in OF_DETECTORS}
             return _unpacked(about, {name: file[name] for name in wanted})
     except FileNotFoundError:
         raise StorageError(
             f"the per-image outputs {path} are missing; run the study into another --out directory to make them anew"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except StorageError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        QuantlensError,
+    ) as error:
         reason = str(error) or type(error).__name__
         raise StorageError(
             f"the per-image outputs {path} are damaged ({reason}); delete the file to compare without intervals, or "
@@ -194,6 +229,7 @@ def read(path: str | os.PathLike[str], *, logits: bool = False) -> Outputs:
 def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Outputs:
     """Checked outputs; ValueError where shapes, types or values do not belong together."""
     vectors, n = vectors_of(about.get("task")), len(arrays["labels"])
+    detected: dict[str, Any] = _of_detector(arrays, n) if about.get("task") == "detect" else {}
     hits = [name for name in OF_FEATURES if name in arrays]
     sizes = [(str(name), int(size)) for name, size in about["sets"]]
     ends = np.cumsum([n, *(size for _, size in sizes)])
@@ -205,21 +241,34 @@ def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Output
             raise ValueError(f"{name} does not hold {shape} numbers")
     if 0 in (n, *(size for _, size in sizes)) or set(about["ood"]) != {name for name, _ in sizes}:
         raise ValueError("the image sets are not those of the scores, or one is empty")
-    logits, boxes = arrays.get("logits"), arrays.get("boxes")
+    logits = arrays.get("logits")
     if logits is not None and len(logits) != n:
         raise ValueError("the logits do not fit the images")
-    if boxes is not None and (logits is None or boxes.shape != (*logits.shape[:2], 4)):
-        raise ValueError("the boxes do not fit the logits")
     rows: dict[str, np.ndarray] = {}
     for kind, names in about["scores"].items():
         rows |= dict(zip(names, arrays[kind].astype(np.float64), strict=True))
     parts = {name: np.split(rows[name], ends[:-1]) for name in about["order"]}
     return Outputs(
-        **{name: arrays[name] for name in vectors if name != "logits"},
+        **{name: arrays[name] for name in vectors if name != "logits"},  # type: ignore[arg-type]
         id_scores={name: part[0] for name, part in parts.items()},
         ood_scores={name: {score: part[i + 1] for score, part in parts.items()} for i, (name, _) in enumerate(sizes)},
         about={key: about[key] for key in (*ABOUT, *({"task"} & about.keys()))},
         logits=logits,
-        boxes=boxes,
         hits={name: arrays[name] for name in hits},
+        **detected,
     )
+
+
+def _of_detector(arrays: Mapping[str, np.ndarray], n: int) -> dict[str, Any]:
+    """The fields that a detector has; ValueError or QuantlensError where they do not belong together."""
+    parts: dict[str, dict[str, Any]] = {kind: {} for kind in OF_DETECTORS}
+    for name, values in arrays.items():
+        kind, _, column = name.partition(".")
+        if kind in parts:
+            parts[kind][column] = values
+    detections, truth = Detections(**parts["found"]), Boxes(**parts["truth"])
+    images = [rows.image.max(initial=-1) < n for rows in (detections, truth)]
+    if not all(images) or any(v.shape != (2, n) or not np.isfinite(v).all() for v in parts["drift"].values()):
+        raise ValueError("the boxes are of other images")
+    drift = {name: tuple(ratio) for name, ratio in parts["drift"].items()}
+    return {"detections": detections, "truth": truth, "drift": drift}

@@ -19,7 +19,7 @@ from quantlens.metrics import change, metric_of, metrics_of, names_of
 
 NOT_STORED = frozenset({"extra", "outputs"})
 """Fields of a Result that are no keys of its dictionary."""
-COMPUTED = frozenset({"change", "delta"})
+COMPUTED = frozenset({"change", "delta", "detection"})
 """Keys that are computed and never read: `delta` had the opposite sign (FP32 - quantized) in earlier releases."""
 
 
@@ -90,7 +90,10 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that is valid JSON: numbers are Python's, and a metric that is not finite is null."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in NOT_STORED]
-        return plain({**self.extra, **{name: getattr(self, name) for name in names}, "change": self.change})
+        told = {**self.extra, **{name: getattr(self, name) for name in names}, "change": self.change}
+        if self.task == "detect":
+            told["detection"] = {name: self.id.get(name) for name in ("n", *metrics_of("detect"))}
+        return plain(told)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Result":

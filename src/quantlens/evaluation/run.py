@@ -5,7 +5,8 @@ arrays; of an OOD set only the scores (float64 [N]) stay once it has been measur
 """
 
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ import torch
 
 from quantlens.ambient import isolated
 from quantlens.data.shared import without_content
-from quantlens.errors import QuantlensError
+from quantlens.errors import QuantlensError, QuantlensWarning
 from quantlens.evaluation.environment import environment
 from quantlens.evaluation.images import EvaluationImages, ImageProgress, describe
 from quantlens.evaluation.open_models import measurable
 from quantlens.evaluation.outputs import Outputs, about_of, of_images
 from quantlens.evaluation.result import Result, check_same_images, check_same_task, metrics_only, plain
-from quantlens.evaluation.tasks import ONE_LABEL, check_labels, embedding, feature_hits, id_metrics, task_of
+from quantlens.evaluation.tasks import ONE_LABEL, check_labels, embedding, feature_hits, id_metrics, same_axes, task_of
 from quantlens.evaluation.zero_shot import TextEmbeddings, ZeroShot
 from quantlens.export.export import guard_metrics, looks_unknown
 from quantlens.metrics import (
@@ -63,8 +64,8 @@ def evaluate(
 
     model: also a name or file (`open_models`), and what quantlens did not make (`open_foreign`); logits need no images.
     id, ood (name -> images), fit: anything that `data.as_image_set` accepts (a SOURCE string, an ImageSet, a float
-        tensor [N, 3, H, W] already normalised, a pair (images, labels), or batches of either). fit: ID images, not
-        among those evaluated, for scores and for k-NN and linear probe; without it these are named as unavailable.
+        tensor [N, 3, H, W] already normalised, a pair (images, labels), of a detector (images, Boxes), or batches).
+        fit: ID images, not among those evaluated, for scores, k-NN and linear probe; without it these are unavailable.
     reference: the FP32 model, or its Result on the same images; by default a quantized model's own `.reference`, False
         leaves it out. scores: names of OOD scores (None: quantlens' own). groups: OOD set -> "far" (default) or "near".
     task: of `metrics.TASKS`; None: the model's own. text_embeddings: for "zero-shot", see `zero_shot.TextEmbeddings`.
@@ -78,7 +79,7 @@ def evaluate(
     _check_keep(keep)
     model, texts = measurable(model, device, reference=reference, images=id), TextEmbeddings.of(text_embeddings)
     task = task_of(model, task, texts is not None)
-    run = _Run(batch_size, progress, n_bins, choose_scores(scores, task), task, texts)
+    run = _run_of(task)(batch_size, progress, n_bins, choose_scores(scores, task), task, texts)
     model = run.classifying(model)
     if isinstance(reference, str | Path) or (reference is None and model.method != "fp32"):
         reference = model.reference
@@ -98,8 +99,16 @@ def evaluate(
     )
     if reference is not None and reference is not False:
         result.fp32 = run.fp32(model, reference, sets, device)
-    _compare_features(result, run)
+    _compare_outputs(result, run)
     return result
+
+
+def _run_of(task: str) -> type["Run"]:
+    if task != "detect":
+        return Run
+    from quantlens.evaluation.detection import DetectionRun
+
+    return DetectionRun
 
 
 def _check_keep(keep: Any) -> None:
@@ -112,17 +121,29 @@ def _looks(reference: Any) -> bool:
     return not isinstance(reference, Result | bool | None) and not hasattr(reference, "recorded")
 
 
-def _compare_features(result: Result, run: "_Run") -> None:
-    """Add how near the features of a quantized model are to those of the FP32 model on the same images, where both were
-    run."""
+def _compare_outputs(result: Result, run: "Run") -> None:
+    """Add how near the features (or the boxes) of a quantized model are to those of the FP32 model on the same images,
+    where both were run."""
+    if run.task == "detect":
+        from quantlens.evaluation.detection import compare_detections
+
+        compare_detections(result, run.found)
     if run.task != "features" or result.method == "fp32":
         return
     if len(run.embeddings) < 2:
         reason = "is taken to the FP32 model's features: give the FP32 model as `reference`, not its Result"
         result.metrics_unavailable |= dict.fromkeys(("cosine", "cosine_p5", "cka"), reason)
         return
-    result.id |= plain(similarity(*run.embeddings))
-    if result.outputs is not None:
+    found = plain(similarity(*run.embeddings))
+    if not run.same_axes:
+        reason = (
+            f"says nothing: {result.method} folds the last LayerNorm into the classifier or rotates what it reads; "
+            "quantize the model with task='features', which leaves its classifier out"
+        )
+        result.metrics_unavailable |= dict.fromkeys(("cosine", "cosine_p5"), reason)
+        found = {"cka": found["cka"]}
+    result.id |= found
+    if result.outputs is not None and run.same_axes:
         result.outputs.hits["cosine"] = cosines(*run.embeddings)
 
 
@@ -155,7 +176,7 @@ def _facts(model: Any) -> dict[str, Any]:
 
 
 @dataclass
-class _Run:
+class Run:
     """The settings of one evaluation, and the passes over the images that it makes."""
 
     batch_size: int
@@ -166,6 +187,10 @@ class _Run:
     texts: TextEmbeddings | None = None
     embeddings: list[np.ndarray] = field(default_factory=list)
     """of the ID images, by every model measured; for the task "features" """
+    found: list[Any] = field(default_factory=list)
+    """the same of detections; for the task "detect" """
+    same_axes: bool = True
+    """whether the embeddings are comparable one by one"""
 
     def classifying(self, model: Any) -> Any:
         """A model as a classifier of the texts, where there are any."""
@@ -177,6 +202,15 @@ class _Run:
             return metrics_only(vars(reference))
         reference = measurable(reference, device)
         _check_same_preprocess(reference, model)
+        self.same_axes = same_axes(model, reference)
+        moved = [name for name, info in self.scores.items() if info.needs_features]
+        if not self.same_axes and self.task != "features" and moved and sets.ood and sets.fit is not None:
+            warnings.warn(
+                f"{model.method} folds the last LayerNorm into the classifier or rotates what it reads, so that "
+                f"{', '.join(moved)} see features on other axes than FP32: their change is not quantization's alone",
+                QuantlensWarning,
+                stacklevel=3,
+            )
         return metrics_only(self.measure(self.classifying(reference), sets))
 
     def measure(self, model: Any, sets: EvaluationImages, keep: bool | str = False) -> dict[str, Any]:
@@ -277,21 +311,37 @@ class _Run:
             )
         return (None, whole) if self.task == "features" else (whole, features)
 
+    @torch.inference_mode()
     def run(self, model: Any, images: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
         """The same of a model that has to see the images."""
-        logits, features, done = [], [], 0
-        size = min(self.batch_size, getattr(model, "images_together", None) or self.batch_size)
-        with torch.inference_mode():
-            for pixels, _ in images.batches(batch_size=size, device=getattr(model, "device", "cpu")):
-                outputs = model.outputs(pixels)
-                found = embedding(model, outputs) if self.task == "features" else outputs.logits
-                logits.append(found.float().cpu().numpy())
-                if outputs.features is not None and self.task != "features":
-                    features.append(outputs.features.float().cpu().numpy())
-                done += len(pixels)
-                if self.progress is not None:
-                    self.progress(f"evaluating {what}", done, len(images))
-        return np.concatenate(logits), np.concatenate(features) if features else None
+        kept: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+        for place, pixels in self.batches(model, images, what):
+            outputs = model.outputs(pixels)
+            found = embedding(model, outputs) if self.task == "features" else outputs.logits
+            more = None if self.task == "features" else outputs.features
+            if not place.start:
+                kept = _rows(found, len(images)), _rows(more, len(images))
+            for rows, values in zip(kept, (found, more), strict=True):
+                if rows is not None and values is not None:
+                    rows[place] = values.float().cpu().numpy()
+        logits, features = kept
+        return logits, features  # type: ignore[return-value]
+
+    def batches(self, model: Any, images: Any, what: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(which images, they themselves [B, C, H, W] where the model is), batch after batch; each is told of when the
+        next is asked for."""
+        done, size = 0, min(self.batch_size, getattr(model, "images_together", None) or self.batch_size)
+        for pixels, _ in images.batches(batch_size=size, device=getattr(model, "device", "cpu")):
+            yield slice(done, done + len(pixels)), pixels
+            done += len(pixels)
+            if self.progress is not None:
+                self.progress(f"evaluating {what}", done, len(images))
+
+
+def _rows(values: Any, count: int) -> np.ndarray | None:
+    """Room for the rows [count, D] of all batches, of the first batch's width: a batch itself is not kept, as features
+    are often a view of every token."""
+    return None if values is None else np.empty((count, *values.shape[1:]), np.float32)
 
 
 def _scored(scorers: Mapping[str, Scorer], logits: Any, features: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -6,14 +6,18 @@ binary      one logit, labels 0 and 1 [N]: a sigmoid
 multilabel  logits [N, L], labels [N, L] of 0 and 1: a sigmoid each
 features    features [N, D] of a model without a classifier, or those that its classifier reads; labels [N] are
             optional
+detect      class logits and boxes of queries; annotated boxes in place of labels (`evaluation.detection`)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import fx
 
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.graph import Graph, classifier_terms, walk
 from quantlens.metrics import TASKS, FitData, classification_metrics, knn_classes, label_metrics, linear_classes
 from quantlens.metrics.labels import multi_hot
 
@@ -27,9 +31,11 @@ def task_of(model: Any, asked: str | None = None, texts: bool = False) -> str:
 
     Raises UnknownNameError, and UnsupportedError for a task that is not measured here or does not fit what is given.
     """
-    one = int(model.num_classes) == 1
     if asked is not None and asked not in TASKS:
         raise UnknownNameError("task", asked, TASKS)
+    if "detect" in (asked, own_task(model)):
+        return _detect(model, asked, texts)
+    one = int(model.num_classes) == 1
     task = str(asked or ("zero-shot" if texts else own_task(model)))
     if task not in TASKS:
         raise UnsupportedError(
@@ -56,6 +62,18 @@ def task_of(model: Any, asked: str | None = None, texts: bool = False) -> str:
     return task
 
 
+def _detect(model: Any, asked: str | None, texts: bool) -> str:
+    if own_task(model) != "detect":
+        raise UnsupportedError(f"{model.name} is no detector, as it gives no boxes: task 'detect' is not for it")
+    if asked not in (None, "detect") or texts:
+        raise UnsupportedError(
+            f"{model.name} is a detector, and only its detections are measured: its task is 'detect'"
+        )
+    if hasattr(model, "recorded"):
+        raise UnsupportedError(f"{model.name}: a file of logits has no boxes; give the detector itself, or its file")
+    return "detect"
+
+
 def own_task(model: Any) -> str:
     """The task that a model says it is for."""
     of_file = (getattr(model, "info", None) or {}).get("task")
@@ -67,6 +85,34 @@ def embedding(model: Any, outputs: Any) -> Any:
     """The features [B, D] of a batch's outputs: what the model gives, or of a classifier what its last layer reads."""
     classifier = own_task(model) not in ("features", "zero-shot") and outputs.features is not None
     return outputs.features if classifier else outputs.logits
+
+
+def same_axes(model: Any, reference: Any) -> bool:
+    """Whether the features that a quantized classifier reads have the axes of the FP32 model's, so that their cosine
+    says something: not where the last LayerNorm went into the classifier, nor after a rotation. True where no graph
+    tells."""
+    graphs: list[Graph] = [one.graph for one in (model, reference) if getattr(one, "graph", None) is not None]
+    if own_task(model) in ("features", "zero-shot") or len(graphs) < 2:
+        return True
+    first, second = ({name: graph.tensor(name) for name in _shaping(graph)} for graph in graphs)
+    return first.keys() == second.keys() and all(
+        first[name].shape == second[name].shape and torch.allclose(first[name], second[name].to(first[name]))
+        for name in first
+    )
+
+
+def _shaping(graph: Graph) -> Iterator[str]:
+    """Names of the tensors that act on what a classifier reads after the last layers before it."""
+
+    def onward(node: fx.Node) -> list[fx.Node]:
+        site = graph.sites.by_node.get(node)
+        if site is not None and site.kind in ("linear", "conv"):
+            return []
+        norm = site is not None and site.kind == "layer_norm"
+        return node.all_input_nodes[1:] if norm else node.all_input_nodes
+
+    read = [node.args[0] for node, _ in classifier_terms(graph) or ()]
+    return (str(node.target) for node in walk(read, onward) if graph.constant(node) is not None)
 
 
 def check_labels(images: Any, task: str, num_classes: int) -> np.ndarray | None:

@@ -9,6 +9,7 @@ given share of in-distribution images.
 import functools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,14 @@ import numpy as np
 
 from quantlens._version import __version__
 from quantlens.ambient import isolated
-from quantlens.errors import QuantlensError, StorageError, UnknownNameError, UnsupportedError
+from quantlens.errors import (
+    BadWeightsError,
+    QuantlensError,
+    StorageError,
+    UnknownNameError,
+    UnsupportedError,
+    first_line,
+)
 from quantlens.export.onnx_file import Initializer, check, pieces
 from quantlens.export.onnx_values import Size
 from quantlens.files import write_whole
@@ -209,8 +217,7 @@ def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str
         try:
             model = openvino_core().read_model(source)
         except RuntimeError as error:
-            why = (str(error).strip().splitlines() or [""])[-1]
-            raise UnsupportedError(f"OpenVINO cannot read {path.stem}: {why}; export to .onnx") from error
+            raise UnsupportedError(f"OpenVINO cannot read {path.stem}: {first_line(error)}; export to .onnx") from error
         _fold_biases(model)
         for key, value in record.items():
             model.set_rt_info(value, ["quantlens", key])
@@ -246,6 +253,17 @@ def openvino_core() -> Any:
     """The one core of OpenVINO in a process. Each gives the main thread a stack for signals and takes it back when it
     ends; of two that end as they began, one leaves a freed one behind, and the next Ctrl-C is a segmentation fault."""
     return _need("openvino").Core()
+
+
+def refused(path: Path, runtime: str, error: Exception) -> BadWeightsError:
+    """Why a runtime cannot run a file, from what it raised."""
+    reason, own = first_line(error), re.search(r"([\w.]+:\w+)\(-?\d+\) is not a registered function", str(error))
+    if own is not None:
+        reason = (
+            f"it has no operator {own[1]}; open the file with the library of its maker, and give "
+            "quantlens.open_foreign a function of images that runs it"
+        )
+    return BadWeightsError(f"{path} cannot be run by {runtime}: {reason}")
 
 
 def _need(package: str) -> Any:

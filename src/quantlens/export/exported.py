@@ -19,9 +19,10 @@ from quantlens.arguments import checked
 from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, as_rgb, decode_image
 from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError
-from quantlens.export.export import GUARDS, _need, _threshold, openvino_core
+from quantlens.export.export import GUARDS, _need, _threshold, openvino_core, refused
+from quantlens.files import mistaken
 from quantlens.models.detection import DetectionHead
-from quantlens.qmodel import Outputs, float_model
+from quantlens.qmodel import Outputs
 
 
 class Prediction(NamedTuple):
@@ -237,6 +238,9 @@ def open_file(path: Path, threads: int | None = None, inner: Sequence[str] = ())
         raise BadWeightsError(f"no exported model at {path}")
     if path.suffix not in _RUNTIMES:
         raise BadWeightsError(f"{path}: exported models end in .onnx or .xml")
+    for file in filter(Path.is_file, files_of(path)):
+        if what := mistaken(file):
+            raise BadWeightsError(f"{file} is no model: it is {what}")
     return _RUNTIMES[path.suffix](path, threads, inner)
 
 
@@ -257,7 +261,7 @@ def _onnxruntime(path: Path, threads: int | None, inner: Sequence[str]) -> Opene
         try:
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except failures as error:
-            raise BadWeightsError(f"{path} cannot be run by ONNX Runtime: {error}") from error
+            raise refused(path, "ONNX Runtime", error) from error
 
     session = opened(precise=False)
     metadata = dict(session.get_modelmeta().custom_metadata_map)
@@ -313,7 +317,7 @@ def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
             model.add_outputs(name)
         compiled = openvino_core().compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        raise BadWeightsError(f"{path} cannot be run by OpenVINO: {error}") from error
+        raise refused(path, "OpenVINO", error) from error
     info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
     metadata = {key: str(getattr(value, "value", value)) for key, value in info.items()}
     written = json.loads(metadata.get("outputs", '["logits", "score"]')) if "plan" in metadata else []

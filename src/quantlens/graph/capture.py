@@ -3,8 +3,8 @@
 ``torch.export`` gives ATen operations that remember the module they came from; functionalisation without
 decomposition keeps ``linear``, ``layer_norm`` and ``scaled_dot_product_attention`` whole and removes in-place writes
 and dropout. What is left to do
-here: name the parameters, fold what does not depend on the images (Swin's relative position bias), open fused attention
-into q·kᵀ, scale, mask, softmax and ·v, and bring equivalent spellings to one.
+here: name the parameters, fold what does not depend on the images (Swin's relative position bias) and BatchNorm, open
+fused attention into q·kᵀ, scale, mask, softmax and ·v, and bring equivalent spellings to one.
 """
 
 import re
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.ambient import isolated
-from quantlens.errors import CaptureError, QuantlensWarning
+from quantlens.errors import CaptureError, QuantlensWarning, first_line
 from quantlens.graph.attention import open_attention
 from quantlens.graph.constants import fold_constants, refuse_random_numbers
 from quantlens.graph.exporting import Call, arguments_of, one_batch_size
 from quantlens.graph.graph import Graph, op_name, put_tensor, replace_argument
+from quantlens.graph.norms import fold_batch_norm
 from quantlens.graph.reuse import captured
 from quantlens.models import unwrapped
 
@@ -66,7 +67,7 @@ def capture(model: nn.Module, inputs: Any, *, share: bool = False) -> Graph:
     try:
         program = call.exported()
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if one_batch_size(error):
             reason = "it works for one batch size only; does it go through the images one by one?"
         elif "data-dependent" in reason:
@@ -80,6 +81,7 @@ def capture(model: nn.Module, inputs: Any, *, share: bool = False) -> Graph:
     graph = Graph(root, nodes, call.structure(shapes))
     _normalise(graph)
     fold_constants(graph)
+    fold_batch_norm(graph)
     open_attention(graph)
     _matmul_by_constant_to_linear(graph)
     graph.fx.eliminate_dead_code()

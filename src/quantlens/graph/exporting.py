@@ -28,6 +28,10 @@ from quantlens.graph.structure import (
     primary_of,
 )
 
+MOST = 1024
+"""Images of a batch, as an export is told: torch chooses some CUDA kernels by whether a batch, or its windows, are more
+than 65535 (BatchNorm's), and a graph of both cases it refuses. A graph runs any number of images."""
+
 
 def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and keyword arguments, of an image tensor, a dictionary, a tuple of arguments or (arguments, keyword
@@ -142,7 +146,7 @@ class Call(nn.Module):
             return None
 
     def _exported(self, *, strict: bool) -> Any:
-        batch = torch.export.Dim("batch", min=1, max=1 << 20)
+        batch = torch.export.Dim("batch", min=1, max=MOST)
         shapes = {"tensors": tuple({0: batch} if batched else None for _, batched in self._example)}
         example = tuple(x for x, _ in self._example)
         program = torch.export.export(self, (example,), dynamic_shapes=shapes, strict=strict)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.errors import CaptureError, QuantlensError
-from quantlens.graph.structure import Structure
+from quantlens.graph.structure import Structure, boxes_of
 
 EdgeHook = Callable[[str, Tensor], Tensor]
 
@@ -130,6 +130,13 @@ class Graph(nn.Module):
     def output(self) -> fx.Node:
         """The node whose value is measured: logits [B, K], or features [B, D]."""
         return self.outputs[self.structure.primary]
+
+    @property
+    def boxes(self) -> fx.Node | None:
+        """The node whose value a detector's boxes [B, Q, 4] are; None of another model."""
+        outputs = self.outputs
+        number = boxes_of(self.structure.gives, [n.meta.get("shape") or () for n in outputs], self.structure.primary)
+        return None if number is None else outputs[number]
 
     @property
     def sites(self) -> Any:

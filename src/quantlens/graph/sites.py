@@ -8,7 +8,7 @@ the value as everybody reads it. A product with a constant called ``…_rotation
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,12 +79,15 @@ class Block:
 class SiteMap:
     """All sites of a graph, in execution order; indexable by name."""
 
-    def __init__(self, sites: list[Site], blocks: list[Block], head: list[fx.Node]):
+    def __init__(self, sites: list[Site], blocks: list[Block], head: Collection[fx.Node], former: dict[str, str]):
         self._sites = {s.name: s for s in sites}
         self.by_node = {s.node: s for s in sites}
         self.blocks = blocks
-        self.head = [self.by_node[node] for node in head if node in self.by_node]
-        """The linear sites whose (weighted) sum is the model's output."""
+        self.head = [site for node, site in self.by_node.items() if node in head]
+        """The linear sites whose (weighted) sum is the model's output; of a detector those of its class and box heads,
+        of every layer that boxes are refined by."""
+        self.former = {old: new for old, new in former.items() if old != new}
+        """Names that sites have in checkpoints of version 3 and earlier, where they differ -> their names."""
         self.edges: dict[str, Edge] = {e.key: e for s in sites for e in s.edges.values()}
         self.edges_by_node: dict[fx.Node, list[Edge]] = {}
         for edge in self.edges.values():
@@ -125,11 +128,14 @@ def find_sites(graph: Graph) -> SiteMap:
     blocks = _find_blocks(graph, dynamic, attentions)
     owner = {n: b.name for b in blocks for n in b.nodes}
     sites = []
-    for name, (node, kind, _) in zip(_numbered([row[1:] for row in found]), found, strict=True):
+    rows = [row[1:] for row in found]
+    names = _numbered(rows)
+    for name, (node, kind, _) in zip(names, found, strict=True):
         positions = {**{edge: position for position, edge in enumerate(EDGES[kind])}, "output": None}
         edges = {edge: Edge(f"{name}.{edge}", name, edge, node, position) for edge, position in positions.items()}
         sites.append(Site(name, kind, node, owner.get(node), edges))
-    return SiteMap(sites, blocks, [node for node, _ in classifier_terms(graph) or []])
+    former = dict(zip(_numbered(rows, former=True), names, strict=True))
+    return SiteMap(sites, blocks, _head(graph, dynamic), former)
 
 
 def _find_attentions(graph: Graph, dynamic: set[fx.Node]) -> dict[fx.Node, tuple[str, fx.Node]]:
@@ -147,14 +153,16 @@ def _find_attentions(graph: Graph, dynamic: set[fx.Node]) -> dict[fx.Node, tuple
     return found
 
 
-def _numbered(found: list[tuple[str, str]]) -> list[str]:
-    """Names of sites (kind, name) that no two share: sums are numbered, and layers that are called more than once."""
+def _numbered(found: list[tuple[str, str]], *, former: bool = False) -> list[str]:
+    """Names of sites (kind, name) that no two share: sums are numbered, and layers that are called more than once
+    (``layers.0.call2``; ``former``: ``layers.02``)."""
     counts = Counter(name for _, name in found)
     taken = {name for kind, name in found if kind != "add" and counts[name] == 1}
     names = []
     for kind, name in found:
         if kind == "add" or counts[name] > 1:
-            name = next(f"{name}{n}" for n in itertools.count(1) if f"{name}{n}" not in taken)
+            stem = f"{name}.call" if kind in ("linear", "conv") and not former else name
+            name = next(f"{stem}{n}" for n in itertools.count(1) if f"{stem}{n}" not in taken)
             taken.add(name)
         names.append(name)
     return names
@@ -270,7 +278,20 @@ def _as_block(graph: Graph, path: str, dynamic: set[fx.Node]) -> Block | None:
     return Block(path, sources.pop(), results[0], tuple(inside)) if len(sources) == len(results) == 1 else None
 
 
-# -- classifier ---------------------------------------------------------------------------------------------------
+# -- head ---------------------------------------------------------------------------------------------------
+def _head(graph: Graph, dynamic: set[fx.Node]) -> set[fx.Node]:
+    """The linear layers of the head. A detector's are those that scores and boxes are made by after the last norm,
+    product or convolution."""
+    if graph.boxes is None:
+        return {node for node, _ in classifier_terms(graph) or []}
+    ends = {"aten.layer_norm.default", "aten.matmul.default", "aten.native_layer_norm.default", *CONVS}
+
+    def onward(node: fx.Node) -> list[fx.Node]:
+        return [n for n in node.all_input_nodes if n in dynamic and op_name(n) not in ends]
+
+    return {node for node in walk([graph.output, graph.boxes], onward) if op_name(node) == "aten.linear.default"}
+
+
 def classifier_terms(graph: Graph) -> list[tuple[fx.Node, float]] | None:
     """The output as Σ cᵢ·linearᵢ: [(linear node, cᵢ)]; ``None`` if the output is no weighted sum of linear layers.
 

@@ -288,6 +288,16 @@ def _default(kind: str) -> Any:
     return inspect.Parameter.empty if kind.startswith("VAR") else None
 
 
+def boxes_of(gives: Any, shapes: Sequence[Sequence[Any]], primary: int) -> int | None:
+    """Which of the outputs are a detector's boxes [B, Q, 4], beside class logits [B, Q, C]: the one named
+    ``pred_boxes``, or the second of a tuple; None where there are none. shapes: of the outputs."""
+    for number, name in paths_of(gives).items():
+        fits = len(shapes[primary]) == 3 and tuple(shapes[number]) == (*shapes[primary][:2], 4)
+        if fits and number != primary and name in ("pred_boxes", "1"):
+            return number
+    return None
+
+
 def primary_of(gives: Any, shapes: Mapping[int, Sequence[Any]]) -> int:
     """Which of the outputs is measured: the one named in :data:`FIRST`, else the first [B, D], else the first."""
     names = {name: number for number, name in paths_of(gives).items()}

@@ -217,6 +217,7 @@ class Method(ABC):
             raise QuantlensError(f"the method {self.info.name} gave {type(plan).__name__}; its `build` returns a Plan")
         graph.invalidate()
         widths.conform(graph, plan)
+        plan.share_weights(graph)
         plan.quantizers |= {key: pixel_codes(images.device) for key in pixels if key in plan.quantizers}
         order = {key: place for place, key in enumerate(graph.sites.edges)}
         plan.quantizers = dict(sorted(plan.quantizers.items(), key=lambda item: order.get(item[0], -1)))
@@ -232,7 +233,8 @@ class Method(ABC):
             calibration=images.info(content=True),
             seconds=round(time.perf_counter() - started, 3),
         )
-        return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model)
+        # formats whose parameters follow from their bits alone are made on the CPU
+        return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model).to(images.device)
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options with their values, shared ones too: defaults (those of the variant; with a target also

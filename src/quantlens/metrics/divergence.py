@@ -3,6 +3,7 @@
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 Reduction = Literal["none", "sum", "mean"]
@@ -23,6 +24,11 @@ def kl_divergence(log_p: Tensor, log_q: Tensor, reduction: Reduction = "none") -
 def kl_of_logits(reference: Tensor, other: Tensor, reduction: Reduction = "none") -> Tensor:
     """KL(softmax(reference) ‖ softmax(other)) of logits [B, K], as :func:`kl_divergence`."""
     return kl_divergence(reference.log_softmax(-1), other.log_softmax(-1), reduction)
+
+
+def as_choices(logits: Tensor) -> Tensor:
+    """Logits x of sigmoids as those of two classes each, −x/2 and x/2, whose softmax they are: [..., 2]."""
+    return torch.stack([-logits / 2, logits / 2], dim=-1)
 
 
 def sqnr_db(signal: float, noise: float) -> float | None:

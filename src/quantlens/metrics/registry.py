@@ -79,7 +79,24 @@ _ALL = (
     _percent("top1", "top-1", "higher", "classification", True),
     _percent("top5", "top-5", "higher", "classification", True),
     _percent("average_precision", "average precision", "higher", "binary", True),
-    _percent("map", "mAP", "higher", "multilabel", True),
+    _percent("map", "mAP", "higher", "multilabel", True, ("detection",)),
+    _percent("map50", "mAP@.5", "higher", "detection", True),
+    _percent("map75", "mAP@.75", "higher", "detection", True),
+    _percent("map_small", "mAP small", "higher", "detection"),
+    _percent("map_medium", "mAP medium", "higher", "detection"),
+    _percent("map_large", "mAP large", "higher", "detection"),
+    _percent("mar_1", "mAR@1", "higher", "detection"),
+    _percent("mar_10", "mAR@10", "higher", "detection"),
+    _percent("mar_100", "mAR@100", "higher", "detection", True),
+    _percent("mar_small", "mAR small", "higher", "detection"),
+    _percent("mar_medium", "mAR medium", "higher", "detection"),
+    _percent("mar_large", "mAR large", "higher", "detection"),
+    _percent("d_ece", "D-ECE", "lower", "detection", True),
+    Metric("oce", "OCE", "", "lower", "detection", resampled=True),
+    Metric("matched_iou", "IoU with FP32's boxes", "", "higher", "detection", digits=4, resampled=True),
+    _percent("lost", "detections lost", "lower", "detection", True),
+    _percent("invented", "detections invented", "lower", "detection", True),
+    Metric("score_drift", "score drift", "", None, "detection", digits=4, resampled=True),
     _percent("accuracy", "accuracy", "higher", "binary", True, ("multilabel",)),
     _percent("exact_match", "all labels right", "higher", "multilabel", True),
     _percent("f1", "F1", "higher", "binary", True, ("multilabel",)),
@@ -153,15 +170,17 @@ TASKS = {
     "binary": "binary",
     "multilabel": "multilabel",
     "features": "features",
+    "detect": "detection",
 }
 """The family of a task's metrics. *classify*: one label of several, a softmax; *zero-shot*: the same, the classes being
-texts; *binary*: one output and *multilabel*: several, each a sigmoid; *features*: no classifier."""
+texts; *binary*: one output and *multilabel*: several, each a sigmoid; *features*: no classifier; *detect*: boxes."""
 
 SUMMARIES = {
     "classification": ("top1", "nll", "ece"),
     "binary": ("auroc", "average_precision", "ece"),
     "multilabel": ("map", "auroc", "ece"),
     "features": ("knn1", "linear1"),
+    "detection": ("map", "map50", "d_ece"),
 }
 """The metrics that a family is summed up by, the one that it is judged by first."""
 

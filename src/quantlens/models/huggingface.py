@@ -3,7 +3,9 @@ wrote. Code that comes with a model is never run."""
 
 import copy
 import json
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,14 +15,26 @@ from safetensors import SafetensorError
 from torch import nn
 
 from quantlens.data import Preprocess
-from quantlens.errors import BadWeightsError, QuantlensError, UnsupportedError
+from quantlens.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnsupportedError, first_line
+from quantlens.files import mistaken
 from quantlens.models import detection
+from quantlens.models.modules import check_images
 from quantlens.models.processors import preprocess_of
 from quantlens.models.tasks import task_of
-from quantlens.models.weights import adapt, first_line, fit
+from quantlens.models.weights import adapt, fit
 
 PREFIX = "hf:"
 FILES = ("model.safetensors", "pytorch_model.bin")
+IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+BICUBIC = {**IMAGENET, "interpolation": "bicubic"}
+DINO = {**BICUBIC, "resize": (256,)}  # of 224 pixels
+PUBLISHED: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), DINO),
+    **dict.fromkeys(("convnext", "convnextv2", "cvt", "deit", "regnet", "resnet", "vit_mae", "vit_msn"), IMAGENET),
+    **dict.fromkeys(("swin", "swinv2"), BICUBIC),
+}
+"""How the published models of a type have their images, where the processor's class has other defaults."""
 FAULTS = (
     UnpicklingError,
     OSError,
@@ -68,7 +82,7 @@ def timm_name(name: str) -> str | None:
         )
     if not Path(source).is_dir():
         return f"hf-hub:{source}" if source.startswith("timm/") else None
-    config = _read_json(Path(source) / "config.json")
+    config = _check_folder(Path(source), weights=False)
     return f"local-dir:{source}" if "architecture" in config and "model_type" not in config else None
 
 
@@ -83,16 +97,22 @@ def open_model(name: str, *, weights: bool, num_classes: int | None, task: str |
     source, _, revision = name.removeprefix(PREFIX).partition("@")
     if Path(name.removeprefix(PREFIX)).is_dir() or not revision:
         source, revision = name.removeprefix(PREFIX), ""
-    asked = {"revision": revision} if revision else {}
+    asked: dict[str, Any] = {"revision": revision} if revision else {}
     if Path(source).is_dir():
-        _read_json(Path(source) / "config.json")
+        _check_folder(Path(source), weights)
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise BadWeightsError(f"no folder at {source}; hf: takes a folder of save_pretrained, or the ID of a hub")
     with _quiet(package):
         try:
-            config = package.AutoConfig.from_pretrained(source, **asked)
+            config = _configuration(package, source, asked)
         except FAULTS as error:
             raise _refusal(name, error) from error
+        if weights and (how := getattr(config, "quantization_config", None)):
+            tool = dict(how if isinstance(how, Mapping) else vars(how)).get("quant_method", "another package")
+            raise UnsupportedError(
+                f"{name} holds weights that {getattr(tool, 'value', tool)} quantized, and a float model is wanted; "
+                "open it with transformers, and give its module to `evaluate` or `compare`, which take it as it is"
+            )
         if num_classes and int(getattr(config, "num_labels", num_classes)) != num_classes:
             if weights:
                 text = f"{name} has {config.num_labels} classes, not {num_classes}: a head of another size is untrained"
@@ -103,14 +123,25 @@ def open_model(name: str, *, weights: bool, num_classes: int | None, task: str |
             module = _build(package, source if weights else None, config, body, seed, asked)
         except FAULTS as error:
             raise _refusal(name, error) from error
-        if getattr(module, "main_input_name", "pixel_values") != "pixel_values":
-            raise QuantlensError(f"{name} is a {config.model_type} model, which does not take images")
+        check_images(module, f"{name}, a {config.model_type} model,")
         processor = _processor(package, source, asked)
     preprocess = preprocess_of(processor, square=detects(module)) if processor is not None else None
     names = class_names(module)
     path = _weights_file(source, revision) if weights else None
     paired = hasattr(config, "text_config") and names is None and "ForImage" not in type(module).__name__
     return Found(module, task or ("zero-shot" if paired else task_of(module)), preprocess, names, path)
+
+
+def _configuration(package: Any, source: str, asked: dict[str, Any]) -> Any:
+    """The configuration of a model. Of a folder that names a backbone of timm (DETR as it was first published),
+    transformers would ask the hub for it."""
+    told = _read_json(Path(source) / "config.json") if Path(source).is_dir() else {}
+    if not told.get("backbone") or not told.get("use_timm_backbone") or told.get("backbone_config"):
+        return package.AutoConfig.from_pretrained(source, **asked, trust_remote_code=False)
+    named = ("backbone", "use_timm_backbone", "use_pretrained_backbone", "backbone_kwargs", "backbone_config")
+    backbone = {"backbone": told["backbone"], **(told.get("backbone_kwargs") or {}), "use_pretrained_backbone": False}
+    kept = {key: value for key, value in told.items() if key not in named}
+    return package.AutoConfig.for_model(**kept, backbone_config={"model_type": "timm_backbone", **backbone})
 
 
 def _build(package: Any, source: str | None, config: Any, body: bool, seed: int, asked: dict[str, Any]) -> nn.Module:
@@ -120,16 +151,20 @@ def _build(package: Any, source: str | None, config: Any, body: bool, seed: int,
     def make(**options: Any) -> tuple[nn.Module, list[str]]:
         if source is None:
             torch.default_generator.manual_seed(seed)
-            factory = getattr(kind, "from_config", None) or kind._from_config
-            return factory(config, **options), []
-        made, info = kind.from_pretrained(source, config=config, output_loading_info=True, **options, **asked)
+            if hasattr(kind, "from_config"):
+                return kind.from_config(config, **options, trust_remote_code=False), []
+            return kind._from_config(config, **options), []
+        made, info = kind.from_pretrained(
+            source, config=config, output_loading_info=True, trust_remote_code=False, **options, **asked
+        )
         return made, list(info["missing_keys"])
 
     module, missing = make(**more)
     if missing and all("pooler." in key for key in missing):  # a body that was saved without one
         module, missing = make(**more, add_pooling_layer=False)
     if len(missing) > len(module.state_dict()) // 2 and hasattr(whole, "vision_config"):
-        parent = package.AutoModel.from_pretrained(source, **asked)  # a tower that has other names in the whole model
+        # a tower that has other names in the whole model
+        parent = package.AutoModel.from_pretrained(source, trust_remote_code=False, **asked)
         state, _ = adapt(parent.state_dict(), module)
         fit(module, {k: v for k, v in state.items() if k in module.state_dict()}, f"{source}", type(module).__name__)
         missing = []
@@ -182,14 +217,49 @@ def _refusal(name: str, error: Exception) -> QuantlensError:
     if isinstance(error, QuantlensError):
         return type(error)(f"{name}: {error}")
     reason = first_line(error)
+    if "trust_remote_code" in str(error):
+        reason = "it comes with code of its own, which quantlens never runs; load it in Python, and give the module"
     local = Path(name.removeprefix(PREFIX)).is_dir()
     hint = "" if local else " (no network? give the folder of save_pretrained: hf:DIR)"
     return BadWeightsError(f"{name} cannot be loaded: {reason}{hint}")
 
 
+OTHERS = {".gguf": "GGUF", ".onnx": "ONNX", ".xml": "OpenVINO", ".h5": "TensorFlow", ".msgpack": "Flax"}
+"""Endings of files of weights that other programs read."""
+
+
+def _check_folder(folder: Path, weights: bool) -> dict[str, Any]:
+    """The configuration in a folder. Raises BadWeightsError for one that holds no model that transformers could load,
+    with what it does hold."""
+    adapter = folder / "adapter_config.json"
+    own = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if adapter.is_file() and not own:
+        base = _read_json(adapter).get("base_model_name_or_path", "another model")
+        raise BadWeightsError(
+            f"{folder} holds an adapter (LoRA) of {base}, not a whole model; merge the two (peft: merge_and_unload), "
+            "and give the folder that save_pretrained writes then"
+        )
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if not (folder / "config.json").is_file() and inner:
+        raise BadWeightsError(f"{folder} holds no config.json, but folders that do: hf:{folder / inner[-1]}?")
+    config = _read_json(folder / "config.json")
+    if not weights:
+        return config
+    for path in own:
+        if what := mistaken(path):
+            raise BadWeightsError(f"{PREFIX}{folder} cannot be loaded: {path.name} is {what}")
+    if not own and not any(folder.glob("*.safetensors")):
+        found = {kind for end, kind in OTHERS.items() if any(folder.glob(f"*{end}")) or any(folder.glob(f"*/*{end}"))}
+        beside = f" (its files for {' and '.join(sorted(found))} are no float weights of torch)" if found else ""
+        raise BadWeightsError(f"{PREFIX}{folder} cannot be loaded: it holds none of {', '.join(FILES)}{beside}")
+    return config
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BadWeightsError(f"{path.parent} holds no {path.name}; hf: takes a folder that save_pretrained wrote")
+    if what := mistaken(path):
+        raise BadWeightsError(f"{path} cannot be read: it is {what}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -200,10 +270,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _processor(package: Any, source: str, asked: dict[str, Any]) -> Any:
-    """The image processor that lies beside a model, or None."""
+    """The image processor that lies beside a model, or None (a warning says why one that lies there cannot be used)."""
     try:
-        return package.AutoImageProcessor.from_pretrained(source, **asked)
-    except FAULTS:
+        return package.AutoImageProcessor.from_pretrained(source, **asked, trust_remote_code=False)
+    except FAULTS as error:
+        path = Path(source) / "preprocessor_config.json"
+        if path.is_file():
+            text = f"{path} cannot be used, so the image processor is not known: {first_line(error)}"
+            warnings.warn(text, QuantlensWarning, stacklevel=2)
         return None
 
 
@@ -244,8 +318,8 @@ def preprocess_beside(module: nn.Module) -> Preprocess | None:
 
 
 def default_preprocess(module: nn.Module) -> Preprocess | None:
-    """What the image processor of a module's architecture does by default, at the size of its configuration; None
-    where its architecture has none."""
+    """What the image processor of a module's architecture does by default, or of the models that were published (see
+    :data:`PUBLISHED`), at the size of its configuration; None where its architecture has none."""
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "model_type"):
         return None
@@ -274,10 +348,13 @@ def _default_preprocess(package: Any, config: Any, square: bool) -> Preprocess |
     families += [LIKE[config.model_type]] if config.model_type in LIKE else []
     names = next((known[family] for family in families if family in known), ())
     names = list(names.values()) if isinstance(names, dict) else [*names][::-1]
-    try:
-        return next((preprocess_of(getattr(package, name)(), square=square) for name in names if name), None)
-    except FAULTS:
-        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QuantlensWarning)  # nobody gave this one
+        try:
+            found = next((preprocess_of(getattr(package, name)(), square=square) for name in names if name), None)
+        except FAULTS:
+            return None
+    return found and replace(found, **PUBLISHED.get(config.model_type, {}))
 
 
 def _weights_file(source: str, revision: str) -> Path | None:

@@ -1,7 +1,6 @@
 """Where a model comes from: a timm name (hub tags too), Hugging Face (hub or folder), the models that ship with
 quantlens, or a user's own ``nn.Module``."""
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from quantlens import zoo
 from quantlens.ambient import check_device, isolated
 from quantlens.data import Preprocess
 from quantlens.data.folders import WNID, imagenet_class_names
-from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnknownNameError, UnsupportedError
+from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, UnknownNameError, first_line
 from quantlens.models import detection, huggingface, modules, weights as files
-from quantlens.models.reading import SUFFIXES
+from quantlens.models.reading import refuse_as_name
 from quantlens.models.tasks import check_task, task_of
 
 
@@ -82,7 +81,7 @@ def load_model(
     input_size: int | tuple[Any, ...] | None = None,
     class_names: list[str] | None = None,
     task: str | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     seed: int = 0,
     name: str | None = None,
 ) -> Model:
@@ -94,21 +93,23 @@ def load_model(
     file, or ``"random"`` (drawn with ``seed``). None: random for a timm name, a model's own for all others.
     num_classes: taken from the file if its classifier has another size than the architecture's default; 0 leaves the
     classifier out. preprocess, input_size: the model's own otherwise. task: "classify", "binary", "multilabel",
-    "features", "zero-shot" or "detect"; None finds it from the model.
+    "features" (a name's classifier is left out), "zero-shot" or "detect"; None finds it from the model. device: where
+    a module lies already, else the CPU, by default.
 
     Raises UnknownNameError, BadWeightsError (with what does not fit).
     """
     if not isinstance(preprocess, Preprocess | None):
         raise QuantlensError(f"preprocess is a {type(preprocess).__name__}; give a quantlens.data.Preprocess")
-    check_device(device)
+    check_device("cpu" if device is None else device)
     if weights == "":
         raise BadWeightsError("weights is an empty text; give a file, 'pretrained' or 'random', or leave it out")
     path = None if weights in (None, "pretrained", "random") else Path(str(weights))
-    check_task(task)
     size = None if input_size is None else modules.check_size(input_size)
     if preprocess is not None and size not in (None, preprocess.input_size):
         raise QuantlensError(f"input_size {size} and preprocess, whose is {preprocess.input_size}, differ; give one")
-    own: dict[str, Any] = {"preprocess": preprocess, "input_size": size, "task": task}
+    own: dict[str, Any] = {"preprocess": preprocess, "input_size": size, "task": check_task(task)}
+    if isinstance(model, torch.export.ExportedProgram):
+        model = modules.unwrapped(model)
     if isinstance(model, nn.Module):
         _refuse(type(model).__name__, num_classes=num_classes)
         if weights in ("pretrained", "random"):
@@ -123,7 +124,7 @@ def load_model(
         raise QuantlensError(f"a model is a name or an nn.Module, not {type(model).__name__}")
     if class_names is not None:
         loaded.class_names = class_names
-    return _ready(loaded).to(device)
+    return _ready(loaded).to(loaded.device if device is None else device)
 
 
 @isolated
@@ -149,6 +150,7 @@ def _by_name(
     if name in zoo.available():
         _refuse(name, num_classes=num_classes, input_size=own["input_size"])
         return _from_zoo(zoo.available()[name], path, weights == "random", seed, own)
+    num_classes = 0 if own["task"] == "features" and num_classes is None else num_classes
     as_timm: str | None = name
     if name.startswith(huggingface.PREFIX):
         as_timm, weights = huggingface.timm_name(name), weights or (None if path else "pretrained")
@@ -184,12 +186,9 @@ def from_module(
     module = modules.copied(module)  # the caller's stays as it is: its mode, its gradients, its weights
     kind = type(module).__name__
     if path is not None:
-        files.fit(module, files.read_state(path), str(path), kind)
+        files.fit_file(module, files.read_state(path), path, kind)
     module, given, assumed = modules.plain(module), None, False
-    if getattr(module, "main_input_name", "pixel_values") != "pixel_values":
-        raise QuantlensError(
-            f"{kind} takes {module.main_input_name}, not images; give the part of it that takes images"
-        )
+    modules.check_images(module, kind)
     if preprocess is None and known is not None:
         preprocess = known.preprocess.for_size(input_size) if input_size else known.preprocess
     if preprocess is None:
@@ -223,7 +222,8 @@ def _preprocess_of(
         likely = [modules.stated_size(module, carried.input_size), carried.input_size]
     else:
         known = huggingface.preprocess_beside(module)
-        likely = [*([known.input_size] if known else []), modules.stated_size(module)]
+        usual = known or (huggingface.default_preprocess(module) if huggingface.detects(module) else None)
+        likely = [*([usual.input_size] if usual else []), modules.stated_size(module)]
     if size is None:
         size, given = modules.taken(module, likely)
     found = known or huggingface.default_preprocess(module) or Preprocess(crop_pct=0.9)
@@ -247,7 +247,13 @@ def _from_zoo(entry: zoo.ZooEntry, path: Path | None, random: bool, seed: int, o
     if path is not None:
         files.fit(module, files.read_state(path), str(path), entry.name)
     preprocess, task = own["preprocess"] or entry.preprocess, own["task"]
-    named: dict[str, Any] = {"name": entry.name, "class_names": entry.class_names, "checkpoint": "random"}
+    if entry.scoring is not None:
+        _refuse(entry.name, task=None if task == "detect" else task)
+        preprocess, task = own["preprocess"] or detection.square(entry.preprocess), "detect"
+    names = None if task == "features" else entry.class_names
+    if names is None:
+        module.reset_classifier(0)
+    named: dict[str, Any] = {"name": entry.name, "class_names": names, "checkpoint": "random"}
     return Model(module, preprocess=preprocess, path=path, task=task, **named)
 
 
@@ -315,14 +321,12 @@ def _from_timm(
     if size is not None:
         kwargs |= {"img_size": size[-2:]} | ({} if size[0] == 3 else {"in_chans": size[0]})
     module = _create(name, pretrained, kwargs, seed)
-    if path is not None and path.suffix == ".npz":
-        files.load_npz(module, path, name)
-    elif path is not None:
+    if path is not None:
         raw = files.read_state(path)
-        classes = files.classes_in(files.adapt(raw, module)[0], module)
+        classes = files.jax_classes(raw) or files.classes_in(files.adapt(raw, module)[0], module)
         if num_classes is None and classes not in (None, module.num_classes):
             module = _create(name, False, {**kwargs, "num_classes": classes}, seed)
-        files.fit(module, raw, str(path), name)
+        files.fit_file(module, raw, path, name)
     return Model(
         module,
         name=name,
@@ -350,11 +354,7 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any], seed: int) -> A
     base, _, tag = plain.partition(".")
     is_hub = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not is_hub and not timm.is_model(base):
-        if os.path.exists(name) or Path(name).suffix in (*SUFFIXES, ".onnx", ".xml"):
-            raise UnsupportedError(
-                f"{name} is a file or folder, and the name of a float model is wanted here; give its weights beside "
-                "the name (--weights FILE), or a folder of save_pretrained as hf:DIR"
-            )
+        refuse_as_name(Path(name))
         known = [*timm.list_models(), *zoo.available()]
         raise UnknownNameError("model", name, known, "`quantlens models --filter 'vit*'` lists the names")
     tags = {known.partition(".")[2] for known in timm.list_models(base, pretrained=True)}
@@ -366,7 +366,7 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any], seed: int) -> A
     except Exception as error:
         if isinstance(error, TypeError) and "img_size" in str(error) and "img_size" in kwargs:  # it takes any size
             return _create(name, pretrained, {k: v for k, v in kwargs.items() if k != "img_size"}, seed)
-        detail = files.first_line(error)
+        detail = first_line(error)
         if pretrained or is_hub:
             raise BadWeightsError(
                 f"pretrained weights of {name} could not be fetched: {detail} (no network? download "

@@ -2,6 +2,7 @@
 the images that it takes."""
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -22,10 +23,16 @@ FAULTS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError, KeyEr
 """What a module raises for images that it does not take."""
 
 
+FLOAT = "give the float model (`evaluate` and `compare` take this one as it is)"
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of DataParallel, DistributedDataParallel, torch.compile and averages of weights."""
+    """The module inside of DataParallel, DistributedDataParallel, torch.compile and averages of weights, and of a
+    program of torch.export."""
     while True:
         inner = getattr(module, "_orig_mod", None)
+        if isinstance(module, torch.export.ExportedProgram):
+            return module.module()
         if isinstance(
             module, nn.DataParallel | nn.parallel.DistributedDataParallel | torch.optim.swa_utils.AveragedModel
         ) or type(module).__module__.startswith("timm.utils.model_ema"):
@@ -53,17 +60,39 @@ def check(module: nn.Module) -> None:
             f"a model that quantlens quantized ({getattr(module, 'bits', name)}) was given where a float model is "
             "wanted; give the model that it was made from"
         )
+    packed = next((k for k, part in module.named_modules() if ".quantized" in type(part).__module__), None)
+    if packed is not None:
+        raise UnsupportedError(f"{name}: torch quantized {packed!r}; {FLOAT}")
     for key, value in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(value):
             raise UnsupportedError(f"{name}: {key} has no shape yet; run the module once on a batch of images")
         if value.is_meta:
             raise UnsupportedError(f"{name}: {key} lies on the meta device, without values; load its weights first")
-        kind = type(value.detach())
-        if kind is not Tensor or value.is_quantized:
+        own, kind = type(value) in (Tensor, nn.Parameter), type(value.detach())
+        codes = isinstance(value, nn.Parameter) and value.dtype in (torch.int8, torch.uint8)
+        if not own or kind is not Tensor or value.is_quantized or codes:
+            what = (kind if own else type(value)).__name__ if not codes else str(value.dtype)
             raise UnsupportedError(
-                f"{name}: {key} is a {kind.__name__}, not a plain tensor: another package quantized or sharded it; "
-                "give the float model (`evaluate` and `compare` take this one as it is)"
+                f"{name}: {key} is a {what}, not a plain tensor: another package quantized or sharded it; {FLOAT}"
             )
+
+
+def check_images(module: nn.Module, name: str) -> None:
+    """Raise QuantlensError for a module of transformers that says that it takes something else than images."""
+    main, config = getattr(module, "main_input_name", None), getattr(module, "config", None)
+    if main is None:
+        return
+    takes = list(inspect.signature(module.forward).parameters)
+    if main != "pixel_values" and (main in takes or "pixel_values" not in takes):  # parts inherit the name of the whole
+        raise QuantlensError(
+            f"{name} takes {main if main in takes else takes[0]}, not images; give the part of it that takes images"
+        )
+    config = getattr(config, "vision_config", config)
+    if hasattr(config, "num_patches") and not hasattr(config, "image_size"):
+        raise UnsupportedError(
+            f"{name} takes pictures that its processor cut into patches, a varying number of them (NaFlex), not images "
+            "[B, 3, H, W]; take one of its models of a fixed size"
+        )
 
 
 def copied(module: nn.Module) -> nn.Module:

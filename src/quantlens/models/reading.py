@@ -12,7 +12,7 @@ import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # type: ignore[import-not-found]
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quantlens.errors import BadWeightsError, QuantlensWarning
+from quantlens.errors import BadWeightsError, QuantlensWarning, UnsupportedError, first_line
+from quantlens.files import mistaken
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".th", ".npz", ".json")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".th", ".pyth", ".pkl", ".npz", ".json")
 FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -34,9 +35,9 @@ FOLDER_FILES = (
     "pytorch_model.bin.index.json",
 )
 
-AVERAGED = ("state_dict_ema", "params_ema", "model_ema", "ema_state_dict", "ema")
-WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model_state", "model", "module", "teacher", "net", "network")
-"""Where training code keeps the weights, the likeliest first: averaged weights before the others, as timm has it."""
+AVERAGED = re.compile(r"(^|_)ema([._]|$)|^shadow(_params)?$")
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "teacher", "net", "network")
+"""Where training code keeps the weights, the likeliest first, after averaged weights, as timm has it."""
 
 FAULTS = (
     *(OSError, RuntimeError, UnpicklingError, SafetensorError, zipfile.BadZipFile, EOFError, StructError),
@@ -81,19 +82,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     check_path(path)
     if path.is_dir():
         path = next(path / name for name in FOLDER_FILES if (path / name).is_file())
-    if foreign := _foreign(path):
+    kind, foreign = _kind(path)
+    if foreign:
         raise BadWeightsError(f"{path} cannot be read as weights: it is {foreign}")
     try:
-        if path.suffix == ".json":
-            content: Any = _read_split(path)
-        elif path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        elif path.suffix == ".npz":
-            content = dict(np.load(path, allow_pickle=False))
-        else:
-            content = _read_pickle(path)
+        content = _READERS[kind](path)
     except FAULTS as error:
         raise BadWeightsError(
             f"{path} cannot be read as weights: {_reason(error)} "
@@ -120,37 +113,63 @@ def check_path(path: Path) -> None:
         raise BadWeightsError(
             f"no weights file at {path}; give a file ending in {', '.join(SUFFIXES)}, or 'pretrained'"
         )
-    elif path.suffix not in SUFFIXES:
+    elif path.suffix.lower() not in SUFFIXES:
         raise BadWeightsError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(SUFFIXES)}")
 
 
-_BEGINNINGS = {
-    b"<": "a web page: what was downloaded is not the file itself",
-    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself (git lfs pull)",
-    b"\x1f\x8b": "compressed by gzip: unpack it first",
-}
+def refuse_as_name(path: Path) -> None:
+    """Raise UnsupportedError for a file or folder where the name of a float model is wanted, with what it is."""
+    if not path.exists() and path.suffix.lower() not in (*SUFFIXES, ".onnx", ".xml", ".pt2"):
+        return
+    what = _kind(path)[1] if path.is_file() else ""
+    if path.is_file() and _is_ours(path):
+        what = "a checkpoint that quantlens quantized (quantlens.load opens it)"
+    hint = "give its weights beside the name (--weights FILE), or a folder of save_pretrained as hf:DIR"
+    if "opens it" in what:
+        hint = "in Python, `evaluate` and `compare` take the module that it opens as"
+    raise UnsupportedError(
+        f"{path} is {what or 'a file or folder'}, and the name of a float model is wanted here; {hint}"
+    )
 
 
-def _foreign(path: Path) -> str:
-    """What a file is that holds no weights, by its first bytes; nothing where that is not known."""
+PROGRAMS = (
+    ("constants.pkl", "a program of TorchScript (torch.jit.load opens it)"),
+    ("serialized_exported_program.json", "a program of torch.export (torch.export.load(…).module() opens it)"),
+    ("archive_format", "a program of torch.export (torch.export.load(…).module() opens it)"),
+)
+"""Files inside an archive that torch wrote -> what such an archive is."""
+
+
+def _kind(path: Path) -> tuple[str, str]:
+    """("safetensors", "npz", "json" or "pickle", what else the file is: "" where it may hold weights), by its content;
+    by its name where that does not tell."""
+    named = {".safetensors": "safetensors", ".npz": "npz", ".json": "json"}.get(path.suffix.lower(), "pickle")
     with path.open("rb") as stream:
-        first = stream.read(64).lstrip()
-    if not first:
-        return "empty"
-    if first.startswith(b"PK") and zipfile.is_zipfile(path) and path.suffix != ".npz":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                packed = any(name.endswith("data.pkl") for name in archive.namelist())
-        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
-            return f"a damaged archive ({first_line(error)})"
-        return "" if packed else "an archive of other files: unpack it first"
-    return next((what for beginning, what in _BEGINNINGS.items() if first.startswith(beginning)), "")
+        first = stream.read(9)
+    if first.startswith(b"PK"):
+        return _of_archive(path, named)
+    if what := mistaken(path):
+        return named, what
+    if first[8:] == b"{" and int.from_bytes(first[:8], "little") < path.stat().st_size:
+        return "safetensors", ""
+    return ("pickle" if first.startswith(b"\x80") else named), ""
 
 
-def first_line(error: Exception) -> str:
-    """What another package's error says, shortened, without the colours of a terminal."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+def _of_archive(path: Path, named: str) -> tuple[str, str]:
+    if not zipfile.is_zipfile(path):
+        return named, "an archive without its end: copy or download it again"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
+        return named, f"a damaged archive ({first_line(error)})"
+    for ending, what in PROGRAMS:
+        if any(name.rpartition("/")[2] == ending for name in names):
+            return named, what
+    if any(name.endswith("data.pkl") for name in names):
+        return "pickle", ""
+    arrays = bool(names) and all(name.endswith(".npy") for name in names)
+    return ("npz", "") if arrays or named == "npz" else (named, "an archive of other files: unpack it first")
 
 
 def _reason(error: Exception) -> str:
@@ -159,6 +178,24 @@ def _reason(error: Exception) -> str:
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a quantized checkpoint."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == "quantlens"
+    except SafetensorError:
+        return False
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if _is_ours(path):
+        raise BadWeightsError(
+            f"{path} is a checkpoint that quantlens quantized (quantlens.load opens it); give the float model's weights"
+        )
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _read_split(path: Path) -> dict[str, Tensor]:
@@ -184,8 +221,16 @@ def _read_pickle(path: Path) -> Any:
             pass  # of these, torch itself says which are safe
         elif (module != "numpy" and module not in sys.stdlib_module_names) or _HARMLESS.match(name):
             allowed.append((_Held, name))
-    with torch.serialization.safe_globals(allowed):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(allowed), path.open("rb") as stream:  # of a path, torch goes by the ending
+        return torch.load(stream, map_location="cpu", weights_only=True)
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    "safetensors": _read_safetensors,
+    "npz": lambda path: dict(np.load(path, allow_pickle=False)),
+    "json": _read_split,
+    "pickle": _read_pickle,
+}
 
 
 def _globals(path: Path) -> set[str]:
@@ -223,16 +268,17 @@ def _found(content: Any) -> tuple[dict[str, Tensor], str]:
             told.append("a whole module, of which the tensors were taken")
             content = dict(_of_module(content, ""))
         if isinstance(content, Sequence) and content and all(isinstance(v, Tensor) for v in content):
-            return {str(i): value for i, value in enumerate(content)}, "a list of tensors, taken in the model's order"
+            told.append("a list of tensors, taken in the model's order")
+            return {str(i): value for i, value in enumerate(content)}, "; ".join(told)
         if not isinstance(content, Mapping):
             return {}, ""
         key = _inner(content)
         if key is None:
             break
         left = [str(k) for k in content if k != key]
-        more = " (averaged weights)" if key in AVERAGED else ""
+        more = " (averaged weights)" if AVERAGED.search(str(key)) else ""
         if left or more:
-            told.append(f"took {str(key)!r}{more}{f', not {_few(left)}' if left else ''}")
+            told.append(f"took {str(key)!r}{more}{f', not {few(left)}' if left else ''}")
         content = content[key]
     tensors = ((str(k), torch.from_numpy(v) if _is_array(v) else v) for k, v in content.items())
     return {k: v for k, v in tensors if isinstance(v, Tensor)}, "; ".join(told)
@@ -244,13 +290,16 @@ def _inner(content: Mapping[Any, Any]) -> Any:
     def count(value: Any, depth: int = 3) -> int:
         if _is_module(value):
             return 1 << 20
+        if isinstance(value, list | tuple) and depth == 3:  # averages of weights are kept so
+            return len(value) if all(isinstance(v, Tensor) for v in value) else 0
         if not isinstance(value, Mapping) or not depth or not all(isinstance(key, str) for key in value):
             return 0  # names of parameters are texts; numbers are an optimizer's
         return sum(
             isinstance(v, Tensor) or _is_array(v) or count(v, depth - 1) for k, v in value.items() if "optim" not in k
         )
 
-    likely = next((key for key in WRAPPERS if key in content and count(content[key])), None)
+    averaged = (key for key in content if AVERAGED.search(str(key)))
+    likely = next((key for key in (*averaged, *WRAPPERS) if key in content and count(content[key])), None)
     if likely is not None:
         return likely
     own = sum(isinstance(v, Tensor) or _is_array(v) for v in content.values())
@@ -281,6 +330,7 @@ def _of_module(held: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield from _of_module(child, f"{prefix}{name}.")
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """Some names, and how many there are more."""
     shown = ", ".join(map(repr, names[:4]))
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown

@@ -21,7 +21,7 @@ def task_of(module: nn.Module, given: Any = None) -> str:
     """The task of a module, by what its configuration says (Hugging Face's ``problem_type`` and ``num_labels``), by the
     size of its classifier (timm's ``num_classes``), or by what it gives for an image; "classify" where nothing tells.
 
-    Raises UnsupportedError for a regression of several numbers.
+    Raises UnsupportedError for a regression.
     """
     config: Any = getattr(module, "config", None)
     if hasattr(config, "model_type"):
@@ -44,8 +44,9 @@ def _of_config(name: str, config: Any) -> str:
     problem, labels = getattr(config, "problem_type", None), int(getattr(config, "num_labels", 2))
     if problem == "multi_label_classification":
         return "multilabel" if labels > 1 else "binary"
-    if problem == "regression" and labels > 1:
+    if problem == "regression":
         raise UnsupportedError(
-            f"{name} is a regression of {labels} numbers; say task='features' to measure them as features"
+            f"{name} is a regression of {labels} number{'s' * (labels > 1)}, which has no classes: accuracy and "
+            "calibration say nothing of it; say task='features' to measure the features"
         )
     return "binary" if labels == 1 else "classify"

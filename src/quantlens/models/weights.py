@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlens.errors import BadWeightsError, QuantlensWarning
-from quantlens.models.reading import FAULTS, check_path, first_line, read_state  # noqa: F401 (used as weights.…)
+from quantlens.errors import BadWeightsError, QuantlensWarning, first_line
+from quantlens.models.reading import FAULTS, check_path, few, read_state  # noqa: F401 (used as weights.…)
 from quantlens.models.translate import to_timm
 
 _WRAPPED = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 """What torch puts into the names of parts that it compiles, shards or computes again."""
 
 _AVERAGED = re.compile(r"(^|[._])ema([._]|$)")
-_SPARE = re.compile(r"(decoder|mask_token|head|aux|classifier|proj(ection)?_?head|projector|predictor)")
+_SPARE = re.compile(
+    r"(decoder|mask(ed)?_(token|embed)|([a-z]+_)?head|aux|classifier|projector|predictor|prototypes|queue|logit_)"
+)
 """How that is called which pretraining and distillation add to a model, and its function does not need."""
 
 HEADS = ("head", "heads", "fc", "classifier", "head_dist", "last_linear")
@@ -130,6 +132,9 @@ def _without_prefix(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tupl
         if len(ends) == 1:
             made[key] = state[ends[0]]
             left.remove(ends[0])
+    if any(key not in made and key.split(".")[0] in HEADS for key in own):  # which may have another name there
+        made |= {key: state[key] for key in left if key.split(".")[0] in HEADS}
+        left = [key for key in left if key not in made]
     return made, left
 
 
@@ -167,11 +172,40 @@ def _side(count: int) -> int:
     return side if side * side == count else 0
 
 
+def jax_classes(state: Mapping[str, Tensor]) -> int | None:
+    """Size of the classifier in a state dict of JAX (Google's ViT, AugReg); None of any other."""
+    return next((value.shape[-1] for key, value in state.items() if f"/{key}".endswith("/head/kernel")), None)
+
+
+def fit_file(module: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
+    """Load what :func:`read_state` read of a file: as :func:`fit`, or arrays of JAX through the architecture's own
+    translation, which must fill every parameter."""
+    if not any(key.endswith("/kernel") for key in state):
+        return fit(module, state, str(path), name)
+    translate: Any = getattr(module, "load_pretrained", None)
+    if translate is None:
+        raise BadWeightsError(f"{path}: {name} cannot read weights of JAX; only ViT and its variants can")
+    learned = dict(module.named_parameters())
+    with torch.no_grad():
+        for value in learned.values():
+            value.fill_(math.nan)
+        try:
+            translate(str(path))
+        except Exception as error:
+            raise BadWeightsError(f"{path} does not fit {name}: {first_line(error)}") from error
+    left = [key for key, value in learned.items() if bool(value.isnan().all())]
+    if left:
+        raise BadWeightsError(f"{path} does not fit {name}: it holds no values for {few(left)}")
+    return None
+
+
 def fit(module: nn.Module, state: dict[str, Tensor], origin: str, name: str) -> None:
     """Load ``state``, after :func:`adapt`, strictly. Raises BadWeightsError that says what is missing, unknown or of
     another shape."""
     (state, told), own = adapt(state, module), module.state_dict()
     tops = {name.split(".")[0] for name in own}
+    state, renamed = _with_own_head(state, own)
+    told += renamed
     heads = [k for k in state if k not in own and k.split(".")[0] in HEADS]
     if heads and tops.isdisjoint(HEADS):
         state = {k: v for k, v in state.items() if k not in heads}
@@ -183,12 +217,40 @@ def fit(module: nn.Module, state: dict[str, Tensor], origin: str, name: str) -> 
     wrong = _wrong(state, own)
     parts = [f"{len(k)} {what} ({', '.join(k[:3])}{' …' if len(k) > 3 else ''})" for what, k in wrong.items() if k]
     if parts:
-        headless = list(filter(None, wrong.values())) == [[k for k in wrong["missing"] if k.split(".")[0] in HEADS]]
-        hint = "Is it a body without a classifier?" if headless else "Is it another architecture or size?"
+        hint = _hint(wrong)
         raise BadWeightsError(f"{origin} does not fit {name}: of {len(own)} tensors {'; '.join(parts)}. {hint}")
     if told:
         warnings.warn(f"{origin}: {'; '.join(told)}", QuantlensWarning, stacklevel=2)
     module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=True)
+
+
+def _with_own_head(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(the state dict with the classifier under the model's names, where the file has one of the same sizes under
+    others; what to tell of it)."""
+    missing = [key for key in own if key not in state and key.split(".")[0] in HEADS]
+    spare = [key for key in state if key not in own and key.split(".")[0] in HEADS]
+    found = {
+        key: [k for k in spare if k.split(".")[-1] == key.split(".")[-1] and state[k].shape == own[key].shape]
+        for key in missing
+    }
+    if not missing or len(missing) != len(spare) or any(len(keys) != 1 for keys in found.values()):
+        return state, []
+    names = {keys[0]: key for key, keys in found.items()}
+    made = {names.get(key, key): value for key, value in state.items()}
+    return made, [f"took {', '.join(names)} as {', '.join(names.values())}"]
+
+
+def _hint(wrong: Mapping[str, list[str]]) -> str:
+    """What may be the reason why weights do not fit."""
+
+    def of_heads(keys: Iterable[str]) -> bool:
+        return all(key.split(".")[0] in HEADS or _SPARE.match(key) for key in keys)
+
+    if wrong["of another shape"] and of_heads(key for keys in wrong.values() for key in keys):
+        return "Its classifier has other classes: give a model with as many (num_classes)"
+    if wrong["missing"] and of_heads([*wrong["missing"], *wrong["unknown"]]) and not wrong["that hold no weights"]:
+        return "Is it a body without a classifier? Then load it as features: num_classes=0"
+    return "Is it another architecture or size?"
 
 
 def _wrong(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -206,17 +268,6 @@ def _wrong(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, 
         "missing": [k for k in own if k not in state],
         "unknown": [k for k in state if k not in own and state[k].is_floating_point()],
     }
-
-
-def load_npz(module: Any, path: Path, name: str) -> None:
-    """AugReg / JAX weights through the architecture's own translation (``np.load`` without pickle)."""
-    if not hasattr(module, "load_pretrained"):
-        raise BadWeightsError(f"{path}: {name} cannot read .npz weights; only ViT and its variants can")
-    try:
-        with torch.no_grad():
-            module.load_pretrained(str(path))
-    except Exception as error:
-        raise BadWeightsError(f"{path} does not fit {name}: {first_line(error)}") from error
 
 
 def classes_in(state: dict[str, Tensor], module: Any) -> int | None:

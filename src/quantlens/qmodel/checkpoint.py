@@ -26,6 +26,7 @@ from quantlens.data import Preprocess
 from quantlens.errors import BadWeightsError, QuantlensError, QuantlensWarning, StorageError
 from quantlens.files import write_whole
 from quantlens.formats import restore
+from quantlens.graph import Graph
 from quantlens.graph.serialize import graph_from_dict, graph_to_dict
 from quantlens.qmodel.hub import find_checkpoint
 from quantlens.qmodel.model import QuantizedModel
@@ -34,6 +35,9 @@ from quantlens.qmodel.plan import Plan
 FORMAT = "quantlens"
 VERSION = 3
 """1 had no integer operators; 2 had its header in the metadata, and no tensor ``small``. Both are read."""
+
+SAME = "same_as"
+"""In place of a quantizer's configuration: another edge, whose quantizer it is."""
 
 SMALL = 1 << 16
 """Bytes below which a tensor shares one with others: its entry of its own would take as much room as its values."""
@@ -121,17 +125,18 @@ def _split(small: Tensor, about: dict[str, list[Any]]) -> dict[str, Tensor]:
 
 def _content(qmodel: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
     graph, plan = qmodel.graph, qmodel.plan
-    read = Counter(str(edge.value.target) for edge, _ in qmodel.weight_edges())
+    readers = Counter(str(n.target) for n in graph.fx.nodes if n.op == "get_attr" for _ in n.users)
     tensors: dict[str, Tensor] = {}
     weights: dict[str, dict[str, Any]] = {}
-    for edge, quantizer in qmodel.weight_edges():
-        name = str(edge.value.target)
-        if read[name] == 1:  # a weight that two sites share stays in float: both quantize it again
-            weights[edge.key] = {"tensor": name, "shape": list(graph.tensor(name).shape)}
-            tensors[f"codes/{edge.key}"] = pack(quantizer.encode(graph.tensor(name)), quantizer.bits)
+    uses = qmodel.weight_uses()
+    for name, ((key, quantizer), *others) in uses.items():
+        if readers[name] == 1 + len(others) and all(q is quantizer for _, q in others):  # else it stays in float
+            weights[key] = {"tensor": name, "shape": list(graph.tensor(name).shape)}
+            tensors[f"codes/{key}"] = pack(quantizer.encode(graph.tensor(name)), quantizer.bits)
     packed = {w["tensor"] for w in weights.values()}
     tensors |= {f"float/{k}": v for k, v in graph.tensors().items() if k not in packed}
-    parts = {f"quantizer/{k}": q for k, q in plan.quantizers.items()}
+    same = {key: one[0][0] for one in uses.values() for key, q in one[1:] if q is one[0][1]}
+    parts = {f"quantizer/{k}": q for k, q in plan.quantizers.items() if k not in same}
     parts |= {f"operator/{k}": o for k, o in plan.operators.items()}  # type: ignore[misc]
     tensors |= {f"{owner}/{name}": v for owner, part in parts.items() for name, v in part.tensors().items()}
     header = {
@@ -139,7 +144,7 @@ def _content(qmodel: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]
         "quantlens": __version__,
         "graph": graph_to_dict(graph),
         "structure": graph.structure.to_dict(),
-        "quantizers": {key: q.config() for key, q in plan.quantizers.items()},
+        "quantizers": {k: {SAME: same[k]} if k in same else q.config() for k, q in plan.quantizers.items()},
         "operators": {name: o.config() for name, o in plan.operators.items()},
         "weights": weights,
         "rewrites": plan.rewrites,
@@ -193,6 +198,12 @@ def _found(name: str | Path) -> Path:
     return found or Path(name)
 
 
+def _renamed(graph: Graph, key: str) -> str:
+    """The key of an edge, whose site has another name in files of earlier releases."""
+    site, _, name = key.rpartition(".")
+    return key if key in graph.sites.edges else f"{graph.sites.former.get(site, site)}.{name}"
+
+
 @isolated
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedModel:
     """Read a quantized checkpoint. Logits are bit-equal to those of the model that was saved (on the same device).
@@ -222,7 +233,9 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
     try:
-        quantizers = {k: restore(config, own(f"quantizer/{k}/")) for k, config in header["quantizers"].items()}
+        quantizers: dict[str, Any] = {}
+        for k, config in header["quantizers"].items():
+            quantizers[k] = quantizers[config[SAME]] if SAME in config else restore(config, own(f"quantizer/{k}/"))
         operators = {k: restore(config, own(f"operator/{k}/")) for k, config in header.get("operators", {}).items()}
         values = own("float/")
         for key, weight in header["weights"].items():
@@ -230,6 +243,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
             codes = unpack(tensors[f"codes/{key}"], q.bits, tuple(weight["shape"]), signed=q.signed)
             values[weight["tensor"]] = q.decode(codes)
         graph = graph_from_dict(header["graph"], values, header.get("structure"))
+        quantizers = {_renamed(graph, k): q for k, q in quantizers.items()}
         plan = Plan.restore(quantizers, list(header["rewrites"]), header["info"], operators)
         model = QuantizedModel(graph, plan, preprocess=Preprocess.from_dict(header["preprocess"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.arguments import checked
-from quantlens.errors import BadWeightsError, QuantlensError, UnsupportedError
+from quantlens.errors import BadWeightsError, QuantlensError, UnsupportedError, first_line
 
 LIBRARY = "quantlens"
 CONFIG = "config.json"
 """Says in a folder or repository which file is the checkpoint: {"library_name": "quantlens", "checkpoint": FILE}."""
 
-REPOSITORY = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[^@]+\.safetensors))?(@(?P<revision>.+))?")
+REPOSITORY = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(/(?P<file>[^@]+\.safetensors))?(@(?P<revision>.+))?")
 
 
 @checked
@@ -112,8 +112,4 @@ def told(what: str, kind: type[QuantlensError] = BadWeightsError) -> Iterator[No
         why = next(text for one, text in sentences.items() if isinstance(error, one))
         if why == "{line}" and getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             why = "the token is missing or does not allow it (`hf auth login`)"
-        raise kind(f"{what}: {why.replace('{line}', _line(error))}") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise kind(f"{what}: {why.replace('{line}', first_line(error))}") from error

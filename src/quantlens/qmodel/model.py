@@ -4,6 +4,7 @@ same two."""
 import copy
 import math
 from operator import attrgetter
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,15 @@ from quantlens.ambient import plain_arithmetic
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.formats.base import Quantizer
 from quantlens.graph import Edge, Graph, graph_of
-from quantlens.models.detection import scores_and_boxes
 from quantlens.qmodel.plan import FP32, Plan, Provenance
 from quantlens.qmodel.simulation import classifier_of, simulate
 
 CACHED = 4 << 20
 """Bytes of the largest activation that a CPU may work on at once: larger ones leave its cache between operations."""
+
+
+CALLING = ("forward_with_filtered_kwargs",)
+"""Functions of a part that a larger model calls in place of the part, and that do nothing but call it."""
 
 
 class Outputs(NamedTuple):
@@ -61,7 +65,7 @@ class QuantizedModel(nn.Module):
         self.quantizers = nn.ModuleList(plan.quantizers.values())
         self.operators = nn.ModuleList(plan.operators.values())
         self.preprocess = preprocess
-        self._reference = [reference]  # in a list: not a submodule
+        self._reference = self._like = [reference]  # in a list: not a submodule
         self._simulation: list[fx.GraphModule | None] = [None]
         self.eval()
 
@@ -82,10 +86,9 @@ class QuantizedModel(nn.Module):
         logits, features, everything = self._run(self.graph.tensors_of(args, kwargs))
         if self.task != "detect":
             return Outputs(pooled(logits), features)
-        found = scores_and_boxes(self.graph.structure.result(everything))
-        if found is None:
+        if self.graph.boxes is None:
             raise UnsupportedError(f"{self.name} gives no class logits [B, Q, C] and boxes [B, Q, 4]")
-        return Outputs(found[0], None, found[1])
+        return Outputs(logits, None, everything[self.graph.outputs.index(self.graph.boxes)])
 
     def _run(self, tensors: list[Tensor]) -> tuple[Any, ...]:
         with plain_arithmetic():
@@ -103,6 +106,25 @@ class QuantizedModel(nn.Module):
         """Weight [K, D] and bias [K] of the classifier as quantized, on the features of :meth:`outputs`; None if it
         has none."""
         return classifier_of(self.graph, self.plan.quantizers)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a larger model reads of its part (``config``, ``main_input_name``, ``num_features``): values as the
+        float module has them, which a model read from a file does not know; of its functions those that call it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            module = getattr((self.__dict__.get("_like") or [None])[0], "module", None)
+            value = None if module is None or name.startswith("_") else getattr(module, name, None)
+            if name in CALLING and isinstance(value, MethodType):
+                return MethodType(value.__func__, self)
+            if value is None:
+                raise
+            if callable(value) or isinstance(value, Tensor):
+                raise AttributeError(
+                    f"{name!r} lies inside {type(module).__name__}, which was quantized as a whole; quantize a part "
+                    "that nothing else reaches into"
+                ) from error
+            return value
 
     # -- what it is -------------------------------------------------------------------------------------------------
     @property
@@ -156,17 +178,25 @@ class QuantizedModel(nn.Module):
         return self.size_bytes() / (4 * self.num_parameters)
 
     def size_bytes(self) -> int:
-        total = sum(t.nbytes for t in self.graph.tensors().values())
-        for edge, quantizer in self.weight_edges():
-            weight = self.graph.tensor(str(edge.value.target))
+        total, uses = sum(t.nbytes for t in self.graph.tensors().values()), self.weight_uses()
+        for name, ((_, quantizer), *_) in uses.items():
+            weight = self.graph.tensor(name)
             total += -(-weight.numel() * quantizer.bits // 8) - weight.nbytes
-        parts = (*self.plan.quantizers.values(), *self.plan.operators.values())
-        return total + sum(t.nbytes for part in parts for t in part.tensors().values())
+        again = {key for (_, first), *others in uses.values() for key, q in others if q is first}
+        kept = (q for key, q in self.plan.quantizers.items() if key not in again)
+        return total + sum(t.nbytes for part in (*kept, *self.plan.operators.values()) for t in part.tensors().values())
 
     def weight_edges(self) -> list[tuple[Edge, Quantizer]]:
         """Edges of quantized weights with their quantizers, in graph order."""
         edges = self.graph.sites.edges
         return [(edges[k], q) for k, q in self.plan.quantizers.items() if edges[k].is_weight]
+
+    def weight_uses(self) -> dict[str, list[tuple[str, Quantizer]]]:
+        """Quantized weights by name: (edge, quantizer) of each layer that reads it."""
+        found: dict[str, list[tuple[str, Quantizer]]] = {}
+        for edge, quantizer in self.weight_edges():
+            found.setdefault(str(edge.value.target), []).append((edge.key, quantizer))
+        return found
 
     # -- moving, saving -----------------------------------------------------------------------------------------------
     def _apply(self, *args: Any, **kwargs: Any) -> "QuantizedModel":
@@ -216,4 +246,6 @@ def float_model(model: Any) -> QuantizedModel:
 
 def float_copy(model: Any) -> QuantizedModel:
     """As :func:`float_model`, with a graph and a plan of its own: whatever is done to it, ``model`` stays as it is."""
-    return copy.deepcopy(float_model(model))
+    made = copy.deepcopy(float_model(model))
+    made._like = made._like if isinstance(model, QuantizedModel) else [model]
+    return made

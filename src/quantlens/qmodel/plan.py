@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.formats import Operator, Quantizer, Uniform, affine_parameters, symmetric_parameters
+from quantlens.graph import Graph
 from quantlens.models.detection import DetectionHead
 
 FP32 = "FP32"
@@ -89,6 +90,13 @@ class Plan:
     def info(self) -> dict[str, Any]:
         """Provenance and notes as one dictionary, to be read."""
         return _ReadOnly({**self.provenance.to_dict(), **self.notes})
+
+    def share_weights(self, graph: Graph) -> None:
+        """One quantizer for a weight that several layers share: that of the first of them."""
+        first: dict[str, Quantizer] = {}
+        for key, edge in graph.sites.edges.items():
+            if edge.is_weight and key in self.quantizers:
+                self.quantizers[key] = first.setdefault(str(edge.value.target), self.quantizers[key])
 
     @classmethod
     def restore(
@@ -253,7 +261,8 @@ class Target:
             if not self.symmetric_weights or quantizer.symmetric:
                 return quantizer
             values = quantizer(weight).abs()
-            largest = values.amax() if quantizer.axis is None else values.movedim(quantizer.axis, 0).reshape(values.shape[quantizer.axis], -1).amax(1)
+            rows = values[None] if quantizer.axis is None else values.movedim(quantizer.axis, 0)
+            largest = rows.reshape(len(rows), -1).amax(1).reshape(quantizer.scale.shape)
             return self.symmetric(largest, quantizer)
         low = (quantizer.qmin - quantizer.zero_point) * quantizer.scale
         high = (quantizer.qmax - quantizer.zero_point) * quantizer.scale

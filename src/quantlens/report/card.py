@@ -226,7 +226,8 @@ class _Card:
         if self.file is not None:
             facts.append(("size of the file", f"{self.file.stat().st_size / 1e6:.2f} MB"))
         facts.append(("parameters", f"{q.num_parameters / 1e6:.2f} million"))
-        facts.append(("outputs", f"{q.num_classes} {'features' if self.task == TASKS['features'] else 'classes'}"))
+        kinds = {"features": "features", "zero-shot": "features", "binary": "logit, yes or no", "multilabel": "labels"}
+        facts.append(("outputs", f"{q.num_classes} {kinds.get(about.task, 'classes')}"))
         facts.append(("preprocessing", code(json.dumps(plain(q.preprocess.to_dict())))))
         return facts
 
@@ -280,7 +281,9 @@ class _Card:
     def _again(self) -> list[tuple[str, str]]:
         found = []
         try:
-            found.append(("The checkpoint:", quantize_command(self.about, self.name)))
+            found.append(
+                ("The checkpoint:", quantize_command(self.about, self.name, self.qmodel.preprocess.input_size))
+            )
         except QuantlensError as error:
             found.append((f"No command makes the checkpoint again: {error}.", ""))
         if self.told is not None:

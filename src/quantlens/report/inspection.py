@@ -29,7 +29,7 @@ def _largest(part: Any, metric: str, weights: bool | None = None) -> str:
 EFFECT: dict[str, Callable[[Any], str]] = {
     "bits": lambda p: p.bits,
     METRICS["sqnr_db"].heading: lambda p: fixed(p.effect.sqnr_db, 1),
-    METRICS["kl"].heading: lambda p: f"{p.effect.kl:.2g}",
+    METRICS["kl"].heading: lambda p: MISSING if p.effect.kl is None else f"{p.effect.kl:.2g}",
     METRICS["changed"].heading: lambda p: percent(p.effect.changed),
 }
 OF_EDGES: dict[str, Callable[[Any], str]] = {

@@ -115,6 +115,16 @@ TABLE_1 = {
 }
 
 
+TABLE_1_OF_DETECTORS = {
+    "Table 1. Mean average precision on the ID images (COCO: over IoU 0.50 to 0.95, at 0.50)": ("map", "map50"),
+    "What quantization does to the FP32 model's boxes: those that match, those that are gone": ("matched_iou", "lost"),
+    "Boxes that the FP32 model has not; change of the score of those that match": ("invented", "score_drift"),
+    "Detection calibration error; size of the packed weights": ("d_ece", "size_mb"),
+    "mAP of small, medium and large objects": ("map_small", "map_medium", "map_large"),
+    "Recall of 100 detections; object-level calibration error": ("mar_100", "oce"),
+}
+
+
 def id_sizes(board: Board) -> list[int]:
     """How many ID images each result is of."""
     return [int(n) for result in board.results if (n := number(dig(result, ("id", "n")))) is not None]
@@ -124,12 +134,12 @@ def table_1(board: Board) -> list[dict[str, Any]]:
     """The paper's Table 1 (top-1 and NLL by precision), then ECE and packed size, then further metrics
     (`more`); of other tasks than one label of several, their metrics."""
     finer = {"top1": 2} if min(id_sizes(board), default=0) >= 5000 else {}
-    tables = []
-    for i, (caption, names) in enumerate(TABLE_1.items()):
+    tables, captions = [], TABLE_1_OF_DETECTORS if board.task == "detect" else TABLE_1
+    for i, (caption, names) in enumerate(captions.items()):
         paths = [(name,) if METRICS[name].family == "size" else ("id", name) for name in names]
         columns = [metric_column(board, path, finer.get(path[-1])) for path in paths]
         columns = [c for c in columns if any(c.of(g, b) for g in board.groups for b in board.precisions)]
-        tables.append(by_precision(board, caption, columns, more=i >= len(TABLE_1) - 2))
+        tables.append(by_precision(board, caption, columns, more=i >= len(captions) - 2))
     return [table for table in tables if table is not None]
 
 
@@ -225,8 +235,8 @@ def set_rows(board: Board) -> list[list[str]]:
 
 
 def class_tables(board: Board) -> list[dict[str, Any]]:
-    """Top-1 per class (mean over seeds) at every precision, a table per group, worst first: columns after class, name
-    and n are precisions, then the delta at the lowest."""
+    """Top-1 (of detectors AP) per class (mean over seeds) at every precision, a table per group, worst first: columns
+    after class, name and n are precisions, then the delta at the lowest."""
     tables = []
     for group in board.groups:
         found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
@@ -255,7 +265,7 @@ def _class_row(
     key: str, entries: Mapping[str, list[Mapping[str, Any]]], precisions: list[str]
 ) -> tuple[tuple[float, ...], float, list[str]]:
     """(what it is sorted by, number of images, texts) of a class. entries: of every seed at each precision."""
-    values = [mean_of(Stat.of(e.get("top1") for e in entries.get(b, ()))) for b in precisions]
+    values = [mean_of(Stat.of(e.get("top1", e.get("ap")) for e in entries.get(b, ()))) for b in precisions]
     first, last, delta = values[0], values[-1], None
     if first is not None and last is not None and precisions[0] == BASELINE != precisions[-1]:
         delta = last - first

@@ -18,12 +18,13 @@ from quantlens.calibration import CHUNK, Calibration
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph, dynamic_nodes, op_name
 from quantlens.methods.base import Progress
-from quantlens.metrics.divergence import kl_of_logits, sqnr_db
+from quantlens.metrics.divergence import as_choices, kl_of_logits, sqnr_db
 
 Hook = Callable[[str, Tensor], Tensor]
 Ahead = Callable[[Iterable[fx.Node]], dict[fx.Node, Any]]
 Visit = Callable[[int, dict[fx.Node, Any], Ahead], None]
 
+SIGMOID, FEATURES = ("binary", "multilabel"), ("features", "zero-shot")
 ROWS = {"cpu": 8}
 MANY_ROWS = 256
 """Images of all variants together that go through the rest of the model at once, by kind of device: a CPU core is busy
@@ -35,12 +36,13 @@ class Effect:
     """What quantizing one part does to the logits.
 
     sqnr_db: 10·log₁₀(Σ z² / Σ (z − ẑ)²) over all images and classes, z the float model's logits; None where nothing
-    changes. kl: mean KL(softmax z ‖ softmax ẑ), nats per image. changed: share of images whose top class changes.
+    changes. kl: mean KL(softmax z ‖ softmax ẑ), nats per image, of sigmoids the sum over labels. changed: share of
+    images whose top class, or one of whose labels, changes. Both None of a model that gives features.
     """
 
     sqnr_db: float | None
-    kl: float
-    changed: float
+    kl: float | None
+    changed: float | None
 
 
 def effects_alone(
@@ -49,29 +51,39 @@ def effects_alone(
     parts: Sequence[Sequence[str]],
     calibration: Calibration,
     *,
+    task: str = "classify",
     rows: int | None = None,
     progress: Progress | None = None,
 ) -> list[Effect]:
     """The effect of each part alone.
 
     quantizers: edge key -> quantizer. parts: keys of the quantizers that act together (those of a site, of a block).
-    rows: images of all variants together in one pass over the rest of the model (default: :data:`ROWS`); no more images
-    than that, and than a chunk, go through the model at once.
+    task: what the outputs are (:mod:`quantlens.models.tasks`). rows: images of all variants together in one pass over
+    the rest of the model (default: :data:`ROWS`); no more images than that, and than a chunk, go through the model at
+    once.
     """
     with torch.no_grad():
-        run = _Run(graph, quantizers, parts, rows or ROWS.get(graph.device.type, MANY_ROWS))
+        run = _Run(graph, quantizers, parts, rows or ROWS.get(graph.device.type, MANY_ROWS), task in SIGMOID)
         visit_starts(graph, run.nodes, calibration, run.visit, progress, at_once=min(run.rows, CHUNK))
         run.flush()
     signal, noise, images = float(run.signal), run.noise.tolist(), len(calibration)
     means = zip(noise, (run.kl / images).tolist(), (run.changed / images).tolist(), strict=True)
-    return [Effect(sqnr_db(signal, n), kl, changed) for n, kl, changed in means]
+    classes = task not in FEATURES
+    return [Effect(sqnr_db(signal, n), *((kl, changed) if classes else (None, None))) for n, kl, changed in means]
 
 
 class _Run:
     """One pass over the images. Variants of one chunk wait at the end of their block until they are enough."""
 
-    def __init__(self, graph: Graph, quantizers: Mapping[str, Quantizer], parts: Sequence[Sequence[str]], rows: int):
-        self.graph, self.quantizers, self.parts, self.rows = graph, quantizers, parts, rows
+    def __init__(
+        self,
+        graph: Graph,
+        quantizers: Mapping[str, Quantizer],
+        parts: Sequence[Sequence[str]],
+        rows: int,
+        sigmoid: bool,
+    ):
+        self.graph, self.quantizers, self.parts, self.rows, self.sigmoid = graph, quantizers, parts, rows, sigmoid
         edges = graph.sites.edges
         self.nodes = [list(dict.fromkeys(edges[key].node for key in keys)) for keys in parts]
         weights = [edges[key] for key in dict.fromkeys(chain.from_iterable(parts)) if edges[key].is_weight]
@@ -109,8 +121,10 @@ class _Run:
             stacked = self._run({self._place: stacked, self.graph.input: pixels}, self.graph.output)
         for part, logits in zip(numbers, stacked.double().chunk(len(numbers)), strict=True):
             self.noise[part] += (logits - self._expected).square().sum()
-            self.kl[part] += kl_of_logits(self._expected, logits).sum()
-            self.changed[part] += (logits.argmax(-1) != self._expected.argmax(-1)).sum()
+            before, after = (as_choices(z) if self.sigmoid else z for z in (self._expected, logits))
+            self.kl[part] += kl_of_logits(before, after).sum()
+            changed = before.argmax(-1) != after.argmax(-1)
+            self.changed[part] += (changed.any(-1) if self.sigmoid else changed).sum()
 
     def _run(self, env: dict[fx.Node, Any], end: fx.Node, hook: Hook | None = None) -> Tensor:
         nodes = part_between(self.graph, env, [end])

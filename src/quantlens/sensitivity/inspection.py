@@ -19,6 +19,7 @@ from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.methods import Progress, registry
 from quantlens.qmodel import Bits, QuantizedModel, float_model, simulate
+from quantlens.qmodel.model import pooled
 from quantlens.sensitivity.alone import Effect, effects_alone
 from quantlens.sensitivity.statistics import EdgeStatistics, edge_statistics
 
@@ -27,7 +28,7 @@ SITE, BLOCK, EDGE = "site", "block", "edge"
 GRANULARITIES = (SITE, BLOCK, EDGE)
 RANKS: dict[str, Callable[[Effect], float]] = {
     "sqnr": lambda effect: -math.inf if effect.sqnr_db is None else -effect.sqnr_db,
-    "kl": lambda effect: effect.kl,
+    "kl": lambda effect: effect.kl or 0.0,
 }
 """What parts are ranked by -> how much one hurts."""
 SAME_DB = 60.0
@@ -97,8 +98,10 @@ class Inspection:
 
     def ranked(self, by: str = SITE, rank: str = "sqnr") -> list[Part]:
         """Parts ("site", "block", "edge") with the one that hurts most first: by falling noise (``rank="sqnr"``) or by
-        falling KL divergence ("kl"). Raises UnknownNameError."""
+        falling KL divergence ("kl"). Raises UnknownNameError, and UnsupportedError for the latter of features."""
         check_names((by,), rank)
+        if rank == "kl" and any(part.effect.kl is None for part in self.parts.get(by, ())):
+            raise UnsupportedError(f"{self.model} gives features, which have no KL divergence; rank by sqnr")
         return sorted(self.parts.get(by, ()), key=lambda part: RANKS[rank](part.effect), reverse=True)
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,7 +172,8 @@ def inspect(
     looked = time.perf_counter()
     keys_of = [keys for _, _, keys in named]
     told = partial(step, "one part at a time")
-    effects = effects_alone(graph, plan.quantizers, keys_of, calibration, rows=rows, progress=told)
+    settings: dict[str, Any] = {"task": getattr(model, "task", "classify"), "rows": rows, "progress": told}
+    effects = effects_alone(graph, plan.quantizers, keys_of, calibration, **settings)
     parts: dict[str, tuple[Part, ...]] = dict.fromkeys(by, ())
     for (kind, name, keys), effect in zip(named, effects, strict=True):
         parts[kind] += (_part(graph, kind, name, [seen[key] for key in keys], effect),)
@@ -209,7 +213,7 @@ def _check_same(model: Any, quantized: QuantizedModel, calibration: Calibration)
     images = calibration.chunk(0)[:4]
     with torch.no_grad():
         expected = float_model(model).outputs(images).logits.double()
-        error = (simulate(quantized.graph, {})(images)[0].double() - expected).square().sum()
+        error = (pooled(simulate(quantized.graph, {})(images)[0]).double() - expected).square().sum()
     if float(error) > float(expected.square().sum()) * 10 ** (-SAME_DB / 10):
         raise UnsupportedError(
             f"{quantized.method} changes the model's weights besides quantizing them, so that no site can be quantized "

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantlens.metrics import first_score
 from quantlens.studies.benchmarks import Timed
 from quantlens.studies.board import Board, dig
 from quantlens.studies.text import BASELINE, count, number
@@ -55,9 +56,8 @@ def places(board: Board) -> list[Place]:
 
 
 def choice_score(board: Board) -> str:
-    """MSP where it was measured, else the first score there is."""
-    names = [name for _, result in board.artefacts for name in (dig(result, ("ood_mean", "all")) or {})]
-    return "msp" if "msp" in names or not names else str(names[0])
+    """The score that stands for those that were measured."""
+    return first_score(name for _, result in board.artefacts for name in (dig(result, ("ood_mean", "all")) or {}))
 
 
 def pareto(losses: Sequence[tuple[float, ...] | None]) -> list[int | None]:

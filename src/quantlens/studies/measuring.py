@@ -6,15 +6,16 @@ import platform
 import re
 import time
 import traceback
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from threadpoolctl import threadpool_limits
 
 from quantlens.data import load_images
-from quantlens.errors import QuantlensError, StorageError
+from quantlens.errors import QuantlensError, QuantlensWarning, StorageError
 from quantlens.evaluation.environment import choose_device
 from quantlens.evaluation.images import source_name
 from quantlens.evaluation.outputs import pack
@@ -34,6 +35,13 @@ class Outcome:
     error: str | None
     seconds: float
     outputs: bytes | None = None
+
+
+class Heard(NamedTuple):
+    """What a worker answers, and the texts of its warnings."""
+
+    answer: Any
+    warnings: list[str]
 
 
 class ModelWork:
@@ -164,13 +172,25 @@ class Worker:
         self.images, self.shown = images, shown or Quiet()
         self.work: ModelWork | None = None
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        """What a method returns, or the `Stop` of what would stop every other cell, too."""
-        try:
-            return getattr(self, method)(*arguments)
-        except (QuantlensError, OSError) as error:
-            full = f"the disk is full ({error}); free some space and run the same command again"
-            return Stop(full if is_full_disk(error) else str(error))
+    def call(self, method: str, *arguments: Any) -> Heard:
+        """What a method returns, or the `Stop` of what would stop every other cell, too; with its warnings, which the
+        driver tells: of several workers each would say the same."""
+        said: list[str] = []
+        with warnings.catch_warnings():
+            usual = warnings.showwarning
+
+            def hear(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+                if issubclass(category, QuantlensWarning):
+                    said.append(str(message))
+                else:
+                    usual(message, category, *place, **more)
+
+            warnings.showwarning = hear  # type: ignore[assignment]
+            try:
+                return Heard(getattr(self, method)(*arguments), said)
+            except (QuantlensError, OSError) as error:
+                full = f"the disk is full ({error}); free some space and run the same command again"
+                return Heard(Stop(full if is_full_disk(error) else str(error)), said)
 
     def start(self) -> None:
         """List the images on this node."""

@@ -25,7 +25,7 @@ from quantlens.ambient import isolated
 from quantlens.api import quantize
 from quantlens.calibration import Calibration
 from quantlens.data import as_image_set
-from quantlens.data.sources import open_calibration, open_source
+from quantlens.data.sources import open_calibration, open_source, parse_spec
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.evaluation import Result, evaluate
 from quantlens.evaluation.images import refuse_overlap
@@ -158,11 +158,21 @@ class _Search:
 
     def open(self, id: Any, ood: Mapping[str, Any], calibration: Any) -> None:
         """Open the images, and measure the FP32 model on them."""
+        task = task_of(measurable(self.model))
+        if task != "classify":
+            raise UnsupportedError(
+                f"recommend chooses by top-1, and {self.model.name} is a model for {task!r}; try settings in a study, "
+                "which measures them by what the model is for"
+            )
         preprocess = self.model.preprocess
         self.calibration_source = calibration if isinstance(calibration, str) else id if calibration is None else None
         if calibration is None:
             if not isinstance(id, str):
                 raise QuantlensError("give calibration images, too; only those of a SOURCE text can be set aside")
+            if parse_spec(id).sample is not None:
+                raise QuantlensError(
+                    f"{id} draws a sample, of which none can be set aside; give calibration images, too"
+                )
             calibration, source = open_calibration(id, seed=self.seed), open_source(id)
             aside = set(calibration.names)
             id = source.select([i for i, name in enumerate(source.names) if name not in aside])
@@ -179,12 +189,6 @@ class _Search:
         self.calibration = Calibration.of(calibration, preprocess, device=self.model.device, seed=self.seed)
         self.id = as_image_set(id, preprocess, "the ID set", progress=partial(self.progress, "decoding images"))
         self.ood = {name: as_image_set(images, preprocess, name) for name, images in ood.items()}
-        task = task_of(measurable(self.model))
-        if task != "classify":
-            raise UnsupportedError(
-                f"recommend chooses by top-1, and {self.model.name} is a model for {task!r}; try settings in a study, "
-                "which measures them by what the model is for"
-            )
         self.settings: dict[str, Any] = {"keep": "scores", "scores": ["msp"], "progress": self.progress}
         self.fp32 = evaluate(self.model, self.id, self.ood, **self.settings)
         mixed = np.random.default_rng(self.seed % 2**64).permutation(len(self.id))

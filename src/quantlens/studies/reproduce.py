@@ -10,7 +10,7 @@ four standard deviations of those runs.
 import re
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import stdev
@@ -24,6 +24,7 @@ from quantlens.errors import QuantlensError
 from quantlens.evaluation.compare import Entry
 from quantlens.evaluation.result import metrics_only, numbers
 from quantlens.methods import registry
+from quantlens.models import huggingface
 from quantlens.plugins import given
 from quantlens.qmodel import Provenance
 from quantlens.studies.backend import Backend, MethodChoice
@@ -83,8 +84,24 @@ def command_of(directory: str | Path, **chosen: Any) -> str:
     return shlex.join(["quantlens", "reproduce", f"{directory}:{selection}"])
 
 
-def quantize_command(about: Provenance, file: str) -> str:
-    """The command that makes a checkpoint again. Raises QuantlensError, with the reason, where none can."""
+def _own_weights(model: str, checkpoint: str | None) -> bool:
+    """Whether a name alone gives the weights that it had."""
+    beside = model.startswith(huggingface.PREFIX) and checkpoint in huggingface.FILES
+    return beside or checkpoint in (None, "pretrained") or model in zoo.available()
+
+
+def _other_size(model: str, size: Sequence[int]) -> int | None:
+    """The side of a model's images, where it is square and its name alone may give another one."""
+    import timm
+
+    config = None if model.startswith(huggingface.PREFIX) else timm.get_pretrained_cfg(model, allow_unregistered=True)
+    known = model in zoo.available() or (config is not None and tuple(config.input_size) == tuple(size))
+    return None if known or size[-1] != size[-2] else int(size[-1])
+
+
+def quantize_command(about: Provenance, file: str, size: Sequence[int]) -> str:
+    """The command that makes a checkpoint of a model for images of a size [C, H, W] again. Raises QuantlensError, with
+    the reason, where none can."""
     source = str((about.calibration or {}).get("source"))
     if about.checkpoint == "memory":
         raise QuantlensError("the float model was a module that only Python had")
@@ -96,8 +113,11 @@ def quantize_command(about: Provenance, file: str) -> str:
         raise QuantlensError(f"its calibration images are no SOURCE ({source})") from error
     method = registry.get(about.method)
     usual, words = method.options({}), ["quantlens", "quantize", about.model]
-    if about.checkpoint not in (None, "pretrained") and about.model not in zoo.available():
+    if not _own_weights(about.model, about.checkpoint):
         words += ["--weights", str(about.checkpoint)]
+    if (side := _other_size(about.model, size)) is not None:
+        words += ["--input-size", str(side)]
+    words += [] if about.task == "classify" else ["--task", about.task]
     words += ["--calibration", source, "--method", about.method, "--bits", about.bits, "--seed", str(about.seed)]
     for name, value in about.options.items():
         if name in usual and value != usual[name]:
@@ -114,7 +134,7 @@ def reproduce_command(result: Mapping[str, Any], file: str, checkpoint: str | No
     if checkpoint == "memory":
         raise QuantlensError("the float model was a module that only Python had")
     _study_of(Entry(*traits, result, None))
-    known = checkpoint in (None, "pretrained") or result["model"] in zoo.available()
+    known = _own_weights(str(result["model"]), checkpoint)
     return shlex.join(["quantlens", "reproduce", file, *([] if known else ["--weights", str(checkpoint)])])
 
 
@@ -179,7 +199,13 @@ def _study_of(entry: Entry) -> StudyConfig:
     if result is None:
         raise QuantlensError(f"{entry}: per-image outputs do not say how they were made; give the result, or the study")
     sets = {name: {"source": part["source"], "group": part["group"]} for name, part in result["ood"].items()}
-    study: dict[str, Any] = {"models": [entry.model], "id": result["id"]["source"], "ood": sets, "bits": [entry.bits]}
+    task, size = result.get("task", "classify"), (result.get("preprocess") or {}).get("input_size")
+    if result.get("text_embeddings"):
+        raise QuantlensError(f"{entry} was measured against text embeddings, which a study does not take")
+    options = {"task": task, "input_size": size and _other_size(entry.model, size)}
+    options = {key: value for key, value in options.items() if value not in (None, "classify")}
+    model = {"name": entry.model, "options": options}
+    study: dict[str, Any] = {"models": [model], "id": result["id"]["source"], "ood": sets, "bits": [entry.bits]}
     study |= {"fit": (result.get("fit") or {}).get("source"), "outputs": False}
     if entry.method.startswith("foreign:"):
         raise QuantlensError(f"{entry} was measured from a file that a result does not have; evaluate that file again")

@@ -11,7 +11,7 @@ from quantlens.arguments import checked
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.evaluation.result import columns, frame, row
 from quantlens.files import write_whole
-from quantlens.metrics import Spread, summary_of
+from quantlens.metrics import Spread, first_score, summary_of
 from quantlens.studies.board import dig
 from quantlens.studies.store import Store
 
@@ -57,10 +57,9 @@ class Results:
         return found
 
     def shown(self) -> list[str]:
-        """Paths of the metrics that a summary shows: OOD detection by MSP, or by the first score there is."""
+        """Paths of the metrics that a summary shows: OOD detection by the score that stands for all."""
         means = [part for cell in self.cells for part in (cell.result.get("ood_mean") or {}).values()]
-        scores = dict.fromkeys(score for part in means for score in part)
-        score = "msp" if "msp" in scores or not scores else next(iter(scores))
+        score = first_score(score for part in means for score in part)
         tasks = dict.fromkeys(cell.result.get("task") for cell in self.cells) or {None: None}
         ids = dict.fromkeys(f"id.{name}" for task in tasks for name in summary_of(task)[:2])
         return [*ids, *(path.format(score=score) for path in SHOWN)]

@@ -11,6 +11,7 @@ again; a driver that is killed takes its workers with it.
 
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -19,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from quantlens.ambient import isolated
-from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.errors import QuantlensError, QuantlensWarning, UnknownNameError
 from quantlens.plugins import given
 from quantlens.studies.backend import Backend
 from quantlens.studies.config import StudyConfig, parse_config
 from quantlens.studies.executors.local import Here, Process, processes
 from quantlens.studies.executors.ray import Actor, actors
-from quantlens.studies.measuring import Outcome, Stop, told
+from quantlens.studies.measuring import Heard, Outcome, Stop, told
 from quantlens.studies.progress import Quiet, display
 from quantlens.studies.session import Group, Session, Summary, Task
 
@@ -143,6 +144,7 @@ class Driver:
         self.session, self.what = session, what
         self.places = [Place(slot) for slot in slots]
         self.deaths: Counter[Any] = Counter()
+        self.warned: set[str] = set()
 
     def run(self) -> None:
         """Run all that is left, or as much as the limit says."""
@@ -227,7 +229,7 @@ class Driver:
             return
         if error is not None and place.asked == "start":
             raise QuantlensError(f"a worker could not be started: {str(error).splitlines()[-1]}") from error
-        found = answer.result() if error is None else Outcome(None, told(error), 0.0)
+        found = self.heard(answer.result()) if error is None else Outcome(None, told(error), 0.0)
         if isinstance(found, Stop):
             raise QuantlensError(found.message)
         group = place.group
@@ -241,6 +243,14 @@ class Driver:
                 self.session.know(group, *found)
                 self.give_up(group)
         place.rest()
+
+    def heard(self, found: Heard) -> Any:
+        """A worker's answer; what it warned of is told once of all workers."""
+        for text in dict.fromkeys(found.warnings):
+            if text not in self.warned:
+                self.warned.add(text)
+                warnings.warn(text, QuantlensWarning, stacklevel=2)
+        return found.answer
 
     def finished(self, place: Place, outcome: Outcome) -> None:
         """Keep a cell, once the FP32 cell it is compared with is there; the worker is idle again."""

@@ -201,6 +201,11 @@ class Session:
             result.compare(self.reference(group))
         except QuantlensError as error:
             return Outcome(None, told(error), outcome.seconds)
+        if result.task == "detect" and outcome.outputs is not None:
+            from quantlens.evaluation.detection import compare_kept
+
+            kept = compare_kept(result, outcome.outputs, path_of(self.directory, group.fp32.key))
+            outcome = replace(outcome, outputs=kept)
         return replace(outcome, result=result.to_dict())
 
     def not_loaded(self, group: Group, error: str) -> None:

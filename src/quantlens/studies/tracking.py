@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from quantlens.errors import QuantlensError, UnsupportedError
+from quantlens.errors import QuantlensError, UnsupportedError, first_line
 from quantlens.evaluation.result import numbers
 from quantlens.studies.store import Store
 
@@ -45,7 +45,7 @@ def log(directory: str | Path, uri: str, *, experiment: str | None = None, clien
     except UnsupportedError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise QuantlensError(
             f"MLflow at {uri} failed ({reason}); check the address and the server, and run the same command again: "
             "cells that were logged are not logged twice"

@@ -20,6 +20,7 @@ from quantlens.metrics.ood_scores.registry import (
     choose_scores,
     energy,
     entropy,
+    first_score,
     gen,
     make_scorer,
     maxlogit,
@@ -40,7 +41,7 @@ from quantlens.metrics.ood_scores.features import (
     vim_parameters,
     whitening,
 )
-from quantlens.metrics.ood_scores.labels import joint_energy, sigmoid_confidence
+from quantlens.metrics.ood_scores.labels import joint_energy, max_confidence, sigmoid_confidence
 # isort: on
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "class_means",
     "energy",
     "entropy",
+    "first_score",
     "gen",
     "joint_energy",
     "knn",
@@ -59,6 +61,7 @@ __all__ = [
     "ledoit_wolf",
     "mahalanobis",
     "make_scorer",
+    "max_confidence",
     "maxlogit",
     "msp",
     "react",

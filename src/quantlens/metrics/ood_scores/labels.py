@@ -1,4 +1,5 @@
-"""Scores of models with a sigmoid per output: binary and multi-label classifiers."""
+"""Scores of models with a sigmoid per output: binary and multi-label classifiers; and of detectors, whose logit of a
+class is the largest log-odds p / (1 - p) of any of its detections in the image."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,12 +11,28 @@ from quantlens.metrics.ood_scores.registry import SIGMOID, ScoreInfo, register_s
 
 @register_score(
     ScoreInfo(
+        "max_confidence",
+        "Largest confidence",
+        "Hendrycks and Gimpel, A Baseline for Detecting Misclassified and OOD Examples, ICLR 2017",
+        formula="max_k p_k",
+        departure="the largest score of any detection in the image",
+        label="largest confidence",
+        tasks=("detect",),
+    )
+)
+def max_confidence(logits: ArrayLike) -> Float:
+    """The score of a detector's surest detection, max_k p_k, p the sigmoid. logits [N, C] -> [N] in 0..1."""
+    return np.asarray(expit(as_matrix(logits, "logits").max(axis=1).astype(np.float64)))
+
+
+@register_score(
+    ScoreInfo(
         "joint_energy",
         "Joint energy",
         "Wang et al., Can multi-label classification networks know what they don't know?, NeurIPS 2021",
         formula="sum_k log(1 + exp(f_k))",
         label="JointEnergy",
-        tasks=SIGMOID,
+        tasks=(*SIGMOID, "detect"),
     )
 )
 def joint_energy(logits: ArrayLike) -> Float:

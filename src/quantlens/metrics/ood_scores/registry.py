@@ -1,7 +1,7 @@
 """What a score is: what it may be fitted on, how it is called, and all of them by name. Those of quantlens are
 registered where they are defined, those of the logits alone here; `register_score` adds any other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -190,6 +190,13 @@ def score_label(name: str) -> str:
     """What tables and plots call a score; its name where it is not known (a result may be of another program)."""
     found = _SCORES.find(name)
     return name if found is None else found[0].label or name
+
+
+def first_score(names: Iterable[str]) -> str:
+    """Which of several scores stands for all where one is shown: MSP, of detectors the largest confidence, else the
+    first; "msp" of none."""
+    known = list(names)
+    return next((name for name in ("msp", "max_confidence") if name in known), known[0] if known else "msp")
 
 
 def make_scorer(name: str, fit: FitData | None = None) -> Scorer:

@@ -1,0 +1,82 @@
+"""Methods on detectors: every one, by its plan, its file and its boxes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hf_detectors import small
+from torch import nn
+
+import quantlens as ql
+from quantlens.methods import registry
+
+SETTINGS = {"iterations": 4, "steps": 4}
+
+
+class Boxes(nn.Module):
+    """Class logits and boxes of 4 queries; no gradient of the logits comes to the layers that make the boxes."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(3, 8, 8, 8), nn.LayerNorm(8)
+        self.classify, self.place, self.last = nn.Linear(8, 3), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, images):
+        x = self.norm(self.patch(images).flatten(2).mT)
+        return {"logits": self.classify(x), "pred_boxes": self.last(self.place(x).relu()).sigmoid()}
+
+
+def check(module, images, method: str, bits: str, tmp_path) -> None:
+    """All layers have quantizers, boxes and scores are near the float model's, and the file gives them again."""
+    options = {name: SETTINGS[name] for name in SETTINGS.keys() & registry.get(method).info.options.keys()}
+    qmodel = ql.quantize(module, images, method=method, bits=bits, **options)
+    quantized = {key.rpartition(".")[0] for key in qmodel.plan.quantizers if key.endswith(".weight")}
+    assert {site.name for site in qmodel.graph.sites.of_kind("linear", "conv")} <= quantized
+    found, again = qmodel.outputs(images), ql.load(qmodel.save(tmp_path / "q.safetensors")).outputs(images)
+    assert torch.equal(found.logits, again.logits)
+    assert torch.equal(found.boxes, again.boxes)
+    with torch.no_grad():
+        expected = module(images)
+    share = {"W8A8": 0.15, "W4A4": 0.8}[bits]
+    for value, wanted in ((found.logits, expected["logits"]), (found.boxes, expected["pred_boxes"])):
+        assert float((value - wanted).norm()) < share * float((wanted - wanted.mean()).norm())
+
+
+@pytest.mark.parametrize("method", ["ptq4vit", "minmax"])
+def test_layers_that_scores_do_not_depend_on_are_quantized(method, tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    check(Boxes().eval(), images, method, "W8A8", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["W8A8", "W4A4"])
+@pytest.mark.parametrize("method", registry.available())
+@pytest.mark.parametrize("family", ["yolos", "detr"])
+def test_every_method_quantizes_a_detector(family, method, bits, tmp_path):
+    pytest.importorskip("transformers")
+    check(*small(family), method, bits, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["minmax", "repq-vit", "quantlens-fast", "fq-ptq"])
+@pytest.mark.parametrize("family", ["conditional-detr", "deformable-detr", "rt-detr-v2-discrete", "d-fine", "rf-detr"])
+def test_other_families(family, method, tmp_path):
+    """Their best queries are chosen anew (top-k), so that boxes change places: only the file is compared."""
+    pytest.importorskip("transformers")
+    module, images = small(family)
+    qmodel = ql.quantize(module, images, method=method, bits="W8A8")
+    found, again = qmodel.outputs(images), ql.load(qmodel.save(tmp_path / "q.safetensors")).outputs(images)
+    assert torch.equal(found.logits, again.logits)
+    assert torch.equal(found.boxes, again.boxes)
+    assert all(torch.isfinite(value).all() for value in (found.logits, found.boxes))
+
+
+def test_the_heads_of_a_detector_have_bits_of_their_own():
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    qmodel = ql.quantize(Boxes().eval(), images, method="minmax", bits="W4A4", head_bits=8)
+    heads = {key: q.bits for key, q in qmodel.plan.quantizers.items() if not key.startswith("patch")}
+    assert set(heads) == {f"{name}.{edge}" for name in ("classify", "place", "last") for edge in ("input", "weight")}
+    assert set(heads.values()) == {8}
+    assert qmodel.plan.quantizers["patch.weight"].bits == 4

@@ -1,0 +1,48 @@
+"""The report of a study of detectors."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+from report_fakes import FakeStore
+
+from quantlens.report.tables import class_tables, table_1
+from quantlens.studies.board import collect
+from quantlens.studies.text import metric_heading
+
+
+def of_detectors(full_store: FakeStore) -> FakeStore:
+    """The cells as if they were of detectors: what they have lost of top-1 they have lost of mAP."""
+    cells = deepcopy(full_store.listed)
+    for cell in cells:
+        if cell.result is None or "id" not in cell.result:
+            continue
+        top1 = cell.result["id"]["top1"]
+        found = {"map": top1 / 2, "map50": top1, "d_ece": 0.1, "oce": 0.3, "n": 40}
+        if cell.spec["bits"] != "FP32":
+            found |= {"matched_iou": 0.9, "lost": 0.25, "invented": 0.125, "score_drift": -0.02}
+        found["per_class"] = [{"class": 0, "name": "cat", "n": 7, "ap": top1 / 2, "ap50": top1}]
+        cell.result["id"] = {**{k: cell.result["id"][k] for k in ("source", "fingerprint")}, **found}
+        cell.result["task"] = "detect"
+    return FakeStore(cells, full_store.config, full_store.name)
+
+
+def test_tables_are_of_map_and_of_what_happens_to_boxes(full_store: FakeStore) -> None:
+    store = of_detectors(full_store)
+    board = collect(store.cells(), store.study())
+    captions = {table["caption"]: table for table in table_1(board)}
+    first = next(iter(captions.values()))
+    assert [title for title, _ in first["heads"]] == ["mAP % ↑", "mAP@.5 % ↑"]
+    drift = next(table for caption, table in captions.items() if "boxes" in caption)
+    row = drift["rows"][0]["cells"]
+    fp32, *others = row[: len(row) // 2]
+    assert fp32["text"] == "–"
+    assert {cell["text"] for cell in others} <= {"0.9000", "–"}
+    assert "0.9000" in {cell["text"] for cell in others}
+    assert not any("top-1" in caption.lower() for caption in captions)
+    assert class_tables(board)[0]["rows"][0][:3] == ["0", "cat", "7"]
+
+
+def test_a_title_that_begins_with_a_small_letter_for_a_reason_keeps_it() -> None:
+    assert metric_heading("map") == "mAP % ↑"
+    assert metric_heading("top1") == "Top-1 % ↑"
