@@ -72,8 +72,7 @@ MODULES: dict[str, str] = {
     "quantlens.data.decode": "quantlens.data.sources",
     "quantlens.export.processor": "quantlens.export.exported",
     "quantlens.deploy.processor": "quantlens.export.exported",
-    "quantlens.export.parity": "quantlens.export.exported",
-    "quantlens.deploy.parity": "quantlens.export.exported",
+    "quantlens.deploy.parity": "quantlens.export.parity",
     "quantlens.metrics.spread": "quantlens.metrics.registry",
     "quantlens.metrics.ood_scores.logits": "quantlens.metrics.ood_scores.registry",
     "quantlens.zoo.recipe": "quantlens.zoo.train",
@@ -186,6 +185,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "quantlens.metrics.correlation",
         "quantlens.studies.drift",
     ),
+    "quantlens.export.exported": ("quantlens.export.parity",),
     "quantlens.attention.lookup": (
         "quantlens.attention.maps",
         "quantlens.attention.image_sets",

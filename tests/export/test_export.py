@@ -12,7 +12,8 @@ import quantlens as ql
 from quantlens.data import load_images, open_source
 from quantlens.errors import BadWeightsError, QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.export.export import GUARDS, _threshold, export, guard_metrics, looks_unknown
-from quantlens.export.exported import Artefact, parity
+from quantlens.export.exported import Artefact
+from quantlens.export.parity import parity
 from quantlens.formats import GroupScaled, Uniform
 from quantlens.metrics import METRICS
 from quantlens.qmodel import float_model

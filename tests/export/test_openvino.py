@@ -102,6 +102,23 @@ class Grouped(nn.Module):
         return self.head(self.second(self.first(self.patches(x)).clamp(0, 1)).flatten(2).mT).flatten(1)[:, :10]
 
 
+class Tables(nn.Module):
+    """Layers whose results are scaled by tables: by token and channel, by token, by channel of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.up, self.down = nn.Conv2d(3, 8, 16, 16), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.table, self.tokens, self.head = (
+            nn.Parameter(torch.randn(size)) for size in ((1, 4, 8), (1, 4, 1), (1, 8))
+        )
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT.relu()
+        x = self.up(x) * self.table.expand(len(x), -1, -1)
+        x = x + self.down(self.up(x.relu()) * self.tokens.expand(len(x), -1, -1))
+        return torch.cat([self.down(self.up(x.relu())[:, 0] * self.head), self.down(x)[:, 1]], 1)
+
+
 class Resized(nn.Module):
     """Pictures of another size, whose channels have scales of their own."""
 
@@ -126,7 +143,9 @@ def test_a_resized_picture_with_scales_of_channels(target, tmp_path):
 
 
 @pytest.mark.parametrize("target", [None, "openvino-cpu"])
-@pytest.mark.parametrize("made", [Token, lambda: Pooled(False), lambda: Pooled(True), Excited, Means, Stem, Grouped])
+@pytest.mark.parametrize(
+    "made", [Token, lambda: Pooled(False), lambda: Pooled(True), Excited, Means, Stem, Grouped, Tables]
+)
 def test_it_computes_what_was_measured(made, target, tmp_path, monkeypatch):
     """In integers, and as on a processor whose sums saturate, to a flip or two of a code."""
     torch.manual_seed(0)

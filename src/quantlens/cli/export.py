@@ -55,7 +55,8 @@ def export(
     from quantlens.data import as_image_set, open_source
     from quantlens.evaluation.open_models import open_models
     from quantlens.export.export import export as write
-    from quantlens.export.exported import Artefact, parity
+    from quantlens.export.exported import Artefact
+    from quantlens.export.parity import parity
 
     check_writable(out)
     sources = {name: open_source(spec) for name, spec in (("guard", guard_images), ("check", check)) if spec}

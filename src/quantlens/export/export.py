@@ -61,7 +61,7 @@ def export(
 
     Inputs: ``images`` float32 [batch, C, H, W], normalised, and what else the module takes, by its names. Outputs:
     ``logits`` [batch, K] and ``score`` [batch] (``features`` [batch, D] of a model without a classifier), and what else
-    the module returns.
+    the module returns; of a detector ``logits`` [batch, Q, C], ``boxes`` [batch, Q, 4] and ``scores`` alone.
 
     model: quantized or float. simulate: write formats without integer kernels as float operations that reproduce them.
     guard: the score, one of :data:`GUARDS`. guard_images: in-distribution images (a SOURCE, an image set, a tensor)
@@ -133,6 +133,7 @@ def onnx_model(qmodel: QuantizedModel, guard: str, *, simulate: bool) -> tuple[A
     _need("onnx")
     from onnx import helper
 
+    from quantlens.export.detectors import write_detections
     from quantlens.export.onnx_graph import IR_VERSION, OPSET, Emitter
     from quantlens.export.onnx_operations import write_graph
 
@@ -144,6 +145,27 @@ def onnx_model(qmodel: QuantizedModel, guard: str, *, simulate: bool) -> tuple[A
     graph, emitter = qmodel.graph, Emitter(qmodel.graph, qmodel.plan.quantizers, simulate=simulate)
     taken = input_names(graph)
     given = dict(zip(graph.outputs, write_graph(emitter, taken), strict=True))
+    if qmodel.task == "detect":
+        outputs = write_detections(emitter, qmodel, given)
+    else:
+        outputs = _write_outputs(emitter, qmodel, given, guard)
+    inputs = [emitter.info(name, *emitter.values[node]) for node, name in zip(graph.inputs, taken, strict=True)]
+    proto = helper.make_model(
+        helper.make_graph(emitter.nodes, qmodel.name, inputs, outputs),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="quantlens",
+        producer_version=__version__,
+    )
+    initializers = list(emitter.constants.values())
+    check(proto, initializers)
+    return proto, initializers
+
+
+def _write_outputs(emitter: Any, qmodel: QuantizedModel, given: Mapping[Any, str], guard: str) -> list[Any]:
+    """What a file gives of a model that is no detector: what is measured, the guard's score, what else the module
+    returns. given: outputs of the graph -> their values. Returns what the file says of each."""
+    graph = qmodel.graph
     primary, first = given[graph.output], "logits" if qmodel.task in CLASSIFIED else "features"
     shape = emitter.sizes(graph.output)
     if len(shape) > 2:  # as `QuantizedModel.outputs` measures it
@@ -163,17 +185,7 @@ def onnx_model(qmodel: QuantizedModel, guard: str, *, simulate: bool) -> tuple[A
         if node is not graph.output or len(shape) > 2:
             emitter.op("Identity", given[node], out=name)
             outputs.append(emitter.info(name, *emitter.values[node]))
-    inputs = [emitter.info(name, *emitter.values[node]) for node, name in zip(graph.inputs, taken, strict=True)]
-    proto = helper.make_model(
-        helper.make_graph(emitter.nodes, qmodel.name, inputs, outputs),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-        producer_name="quantlens",
-        producer_version=__version__,
-    )
-    initializers = list(emitter.constants.values())
-    check(proto, initializers)
-    return proto, initializers
+    return outputs
 
 
 def has_guard(qmodel: Any) -> bool:

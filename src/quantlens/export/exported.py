@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 from scipy.special import softmax
 
-from quantlens.ambient import isolated
+from quantlens import _moved
 from quantlens.arguments import checked
 from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, as_rgb, decode_image
 from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError
 from quantlens.export.export import GUARDS, _need, _threshold, openvino_core, refused
 from quantlens.files import mistaken
-from quantlens.metrics.divergence import sqnr_db
-from quantlens.qmodel import Outputs, float_model
+from quantlens.models.detection import DetectionHead
+from quantlens.qmodel import Outputs
 
 
 class Prediction(NamedTuple):
@@ -58,7 +58,8 @@ class Artefact:
             self.num_parameters = int(self._record["num_parameters"])
         except (KeyError, ValueError, TypeError) as error:
             raise BadWeightsError(f"{self.path} was not written by `quantlens export`: {error}") from error
-        self.num_classes = int((opened.outputs[0].shape or ())[-1] or 0)
+        self.detection_head = DetectionHead.from_dict(head) if (head := info.get("detection_head")) else None
+        self.num_classes = len(head["labels"]) if head else int((opened.outputs[0].shape or ())[-1] or 0)
         self.info: dict[str, Any] = info
         self.task = self._record.get("task", "classify")
         self.name, self.method = str(info.get("model", self.path.stem)), str(info.get("method", "custom"))
@@ -108,8 +109,9 @@ class Artefact:
 
     # -- what `evaluate` asks of a model ------------------------------------------------------------------------------
     def outputs(self, images: Any) -> Any:
-        """Logits of a tensor of images; no features (scores that need them are left out, and say so)."""
-        return Outputs(torch.from_numpy(self.run(images.cpu().numpy())[0]), None)
+        """Logits of a tensor of images, and boxes of a detector; no features (scores of them are left out)."""
+        found = {name: torch.from_numpy(value) for name, value in self.values(images.cpu().numpy()).items()}
+        return Outputs(found["logits"] if "logits" in found else found["features"], None, found.get("boxes"))
 
     def __call__(self, images: Any) -> Any:
         """images [B, 3, H, W] tensor -> logits [B, K] tensor."""
@@ -357,42 +359,4 @@ def guard_threshold(artefact: Artefact, images: Any, keep: float) -> dict[str, A
     return {"value": _threshold(scores, keep), "n": len(scores)}
 
 
-# ---- what was shipped against what was measured ----------------------------------------------------------------------
-
-
-class Parity(NamedTuple):
-    """Differences of the logits of n images. worst, mean: largest and mean absolute difference. sqnr_db: signal over
-    difference, dB. agreement: share of equal predictions."""
-
-    n: int
-    worst: float
-    mean: float
-    sqnr_db: float
-    agreement: float
-
-    def sentence(self, runtime: str) -> str:
-        return (
-            f"{runtime} against the simulation on {self.n} images: {100 * self.agreement:.1f} % equal predictions, "
-            f"logits differ by {self.mean:.4f} on average and {self.worst:.4f} at most (SQNR {self.sqnr_db:.1f} dB)"
-        )
-
-
-@isolated
-def parity(
-    model: Any, artefact: Artefact, images: Any, *, progress: Callable[[int, int], None] | None = None
-) -> Parity:
-    """Run both on the same images (a SOURCE, an image set or a tensor). Raises QuantlensError for no images."""
-    qmodel = float_model(model)
-    expected, got = [], []
-    batches = Calibration.of(images, qmodel.preprocess, device=qmodel.device)
-    with torch.inference_mode():
-        for batch in batches:
-            expected.append(qmodel.outputs(batch).logits.cpu().numpy())
-            got.append(artefact.run(batch.cpu().numpy())[0])
-            if progress is not None:
-                progress(sum(map(len, got)), len(batches))
-    a, b = np.concatenate(expected).astype(np.float64), np.concatenate(got).astype(np.float64)
-    difference = np.abs(a - b)
-    sqnr, agreement = sqnr_db(float((a**2).sum()), float((difference**2).sum())), (a.argmax(1) == b.argmax(1)).mean()
-    sqnr = float("inf") if sqnr is None else sqnr
-    return Parity(len(a), float(difference.max()), float(difference.mean()), sqnr, float(agreement))
+__getattr__ = _moved.finder(__name__)

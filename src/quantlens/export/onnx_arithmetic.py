@@ -149,7 +149,8 @@ def _binary(kind: str) -> Writer:
         alpha, rounded = argument(node, "alpha", 1), argument(node, "rounding_mode")
         given = e.values[node].kind
         kinds = "int" if given == "bool" else given
-        left, right = e.operand(node, 0, kinds), e.operand(node, 1, kinds)
+        read = e.factor if kind in ("Mul", "Div") else e.operand
+        left, right = read(node, 0, kinds), read(node, 1, kinds)
         if op_name(node).startswith("aten.rsub"):
             left, right = right, left
         right = right if alpha == 1 else e.op("Mul", right, KINDS[kinds][0](alpha))

@@ -6,7 +6,7 @@ pairs into integer kernels. Formats without such operators can be written as flo
 (``simulate``).
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from torch import Tensor, fx
 
 from quantlens.errors import UnsupportedError
 from quantlens.export.onnx_file import Initializer
-from quantlens.export.onnx_values import Size, constants, described, kind_of, values
+from quantlens.export.onnx_values import Size, constants, described, fixed, kind_of, values
 from quantlens.formats import LEAST, MOST, PARTS, AdaLog, GroupScaled, Log, Quantizer, SqrtSoftmax, Uniform
 from quantlens.graph import Graph
+from quantlens.graph.graph import op_name
 
 OPSET = 21
 """ONNX operator set written: the first with 4-bit weights in DequantizeLinear."""
@@ -51,6 +52,7 @@ class Emitter:
         self.names: dict[fx.Node, Any] = {}
         self.folded = constants(graph)
         self.values = values(graph, self.folded)
+        self.fixed = fixed(graph)
         self.edges = graph.sites.edges_by_node
         self.grouped: set[str] = set()
         """Results of grouped convolutions that are computed in float."""
@@ -72,6 +74,16 @@ class Emitter:
         found = [self._fresh(kind) for _ in range(outs)] if isinstance(outs, int) else list(outs)
         self.nodes.append(helper.make_node(kind, names, found, name=f"{found[0]}.op", **attributes))
         return found
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Leave out the nodes and constants that none of these values needs."""
+        needed, kept = set(names), []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                kept.append(node)
+                needed.update(node.input)
+        self.nodes = kept[::-1]
+        self.constants = {name: value for name, value in self.constants.items() if name in needed}
 
     def _fresh(self, stem: str) -> str:
         self._count += 1
@@ -146,6 +158,13 @@ class Emitter:
             return self.read(argument, kind)
         return self.cast(self.value(node, position), self.values[argument].kind, kind)
 
+    def factor(self, node: fx.Node, position: int, kind: str | None = None) -> str:
+        """The same of a product; a linear layer's result apart from factors that are fixed and differ by token, of
+        which OpenVINO takes the first token's for scales of the layer's channels."""
+        name, (own, other) = self.operand(node, position, kind), (node.args[position], node.args[1 - position])
+        scaled = isinstance(own, fx.Node) and op_name(own) == "aten.linear.default" and other in self.fixed
+        return self.apart(name) if scaled and set(self.sizes(other)[:-1]) - {1} else name
+
     def cast(self, name: str, kind: str, wanted: str | None) -> str:
         """A value of one kind as another (None: as it is)."""
         return name if wanted in (None, kind) else self.op("Cast", name, to=KINDS[str(wanted)][1])
@@ -161,7 +180,7 @@ class Emitter:
         if mark not in self._placed:
             if is_integer(quantizer, CODE_TYPES):
                 scale, zero, axis = self._parameters(quantizer, key)  # type: ignore[arg-type]
-                if self._movable(source):
+                if self._movable(source, len(read.meta.get("shape") or ())):
                     source = self.apart(source)
                 codes = self.op("QuantizeLinear", source, scale, zero, out=f"{key}.codes", **axis)
                 self._placed[mark] = self.op("DequantizeLinear", codes, scale, zero, out=f"{key}.value", **axis)
@@ -174,10 +193,10 @@ class Emitter:
         """The same value behind an operator that OpenVINO moves nothing across (other identities are removed)."""
         return self.op("Max", name, LOWEST)
 
-    def _movable(self, name: str) -> bool:
+    def _movable(self, name: str, rank: int) -> bool:
         """Whether OpenVINO's passes make the quantizer of a value one of what the value is made of, and wrongly: of the
-        parts of a concatenation, of what has been scaled or shifted by one number for each channel, or of a grouped
-        convolution before a limit (then without its rounding)."""
+        parts of a concatenation, of what has been scaled or shifted by one number for each channel (the second
+        dimension), or of a grouped convolution before a limit (then without its rounding)."""
         made = source = self._maker(name)
         while source is not None and source.op_type in ("Relu", "Clip", "Max", "Min"):
             source = self._maker(source.input[0])
@@ -185,8 +204,10 @@ class Emitter:
             return source is not None and source.output[0] in self.grouped
         if made is None or made.op_type not in ("Mul", "Add", "Sub", "Div"):
             return made is not None and made.op_type in ("Concat", "BatchNormalization")
-        held = [self.constants[name].proto.dims for name in made.input if name in self.constants]
-        return any(sum(n > 1 for n in dims) == 1 and dims[-1] == 1 for dims in held)
+        repeated = {n.output[0]: n.input[0] for n in self.nodes if n.op_type == "Expand"}
+        parts = [repeated.get(part, part) for part in made.input]
+        held = [self.constants[part].proto.dims for part in parts if part in self.constants]
+        return any(sum(n > 1 for n in dims) == 1 and (dims[-1] == 1 or rank == 2) for dims in held)
 
     def _maker(self, name: str) -> Any:
         """The node that gives a value; None for an input or a constant."""

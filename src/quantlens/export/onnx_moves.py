@@ -297,7 +297,7 @@ def _copied(e: Emitter, node: fx.Node) -> str:
     return value if e.sizes(node.args[1]) == e.sizes(node) else e.op("Expand", value, e.shape(e.sizes(node)))
 
 
-MADE = {"zeros": 0, "ones": 1, "full": None}
+MADE = {"zeros": 0, "ones": 1, "full": None, "empty": 0}
 """Operations that fill a tensor, and with what."""
 
 MOVES: dict[str, Writer] = {
@@ -367,6 +367,7 @@ MOVES: dict[str, Writer] = {
     **{f"aten.{name}.default": _filled(fill) for name, fill in MADE.items()},
     **{f"aten.new_{name}.default": _filled(fill) for name, fill in MADE.items()},
     **{f"aten.{name}_like.default": _filled(fill) for name, fill in MADE.items()},
+    "aten.empty.memory_format": _filled(0),
     **{f"aten.fill.{kind}": _filled() for kind in ("Scalar", "Tensor")},
     "aten.scalar_tensor.default": lambda e, node: e.read(node.args[0], e.values[node].kind),
     **{f"aten.arange.{kind}": _arange for kind in ("default", "start", "start_step")},

@@ -58,6 +58,17 @@ def constants(graph: Graph) -> dict[fx.Node, Any]:
     return found
 
 
+def fixed(graph: Graph) -> set[fx.Node]:
+    """What depends on nothing of the inputs but the size of the batch."""
+    found: set[fx.Node] = set()
+    for node in graph.fx.nodes:
+        if node.op == "get_attr" or (
+            node.op == "call_function" and all(n in found or is_size(n) for n in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
 def values(graph: Graph, known: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
     """Node -> :class:`Value`, a list of them for an operation that gives several, a number or :class:`Size` for a size.
 

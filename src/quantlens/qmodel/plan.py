@@ -261,7 +261,8 @@ class Target:
             if not self.symmetric_weights or quantizer.symmetric:
                 return quantizer
             values = quantizer(weight).abs()
-            largest = values.amax() if quantizer.axis is None else values.movedim(quantizer.axis, 0).flatten(1).amax(1)
+            rows = values[None] if quantizer.axis is None else values.movedim(quantizer.axis, 0)
+            largest = rows.reshape(len(rows), -1).amax(1).reshape(quantizer.scale.shape)
             return self.symmetric(largest, quantizer)
         low = (quantizer.qmin - quantizer.zero_point) * quantizer.scale
         high = (quantizer.qmax - quantizer.zero_point) * quantizer.scale
