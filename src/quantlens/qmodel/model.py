@@ -15,7 +15,7 @@ from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.formats.base import Quantizer
 from quantlens.graph import Edge, Graph, graph_of
 from quantlens.qmodel.plan import FP32, Plan, Provenance
-from quantlens.qmodel.simulation import classifier_of, simulate
+from quantlens.qmodel.simulation import classifier_of, float_features, simulate
 
 CACHED = 4 << 20
 """Bytes of the largest activation that a CPU may work on at once: larger ones leave its cache between operations."""
@@ -81,11 +81,12 @@ class QuantizedModel(nn.Module):
         return self.graph.structure.result(outputs)
 
     def outputs(self, *args: Any, **kwargs: Any) -> Outputs:
-        """Logits and the features that the classifier reads (before its own input quantizer), of images or of what else
-        the float module takes; tokens and feature maps :func:`pooled`."""
+        """Logits and the features that the classifier reads (before its own input quantizer, on the float model's
+        axes), of images or of what else the float module takes; tokens and feature maps :func:`pooled`."""
         logits, features, everything = self._run(self.graph.tensors_of(args, kwargs))
         if self.task != "detect":
-            return Outputs(pooled(logits), features)
+            with plain_arithmetic():
+                return Outputs(pooled(logits), None if features is None else float_features(self.graph, features))
         if self.graph.boxes is None:
             raise UnsupportedError(f"{self.name} gives no class logits [B, Q, C] and boxes [B, Q, 4]")
         return Outputs(logits, None, everything[self.graph.outputs.index(self.graph.boxes)])
