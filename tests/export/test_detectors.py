@@ -22,13 +22,17 @@ class Detector(nn.Module):
         super().__init__()
         self.patches, self.attention = nn.Conv2d(3, 16, 8, 8), nn.MultiheadAttention(16, 2, batch_first=True)
         self.queries, self.auxiliary = nn.Parameter(torch.randn(1, 6, 16)), nn.Linear(16, 700)
-        self.classes, self.boxes = nn.Linear(16, columns), nn.Linear(16, 4)
+        self.classes, self.sides = nn.Linear(16, columns), nn.Linear(16, 20)
+        self.steps = nn.Parameter(torch.linspace(0, 1, 5))
 
     def forward(self, images):
         tokens = self.patches(images).flatten(2).mT
         queries = self.queries.expand(len(images), -1, -1)
         queries = queries + self.attention(queries, tokens, tokens, need_weights=False)[0]
-        found = {"logits": 3 * self.classes(queries), "pred_boxes": self.boxes(queries).sigmoid()}
+        sides = nn.functional.linear(
+            self.sides(queries).unflatten(-1, (4, 5)).softmax(-1), self.steps
+        )  # as D-FINE does
+        found = {"logits": 3 * self.classes(queries), "pred_boxes": sides}
         return {"auxiliary": self.auxiliary(tokens), **found}
 
 
@@ -72,7 +76,7 @@ def test_parity_is_told_in_boxes(tmp_path):
     assert found.map > 0.99
     assert "100.0 % of the boxes matched (mean IoU 1.0000, mAP" in found.sentence("runtime")
     with torch.no_grad():
-        model.module.boxes.bias[0] += 1  # other boxes than those of the file
+        model.module.sides.bias[4] += 5  # other boxes than those of the file
     moved = parity(ql.load_model(model.module, preprocess=model.preprocess), exported, images)
     assert moved.agreement < 0.5
     assert moved.map < found.map
