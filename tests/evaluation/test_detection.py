@@ -273,3 +273,17 @@ def test_a_detector_of_hugging_face_on_coco(shared_data: Path, tmp_path: Path) -
     from quantlens.metrics import detection_metrics
 
     assert detection_metrics(perfect, truth, 16, names=model.detection_head.labels)["map"] == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_a_trained_detector_has_the_numbers_of_the_other_library() -> None:
+    pytest.importorskip("pycocotools")
+    found = ql.evaluate(
+        "scenes-detr", id="embedded:scenes[:96]", ood={"unknown": "embedded:scenes-unknown[:96]"}, keep=True
+    )
+    kept = found.outputs
+    expected = by_pycocotools(kept.detections, kept.truth, 96)
+    assert {name: found.id[name] for name in COCO} == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    assert found.id["map"] > 0.55
+    assert found.id["map50"] > 0.85
+    assert found.ood["unknown"]["max_confidence"]["aupr_out"] > 0.8

@@ -84,10 +84,15 @@ def small(name: str, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
     kind, settings = CONFIGURATIONS[name]
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForObjectDetection")(getattr(transformers, f"{kind}Config")(**settings))
-    scales = {name: value.clone() for name, value in model.named_parameters() if name.endswith(("scale", ".up"))}
+    scales = {
+        name: value.detach().clone() for name, value in model.named_parameters() if name.endswith(("scale", ".up"))
+    }
     side = 128 if kind == "DeformableDetr" else 64  # its last level has a group per channel
     images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1))
     model = redrawn(model, seed)
     for name, value in scales.items():  # of D-FINE: near zero they leave nothing of the image
         model.get_parameter(name).copy_(value * 1.1)
+    for part in model.modules():  # no ReLU takes much of it away
+        if isinstance(part, nn.Conv2d):
+            part.weight *= 1.6
     return model, images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from detection_cases import by_pycocotools, make
-from quantlens.errors import QuantlensError
+from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.metrics import METRICS, Boxes, Detections, box_drift, detection_metrics, names_of
 from quantlens.metrics.detection import (
     COCO,
@@ -243,6 +244,12 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence() -> None:
     ]:
         with pytest.raises(QuantlensError, match=message):
             Detections(*rows)
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'quantlens\[detection\]'"):
+        coco_metrics(*make(0), N)
 
 
 @pytest.mark.real

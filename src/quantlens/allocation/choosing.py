@@ -74,12 +74,7 @@ def allocate(
     width = parse_target(target)
     widths = _candidate_widths(width, candidates)
     settings = sensitivity_options(sensitivity, options)
-    task = getattr(model, "task", "classify")
-    if sensitivity in ("kl", "hessian") and task != "classify":
-        raise UnsupportedError(
-            f"sensitivity {sensitivity!r} is of the softmax over classes, and {model.name} is a model for {task!r}; "
-            "take nuclear-norm"
-        )
+    _check_task(sensitivity, model)
     if cost not in COSTS:
         raise UnknownNameError("cost", cost, COSTS)
     images = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)
@@ -112,6 +107,16 @@ def allocate(
         info=info,
         front=_points(found, widths, table.fixed[cost]) if front else (),
     )
+
+
+def _check_task(sensitivity: str, model: Any) -> None:
+    """Raises UnsupportedError where a sensitivity is of classes, and the model gives none."""
+    task = getattr(model, "task", "classify")
+    if sensitivity in ("kl", "hessian") and task != "classify":
+        raise UnsupportedError(
+            f"sensitivity {sensitivity!r} is of the softmax over classes, and {model.name} is a model for {task!r}; "
+            "take nuclear-norm"
+        )
 
 
 def _budget(given: float) -> int:

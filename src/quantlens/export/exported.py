@@ -240,7 +240,7 @@ def open_file(path: Path, threads: int | None = None, inner: Sequence[str] = ())
         raise BadWeightsError(f"{path}: exported models end in .onnx or .xml")
     for file in filter(Path.is_file, files_of(path)):
         if what := mistaken(file):
-            raise BadWeightsError(f"{file} is no model: it is {what}")
+            raise BadWeightsError(f"{file} cannot be run: it is {what}")
     return _RUNTIMES[path.suffix](path, threads, inner)
 
 

@@ -201,13 +201,7 @@ class Method(ABC):
             torch.default_generator.manual_seed(seed)
             graph = graph_of(model).clone()
             _check_modules(graph, asked)
-            folded = fold_layer_scale(graph)
-            done = [f"LayerScale folded into {len(folded)} linear layers"] if folded else []
-            split = split_outlier_channels(graph, images) if settings["outlier_channels"] == "split" else []
-            pixels: list[str] = []
-            if settings["image"] == "pixels" and settings["patch_bits"] == 8 and self.info.quantizes != EVERYTHING:
-                pixels = read_as_pixels(graph, model.preprocess, images)
-            done += [*split, *(["the image is read as pixel/255, whose codes are exact"] if pixels else [])]
+            done, split, pixels = self._rewritten(graph, model, images, settings)
             seen: ObservationCache | None = None
             if not split and not pixels and images.fingerprint is not None:
                 seen = model.derived.setdefault(f"seen, images {images.fingerprint}", {})
@@ -235,6 +229,19 @@ class Method(ABC):
         )
         # formats whose parameters follow from their bits alone are made on the CPU
         return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model).to(images.device)
+
+    def _rewritten(
+        self, graph: Graph, model: Any, images: Calibration, settings: Mapping[str, Any]
+    ) -> tuple[list[str], list[str], list[str]]:
+        """Exact rewrites for any method: (what was done, in sentences; of split channels; edges that read pixels)."""
+        folded = fold_layer_scale(graph)
+        done = [f"LayerScale folded into {len(folded)} linear layers"] if folded else []
+        split = split_outlier_channels(graph, images) if settings["outlier_channels"] == "split" else []
+        pixels: list[str] = []
+        if settings["image"] == "pixels" and settings["patch_bits"] == 8 and self.info.quantizes != EVERYTHING:
+            pixels = read_as_pixels(graph, model.preprocess, images)
+        done += [*split, *(["the image is read as pixel/255, whose codes are exact"] if pixels else [])]
+        return done, split, pixels
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options with their values, shared ones too: defaults (those of the variant; with a target also

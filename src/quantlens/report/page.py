@@ -15,7 +15,7 @@ from markupsafe import Markup
 from quantlens._version import __version__
 from quantlens.files import write_whole
 from quantlens.plots.style import VARIABLES, Panel, finished
-from quantlens.studies.text import count, join_words, span
+from quantlens.studies.text import count, join_words, metric_title, span
 
 HERE = Path(__file__).parent
 
@@ -30,6 +30,7 @@ def render(template: str, *, shown: tuple[str, str] = ("", ""), **context: Any) 
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["metric_title"] = metric_title
     environment.globals |= {
         "chart": Charts(*shown),
         "version": __version__,

@@ -15,9 +15,11 @@ from quantlens.studies.text import (
     Stat,
     count,
     fixed,
+    join_words,
     mean_std,
     metric_digits,
     metric_heading,
+    metric_title,
     number,
     percent,
     plain,
@@ -138,7 +140,10 @@ def table_1(board: Board) -> list[dict[str, Any]]:
     for i, (caption, names) in enumerate(captions.items()):
         paths = [(name,) if METRICS[name].family == "size" else ("id", name) for name in names]
         columns = [metric_column(board, path, finer.get(path[-1])) for path in paths]
-        columns = [c for c in columns if any(c.of(g, b) for g in board.groups for b in board.precisions)]
+        there = [any(c.of(g, b) for g in board.groups for b in board.precisions) for c in columns]
+        if captions is TABLE_1 and i >= len(captions) - 4 and not all(there):  # of another task than classification
+            caption = join_words([metric_title(n) for n, has in zip(names, there, strict=True) if has])
+        columns = [column for column, has in zip(columns, there, strict=True) if has]
         tables.append(by_precision(board, caption, columns, more=i >= len(captions) - 2))
     return [table for table in tables if table is not None]
 

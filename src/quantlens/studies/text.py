@@ -65,7 +65,7 @@ def metric_title(name: str) -> str:
 
 
 def _capital(text: str) -> str:
-    return text if text[1:2].isupper() else text[0].upper() + text[1:]  # mAP stays as it is
+    return text[0].upper() + text[1:] if text[1:2].islower() else text  # not mAP, not k-NN
 
 
 def metric_digits(name: str) -> int:
