@@ -32,9 +32,7 @@ exit code is 1.
 def predict(
     artefact: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL", help="An exported model (.onnx, .xml); of detectors also a checkpoint or name."
-        ),
+        typer.Argument(metavar="MODEL", help="A model's file (.onnx, .xml); of detectors also a checkpoint or name."),
     ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Pictures.")],
     json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
