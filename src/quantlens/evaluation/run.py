@@ -37,7 +37,7 @@ from quantlens.metrics import (
     score_histograms,
     similarity,
 )
-from quantlens.models import class_names
+from quantlens.models.loading import class_names
 
 
 @isolated

@@ -25,14 +25,22 @@ CALLING = ("forward_with_filtered_kwargs",)
 """Functions of a part that a larger model calls in place of the part, and that do nothing but call it."""
 
 
-class Outputs(NamedTuple):
-    """What is measured of a model for a batch: logits [B, K] (or features, of a model without a classifier); features
-    [B, D] that the classifier reads, or None. Of a detector class logits [B, Q, C] and boxes [B, Q, 4]: centre x, y,
-    width, height in fractions of the input."""
-
+class _Pair(NamedTuple):
     logits: Tensor
     features: Tensor | None
-    boxes: Tensor | None = None
+
+
+class Outputs(_Pair):
+    """What is measured of a model for a batch, as a pair: logits [B, K] (or features, of a model without a classifier);
+    features [B, D] that the classifier reads, or None. Of a detector class logits [B, Q, C] and None, and ``boxes``
+    [B, Q, 4]: centre x, centre y, width, height in fractions of the input."""
+
+    boxes: Tensor | None
+
+    def __new__(cls, logits: Tensor, features: Tensor | None, boxes: Tensor | None = None) -> "Outputs":
+        made = super().__new__(cls, logits, features)
+        made.boxes = boxes
+        return made
 
 
 def pooled(logits: Tensor) -> Tensor:
