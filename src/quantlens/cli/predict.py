@@ -63,7 +63,8 @@ def predict(
             predictions = model.predict(list(good.values())) if good else []
         found |= part | dict(zip(good, predictions, strict=True))
         if out is not None:
-            drawn |= {image: _draw(picture, found[image], out, image, drawn) for image, picture in good.items()}
+            for image, picture in good.items():
+                drawn[image] = _draw(picture, found[image], out, image, drawn)
     bad = [image for image in images if isinstance(found[image], str)]
     good_ones = [image for image in images if image not in bad]
     heads, rows = _objects(good_ones, found) if detects else _labels(model, good_ones, found)
