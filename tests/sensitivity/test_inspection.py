@@ -242,7 +242,8 @@ def test_a_detector_is_inspected_by_its_class_logits():
     quantized = ql.quantize(model, images, method="minmax", bits="W4A4")
     parts = {part.name: part for part in inspect(model, images, bits="W4A4", by="site").parts["site"]}
     keys = [edge.key for edge in parts["mix"].edges]
-    alone = QuantizedModel(quantized.graph.clone(), Plan({k: quantized.plan.quantizers[k] for k in keys}), None)
+    plan = Plan({k: quantized.plan.quantizers[k] for k in keys})
+    alone = QuantizedModel(quantized.graph.clone(), plan, preprocess=None)
     with torch.no_grad():
         before, after = (m(images)["logits"].double() for m in (quantized.graph, alone))
     kl = nn.functional.kl_div(after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="sum") / 32
