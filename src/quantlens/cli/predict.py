@@ -128,7 +128,7 @@ def _data(found: Any) -> dict[str, Any]:
     return {"objects": [one._asdict() for one in found]} if isinstance(found, list) else found._asdict()
 
 
-def _objects(images: list[Path], found: dict[Path, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+def _objects(images: list[Path], found: dict[Path, Any]) -> tuple[list[str], list[Any]]:
     rows = []
     for image in images:
         for k, one in enumerate(found[image]):
@@ -139,7 +139,7 @@ def _objects(images: list[Path], found: dict[Path, Any]) -> tuple[list[str], lis
     return ["image", "label", "score", "box: x1, y1, x2, y2"], rows
 
 
-def _labels(model: Any, images: list[Path], found: dict[Path, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+def _labels(model: Any, images: list[Path], found: dict[Path, Any]) -> tuple[list[str], list[Any]]:
     rows = [
         (
             str(image),

@@ -29,7 +29,7 @@ def draw_boxes(
         kinds = list(dict.fromkeys(sorted(text.partition(" ")[0] for text in texts)))
         colours = [COLOURS[kinds.index(text.partition(" ")[0]) % len(COLOURS)] for text in texts]
     scale = 1.0 if side is None else side / max(picture.size)
-    size = tuple(max(1, round(length * scale)) for length in picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     drawn = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     pen, longest = ImageDraw.Draw(drawn), max(size)
     width, font = max(1, round(longest / 120)), ImageFont.load_default(max(10, longest // 17))

@@ -111,9 +111,9 @@ def gallery_of(
         for one in row.values():
             one["changed"] = BASELINE in row and one["label"] != row[BASELINE]["label"]
         rows.append((group.method, group.model, [row.get(b) for b in board.precisions]))
-    one = next(iter(by_cell.values()))
-    there = one.truth.take((one.truth.image == k) & ~one.truth.crowd)
-    texts = [one.names.get(int(label), str(label)) for label in there.labels]
+    first = next(iter(by_cell.values()))
+    there = first.truth.take((first.truth.image == k) & ~first.truth.crowd)
+    texts = [first.names.get(int(label), str(label)) for label in there.labels]
     drawn = draw_boxes(picture, there.boxes, texts, [COLOURS[2]] * len(there), side=SIDE)
     truth = _shot(drawn, f"Image {image} as annotated", count(len(there), "object"))
     return {"key": str(image), "title": f"Image {image}", "truth": truth, "rows": rows}
@@ -121,7 +121,7 @@ def gallery_of(
 
 def shot(picture: Any, cell: Seen, k: int, where: str) -> Shot:
     """The picture with the detections of a model, right and wrong ones, and with the objects that it missed."""
-    found, truth = (rows.take(rows.image == k) for rows in (cell.found, cell.truth))
+    found, truth = cell.found.take(cell.found.image == k), cell.truth.take(cell.truth.image == k)
     found = found.take(np.argsort(-found.scores, kind="stable"))
     of = partners(found, truth, SAME)
     in_crowd = (of >= 0) & np.append(truth.crowd, False)[of]
