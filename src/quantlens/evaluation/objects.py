@@ -10,6 +10,7 @@ from PIL import Image
 from quantlens.data import as_rgb, decode_image
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.evaluation.detection import head_of
+from quantlens.evaluation.open_models import measurable
 from quantlens.models.detection import postprocess
 
 
@@ -25,12 +26,12 @@ class Found(NamedTuple):
 def find_objects(model: Any, pictures: Sequence[Any], *, threshold: float = 0.5) -> list[list[Found]]:
     """The objects of each picture with a score of at least the threshold, the surest first.
 
-    model: a detector as `quantlens.evaluation.open_models.measurable` gives it, or an exported file's `Artefact`.
-    pictures: paths or PIL images, which are run as one batch. Raises UnsupportedError for a model that gives no boxes,
+    model: a detector, or the name or file of one (:func:`~quantlens.evaluation.open_models.measurable`). pictures: paths or PIL images, which are run as one batch. Raises UnsupportedError for a model that gives no boxes,
     BadImageError for a file that is no picture.
     """
     if not 0 <= threshold <= 1:
         raise QuantlensError(f"the threshold is {threshold}; scores are from 0 to 1")
+    model = measurable(model)
     head = head_of(model)
     shown = [as_rgb(one) if isinstance(one, Image.Image) else decode_image(one) for one in pictures]
     if not shown:
