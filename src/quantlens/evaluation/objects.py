@@ -26,7 +26,8 @@ class Found(NamedTuple):
 def find_objects(model: Any, pictures: Sequence[Any], *, threshold: float = 0.5) -> list[list[Found]]:
     """The objects of each picture with a score of at least the threshold, the surest first.
 
-    model: a detector, or the name or file of one (:func:`~quantlens.evaluation.open_models.measurable`). pictures: paths or PIL images, which are run as one batch. Raises UnsupportedError for a model that gives no boxes,
+    model: a detector, or the name or file of one (:func:`~quantlens.evaluation.open_models.measurable`). pictures:
+    paths or PIL images, which are run as one batch. Raises UnsupportedError for a model that gives no boxes,
     BadImageError for a file that is no picture.
     """
     if not 0 <= threshold <= 1:
