@@ -11,6 +11,7 @@ from torch import nn
 
 import quantlens as ql
 from quantlens.calibration import CHUNK
+from quantlens.data import Preprocess
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.methods.base import matmul_operand_edges
 from quantlens.qmodel import Plan, QuantizedModel
@@ -218,3 +219,37 @@ def test_public_face_and_mixed_precision(loaded, pictures):
         inside = [part.bits for part in found.sites if part.name.startswith(f"{name}.")]
         assert inside
         assert set(inside) <= {f"W{bits}A{bits}", f"A{bits}"}
+
+
+class Detects(nn.Module):
+    """Class logits and boxes of four tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.mix = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 8)
+        self.kind, self.box = nn.Linear(8, 3), nn.Linear(8, 4)
+
+    def forward(self, images):
+        x = self.mix(self.body(images).flatten(2).mT.relu())
+        return {"pred_boxes": self.box(x).sigmoid(), "logits": self.kind(x)}
+
+
+def test_a_detector_is_inspected_by_its_class_logits():
+    torch.manual_seed(0)
+    square = Preprocess((3, 16, 16), resize=(16, 16))
+    model = ql.load_model(Detects().eval(), preprocess=square, class_names=["cat", "dog"])
+    images = torch.randn(8, 3, 16, 16)
+    quantized = ql.quantize(model, images, method="minmax", bits="W4A4")
+    parts = {part.name: part for part in inspect(model, images, bits="W4A4", by="site").parts["site"]}
+    keys = [edge.key for edge in parts["mix"].edges]
+    plan = Plan({k: quantized.plan.quantizers[k] for k in keys})
+    alone = QuantizedModel(quantized.graph.clone(), plan, preprocess=None)
+    with torch.no_grad():
+        before, after = (m(images)["logits"].double() for m in (quantized.graph, alone))
+    kl = nn.functional.kl_div(after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="sum") / 32
+    effect = parts["mix"].effect
+    assert effect.kl == pytest.approx(float(kl), abs=1e-6)
+    assert effect.sqnr_db == pytest.approx(
+        10 * math.log10(before.square().sum() / (after - before).square().sum()), abs=0.02
+    )
+    assert effect.changed == pytest.approx(float((after.argmax(-1) != before.argmax(-1)).double().mean()))

@@ -37,7 +37,8 @@ class Effect:
 
     sqnr_db: 10·log₁₀(Σ z² / Σ (z − ẑ)²) over all images and classes, z the float model's logits; None where nothing
     changes. kl: mean KL(softmax z ‖ softmax ẑ), nats per image, of sigmoids the sum over labels. changed: share of
-    images whose top class, or one of whose labels, changes. Both None of a model that gives features.
+    images whose top class, or one of whose labels, changes. Both None of a model that gives features, and of a
+    detector's class logits means over its queries.
     """
 
     sqnr_db: float | None
@@ -122,9 +123,10 @@ class _Run:
         for part, logits in zip(numbers, stacked.double().chunk(len(numbers)), strict=True):
             self.noise[part] += (logits - self._expected).square().sum()
             before, after = (as_choices(z) if self.sigmoid else z for z in (self._expected, logits))
-            self.kl[part] += kl_of_logits(before, after).sum()
+            queries = logits.shape[1] if logits.dim() == 3 else 1  # of a detector
+            self.kl[part] += kl_of_logits(before, after).sum() / queries
             changed = before.argmax(-1) != after.argmax(-1)
-            self.changed[part] += (changed.any(-1) if self.sigmoid else changed).sum()
+            self.changed[part] += (changed.any(-1) if self.sigmoid else changed).sum() / queries
 
     def _run(self, env: dict[fx.Node, Any], end: fx.Node, hook: Hook | None = None) -> Tensor:
         nodes = part_between(self.graph, env, [end])

@@ -213,7 +213,9 @@ def _check_same(model: Any, quantized: QuantizedModel, calibration: Calibration)
     images = calibration.chunk(0)[:4]
     with torch.no_grad():
         expected = float_model(model).outputs(images).logits.double()
-        error = (pooled(simulate(quantized.graph, {})(images)[0]).double() - expected).square().sum()
+        logits = simulate(quantized.graph, {})(images)[0]
+        logits = logits if quantized.task == "detect" else pooled(logits)
+        error = (logits.double() - expected).square().sum()
     if float(error) > float(expected.square().sum()) * 10 ** (-SAME_DB / 10):
         raise UnsupportedError(
             f"{quantized.method} changes the model's weights besides quantizing them, so that no site can be quantized "
