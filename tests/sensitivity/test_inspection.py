@@ -11,6 +11,7 @@ from torch import nn
 
 import quantlens as ql
 from quantlens.calibration import CHUNK
+from quantlens.data import Preprocess
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.methods.base import matmul_operand_edges
 from quantlens.qmodel import Plan, QuantizedModel
@@ -218,3 +219,31 @@ def test_public_face_and_mixed_precision(loaded, pictures):
         inside = [part.bits for part in found.sites if part.name.startswith(f"{name}.")]
         assert inside
         assert set(inside) <= {f"W{bits}A{bits}", f"A{bits}"}
+
+
+class _Boxes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(3, 8, 8, 8), nn.LayerNorm(8)
+        self.classify, self.place, self.last = (nn.Linear(8, n) for n in (3, 8, 4))
+
+    def forward(self, images):
+        x = self.norm(self.patch(images).flatten(2).mT)
+        return {"logits": self.classify(x), "pred_boxes": self.last(self.place(x).relu()).sigmoid()}
+
+
+def test_a_detector_s_boxes_are_measured_and_its_parts_named():
+    torch.manual_seed(0)
+    module, images = _Boxes().eval(), torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    model = ql.load_model(module, preprocess=Preprocess((3, 16, 16), resize=(16, 16)))
+    found = ql.inspect(model, images, "W4A4")
+    assert [part.name for part in found.blocks] == ["patch", "classify", "place", "last"]
+    effects = {part.name: part.effect for part in found.blocks}
+    bits = {"default": "FP32", "place": "W4A4"}
+    boxes = ql.quantize(model, images, method="minmax", bits=bits).outputs(images).boxes.double()
+    with torch.no_grad():
+        expected = module(images)["pred_boxes"].double()
+    noise = (boxes - expected).square().sum() / expected.square().sum() / 2  # the logits have none
+    assert effects["place"].sqnr_db == pytest.approx(float(-10 * noise.log10()), abs=1e-3)
+    assert effects["place"].changed == 0.0 < effects["place"].kl
+    assert effects["patch"].kl > effects["classify"].kl > 0

@@ -31,7 +31,7 @@ def as_choices(logits: Tensor) -> Tensor:
     return torch.stack([-logits / 2, logits / 2], dim=-1)
 
 
-BOX_WEIGHT = 10.0
+BOX_WEIGHT = 100.0
 """Nats that a box is worth that is off by its own size in one direction."""
 
 
