@@ -9,6 +9,7 @@ from torch import nn
 
 import quantlens as ql
 from quantlens.methods import registry
+from quantlens.metrics.divergence import BOX_WEIGHT, box_error, kl_of_logits, objects_of
 
 SETTINGS = {"iterations": 4, "steps": 4}
 
@@ -80,3 +81,45 @@ def test_the_heads_of_a_detector_have_bits_of_their_own():
     assert set(heads) == {f"{name}.{edge}" for name in ("classify", "place", "last") for edge in ("input", "weight")}
     assert set(heads.values()) == {8}
     assert qmodel.plan.quantizers["patch.weight"].bits == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["W8A8", "W4A4"])
+@pytest.mark.parametrize("method", registry.available())
+@pytest.mark.parametrize("name", ["scenes-yolos", "scenes-detr", "scenes-rtdetr"])
+def test_every_method_runs_on_the_detectors_that_ship(name, method, bits):
+    options = {name: SETTINGS[name] for name in SETTINGS.keys() & registry.get(method).info.options.keys()}
+    model = ql.load_model(name)
+    qmodel = ql.quantize(model, "embedded:scenes-calibration?n=4&seed=0", method=method, bits=bits, **options)
+    found = qmodel.outputs(torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0)))
+    assert all(torch.isfinite(value).all() for value in (found.logits, found.boxes))
+
+
+def damage(module, qmodel, images) -> tuple[float, float]:
+    with torch.no_grad():
+        expected, found = module(images), qmodel.outputs(images)
+    objects = objects_of(expected["logits"], False)
+    scores = kl_of_logits(expected["logits"], found.logits).sum() / len(images)
+    return float(scores), float(box_error(found.boxes, expected["pred_boxes"], objects))
+
+
+def test_training_makes_boxes_better_too():
+    torch.manual_seed(0)
+    module = Boxes().eval()
+    images = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    options = {"method": "quantlens-best", "bits": "W3A4", "views_per_image": 0.0}
+    before, after = (damage(module, ql.quantize(module, images, iterations=n, **options), images) for n in (0, 60))
+    assert after[1] < 0.8 * before[1]
+
+
+def test_the_error_of_boxes_counts_in_their_size_where_there_is_an_object():
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.5, 0.5, 0.1, 0.1]]])
+    objects = torch.tensor([[1.0, 0.0]])
+    moved = boxes + torch.tensor([0.02, 0.0, 0.0, 0.0])
+    assert float(box_error(moved, boxes, objects)) == pytest.approx(BOX_WEIGHT * 0.1**2, rel=1e-4)
+    other = boxes + torch.tensor([0.0, 0.02, 0.0, 0.0])
+    assert float(box_error(other, boxes, objects)) == pytest.approx(BOX_WEIGHT * 0.05**2, rel=1e-4)
+    logits = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 0.0, 9.0]]])
+    softmax, sigmoid = objects_of(logits, False), objects_of(logits, True)
+    torch.testing.assert_close(softmax, 1 - logits.softmax(-1)[..., -1])
+    torch.testing.assert_close(sigmoid, logits.sigmoid().amax(-1))

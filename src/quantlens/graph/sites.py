@@ -68,12 +68,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Block:
-    """A part of the graph that runs alone: one tensor in (``source``), one tensor out (``result``)."""
+    """A part of the graph that runs alone: one tensor in (a layer of a detector's decoder: several, as it reads the
+    encoder's result too), one tensor out (``result``)."""
 
     name: str
-    source: fx.Node
+    sources: tuple[fx.Node, ...]
     result: fx.Node
     nodes: tuple[fx.Node, ...] = field(repr=False)
+
+    @property
+    def source(self) -> fx.Node:
+        """The first of what it reads; for most blocks the only one."""
+        return self.sources[0]
 
 
 class SiteMap:
@@ -261,7 +267,8 @@ def _first_product(start: Iterable[fx.Node], onward: Callable[[fx.Node], Iterabl
 def _find_blocks(graph: Graph, dynamic: set[fx.Node], attentions: dict[fx.Node, tuple[str, fx.Node]]) -> list[Block]:
     """Transformer blocks: the smallest module around an attention that does its residual addition itself.
 
-    A module whose nodes do not have exactly one activation in and one out is no block (its parent is tried).
+    A module whose nodes do not have exactly one activation in (a detector's: at least one) and one out is no block (its
+    parent is tried).
     """
     summing = {n.meta.get("module", "") for n in graph.fx.nodes if _is_sum(n, dynamic)}
     blocks: dict[str, Block] = {}
@@ -280,9 +287,10 @@ def _as_block(graph: Graph, path: str, dynamic: set[fx.Node]) -> Block | None:
     calls = (n for n in graph.fx.nodes if n.op == "call_function")
     inside = dict.fromkeys(n for n in calls if f"{n.meta.get('module', '')}.".startswith(f"{path}."))
     tensors = [n for n in inside if n in dynamic]
-    sources = {s for n in tensors for s in n.all_input_nodes if s in dynamic and s not in inside}
+    sources = tuple(dict.fromkeys(s for n in tensors for s in n.all_input_nodes if s in dynamic and s not in inside))
     results = [n for n in tensors if any(u not in inside for u in n.users)]
-    return Block(path, sources.pop(), results[0], tuple(inside)) if len(sources) == len(results) == 1 else None
+    alone = len(results) == 1 and (len(sources) == 1 or (len(sources) > 1 and graph.boxes is not None))
+    return Block(path, sources, results[0], tuple(inside)) if alone else None
 
 
 # -- head ---------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class APHQViT(Method):
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         original, mlps = graph.clone(share=True), find_mlps(graph)
-        metrics = perturbation_metrics(graph, calibration, seed=run.seed)
+        metrics = perturbation_metrics(graph, calibration, seed=run.seed, sigmoid=run.sigmoid)
         rewrites, notes = [], {}
         if mlps:
             width = bits.of(graph, mlps[0].second.edges["input"])
@@ -87,7 +87,9 @@ class APHQViT(Method):
             notes = {"mlp": {name: [round(e, 6) for e in pair] for name, pair in errors.items()}}
         plan = started(graph, calibration, bits, run)
         plan.rewrites[:0], plan.notes = rewrites, notes
-        drop_and_reconstruct(graph, plan, calibration, run, MetricLoss(metrics), reference=original, part=(1, 2))
+        drop_and_reconstruct(
+            graph, plan, calibration, run, MetricLoss(metrics, run.sigmoid), reference=original, part=(1, 2)
+        )
         return plan
 
 

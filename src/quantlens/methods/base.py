@@ -125,7 +125,6 @@ class MethodInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data; options and arguments of ``quantize`` are lists of name, type, default, choices, help."""
-
         kept = {name: value for name, value in asdict(self).items() if name != "because"}
         for key, options in (("options", self.options), ("arguments", self.shared)):
             kept[key] = [
@@ -202,10 +201,10 @@ class Method(ABC):
             graph = graph_of(model).clone()
             _check_modules(graph, asked)
             done, split, pixels = self._rewritten(graph, model, images, settings)
-            seen: ObservationCache | None = None
-            if not split and not pixels and images.fingerprint is not None:
-                seen = model.derived.setdefault(f"seen, images {images.fingerprint}", {})
-            run = Run(self.settings(settings) | settings, seed, progress, seen)
+            known = not split and not pixels and images.fingerprint is not None
+            seen = model.derived.setdefault(f"seen, images {images.fingerprint}", {}) if known else None
+            sigmoid = getattr(getattr(model, "detection_head", None), "scoring", "") == "sigmoid"
+            run = Run(self.settings(settings) | settings, seed, progress, seen, sigmoid)
             plan = self.build(graph, images, widths, run)
         if not isinstance(plan, Plan):
             raise QuantlensError(f"the method {self.info.name} gave {type(plan).__name__}; its `build` returns a Plan")
@@ -279,13 +278,14 @@ def _check_modules(graph: Graph, asked: Bits) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """What a method is told of the run: its options (all of them, defaults filled in), the seed, a progress
-    callback, and what was seen of the float model on the same images before (for a pass over the graph as it is)."""
+    """What a method is told of the run: its options (all, defaults filled in), the seed, a progress callback, what was
+    seen of the float model on the same images before, and whether it is a detector whose logits are of sigmoids."""
 
     options: dict[str, Any]
     seed: int
     progress: Progress | None = None
     seen: ObservationCache | None = None
+    sigmoid: bool = False
 
     def __getitem__(self, option: str) -> Any:
         return self.options[option]

@@ -55,6 +55,6 @@ class FIMAQ(Method):
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         plan = started(graph, calibration, bits, run)
-        metrics = fisher_metrics(graph, plan.quantizers, calibration, rank=run["rank"])
-        drop_and_reconstruct(graph, plan, calibration, run, MetricLoss(metrics))
+        metrics = fisher_metrics(graph, plan.quantizers, calibration, rank=run["rank"], sigmoid=run.sigmoid)
+        drop_and_reconstruct(graph, plan, calibration, run, MetricLoss(metrics, run.sigmoid))
         return plan

@@ -86,16 +86,16 @@ class QuantlensBest(Method):
             run = replace(run, options={**run.options, "iterations": LONG if narrow else STEPS})
         iterations, fitted = steps(run, calibration.count), calibration.head(FITTED)
         options = {name: option.default for name, option in FAST.items()} | run.options
-        start = Run(options, run.seed, portion(run.progress, 0, 2 if iterations else 1))
+        start = replace(run, options=options, progress=portion(run.progress, 0, 2 if iterations else 1), seen=None)
         fast = QuantlensFast()
         plan = Plan({}, fast.rewrite(graph, fitted, bits, start))
         original = graph.clone(share=True)
-        metrics = perturbation_metrics(graph, fitted, seed=run.seed) if iterations else {}
+        metrics = perturbation_metrics(graph, fitted, seed=run.seed, sigmoid=run.sigmoid) if iterations else {}
         fast.calibrate(graph, fitted, bits, plan, start, rounded=iterations == 0)
         if iterations:
             settings = Settings(
                 optimise=("rounding", "scales", *(("vectors",) if run["train_norms_and_biases"] else ())),
-                loss=MetricLoss(metrics),
+                loss=MetricLoss(metrics, run.sigmoid),
                 inputs="mixed",
                 input_drop=0.5,
                 iterations=iterations,

@@ -8,7 +8,8 @@
    that a bias can give them back to.
 2. Ranges. Activations are clipped where the squared error is least, on what the quantized layers before make of them.
    Softmax outputs are squares of integers, every row by its own peak and sum. Activations of 3 bits or fewer are
-   quantized dynamically, per token and group of 64 channels, where that has the smaller squared error.
+   quantized dynamically, per token and group of 64 channels, where that has the smaller squared error; in a detector,
+   whose boxes are regressed, those of 4 bits, too.
 3. Weights, layer by layer in closed form: fitted to the float output on quantized inputs, then rounded column by column
    (GPTQ); the bias takes up the mean error of the output.
 """
@@ -68,9 +69,9 @@ from quantlens.transforms.rotation import (
     rotation_size,
 )
 
-COARSE, NARROW = 6, 3
+COARSE, NARROW, NARROW_BOXES = 6, 3, 4
 """Bits of an activation at which a rotation at run time is worth its product; and at which it is quantized dynamically,
-by default."""
+by default: in a detector, whose boxes are regressed, already at the last."""
 
 SAMPLE = 8
 """Images that the step of groups is found on."""
@@ -188,14 +189,16 @@ class WeightFit:
         return target, quantizer, round_columns(target, gram, Grid.of(quantizer), damping=self.damping, factor=factor)
 
 
-def activation_quantizer(run: Run, site: Site, edge: Edge, view: EdgeView, width: int) -> Quantizer:
+def activation_quantizer(
+    run: Run, site: Site, edge: Edge, view: EdgeView, width: int, *, narrow: int = NARROW
+) -> Quantizer:
     """Softmax outputs as squares, others clipped where the squared error is least: per tensor, or dynamically per token
-    and group of channels where that error is smaller."""
+    and group of channels where that error is smaller. narrow: bits at which that is tried by default."""
     is_softmax, granularity = edge.key.endswith(".probs.output"), run["activation_granularity"]
     if is_softmax and run["softmax"] == "sqrt":
         return SqrtSoftmax(width)
     uniform = affine(*clipping(view(), width), width)
-    dynamic = granularity == "group" or (granularity == AUTO and width <= NARROW)
+    dynamic = granularity == "group" or (granularity == AUTO and width <= narrow)
     if is_softmax or site.kind == "conv" or not dynamic:
         return uniform
     # a product sums over the first dimension of its second operand: keys are [..., channels, tokens]
@@ -244,7 +247,7 @@ class QuantlensFast(Method):
             "activation_granularity": Option(
                 AUTO,
                 "what shares a scale of an activation: tensor (static), group (dynamic, per token and group of "
-                f"channels), or auto (group where it has {NARROW} bits or fewer)",
+                f"channels), or auto (group where it has {NARROW} bits or fewer, in a detector {NARROW_BOXES})",
                 (AUTO, "tensor", "group"),
             ),
             "group_size": Option(LARGEST, "channels of a group, at most: a power of two", least=SMALLEST),
@@ -263,9 +266,9 @@ class QuantlensFast(Method):
             return [subtract_channel_means]
         return [rotate_residuals, rotate_heads, subtract_channel_means, rotate_inputs]
 
-    def ranges(self, run: Run) -> RangeRule:
+    def ranges(self, graph: Graph, run: Run) -> RangeRule:
         """How an activation is quantized."""
-        return partial(activation_quantizer, run)
+        return partial(activation_quantizer, run, narrow=NARROW if graph.boxes is None else NARROW_BOXES)
 
     def weight_fit(self, run: Run) -> WeightFit:
         """How a weight is fitted and rounded."""
@@ -300,7 +303,7 @@ class QuantlensFast(Method):
                 graph.set_tensor(bias, (graph.tensor(bias).double() - shift).to(value.dtype))
             return Fitted(quantizer, value, stored=None if rounded else target)
 
-        fit_layers(graph, calibration, bits, plan, fit, run, sequential=True, ranges=self.ranges(run))
+        fit_layers(graph, calibration, bits, plan, fit, run, sequential=True, ranges=self.ranges(graph, run))
         kinds = [plan.quantizers[e.key].granularity for e in quantized_edges(graph, bits) if not e.is_weight]
         plan.notes["activations"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 

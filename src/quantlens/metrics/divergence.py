@@ -31,6 +31,24 @@ def as_choices(logits: Tensor) -> Tensor:
     return torch.stack([-logits / 2, logits / 2], dim=-1)
 
 
+BOX_WEIGHT = 100.0
+"""Nats that a box is worth that is off by its own size in one direction."""
+
+
+def box_error(got: Tensor, expected: Tensor, objects: Tensor) -> Tensor:
+    """Squared distance of boxes [B, Q, 4] (centre, width, height) from the float model's in units of the latter's size,
+    times the probability of an object there [B, Q], times :data:`BOX_WEIGHT`; summed over queries, mean over images."""
+    sizes = expected[..., 2:].clamp_min(0.01)
+    relative = (got - expected) / torch.cat([sizes, sizes], -1)
+    return BOX_WEIGHT * (relative.square().sum(-1) * objects).sum() / len(got)
+
+
+def objects_of(logits: Tensor, sigmoid: bool) -> Tensor:
+    """Probability [B, Q] that a detector's query found an object, of its class logits: sigmoids, or a softmax whose
+    last class is none."""
+    return logits.sigmoid().amax(-1) if sigmoid else 1 - logits.softmax(-1)[..., -1]
+
+
 def sqnr_db(signal: float, noise: float) -> float | None:
     """Signal over quantization noise, 10·log₁₀(Σ x² / Σ (x − x̂)²), from the two sums; None where one of them is 0."""
     return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None

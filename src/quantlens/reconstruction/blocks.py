@@ -20,9 +20,18 @@ from quantlens.calibration import MEMORY, ActivationStore, Calibration, held_mem
 from quantlens.errors import UnsupportedError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
+from quantlens.metrics.divergence import objects_of
 from quantlens.qmodel import Plan
 from quantlens.reconstruction.scales import AdaRound, LearnedScale, annealed_beta
-from quantlens.reconstruction.settings import LOSSES, Checkpoint, Context, Report, Result, Settings, UnitReport
+from quantlens.reconstruction.settings import (
+    LOSSES,
+    Checkpoint,
+    Context,
+    Report,
+    Result,
+    Settings,
+    UnitReport,
+)
 from quantlens.reconstruction.trainer import Group, Latent, Learners, Vector, train
 from quantlens.reconstruction.units import Outputs, Streams, Unit, find_units, frozen_hook, run_unit
 
@@ -143,7 +152,19 @@ class _UnitTraining:
 
     # -- the loss
     def _context(self, node: fx.Node, images: Tensor) -> Context:
-        return Context(self.unit.name, node is self.graph.output, images, self.scale_of[node])
+        number = self.unit.results.index(node)
+        return Context(
+            self.unit.name, node is self.graph.output, images, self.scale_of[node], number, self._objects(node, images)
+        )
+
+    def _objects(self, node: fx.Node, images: Tensor) -> Tensor | None:
+        """Where a detector's boxes are made: the float model's probability of an object for each."""
+        if node is not self.graph.boxes:
+            return None
+        logits, sigmoid = self.streams.float.get(self.graph.output), getattr(self.loss, "sigmoid", False)
+        if logits is None:  # boxes that are made before the logits
+            return torch.ones((), device=self.device)
+        return objects_of(logits.pick(images).flatten(0, 1), sigmoid)
 
     def _measure(self, outputs: Outputs) -> float:
         """The loss over all images."""

@@ -18,7 +18,7 @@ from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.files import check_writable, write_whole
 from quantlens.formats import Quantizer, restore
 from quantlens.graph import Graph
-from quantlens.metrics.divergence import kl_of_logits
+from quantlens.metrics.divergence import as_choices, box_error, kl_of_logits
 from quantlens.qmodel import Plan
 from quantlens.reconstruction.units import Unit
 
@@ -29,13 +29,16 @@ class Context:
     """What a loss may want to know besides the two outputs.
 
     unit: name. is_logits: whether the output is the model's. images: numbers of the calibration images in the batch.
-    scale: mean of ‖y_t‖² over all calibration images and tokens, float.
+    scale: mean of ‖y_t‖² over all calibration images and tokens, float. result: number of the output among the unit's.
+    objects: where the output is a detector's boxes, the probability of an object for each query [B, Q]; else None.
     """
 
     unit: str
     is_logits: bool
     images: Tensor
     scale: float
+    result: int = 0
+    objects: Tensor | None = None
 
 
 Loss = Callable[[Tensor, Tensor, Context], Tensor]
@@ -62,7 +65,8 @@ def token_norm(got: Tensor, expected: Tensor, context: Context) -> Tensor:
 
 
 def divergence(got: Tensor, expected: Tensor, context: Context) -> Tensor:
-    """KL(softmax(y) ‖ softmax(ŷ)) of logits [B, K], mean over the images."""
+    """KL(softmax(y) ‖ softmax(ŷ)) of logits [B, K], mean over the images; of a detector's [B, Q, C] summed over
+    queries."""
     return kl_of_logits(expected, got, "mean")
 
 
@@ -89,24 +93,34 @@ class Metric:
 
 @dataclass(frozen=True)
 class MetricLoss:
-    """A loss with a :class:`Metric` for every unit; the divergence at the logits, squared error for a unit that has
-    none.
+    """A loss with a :class:`Metric` for every unit; the divergence at the logits, :func:`box_error` at a detector's
+    boxes, squared error for a unit that has none.
 
-    metrics: by name of the unit. They may be on any device.
+    metrics: by name of the unit; its second result's, of those that have several, by that name and ``#1``. They may be
+    on any device. sigmoid: whether a detector's logits are of sigmoids.
     """
 
     metrics: Mapping[str, Metric] = field(repr=False)
+    sigmoid: bool = False
 
     def __call__(self, got: Tensor, expected: Tensor, context: Context) -> Tensor:
         if context.is_logits:
+            got, expected = (as_choices(z) if self.sigmoid else z for z in (got, expected))
             return divergence(got, expected, context)
-        metric = self.metrics.get(context.unit)
+        if context.objects is not None:
+            return box_error(got, expected, context.objects)
+        metric = self.metrics.get(name_of_result(context.unit, context.result))
         return mse(got, expected, context) if metric is None else metric(got - expected)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the loss depends on, for a checkpoint's fingerprint."""
         found = {f"{name}.diagonal": m.diagonal for name, m in self.metrics.items()}
         return found | {f"{name}.factors": m.factors for name, m in self.metrics.items() if m.factors is not None}
+
+
+def name_of_result(unit: str, number: int) -> str:
+    """What the metric of one of a unit's results is called."""
+    return f"{unit}#{number}" if number else unit
 
 
 LOSSES: dict[str, Loss] = {"mse": mse, "token-norm": token_norm}

@@ -18,7 +18,7 @@ from quantlens.calibration import CHUNK, Calibration
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph, dynamic_nodes, op_name
 from quantlens.methods.base import Progress
-from quantlens.metrics.divergence import as_choices, kl_of_logits, sqnr_db
+from quantlens.metrics.divergence import as_choices, box_error, kl_of_logits, objects_of, sqnr_db
 
 Hook = Callable[[str, Tensor], Tensor]
 Ahead = Callable[[Iterable[fx.Node]], dict[fx.Node, Any]]
@@ -37,8 +37,10 @@ class Effect:
 
     sqnr_db: 10·log₁₀(Σ z² / Σ (z − ẑ)²) over all images and classes, z the float model's logits; None where nothing
     changes. kl: mean KL(softmax z ‖ softmax ẑ), nats per image, of sigmoids the sum over labels. changed: share of
-    images whose top class, or one of whose labels, changes. Both None of a model that gives features, and of a
-    detector's class logits means over its queries.
+    images whose top class, or one of whose labels, changes. Both None of a model that gives features.
+
+    Of a detector: noise is the mean of that of the logits and that of the boxes, each relative to its own signal; kl is
+    summed over queries, and the boxes' :func:`.box_error` is added; changed is the share of queries.
     """
 
     sqnr_db: float | None
@@ -53,21 +55,27 @@ def effects_alone(
     calibration: Calibration,
     *,
     task: str = "classify",
+    sigmoid: bool = False,
     rows: int | None = None,
     progress: Progress | None = None,
 ) -> list[Effect]:
     """The effect of each part alone.
 
     quantizers: edge key -> quantizer. parts: keys of the quantizers that act together (those of a site, of a block).
-    task: what the outputs are (:mod:`quantlens.models.tasks`). rows: images of all variants together in one pass over
-    the rest of the model (default: :data:`ROWS`); no more images than that, and than a chunk, go through the model at
-    once.
+    task: what the outputs are (:mod:`quantlens.models.tasks`). sigmoid: whether a detector's logits are of sigmoids.
+    rows: images of all variants together in one pass over the rest of the model (default: :data:`ROWS`); no more images
+    than that, and than a chunk, go through the model at once.
     """
     with torch.no_grad():
-        run = _Run(graph, quantizers, parts, rows or ROWS.get(graph.device.type, MANY_ROWS), task in SIGMOID)
+        sigmoid = sigmoid or task in SIGMOID
+        run = _Run(graph, quantizers, parts, rows or ROWS.get(graph.device.type, MANY_ROWS), sigmoid)
         visit_starts(graph, run.nodes, calibration, run.visit, progress, at_once=min(run.rows, CHUNK))
         run.flush()
-    signal, noise, images = float(run.signal), run.noise.tolist(), len(calibration)
+    images = len(calibration)
+    if graph.boxes is None:
+        signal, noise = float(run.signal[0]), run.noise[:, 0].tolist()
+    else:
+        signal, noise = 1.0, (run.noise / run.signal.clamp_min(1e-30)).mean(1).tolist()
     means = zip(noise, (run.kl / images).tolist(), (run.changed / images).tolist(), strict=True)
     classes = task not in FEATURES
     return [Effect(sqnr_db(signal, n), *((kl, changed) if classes else (None, None))) for n, kl, changed in means]
@@ -90,47 +98,62 @@ class _Run:
         weights = [edges[key] for key in dict.fromkeys(chain.from_iterable(parts)) if edges[key].is_weight]
         self._weights = {e.key: quantizers[e.key](graph.tensor(str(e.value.target))) for e in weights}
         self._ends = block_ends(graph, self.nodes)
-        self._waiting: list[tuple[int, Tensor]] = []
+        self._outputs = measured(graph)
+        self._waiting: list[tuple[int, list[Tensor]]] = []
         self._images: Any = None
         self._expected: Any = None
         self._place: Any = None
-        self.signal = torch.zeros((), dtype=torch.float64, device=graph.device)
-        self.noise, self.kl, self.changed = self.signal.new_zeros(3, len(parts)).unbind()
+        self.signal = torch.zeros(len(self._outputs), dtype=torch.float64, device=graph.device)
+        self.noise = self.signal.new_zeros(len(parts), len(self._outputs))
+        self.kl, self.changed = self.signal.new_zeros(2, len(parts)).unbind()
 
     def visit(self, part: int, env: dict[fx.Node, Any], ahead: Ahead) -> None:
         """Run one variant to the end of its block."""
         images, end = env[self.graph.input], self._ends[part]
         if images is not self._images:
             self.flush()
-            self._images, self._expected = images, self._run(env, self.graph.output).double()
-            self.signal += self._expected.square().sum()
+            self._images, self._expected = images, [x.double() for x in self._run(env, self._outputs)]
+            self.signal += torch.stack([x.square().sum() for x in self._expected])
         if end is not self._place or (len(self._waiting) + 1) * len(images) > self.rows:
             self.flush()
         self._place = end
-        self._waiting.append((part, self._run(env, end, self._hook(part))))
+        self._waiting.append((part, self._run(env, self._until(end), self._hook(part))))
+
+    def _until(self, end: fx.Node) -> list[fx.Node]:
+        """What is computed up to the end of a block; all that is measured at the end of the model."""
+        return self._outputs if end is self.graph.output else [end]
 
     def flush(self) -> None:
         """Take the variants that wait to the output together, and add up what they do there."""
         if not self._waiting:
             return
         numbers, values = zip(*self._waiting, strict=True)
-        stacked = values[0] if len(values) == 1 else torch.cat(values)
+        stacked = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*values, strict=True)]
         self._waiting = []
         if self._place is not self.graph.output:
             shape = (len(numbers) * len(self._images), *self._images.shape[1:])
             pixels = torch.empty(shape, device="meta")  # for its batch size alone
-            stacked = self._run({self._place: stacked, self.graph.input: pixels}, self.graph.output)
-        for part, logits in zip(numbers, stacked.double().chunk(len(numbers)), strict=True):
-            self.noise[part] += (logits - self._expected).square().sum()
-            before, after = (as_choices(z) if self.sigmoid else z for z in (self._expected, logits))
-            queries = logits.shape[1] if logits.dim() == 3 else 1  # of a detector
-            self.kl[part] += kl_of_logits(before, after).sum() / queries
-            changed = before.argmax(-1) != after.argmax(-1)
-            self.changed[part] += (changed.any(-1) if self.sigmoid else changed).sum() / queries
+            stacked = self._run({self._place: stacked[0], self.graph.input: pixels}, self._outputs)
+        pieces = zip(*(value.double().chunk(len(numbers)) for value in stacked), strict=True)
+        for part, found in zip(numbers, pieces, strict=True):
+            self._measure(part, found)
 
-    def _run(self, env: dict[fx.Node, Any], end: fx.Node, hook: Hook | None = None) -> Tensor:
-        nodes = part_between(self.graph, env, [end])
-        return self.graph.run(nodes, dict(env), hook=hook, keep=[end])[end]
+    def _measure(self, part: int, found: Sequence[Tensor]) -> None:
+        """Add up what a variant's outputs differ by."""
+        pairs = list(zip(self._expected, found, strict=True))
+        self.noise[part] += torch.stack([(got - expected).square().sum() for expected, got in pairs])
+        before, after = (as_choices(z) if self.sigmoid else z for z in pairs[0])
+        self.kl[part] += kl_of_logits(before, after).sum()
+        changed = before.argmax(-1) != after.argmax(-1)
+        changed = changed.any(-1) if self.sigmoid else changed
+        self.changed[part] += changed.sum() if changed.dim() == 1 else changed.double().mean(1).sum()
+        for expected, got in pairs[1:]:
+            objects = objects_of(pairs[0][0], self.sigmoid)
+            self.kl[part] += box_error(got, expected, objects) * len(got)
+
+    def _run(self, env: dict[fx.Node, Any], ends: list[fx.Node], hook: Hook | None = None) -> list[Tensor]:
+        found = self.graph.run(part_between(self.graph, env, ends), dict(env), hook=hook, keep=ends)
+        return [found[end] for end in ends]
 
     def _hook(self, part: int) -> Hook:
         """Applies the quantizers of one part; every weight is quantized once."""
@@ -144,23 +167,29 @@ class _Run:
         return apply
 
 
+def measured(graph: Graph) -> list[fx.Node]:
+    """The outputs that are measured: logits or features, and a detector's boxes."""
+    return [graph.output] if graph.boxes is None else [graph.output, graph.boxes]
+
+
 def block_ends(graph: Graph, parts: Sequence[Sequence[fx.Node]]) -> list[fx.Node]:
     """The first place at or after all nodes of each part where one tensor [B, …] is all that the rest of the model
     needs: the end of a block, or the output."""
     order, dynamic = {node: i for i, node in enumerate(graph.fx.nodes)}, dynamic_nodes(graph)
+    outputs = measured(graph)
 
     def suffices(end: fx.Node) -> bool:
-        rest = part_between(graph, {end: None, graph.input: None}, [graph.output])
+        rest = part_between(graph, {end: None, graph.input: None}, outputs)
         return end.op == "call_function" and all(
             order[node] > order[end] and graph.input not in node.all_input_nodes
             for node in rest
             if node in dynamic and not op_name(node).startswith("aten.sym_size")
         )
 
-    around = {node for block in graph.sites.blocks for node in (block.source, block.result)}
-    ends = sorted({*filter(suffices, around), graph.output}, key=order.__getitem__)
+    around = {node for block in graph.sites.blocks for node in (*block.sources, block.result)}
+    ends = sorted(filter(suffices, around - set(outputs)), key=order.__getitem__)
     lasts = [max(order[node] for node in part) for part in parts]
-    return [next((end for end in ends if order[end] >= last), ends[-1]) for last in lasts]
+    return [next((end for end in ends if order[end] >= last), graph.output) for last in lasts]
 
 
 # -- running parts of a graph ------------------------------------------------------------------------------------------
@@ -204,7 +233,7 @@ class _FloatPass:
         self.env: dict[fx.Node, Any] = {graph.input: images}
         self._reached = 0
         self._last_use = {source: i for i, node in enumerate(order) for source in node.all_input_nodes}
-        self._last_use |= dict.fromkeys([graph.input, graph.output], len(order))
+        self._last_use |= dict.fromkeys([graph.input, *measured(graph)], len(order))
 
     def advance(self, to: int, extra: Iterable[fx.Node] = ()) -> None:
         """Run up to operation number ``to``; values that nothing later reads are dropped unless in ``extra``."""

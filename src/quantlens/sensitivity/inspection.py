@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,7 @@ def inspect(
     keys_of = [keys for _, _, keys in named]
     told = partial(step, "one part at a time")
     settings: dict[str, Any] = {"task": getattr(model, "task", "classify"), "rows": rows, "progress": told}
+    settings["sigmoid"] = getattr(getattr(model, "detection_head", None), "scoring", "") == "sigmoid"
     effects = effects_alone(graph, plan.quantizers, keys_of, calibration, **settings)
     parts: dict[str, tuple[Part, ...]] = dict.fromkeys(by, ())
     for (kind, name, keys), effect in zip(named, effects, strict=True):
@@ -213,9 +215,9 @@ def _check_same(model: Any, quantized: QuantizedModel, calibration: Calibration)
     images = calibration.chunk(0)[:4]
     with torch.no_grad():
         expected = float_model(model).outputs(images).logits.double()
-        logits = simulate(quantized.graph, {})(images)[0]
-        logits = logits if quantized.task == "detect" else pooled(logits)
-        error = (logits.double() - expected).square().sum()
+        found = simulate(quantized.graph, {})(images)[0]
+        found = found if quantized.graph.boxes is not None else pooled(found)
+        error = (found.double() - expected).square().sum()
     if float(error) > float(expected.square().sum()) * 10 ** (-SAME_DB / 10):
         raise UnsupportedError(
             f"{quantized.method} changes the model's weights besides quantizing them, so that no site can be quantized "
@@ -227,10 +229,21 @@ def _members(graph: Graph, quantizers: Mapping[str, Any], by: str) -> dict[str, 
     """Name -> keys of the quantizers that belong to it, in graph order; parts without a quantizer are left out."""
     found: dict[str, list[str]] = {}
     for key, edge in graph.sites.edges.items():
-        name = {SITE: edge.site, BLOCK: graph.sites[edge.site].block, EDGE: key}[by]
+        name = {SITE: edge.site, BLOCK: _block_of(graph, edge.site), EDGE: key}[by]
         if name is not None and key in quantizers:
             found.setdefault(name, []).append(key)
     return found
+
+
+def _block_of(graph: Graph, site: str) -> str | None:
+    """The block of a site. What lies outside of a detector's blocks counts as parts, too (backbone, heads): the largest
+    modules that hold no block."""
+    block = graph.sites[site].block
+    if block is not None or graph.boxes is None:
+        return block
+    names = [f"{b.name}." for b in graph.sites.blocks]
+    prefixes = accumulate(site.split("."), "{}.{}".format)
+    return next((p for p in prefixes if not any(name.startswith(f"{p}.") for name in names)), site)
 
 
 def _statistics(
