@@ -167,4 +167,4 @@ def test_the_features_of_a_trained_model_stay_where_they_were(digits) -> None:
 def test_every_method_keeps_the_axes(digits, method) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert near(digits["model"], digits["calibration"], method, "W8A8") > 0.95
+        assert near(digits["model"], digits["calibration"][:16], method, "W8A8") > 0.95
