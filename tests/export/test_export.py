@@ -299,6 +299,9 @@ def test_wrong_files_are_named(loaded, tmp_path):
     with pytest.raises(BadWeightsError, match="no exported model"):
         Artefact(tmp_path / "absent.onnx")
     (tmp_path / "damaged.onnx").write_bytes(b"not a model")
+    with pytest.raises(BadWeightsError, match="is no model: it is text"):
+        Artefact(tmp_path / "damaged.onnx")
+    (tmp_path / "damaged.onnx").write_bytes(b"\x08\x0a\xff\x00\xfe\x01")
     with pytest.raises(BadWeightsError, match="cannot be run"):
         Artefact(tmp_path / "damaged.onnx")
     path = export(loaded["vit"], tmp_path / "foreign.onnx")

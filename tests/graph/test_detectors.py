@@ -174,3 +174,21 @@ def test_the_length_of_a_batch_and_what_a_model_keeps(monkeypatch):
     for batch in (IMAGES, IMAGES[:1]):
         torch.testing.assert_close(graph(batch), module(batch))
     assert "len" not in globals()
+
+
+def test_a_mean_with_given_weights_is_no_layer():
+    """As D-FINE makes a place of a distribution over bins."""
+
+    class Bins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 5)
+            self.register_buffer("bins", torch.linspace(-1, 1, 5))
+
+        def forward(self, images):
+            return nn.functional.linear(self.fc(images.mean((1, 2))).softmax(-1), self.bins)
+
+    module = Bins().eval()
+    graph = capture(module, IMAGES)
+    assert [site.name for site in graph.sites] == ["fc"]
+    torch.testing.assert_close(graph(IMAGES), module(IMAGES))

@@ -111,7 +111,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda p: p.name)
 def test_examples_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("QUANTLENS_DATA", "IMAGENET", "OOD"):
+    for name in ("QUANTLENS_DATA", "IMAGENET", "OOD", "COCO"):
         monkeypatch.setenv(name, "/data")
     config = load_config(path)
     assert config.calibration is not None

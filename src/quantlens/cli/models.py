@@ -1,7 +1,7 @@
 """`quantlens models`: names that MODEL may be."""
 
 import fnmatch
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,11 +48,29 @@ def models(
             raise QuantlensError(f"no model matches {filter!r}; try a wider pattern, such as '*{filter.strip('*')}*'")
         print("\n".join(found))
         return
-    rows = [(name, entry.description) for name, entry in zoo.available().items()]
-    _common.console().print(_common.table(["name", "what it is"], rows, title="Models that ship with quantlens"))
+    rows = [(name, entry.description, *_measured(entry.card())) for name, entry in zoo.available().items()]
+    heads = ["name", "what it is", "parameters", "measured", "AUPR-out"]
+    title = "Models that ship with quantlens"
+    _common.console().print(
+        _common.table(heads, rows, title=title, right={"parameters"}, whole={"name", "measured", "AUPR-out"})
+    )
     print("Any vision transformer of timm by its name, with or without the tag of its weights:")
     for example in EXAMPLES:
         print(f"  {example}")
-    print("Any image classifier or image encoder of Hugging Face, by its ID or the folder of save_pretrained:")
+    print(
+        "Any image classifier, image encoder or detection transformer of Hugging Face, by its ID or the folder of "
+        "save_pretrained:"
+    )
     print("  hf:google/vit-base-patch16-224")
+    print("  hf:facebook/detr-resnet-50")
     print("`quantlens models --filter 'vit*'` lists names; add --tags for the weights of the hub.")
+
+
+def _measured(card: dict[str, Any]) -> tuple[str, str, str]:
+    """Parameters, what the recipe measured on embedded images, and AUPR-out against each OOD set."""
+    from quantlens.metrics import METRICS
+
+    figures = card["figures"]
+    found = "\n".join(f"{METRICS[k].title} {100 * figures[k]:.1f} %" for k in ("top1", "map", "map50") if k in figures)
+    ood = "\n".join(f"{100 * one['aupr_out']:.1f} % {name}" for name, one in figures.get("ood", {}).items())
+    return f"{card['num_parameters']:,}", f"{found}\n{figures['n']} images", ood

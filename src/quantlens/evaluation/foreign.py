@@ -253,7 +253,7 @@ class Foreign(About):
 
 def _joined(parts: Sequence[Outputs], n: int | None = None) -> Outputs:
     """The outputs of several batches as those of one, of the first n images."""
-    columns = zip(*parts, strict=True)
+    columns = zip(*((part.logits, part.features, part.boxes) for part in parts), strict=True)
     return Outputs(*(None if column[0] is None else torch.cat(column)[:n] for column in columns))
 
 

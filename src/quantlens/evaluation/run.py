@@ -37,7 +37,7 @@ from quantlens.metrics import (
     score_histograms,
     similarity,
 )
-from quantlens.models import class_names
+from quantlens.models.loading import class_names
 
 
 @isolated
@@ -137,8 +137,8 @@ def _compare_outputs(result: Result, run: "Run") -> None:
     found = plain(similarity(*run.embeddings))
     if not run.same_axes:
         reason = (
-            f"says nothing: {result.method} folds the last LayerNorm into the classifier or rotates what it reads; "
-            "quantize the model with task='features', which leaves its classifier out"
+            f"says nothing: {result.method} folded the last LayerNorm into the classifier or rotated what it reads, "
+            "and this older checkpoint does not say how; quantize the model again"
         )
         result.metrics_unavailable |= dict.fromkeys(("cosine", "cosine_p5"), reason)
         found = {"cka": found["cka"]}
@@ -206,8 +206,9 @@ class Run:
         moved = [name for name, info in self.scores.items() if info.needs_features]
         if not self.same_axes and self.task != "features" and moved and sets.ood and sets.fit is not None:
             warnings.warn(
-                f"{model.method} folds the last LayerNorm into the classifier or rotates what it reads, so that "
-                f"{', '.join(moved)} see features on other axes than FP32: their change is not quantization's alone",
+                f"{model.method} folded the last LayerNorm into the classifier or rotated what it reads, and this "
+                f"older checkpoint does not say how: {', '.join(moved)} see features on other axes than FP32, so that "
+                "their change is not quantization's alone; quantize the model again",
                 QuantlensWarning,
                 stacklevel=3,
             )

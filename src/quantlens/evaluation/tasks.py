@@ -88,11 +88,11 @@ def embedding(model: Any, outputs: Any) -> Any:
 
 
 def same_axes(model: Any, reference: Any) -> bool:
-    """Whether the features that a quantized classifier reads have the axes of the FP32 model's, so that their cosine
-    says something: not where the last LayerNorm went into the classifier, nor after a rotation. True where no graph
-    tells."""
+    """Whether a quantized classifier's features have the axes of the FP32 model's: not those of an older checkpoint,
+    which does not say how to get them back, where the last LayerNorm went into the classifier or its output was
+    rotated. True where no graph tells."""
     graphs: list[Graph] = [one.graph for one in (model, reference) if getattr(one, "graph", None) is not None]
-    if own_task(model) in ("features", "zero-shot") or len(graphs) < 2:
+    if own_task(model) in ("features", "zero-shot") or len(graphs) < 2 or graphs[0].axes:
         return True
     first, second = ({name: graph.tensor(name) for name in _shaping(graph)} for graph in graphs)
     return first.keys() == second.keys() and all(

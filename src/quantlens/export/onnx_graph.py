@@ -224,11 +224,13 @@ class Emitter:
         assert weight is not None
 
         def turned(values: Tensor) -> Tensor:
-            return values.T if transpose else values
+            return values.mT if transpose and values.dim() > 1 else values
 
         if key is None:
             return self.constant(turned(weight), f"{name}.T" if transpose else name)
         quantizer: Any = self.quantizers[key]
+        if weight.dim() == 1:  # of a product with a vector, which no kernel takes as codes
+            return self.constant(quantizer(weight), f"{key}.value")
         if not is_integer(quantizer, WEIGHT_TYPES):
             self._check_simulated(key, quantizer)
             return self.constant(turned(quantizer(weight)), f"{key}.value")

@@ -17,6 +17,7 @@ from quantlens.errors import CaptureError, QuantlensError
 from quantlens.graph.structure import Structure, boxes_of
 
 EdgeHook = Callable[[str, Tensor], Tensor]
+Steps = tuple[tuple[Tensor, Tensor], ...]
 
 VIEWS = {
     "aten.reshape.default",
@@ -99,6 +100,8 @@ class Graph(nn.Module):
     fx: the :class:`torch.fx.Graph`.
     root: module that holds the parameters and constants under their qualified names.
     structure: what the model takes and returns, of which the graph's inputs and outputs are the tensors.
+    axes: of the classifier's layers, by weight, what they read in the captured model, of what they read after exact
+    transforms: steps x ← T·x + shift, given as (T, shift), the latest transform's first (see :func:`on_axes`).
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph, structure: Structure | None = None):
@@ -106,6 +109,7 @@ class Graph(nn.Module):
         self.root = root
         self.fx = graph
         self.structure = Structure() if structure is None else structure
+        self.axes: dict[str, Steps] = {}
         self._sites: Any = None
         self._module: fx.GraphModule | None = None
 
@@ -230,12 +234,15 @@ class Graph(nn.Module):
         if not share:
             tensors = {name: value.detach().clone() for name, value in tensors.items()}
         twin = Graph(tensor_tree(tensors), copy_graph(self.fx), self.structure)
+        twin.axes = dict(self.axes)
         twin.train(self.training)
         return twin
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Graph":
         """What :meth:`to` and its like do."""
         super()._apply(*args, **kwargs)
+        moved = args[0]
+        self.axes = {name: tuple((moved(t), moved(shift)) for t, shift in steps) for name, steps in self.axes.items()}
         device = self.device
         for node in self.fx.nodes:
             if "device" in node.kwargs:
@@ -325,6 +332,13 @@ class Graph(nn.Module):
             env[node] = value
             return value
         raise CaptureError(f"internal: the value of {node.name} is not available in this part of the graph")
+
+
+def on_axes(values: Tensor, factor: Tensor) -> Tensor:
+    """Rows of values [N, D] times the transpose of a step's T: factors [D], or orthogonal [n, n] on every n."""
+    if factor.dim() == 1:
+        return values * factor
+    return (values.unflatten(-1, (-1, len(factor))) @ factor.T).flatten(-2)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -203,7 +203,7 @@ def _describe(
 ) -> tuple[str, str] | None:
     """kind and name of a node that depends on the pixels, ``None`` if it is no site."""
     op, module = op_name(node), node.meta.get("module", "")
-    if op == "aten.linear.default" and graph.constant(node.args[1]) is not None:
+    if op == "aten.linear.default" and _is_layer(graph, node):
         return "linear", _by_weight(node.args[1], module)
     if op in CONVS and graph.constant(node.args[1]) is not None and not argument(node, "transposed", False):
         return "conv", _by_weight(node.args[1], module)
@@ -220,6 +220,13 @@ def _describe(
     if _is_sum(node, dynamic) and not _is_logit_sum(node):
         return "add", _join(module, "add")
     return None
+
+
+def _is_layer(graph: Graph, node: fx.Node) -> bool:
+    """Whether a linear operation is one of a matrix of weights (of a vector it is a weighted mean, as in D-FINE's box
+    distributions)."""
+    weight = graph.constant(node.args[1])
+    return weight is not None and weight.dim() == 2
 
 
 def _is_sum(node: fx.Node, dynamic: set[fx.Node]) -> bool:
@@ -311,7 +318,7 @@ def classifier_terms(graph: Graph) -> list[tuple[fx.Node, float]] | None:
             return None
         op = op_name(node)
         if op == "aten.linear.default":
-            return [(node, factor)] if graph.constant(node.args[1]) is not None else None
+            return [(node, factor)] if _is_layer(graph, node) else None
         if op in SCALINGS and isinstance(node.args[1], int | float):
             number = float(node.args[1])
             return terms(node.args[0], factor / number if "div" in op else factor * number)

@@ -14,7 +14,7 @@ import numpy as np
 from quantlens.boxes import Array, Boxes, Detections
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.metrics.classification import equal_width_bins, reliability
-from quantlens.metrics.matching import AREAS, Matches, equal_pairs, greedy, groups_of, iou, match
+from quantlens.metrics.matching import AREAS, Matches, equal_pairs, iou, match, partners
 
 __all__ = [
     "Boxes",
@@ -295,11 +295,7 @@ def box_drift(quantized: Detections, reference: Detections, n_images: int) -> di
     ours, theirs = (found.take(found.scores > CONFIDENT) for found in (quantized, reference))
     theirs = theirs.take(np.argsort(theirs.scores, kind="stable"))  # of boxes that are equal the surest is taken
     ours = ours.take(np.lexsort((-ours.scores, ours.image, ours.labels)))
-    groups, objects = groups_of(ours.image, ours.labels, theirs.image, theirs.labels)
-    pairs = equal_pairs(groups, objects)
-    overlap = iou(ours.boxes[pairs[0]], theirs.boxes[pairs[1]])
-    none = np.zeros(len(theirs), dtype=bool)
-    of = greedy(pairs, overlap, groups, none, none[:, None], np.array([SAME]))[:, 0, 0]
+    of = partners(ours, theirs, SAME)
     rows, of = np.flatnonzero(of >= 0), of[of >= 0]
 
     def by_image(image: Array, weights: Array | None = None) -> Array:

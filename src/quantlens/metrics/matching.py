@@ -5,6 +5,7 @@ these matches equals what it computes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -99,6 +100,19 @@ class Matches:
     object_image: Array
     object_labels: Array
     counted: Array
+
+
+def partners(found: Detections, others: Any, at: float) -> Array:
+    """The row of `others` (boxes or detections) that each detection is matched with by class at an IoU of `at`, the
+    surest choosing first, as COCO matches; int64 [N], -1 for none."""
+    order = np.lexsort((-found.scores, found.image, found.labels))
+    ranked, crowd = found.take(order), getattr(others, "crowd", np.zeros(len(others), dtype=bool))
+    groups, objects = groups_of(ranked.image, ranked.labels, others.image, others.labels)
+    pairs = equal_pairs(groups, objects)
+    overlap = iou(ranked.boxes[pairs[0]], others.boxes[pairs[1]], crowd[pairs[1]])
+    of = np.empty(len(found), dtype=np.int64)
+    of[order] = greedy(pairs, overlap, groups, crowd, crowd[:, None], np.array([at]))[:, 0, 0]
+    return of
 
 
 def match(detections: Detections, boxes: Boxes, thresholds: Array = THRESHOLDS) -> Matches:

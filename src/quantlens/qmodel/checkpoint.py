@@ -39,6 +39,9 @@ VERSION = 3
 SAME = "same_as"
 """In place of a quantizer's configuration: another edge, whose quantizer it is."""
 
+STEP = ("factor", "shift")
+"""What is kept of each step of :attr:`quantlens.graph.Graph.axes`."""
+
 SMALL = 1 << 16
 """Bytes below which a tensor shares one with others: its entry of its own would take as much room as its values."""
 
@@ -139,11 +142,16 @@ def _content(qmodel: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]
     parts = {f"quantizer/{k}": q for k, q in plan.quantizers.items() if k not in same}
     parts |= {f"operator/{k}": o for k, o in plan.operators.items()}  # type: ignore[misc]
     tensors |= {f"{owner}/{name}": v for owner, part in parts.items() for name, v in part.tensors().items()}
+    axes = {name: len(steps) for name, steps in graph.axes.items()}
+    for name, steps in graph.axes.items():
+        for n, step in enumerate(steps):
+            tensors |= {f"axes/{name}/{n}/{what}": value for what, value in zip(STEP, step, strict=True)}
     header = {
         "version": VERSION,
         "quantlens": __version__,
         "graph": graph_to_dict(graph),
         "structure": graph.structure.to_dict(),
+        **({"axes": axes} if axes else {}),
         "quantizers": {k: {SAME: same[k]} if k in same else q.config() for k, q in plan.quantizers.items()},
         "operators": {name: o.config() for name, o in plan.operators.items()},
         "weights": weights,
@@ -243,6 +251,9 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> QuantizedMo
             codes = unpack(tensors[f"codes/{key}"], q.bits, tuple(weight["shape"]), signed=q.signed)
             values[weight["tensor"]] = q.decode(codes)
         graph = graph_from_dict(header["graph"], values, header.get("structure"))
+        for name, count in header.get("axes", {}).items():
+            steps = ([tensors[f"axes/{name}/{n}/{what}"] for what in STEP] for n in range(count))
+            graph.axes[name] = tuple((factor, shift) for factor, shift in steps)
         quantizers = {_renamed(graph, k): q for k, q in quantizers.items()}
         plan = Plan.restore(quantizers, list(header["rewrites"]), header["info"], operators)
         model = QuantizedModel(graph, plan, preprocess=Preprocess.from_dict(header["preprocess"]))

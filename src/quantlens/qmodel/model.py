@@ -15,7 +15,7 @@ from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.formats.base import Quantizer
 from quantlens.graph import Edge, Graph, graph_of
 from quantlens.qmodel.plan import FP32, Plan, Provenance
-from quantlens.qmodel.simulation import classifier_of, simulate
+from quantlens.qmodel.simulation import classifier_of, float_features, simulate
 
 CACHED = 4 << 20
 """Bytes of the largest activation that a CPU may work on at once: larger ones leave its cache between operations."""
@@ -25,14 +25,22 @@ CALLING = ("forward_with_filtered_kwargs",)
 """Functions of a part that a larger model calls in place of the part, and that do nothing but call it."""
 
 
-class Outputs(NamedTuple):
-    """What is measured of a model for a batch: logits [B, K] (or features, of a model without a classifier); features
-    [B, D] that the classifier reads, or None. Of a detector class logits [B, Q, C] and boxes [B, Q, 4]: centre x, y,
-    width, height in fractions of the input."""
-
+class _Pair(NamedTuple):
     logits: Tensor
     features: Tensor | None
-    boxes: Tensor | None = None
+
+
+class Outputs(_Pair):
+    """What is measured of a model for a batch, as a pair: logits [B, K] (or features, of a model without a classifier);
+    features [B, D] that the classifier reads, or None. Of a detector class logits [B, Q, C] and None, and ``boxes``
+    [B, Q, 4]: centre x, centre y, width, height in fractions of the input."""
+
+    boxes: Tensor | None
+
+    def __new__(cls, logits: Tensor, features: Tensor | None, boxes: Tensor | None = None) -> "Outputs":
+        made = super().__new__(cls, logits, features)
+        made.boxes = boxes
+        return made
 
 
 def pooled(logits: Tensor) -> Tensor:
@@ -81,11 +89,12 @@ class QuantizedModel(nn.Module):
         return self.graph.structure.result(outputs)
 
     def outputs(self, *args: Any, **kwargs: Any) -> Outputs:
-        """Logits and the features that the classifier reads (before its own input quantizer), of images or of what else
-        the float module takes; tokens and feature maps :func:`pooled`."""
+        """Logits and the features that the classifier reads (before its own input quantizer, on the float model's
+        axes), of images or of what else the float module takes; tokens and feature maps :func:`pooled`."""
         logits, features, everything = self._run(self.graph.tensors_of(args, kwargs))
         if self.task != "detect":
-            return Outputs(pooled(logits), features)
+            with plain_arithmetic():
+                return Outputs(pooled(logits), None if features is None else float_features(self.graph, features))
         if self.graph.boxes is None:
             raise UnsupportedError(f"{self.name} gives no class logits [B, Q, C] and boxes [B, Q, 4]")
         return Outputs(logits, None, everything[self.graph.outputs.index(self.graph.boxes)])

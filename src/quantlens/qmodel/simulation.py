@@ -7,7 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlens.formats.base import Operator, Quantizer
-from quantlens.graph import Edge, Graph, classifier_terms, put_tensor, replace_argument, tensor_tree
+from quantlens.graph import Edge, Graph, classifier_terms, on_axes, put_tensor, replace_argument, tensor_tree
+
+LEAST = 1e-3
+"""Factor of a channel of a classifier's input, in units of the largest one's, from which on its weight is divided by
+it."""
 
 
 def simulate(
@@ -119,8 +123,22 @@ class _Simulation:
             return self.graph.fx.call_function(torch.cat, (sources, 1))
 
 
+def float_features(graph: Graph, features: Tensor) -> Tensor:
+    """Features [B, D] of the simulation on the axes that the float model has them on: exact transforms of what the
+    classifier reads undone."""
+    if not graph.axes:
+        return features
+    sources = {node.args[0]: str(node.args[1].target) for node, _ in classifier_terms(graph) or ()}  # type: ignore[union-attr]
+    parts = list(features.split([source.meta["shape"][-1] for source in sources], dim=1))  # type: ignore[union-attr]
+    for number, name in enumerate(sources.values()):
+        for factor, shift in graph.axes.get(name, ()):
+            parts[number] = on_axes(parts[number], factor)[:, : len(shift)] + shift
+    return torch.cat(parts, 1)
+
+
 def classifier_of(graph: Graph, quantizers: Mapping[str, Quantizer]) -> tuple[Tensor, Tensor] | None:
-    """Weight [K, D] and bias [K] of the classifier under ``quantizers``, for the features of the simulation."""
+    """Weight [K, D] and bias [K] of the classifier under ``quantizers``, for features on the axes of the float model
+    (:func:`float_features`)."""
     terms = classifier_terms(graph)
     if not terms:
         return None
@@ -132,9 +150,20 @@ def classifier_of(graph: Graph, quantizers: Mapping[str, Quantizer]) -> tuple[Te
             weight = graph.tensor(site.weight)  # type: ignore[arg-type]
             quantizer = quantizers.get(f"{site.name}.weight")
             weight = factor * (quantizer(weight) if quantizer is not None else weight)
+            for change, shift in graph.axes.get(str(site.weight), ()):
+                weight = on_axes(weight.double(), _inverse_transpose(change.double()))[:, : len(shift)]
+                bias = bias - weight @ shift.double()
             source = node.args[0]
             weights[source] = weights[source] + weight if source in weights else weight  # type: ignore[index]
             if site.bias is not None:
                 bias = bias + factor * graph.tensor(site.bias)
-        weight = torch.cat(list(weights.values()), dim=1)
-        return weight, bias + torch.zeros(weight.shape[0], device=weight.device)
+        weight = torch.cat(list(weights.values()), dim=1).float()
+        return weight, (bias + torch.zeros(weight.shape[0], device=weight.device)).float()
+
+
+def _inverse_transpose(factor: Tensor) -> Tensor:
+    """Of a step of :attr:`Graph.axes`, the transpose of T⁻¹, as :func:`on_axes` takes it: T itself is orthogonal. A
+    channel that T (next to) takes away is 0: a quantized weight divided by next to nothing would be all error."""
+    if factor.dim() == 2:
+        return factor
+    return torch.where(factor.abs() > LEAST * factor.abs().max(), 1 / factor, 0)

@@ -59,7 +59,7 @@ def page_context(board: Any) -> dict[str, Any]:
     from quantlens.plots import FIGURES
     from quantlens.plots.precisions import GroupLines
     from quantlens.plots.style import GLYPHS
-    from quantlens.report import attention, frontier, inspection, runinfo, summary, tables
+    from quantlens.report import attention, boxes, frontier, inspection, runinfo, summary, tables
     from quantlens.report.decision import decision
     from quantlens.studies import text
 
@@ -81,6 +81,7 @@ def page_context(board: Any) -> dict[str, Any]:
         "table_2": tables.table_2(board),
         "widths": frontier.widths(board),
         "layers": inspection.layers(board),
+        "boxes": boxes.boxes(board),
         "attention": attention.attention(board),
         "link_columns": attention.LINK_COLUMNS,
         "deltas": tables.delta_table(board),

@@ -1,11 +1,12 @@
-"""The main job on what ships with the package: a study of the embedded model on the embedded images, and its report."""
+"""The main job on what ships with the package: a study of an embedded model on embedded images, and its report."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from quantlens import zoo
-from quantlens.errors import QuantlensError
+from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.evaluation.environment import cores
 from quantlens.methods.registry import available
 from quantlens.report.build import write_report
@@ -20,36 +21,69 @@ SEEDS = (0, 13, 37)
 CALIBRATION_IMAGES = 32
 
 
+class Demo(NamedTuple):
+    """What is quantized, and how, unless a person says otherwise. slice: of the sets that are evaluated."""
+
+    model: str
+    methods: tuple[str, ...]
+    bits: tuple[str, ...]
+    seeds: tuple[int, ...]
+    slice: str = ""
+
+
+DEMOS = {
+    "classify": Demo(MODEL, METHODS, BITS, SEEDS),
+    "detect": Demo(
+        "scenes-detr",
+        ("minmax", "percentile", "easyquant", "bit-split", "vt-ptq", "aocq", "quantlens-fast"),
+        ("FP32", "W8A8", "W6A6", "W4A4"),
+        (0,),
+        "[:256]",
+    ),
+}
+"""By task."""
+
+
+def demo_of(task: str) -> Demo:
+    """The demo of a task. Raises UnknownNameError for a task without one."""
+    if task not in DEMOS:
+        raise UnknownNameError("demo", task, DEMOS, "tasks: " + ", ".join(DEMOS))
+    return DEMOS[task]
+
+
 def run_demo(
     out_dir: str | os.PathLike[str],
-    methods: Sequence[str] = METHODS,
-    bits: Sequence[str] = BITS,
-    seeds: Sequence[int] = SEEDS,
+    methods: Sequence[str] | None = None,
+    bits: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
     *,
+    task: str = "classify",
     scores: Sequence[str] | None = None,
     progress: bool | Quiet = True,
     workers: int | None = None,
 ) -> tuple[Summary, Path]:
-    """Quantize the embedded model by each method (("all",): by every one there is) at each precision with each seed,
-    evaluate, and write the report.
+    """Quantize the embedded model of a task by each method (("all",): by every one there is) at each precision with
+    each seed, evaluate, and write the report. None: what :data:`DEMOS` has.
 
     workers: processes that share the work; two where there are two cores, as the model is too small to use both itself.
     Resumes like any study. Returns the study's summary and the path of the report. Raises QuantlensError when every
     cell failed.
     """
+    demo = demo_of(task)
+    methods = demo.methods if methods is None else methods
     if tuple(methods) == ("all",):
         methods = [name for name in available() if name != "fp32"]
-    sources = zoo.available()[MODEL].sources
+    sources = zoo.available()[demo.model].sources
     study = {
-        "name": "quantlens demo",
-        "models": [MODEL],
+        "name": "quantlens demo" if task == "classify" else "quantlens demo: a detector",
+        "models": [demo.model],
         "methods": list(methods),
-        "bits": list(bits),
-        "seeds": list(seeds),
+        "bits": list(demo.bits if bits is None else bits),
+        "seeds": list(demo.seeds if seeds is None else seeds),
         "calibration": {"source": sources.calibration, "n": CALIBRATION_IMAGES},
-        "id": sources.id,
-        "ood": sources.ood,
-        "fit": sources.fit,
+        "id": sources.id + demo.slice,
+        "ood": {name: {**one, "source": one["source"] + demo.slice} for name, one in sources.ood.items()},
+        "fit": sources.fit if task == "classify" else None,
         "scores": None if scores is None else list(scores),
         "device": "cpu",
     }

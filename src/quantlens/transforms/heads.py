@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.graph import ADDS, SCALINGS, VIEWS, Graph, Site, example_sizes, moved, op_name, walk
-from quantlens.transforms.layers import add_to_bias, alone
+from quantlens.transforms.layers import add_to_bias, alone, change_input
 from quantlens.transforms.norms import NormGroup, find_norm_groups, keeps_channels_last, rescale_norm
 from quantlens.transforms.rotation import orthogonal
 
@@ -115,7 +115,7 @@ def rescale_values(graph: Graph, pair: ValuePair, scale: Tensor) -> None:
     """Divide v by ``scale`` [C] > 0 (in the order of ``pair.rows``) and undo it in proj's columns, exactly."""
     scale = scale.to(graph.device, torch.float64)
     _change_rows(graph, pair.values, pair.rows, lambda rows: rows / scale.view(-1, *[1] * (rows.dim() - 1)))
-    graph.change(str(pair.proj.weight), lambda weight: weight * scale[pair.of.to(weight.device)])
+    change_input(graph, pair.proj, lambda weight: weight * scale[pair.of.to(weight.device)])
 
 
 def rotate_values(graph: Graph, pair: ValuePair, generator: torch.Generator) -> None:
@@ -130,7 +130,7 @@ def rotate_values(graph: Graph, pair: ValuePair, generator: torch.Generator) -> 
         weight[:, place.to(weight.device)] = torch.einsum("ohd,hed->ohe", columns, rotation.to(weight.device))
         return weight
 
-    graph.change(str(pair.proj.weight), turned)
+    change_input(graph, pair.proj, turned)
 
 
 def rotate_scores(graph: Graph, pair: ScorePair, generator: torch.Generator) -> None:
@@ -244,6 +244,7 @@ class MeanSubtraction:
             add_to_bias(graph, context.values, -mean, context.rows)
             weight = graph.tensor(str(context.proj.weight)).double()
             add_to_bias(graph, context.proj, weight @ means[key].to(weight.device))
+            change_input(graph, context.proj, shift=means[key])
         graph.invalidate()
         done = {"LayerNorms": len(self.norms), "keys": len(self.keys), "attention outputs": len(self.outputs)}
         found = ", ".join(f"{count} {what}" for what, count in done.items() if count)

@@ -4,13 +4,13 @@ channels), channels in another order.
 What it computes together with them stays as it is, to float rounding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from quantlens.graph import Graph, Site, argument, op_name, origin, replace_argument
+from quantlens.graph import Graph, Site, argument, classifier_terms, op_name, origin, replace_argument
 
 aten = torch.ops.aten
 
@@ -45,6 +45,37 @@ def add_to_bias(graph: Graph, layer: Site, value: Tensor, channels: Tensor | Non
         return bias
 
     graph.change(ensure_bias(graph, layer), added)
+
+
+def change_input(
+    graph: Graph, layer: Site, new: Callable[[Tensor], Tensor] | None = None, shift: Tensor | None = None
+) -> None:
+    """Let a linear layer read x' in place of x = T·x' + shift: its weight becomes ``new(weight)``, which is W·T in
+    float64 (None: T = 1); its bias is the caller's. Of the classifier the graph notes what x is: its features stay on
+    the axes of the captured model."""
+    name = str(layer.weight)
+    if is_classifier(graph, layer):
+        factor = torch.eye(graph.tensor(name).shape[1], dtype=torch.float64, device=graph.device)
+        factor = factor if new is None else new(factor)
+        scale = factor.diagonal()
+        note_input(graph, layer, scale if torch.equal(factor, scale.diag()) else factor, shift)
+    if new is not None:
+        graph.change(name, new)
+
+
+def is_classifier(graph: Graph, layer: Site) -> bool:
+    """Whether a linear layer is one of those whose sum is the model's output."""
+    return any(node is layer.node for node, _ in classifier_terms(graph) or ())
+
+
+def note_input(graph: Graph, layer: Site, factor: Tensor, shift: Tensor | None) -> None:
+    """Note of a layer of the classifier that what it read is T·x + shift [D] of what it reads now. factor: T, as
+    :func:`quantlens.graph.on_axes` takes it."""
+    name = str(layer.weight)
+    weight = graph.tensor(name)
+    shift = torch.zeros(weight.shape[1]) if shift is None else shift
+    step = (factor.to(weight), shift.to(weight))
+    graph.axes[name] = (step, *graph.axes.get(name, ()))
 
 
 def fold_layer_scale(graph: Graph) -> list[str]:
@@ -130,8 +161,7 @@ def permute_hidden(graph: Graph, first: Site, second: Site, order: Tensor) -> No
     for name in (first.weight, first.bias):
         if name is not None:
             graph.set_tensor(name, graph.tensor(name)[order.to(graph.tensor(name).device)].contiguous())
-    weight = graph.tensor(str(second.weight))
-    graph.set_tensor(str(second.weight), weight[:, order.to(weight.device)].contiguous())
+    change_input(graph, second, lambda weight: weight[:, order.to(weight.device)])
 
 
 def hidden_source(graph: Graph, linear: Site) -> Site | None:

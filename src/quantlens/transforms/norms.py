@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from quantlens.errors import QuantlensError
 from quantlens.graph import Graph, Site, argument, op_name, walk
-from quantlens.transforms.layers import add_to_bias, alone
+from quantlens.transforms.layers import add_to_bias, alone, change_input
 
 RESHAPES = (
     "aten.reshape.default",
@@ -86,7 +86,7 @@ def rescale_norm(graph: Graph, group: NormGroup, scale: Tensor, shift: Tensor) -
     scale, shift = (t.to(graph.tensor(gamma).device, torch.float64) for t in (scale, shift))
     for linear in group.linears:
         add_to_bias(graph, linear, (graph.tensor(str(linear.weight)).double() * scale) @ shift)
-        graph.change(str(linear.weight), lambda weight: weight * scale)
+        change_input(graph, linear, lambda weight: weight * scale, scale * shift)
     graph.change(gamma, lambda value: value / scale)
     graph.change(beta, lambda value: value / scale - shift)
 
@@ -99,7 +99,7 @@ def fold_norm(graph: Graph, group: NormGroup) -> None:
     gamma, beta = (graph.tensor(name).double() for name in group.parameters)
     for linear in group.linears:
         add_to_bias(graph, linear, graph.tensor(str(linear.weight)).double() @ beta)
-        graph.change(str(linear.weight), lambda weight: weight * gamma)
+        change_input(graph, linear, lambda weight: weight * gamma, beta)
     for name, new in zip(group.parameters, (torch.ones_like, torch.zeros_like), strict=True):
         graph.change(name, new)
 

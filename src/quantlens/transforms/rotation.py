@@ -36,7 +36,15 @@ from quantlens.graph import (
     replace_argument,
     walk,
 )
-from quantlens.transforms.layers import ACTIVATIONS, add_to_bias, alone, with_constant
+from quantlens.transforms.layers import (
+    ACTIVATIONS,
+    add_to_bias,
+    alone,
+    change_input,
+    is_classifier,
+    note_input,
+    with_constant,
+)
 from quantlens.transforms.norms import NormGroup, find_norm_groups, fold_norm, keeps_channels_last
 
 aten = torch.ops.aten
@@ -177,8 +185,10 @@ def rotate_residual(graph: Graph, residual: Residual, rotation: Tensor) -> None:
         graph.change(str(site.weight), lambda weight: (q @ weight.flatten(1)).reshape(weight.shape))
         if site.bias is not None:
             graph.change(site.bias, lambda bias: q @ bias)
-    for name in (*residual.constants, *(str(linear.weight) for group in residual.norms for linear in group.linears)):
+    for name in residual.constants:
         graph.change(name, lambda value: value @ q.T)
+    for linear in (linear for group in residual.norms for linear in group.linears):
+        change_input(graph, linear, lambda weight: weight @ q.T)
     graph.invalidate()
 
 
@@ -237,6 +247,8 @@ def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | No
         held = graph.unused(linear.name, ROTATION)
     precise = rotation.to(weight.device, torch.float64)
     turned = weight.double().unflatten(1, (blocks, size)) @ precise
+    if is_classifier(graph, linear):
+        note_input(graph, linear, precise, mean)
     graph.set_tensor(name, turned.flatten(1).to(weight.dtype))
     if missing:
         source = graph.insert(node, aten.constant_pad_nd.default, (source, [0, missing]), (*lead, weight.shape[1]))

@@ -29,13 +29,13 @@ document.addEventListener("DOMContentLoaded", () => {
   });
 
   // Selectors: a chart or table that belongs to a score or a precision shows when that one is chosen.
-  const names = ["score", "bits", "group", "picture"];
+  const names = ["score", "bits", "group", "picture", "scene"];
   const choices = Object.fromEntries(names.map((name) => [name, document.getElementById(`choose-${name}`)]));
   const chosen = (name) => (choices[name] ? choices[name].value : "");
   const fits = (element, name) => !element.dataset[name] || !chosen(name) || element.dataset[name] === chosen(name);
   const showChoices = () => {
     charts.choose(Object.fromEntries(["score", "bits"].filter(chosen).map((name) => [name, chosen(name)])));
-    for (const element of all("[data-score], [data-bits], [data-group], [data-picture]")) {
+    for (const element of all("[data-score], [data-bits], [data-group], [data-picture], [data-scene]")) {
       element.classList.toggle("alt", !names.every((name) => fits(element, name)));
     }
     for (const name of ["score", "bits"]) {
@@ -120,7 +120,7 @@ document.addEventListener("DOMContentLoaded", () => {
       filterRows();
     });
   }
-  for (const name of ["bits", "group", "picture"]) if (choices[name]) choices[name].addEventListener("change", showChoices);
+  for (const name of ["bits", "group", "picture", "scene"]) if (choices[name]) choices[name].addEventListener("change", showChoices);
 
   // Legend: an entry hides or shows its lines in every chart.
   for (const button of all(".legend button")) {
