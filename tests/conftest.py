@@ -13,7 +13,9 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / "studies"), str(HERE / "report"), str(HERE)]  # study_fakes, report_fakes, plugin_state
+sys.path[:0] = [
+    str(HERE / folder) for folder in ("studies", "report", "graph", "")
+]  # study_fakes, report_fakes, hf_models …
 torch.set_num_threads(int(os.environ.get("QUANTLENS_TEST_THREADS", "1")))
 
 LIMIT = "ONEDNN_MAX_CPU_ISA"

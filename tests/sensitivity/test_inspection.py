@@ -14,6 +14,7 @@ from quantlens.calibration import CHUNK
 from quantlens.data import Preprocess
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.methods.base import matmul_operand_edges
+from quantlens.metrics.divergence import BOX_WEIGHT
 from quantlens.qmodel import Plan, QuantizedModel
 from quantlens.sensitivity import inspect
 
@@ -221,29 +222,40 @@ def test_public_face_and_mixed_precision(loaded, pictures):
         assert set(inside) <= {f"W{bits}A{bits}", f"A{bits}"}
 
 
-class _Boxes(nn.Module):
+class Detects(nn.Module):
+    """Class logits and boxes of four tokens."""
+
     def __init__(self):
         super().__init__()
-        self.patch, self.norm = nn.Conv2d(3, 8, 8, 8), nn.LayerNorm(8)
-        self.classify, self.place, self.last = (nn.Linear(8, n) for n in (3, 8, 4))
+        self.body, self.mix = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 8)
+        self.kind, self.box = nn.Linear(8, 3), nn.Linear(8, 4)
 
     def forward(self, images):
-        x = self.norm(self.patch(images).flatten(2).mT)
-        return {"logits": self.classify(x), "pred_boxes": self.last(self.place(x).relu()).sigmoid()}
+        x = self.mix(self.body(images).flatten(2).mT.relu())
+        return {"pred_boxes": self.box(x).sigmoid(), "logits": self.kind(x)}
 
 
-def test_a_detector_s_boxes_are_measured_and_its_parts_named():
+def test_a_detector_is_inspected_by_its_class_logits_and_boxes():
     torch.manual_seed(0)
-    module, images = _Boxes().eval(), torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    model = ql.load_model(module, preprocess=Preprocess((3, 16, 16), resize=(16, 16)))
-    found = ql.inspect(model, images, "W4A4")
-    assert [part.name for part in found.blocks] == ["patch", "classify", "place", "last"]
-    effects = {part.name: part.effect for part in found.blocks}
-    bits = {"default": "FP32", "place": "W4A4"}
-    boxes = ql.quantize(model, images, method="minmax", bits=bits).outputs(images).boxes.double()
+    square = Preprocess((3, 16, 16), resize=(16, 16))
+    model = ql.load_model(Detects().eval(), preprocess=square, class_names=["cat", "dog"])
+    images = torch.randn(8, 3, 16, 16)
+    quantized = ql.quantize(model, images, method="minmax", bits="W4A4")
+    parts = {part.name: part for part in inspect(model, images, bits="W4A4", by="site").parts["site"]}
+    keys = [edge.key for edge in parts["mix"].edges]
+    plan = Plan({k: quantized.plan.quantizers[k] for k in keys})
+    alone = QuantizedModel(quantized.graph.clone(), plan, preprocess=None)
     with torch.no_grad():
-        expected = module(images)["pred_boxes"].double()
-    noise = (boxes - expected).square().sum() / expected.square().sum() / 2  # the logits have none
-    assert effects["place"].sqnr_db == pytest.approx(float(-10 * noise.log10()), abs=1e-3)
-    assert effects["place"].changed == 0.0 < effects["place"].kl
-    assert effects["patch"].kl > effects["classify"].kl > 0
+        before, after = (m(images) for m in (quantized.graph, alone))
+    (z, boxes), (got, moved) = ((x["logits"].double(), x["pred_boxes"].double()) for x in (before, after))
+    kl = nn.functional.kl_div(got.log_softmax(-1), z.log_softmax(-1), log_target=True, reduction="sum") / 32
+    relative = (moved - boxes) / boxes[..., 2:].repeat(1, 1, 2)
+    objects = 1 - z.softmax(-1)[..., -1]
+    effect = parts["mix"].effect
+    assert effect.kl == pytest.approx(float(kl + BOX_WEIGHT * (relative.square().sum(-1) * objects).mean()), rel=1e-3)
+    noise = [(y - x).square().sum() / x.square().sum() for x, y in ((z, got), (boxes, moved))]
+    assert effect.sqnr_db == pytest.approx(-10 * math.log10(sum(noise) / 2), abs=0.02)
+    assert effect.changed == pytest.approx(float((got.argmax(-1) != z.argmax(-1)).double().mean()))
+    assert parts["box"].effect.changed == 0.0 < parts["box"].effect.kl
+    blocks = inspect(model, images, bits="W4A4").blocks
+    assert {part.name for part in blocks} == {"body", "mix", "kind", "box"}

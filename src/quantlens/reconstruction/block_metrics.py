@@ -146,9 +146,8 @@ class _Probe:
 
     def _damage(self, batch: Values, after: Values) -> Tensor:
         logits = [x[self.graph.output] / self.temperature for x in (batch, after)]
-        choices = [as_choices(x) for x in logits] if self.sigmoid else logits
-        expected, got = (x.log_softmax(-1) for x in choices)
-        total = kl_divergence(expected, got, "sum")
+        expected, got = (as_choices(x) if self.sigmoid else x for x in logits)
+        total = kl_divergence(expected.log_softmax(-1), got.log_softmax(-1), "sum")
         if self.boxes is not None:
             found, objects = after[self.boxes], objects_of(logits[0], self.sigmoid)
             total = total + box_error(found, batch[self.boxes], objects) * len(found)

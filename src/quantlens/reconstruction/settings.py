@@ -105,7 +105,8 @@ class MetricLoss:
 
     def __call__(self, got: Tensor, expected: Tensor, context: Context) -> Tensor:
         if context.is_logits:
-            got, expected = (as_choices(z) if self.sigmoid else z for z in (got, expected))
+            if self.sigmoid:
+                got, expected = as_choices(got), as_choices(expected)
             return divergence(got, expected, context)
         if context.objects is not None:
             return box_error(got, expected, context.objects)

@@ -39,8 +39,8 @@ class Effect:
     changes. kl: mean KL(softmax z ‖ softmax ẑ), nats per image, of sigmoids the sum over labels. changed: share of
     images whose top class, or one of whose labels, changes. Both None of a model that gives features.
 
-    Of a detector: noise is the mean of that of the logits and that of the boxes, each relative to its own signal; kl is
-    summed over queries, and the boxes' :func:`.box_error` is added; changed is the share of queries.
+    Of a detector: noise is the mean of that of the logits and of the boxes, each relative to its own signal; kl and
+    changed are means over queries, and the boxes' :func:`.box_error` is added to kl.
     """
 
     sqnr_db: float | None
@@ -143,13 +143,13 @@ class _Run:
         pairs = list(zip(self._expected, found, strict=True))
         self.noise[part] += torch.stack([(got - expected).square().sum() for expected, got in pairs])
         before, after = (as_choices(z) if self.sigmoid else z for z in pairs[0])
-        self.kl[part] += kl_of_logits(before, after).sum()
+        queries = found[0].shape[1] if found[0].dim() == 3 else 1  # of a detector
+        self.kl[part] += kl_of_logits(before, after).sum() / queries
         changed = before.argmax(-1) != after.argmax(-1)
-        changed = changed.any(-1) if self.sigmoid else changed
-        self.changed[part] += changed.sum() if changed.dim() == 1 else changed.double().mean(1).sum()
+        self.changed[part] += (changed.any(-1) if self.sigmoid else changed).sum() / queries
         for expected, got in pairs[1:]:
             objects = objects_of(pairs[0][0], self.sigmoid)
-            self.kl[part] += box_error(got, expected, objects) * len(got)
+            self.kl[part] += box_error(got, expected, objects) * len(got) / queries
 
     def _run(self, env: dict[fx.Node, Any], ends: list[fx.Node], hook: Hook | None = None) -> list[Tensor]:
         found = self.graph.run(part_between(self.graph, env, ends), dict(env), hook=hook, keep=ends)

@@ -215,9 +215,9 @@ def _check_same(model: Any, quantized: QuantizedModel, calibration: Calibration)
     images = calibration.chunk(0)[:4]
     with torch.no_grad():
         expected = float_model(model).outputs(images).logits.double()
-        found = simulate(quantized.graph, {})(images)[0]
-        found = found if quantized.graph.boxes is not None else pooled(found)
-        error = (found.double() - expected).square().sum()
+        logits = simulate(quantized.graph, {})(images)[0]
+        logits = logits if quantized.task == "detect" else pooled(logits)
+        error = (logits.double() - expected).square().sum()
     if float(error) > float(expected.square().sum()) * 10 ** (-SAME_DB / 10):
         raise UnsupportedError(
             f"{quantized.method} changes the model's weights besides quantizing them, so that no site can be quantized "
