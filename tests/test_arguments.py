@@ -123,7 +123,7 @@ CALLS: list[tuple[Callable[[Any, Any], Any], str]] = [
     (lambda m, q: ql.load_model("vit_tiny_patch16_224", input_size=float("nan")), "input_size is nan"),
     (lambda m, q: ql.load_model("hf:"), "hf: is no model"),
     (lambda m, q: ql.load_model(f"hf:{__file__}"), "is no model; write hf:DIR"),
-    (lambda m, q: ql.load_model(__file__), "is a file or folder"),
+    (lambda m, q: ql.load_model(__file__), "is text, which begins with"),
     (lambda m, q: ql.load_model("absent.onnx"), "absent.onnx is a file or folder"),
     (lambda m, q: ql.compare(q, q), "a QuantizedModel is no result"),
     (lambda m, q: ql.recommend(m, "embedded:digits-test", minutes=float("nan")), "minutes is nan"),

@@ -299,7 +299,7 @@ def test_wrong_files_are_named(loaded, tmp_path):
     with pytest.raises(BadWeightsError, match="no exported model"):
         Artefact(tmp_path / "absent.onnx")
     (tmp_path / "damaged.onnx").write_bytes(b"not a model")
-    with pytest.raises(BadWeightsError, match="is no model: it is text"):
+    with pytest.raises(BadWeightsError, match="it is text, which begins with"):
         Artefact(tmp_path / "damaged.onnx")
     (tmp_path / "damaged.onnx").write_bytes(b"\x08\x0a\xff\x00\xfe\x01")
     with pytest.raises(BadWeightsError, match="cannot be run"):
