@@ -54,6 +54,7 @@ def test_the_page_shows_all_four(folder):
     assert {c[1] for c in commands()} == {"methods", "quantize", "evaluate"}
 
 
+@pytest.mark.slow
 def test_the_command_lines_run(folder, capsys, monkeypatch):
     """Each as in a process of its own: what the one before it loaded is forgotten."""
     monkeypatch.setenv("COLUMNS", "120")

@@ -112,6 +112,7 @@ def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, monkeypatch, argum
     assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
+@pytest.mark.slow
 def test_misspelt_key_of_a_study(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text("modles: [digits-vit]\nbits: [W4A4]\n")
     run = program("study", str(tmp_path / "study.yaml"))

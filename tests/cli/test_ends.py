@@ -62,6 +62,7 @@ def test_nobody_reads(command: str, tail: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_result_that_goes_nowhere(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     done = piped(f"evaluate digits-vit --id 'embedded:digits-test[0:8]' --no-cache --json {file}", ">&-")

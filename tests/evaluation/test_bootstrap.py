@@ -148,6 +148,7 @@ def test_the_same_images_for_both_and_the_same_counts_for_the_same_seed():
     assert (same.low, same.high, same.p) == (0.0, 0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_under_no_difference_about_five_percent_stand():
     """Two models whose images are exchangeable: the share of intervals that exclude 0."""
     rng = np.random.default_rng(8)

@@ -54,6 +54,7 @@ def test_a_selection_of_several_cells_is_measured_cell_by_cell(directory) -> Non
     assert all(one.identical for one in found)
 
 
+@pytest.mark.slow
 def test_a_number_that_was_changed_does_not_agree(directory, tmp_path) -> None:
     with Store(directory) as store:
         cell = next(c for c in store.cells() if c.spec["method"] == "minmax" and c.spec["seed"] == 0)
