@@ -173,28 +173,33 @@ class Backbone(nn.Module):
         return fine, self.eighth(fine)
 
 
-class Detr(Detector):
-    """DETR-shaped: backbone, encoder, and a decoder whose learned queries look at the memory."""
+class Encoded(Detector):
+    """A convolutional backbone, and an encoder of its coarse map, an eighth of the image, as tokens."""
 
     def __init__(
-        self,
-        classes: int,
-        size: int,
-        *,
-        widths: tuple[int, int, int],
-        dim: int,
-        heads: int,
-        hidden: int,
-        encoder: int,
-        decoder: int,
-        queries: int,
+        self, size: int, *, widths: tuple[int, int, int], dim: int, heads: int, hidden: int, encoder: int
     ) -> None:
         super().__init__()
-        self.cells = size // 8
         self.backbone = Backbone(widths)
-        self.input_proj = nn.Conv2d(widths[2], dim, 1)
-        self.places = nn.Parameter(waves(grid(self.cells), dim)[None], requires_grad=False)
+        self.places = nn.Parameter(waves(grid(size // 8), dim)[None], requires_grad=False)
         self.encoder = nn.ModuleList(Block(dim, heads, hidden) for _ in range(encoder))
+
+    def encoded(self, coarse: Tensor) -> Tensor:
+        """[B, dim, size/8, size/8] -> tokens [B, (size/8)², dim]."""
+        tokens = coarse.flatten(2).transpose(1, 2)
+        for block in self.encoder:
+            tokens = block(tokens, self.places)
+        return tokens
+
+
+class Detr(Encoded):
+    """DETR-shaped: backbone, encoder, and a decoder whose learned queries look at the memory."""
+
+    def __init__(self, classes: int, size: int, *, decoder: int, queries: int, **encoder: Any) -> None:
+        super().__init__(size, **encoder)
+        dim, heads, hidden = (encoder[name] for name in ("dim", "heads", "hidden"))
+        self.cells = size // 8
+        self.input_proj = nn.Conv2d(encoder["widths"][2], dim, 1)
         self.encoder_norm = nn.LayerNorm(dim)
         self.anchors = nn.Parameter(spread(queries, 0.25))
         self.query_embed = nn.Parameter(waves(self.anchors.detach()[:, :2].sigmoid(), dim)[None])
@@ -205,10 +210,7 @@ class Detr(Detector):
         nn.init.zeros_(self.box_head.layers[-1].weight)
 
     def stages(self, x: Tensor, every: bool = True) -> Stages:
-        memory = self.input_proj(self.backbone(x)[1]).flatten(2).transpose(1, 2)
-        for block in self.encoder:
-            memory = block(memory, self.places)
-        memory = self.encoder_norm(memory)
+        memory = self.encoder_norm(self.encoded(self.input_proj(self.backbone(x)[1])))
         x = self.targets.expand(len(x), -1, -1)
         found = []
         for number, block in enumerate(self.decoder, 1):
@@ -269,31 +271,16 @@ class RefiningBlock(Block):
         return x + self.mlp(self.norm2(x))
 
 
-class RtDetr(Detector):
+class RtDetr(Encoded):
     """RT-DETR-shaped: two maps, the coarse one encoded and fused into the fine one; the places that score best become
     queries, and every decoder layer refines their boxes. Scores are sigmoids.
     """
 
-    def __init__(
-        self,
-        classes: int,
-        size: int,
-        *,
-        widths: tuple[int, int, int],
-        dim: int,
-        heads: int,
-        hidden: int,
-        encoder: int,
-        decoder: int,
-        queries: int,
-        points: int,
-    ) -> None:
-        super().__init__()
+    def __init__(self, classes: int, size: int, *, decoder: int, queries: int, points: int, **encoder: Any) -> None:
+        super().__init__(size, **encoder)
+        widths, dim, heads, hidden = (encoder[name] for name in ("widths", "dim", "heads", "hidden"))
         self.cells, self.queries = size // 4, queries
-        self.backbone = Backbone(widths)
         self.fine_proj, self.coarse_proj = nn.Conv2d(widths[1], dim, 1), nn.Conv2d(widths[2], dim, 1)
-        self.places = nn.Parameter(waves(grid(size // 8), dim)[None], requires_grad=False)
-        self.encoder = nn.ModuleList(Block(dim, heads, hidden) for _ in range(encoder))
         self.fuse = nn.Sequential(nn.Conv2d(2 * dim, dim, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU())
         self.mix = nn.Sequential(nn.Conv2d(dim, dim, 3, 1, 1, groups=dim, bias=False), nn.BatchNorm2d(dim))
         anchors = torch.cat((grid(self.cells), torch.full((self.cells**2, 2), 0.25)), 1)
@@ -314,11 +301,7 @@ class RtDetr(Detector):
     def stages(self, x: Tensor, every: bool = True) -> Stages:
         fine, coarse = self.backbone(x)
         coarse = self.coarse_proj(coarse)
-        shape = coarse.shape[2:]
-        tokens = coarse.flatten(2).transpose(1, 2)
-        for block in self.encoder:
-            tokens = block(tokens, self.places)
-        coarse = tokens.transpose(1, 2).unflatten(-1, shape)
+        coarse = self.encoded(coarse).transpose(1, 2).unflatten(-1, coarse.shape[2:])
         fine = self.fuse(torch.cat((self.fine_proj(fine), F.interpolate(coarse, scale_factor=2.0)), 1))
         fine = fine + self.mix(fine)
         memory = self.memory_norm(fine.flatten(2).transpose(1, 2))
