@@ -389,7 +389,7 @@ def coordinates(graph: Graph) -> set[str]:
     if graph.boxes is None:
         return set()
     layers = {site.node for site in graph.sites if site.kind != "add"}
-    sampled = [node.args[1] for node in graph.fx.nodes if op_name(node) == "aten.grid_sampler.default"]
+    sampled: list[Any] = [node.args[1] for node in graph.fx.nodes if op_name(node) == "aten.grid_sampler.default"]
     made = set(walk([graph.boxes, *sampled], lambda node: () if node in layers else node.all_input_nodes))
     edges = (edge for site in graph.sites if site.node in made for edge in site.edges.values())
     return {edge.key for edge in edges if edge.position is None or edge.node not in layers}
