@@ -12,9 +12,9 @@ from quantlens.studies.text import BASELINE, count, number
 
 @dataclass(frozen=True)
 class Choice:
-    """One file at one place (processor, batch size, threads): its metrics (first, second: of :func:`judged_by`), and the
-    words that stand where one is missing. over_float: the median of the float model in the same runtime and the same
-    run, over this one's."""
+    """One file at one place (processor, batch size, threads): its metrics (first, second: of :func:`judged_by`), and
+    the words that stand where one is missing. over_float: the median of the float model in the same runtime and run,
+    over this one's."""
 
     timed: Timed
     name: str
