@@ -14,6 +14,7 @@ from quantlens.cli import _common
 from quantlens.cli.main import run
 from quantlens.cli.recommend import _parts, read_loss
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.studies.recommend import _Search
 
 ID, CALIBRATION = "embedded:digits-test", "embedded:digits-calibration"
 
@@ -114,6 +115,14 @@ def test_a_module_of_ones_own_gets_the_call_in_python() -> None:
     model = ql.load_model(module, preprocess=ql.load_model("digits-vit").preprocess)
     found = ql.recommend(model, f"{ID}[:40]", calibration=CALIBRATION, target=None, methods=["minmax"])
     assert found.smallest.command.startswith("ql.quantize(model, calibration, 'minmax', ")
+
+
+def test_the_command_says_a_size_that_the_name_does_not() -> None:
+    model = ql.load_model("vit_tiny_patch16_224", "random", input_size=32)
+    search = _Search(model, 0.01, 0, 0.0, None)
+    search.calibration_source, search.calibration = "images:x", range(4)
+    start = "quantlens quantize vit_tiny_patch16_224 --weights random --input-size 32 --calibration images:x --n 4 "
+    assert search._command("minmax", "W8A8", None).startswith(start)
 
 
 def test_a_shipped_model_needs_no_weights_in_its_command(found) -> None:

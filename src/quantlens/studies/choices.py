@@ -114,13 +114,14 @@ def _choice(board: Board, one: Timed) -> Choice:
         return other.run, other.place, other.facts.get("checkpoint_sha256"), runtime
 
     floats = (other for other in board.timings if other.facts.get("bits") == BASELINE and same(other) == same(one))
-    base = next(floats, None)
+    base, (first, second) = next(floats, None), judged_by(board)
     return Choice(
         one,
         one.timing["label"],
         one.timing["median_ms"],
         number(one.timing.get("size_mb")),
-        *(number(dig(measured, ("id", name))) for name in judged_by(board)),
+        number(dig(measured, ("id", first))),
+        number(dig(measured, ("id", second))),
         number(dig(measured, ("ood_mean", "all", choice_score(board), "aupr_out"))),
         words,
         None if base is None else base.timing["median_ms"] / one.timing["median_ms"],

@@ -37,6 +37,7 @@ from quantlens.metrics import METRICS, choose_scores, first_score, summary_of
 from quantlens.metrics.bootstrap import Resamples, simultaneous_intervals
 from quantlens.models import Model, load_model
 from quantlens.plugins import given
+from quantlens.studies.reproduce import other_size
 
 METHODS = ("repq-vit", "quantlens-fast", "quantlens-best")
 """From the fastest to the slowest to calibrate."""
@@ -361,6 +362,8 @@ class _Search:
         words = ["quantlens", "quantize", self.model.name]
         if self.model.checkpoint == "random" or (self.model.weights_path and self.model.name not in zoo.available()):
             words += ["--weights", self.model.weights_path or "random"]
+        if (side := other_size(self.model.name, self.model.preprocess.input_size)) is not None:
+            words += ["--input-size", str(side)]
         words += ["--calibration", self.calibration_source or "SOURCE", "--n", str(len(self.calibration))]
         words += ["--method", method, "--bits", bits, "--seed", str(self.seed)]
         words += [word for plugin in given() for word in ("--plugin", plugin)]
