@@ -241,7 +241,7 @@ class _Search:
             )
         mixed = np.random.default_rng(self.seed % 2**64).permutation(len(images))
         few = images.select(mixed[: math.ceil(SHARE * len(mixed))])
-        nothing = task == "detect" and few.boxes.crowd.all()
+        nothing = few.boxes is not None and bool(few.boxes.crowd.all())
         self.stages = [self.whole] if nothing else [self._stage(few, {}), self.whole]
         self.settings["progress"] = self.told
 
@@ -337,8 +337,7 @@ class _Search:
         """Measure a setting on few of the images, and on all of them where it may be inside; whether it is."""
         for stage in self.stages:
             result = evaluate(made, stage.id, stage.ood, reference=stage.fp32, **self.settings)
-            change = result.change
-            assert change is not None
+            change = result.change or {}
             lost, drawn, n = change["id"][self.metric], self._drawn(result) - stage.drawn, len(stage.id)
             ((low, high),) = simultaneous_intervals(np.array([lost]), drawn[:, None], n).tolist()
             if high < -self.max_loss:
