@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -10,6 +12,8 @@ from report_fakes import FakeStore
 
 import quantlens as ql
 from detectors import detector, pictures
+from quantlens.plots.cells import reliability_rows
+from quantlens.report import write_report
 from quantlens.report.tables import class_tables, table_1
 from quantlens.studies.board import collect
 from quantlens.studies.text import metric_heading
@@ -45,6 +49,16 @@ def test_tables_are_of_map_and_of_what_happens_to_boxes(full_store: FakeStore) -
     assert "0.9000" in {cell["text"] for cell in others}
     assert not any("top-1" in caption.lower() for caption in captions)
     assert class_tables(board)[0]["rows"][0][:3] == ["0", "cat", "7"]
+
+
+def test_the_reliability_of_a_detector_is_of_its_detections(full_store: FakeStore, tmp_path: Path) -> None:
+    bins = {"confidence": [0.4, 0.8], "accuracy": [0.5, 0.75], "count": [1, 3]}
+    group = SimpleNamespace(first=lambda bits: {"id": {"d_ece": 0.125, "reliability": bins}})
+    rows = list(reliability_rows(group, "W8A8"))
+    assert [(row["ece"], row["share"]) for row in rows] == [("D-ECE W8A8 12.5 %", 25), ("D-ECE W8A8 12.5 %", 75)]
+    html = write_report(of_detectors(full_store), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Average precision and calibration by precision" in html
+    assert "Accuracy and calibration" not in html
 
 
 def test_a_title_that_begins_with_a_small_letter_for_a_reason_keeps_it() -> None:
