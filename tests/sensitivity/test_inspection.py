@@ -7,12 +7,14 @@ import math
 
 import pytest
 import torch
+from detectors import selecting
 from torch import nn
 
 import quantlens as ql
 from quantlens.calibration import CHUNK
 from quantlens.data import Preprocess
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.graph import choices
 from quantlens.methods.base import matmul_operand_edges
 from quantlens.metrics.divergence import BOX_WEIGHT
 from quantlens.qmodel import Plan, QuantizedModel
@@ -259,3 +261,31 @@ def test_a_detector_is_inspected_by_its_class_logits_and_boxes():
     assert parts["box"].effect.changed == 0.0 < parts["box"].effect.kl
     blocks = inspect(model, images, bits="W4A4").blocks
     assert {part.name for part in blocks} == {"body", "mix", "kind", "box"}
+
+
+def test_queries_that_a_detector_selects_are_those_of_the_float_model():
+    """By whole forwards that read at its places; the scores that others would be chosen by change nothing there."""
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    model = selecting()
+    quantized = ql.quantize(model, images, method="minmax", bits="W3A3")
+    graph, quantizers = quantized.graph, quantized.plan.quantizers
+    found = inspect(model, images, "W3A3", rows=12)
+    (chosen,), outputs = choices(graph), [graph.output, graph.boxes]
+    nodes = [node for node in graph.fx.nodes if node.op == "call_function"]
+    with torch.no_grad():
+        before = graph.run(nodes, {graph.input: images}, keep=[chosen, *outputs])
+        nodes.remove(chosen)
+        for part in found.sites:
+            keys = {edge.key for edge in part.edges}
+            after = graph.run(
+                nodes,
+                {graph.input: images, chosen: before[chosen]},
+                hook=lambda key, x: quantizers[key](x) if key in keys else x,  # noqa: B023
+                keep=outputs,
+            )
+            noise = [(after[n].double() - before[n]).square().sum() / before[n].square().sum() for n in outputs]
+            expected = -10 * math.log10(sum(noise) / 2) if sum(noise) else None
+            assert part.effect.sqnr_db == (None if expected is None else pytest.approx(expected, abs=0.02)), part.name
+    effects = {part.name: part.effect.sqnr_db for part in found.sites}
+    assert [name for name, sqnr in effects.items() if sqnr is None] == ["score"]
+    assert min(sqnr for sqnr in effects.values() if sqnr is not None) > 3

@@ -3,7 +3,8 @@
 The float model runs once on the images, a few at a time. Where a part begins, the values that wait there are its cached
 input: the part is run from there with its own quantizers, to the end of its block. The results of several parts of one
 block are then stacked along the batch, and what is left of the model runs once for all of them. Nothing in front of a
-part is ever computed for it, and the effects are those of whole forwards of the model with that part quantized.
+part is ever computed for it, and the effects are those of whole forwards of the model with that part quantized, but
+that its queries are those that the float model chooses (:func:`quantlens.graph.choices`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, fx
 
 from quantlens.calibration import CHUNK, Calibration
 from quantlens.formats import Quantizer
-from quantlens.graph import Graph, dynamic_nodes, op_name
+from quantlens.graph import Graph, choices, dynamic_nodes, op_name
 from quantlens.methods.base import Progress
 from quantlens.metrics.divergence import as_choices, box_error, kl_of_logits, objects_of, sqnr_db
 
@@ -98,10 +99,11 @@ class _Run:
         weights = [edges[key] for key in dict.fromkeys(chain.from_iterable(parts)) if edges[key].is_weight]
         self._weights = {e.key: quantizers[e.key](graph.tensor(str(e.value.target))) for e in weights}
         self._ends = block_ends(graph, self.nodes)
-        self._outputs = measured(graph)
+        self._outputs, self._choices = measured(graph), choices(graph)
         self._waiting: list[tuple[int, list[Tensor]]] = []
         self._images: Any = None
         self._expected: Any = None
+        self._chosen: dict[fx.Node, Tensor] = {}
         self._place: Any = None
         self.signal = torch.zeros(len(self._outputs), dtype=torch.float64, device=graph.device)
         self.noise = self.signal.new_zeros(len(parts), len(self._outputs))
@@ -113,6 +115,7 @@ class _Run:
         if images is not self._images:
             self.flush()
             self._images, self._expected = images, [x.double() for x in self._run(env, self._outputs)]
+            self._chosen = {node: env[node] for node in self._choices}
             self.signal += torch.stack([x.square().sum() for x in self._expected])
         if end is not self._place or (len(self._waiting) + 1) * len(images) > self.rows:
             self.flush()
@@ -133,7 +136,8 @@ class _Run:
         if self._place is not self.graph.output:
             shape = (len(numbers) * len(self._images), *self._images.shape[1:])
             pixels = torch.empty(shape, device="meta")  # for its batch size alone
-            stacked = self._run({self._place: stacked[0], self.graph.input: pixels}, self._outputs)
+            chosen = {node: torch.cat([places] * len(numbers)) for node, places in self._chosen.items()}
+            stacked = self._run({**chosen, self._place: stacked[0], self.graph.input: pixels}, self._outputs)
         pieces = zip(*(value.double().chunk(len(numbers)) for value in stacked), strict=True)
         for part, found in zip(numbers, pieces, strict=True):
             self._measure(part, found)
@@ -176,10 +180,10 @@ def block_ends(graph: Graph, parts: Sequence[Sequence[fx.Node]]) -> list[fx.Node
     """The first place at or after all nodes of each part where one tensor [B, …] is all that the rest of the model
     needs: the end of a block, or the output."""
     order, dynamic = {node: i for i, node in enumerate(graph.fx.nodes)}, dynamic_nodes(graph)
-    outputs = measured(graph)
+    outputs, chosen = measured(graph), dict.fromkeys(choices(graph))
 
     def suffices(end: fx.Node) -> bool:
-        rest = part_between(graph, {end: None, graph.input: None}, outputs)
+        rest = part_between(graph, {**chosen, end: None, graph.input: None}, outputs)
         return end.op == "call_function" and all(
             order[node] > order[end] and graph.input not in node.all_input_nodes
             for node in rest
@@ -205,7 +209,8 @@ def visit_starts(
     """Take every chunk of images through the float model once, and call ``visit(number of the part, env, ahead)``
     where a part of the graph, given by its nodes, begins.
 
-    env: node -> value, all that the rest of the model needs at this point (a dictionary of the visitor's own).
+    env: node -> value, all that the rest of the model needs at this point (a dictionary of the visitor's own), and what
+    the float model chooses, here or later.
     ahead(targets) runs the float model on to some later nodes and gives their values; it is called at most once.
     at_once: images that go through the model together, at most a chunk.
     """
@@ -219,7 +224,7 @@ def visit_starts(
             float_pass.advance(start)
             # branches that run side by side: nothing that the part itself makes may be there already
             env = {node: value for node, value in float_pass.env.items() if place[node] < start}
-            visit(number, env, float_pass.ahead)
+            visit(number, env | float_pass.chosen, float_pass.ahead)
             done += len(images)
             if progress is not None:
                 progress(done, total)
@@ -234,6 +239,9 @@ class _FloatPass:
         self._reached = 0
         self._last_use = {source: i for i, node in enumerate(order) for source in node.all_input_nodes}
         self._last_use |= dict.fromkeys([graph.input, *measured(graph)], len(order))
+        wanted = choices(graph)
+        found = graph.run(part_between(graph, self.env, wanted), dict(self.env), keep=wanted)
+        self.chosen = {node: found[node] for node in wanted}
 
     def advance(self, to: int, extra: Iterable[fx.Node] = ()) -> None:
         """Run up to operation number ``to``; values that nothing later reads are dropped unless in ``extra``."""
