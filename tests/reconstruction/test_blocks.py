@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detectors import selecting
 
 import quantlens as ql
+from detectors import selecting
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.formats import Uniform
@@ -118,12 +118,13 @@ def test_both_networks_read_at_the_places_that_the_float_one_chooses(detector):
     """Other queries would be chosen; what is made of the same ones is the same. The scores are wrong, which is seen."""
     graph, plan, calibration = detector
     (chosen,) = choices(graph)
-    places = [
-        graph.run([n for n in graph.fx.nodes if n.op == "call_function"], {graph.input: calibration.chunk(0)},
-                  hook=lambda key, x: quantizers[key](x) if key in quantizers else x, keep=[chosen])[chosen]
-        for quantizers in ({}, plan.quantizers)
-    ]  # fmt: skip
-    assert not torch.equal(*places)
+    nodes = [node for node in graph.fx.nodes if node.op == "call_function"]
+
+    def places(hook=None):
+        return graph.run(nodes, {graph.input: calibration.chunk(0)}, hook=hook, keep=[chosen])[chosen]
+
+    quantizers = plan.quantizers
+    assert not torch.equal(places(), places(lambda key, x: quantizers[key](x) if key in quantizers else x))
     report = _run(detector, Settings(("rounding",), iterations=0))[2]
     losses = {unit.unit: unit.before for unit in report.units if unit.trained}
     assert list(losses) == [next(unit.name for unit in find_units(graph) if unit.choices)]

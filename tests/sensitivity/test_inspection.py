@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from detectors import selecting
 from torch import nn
 
 import quantlens as ql
+from detectors import selecting
 from quantlens.calibration import CHUNK
 from quantlens.data import Preprocess
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
