@@ -130,9 +130,7 @@ class _UnitTraining:
         outputs = self.streams.outputs(self.unit, frozen_hook(self.graph, self.unit, self.quantizers))
         compared = [node for node in self.unit.results if self.streams.float[node].dtype.is_floating_point]
         sizes = {node: self._size(node) for node in compared} if trained else {}
-        self.scale_of = {
-            node: size for node, size in sizes.items() if math.isfinite(size)
-        }  # scores may be −∞ in places
+        self.scale_of = {node: size for node, size in sizes.items() if math.isfinite(size)}  # scores may be −∞
         before = self._measure(outputs) if trained else 0.0
         lowest, state, history = before, self.learners.state(), list[float]()
         made: Made = ({}, {})
