@@ -19,6 +19,7 @@ from quantlens.methods.base import matmul_operand_edges
 from quantlens.metrics.divergence import BOX_WEIGHT
 from quantlens.qmodel import Plan, QuantizedModel
 from quantlens.sensitivity import inspect
+from quantlens.zoo.detector_losses import overlaps
 
 EVERYTHING = ("site", "block", "edge")
 
@@ -139,6 +140,8 @@ def test_ranks_order_by_what_they_say(loaded, pictures):
     kl = [part.effect.kl for part in found.ranked(rank="kl")]
     assert sqnr == sorted(sqnr)
     assert kl == sorted(kl, reverse=True)
+    with pytest.raises(UnsupportedError, match="no boxes"):
+        found.ranked(rank="iou")
     assert len(sqnr) == len(found.sites)
 
 
@@ -258,6 +261,13 @@ def test_a_detector_is_inspected_by_its_class_logits_and_boxes():
     noise = [(y - x).square().sum() / x.square().sum() for x, y in ((z, got), (boxes, moved))]
     assert effect.sqnr_db == pytest.approx(-10 * math.log10(sum(noise) / 2), abs=0.02)
     assert effect.changed == pytest.approx(float((got.argmax(-1) != z.argmax(-1)).double().mean()))
+    corners = (torch.cat((b[..., :2] - b[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2), -1) for b in (moved, boxes))
+    assert effect.matched_iou == pytest.approx(float((overlaps(*corners)[0] * objects).sum() / objects.sum()), rel=1e-4)
+    found = inspect(model, images, bits="W4A4", by="site")
+    shares = [part.effect.matched_iou for part in found.ranked(rank="iou")]
+    assert shares == sorted(shares)
+    assert found.ranked(rank="iou")[-1].name == "kind"  # the class logits' own layer moves no box
+    assert shares[-1] == pytest.approx(1.0)
     assert parts["box"].effect.changed == 0.0 < parts["box"].effect.kl
     blocks = inspect(model, images, bits="W4A4").blocks
     assert {part.name for part in blocks} == {"body", "mix", "kind", "box"}

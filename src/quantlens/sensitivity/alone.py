@@ -19,7 +19,7 @@ from quantlens.calibration import CHUNK, Calibration
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph, choices, dynamic_nodes, op_name
 from quantlens.methods.base import Progress
-from quantlens.metrics.divergence import as_choices, box_error, kl_of_logits, objects_of, sqnr_db
+from quantlens.metrics.divergence import as_choices, box_error, box_iou, kl_of_logits, objects_of, sqnr_db
 
 Hook = Callable[[str, Tensor], Tensor]
 Ahead = Callable[[Iterable[fx.Node]], dict[fx.Node, Any]]
@@ -41,12 +41,14 @@ class Effect:
     images whose top class, or one of whose labels, changes. Both None of a model that gives features.
 
     Of a detector: noise is the mean of that of the logits and of the boxes, each relative to its own signal; kl and
-    changed are means over queries, and the boxes' :func:`.box_error` is added to kl.
+    changed are means over queries, and the boxes' :func:`.box_error` is added to kl. matched_iou: mean IoU of each
+    query's box with the float model's, weighted by the latter's probability of an object; None of another model.
     """
 
     sqnr_db: float | None
     kl: float | None
     changed: float | None
+    matched_iou: float | None = None
 
 
 def effects_alone(
@@ -72,14 +74,14 @@ def effects_alone(
         run = _Run(graph, quantizers, parts, rows or ROWS.get(graph.device.type, MANY_ROWS), sigmoid)
         visit_starts(graph, run.nodes, calibration, run.visit, progress, at_once=min(run.rows, CHUNK))
         run.flush()
-    images = len(calibration)
+    images, classes = len(calibration), task not in FEATURES
+    iou = [None] * len(parts) if graph.boxes is None else (run.iou / run.objects.clamp_min(1e-30)).tolist()
     if graph.boxes is None:
         signal, noise = float(run.signal[0]), run.noise[:, 0].tolist()
     else:
         signal, noise = 1.0, (run.noise / run.signal.clamp_min(1e-30)).mean(1).tolist()
-    means = zip(noise, (run.kl / images).tolist(), (run.changed / images).tolist(), strict=True)
-    classes = task not in FEATURES
-    return [Effect(sqnr_db(signal, n), *((kl, changed) if classes else (None, None))) for n, kl, changed in means]
+    means = zip(noise, (run.kl / images).tolist(), (run.changed / images).tolist(), iou, strict=True)
+    return [Effect(sqnr_db(signal, n), *((kl, changed) if classes else (None, None)), o) for n, kl, changed, o in means]
 
 
 class _Run:
@@ -107,7 +109,7 @@ class _Run:
         self._place: Any = None
         self.signal = torch.zeros(len(self._outputs), dtype=torch.float64, device=graph.device)
         self.noise = self.signal.new_zeros(len(parts), len(self._outputs))
-        self.kl, self.changed = self.signal.new_zeros(2, len(parts)).unbind()
+        self.kl, self.changed, self.iou, self.objects = self.signal.new_zeros(4, len(parts)).unbind()
 
     def visit(self, part: int, env: dict[fx.Node, Any], ahead: Ahead) -> None:
         """Run one variant to the end of its block."""
@@ -154,6 +156,8 @@ class _Run:
         for expected, got in pairs[1:]:
             objects = objects_of(pairs[0][0], self.sigmoid)
             self.kl[part] += box_error(got, expected, objects) * len(got) / queries
+            self.iou[part] += (box_iou(got, expected) * objects).sum()
+            self.objects[part] += objects.sum()
 
     def _run(self, env: dict[fx.Node, Any], ends: list[fx.Node], hook: Hook | None = None) -> list[Tensor]:
         found = self.graph.run(part_between(self.graph, env, ends), dict(env), hook=hook, keep=ends)
