@@ -42,7 +42,9 @@ def inspect(
     by: Annotated[
         str, typer.Option(metavar="NAMES", help="What is quantized alone: site, block, edge.")
     ] = "site,block",
-    rank: Annotated[str, typer.Option(help="Rank by [bold]sqnr[/bold], kl or iou (detectors).")] = "sqnr",
+    rank: Annotated[
+        str | None, typer.Option(help="Rank by [bold]sqnr[/bold], kl or, of detectors, iou (their default).")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of each table.")] = 10,
     everything: Annotated[bool, typer.Option("--all", help="All rows.")] = False,
     json: Annotated[
@@ -65,7 +67,7 @@ def inspect(
     check_writable(None if json == "-" else json)
     check_writable(html)
     parts = _common.names([by])
-    check_names(parts, rank)
+    check_names(parts, rank or "sqnr")
     widths, source = api.read_bits(bits), images or _shipped_images(model)
     with _common.stages(quiet) as step:
         reading = _common.reading(skip_bad, no_cache)
@@ -93,7 +95,7 @@ def _shipped_images(model: str) -> str:
     return entry.sources.calibration
 
 
-def _show(found: Any, rank: str, top: int | None) -> None:
+def _show(found: Any, rank: str | None, top: int | None) -> None:
     """The ranked tables on the terminal, ``top`` rows of each, or all."""
     from quantlens.report import inspection
 
@@ -103,7 +105,7 @@ def _show(found: Any, rank: str, top: int | None) -> None:
         size = f"all {len(ranked)}" if len(rows) == len(ranked) else f"{len(rows)} of {len(ranked)}"
         heads = list(inspection.columns(by, ranked))
         numbers = heads[1:] if by == "block" else heads[1:-1]
-        print(f"{found.model} {found.bits}, {by}s {inspection.RANKED[rank]}: {size}")
+        print(f"{found.model} {found.bits}, {by}s {inspection.order(found, rank)}: {size}")
         table = _common.table(heads, rows, right=numbers, whole=heads[:1], box=None, pad_edge=False)
         _common.console().print(table)
         print()

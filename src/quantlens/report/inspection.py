@@ -65,13 +65,19 @@ def explanation(found: Any) -> str:
     )
 
 
-def ranked(found: Any, by: str, rank: str) -> dict[str, Any]:
+def ranked(found: Any, by: str, rank: str | None) -> dict[str, Any]:
     """The parts of one kind, those that hurt most first: the table's name, (title, whether it holds text) of its
     columns, and the cells."""
     text = (by, "stands out")
     parts = found.ranked(by, rank)
     heads = [(title.capitalize() if title in text else title, title in text) for title in columns(by, parts)]
-    return {"name": f"{by.capitalize()}s, ranked {RANKED[rank]}", "columns": heads, "rows": table_rows(parts, by)}
+    name = f"{by.capitalize()}s, ranked {order(found, rank)}"
+    return {"name": name, "columns": heads, "rows": table_rows(parts, by)}
+
+
+def order(found: Any, rank: str | None) -> str:
+    """What parts are ranked by, in words; without a rank the default of the model."""
+    return RANKED[rank or ("iou" if found.detects else "sqnr")]
 
 
 def layers(board: Board) -> list[dict[str, Any]]:
@@ -86,7 +92,7 @@ def layers(board: Board) -> list[dict[str, Any]]:
             "sentence": verdict(found),
             "explanation": explanation(found),
             "panel": effects(found),
-            "tables": {by: ranked(found, by, "sqnr") for by in ("site", "block") if found.parts.get(by)},
+            "tables": {by: ranked(found, by, None) for by in ("site", "block") if found.parts.get(by)},
         }
         for found in inspected(board)
     ]
@@ -99,13 +105,16 @@ def verdict(found: Any) -> str:
     if not ranked:
         return f"At {found.bits} no {by} alone changes the logits."
     first = ranked[0]
+    if found.detects:
+        iou = fixed(first.effect.matched_iou, 3)
+        return f"At {found.bits} {first.name} alone hurts most: IoU {iou} with FP32's boxes."
     said = f"At {found.bits} {first.name} alone hurts most: {fixed(first.effect.sqnr_db, 1)} dB"
     if len(ranked) > 1:
         said += f", {fixed(ranked[1].effect.sqnr_db - first.effect.sqnr_db, 1)} dB below the next, {ranked[1].name}"
     return f"{said} ({first.remark()})." if first.remark() else f"{said}."
 
 
-def write_inspection(found: Any, path: str | Path, rank: str = "sqnr") -> Path:
+def write_inspection(found: Any, path: str | Path, rank: str | None = None) -> Path:
     """Write one self-contained HTML page of a :class:`quantlens.sensitivity.Inspection`; an existing file is replaced
     at once or not at all. Raises StorageError."""
     return write_page(

@@ -42,7 +42,7 @@ class Effect:
 
     Of a detector: noise is the mean of that of the logits and of the boxes, each relative to its own signal; kl and
     changed are means over queries, and the boxes' :func:`.box_error` is added to kl. matched_iou: mean IoU of each
-    query's box with the float model's, weighted by the latter's probability of an object; None of another model.
+    query's box with the float model's, 0 where its class is another, weighted by the latter's probability of an object.
     """
 
     sqnr_db: float | None
@@ -156,7 +156,8 @@ class _Run:
         for expected, got in pairs[1:]:
             objects = objects_of(pairs[0][0], self.sigmoid)
             self.kl[part] += box_error(got, expected, objects) * len(got) / queries
-            self.iou[part] += (box_iou(got, expected) * objects).sum()
+            same = pairs[0][0].argmax(-1) == pairs[0][1].argmax(-1)
+            self.iou[part] += (box_iou(got, expected) * objects * same).sum()
             self.objects[part] += objects.sum()
 
     def _run(self, env: dict[fx.Node, Any], ends: list[fx.Node], hook: Hook | None = None) -> list[Tensor]:

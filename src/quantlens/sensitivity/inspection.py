@@ -98,10 +98,16 @@ class Inspection:
         """Blocks in execution order."""
         return self.parts.get(BLOCK, ())
 
-    def ranked(self, by: str = SITE, rank: str = "sqnr") -> list[Part]:
+    @property
+    def detects(self) -> bool:
+        """Whether the model gives boxes."""
+        return any(part.effect.matched_iou is not None for parts in self.parts.values() for part in parts)
+
+    def ranked(self, by: str = SITE, rank: str | None = None) -> list[Part]:
         """Parts ("site", "block", "edge") with the one that hurts most first: by falling noise (``rank="sqnr"``), by
-        falling KL divergence ("kl") or, of a detector, by rising IoU ("iou"). Raises UnknownNameError, and
-        UnsupportedError for one that the model does not have."""
+        falling KL divergence ("kl") or, of a detector, by rising IoU ("iou"; the default there, as mAP follows it; else
+        sqnr). Raises UnknownNameError, and UnsupportedError for one that the model does not have."""
+        rank = rank or ("iou" if self.detects else "sqnr")
         check_names((by,), rank)
         lacking = {"kl": "features, which have no KL divergence", "iou": "no boxes, which an IoU is of"}
         field = {"kl": "kl", "iou": "matched_iou"}.get(rank, "")
