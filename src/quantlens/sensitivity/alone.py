@@ -19,6 +19,7 @@ from quantlens.calibration import CHUNK, Calibration
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph, choices, dynamic_nodes, op_name
 from quantlens.methods.base import Progress
+from quantlens.metrics.detection import CONFIDENT
 from quantlens.metrics.divergence import as_choices, box_error, box_iou, kl_of_logits, objects_of, sqnr_db
 
 Hook = Callable[[str, Tensor], Tensor]
@@ -41,8 +42,8 @@ class Effect:
     images whose top class, or one of whose labels, changes. Both None of a model that gives features.
 
     Of a detector: noise is the mean of that of the logits and of the boxes, each relative to its own signal; kl and
-    changed are means over queries, and the boxes' :func:`.box_error` is added to kl. matched_iou: mean IoU of each
-    query's box with the float model's, 0 where its class is another, weighted by the latter's probability of an object.
+    changed are means over queries, and the boxes' :func:`.box_error` is added to kl. matched_iou: mean IoU of the
+    boxes with the float model's, 0 where the class is another, of the queries that are sure of an object; or None.
     """
 
     sqnr_db: float | None
@@ -75,7 +76,7 @@ def effects_alone(
         visit_starts(graph, run.nodes, calibration, run.visit, progress, at_once=min(run.rows, CHUNK))
         run.flush()
     images, classes = len(calibration), task not in FEATURES
-    iou = [None] * len(parts) if graph.boxes is None else (run.iou / run.objects.clamp_min(1e-30)).tolist()
+    iou = (run.iou / run.sure).tolist() if bool(run.sure.all()) else [None] * len(parts)
     if graph.boxes is None:
         signal, noise = float(run.signal[0]), run.noise[:, 0].tolist()
     else:
@@ -109,7 +110,7 @@ class _Run:
         self._place: Any = None
         self.signal = torch.zeros(len(self._outputs), dtype=torch.float64, device=graph.device)
         self.noise = self.signal.new_zeros(len(parts), len(self._outputs))
-        self.kl, self.changed, self.iou, self.objects = self.signal.new_zeros(4, len(parts)).unbind()
+        self.kl, self.changed, self.iou, self.sure = self.signal.new_zeros(4, len(parts)).unbind()
 
     def visit(self, part: int, env: dict[fx.Node, Any], ahead: Ahead) -> None:
         """Run one variant to the end of its block."""
@@ -156,9 +157,9 @@ class _Run:
         for expected, got in pairs[1:]:
             objects = objects_of(pairs[0][0], self.sigmoid)
             self.kl[part] += box_error(got, expected, objects) * len(got) / queries
-            same = pairs[0][0].argmax(-1) == pairs[0][1].argmax(-1)
-            self.iou[part] += (box_iou(got, expected) * objects * same).sum()
-            self.objects[part] += objects.sum()
+            sure, same = objects > CONFIDENT, pairs[0][0].argmax(-1) == pairs[0][1].argmax(-1)
+            self.iou[part] += (box_iou(got, expected) * same)[sure].sum()
+            self.sure[part] += sure.sum()
 
     def _run(self, env: dict[fx.Node, Any], ends: list[fx.Node], hook: Hook | None = None) -> list[Tensor]:
         found = self.graph.run(part_between(self.graph, env, ends), dict(env), hook=hook, keep=ends)
