@@ -8,7 +8,7 @@ that its queries are those that the float model chooses (:func:`quantlens.graph.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -82,7 +82,8 @@ def effects_alone(
     else:
         signal, noise = 1.0, (run.noise / run.signal.clamp_min(1e-30)).mean(1).tolist()
     means = zip(noise, (run.kl / images).tolist(), (run.changed / images).tolist(), iou, strict=True)
-    return [Effect(sqnr_db(signal, n), *((kl, changed) if classes else (None, None)), o) for n, kl, changed, o in means]
+    found = [Effect(sqnr_db(signal, n), kl, changed, o) for n, kl, changed, o in means]
+    return found if classes else [replace(effect, kl=None, changed=None) for effect in found]
 
 
 class _Run:

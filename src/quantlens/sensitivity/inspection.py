@@ -105,7 +105,7 @@ class Inspection:
 
     def ranked(self, by: str = SITE, rank: str | None = None) -> list[Part]:
         """Parts ("site", "block", "edge") with the one that hurts most first: by falling noise (``rank="sqnr"``), by
-        falling KL divergence ("kl") or, of a detector, by rising IoU ("iou"; the default there, as mAP follows it; else
+        falling KL divergence ("kl") or, of a detector, by rising IoU ("iou", the default there; else
         sqnr). Raises UnknownNameError, and UnsupportedError for one that the model does not have."""
         rank = rank or ("iou" if self.detects else "sqnr")
         check_names((by,), rank)
