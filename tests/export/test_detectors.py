@@ -8,6 +8,7 @@ from torch import nn
 
 import quantlens as ql
 from quantlens.data import Preprocess
+from quantlens.errors import BadWeightsError
 from quantlens.export.parity import parity
 
 onnx = pytest.importorskip("onnx", reason="the deploy extra is not installed")
@@ -43,10 +44,12 @@ def detector(columns, names=None):
     return model, torch.randn(10, 3, 32, 32)
 
 
-@pytest.mark.parametrize("ending", ["onnx", "xml"])
-@pytest.mark.parametrize(("columns", "names"), [(4, None), (4, ["a", "b", "c"])])
-def test_a_file_gives_logits_boxes_and_scores(columns, names, ending, tmp_path):
-    model, images = detector(columns, names)
+@pytest.mark.parametrize(
+    ("names", "ending"),
+    [(None, "onnx"), (None, "xml"), (None, "pt2"), (["a", "b", "c"], "onnx"), (["a", "b", "c"], "xml")],
+)
+def test_a_file_gives_logits_boxes_and_scores(names, ending, tmp_path):
+    model, images = detector(4, names)
     qmodel = ql.quantize(model, images, method="minmax", bits="W8A8", target="openvino-cpu")
     exported = ql.Artefact(ql.export(qmodel, tmp_path / f"m.{ending}"))
     expected, found = qmodel.outputs(images), exported.values(images.numpy())
@@ -59,6 +62,33 @@ def test_a_file_gives_logits_boxes_and_scores(columns, names, ending, tmp_path):
     assert (exported.task, exported.detection_head) == ("detect", qmodel.detection_head)
     assert exported.num_classes == scores.shape[-1]
     assert exported.outputs(images).boxes.shape == (10, 6, 4)
+
+
+def test_pytorch_alone_opens_a_detector(tmp_path):
+    """The batch is free, the simulation's values are given, and nothing is kept that only other outputs need."""
+    model, images = detector(4, ["a", "b", "c"])
+    qmodel = ql.quantize(model, images, method="minmax", bits="W4A4")
+    path = ql.export(qmodel, tmp_path / "m.pt2", simulate=True)
+    program = torch.export.load(path)
+    assert not any(700 in value.shape for value in program.state_dict.values())
+    for n in (1, 3):
+        found, expected = program.module()(images[:n]), qmodel.outputs(images[:n])
+        assert list(found) == ["logits", "boxes", "scores"]
+        assert torch.equal(found["logits"], expected.logits)
+        assert torch.equal(found["boxes"], expected.boxes)
+        torch.testing.assert_close(found["scores"], expected.logits.softmax(-1)[..., :-1])
+    same = parity(qmodel, ql.Artefact(path), images)
+    assert (same.agreement, same.matched_iou, same.worst) == (1, pytest.approx(1), 0)
+
+
+def test_a_program_of_another_tool_is_not_opened(tmp_path):
+    path = tmp_path / "m.pt2"
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), path)
+    with pytest.raises(BadWeightsError, match=r"not written by `quantlens export`.*torch.export.load"):
+        ql.Artefact(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(BadWeightsError, match="cannot be run by PyTorch"):
+        ql.Artefact(path)
 
 
 def test_what_only_other_outputs_need_is_not_in_the_file(tmp_path):

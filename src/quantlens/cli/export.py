@@ -67,9 +67,6 @@ def export(
             for name, source in sources.items()
         }
         path = write(measured, out, simulate=simulate, guard=guard, guard_images=images.get("guard"), keep=keep)
-        if path.suffix == ".pt2":
-            print(f"{path}: {measured.name} for torch.export.load")
-            return
         exported, said = Artefact(path), []
         if "check" in images:
             found = parity(measured, exported, images["check"], progress=partial(step, "checking"))

@@ -32,7 +32,7 @@ exit code is 1.
 def predict(
     artefact: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A model's file (.onnx, .xml); of detectors also a checkpoint or name."),
+        typer.Argument(metavar="MODEL", help="A file (.onnx, .xml, .pt2); a detector's checkpoint or name."),
     ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Pictures.")],
     json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
@@ -79,7 +79,7 @@ def predict(
 
 
 def _opened(name: str, threads: int | None) -> Any:
-    if Path(name).suffix in (".onnx", ".xml"):
+    if Path(name).suffix in (".onnx", ".xml", ".pt2"):
         from quantlens.export.exported import Artefact
 
         return Artefact(Path(name), threads=threads)

@@ -42,8 +42,8 @@ def open_models(
 ) -> tuple[Any, Any]:
     """(model to measure, FP32 model it was made from, or None).
 
-    name: a float model's name, a checkpoint as :func:`checkpoint_of` finds it, an exported file (.onnx, .xml), or a
-    foreign one: another tool's .onnx or .xml, or logits (.npz, .csv). weights: a file, "pretrained" or "random": the
+    name: a float model's name, a checkpoint as :func:`checkpoint_of` finds it, an exported file (.onnx, .xml, .pt2), or
+    a foreign one: another tool's .onnx or .xml, or logits (.npz, .csv). weights: a file, "pretrained" or "random": the
     float model's own, or of the model that a file was made from; None: trained ones, or no FP32 model beside a file
     of ours. input_size: of a float model. reference: the float model that a foreign file came from, or its name.
     Raises BadWeightsError where the weights are not what the file was made from.
@@ -51,7 +51,7 @@ def open_models(
     checkpoint = checkpoint_of(str(name))
     path = checkpoint or Path(name)
     made: Any
-    if path.suffix in (".onnx", ".xml", ".npz", ".csv"):
+    if path.suffix in (".onnx", ".xml", ".pt2", ".npz", ".csv"):
         made, foreign = _of_file(path, lambda: _named(reference, weights, device, input_size))
         if foreign:
             if weights is not None and reference is None:
@@ -122,7 +122,7 @@ def _named(reference: Any, weights: str | None, device: str, input_size: int | N
     """The float model that a person names: as it is, or by name, which may be that of a file of its logits."""
     if not isinstance(reference, str | Path):
         return reference
-    if Path(reference).suffix in (".npz", ".csv", ".onnx", ".xml"):
+    if Path(reference).suffix in (".onnx", ".xml", ".pt2", ".npz", ".csv"):
         return open_models(reference)[0]
     return open_float(str(reference), weights, device, input_size)
 
