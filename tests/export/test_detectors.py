@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import quantlens as ql
 from quantlens.data import Preprocess
 from quantlens.errors import BadWeightsError
+from quantlens.evaluation.objects import find_objects
 from quantlens.export.parity import parity
 
 onnx = pytest.importorskip("onnx", reason="the deploy extra is not installed")
@@ -62,6 +65,25 @@ def test_a_file_gives_logits_boxes_and_scores(names, ending, tmp_path):
     assert (exported.task, exported.detection_head) == ("detect", qmodel.detection_head)
     assert exported.num_classes == scores.shape[-1]
     assert exported.outputs(images).boxes.shape == (10, 6, 4)
+
+
+def test_a_file_puts_boxes_of_a_letterbox_into_the_picture(tmp_path):
+    """What is found in the middle of a wide picture lies there, whatever is to its left and right."""
+    model, _ = detector(4)
+    model = ql.load_model(model.module, preprocess=model.preprocess, letterbox=True)
+    middle = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 48, 3), dtype=np.uint8))
+    exported = ql.Artefact(ql.export(model, tmp_path / "m.onnx"))
+    pictures = [middle, middle.rotate(90, expand=True)]
+    given = [find_objects(one, pictures, threshold=0) for one in (model, exported)]
+    expected, found = ([np.array([o.box for o in objects]) for objects in one] for one in given)
+    for own, theirs in zip(expected, found, strict=True):
+        np.testing.assert_allclose(own, theirs, atol=1e-3)
+    with torch.no_grad():
+        boxes = model.module(model.preprocess(middle)[None])["pred_boxes"][0].numpy()
+    x, y, width, height = boxes.T * 48  # the longer side fills the input, and 12 pixels lie above
+    corners = np.stack([x - width / 2, y - height / 2 - 12, x + width / 2, y + height / 2 - 12], 1)
+    apart = np.abs(found[0][:, None] - corners).max(-1)
+    assert max(apart.min(0).max(), apart.min(1).max()) < 0.01
 
 
 def test_pytorch_alone_opens_a_detector(tmp_path):

@@ -38,6 +38,7 @@ def export(
         str | None, typer.Option(metavar="W", help="Weights of a named model: a file, pretrained or random.")
     ] = None,
     input_size: _options.InputSize = None,
+    letterbox: _options.Letterbox = False,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Keep formats without integer kernels as float operations.")
     ] = False,
@@ -60,7 +61,7 @@ def export(
 
     check_writable(out)
     sources = {name: open_source(spec) for name, spec in (("guard", guard_images), ("check", check)) if spec}
-    measured, _ = open_models(model, weights, input_size=input_size)
+    measured, _ = open_models(model, weights, input_size=input_size, letterbox=letterbox)
     with _common.stages(quiet) as step:
         images = {
             name: as_image_set(source, measured.preprocess, progress=partial(step, f"decoding {name} images"))
