@@ -13,6 +13,7 @@ from quantlens.data import Preprocess
 from quantlens.errors import BadWeightsError
 from quantlens.evaluation.objects import find_objects
 from quantlens.export.parity import parity
+from quantlens.qmodel.in_float import in_float, said_in_float
 
 onnx = pytest.importorskip("onnx", reason="the deploy extra is not installed")
 pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
@@ -117,6 +118,21 @@ def test_what_only_other_outputs_need_is_not_in_the_file(tmp_path):
     model, _ = detector(4)
     file = onnx.load(ql.export(model, tmp_path / "m.onnx"))
     assert not any("auxiliary" in constant.name for constant in file.graph.initializer)
+
+
+def test_what_stays_in_float_is_told():
+    model, images = detector(4)
+    bits = {"default": "W8A8", "sides": "FP32"}
+    qmodel = ql.quantize(model, images, method="minmax", bits=bits, target="openvino-cpu")
+    assert in_float(qmodel) == {
+        "softmax": 2,  # of attention, and of the distribution of a side
+        "products of attention": 2,
+        "sums and products by element": 3,
+        "linear layers (sides)": 1,
+        "linear layers": 1,  # the mean of that distribution, whose weight is a vector
+    }
+    assert said_in_float(qmodel).endswith("1 layers (sides)")
+    assert "products of attention" not in in_float(ql.quantize(model, images, method="minmax"))
 
 
 def test_parity_is_told_in_boxes(tmp_path):

@@ -63,8 +63,7 @@ def allocate(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("alloc.json"),
     seed: _options.Seed = 0,
     option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the sensitivity (probes=32)."),
+        list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="For the sensitivity (probes=32).")
     ] = None,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,

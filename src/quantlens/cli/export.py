@@ -58,6 +58,7 @@ def export(
     from quantlens.export.export import export as write
     from quantlens.export.exported import Artefact
     from quantlens.export.parity import parity
+    from quantlens.qmodel.in_float import said_in_float
 
     check_writable(out)
     sources = {name: open_source(spec) for name, spec in (("guard", guard_images), ("check", check)) if spec}
@@ -69,6 +70,8 @@ def export(
         }
         path = write(measured, out, simulate=simulate, guard=guard, guard_images=images.get("guard"), keep=keep)
         exported, said = Artefact(path), []
+        if exported.options.get("target"):
+            said.append(said_in_float(measured))
         if "check" in images:
             found = parity(measured, exported, images["check"], progress=partial(step, "checking"))
             said.append(found.sentence(exported.runtime))

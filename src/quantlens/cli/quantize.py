@@ -56,6 +56,7 @@ def quantize(
     """See HELP."""
     from quantlens import api
     from quantlens.qmodel.checkpoint import check_name
+    from quantlens.qmodel.in_float import said_in_float
     from quantlens.report.card import card as write_card, check_place
 
     wanted = api.read_bits(bits)
@@ -73,6 +74,8 @@ def quantize(
         if card:
             write_card(file)
     print(f"{file}: {_summary(quantized, len(images), file.stat().st_size)}")
+    if quantized.options.get("target"):
+        print(said_in_float(quantized))
     if card:
         print(f"written: {file.parent / 'README.md'}")
 
