@@ -101,7 +101,9 @@ def test_boxes_without_area_are_left_out_with_a_warning(written: Callable[..., s
 
 
 def test_a_crowd_is_one_by_its_number(written: Callable[..., str]) -> None:
-    source = open_source(written(lambda file: [a.update(iscrowd=c) for a, c in zip(file["annotations"], "010")]))
+    source = open_source(
+        written(lambda file: [a.update(iscrowd=c) for a, c in zip(file["annotations"], "010", strict=True)])
+    )
     assert sorted(source.boxes.crowd.tolist()) == [False, False, True]
 
 
