@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import quantlens as ql
 from quantlens.data import ImageSet, Preprocess
 from quantlens.metrics import Boxes
+from quantlens.zoo.detectors import Block
 
 CLASSES = ("cat", "dog", "owl")
 QUERIES, SIDE = 6, 16
@@ -64,3 +65,26 @@ def pictures(n: int = 12, seed: int = 0, *, objects: bool = True, noise: float =
     names = [f"{k}.png" for k in range(n)]
     named = (names, None, f"made/{seed}", f"{seed}-{n}-{objects}")
     return ImageSet(*named, values=torch.from_numpy(values), boxes=boxes, sizes=sizes)
+
+
+class Selecting(nn.Module):
+    """A detector that selects its queries (top-k): the places of the encoder's map that score best."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.encoder, self.norm = nn.Conv2d(3, 16, 4, 4), Block(16, 2, 16), nn.LayerNorm(16)
+        self.score, self.decoder = nn.Linear(16, 3), Block(16, 2, 16)
+        self.kind, self.box = nn.Linear(16, 3), nn.Linear(16, 4)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        memory = self.norm(self.encoder(self.patches(images).flatten(2).mT))
+        best = self.score(memory).amax(-1).topk(QUERIES, dim=1).indices[:, :, None]
+        queries = self.decoder(memory.gather(1, best.expand(-1, -1, 16)))
+        return {"logits": self.kind(queries), "pred_boxes": self.box(queries).sigmoid()}
+
+
+def selecting() -> Any:
+    """The float model, with random weights."""
+    torch.manual_seed(0)
+    plain = Preprocess((3, SIDE, SIDE), mean=(0, 0, 0), std=(1, 1, 1), resize=(SIDE, SIDE))
+    return ql.load_model(Selecting().eval(), preprocess=plain, class_names=list(CLASSES))

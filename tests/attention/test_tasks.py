@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import quantlens as ql
+from detectors import detector, pictures
 from quantlens.attention.maps import MAPS, maps_of
+from quantlens.attention.recording import Lens
 from quantlens.errors import UnsupportedError
 
 
@@ -84,3 +86,14 @@ def test_features_have_no_classes(net, images, tmp_path):
     for kind in MAPS[1:]:
         with pytest.raises(UnsupportedError, match=f"no class whose {kind} map could be drawn; take rollout"):
             ql.attention.compare(model, quantized, images, map=kind)
+
+
+def test_a_detector_has_no_maps_as_its_tokens_are_not_all_patches():
+    model, images = detector(), pictures().values
+    for kind in ("rollout", "grad-cam"):
+        with pytest.raises(UnsupportedError, match="reads its boxes off queries"):
+            maps_of(model, images, kind)
+    with pytest.raises(UnsupportedError, match="reads its boxes off queries"):
+        ql.attention.compare(model, ql.quantize(model, images, "minmax", "W8A8"), images)
+    with pytest.raises(UnsupportedError, match="reads its boxes off queries"):
+        Lens(model)

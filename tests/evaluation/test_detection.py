@@ -103,14 +103,33 @@ def test_outputs_are_kept_to_the_last_digit_and_compared_with_intervals(
     path.write_bytes(outputs.pack(four.outputs))
     again = outputs.read(path)
     values = point(again, Wanted([], []))
-    expected = {f"id.{name}": four.id[name] for name in metrics_of("detect", resampled=True)}
+    expected = {f"id.{name}": four.id[name] for name in metrics_of("detect") if four.id[name] is not None}
     assert values == pytest.approx(expected, rel=1e-12)
+    assert set(COCO) <= set(metrics_of("detect", resampled=True))
     found = {one.path: one for group in ql.compare(eight, four, resamples=200).groups for one in group.metrics}
     assert found["id.map"].difference == pytest.approx(four.id["map"] - eight.id["map"])
     assert found["id.map"].high < 0
     assert found["id.matched_iou"].high < 0
     assert found["id.lost"].low is not None
     assert found["ood.empty.max_confidence.auroc"].low is not None
+
+
+def test_all_of_cocos_numbers_have_intervals_but_those_of_sizes_that_no_object_has(measured: dict[str, Any]) -> None:
+    pytest.importorskip("pycocotools")
+    eight, four = (measured["results"][bits] for bits in ("W8A8", "W4A4"))
+    truth, n = four.outputs.truth, len(measured["ids"])
+    expected = {bits: by_pycocotools(r.outputs.detections, truth, n) for bits, r in (("A", eight), ("B", four))}
+    assert (expected["A"]["map_small"] is None, expected["A"]["map_large"] is None) == (False, True)
+    comparison = ql.compare(eight, four, resamples=200)
+    found = {one.path: one for one in comparison.groups[0].metrics}
+    for name, value in expected["A"].items():
+        if value is None:
+            assert f"id.{name}" not in found
+            continue
+        one = found[f"id.{name}"]
+        assert (one.a, one.b) == pytest.approx((value, expected["B"][name]), abs=1e-12), name
+        assert one.low <= one.difference <= one.high, name
+    json.dumps(comparison.to_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize("name", ["found.boxes", "truth.image", "drift.lost", "found.labels"])

@@ -9,7 +9,7 @@ import torch
 from hf_detectors import CONFIGURATIONS, small
 from torch import nn
 
-from quantlens.graph import capture, exporting, op_name
+from quantlens.graph import capture, choices, exporting, op_name
 
 FAST = "detr"
 
@@ -48,6 +48,26 @@ def test_sites_have_names_that_a_person_knows():
         "class_labels_classifier",
         *(f"bbox_predictor.layers.{i}" for i in range(3)),
     ]
+
+
+class Chooser(nn.Module):
+    """Rows of an image's first channel chosen in several ways; their values alone; by what no pixel decides."""
+
+    def forward(self, images):
+        rows = images[:, 0]
+        best, ordered, largest = rows.mean(-1).topk(4).indices, rows.amax(-1).sort().indices, rows.sum(-1).argmax(-1)
+        scores, classes = rows.max(-1)
+        fixed = torch.arange(16).flip(0).topk(4).indices
+        chosen = (rows.gather(1, index[:, :, None].expand(-1, -1, 16)) for index in (best, ordered, largest[:, None]))
+        more = rows[:, fixed], rows.topk(2).values, scores, classes
+        return torch.cat([x.flatten(1).float() for x in (*chosen, *more)], 1)
+
+
+def test_what_the_pixels_choose_is_known():
+    graph = capture(Chooser(), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    made = [node.args[0] if op_name(node).startswith("<built-in") else node for node in choices(graph)]
+    assert sorted(op_name(node).split(".")[1] for node in made) == ["argmax", "max", "sort", "topk"]
+    assert choices(capture(stem(boxes=True), IMAGES)) == []
 
 
 class Frozen(nn.Module):

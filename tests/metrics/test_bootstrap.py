@@ -33,12 +33,13 @@ def test_simultaneous_intervals_hold_all_means_at_once() -> None:
     held = 0
     for seed in range(200):
         values = rng.normal(means, 0.3, size=(300, 4))
-        intervals = simultaneous_intervals(values, seed, resamples=400)
+        drawn = np.random.default_rng(seed).multinomial(300, np.full(300, 1 / 300), size=400) @ values / 300
+        intervals = simultaneous_intervals(values.mean(axis=0), drawn, 300)
         held += bool(((intervals[:, 0] <= means) & (means <= intervals[:, 1])).all())
     assert 0.9 <= held / 200 <= 0.995
 
 
 def test_a_column_without_spread_has_an_interval_all_the_same() -> None:
-    ((low, high),) = simultaneous_intervals(np.zeros((100, 1)))
+    ((low, high),) = simultaneous_intervals(np.zeros(1), np.zeros((200, 1)), 100)
     assert low == pytest.approx(-0.0196, abs=1e-4)
     assert high == pytest.approx(0.0196, abs=1e-4)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import quantlens as ql
+from detectors import selecting
 from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.formats import Uniform
+from quantlens.graph import choices
 from quantlens.qmodel import Plan, QuantizedModel
 from quantlens.reconstruction import Context, Settings, find_units, mse, reconstruct, token_norm
 
@@ -102,6 +104,40 @@ def _block_losses(graph, plan, original, calibration):
         name = mine.results[0].name
         found.append(float((quantized[name] - exact[name]).square().mean()))
     return found
+
+
+@pytest.fixture(scope="module")
+def detector():
+    """(graph, plan, calibration) of a detector that selects its queries by scores, which alone are quantized."""
+    images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    graph, plan, calibration = _start(selecting(), images, "W2A8")
+    return graph, Plan({k: q for k, q in plan.quantizers.items() if k.startswith("score.")}), calibration
+
+
+def test_both_networks_read_at_the_places_that_the_float_one_chooses(detector):
+    """Other queries would be chosen; what is made of the same ones is the same. The scores are wrong, which is seen."""
+    graph, plan, calibration = detector
+    (chosen,) = choices(graph)
+    nodes = [node for node in graph.fx.nodes if node.op == "call_function"]
+
+    def places(hook=None):
+        return graph.run(nodes, {graph.input: calibration.chunk(0)}, hook=hook, keep=[chosen])[chosen]
+
+    quantizers = plan.quantizers
+    assert not torch.equal(places(), places(lambda key, x: quantizers[key](x) if key in quantizers else x))
+    report = _run(detector, Settings(("rounding",), iterations=0))[2]
+    losses = {unit.unit: unit.before for unit in report.units if unit.trained}
+    assert list(losses) == [next(unit.name for unit in find_units(graph) if unit.choices)]
+    plan = Plan({**plan.quantizers, "kind.weight": plan.quantizers["score.weight"]})
+    last = _run((graph, plan, calibration), Settings(("rounding",), iterations=0))[2].units[-1]
+    alone = Plan({"kind.weight": plan.quantizers["kind.weight"]})
+    assert last.before == _run((graph, alone, calibration), Settings(("rounding",), iterations=0))[2].units[-1].before
+
+
+def test_the_scores_that_queries_are_chosen_by_are_trained(detector):
+    settings = Settings(("rounding",), iterations=40, batch_size=6, straight_through=True, lr_rounding=0.05)
+    (unit,) = [unit for unit in _run(detector, settings)[2].units if unit.trained]
+    assert 0 < unit.after < 0.9 * unit.before
 
 
 def test_scales_alone(small, pictures):

@@ -110,6 +110,25 @@ def test_a_store_of_files_alone_becomes_a_page(tmp_path):
     assert html.count('class="chart decision"') == 2
 
 
+def test_files_of_detectors_are_weighed_by_map(tmp_path):
+    store = Store(tmp_path)
+    names, found = ["good.xml", "bad.xml"], [(0.5, 0.7), (0.4, 0.6)]
+    for name, (value, aupr) in zip(names, found, strict=True):
+        scores = {"max_confidence": {"aupr_out": aupr}}
+        ids = {"fingerprint": "i", "map": value, "map50": value + 0.2, "d_ece": 0.1}
+        ood = {"ood": {"far": {"fingerprint": "o", **scores}}, "ood_mean": {"all": scores}}
+        put_artefact(store, facts(name), {"checkpoint_sha256": CHECKPOINT, "task": "detect", "id": ids, **ood})
+    put_timings(store, [timing(name, 5.0) for name in names], [facts(name) for name in names], MACHINE)
+    html = page(store)
+    table = rows(html)
+    assert table["good.xml"][5:8] == ["50.00", "70.00", "70.0"]
+    assert table["good.xml"][2] == "on the front"
+    assert table["bad.xml"][2] == "no: 1 is better"
+    assert "at least as good in mAP, AUPR-out (largest confidence)" in html
+    assert "mAP against latency" in html
+    assert "top-1" not in html.split('id="decision"')[1].split("</section>")[0]
+
+
 def test_latencies_of_several_runs_are_told_apart(tmp_path):
     store = Store(tmp_path)
     put_timings(store, [timing("a.xml", 5.0)], [facts("a.xml")], MACHINE)

@@ -10,13 +10,16 @@ import torch
 from torch import nn
 
 import quantlens as ql
+from detectors import selecting
 from quantlens.calibration import CHUNK
 from quantlens.data import Preprocess
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.graph import choices
 from quantlens.methods.base import matmul_operand_edges
 from quantlens.metrics.divergence import BOX_WEIGHT
 from quantlens.qmodel import Plan, QuantizedModel
 from quantlens.sensitivity import inspect
+from quantlens.zoo.detector_losses import overlaps
 
 EVERYTHING = ("site", "block", "edge")
 
@@ -137,6 +140,8 @@ def test_ranks_order_by_what_they_say(loaded, pictures):
     kl = [part.effect.kl for part in found.ranked(rank="kl")]
     assert sqnr == sorted(sqnr)
     assert kl == sorted(kl, reverse=True)
+    with pytest.raises(UnsupportedError, match="no boxes"):
+        found.ranked(rank="iou")
     assert len(sqnr) == len(found.sites)
 
 
@@ -238,7 +243,11 @@ class Detects(nn.Module):
 def test_a_detector_is_inspected_by_its_class_logits_and_boxes():
     torch.manual_seed(0)
     square = Preprocess((3, 16, 16), resize=(16, 16))
-    model = ql.load_model(Detects().eval(), preprocess=square, class_names=["cat", "dog"])
+    module = Detects().eval()
+    with torch.no_grad():  # some queries see no object
+        module.kind.weight *= 12
+        module.kind.bias[-1] += 1
+    model = ql.load_model(module, preprocess=square, class_names=["cat", "dog"])
     images = torch.randn(8, 3, 16, 16)
     quantized = ql.quantize(model, images, method="minmax", bits="W4A4")
     parts = {part.name: part for part in inspect(model, images, bits="W4A4", by="site").parts["site"]}
@@ -256,6 +265,43 @@ def test_a_detector_is_inspected_by_its_class_logits_and_boxes():
     noise = [(y - x).square().sum() / x.square().sum() for x, y in ((z, got), (boxes, moved))]
     assert effect.sqnr_db == pytest.approx(-10 * math.log10(sum(noise) / 2), abs=0.02)
     assert effect.changed == pytest.approx(float((got.argmax(-1) != z.argmax(-1)).double().mean()))
+    corners = (torch.cat((b[..., :2] - b[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2), -1) for b in (moved, boxes))
+    same = got.argmax(-1) == z.argmax(-1)
+    assert (objects < 0.3).any()
+    shares = (overlaps(*corners)[0] * same)[objects > 0.3]
+    assert effect.matched_iou == pytest.approx(float(shares.mean()), rel=1e-4)
+    found = inspect(model, images, bits="W4A4", by="site")
+    order = [part.effect.matched_iou for part in found.ranked()]
+    assert order == sorted(order)
+    assert found.ranked() == found.ranked(rank="iou")
     assert parts["box"].effect.changed == 0.0 < parts["box"].effect.kl
     blocks = inspect(model, images, bits="W4A4").blocks
     assert {part.name for part in blocks} == {"body", "mix", "kind", "box"}
+
+
+def test_queries_that_a_detector_selects_are_those_of_the_float_model():
+    """By whole forwards that read at its places; the scores that others would be chosen by change nothing there."""
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    model = selecting()
+    quantized = ql.quantize(model, images, method="minmax", bits="W3A3")
+    graph, quantizers = quantized.graph, quantized.plan.quantizers
+    found = inspect(model, images, "W3A3", rows=12)
+    (chosen,), outputs = choices(graph), [graph.output, graph.boxes]
+    nodes = [node for node in graph.fx.nodes if node.op == "call_function"]
+    with torch.no_grad():
+        before = graph.run(nodes, {graph.input: images}, keep=[chosen, *outputs])
+        nodes.remove(chosen)
+        for part in found.sites:
+            keys = {edge.key for edge in part.edges}
+            after = graph.run(
+                nodes,
+                {graph.input: images, chosen: before[chosen]},
+                hook=lambda key, x: quantizers[key](x) if key in keys else x,  # noqa: B023
+                keep=outputs,
+            )
+            noise = [(after[n].double() - before[n]).square().sum() / before[n].square().sum() for n in outputs]
+            expected = -10 * math.log10(sum(noise) / 2) if sum(noise) else None
+            assert part.effect.sqnr_db == (None if expected is None else pytest.approx(expected, abs=0.02)), part.name
+    effects = {part.name: part.effect.sqnr_db for part in found.sites}
+    assert [name for name, sqnr in effects.items() if sqnr is None] == ["score"]
+    assert min(sqnr for sqnr in effects.values() if sqnr is not None) > 3

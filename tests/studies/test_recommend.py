@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 import quantlens as ql
+from detectors import detector, pictures
+from quantlens.cli import _common
 from quantlens.cli.main import run
-from quantlens.cli.recommend import read_loss
-from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.cli.recommend import _parts, read_loss
+from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.studies.recommend import _Search
 
 ID, CALIBRATION = "embedded:digits-test", "embedded:digits-calibration"
 
@@ -114,5 +117,87 @@ def test_a_module_of_ones_own_gets_the_call_in_python() -> None:
     assert found.smallest.command.startswith("ql.quantize(model, calibration, 'minmax', ")
 
 
+def test_the_command_says_a_size_that_the_name_does_not() -> None:
+    model = ql.load_model("vit_tiny_patch16_224", "random", input_size=32)
+    search = _Search(model, 0.01, 0, 0.0, None)
+    search.calibration_source, search.calibration = "images:x", range(4)
+    start = "quantlens quantize vit_tiny_patch16_224 --weights random --input-size 32 --calibration images:x --n 4 "
+    assert search._command("minmax", "W8A8", None).startswith(start)
+
+
 def test_a_shipped_model_needs_no_weights_in_its_command(found) -> None:
     assert "--weights" not in found.smallest.command
+
+
+# --- detectors ---
+
+
+@pytest.fixture(scope="module")
+def of_detector():
+    pytest.importorskip("faster_coco_eval", reason="mAP needs faster-coco-eval")
+    given = {"calibration": pictures(seed=9).values, "target": None, "methods": ["minmax"], "max_loss": 0.03}
+    return ql.recommend(detector(), pictures(60), ood={"empty": pictures(30, seed=3, objects=False)}, **given)
+
+
+def test_a_detector_is_judged_by_map_on_images_with_boxes(of_detector) -> None:
+    found, model, ids = of_detector, detector(), pictures(60)
+    assert (found.metric, found.n, found.top1) == ("map", 60, None)
+    assert found.fp32 == ql.evaluate(model, ids).id["map"]
+    small, hopeless = found.smallest, [trial for trial in found.trials if trial.change < -0.3]
+    made = ql.quantize(model, pictures(seed=9).values, "minmax", small.bits)
+    change = ql.evaluate(made, ids, {"empty": pictures(30, seed=3, objects=False)}, scores=["max_confidence"]).change
+    assert small.change == change["id"]["map"] >= -0.03
+    assert small.others == {name: change["id"][name] for name in ("map50", "d_ece")}
+    assert small.ood["empty"] == change["ood"]["empty"]["max_confidence"]["aupr_out"]
+    assert small.low < small.change < small.high
+    assert {(trial.inside, trial.n) for trial in hopeless} == {(False, 15)}
+    told = found.to_dict()
+    assert (told["map"], told["metric"], told["smallest"]["d_ece"]) == (found.fp32, "map", small.others["d_ece"])
+    json.dumps(told, allow_nan=False)
+
+
+def test_the_table_of_a_detector_names_its_metrics(of_detector, capsys) -> None:
+    _common.show(_parts(of_detector), {}, None, "the recommendation")
+    text = capsys.readouterr().out
+    assert f"mAP {100 * of_detector.fp32:.2f} at FP32 on 60 images" in text
+    assert "mAP@.5" in text
+    assert "D-ECE" in text
+    assert "top-1" not in text
+    assert f"smallest: minmax {of_detector.smallest.bits}" in text
+
+
+def test_images_without_boxes_and_models_that_are_neither_are_refused_in_a_sentence() -> None:
+    images = pictures(seed=9).values
+    with pytest.raises(QuantlensError, match="has no boxes, and the metrics of task 'detect' need them"):
+        ql.recommend(detector(), pictures(40).values, calibration=images, target=None, methods=["minmax"])
+    features = ql.load_model("digits-vit", task="features")
+    with pytest.raises(QuantlensError, match="chooses by top-1 or mAP"):
+        ql.recommend(features, ID, calibration=CALIBRATION, target=None, methods=["minmax"])
+
+
+def test_a_detector_that_finds_nothing_is_told_of() -> None:
+    pytest.importorskip("faster_coco_eval", reason="mAP needs faster-coco-eval")
+    blind = detector(box_bias=5.0)
+    found = ql.recommend(blind, pictures(30), calibration=pictures(seed=9).values, target=None, methods=["minmax"])
+    assert found.fp32 == 0
+    assert any("no more than may be lost, so that every setting is inside" in note for note in found.notes)
+
+
+# --- what is refused ---
+
+
+def test_a_setting_that_is_refused_is_noted_and_the_search_goes_on(monkeypatch) -> None:
+    from quantlens.studies import recommend as module
+
+    def stubborn(model, calibration, method, bits, *rest, **more):
+        if method == "minmax":
+            raise UnsupportedError(f"minmax does not like {bits}")
+        return ql.quantize(model, calibration, method, bits, *rest, **more)
+
+    monkeypatch.setattr(module, "quantize", stubborn)
+    given = {"calibration": CALIBRATION, "target": None, "max_loss": 0.05}
+    found = ql.recommend("digits-vit", f"{ID}[:40]", methods=["minmax", "percentile"], **given)
+    assert found.smallest.method == "percentile"
+    assert "minmax W8A8 was left out: minmax does not like W8A8" in found.notes
+    with pytest.raises(UnsupportedError, match="does not like W8A8"):
+        ql.recommend("digits-vit", f"{ID}[:40]", methods=["minmax"], **given)

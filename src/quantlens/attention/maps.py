@@ -21,6 +21,7 @@ from torch import Tensor
 from quantlens.ambient import isolated
 from quantlens.attention.recording import (
     Lens,
+    check_task,
     class_logits,
     has_classes,
     layout_of,
@@ -98,7 +99,8 @@ def maps_of(
 
 
 def check_kind(kind: str, model: Any) -> None:
-    """Raises UnsupportedError for a map that needs classes, which the model does not have."""
+    """Raises UnsupportedError for a map that needs classes, which the model does not have, and for a detector."""
+    check_task(model)
     if kind != "rollout" and not has_classes(model):
         raise UnsupportedError(
             f"{model.name} has the task {model.task!r}: there is no class whose {kind} map could be drawn; take rollout"

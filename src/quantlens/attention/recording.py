@@ -50,16 +50,28 @@ def has_classes(model: Any) -> bool:
     return model.task not in ("features", "zero-shot")
 
 
+def check_task(model: Any) -> None:
+    """Raises UnsupportedError for a detector: its answers are those of queries, which have places of their own among
+    the tokens, and no class token."""
+    if model.task == "detect":
+        raise UnsupportedError(
+            f"{model.name} is a detector, which reads its boxes off queries: maps of attention are of models with one "
+            "answer for an image; `quantlens inspect` says what quantizing its attention does"
+        )
+
+
 class Lens:
     """Looks into a model, float or quantized: a :class:`quantlens.models.Model` or a
     :class:`~quantlens.qmodel.QuantizedModel`.
 
     Attention is read after its quantizer, as the product with the values sees it. Raises UnsupportedError for models
-    without attention over all tokens: windowed attention (Swin) has no map from class token to patches.
+    without attention over all tokens: windowed attention (Swin) has no map from class token to patches, and for
+    detectors.
     """
 
     def __init__(self, model: Any):
         self.model: QuantizedModel = float_model(model)
+        check_task(self.model)
         graph, plan, self.device = self.model.graph, self.model.plan, self.model.device
         self.sites = attention_sites(graph)
         self.layout = layout_of(graph)

@@ -74,7 +74,7 @@ def attention(
 ) -> None:
     """See HELP."""
     from quantlens.attention.comparison import check_choice, check_names, compare
-    from quantlens.attention.maps import MapSettings
+    from quantlens.attention.maps import MapSettings, check_kind
     from quantlens.evaluation.open_models import checkpoint_of, open_models
     from quantlens.plots.precisions import write_drift
 
@@ -89,6 +89,7 @@ def attention(
             quantized, reference = open_models(model, weights, device)
         else:
             reference, seen = _common.open_run(step, model, weights, device, calibration, n, seed, input_size, **read)
+            check_kind(map, reference)  # a mistake there is told before anything is quantized
             quantized = _quantized(reference, seen, bits or BITS, step, method=method, seed=seed, **settings)
         found = compare(reference, quantized, images, ood=sets, map=maps, limit=limit, progress=step, **read)
         written = found.save(out, show=show, choose=choose)

@@ -25,7 +25,8 @@ Scores that need statistics (KNN, ViM, Mahalanobis, ReAct …) are fitted on the
 those evaluated.
 
 What is measured depends on what the model is for (--task): accuracy and calibration of a classifier, AUROC and average
-precision of a binary or multi-label one, k-NN and linear-probe accuracy of features (both fitted on --fit).
+precision of a binary or multi-label one, k-NN and linear-probe accuracy of features (both fitted on --fit), mAP,
+calibration and drift of boxes of a detector (on images with boxes, such as coco:DIR).
 
 [bold]Examples[/bold]
 

@@ -13,8 +13,9 @@ from quantlens.files import check_writable
 HELP = """Measure the sensitivity of every layer: quantize every site and every block alone, rank them by what that does
 to the output, and show the statistics of their weights and activations.
 
-Ranked by the noise of the logits (SQNR, low hurts) or, with [bold]--rank kl[/bold], by the KL divergence of the
-classes. Range ratio, kurtosis, token norms, dead channels and outlier channels say why.
+Ranked by the noise of the logits (SQNR, low hurts), by the KL divergence of the classes ([bold]--rank kl[/bold]) or,
+of a detector, by the IoU of its boxes with those of the float model ([bold]--rank iou[/bold]). Range ratio, kurtosis,
+token norms, dead channels and outlier channels say why.
 
 [bold]Examples[/bold]
 
@@ -42,7 +43,9 @@ def inspect(
     by: Annotated[
         str, typer.Option(metavar="NAMES", help="What is quantized alone: site, block, edge.")
     ] = "site,block",
-    rank: Annotated[str, typer.Option(help="Rank by [bold]sqnr[/bold] or kl.")] = "sqnr",
+    rank: Annotated[
+        str | None, typer.Option(help="Rank by [bold]sqnr[/bold], kl or, of detectors, iou (their default).")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of each table.")] = 10,
     everything: Annotated[bool, typer.Option("--all", help="All rows.")] = False,
     json: Annotated[
@@ -65,7 +68,7 @@ def inspect(
     check_writable(None if json == "-" else json)
     check_writable(html)
     parts = _common.names([by])
-    check_names(parts, rank)
+    check_names(parts, rank or "sqnr")
     widths, source = api.read_bits(bits), images or _shipped_images(model)
     with _common.stages(quiet) as step:
         reading = {"letterbox": letterbox, **_common.reading(skip_bad, no_cache)}
@@ -93,7 +96,7 @@ def _shipped_images(model: str) -> str:
     return entry.sources.calibration
 
 
-def _show(found: Any, rank: str, top: int | None) -> None:
+def _show(found: Any, rank: str | None, top: int | None) -> None:
     """The ranked tables on the terminal, ``top`` rows of each, or all."""
     from quantlens.report import inspection
 
@@ -101,9 +104,9 @@ def _show(found: Any, rank: str, top: int | None) -> None:
         ranked = found.ranked(by, rank)
         rows = inspection.table_rows(ranked[:top], by)
         size = f"all {len(ranked)}" if len(rows) == len(ranked) else f"{len(rows)} of {len(ranked)}"
-        heads = list(inspection.columns(by))
+        heads = list(inspection.columns(by, ranked))
         numbers = heads[1:] if by == "block" else heads[1:-1]
-        print(f"{found.model} {found.bits}, {by}s {inspection.RANKED[rank]}: {size}")
+        print(f"{found.model} {found.bits}, {by}s {inspection.order(found, rank)}: {size}")
         table = _common.table(heads, rows, right=numbers, whole=heads[:1], box=None, pad_edge=False)
         _common.console().print(table)
         print()

@@ -72,7 +72,7 @@ def predict(
     data = [{"image": str(i), **_data(found[i]), **({"drawn": str(drawn[i])} if i in drawn else {})} for i in images]
     _common.show([_common.table(heads, rows)], data, "-" if json else None, "the predictions")
     if not json and out is not None:
-        print(f"drawn: {len(drawn)} pictures in {out}")
+        print(f"drawn: {len(drawn)} picture{'' if len(drawn) == 1 else 's'} in {out}")
     if not json and not detects and model.guard["threshold"] is None:
         print("the file has no threshold; export it with --guard-images to be told what looks unknown")
     if bad:

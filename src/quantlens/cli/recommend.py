@@ -15,17 +15,20 @@ from quantlens.files import check_writable
 if TYPE_CHECKING:
     from quantlens.studies.recommend import Recommendation, Trial
 
-HELP = """Find the smallest and the fastest setting whose loss of top-1 is within a budget.
+HELP = """Find the smallest and the fastest setting whose loss of top-1, of a detector of mAP, is within a budget.
 
 Methods are tried from the fastest to the slowest to calibrate and bits from 8 downwards, each on the same labelled
-images as the FP32 model; nothing more is tried after [bold]--minutes[/bold]. The fastest is timed as an exported file
-beside the FP32 one. Shown are all settings that were tried, the change of each with an interval (those of settings that
-were measured on all images hold jointly), and the command for each of the two.
+images as the FP32 model (of a detector: with boxes); nothing more is tried after [bold]--minutes[/bold]. The fastest is
+timed as an exported file beside the FP32 one. Shown are all settings that were tried, the change of each with an
+interval (those of settings that were measured on all images hold jointly), and the command for each of the two.
 
 [bold]Examples[/bold]
 
     quantlens recommend digits-vit --id embedded:digits-test \\
       --ood letters=embedded:letters --max-loss 1pt
+
+    quantlens recommend scenes-detr --id embedded:scenes \\
+      --calibration embedded:scenes-calibration --max-loss 2pt
 
     quantlens recommend deit_tiny_patch16_224 --weights deit_tiny.safetensors \\
       --id imagenet:val --calibration imagenet:train --max-loss 0.5pt --minutes 60
@@ -39,7 +42,7 @@ def recommend(
     input_size: _options.InputSize = None,
     letterbox: _options.Letterbox = False,
     max_loss: Annotated[
-        str, typer.Option(metavar="LOSS", help="Points of top-1 that may be lost: 1pt, or 0.01.")
+        str, typer.Option(metavar="LOSS", help="Points of top-1 or mAP that may be lost: 1pt, or 0.01.")
     ] = "1pt",
     ood: _options.OodSets = None,
     calibration: Annotated[
@@ -82,30 +85,37 @@ def read_loss(text: str) -> float:
     """``1pt``, ``1%`` or ``0.01`` as a fraction. Raises QuantlensError."""
     found = re.fullmatch(r"\s*(\d*\.?\d+)\s*(pt|pts|%)?\s*", text)
     if not found:
-        raise QuantlensError(f"--max-loss {text!r}: write points of top-1, such as 1pt, or a fraction, such as 0.01")
+        raise QuantlensError(f"--max-loss {text!r}: write points of top-1 or mAP (1pt), or a fraction (0.01)")
     return float(found[1]) / (100 if found[2] else 1)
 
 
 def _parts(found: Recommendation) -> Iterator[Any]:
     """The settings that were tried, then the two that are recommended."""
+    from quantlens.metrics import METRICS
+
+    metric = METRICS[found.metric]
     sets = list(dict.fromkeys(name for trial in found.trials for name in trial.ood))
-    numbers = ["images", "top-1", "95 % interval", "NLL", *(f"AUPR-out {name}" for name in sets), "MB", "ms", "inside"]
+    others = [METRICS[name] for name in dict.fromkeys(name for trial in found.trials for name in trial.others)]
+    change = [metric.title, "95 % interval", *(one.title for one in others), *(f"AUPR-out {name}" for name in sets)]
+    numbers = ["images", *change, "MB", "ms", "inside"]
     heads = ["method", "bits", "target", *numbers]
-    title = f"{found.model}: top-1 {100 * found.top1:.2f} at FP32 on {found.n} images; changes are quantized − FP32"
-    rows = [_row(trial, sets) for trial in found.trials]
+    fp32 = f"{metric.title} {metric.text(found.fp32)} at FP32"
+    title = f"{found.model}: {fp32} on {found.n} images; changes are quantized − FP32"
+    rows = [_row(trial, others, sets) for trial in found.trials]
     yield _common.table(heads, rows, right=numbers, whole=heads, title=title, box=None, pad_edge=False)
     for what, one in (("smallest", found.smallest), ("fastest", found.fastest)):
         if one is not None:
             speed = "" if one.milliseconds is None else f", {one.milliseconds:.2f} ms an image"
-            loss = f"top-1 {_points(one.change)} ({_interval(one)})"
+            loss = f"{metric.title} {_points(one.change)} ({_interval(one)})"
             yield f"{what}: {one.method} {one.bits}, {one.size_mb:.2f} MB{speed}, {loss}\n  {one.command}"
     yield from found.notes
 
 
-def _row(trial: Trial, sets: list[str]) -> list[str]:
+def _row(trial: Trial, others: list[Any], sets: list[str]) -> list[str]:
     ood = [_points(trial.ood[name]) if name in trial.ood else "" for name in sets]
     speed = "" if trial.milliseconds is None else f"{trial.milliseconds:.2f}"
-    change = [str(trial.n), _points(trial.change), _interval(trial), f"{trial.nll:+.3f}", *ood]
+    more = [metric.text(trial.others.get(metric.name), "+") for metric in others]
+    change = [str(trial.n), _points(trial.change), _interval(trial), *more, *ood]
     size = [f"{trial.size_mb:.2f}", speed, "yes" if trial.inside else "no"]
     return [trial.method, trial.bits, trial.target or "", *change, *size]
 

@@ -326,9 +326,11 @@ class Wanted:
 
 
 def point(outputs: Outputs, wanted: Wanted) -> dict[str, float]:
-    """The metrics on the images themselves, by their path in a result ("id.top1", "ood.textures.msp.auroc", …)."""
+    """The metrics on the images themselves, by their path in a result ("id.top1", "ood.textures.msp.auroc", …), those
+    left out that these images have not (mAP of large objects without any)."""
     once = {name: np.ones((n, 1)) for name, n in _sizes(outputs, wanted.sets).items()}
-    return {path: float(values[0]) for path, values in _metrics(outputs, wanted, once).items()}
+    values = {path: float(values[0]) for path, values in _metrics(outputs, wanted, once).items()}
+    return {path: value for path, value in values.items() if not np.isnan(value)}
 
 
 def replicate(outputs: Outputs, wanted: Wanted, resamples: Resamples) -> dict[str, Array]:

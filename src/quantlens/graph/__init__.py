@@ -18,7 +18,18 @@ from quantlens.graph.graph import (
 )
 from quantlens.graph.layout import axes_of_last, example_sizes, moved
 from quantlens.graph.reuse import forget_if_changed
-from quantlens.graph.sites import ADDS, ROTATION, SCALINGS, Block, Edge, Site, SiteMap, classifier_terms, dynamic_nodes
+from quantlens.graph.sites import (
+    ADDS,
+    ROTATION,
+    SCALINGS,
+    Block,
+    Edge,
+    Site,
+    SiteMap,
+    choices,
+    classifier_terms,
+    dynamic_nodes,
+)
 from quantlens.graph.structure import parameters_of
 
 __all__ = [
@@ -36,6 +47,7 @@ __all__ = [
     "arguments_of",
     "axes_of_last",
     "capture",
+    "choices",
     "classifier_terms",
     "dynamic_nodes",
     "example_sizes",

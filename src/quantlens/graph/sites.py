@@ -125,6 +125,24 @@ def dynamic_nodes(graph: Graph) -> set[fx.Node]:
     return found
 
 
+CHOOSE = {f"aten.{name}" for name in ("argmax", "argmin", "argsort")}
+CHOOSE_BESIDE_VALUES = {f"aten.{name}" for name in ("topk", "sort", "max", "min", "kthvalue")}
+"""Operations that give places, of the largest values or in their order: alone, or second to the values there."""
+
+
+def choices(graph: Graph) -> list[fx.Node]:
+    """Nodes whose values are places that the pixels choose, as a detector's queries (top-k): a little noise changes all
+    that is read there. Two networks are compared value by value at the places that the float one chooses."""
+    dynamic = dynamic_nodes(graph)
+
+    def chooses(node: fx.Node) -> bool:
+        second = op_name(node) == "<built-in function getitem>" and node.args[1] == 1
+        operation = op_name(node.args[0] if second else node).rpartition(".")[0]  # type: ignore[arg-type]
+        return operation in (CHOOSE_BESIDE_VALUES if second else CHOOSE)
+
+    return [node for node in graph.fx.nodes if node in dynamic and chooses(node)]
+
+
 def find_sites(graph: Graph) -> SiteMap:
     """Read the sites and blocks off a graph. Cheap; called through :attr:`Graph.sites`."""
     dynamic = dynamic_nodes(graph)

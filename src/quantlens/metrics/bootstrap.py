@@ -182,18 +182,20 @@ def interval(drawn: Array, level: float = 0.95) -> Interval:
     return Interval(float(low), float(high), min(1.0, 2 * (tail + 1) / (drawn.size + 1)))
 
 
-def simultaneous_intervals(values: Array, seed: int = 0, level: float = 0.95, resamples: int = 2000) -> Array:
-    """Intervals [K, 2] that hold the true means of all columns of values [N, K] at once with probability `level`.
+def simultaneous_intervals(values: Array, drawn: Array, n: int, level: float = 0.95) -> Array:
+    """Intervals [K, 2] that hold the true values of K metrics at once with probability `level`, from what was measured
+    on n images [K] and on resamples of them [R, K].
 
     The largest studentized deviation of a resample decides their width (Efron and Tibshirani, 1993, chapter 12; Romano
-    and Wolf, Econometrica 73, 2005, for many columns). A column without spread is taken to have one odd image.
+    and Wolf, Econometrica 73, 2005, for many columns). A column without spread is taken to have one odd image, and
+    resamples that lack a metric (NaN) are left out.
     """
-    n = len(values)
-    mean, error = values.mean(axis=0), np.maximum(values.std(axis=0) / np.sqrt(n), 1 / n)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples) @ values / n
-    largest = np.quantile(np.abs((drawn - mean) / error).max(axis=1), level)
+    drawn = drawn[~np.isnan(drawn).any(axis=1)]
+    spread = drawn.std(axis=0)
+    error = np.where(spread > 0, spread, 1 / n)
+    largest = np.quantile(np.abs((drawn - values) / error).max(axis=1), level)
     width = max(largest, norm.ppf((1 + level) / 2)) * error
-    return np.stack([mean - width, mean + width], axis=1)
+    return np.stack([values - width, values + width], axis=1)
 
 
 def holm(p: Mapping[Key, float]) -> dict[Key, float]:

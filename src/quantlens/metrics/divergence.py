@@ -43,6 +43,14 @@ def box_error(got: Tensor, expected: Tensor, objects: Tensor) -> Tensor:
     return BOX_WEIGHT * (relative.square().sum(-1) * objects).sum() / len(got)
 
 
+def box_iou(got: Tensor, expected: Tensor) -> Tensor:
+    """IoU [B, Q] of boxes [B, Q, 4] (centre, width, height)."""
+    low = torch.maximum(got[..., :2] - got[..., 2:] / 2, expected[..., :2] - expected[..., 2:] / 2)
+    high = torch.minimum(got[..., :2] + got[..., 2:] / 2, expected[..., :2] + expected[..., 2:] / 2)
+    shared = (high - low).clamp_min(0).prod(-1)
+    return shared / (got[..., 2:].prod(-1) + expected[..., 2:].prod(-1) - shared).clamp_min(1e-12)
+
+
 def objects_of(logits: Tensor, sigmoid: bool) -> Tensor:
     """Probability [B, Q] that a detector's query found an object, of its class logits: sigmoids, or a softmax whose
     last class is none."""

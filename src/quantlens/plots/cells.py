@@ -6,6 +6,7 @@ from typing import Any
 
 import altair as alt
 
+from quantlens.metrics import METRICS
 from quantlens.plots.precisions import SCORED, GroupLines
 from quantlens.plots.style import COLOURS, MUTED, PAPER, Panel, PanelRow, one_row, tooltips
 from quantlens.studies.board import Board, Group, dig
@@ -101,9 +102,10 @@ def reliability(board: Board) -> list[PanelRow]:
 
 
 def reliability_rows(group: Group, bits: str) -> Iterator[dict[str, Any]]:
-    """A row per bin that holds images, in percent, and the ECE in words."""
+    """A row per bin that holds images (of a detector detections), in percent, and the ECE (D-ECE) in words."""
     of_id = dig(group.first(bits), ("id",)) or {}
-    ece = f"ECE {bits} {percent(number(of_id.get('ece')))} %"
+    name = "d_ece" if "d_ece" in of_id else "ece"
+    ece = f"{METRICS[name].title} {bits} {percent(number(of_id.get(name)))} %"
     bins = of_id.get("reliability") or {"confidence": [], "accuracy": [], "count": []}
     total = sum(bins["count"])
     for confidence, accuracy, n in zip(bins["confidence"], bins["accuracy"], bins["count"], strict=True):

@@ -11,9 +11,9 @@ from quantlens.metrics import METRICS
 from quantlens.plots.precisions import SHOWN, GroupLines
 from quantlens.plots.style import COLOURS, INK, MUTED, PAPER, Look, Panel, PanelRow, Rows, encodings, one_row, tooltips
 from quantlens.studies.board import Board
-from quantlens.studies.choices import Place, choice_score, places
+from quantlens.studies.choices import Place, choice_score, judged_by, places
 from quantlens.studies.drift import Link, links
-from quantlens.studies.text import count, fixed, score_label
+from quantlens.studies.text import count, fixed, metric_title, score_label
 
 KINDS = {"linear and convolution layers": ("linear", "conv"), "attention products": ("scores", "probs", "context")}
 OTHER = "other sites"
@@ -59,12 +59,14 @@ def scatter(link: Link, lines: GroupLines) -> Panel:
 
 # -- exported files ---------------------------------------------------------------------------------------------------
 def latency(board: Board) -> list[PanelRow]:
-    """Top-1 and AUPR-out against latency, a numbered mark per exported file: a row per place of measurement."""
-    rows = []
+    """Top-1 (of a detector mAP) and AUPR-out against latency, a numbered mark per exported file: a row per place
+    of measurement."""
+    rows, judged = [], judged_by(board)[0]
     for place in places(board):
-        top1, aupr = ([getattr(choice, name) for choice in place.choices] for name in ("top1", "aupr"))
+        values, aupr = ([getattr(choice, name) for choice in place.choices] for name in ("first", "aupr"))
         by_score = f"AUPR-out by {score_label(choice_score(board))}"
-        panels = [latency_panel(place, top1, "top1", "Top-1"), latency_panel(place, aupr, "aupr_out", by_score)]
+        shown = (values, judged, metric_title(judged)), (aupr, "aupr_out", by_score)
+        panels = [latency_panel(place, *one) for one in shown]
         rows += one_row(panels, heading=place.heading, large=True)
     return rows
 

@@ -58,7 +58,8 @@ def fisher_metrics(
     for batch in probe.batches(calibration, least=rank):
         for index, unit in enumerate(probe.measured):
             hook = frozen_hook(graph, unit, quantizers)
-            changed = run_unit(graph, unit, {n: batch[n] for n in unit.sources}, len(batch[graph.input]), hook)[0]
+            env = {n: batch[n] for n in (*unit.sources, *unit.choices)}
+            changed = run_unit(graph, unit, env, len(batch[graph.input]), hook)[0]
             gradient, error = probe.gradient(batch, index, changed), changed - batch[unit.results[0]]
             for kept, new in zip(rows.setdefault(unit.name, ([], [])), (gradient, error), strict=True):
                 kept.append(new.abs().mean(0, keepdim=True))
@@ -127,7 +128,8 @@ class _Probe:
         self.graph, self.units, self.boxes, self.sigmoid = graph, find_units(graph), graph.boxes, sigmoid
         self.temperature = temperature if self.boxes is None else 1.0
         ends = (graph.output, self.boxes)
-        self.measured = [u for u in self.units if len(u.results) == 1 and u.results[0] not in ends]
+        alone = (u for u in self.units if len(u.results) - len(u.choices) == 1)
+        self.measured = [u for u in alone if u.results[0] not in ends]
 
     def batches(self, calibration: Calibration, least: int = 1) -> Iterator[Values]:
         """All images, as many together as memory allows, in at least ``least`` batches if there are as many images."""
@@ -154,8 +156,9 @@ class _Probe:
         return total
 
     def _run(self, units: Sequence[Unit], values: Values) -> Values:
-        """``values`` with the results of units added."""
+        """``values`` with the results of units added; choices that are there already are kept."""
         for unit in units:
-            env, images = {node: values[node] for node in unit.sources}, len(values[self.graph.input])
+            env = {node: values[node] for node in (*unit.sources, *unit.choices) if node in values}
+            images = len(values[self.graph.input])
             values.update(zip(unit.results, run_unit(self.graph, unit, env, images), strict=True))
         return values

@@ -128,7 +128,9 @@ class _UnitTraining:
         is to be changed; leaves graph and quantizers as they are. tell: called with the number of steps done."""
         started, trained = time.perf_counter(), len(self.learners.modules())
         outputs = self.streams.outputs(self.unit, frozen_hook(self.graph, self.unit, self.quantizers))
-        self.scale_of = {node: self._size(node) for node in self.unit.results} if trained else {}
+        compared = [node for node in self.unit.results if self.streams.float[node].dtype.is_floating_point]
+        sizes = {node: self._size(node) for node in compared} if trained else {}
+        self.scale_of = {node: size for node, size in sizes.items() if math.isfinite(size)}  # scores may be −∞
         before = self._measure(outputs) if trained else 0.0
         lowest, state, history = before, self.learners.state(), list[float]()
         made: Made = ({}, {})
@@ -170,8 +172,8 @@ class _UnitTraining:
         """The loss over all images."""
         total = 0.0
         for first, last in self.streams.chunks:
-            for node, values in outputs.items():
-                got, expected = (x.rows(first, last).flatten(0, 1) for x in (values, self.streams.float[node]))
+            for node in self.scale_of:
+                got, expected = (x[node].rows(first, last).flatten(0, 1) for x in (outputs, self.streams.float))
                 loss = self.loss(got, expected, self._context(node, torch.arange(first, last)))
                 total += float(loss) * (last - first) / self.streams.count
         return total
@@ -195,10 +197,10 @@ class _UnitTraining:
             env = self.streams.inputs(self.unit, images, settings.inputs, settings.input_drop, self.generator)
             env.update(self.learners.constants())
             total = torch.zeros((), device=self.device)
-            outputs = run_unit(self.graph, self.unit, env, len(images), hook)
-            for node, got in zip(self.unit.results, outputs, strict=True):
+            outputs = dict(zip(self.unit.results, run_unit(self.graph, self.unit, env, len(images), hook), strict=True))
+            for node in self.scale_of:
                 expected = self.streams.float[node].pick(images).flatten(0, 1)
-                total = total + self.loss(got, expected, self._context(node, images))
+                total = total + self.loss(outputs[node], expected, self._context(node, images))
             total = total / start
             beta = annealed_beta(share)
             if soft and beta is not None:

@@ -229,7 +229,7 @@ class Result:
 # Finished units on disk, so that a killed reconstruction goes on where it was.
 
 
-VERSION = 1
+VERSION = 2
 """Part of every checkpoint's fingerprint; raise it when results change."""
 
 

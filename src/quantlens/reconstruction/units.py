@@ -11,19 +11,21 @@ from torch import Tensor, fx
 from quantlens.calibration import CHUNK, ActivationStore, Calibration, StoredTensor
 from quantlens.errors import UnsupportedError
 from quantlens.formats import Quantizer
-from quantlens.graph import Edge, EdgeHook, Graph, dynamic_nodes
+from quantlens.graph import Edge, EdgeHook, Graph, choices, dynamic_nodes, origin
 
 
 @dataclass(frozen=True)
 class Unit:
     """A part of the graph that runs alone: values of ``sources`` in, values of ``results`` out (nearly always one
-    each). edges: the edges of its sites."""
+    each). edges: the edges of its sites. choices: the last of the results, places that the float network chooses for
+    the quantized one too (:func:`quantlens.graph.choices`)."""
 
     name: str
     sources: tuple[fx.Node, ...]
     results: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...] = field(repr=False)
     edges: tuple[Edge, ...] = field(repr=False)
+    choices: tuple[fx.Node, ...] = ()
 
 
 def find_units(graph: Graph) -> list[Unit]:
@@ -46,7 +48,11 @@ def find_units(graph: Graph) -> list[Unit]:
 def _unit(graph: Graph, name: str, inside: list[fx.Node], dynamic: set[fx.Node]) -> Unit:
     members = set(inside)
     sources = dict.fromkeys(s for n in inside for s in n.all_input_nodes if s in dynamic and s not in members)
-    results = [n for n in inside if n is graph.output or any(u not in members for u in n.users)]
+    made = [n for n in choices(graph) if n in members]
+    # outside of blocks also the scores that are chosen by: nothing else that is compared depends on them
+    scores = set() if name else {origin(n).args[0] for n in made}
+    read = (n for n in inside if n is graph.output or n in scores or any(u not in members for u in n.users))
+    results = [*(n for n in read if n not in made), *made]
     edges = tuple(e for n in inside for e in graph.sites.edges_by_node.get(n, []))
     if not name:
         layers = list(dict.fromkeys(e.site for e in edges if e.is_weight)) or [inside[0].name, inside[-1].name]
@@ -57,17 +63,18 @@ def _unit(graph: Graph, name: str, inside: list[fx.Node], dynamic: set[fx.Node])
         if node.op == "call_function" and node not in dynamic and not needed.isdisjoint(node.users):
             needed.add(node)
     nodes = tuple(n for n in graph.fx.nodes if n in needed and not n.meta.get("symbolic"))
-    return Unit(name, tuple(sources), tuple(results), nodes, edges)
+    return Unit(name, tuple(sources), tuple(results), nodes, edges, tuple(made))
 
 
 # -- running them -----------------------------------------------------------------------------------------------------
 def run_unit(
     graph: Graph, unit: Unit, env: dict[fx.Node, Any], images: int, hook: EdgeHook | None = None
 ) -> list[Tensor]:
-    """Values of a unit's results; ``env`` holds its sources, ``images`` is the size of the batch."""
+    """Values of a unit's results; ``env`` holds its sources, and its choices unless it is to make them itself;
+    ``images`` is the size of the batch."""
     shape = (images, *graph.input.meta["shape"][1:])
     env.setdefault(graph.input, torch.empty(shape, device="meta"))  # for its batch size alone
-    out = graph.run(unit.nodes, env, hook=hook, keep=unit.results)
+    out = graph.run([n for n in unit.nodes if n not in env], env, hook=hook, keep=unit.results)
     return [out[node] for node in unit.results]
 
 
@@ -120,7 +127,7 @@ class Streams:
         for (first, _), chunk in zip(self.chunks, calibration, strict=True):
             self._put(self.float, graph.input, first, len(chunk), chunk)
         self.quantized = dict(self.float)
-        self.last_use = {s: i for i, unit in enumerate(units) for s in unit.sources}
+        self.last_use = {s: i for i, unit in enumerate(units) for s in (*unit.choices, *unit.sources)}
 
     def outputs(
         self,
@@ -138,6 +145,8 @@ class Streams:
         for first, last in self.chunks:
             pairs = zip(unit.sources, same.sources, strict=True)
             env: dict[fx.Node, Any] = {s: inputs[n].rows(first, last).flatten(0, 1) for n, s in pairs}
+            if original is None:
+                env |= {n: self.float[n].rows(first, last).flatten(0, 1) for n in unit.choices}
             env.update(constants or {})
             for node, value in zip(unit.results, run_unit(graph, same, env, last - first, hook), strict=True):
                 self._put(found, node, first, last - first, value)
@@ -160,8 +169,8 @@ class Streams:
 
     def inputs(self, unit: Unit, images: Tensor, kind: str, float_share: float, generator: torch.Generator) -> dict:
         """The unit's sources for a mini-batch: of the "quantized" or the "float" stream, or "mixed", element by element
-        (the float one with probability ``float_share``)."""
-        env: dict[fx.Node, Any] = {}
+        (the float one with probability ``float_share``); and its choices."""
+        env: dict[fx.Node, Any] = {node: self.float[node].pick(images).flatten(0, 1) for node in unit.choices}
         for node in unit.sources:
             same = self.quantized[node] is self.float[node]
             stream = self.float if kind == "float" or same else self.quantized

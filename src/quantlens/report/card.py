@@ -40,7 +40,11 @@ QUANTIZES = {
 }
 HUB_METRICS = {"top1": "accuracy", "auroc": "roc_auc", "aupr_out": "average_precision"}
 """What the hub calls a metric; others have their own names."""
-TASKS = {"features": "image-feature-extraction", "zero-shot": "zero-shot-image-classification"}
+TASKS = {
+    "features": "image-feature-extraction",
+    "zero-shot": "zero-shot-image-classification",
+    "detect": "object-detection",
+}
 """The hub's names of tasks; others are kinds of image classification."""
 
 
@@ -227,16 +231,18 @@ class _Card:
             facts.append(("size of the file", f"{self.file.stat().st_size / 1e6:.2f} MB"))
         facts.append(("parameters", f"{q.num_parameters / 1e6:.2f} million"))
         kinds = {"features": "features", "zero-shot": "features", "binary": "logit, yes or no", "multilabel": "labels"}
+        kinds["detect"] = "classes, and boxes"
         facts.append(("outputs", f"{q.num_classes} {kinds.get(about.task, 'classes')}"))
         facts.append(("preprocessing", code(json.dumps(plain(q.preprocess.to_dict())))))
         return facts
 
     # -- what was measured --------------------------------------------------------------------------------------------
     def _how_sure(self) -> str:
+        drawn, none = "those of 2000 bootstrap resamples of the images", "as the outputs of single images were not kept"
+        if "top1" not in (self.told or {}).get("id", {}):
+            return f"95 % intervals are {drawn}" if self.intervals else f"and without intervals, {none}"
         said = "95 % intervals are Wilson's for top-1 and top-5"
-        if self.intervals:
-            return f"{said}, and those of 2000 bootstrap resamples of the images elsewhere"
-        return f"{said}; the rest has none, as the outputs of single images were not kept"
+        return f"{said}, and {drawn} elsewhere" if self.intervals else f"{said}; the rest has none, {none}"
 
     def _value(self, path: str, value: Any) -> str:
         """A metric with its interval, where it has one."""

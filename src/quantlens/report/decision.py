@@ -8,20 +8,17 @@ from quantlens.metrics import METRICS
 from quantlens.plots.points import latency
 from quantlens.report.runinfo import Listing
 from quantlens.studies.board import Board, dig
-from quantlens.studies.choices import Choice, choice_score, places
+from quantlens.studies.choices import Choice, choice_score, judged_by, places
 from quantlens.studies.text import MISSING, fixed, join_words, metric_heading, number, percent, score_label
 
-COLUMNS = [
-    "No.",
-    "File",
-    "Pareto front",
-    "Runtime",
-    "Model",
-    *map(metric_heading, ("top1", "nll", "aupr_out")),
+BEFORE = ["No.", "File", "Pareto front", "Runtime", "Model"]
+AFTER = [
+    metric_heading("aupr_out"),
     f"{metric_heading('median_ms')} (p10 to p90)",
     "× FP32 ↑",
     *map(metric_heading, ("images_per_second", "size_mb", "memory_mb")),
 ]
+"""Columns of the table of files; between them are those of `studies.choices.judged_by`."""
 TEXT_COLUMNS = frozenset({1, 2, 3, 4})
 
 
@@ -30,20 +27,23 @@ def decision(board: Board) -> dict[str, Any] | None:
     of each processor, batch size and thread count. guards: how often the thresholds of the files are right."""
     if not board.timings and not board.artefacts:
         return None
+    judged = judged_by(board)
+    columns = [*BEFORE, *map(metric_heading, judged), *AFTER]
     score, panels = score_label(choice_score(board)), {row.heading: row.panels for row in latency(board)}
     sections = []
     for place in places(board):
         table = Listing(
             f"Exported files: {place.heading}; AUPR-out by {score}, mean of the OOD sets",
-            COLUMNS,
-            [_row(i, c, best) for i, (c, best) in enumerate(zip(place.choices, place.front, strict=True), 1)],
-            frozenset(range(len(COLUMNS))) - TEXT_COLUMNS,
+            columns,
+            [_row(i, c, best, judged) for i, (c, best) in enumerate(zip(place.choices, place.front, strict=True), 1)],
+            frozenset(range(len(columns))) - TEXT_COLUMNS,
         )
         about = {"heading": place.heading, "note": _note(place.choices)}
         sections.append({**about, "table": table, "panels": panels.get(place.heading, [])})
     files = {facts["fingerprint"] for facts in (*(t.facts for t in board.timings), *(f for f, _ in board.artefacts))}
     sentence = f"The store holds {len(files)} exported or float models, timed or evaluated in their runtimes."
-    return {"places": sections, "guards": guards(board), "score": score, "sentence": sentence}
+    title = METRICS[judged[0]].title
+    return {"places": sections, "guards": guards(board), "score": score, "sentence": sentence, "judged": title}
 
 
 def _note(choices: Sequence[Choice]) -> str:
@@ -58,9 +58,10 @@ def _note(choices: Sequence[Choice]) -> str:
     return " ".join(notes)
 
 
-def _row(place: int, choice: Choice, best: int | None) -> list[str]:
+def _row(place: int, choice: Choice, best: int | None, judged: tuple[str, str]) -> list[str]:
     timing, facts = choice.timed.timing, choice.timed.facts
-    said = f" ({choice.words})" if choice.words and choice.top1 is not None else ""
+    said = f" ({choice.words})" if choice.words and choice.first is not None else ""
+    first, second = (METRICS[name] for name in judged)
     nothing = choice.words or "not measured"
     return [
         str(place),
@@ -68,9 +69,9 @@ def _row(place: int, choice: Choice, best: int | None) -> list[str]:
         "not weighed" if best is None else "on the front" if best + 1 == place else f"no: {best + 1} is better",
         str(facts.get("runtime", MISSING)),
         " ".join(str(facts.get(key, MISSING)) for key in ("model", "method", "bits")),
-        nothing if choice.top1 is None else percent(choice.top1, 2) + said,
-        nothing if choice.nll is None else fixed(choice.nll, 3),
-        (choice.words if choice.top1 is None else "no OOD sets") if choice.aupr is None else percent(choice.aupr),
+        nothing if choice.first is None else first.text(choice.first) + said,
+        nothing if choice.second is None else second.text(choice.second),
+        (choice.words if choice.first is None else "no OOD sets") if choice.aupr is None else percent(choice.aupr),
         f"{fixed(choice.latency, 2)} ({fixed(timing['p10_ms'], 2)} to {fixed(timing['p90_ms'], 2)})",
         "FP32 not timed" if choice.over_float is None else f"{fixed(choice.over_float, 2)}",
         fixed(timing["images_per_second"], 1),

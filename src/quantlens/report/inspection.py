@@ -1,7 +1,7 @@
 """Which layer hurts, on a page of its own and in a study's report: every site alone in a chart, and the ranked tables.
 Columns are those of the terminal's tables too."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from quantlens.report.page import write_page
 from quantlens.studies.board import Board
 from quantlens.studies.text import MISSING, count, fixed, percent
 
-RANKED = {"sqnr": "by the noise of the logits", "kl": "by the KL divergence"}
+RANKED = {"sqnr": "by the noise of the logits", "kl": "by the KL divergence", "iou": "by the IoU of the boxes"}
 
 Row = tuple[str, ...]
 
@@ -32,6 +32,7 @@ EFFECT: dict[str, Callable[[Any], str]] = {
     METRICS["kl"].heading: lambda p: MISSING if p.effect.kl is None else f"{p.effect.kl:.2g}",
     METRICS["changed"].heading: lambda p: percent(p.effect.changed),
 }
+OF_BOXES = {METRICS["matched_iou"].heading: lambda p: fixed(p.effect.matched_iou, 4)}
 OF_EDGES: dict[str, Callable[[Any], str]] = {
     "ratio A": lambda p: _largest(p, "range_ratio", False),
     "ratio W": lambda p: _largest(p, "range_ratio", True),
@@ -42,14 +43,16 @@ OF_EDGES: dict[str, Callable[[Any], str]] = {
 }
 
 
-def columns(by: str) -> dict[str, Callable[[Any], str]]:
+def columns(by: str, parts: Iterable[Any]) -> dict[str, Callable[[Any], str]]:
     """Titles of a table's columns, and what gives their cells; the first and, but for blocks, the last hold text."""
-    return {by: lambda p: p.name, **EFFECT, **({} if by == "block" else OF_EDGES)}
+    boxes = OF_BOXES if any(part.effect.matched_iou is not None for part in parts) else {}
+    return {by: lambda p: p.name, **EFFECT, **boxes, **({} if by == "block" else OF_EDGES)}
 
 
-def table_rows(parts: Iterable[Any], by: str) -> list[Row]:
+def table_rows(parts: Sequence[Any], by: str) -> list[Row]:
     """The cells of each part, in the order of :func:`columns`."""
-    return [tuple(cell(part) for cell in columns(by).values()) for part in parts]
+    cells = columns(by, parts).values()
+    return [tuple(cell(part) for cell in cells) for part in parts]
 
 
 def explanation(found: Any) -> str:
@@ -62,13 +65,19 @@ def explanation(found: Any) -> str:
     )
 
 
-def ranked(found: Any, by: str, rank: str) -> dict[str, Any]:
+def ranked(found: Any, by: str, rank: str | None) -> dict[str, Any]:
     """The parts of one kind, those that hurt most first: the table's name, (title, whether it holds text) of its
     columns, and the cells."""
     text = (by, "stands out")
-    heads = [(title.capitalize() if title in text else title, title in text) for title in columns(by)]
-    name = f"{by.capitalize()}s, ranked {RANKED[rank]}"
-    return {"name": name, "columns": heads, "rows": table_rows(found.ranked(by, rank), by)}
+    parts = found.ranked(by, rank)
+    heads = [(title.capitalize() if title in text else title, title in text) for title in columns(by, parts)]
+    name = f"{by.capitalize()}s, ranked {order(found, rank)}"
+    return {"name": name, "columns": heads, "rows": table_rows(parts, by)}
+
+
+def order(found: Any, rank: str | None) -> str:
+    """What parts are ranked by, in words; without a rank the default of the model."""
+    return RANKED[rank or ("iou" if found.detects else "sqnr")]
 
 
 def layers(board: Board) -> list[dict[str, Any]]:
@@ -83,7 +92,7 @@ def layers(board: Board) -> list[dict[str, Any]]:
             "sentence": verdict(found),
             "explanation": explanation(found),
             "panel": effects(found),
-            "tables": {by: ranked(found, by, "sqnr") for by in ("site", "block") if found.parts.get(by)},
+            "tables": {by: ranked(found, by, None) for by in ("site", "block") if found.parts.get(by)},
         }
         for found in inspected(board)
     ]
@@ -96,13 +105,16 @@ def verdict(found: Any) -> str:
     if not ranked:
         return f"At {found.bits} no {by} alone changes the logits."
     first = ranked[0]
+    if found.detects:
+        iou = fixed(first.effect.matched_iou, 3)
+        return f"At {found.bits} {first.name} alone hurts most: IoU {iou} with FP32's boxes."
     said = f"At {found.bits} {first.name} alone hurts most: {fixed(first.effect.sqnr_db, 1)} dB"
     if len(ranked) > 1:
         said += f", {fixed(ranked[1].effect.sqnr_db - first.effect.sqnr_db, 1)} dB below the next, {ranked[1].name}"
     return f"{said} ({first.remark()})." if first.remark() else f"{said}."
 
 
-def write_inspection(found: Any, path: str | Path, rank: str = "sqnr") -> Path:
+def write_inspection(found: Any, path: str | Path, rank: str | None = None) -> Path:
     """Write one self-contained HTML page of a :class:`quantlens.sensitivity.Inspection`; an existing file is replaced
     at once or not at all. Raises StorageError."""
     return write_page(

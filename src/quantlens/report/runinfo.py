@@ -57,9 +57,11 @@ def images(board: Board) -> Listing:
 
 def checkpoints(board: Board) -> Listing:
     """Each checkpoint with the FP32 metrics measured on the very images of this study."""
-    names: tuple[str, ...] = ("top1", "top5", "nll", "ece", "brier")
-    if TASKS.get(board.task or "classify") != "classification":
-        names = metrics_of(board.task, resampled=True)[:5]
+    usual = {
+        "classification": ("top1", "top5", "nll", "ece", "brier"),
+        "detection": ("map", "map50", "map75", "mar_100", "d_ece"),
+    }
+    names = usual.get(TASKS.get(board.task or "classify", "")) or metrics_of(board.task, resampled=True)[:5]
     rows: dict[str, list[str]] = {}
     for group in board.groups:
         sample = group.fp32 if group.fp32_own else next(iter(group.quantized), group.fp32)

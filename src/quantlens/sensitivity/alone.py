@@ -3,11 +3,12 @@
 The float model runs once on the images, a few at a time. Where a part begins, the values that wait there are its cached
 input: the part is run from there with its own quantizers, to the end of its block. The results of several parts of one
 block are then stacked along the batch, and what is left of the model runs once for all of them. Nothing in front of a
-part is ever computed for it, and the effects are those of whole forwards of the model with that part quantized.
+part is ever computed for it, and the effects are those of whole forwards of the model with that part quantized, but
+that its queries are those that the float model chooses (:func:`quantlens.graph.choices`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor, fx
 
 from quantlens.calibration import CHUNK, Calibration
 from quantlens.formats import Quantizer
-from quantlens.graph import Graph, dynamic_nodes, op_name
+from quantlens.graph import Graph, choices, dynamic_nodes, op_name
 from quantlens.methods.base import Progress
-from quantlens.metrics.divergence import as_choices, box_error, kl_of_logits, objects_of, sqnr_db
+from quantlens.metrics.detection import CONFIDENT
+from quantlens.metrics.divergence import as_choices, box_error, box_iou, kl_of_logits, objects_of, sqnr_db
 
 Hook = Callable[[str, Tensor], Tensor]
 Ahead = Callable[[Iterable[fx.Node]], dict[fx.Node, Any]]
@@ -40,12 +42,14 @@ class Effect:
     images whose top class, or one of whose labels, changes. Both None of a model that gives features.
 
     Of a detector: noise is the mean of that of the logits and of the boxes, each relative to its own signal; kl and
-    changed are means over queries, and the boxes' :func:`.box_error` is added to kl.
+    changed are means over queries, and the boxes' :func:`.box_error` is added to kl. matched_iou: mean IoU of the
+    boxes with the float model's, 0 where the class is another, of the queries that are sure of an object; or None.
     """
 
     sqnr_db: float | None
     kl: float | None
     changed: float | None
+    matched_iou: float | None = None
 
 
 def effects_alone(
@@ -71,14 +75,15 @@ def effects_alone(
         run = _Run(graph, quantizers, parts, rows or ROWS.get(graph.device.type, MANY_ROWS), sigmoid)
         visit_starts(graph, run.nodes, calibration, run.visit, progress, at_once=min(run.rows, CHUNK))
         run.flush()
-    images = len(calibration)
+    images, classes = len(calibration), task not in FEATURES
+    iou = (run.iou / run.sure).tolist() if bool(run.sure.all()) else [None] * len(parts)
     if graph.boxes is None:
         signal, noise = float(run.signal[0]), run.noise[:, 0].tolist()
     else:
         signal, noise = 1.0, (run.noise / run.signal.clamp_min(1e-30)).mean(1).tolist()
-    means = zip(noise, (run.kl / images).tolist(), (run.changed / images).tolist(), strict=True)
-    classes = task not in FEATURES
-    return [Effect(sqnr_db(signal, n), *((kl, changed) if classes else (None, None))) for n, kl, changed in means]
+    means = zip(noise, (run.kl / images).tolist(), (run.changed / images).tolist(), iou, strict=True)
+    found = [Effect(sqnr_db(signal, n), kl, changed, o) for n, kl, changed, o in means]
+    return found if classes else [replace(effect, kl=None, changed=None) for effect in found]
 
 
 class _Run:
@@ -98,14 +103,15 @@ class _Run:
         weights = [edges[key] for key in dict.fromkeys(chain.from_iterable(parts)) if edges[key].is_weight]
         self._weights = {e.key: quantizers[e.key](graph.tensor(str(e.value.target))) for e in weights}
         self._ends = block_ends(graph, self.nodes)
-        self._outputs = measured(graph)
+        self._outputs, self._choices = measured(graph), choices(graph)
         self._waiting: list[tuple[int, list[Tensor]]] = []
         self._images: Any = None
         self._expected: Any = None
+        self._chosen: dict[fx.Node, Tensor] = {}
         self._place: Any = None
         self.signal = torch.zeros(len(self._outputs), dtype=torch.float64, device=graph.device)
         self.noise = self.signal.new_zeros(len(parts), len(self._outputs))
-        self.kl, self.changed = self.signal.new_zeros(2, len(parts)).unbind()
+        self.kl, self.changed, self.iou, self.sure = self.signal.new_zeros(4, len(parts)).unbind()
 
     def visit(self, part: int, env: dict[fx.Node, Any], ahead: Ahead) -> None:
         """Run one variant to the end of its block."""
@@ -113,6 +119,7 @@ class _Run:
         if images is not self._images:
             self.flush()
             self._images, self._expected = images, [x.double() for x in self._run(env, self._outputs)]
+            self._chosen = {node: env[node] for node in self._choices}
             self.signal += torch.stack([x.square().sum() for x in self._expected])
         if end is not self._place or (len(self._waiting) + 1) * len(images) > self.rows:
             self.flush()
@@ -133,7 +140,8 @@ class _Run:
         if self._place is not self.graph.output:
             shape = (len(numbers) * len(self._images), *self._images.shape[1:])
             pixels = torch.empty(shape, device="meta")  # for its batch size alone
-            stacked = self._run({self._place: stacked[0], self.graph.input: pixels}, self._outputs)
+            chosen = {node: torch.cat([places] * len(numbers)) for node, places in self._chosen.items()}
+            stacked = self._run({**chosen, self._place: stacked[0], self.graph.input: pixels}, self._outputs)
         pieces = zip(*(value.double().chunk(len(numbers)) for value in stacked), strict=True)
         for part, found in zip(numbers, pieces, strict=True):
             self._measure(part, found)
@@ -150,6 +158,9 @@ class _Run:
         for expected, got in pairs[1:]:
             objects = objects_of(pairs[0][0], self.sigmoid)
             self.kl[part] += box_error(got, expected, objects) * len(got) / queries
+            sure, same = objects > CONFIDENT, pairs[0][0].argmax(-1) == pairs[0][1].argmax(-1)
+            self.iou[part] += (box_iou(got, expected) * same)[sure].sum()
+            self.sure[part] += sure.sum()
 
     def _run(self, env: dict[fx.Node, Any], ends: list[fx.Node], hook: Hook | None = None) -> list[Tensor]:
         found = self.graph.run(part_between(self.graph, env, ends), dict(env), hook=hook, keep=ends)
@@ -176,10 +187,10 @@ def block_ends(graph: Graph, parts: Sequence[Sequence[fx.Node]]) -> list[fx.Node
     """The first place at or after all nodes of each part where one tensor [B, …] is all that the rest of the model
     needs: the end of a block, or the output."""
     order, dynamic = {node: i for i, node in enumerate(graph.fx.nodes)}, dynamic_nodes(graph)
-    outputs = measured(graph)
+    outputs, chosen = measured(graph), dict.fromkeys(choices(graph))
 
     def suffices(end: fx.Node) -> bool:
-        rest = part_between(graph, {end: None, graph.input: None}, outputs)
+        rest = part_between(graph, {**chosen, end: None, graph.input: None}, outputs)
         return end.op == "call_function" and all(
             order[node] > order[end] and graph.input not in node.all_input_nodes
             for node in rest
@@ -205,7 +216,8 @@ def visit_starts(
     """Take every chunk of images through the float model once, and call ``visit(number of the part, env, ahead)``
     where a part of the graph, given by its nodes, begins.
 
-    env: node -> value, all that the rest of the model needs at this point (a dictionary of the visitor's own).
+    env: node -> value, all that the rest of the model needs at this point (a dictionary of the visitor's own), and what
+    the float model chooses, here or later.
     ahead(targets) runs the float model on to some later nodes and gives their values; it is called at most once.
     at_once: images that go through the model together, at most a chunk.
     """
@@ -219,7 +231,7 @@ def visit_starts(
             float_pass.advance(start)
             # branches that run side by side: nothing that the part itself makes may be there already
             env = {node: value for node, value in float_pass.env.items() if place[node] < start}
-            visit(number, env, float_pass.ahead)
+            visit(number, env | float_pass.chosen, float_pass.ahead)
             done += len(images)
             if progress is not None:
                 progress(done, total)
@@ -234,6 +246,9 @@ class _FloatPass:
         self._reached = 0
         self._last_use = {source: i for i, node in enumerate(order) for source in node.all_input_nodes}
         self._last_use |= dict.fromkeys([graph.input, *measured(graph)], len(order))
+        wanted = choices(graph)
+        found = graph.run(part_between(graph, self.env, wanted), dict(self.env), keep=wanted)
+        self.chosen = {node: found[node] for node in wanted}
 
     def advance(self, to: int, extra: Iterable[fx.Node] = ()) -> None:
         """Run up to operation number ``to``; values that nothing later reads are dropped unless in ``extra``."""

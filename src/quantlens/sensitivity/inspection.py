@@ -30,6 +30,7 @@ GRANULARITIES = (SITE, BLOCK, EDGE)
 RANKS: dict[str, Callable[[Effect], float]] = {
     "sqnr": lambda effect: -math.inf if effect.sqnr_db is None else -effect.sqnr_db,
     "kl": lambda effect: effect.kl or 0.0,
+    "iou": lambda effect: -(effect.matched_iou or 0.0),
 }
 """What parts are ranked by -> how much one hurts."""
 SAME_DB = 60.0
@@ -97,12 +98,21 @@ class Inspection:
         """Blocks in execution order."""
         return self.parts.get(BLOCK, ())
 
-    def ranked(self, by: str = SITE, rank: str = "sqnr") -> list[Part]:
-        """Parts ("site", "block", "edge") with the one that hurts most first: by falling noise (``rank="sqnr"``) or by
-        falling KL divergence ("kl"). Raises UnknownNameError, and UnsupportedError for the latter of features."""
+    @property
+    def detects(self) -> bool:
+        """Whether the model gives boxes."""
+        return any(part.effect.matched_iou is not None for parts in self.parts.values() for part in parts)
+
+    def ranked(self, by: str = SITE, rank: str | None = None) -> list[Part]:
+        """Parts ("site", "block", "edge") with the one that hurts most first: by falling noise (``rank="sqnr"``), by
+        falling KL divergence ("kl") or, of a detector, by rising IoU ("iou", the default there; else
+        sqnr). Raises UnknownNameError, and UnsupportedError for one that the model does not have."""
+        rank = rank or ("iou" if self.detects else "sqnr")
         check_names((by,), rank)
-        if rank == "kl" and any(part.effect.kl is None for part in self.parts.get(by, ())):
-            raise UnsupportedError(f"{self.model} gives features, which have no KL divergence; rank by sqnr")
+        lacking = {"kl": "features, which have no KL divergence", "iou": "no boxes, which an IoU is of"}
+        field = {"kl": "kl", "iou": "matched_iou"}.get(rank, "")
+        if field and any(getattr(part.effect, field) is None for part in self.parts.get(by, ())):
+            raise UnsupportedError(f"{self.model} gives {lacking[rank]}; rank by sqnr")
         return sorted(self.parts.get(by, ()), key=lambda part: RANKS[rank](part.effect), reverse=True)
 
     def to_dict(self) -> dict[str, Any]:

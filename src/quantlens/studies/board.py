@@ -95,6 +95,7 @@ class Board:
         self.task: str | None = next((r["task"] for r in self.results if r.get("task")), None)
         """What the models were measured as; None of results before there were tasks."""
         self.summary = summary_of(self.task)
+        self.judged = metric_of(self.summary[0]).title
         """The metrics of the ID images that sum a model up, the one that it is judged by first."""
         self.seeds = sorted({r["seed"] for *_, r in self.cells})
         kinds: dict[str, str] = {}

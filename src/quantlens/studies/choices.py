@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantlens.metrics import first_score
+from quantlens.metrics import first_score, summary_of
 from quantlens.studies.benchmarks import Timed
 from quantlens.studies.board import Board, dig
 from quantlens.studies.text import BASELINE, count, number
@@ -12,24 +12,25 @@ from quantlens.studies.text import BASELINE, count, number
 
 @dataclass(frozen=True)
 class Choice:
-    """One file at one place (processor, batch size, threads): its metrics, and the words that stand where one is
-    missing. over_float: the median of the float model in the same runtime and the same run, over this one's."""
+    """One file at one place (processor, batch size, threads): its metrics (first, second: of :func:`judged_by`), and
+    the words that stand where one is missing. over_float: the median of the float model in the same runtime and run,
+    over this one's."""
 
     timed: Timed
     name: str
     latency: float
     size: float | None
-    top1: float | None
-    nll: float | None
+    first: float | None
+    second: float | None
     aupr: float | None
     words: str
     over_float: float | None
 
     def losses(self) -> tuple[float, ...] | None:
         """The four metrics of the front, each so that less is better; None where one is missing."""
-        if self.top1 is None or self.aupr is None or self.size is None:
+        if self.first is None or self.aupr is None or self.size is None:
             return None
-        return (-self.top1, -self.aupr, self.latency, self.size)
+        return (-self.first, -self.aupr, self.latency, self.size)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ def places(board: Board) -> list[Place]:
         heading = f"Batch {batch}, {count(threads, 'thread')}, {cpu}"
         listed.append(Place(heading, choices, pareto([c.losses() for c in choices])))
     return listed
+
+
+def judged_by(board: Board) -> tuple[str, str]:
+    """The two metrics of the ID images that files are shown by, of the task of the newest evaluation: top-1 and NLL, of
+    a detector mAP and mAP@.5. The first one is weighed for the front."""
+    first, second, *_ = summary_of(board.artefacts[-1][1].get("task") if board.artefacts else board.task)
+    return first, second
 
 
 def choice_score(board: Board) -> str:
@@ -106,14 +114,14 @@ def _choice(board: Board, one: Timed) -> Choice:
         return other.run, other.place, other.facts.get("checkpoint_sha256"), runtime
 
     floats = (other for other in board.timings if other.facts.get("bits") == BASELINE and same(other) == same(one))
-    base = next(floats, None)
+    base, (first, second) = next(floats, None), judged_by(board)
     return Choice(
         one,
         one.timing["label"],
         one.timing["median_ms"],
         number(one.timing.get("size_mb")),
-        number(dig(measured, ("id", "top1"))),
-        number(dig(measured, ("id", "nll"))),
+        number(dig(measured, ("id", first))),
+        number(dig(measured, ("id", second))),
         number(dig(measured, ("ood_mean", "all", choice_score(board), "aupr_out"))),
         words,
         None if base is None else base.timing["median_ms"] / one.timing["median_ms"],

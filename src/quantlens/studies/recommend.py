@@ -1,5 +1,5 @@
 """Which setting to take: a bounded search over methods and bits for the smallest and the fastest model within a loss of
-accuracy.
+top-1, of a detector of mAP.
 
 Every setting is measured on the same images as the FP32 model. Methods are tried from the fastest to the slowest to
 calibrate, bits from 8 downwards; where a method leaves the budget, the next one goes on from there. A setting that is
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,18 +28,23 @@ from quantlens.data import as_image_set
 from quantlens.data.sources import open_calibration, open_source, parse_spec
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.evaluation import Result, evaluate
+from quantlens.evaluation.compare import Wanted, replicate
 from quantlens.evaluation.images import refuse_overlap
 from quantlens.evaluation.run import measurable
 from quantlens.evaluation.tasks import task_of
 from quantlens.methods import registry
-from quantlens.metrics.bootstrap import simultaneous_intervals
+from quantlens.metrics import METRICS, choose_scores, first_score, summary_of
+from quantlens.metrics.bootstrap import Resamples, simultaneous_intervals
 from quantlens.models import Model, load_model
 from quantlens.plugins import given
+from quantlens.studies.reproduce import other_size
 
 METHODS = ("repq-vit", "quantlens-fast", "quantlens-best")
 """From the fastest to the slowest to calibrate."""
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
+TASKS = ("classify", "detect")
+"""What models can be for. A trial is judged by the first metric of `metrics.summary_of`: top-1, or mAP."""
 RUNTIMES = {"openvino-cpu": ("openvino", ".xml"), "onnxruntime-cpu": ("onnxruntime", ".onnx")}
 """Targets that can be timed here: the runtime's package, and the ending of its files."""
 
@@ -49,12 +54,15 @@ LEAST = 30
 SHARE = 0.25
 """Share of the images after which a setting may be given up."""
 
+RESAMPLES = 2000
+
 
 @dataclass(frozen=True)
 class Trial:
-    """A setting that was tried. change: of top-1 (quantized - FP32, a fraction) on n images, and its interval; nll and
-    ood: changes of NLL and of AUPR-out by set. size_mb: of the checkpoint, or of the exported file of a target.
-    milliseconds: of one image in the target's runtime. inside: whether its loss is within the budget."""
+    """A setting that was tried. change: of top-1, of a detector of mAP (quantized - FP32, a fraction), on n images, and
+    its interval; others: of the other metrics that sum the task up (NLL, ECE; mAP@.5, D-ECE), by name; ood: of AUPR-out
+    by set. size_mb: of the checkpoint, or of the exported file of a target. milliseconds: of one image in the target's
+    runtime. inside: whether its loss is within the budget."""
 
     method: str
     bits: str
@@ -65,36 +73,55 @@ class Trial:
     high: float
     size_mb: float
     inside: bool
-    nll: float
+    others: dict[str, float]
     ood: dict[str, float]
     command: str
     milliseconds: float | None = None
+
+    @property
+    def nll(self) -> float | None:
+        """Change of NLL; None of a detector."""
+        return self.others.get("nll")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, `others` by their own names."""
+        told = asdict(self)
+        return told | told.pop("others")
 
 
 @dataclass(frozen=True)
 class Recommendation:
     """What was found, and the trials that it was chosen from, in the order in which they ran.
 
-    smallest, fastest: None where no setting is inside the budget or none could be timed; notes say why."""
+    metric: "top1" or "map", what max_loss is of; fp32: its value at FP32. smallest, fastest: None where no setting is
+    inside the budget or none could be timed; notes say why."""
 
     model: str
     max_loss: float
     n: int
-    top1: float
+    metric: str
+    fp32: float
     trials: list[Trial]
     smallest: Trial | None
     fastest: Trial | None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def top1(self) -> float | None:
+        """Top-1 at FP32; None of a detector."""
+        return self.fp32 if self.metric == "top1" else None
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; fractions, not percent."""
-        return asdict(self)
+        """Plain data; fractions, not percent. The value at FP32 stands under the name of the metric, too."""
+        chosen = {name: one and one.to_dict() for name, one in (("smallest", self.smallest), ("fastest", self.fastest))}
+        trials = [one.to_dict() for one in self.trials]
+        return {**asdict(self), self.metric: self.fp32, "trials": trials, **chosen}
 
     def to_pandas(self) -> Any:
         """A row per trial."""
         from quantlens.evaluation.result import frame
 
-        return frame([asdict(trial) for trial in self.trials])
+        return frame([one.to_dict() for one in self.trials])
 
 
 class _TimeIsUp(Exception):
@@ -115,16 +142,18 @@ def recommend(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Recommendation:
-    """The smallest and the fastest setting whose loss of top-1 is at most ``max_loss`` (0.01: one point).
+    """The smallest and the fastest setting whose loss of top-1, of a detector of mAP, is at most ``max_loss`` (0.01:
+    one point).
 
-    model: as for :func:`quantlens.quantize`, or the name of one. id: labelled images as for
+    model: as for :func:`quantlens.quantize`, or the name of one. id: images with labels or boxes as for
     :func:`quantlens.evaluate`, as ood. calibration: as for ``quantize``; None takes 32 images that ``seed`` draws from
     the SOURCE ``id``, on which nothing is then measured. target: a runtime in which exported files are timed
     (``openvino-cpu``, ``onnxruntime-cpu``), "auto" for the one that suits this processor, None for no files. methods:
     in the order in which they are tried. minutes: after which nothing more is tried. progress: called with (what, done,
     in all).
 
-    Raises QuantlensError for names that are unknown, and for images without labels.
+    Raises QuantlensError for names that are unknown, and for images without labels; where a method or a runtime refuses
+    a setting, a note says so, and the error is raised where nothing could be tried.
     """
     for method in methods:
         registry.get(method)
@@ -132,7 +161,7 @@ def recommend(
         raise QuantlensError("no method is named; give at least one (`quantlens methods`)")
     if not isinstance(max_loss, int | float) or not 0 <= max_loss < 1:
         raise QuantlensError(
-            f"max_loss is {max_loss!r}; give a fraction such as 0.01 (--max-loss 1pt), one point of top-1"
+            f"max_loss is {max_loss!r}; give a fraction such as 0.01 (--max-loss 1pt), one point of top-1 or mAP"
         )
     if not isinstance(model, Model):
         model = load_model(model)
@@ -146,6 +175,15 @@ def recommend(
     return search.found()
 
 
+class _Stage(NamedTuple):
+    """Images that settings are measured on, the FP32 result there, and its metric on every resample [R]."""
+
+    id: Any
+    ood: Mapping[str, Any]
+    fp32: Result
+    drawn: np.ndarray
+
+
 class _Search:
     """The state of one search: images, the FP32 result, trials."""
 
@@ -153,17 +191,20 @@ class _Search:
         self.model, self.max_loss, self.seed, self.deadline = model, max_loss, seed, deadline
         self.progress = progress
         self.trials: list[Trial] = []
-        self.lost: list[np.ndarray] = []
+        self.drawn: dict[int, np.ndarray] = {}
+        self.refusals: list[QuantlensError] = []
         self.notes: list[str] = []
+        self.resamples = Resamples(RESAMPLES, seed % 2**64)
 
     def open(self, id: Any, ood: Mapping[str, Any], calibration: Any) -> None:
         """Open the images, and measure the FP32 model on them."""
         task = task_of(measurable(self.model))
-        if task != "classify":
+        if task not in TASKS:
             raise UnsupportedError(
-                f"recommend chooses by top-1, and {self.model.name} is a model for {task!r}; try settings in a study, "
-                "which measures them by what the model is for"
+                f"recommend chooses by top-1 or mAP, and {self.model.name} is a model for {task!r}; try settings in a "
+                "study, which measures them by what the model is for"
             )
+        self.metric, *self.others = summary_of(task)
         preprocess = self.model.preprocess
         self.calibration_source = calibration if isinstance(calibration, str) else id if calibration is None else None
         if calibration is None:
@@ -187,14 +228,31 @@ class _Search:
                 f"said of fewer than {LEAST}: give more, or calibration images from elsewhere"
             )
         self.calibration = Calibration.of(calibration, preprocess, device=self.model.device, seed=self.seed)
-        self.id = as_image_set(id, preprocess, "the ID set", progress=partial(self.progress, "decoding images"))
-        self.ood = {name: as_image_set(images, preprocess, name) for name, images in ood.items()}
-        self.settings: dict[str, Any] = {"keep": "scores", "scores": ["msp"], "progress": self.progress}
-        self.fp32 = evaluate(self.model, self.id, self.ood, **self.settings)
-        mixed = np.random.default_rng(self.seed % 2**64).permutation(len(self.id))
-        self.few = self.id.select(mixed[: math.ceil(SHARE * len(mixed))])
-        self.few_fp32 = evaluate(self.model, self.few, **self.settings)
+        images = as_image_set(id, preprocess, "the ID set", progress=partial(self.progress, "decoding images"))
+        oods = {name: as_image_set(images, preprocess, name) for name, images in ood.items()}
+        self.settings: dict[str, Any] = {"keep": "scores", "scores": [first_score(choose_scores(None, task))]}
+        self.settings["progress"] = self.progress
+        self.whole = self._stage(images, oods)
+        if self.whole.fp32.id[self.metric] <= self.max_loss:
+            text = METRICS[self.metric].text(self.whole.fp32.id[self.metric])
+            self.notes.append(
+                f"{METRICS[self.metric].title} at FP32 is {text} %, no more than may be lost, so that every setting is "
+                "inside: look whether weights and classes are those of these images"
+            )
+        mixed = np.random.default_rng(self.seed % 2**64).permutation(len(images))
+        few = images.select(mixed[: math.ceil(SHARE * len(mixed))])
+        nothing = few.boxes is not None and bool(few.boxes.crowd.all())
+        self.stages = [self.whole] if nothing else [self._stage(few, {}), self.whole]
         self.settings["progress"] = self.told
+
+    def _stage(self, id: Any, ood: Mapping[str, Any]) -> _Stage:
+        fp32 = evaluate(self.model, id, ood, **self.settings)
+        return _Stage(id, ood, fp32, self._drawn(fp32))
+
+    def _drawn(self, result: Result) -> np.ndarray:
+        """The metric that settings are judged by on every resample [R]."""
+        assert result.outputs is not None
+        return replicate(result.outputs, Wanted((), (), (self.metric,)), self.resamples)[f"id.{self.metric}"]
 
     def told(self, what: str, done: int, total: int) -> None:
         """Progress of a stage; ends the search when its time is up."""
@@ -207,7 +265,7 @@ class _Search:
         """Checkpoints, by falling width of the weights: each method goes on where the last one left the budget."""
         widths = list(WIDTHS)
         for method in methods:
-            while widths and any(self.checkpoint(method, f"W{widths[0]}A{a}") for a in dict.fromkeys((widths[0], 8))):
+            while widths and any(self.attempt(method, f"W{widths[0]}A{a}") for a in dict.fromkeys((widths[0], 8))):
                 widths.pop(0)
 
     def files(self, methods: Sequence[str], target: str | None) -> None:
@@ -220,25 +278,11 @@ class _Search:
             for bits in ("W8A8", "W7A8"):
                 for method in methods:
                     file = Path(folder, f"{bits}-{method}{RUNTIMES[name][1]}")
-                    if self._file(method, bits, name, file):
+                    if self.attempt(method, bits, name, file):
                         inside[len(self.trials) - 1] = file
                         break
             if inside:
                 self._time(name, inside, Path(folder))
-
-    def _file(self, method: str, bits: str, target: str, path: Path) -> bool:
-        """Try a setting in its runtime; whether it is inside the budget."""
-        from quantlens.export.export import export
-        from quantlens.export.exported import Artefact
-
-        told = partial(self.told, f"{method} {bits} for {target}")
-        try:
-            made = quantize(self.model, self.calibration, method, bits, self.seed, target=target, progress=told)
-            file = export(made, path)
-        except UnsupportedError as error:
-            self.notes.append(f"{method} {bits} for {target}: {error}")
-            return False
-        return self._trial(Artefact(file), method, bits, target)
 
     def _time(self, target: str, inside: Mapping[int, Path], folder: Path) -> None:
         from quantlens.export.bench import bench, contender
@@ -270,41 +314,41 @@ class _Search:
         return None
 
     # -- one setting --------------------------------------------------------------------------------------------------
-    def checkpoint(self, method: str, bits: str) -> bool:
-        """Try a setting that is simulated; whether it is inside the budget."""
-        made = quantize(
-            self.model, self.calibration, method, bits, self.seed, progress=partial(self.told, f"{method} {bits}")
-        )
-        return self._trial(made, method, bits, None)
+    def attempt(self, method: str, bits: str, target: str | None = None, path: Path | None = None) -> bool:
+        """Try a setting, simulated or as a file of a target in its runtime; whether it is inside the budget. What a
+        method or a runtime refuses is noted."""
+        setting = f"{method} {bits} for {target}" if target else f"{method} {bits}"
+        told = partial(self.told, setting)
+        try:
+            made = quantize(self.model, self.calibration, method, bits, self.seed, target=target, progress=told)
+            return self._trial(made if path is None else self._exported(made, path), method, bits, target)
+        except QuantlensError as error:
+            self.refusals.append(error)
+            self.notes.append(f"{setting} was left out: {error}")
+            return False
+
+    def _exported(self, made: Any, path: Path) -> Any:
+        from quantlens.export.export import export
+        from quantlens.export.exported import Artefact
+
+        return Artefact(export(made, path))
 
     def _trial(self, made: Any, method: str, bits: str, target: str | None) -> bool:
-        few = evaluate(made, self.few, reference=self.few_fp32, **self.settings)
-        lost = _lost(self.few_fp32, few)
-        ((low, high),) = simultaneous_intervals(lost[:, None], self.seed).tolist()
-        result = few
-        if high >= -self.max_loss:
-            result = evaluate(made, self.id, self.ood, reference=self.fp32, **self.settings)
-            lost = _lost(self.fp32, result)
-        change = result.change
-        assert change is not None
-        inside = result is not few and float(lost.mean()) >= -self.max_loss - 1e-12
-        self.trials.append(
-            Trial(
-                method=method,
-                bits=bits,
-                target=target,
-                n=len(lost),
-                change=float(lost.mean()),
-                low=low,
-                high=high,
-                size_mb=float(made.size_mb),
-                inside=inside,
-                nll=change["id"]["nll"],
-                ood={name: part["msp"]["aupr_out"] for name, part in change.get("ood", {}).items()},
-                command=self._command(method, bits, target),
-            )
-        )
-        self.lost.append(lost)
+        """Measure a setting on few of the images, and on all of them where it may be inside; whether it is."""
+        for stage in self.stages:
+            result = evaluate(made, stage.id, stage.ood, reference=stage.fp32, **self.settings)
+            change = result.change or {}
+            lost, drawn, n = change["id"][self.metric], self._drawn(result) - stage.drawn, len(stage.id)
+            ((low, high),) = simultaneous_intervals(np.array([lost]), drawn[:, None], n).tolist()
+            if high < -self.max_loss:
+                break
+        if stage is self.whole:
+            self.drawn[len(self.trials)] = drawn
+        inside = stage is self.whole and lost >= -self.max_loss - 1e-12
+        others = {name: change["id"][name] for name in self.others if name in change["id"]}
+        ood = {name: next(iter(part.values()))["aupr_out"] for name, part in change.get("ood", {}).items()}
+        measured = (n, lost, low, high, float(made.size_mb), inside, others, ood)
+        self.trials.append(Trial(method, bits, target, *measured, self._command(method, bits, target)))
         return inside
 
     def _command(self, method: str, bits: str, target: str | None) -> str:
@@ -317,6 +361,8 @@ class _Search:
         words = ["quantlens", "quantize", self.model.name]
         if self.model.checkpoint == "random" or (self.model.weights_path and self.model.name not in zoo.available()):
             words += ["--weights", self.model.weights_path or "random"]
+        if (side := other_size(self.model.name, self.model.preprocess.input_size)) is not None:
+            words += ["--input-size", str(side)]
         words += ["--calibration", self.calibration_source or "SOURCE", "--n", str(len(self.calibration))]
         words += ["--method", method, "--bits", bits, "--seed", str(self.seed)]
         words += [word for plugin in given() for word in ("--plugin", plugin)]
@@ -329,10 +375,13 @@ class _Search:
 
     def found(self) -> Recommendation:
         """The answer: intervals of all settings that were measured on all images, together."""
-        whole = [i for i, lost in enumerate(self.lost) if len(lost) == len(self.id)]
-        if whole:
-            intervals = simultaneous_intervals(np.stack([self.lost[i] for i in whole], axis=1), self.seed)
-            for i, (low, high) in zip(whole, intervals.tolist(), strict=True):
+        if not self.trials and self.refusals:
+            raise self.refusals[0]
+        n, fp32, title = len(self.whole.id), self.whole.fp32.id[self.metric], METRICS[self.metric].title
+        if self.drawn:
+            changes = np.array([self.trials[i].change for i in self.drawn])
+            intervals = simultaneous_intervals(changes, np.stack(list(self.drawn.values()), axis=1), n)
+            for i, (low, high) in zip(self.drawn, intervals.tolist(), strict=True):
                 self.trials[i] = replace(self.trials[i], low=low, high=high)
         inside = [trial for trial in self.trials if trial.inside]
         timed = [trial for trial in inside if trial.milliseconds is not None]
@@ -341,20 +390,10 @@ class _Search:
         if not self.trials:
             self.notes.append("nothing was tried in that time")
         elif not inside:
-            self.notes.append(f"every setting that was tried loses more than {100 * self.max_loss:g} points of top-1")
+            self.notes.append(f"every setting that was tried loses more than {100 * self.max_loss:g} points of {title}")
         if any(one is not None and one.low < -self.max_loss for one in (smallest, fastest)):
             self.notes.append(
                 "an interval reaches below the loss that is allowed: measure on more images before you trust it"
             )
-        top1 = self.fp32.id["top1"]
-        return Recommendation(
-            self.model.name, self.max_loss, len(self.id), top1, self.trials, smallest, fastest, self.notes
-        )
-
-
-def _lost(fp32: Result, result: Result) -> np.ndarray:
-    """[N] per image: 1 where quantization made it right, -1 where it made it wrong."""
-    assert fp32.outputs is not None
-    assert result.outputs is not None
-    right = [(one.predicted == one.labels).astype(float) for one in (result.outputs, fp32.outputs)]
-    return right[0] - right[1]
+        facts = (self.model.name, self.max_loss, n, self.metric, fp32)
+        return Recommendation(*facts, self.trials, smallest, fastest, self.notes)

@@ -90,7 +90,7 @@ def _own_weights(model: str, checkpoint: str | None) -> bool:
     return beside or checkpoint in (None, "pretrained") or model in zoo.available()
 
 
-def _other_size(model: str, size: Sequence[int]) -> int | None:
+def other_size(model: str, size: Sequence[int]) -> int | None:
     """The side of a model's images, where it is square and its name alone may give another one."""
     import timm
 
@@ -115,7 +115,7 @@ def quantize_command(about: Provenance, file: str, size: Sequence[int]) -> str:
     usual, words = method.options({}), ["quantlens", "quantize", about.model]
     if not _own_weights(about.model, about.checkpoint):
         words += ["--weights", str(about.checkpoint)]
-    if (side := _other_size(about.model, size)) is not None:
+    if (side := other_size(about.model, size)) is not None:
         words += ["--input-size", str(side)]
     if about.detection_head is not None and about.detection_head.resize == "letterbox":
         words += ["--letterbox"]
@@ -205,7 +205,7 @@ def _study_of(entry: Entry) -> StudyConfig:
     size = prepared.get("input_size")
     if result.get("text_embeddings"):
         raise QuantlensError(f"{entry} was measured against text embeddings, which a study does not take")
-    options = {"task": task, "input_size": size and _other_size(entry.model, size)}
+    options = {"task": task, "input_size": size and other_size(entry.model, size)}
     if task == "detect" and prepared.get("crop_mode") == "border":
         options["letterbox"] = True
     options = {key: value for key, value in options.items() if value not in (None, "classify")}
