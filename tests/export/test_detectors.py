@@ -9,6 +9,7 @@ from torch import nn
 import quantlens as ql
 from quantlens.data import Preprocess
 from quantlens.export.parity import parity
+from quantlens.formats import GroupAffine
 
 onnx = pytest.importorskip("onnx", reason="the deploy extra is not installed")
 pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
@@ -59,6 +60,20 @@ def test_a_file_gives_logits_boxes_and_scores(columns, names, ending, tmp_path):
     assert (exported.task, exported.detection_head) == ("detect", qmodel.detection_head)
     assert exported.num_classes == scores.shape[-1]
     assert exported.outputs(images).boxes.shape == (10, 6, 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "size", "axis"), [("patches.input", 3, -3), ("attention.scores.k", 8, -2), ("sides.input", 8, -1)]
+)
+def test_ranges_found_at_run_time_are_simulated(key, size, axis, tmp_path):
+    """Of maps, keys and tokens, one at a time: the last bit of a sum moves codes after it."""
+    model, images = detector(4)
+    qmodel = ql.quantize(model, images, method="quantlens-fast", bits="W8A4", group_size=8)
+    assert qmodel.plan.quantizers["sides.input"].kind == "group-affine"
+    qmodel.plan.quantizers.clear()
+    qmodel.plan.quantizers[key] = GroupAffine(1 / 15, 4, size, axis=axis)
+    found = ql.Artefact(ql.export(qmodel, tmp_path / "m.onnx", simulate=True)).values(images.numpy())
+    torch.testing.assert_close(torch.from_numpy(found["boxes"]), qmodel.outputs(images).boxes, atol=1e-5, rtol=1e-4)
 
 
 def test_what_only_other_outputs_need_is_not_in_the_file(tmp_path):
