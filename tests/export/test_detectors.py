@@ -13,6 +13,7 @@ from quantlens.data import Preprocess
 from quantlens.errors import BadWeightsError
 from quantlens.evaluation.objects import find_objects
 from quantlens.export.parity import parity
+from quantlens.formats import GroupAffine
 from quantlens.qmodel.in_float import in_float, said_in_float
 
 onnx = pytest.importorskip("onnx", reason="the deploy extra is not installed")
@@ -112,6 +113,20 @@ def test_a_program_of_another_tool_is_not_opened(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(BadWeightsError, match="cannot be run by PyTorch"):
         ql.Artefact(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "size", "axis"), [("patches.input", 3, -3), ("attention.scores.k", 8, -2), ("sides.input", 8, -1)]
+)
+def test_ranges_found_at_run_time_are_simulated(key, size, axis, tmp_path):
+    """Of maps, keys and tokens, one at a time: the last bit of a sum moves codes after it."""
+    model, images = detector(4)
+    qmodel = ql.quantize(model, images, method="quantlens-fast", bits="W8A4", group_size=8)
+    assert qmodel.plan.quantizers["sides.input"].kind == "group-affine"
+    qmodel.plan.quantizers.clear()
+    qmodel.plan.quantizers[key] = GroupAffine(1 / 15, 4, size, axis=axis)
+    found = ql.Artefact(ql.export(qmodel, tmp_path / "m.onnx", simulate=True)).values(images.numpy())
+    torch.testing.assert_close(torch.from_numpy(found["boxes"]), qmodel.outputs(images).boxes, atol=1e-5, rtol=1e-4)
 
 
 def test_what_only_other_outputs_need_is_not_in_the_file(tmp_path):
