@@ -77,7 +77,10 @@ def test_architectures_are_many_and_the_page_shows_those_with_results(tmp_path):
     (tmp_path / f"{names[1]}.json").write_text(
         json.dumps({"steps": {**GOOD, "export any .onnx": {"error": "UnsupportedError: no operator"}}})
     )
-    assert f"- **{names[1]}**: ONNX: " in page(tmp_path, names)
+    text = page(tmp_path, names)
+    assert f"- **{names[1]}**: ONNX: " in text
+    assert page(tmp_path / "nothing new", names, text) == text
+    assert {"scenes-detr", "hf-yolos", "hf-d-fine"} <= set(names)
 
 
 def test_a_fault_of_a_file_is_told_from_rounding(tmp_path):

@@ -38,6 +38,12 @@ ENOUGH = 30.0
 DEFAULT = "quantlens-fast"
 STEPS = ("capture", "W8A8", "W4A4", "reload", "ONNX", "OpenVINO")
 FULL, HALF, NONE = "●", "◐", "○"
+GROUPS = {
+    "timm": ("timm",),
+    "Hugging Face transformers": ("transformers",),
+    "Detectors": ("shipped", "detectors"),
+}
+"""Titles of the page's tables -> where their models come from."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,7 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
         reasons = "; ".join(f"{step}: {reason}" for step, (_, reason) in marks.items() if reason)
         print(f"{number}/{len(waiting)} {shown} {name} {reasons[:300]}", flush=True)
     if chosen.page:
-        chosen.page.write_text(page(chosen.out, names), encoding="utf-8")
+        old = chosen.page.read_text(encoding="utf-8") if chosen.page.is_file() else ""
+        chosen.page.write_text(page(chosen.out, list(entries), old), encoding="utf-8")
         print(f"wrote {chosen.page}")
 
 
@@ -179,19 +186,23 @@ def _below(steps: dict[str, Any]) -> str:
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def page(folder: Path, names: list[str]) -> str:
-    """The page: how often each step is as it should be, and a table by library with reasons below it."""
+def page(folder: Path, names: list[str], old: str = "") -> str:
+    """The page: how often each step is as it should be, and a table by library with reasons below it. old: a page whose
+    rows are kept for architectures without results in the folder."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = []
     for package in ("torch", "timm", "transformers", "onnxruntime", "openvino"):
         with suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
-    results = {
-        n: json.loads((folder / f"{n}.json").read_text("utf-8")) for n in names if (folder / f"{n}.json").is_file()
-    }
-    marks = {name: judge(data) for name, data in results.items()}
-    count = {step: sum(m[step][0] == FULL for m in marks.values()) for step in STEPS}
+    entries, rows = architectures(), _rows(old)
+    for name in names:
+        if (folder / f"{name}.json").is_file():
+            marks = judge(json.loads((folder / f"{name}.json").read_text("utf-8")))
+            reasons = "; ".join(f"{step}: {reason}" for step, (_, reason) in marks.items() if reason)
+            rows[_said(name, entries[name])] = ([marks[step][0] for step in STEPS], _plain(reasons))
+    rows = {said: rows[said] for said in (_said(name, entries[name]) for name in names) if said in rows}
+    count = [sum(marks[place] == FULL for marks, _ in rows.values()) for place in range(len(STEPS))]
     lines = [
         "# Supported models",
         "",
@@ -199,37 +210,45 @@ def page(folder: Path, names: list[str]) -> str:
         f"quantlens {__version__}, {', '.join(versions)}. Results are kept for each architecture, so that a run goes "
         "on where it was stopped: not all come from one run or one state of the code (`--again` makes them anew).",
         "",
-        f"{len(marks)} architectures, built small. Every parameter, and every buffer that training fills, is redrawn "
+        f"{len(rows)} architectures, built small. Every parameter, and every buffer that training fills, is redrawn "
         "at trained scale (weights of a fresh model hide faults), and the images are photographs.",
         "",
         f"{FULL} as it should be, {HALF} in part, {NONE} not. *Capture*: within 10⁻⁴ of the module, relative to the "
         f"output's scale. *W8A8*: `{DEFAULT}`, `minmax` and `repq-vit` run, and `{DEFAULT}`, the default, is at most "
         f"{MARGIN:.0f} dB below `minmax`, at the output and after every block. *W4A4*: the three run. *Reload*: "
         "bit-equal. *ONNX*, *OpenVINO*: the files of the default's W8A8, with the target `openvino-cpu` and without, "
-        f"give at least {ENOUGH:.0f} dB to the simulation, and every quantizer at least {SAME:.0f} dB where the "
+        f"give at least {ENOUGH:.0f} dB to the simulation (a detector's class logits), and every quantizer at least "
+        f"{SAME:.0f} dB where the "
         "simulation is given the file's own values before it. Some networks make so much of a value that takes the "
         "other of two codes that two simulations, whose quantizers read values 3·10⁻⁷ apart, differ by more than the "
         "30 dB: what is below that but without a fault of its own says so.",
         "",
         "| | " + " | ".join(STEPS) + " |",
         "| --- |" + " --- |" * len(STEPS),
-        f"| {FULL} | " + " | ".join(f"{count[s]} ({100 * count[s] / max(len(marks), 1):.0f} %)" for s in STEPS) + " |",
+        f"| {FULL} | " + " | ".join(f"{n} ({100 * n / max(len(rows), 1):.0f} %)" for n in count) + " |",
     ]
-    for title, source in (("timm", "timm"), ("Hugging Face transformers", "transformers")):
-        entries = {
-            name: entry for name, entry in architectures().items() if entry["source"] == source and name in marks
-        }
+    for title, sources in GROUPS.items():
+        those = [_said(name, entry) for name, entry in entries.items() if entry["source"] in sources]
+        those = [said for said in those if said in rows]
+        if not those:
+            continue
         lines += ["", f"## {title}", "", "| model | " + " | ".join(STEPS) + " |", "| --- |" + " --- |" * len(STEPS)]
-        why: list[str] = []
-        for name, entry in entries.items():
-            reasons = "; ".join(f"{step}: {reason}" for step, (_, reason) in marks[name].items() if reason)
-            said = f"{entry['model']} ({name})" if source == "transformers" else name
-            cells = " | ".join(marks[name][step][0] for step in STEPS)
-            lines.append(f"| {said} | {cells} |")
-            if reasons:
-                why.append(f"- **{said}**: {_plain(reasons)}")
+        lines += [f"| {said} | {' | '.join(rows[said][0])} |" for said in those]
+        why = [f"- **{said}**: {rows[said][1]}" for said in those if rows[said][1]]
         lines += ["", f"What is not {FULL}:", "", *why] if why else []
     return "\n".join(lines) + "\n"
+
+
+def _said(name: str, entry: dict[str, Any]) -> str:
+    return f"{entry['model']} ({name})" if "model" in entry else name
+
+
+def _rows(text: str) -> dict[str, tuple[list[str], str]]:
+    """What a page says of each architecture: its marks and reasons."""
+    why = dict(re.findall(r"^- \*\*(.+?)\*\*: (.*)$", text, re.MULTILINE))
+    marks = "|".join((FULL, HALF, NONE))
+    found = re.findall(rf"^\| (.+?)((?: \| (?:{marks})){{{len(STEPS)}}}) \|$", text, re.MULTILINE)
+    return {said: (cells.split(" | ")[1:], why.get(said, "")) for said, cells in found}
 
 
 def _plain(text: str) -> str:

@@ -7,6 +7,8 @@ models that are not told it.
 
 from typing import Any
 
+from benchmarks.support.detectors import CONFIGURATIONS, side_of
+
 SIDE = 64
 
 VIT = {"depth": 2, "embed_dim": 96, "num_heads": 3, "img_size": 64}
@@ -271,6 +273,9 @@ HF_ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ),
     ("hf-pixio", "PixioModel", "PixioConfig", HF_VIT),
 ]
+SHIPPED = ("scenes-yolos", "scenes-detr", "scenes-rtdetr")
+"""Detectors that come with quantlens: with their trained weights."""
+
 HF = {name: (model, config, arguments) for name, model, config, arguments in HF_ROWS}
 """Name -> model class of transformers, its configuration class, arguments."""
 
@@ -288,4 +293,9 @@ def architectures() -> dict[str, dict[str, Any]]:
         size = arguments.get("image_size", arguments.get("vision_config", {}).get("image_size", SIDE))
         side = size if isinstance(size, int) else size[0]
         found[name] = {"source": "transformers", "model": model, "config": config, "build": arguments, "side": side}
+    for name in SHIPPED:
+        found[name] = {"source": "shipped"}
+    for name, (kind, arguments) in CONFIGURATIONS.items():
+        made = {"model": f"{kind}ForObjectDetection", "config": f"{kind}Config", "build": arguments}
+        found[f"hf-{name}"] = {"source": "detectors", **made, "side": side_of(name)}
     return found

@@ -45,10 +45,14 @@ def build(name: str, entry: dict[str, Any]) -> nn.Module:
                 for number in range(len(parent) - 1, 0, -1):
                     if type(parent[number]).__name__ in entry["keep"]:
                         del parent[number]
+    elif entry["source"] == "shipped":
+        from quantlens import load_model
+
+        module = load_model(name).module
     else:
         import transformers
 
-        config = getattr(transformers, entry["config"])(num_labels=10, **entry["build"])
+        config = getattr(transformers, entry["config"])(**{"num_labels": 10, **entry["build"]})
         module = getattr(transformers, entry["model"])(config)
     return module.eval()
 
@@ -87,6 +91,9 @@ def redraw(module: nn.Module, images: Tensor, seed: int = 0) -> None:
                     rows = uniform(value[:, :1].flatten(1)[:, :1], -0.5, 0.5).exp()
                     new = normal(value, fan_in**-0.5) * rows.view(-1, *[1] * (value.dim() - 1))
                 value.copy_(new)
+        for frozen in (m for m in module.modules() if "FrozenBatchNorm" in type(m).__name__):
+            for name, value in frozen.named_buffers(recurse=False):
+                value.copy_(normal(value, 0.1) if name in ("bias", "running_mean") else uniform(value, 0.6, 1.4))
         # statistics of BatchNorm are those of the pictures, roughly
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
@@ -262,19 +269,22 @@ def run(name: str, entry: dict[str, Any], path: Path, *, quick: bool) -> None:
     from quantlens.qmodel import float_model
 
     record, held = Record(name, path), {}
-    side = entry["side"]
+    ships, square = entry["source"] == "shipped", entry["source"] == "detectors"
+    side = ql.load_model(name).preprocess.input_size[1] if ships else entry["side"]
+    preprocess = Preprocess((3, side, side), crop_pct=0.9, resize=(side, side) if square else None)
     images = pictures(CALIBRATION + TEST, side)
     calibration, test = images[:CALIBRATION], images[CALIBRATION:]
 
     def capture() -> dict[str, Any]:
         module = build(name, entry)
-        redraw(module, images)
+        if not ships:
+            redraw(module, images)
         with torch.no_grad():  # a module may keep what it computes, and use it when it is captured
             expected = first_tensor(module(test))
         scale = expected.abs().max()
         if not bool(expected.isfinite().all()) or float(expected.std(0).max()) < 1e-3 * float(scale):
             raise RuntimeError("the redrawn module's output does not depend on the image, or is not finite")
-        model = ql.load_model(module, preprocess=Preprocess((3, side, side), crop_pct=0.9), name=name)
+        model = ql.load_model(name) if ships else ql.load_model(module, preprocess=preprocess, name=name)
         graph = graph_of(model)
         with torch.inference_mode():
             found = float_model(model)(test)

@@ -100,6 +100,13 @@ def test_boxes_without_area_are_left_out_with_a_warning(written: Callable[..., s
     assert source.boxes.image.tolist() == [0, 1]
 
 
+def test_a_crowd_is_one_by_its_number(written: Callable[..., str]) -> None:
+    source = open_source(
+        written(lambda file: [a.update(iscrowd=c) for a, c in zip(file["annotations"], "010", strict=True)])
+    )
+    assert sorted(source.boxes.crowd.tolist()) == [False, False, True]
+
+
 def test_boxes_are_given_in_python_with_pictures_or_tensors() -> None:
     pictures = [Image.new("RGB", size, (9, 9, 9)) for size in ((20, 50), (40, 30))]
     boxes = Boxes([1, 0], [[0, 0, 5, 5], [1, 1, 9, 9]], [0, 2])
@@ -128,6 +135,10 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "three": (lambda file: [a.update(bbox=[1, 2, 3]) for a in file["annotations"]], "needs image_id, category_id"),
     "mixed": (_first(bbox=[1, 2, 3]), "needs image_id, category_id"),
     "null": (_first(bbox=None), "needs image_id, category_id"),
+    "all null": (lambda file: [a.update(bbox=None) for a in file["annotations"]], "needs image_id, category_id"),
+    "nested": (lambda file: [a.update(bbox=[[1, 2], [3, 4]]) for a in file["annotations"]], "needs image_id"),
+    "area": (_first(area=-4), "1 of 3 boxes with a negative area"),
+    "category twice": (lambda file: file["categories"].append(file["categories"][0]), "several categories one id"),
     "no bbox": (lambda file: file["annotations"][0].pop("bbox"), "needs image_id, category_id"),
     "no categories": (lambda file: file.pop("categories"), "boxes of categories that it does not list"),
     "no size": (lambda file: file["images"][0].pop("width"), r"gives 1 of 2 images no width and height.*b\.png"),

@@ -8,6 +8,7 @@ import torch
 import quantlens as ql
 from quantlens.errors import BadWeightsError
 from quantlens.evaluation.open_models import open_float, open_models
+from quantlens.qmodel import float_model
 
 
 def test_words_for_weights(monkeypatch):
@@ -35,6 +36,16 @@ def test_a_file_without_a_classifier_stands_beside_a_model_without_one(tmp_path)
     ql.quantize(model, "embedded:digits-calibration[0:4]", method="minmax").save(file)
     made, reference = open_models(str(file), "pretrained")
     assert (made.task, reference.task, reference(torch.zeros(1, 3, 32, 32)).shape) == ("features", "features", (1, 64))
+
+
+def test_a_file_with_a_letterbox_stands_beside_a_model_with_one(tmp_path):
+    file = tmp_path / "q.safetensors"
+    float_model(ql.load_model("scenes-detr", letterbox=True)).save(file)
+    made, reference = open_models(str(file), "pretrained")
+    assert made.detection_head.resize == reference.detection_head.resize == "letterbox"
+    assert made.preprocess == reference.preprocess
+    with pytest.raises(BadWeightsError, match="says itself how its pictures are resized"):
+        open_models(str(file), letterbox=True)
 
 
 def test_a_file_of_other_weights_is_refused(tmp_path, monkeypatch):

@@ -184,6 +184,10 @@ def test_pytorch_runs_it_without_quantlens(loaded, pictures, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert _sqnr(qmodel(pictures), torch.load(tmp_path / "y.pt")) > 40
+    exported = ql.Artefact(path)
+    logits, scores = exported.run(pictures.numpy())
+    assert exported.num_classes == logits.shape[1]
+    np.testing.assert_allclose(scores, qmodel(pictures).logsumexp(1).numpy(), rtol=1e-5)
     stored = torch.export.load(path).state_dict | dict(torch.export.load(path).constants)
     assert sum(t.dtype in (torch.int8, torch.uint8) for t in stored.values()) == len(qmodel.weight_edges())
     with pytest.raises(UnsupportedError, match="--simulate"):

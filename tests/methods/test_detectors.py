@@ -93,6 +93,21 @@ def test_every_method_runs_on_the_detectors_that_ship(name, method):
     assert all(torch.isfinite(value).all() for value in (found.logits, found.boxes))
 
 
+def test_narrow_activations_of_a_detector_have_ranges_by_group(tmp_path):
+    """Also those of convolutions; and neither rotations nor means come before them."""
+    pytest.importorskip("transformers")
+    module, images = small("detr")
+    said = {bits: ql.quantize(module, images, method="fast", bits=bits) for bits in ("W4A4", "W4A5")}
+    narrow = said["W4A4"].plan.quantizers
+    grouped = {key for key, quantizer in narrow.items() if quantizer.kind == "group-affine"}
+    convolutions = {f"{site.name}.input" for site in said["W4A4"].graph.sites.of_kind("conv")}
+    assert len(grouped & convolutions) > len(convolutions) / 2
+    assert {narrow[key].axis for key in grouped} == {-1, -2, -3}
+    assert not said["W4A4"].plan.rewrites
+    assert said["W4A5"].plan.rewrites
+    assert not any(quantizer.kind == "group-affine" for quantizer in said["W4A5"].plan.quantizers.values())
+
+
 def damage(module, qmodel, images) -> tuple[float, float]:
     with torch.no_grad():
         expected, found = module(images), qmodel.outputs(images)

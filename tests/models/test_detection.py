@@ -140,6 +140,15 @@ def test_as_many_logits_as_names_are_sigmoids_and_unnamed_classes_have_numbers()
     assert unnamed.labels == tuple("0123")
 
 
+def test_a_letterbox_takes_the_place_of_a_stretched_picture():
+    prepared = square(Preprocess((3, 32, 32), **PLAIN))
+    model = ql.load_model(boxer(), preprocess=prepared, letterbox=True)
+    assert model.preprocess == letterbox(prepared)
+    assert model.detection_head.resize == "letterbox"
+    with pytest.raises(UnsupportedError, match="a letterbox is for detectors, and digits-vit has the task 'classify'"):
+        ql.load_model("digits-vit", letterbox=True)
+
+
 def test_what_is_no_detector_is_refused():
     with pytest.raises(UnsupportedError, match="class logits"):
         ql.load_model(boxer(answer="boxes only"), preprocess=square(Preprocess((3, 32, 32))), task="detect")

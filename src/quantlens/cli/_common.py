@@ -234,6 +234,7 @@ def open_run(
     seed: int,
     input_size: int | None = None,
     task: str | None = None,
+    letterbox: bool = False,
     **reading: Any,
 ) -> tuple[Any, Any]:
     """(float model, calibration images as it reads them) of a command line: what the commands that quantize begin with.
@@ -243,6 +244,6 @@ def open_run(
     from quantlens.evaluation.open_models import open_float
 
     images = open_calibration(source, n, seed)
-    loaded = open_float(model, weights, device, input_size, task)
+    loaded = open_float(model, weights, device, input_size, task, letterbox)
     told = partial(step, "decoding calibration images")
     return loaded, as_image_set(images, loaded.preprocess, progress=told, **reading)

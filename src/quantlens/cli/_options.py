@@ -25,6 +25,9 @@ InputSize = Annotated[
     int | None,
     typer.Option(metavar="PX", min=1, help="Side of its images, if not its own: position embeddings are resampled."),
 ]
+Letterbox = Annotated[
+    bool, typer.Option("--letterbox", help="A detector sees pictures whole, with a border, and not stretched.")
+]
 
 # -- images
 CalibrationSource = Annotated[str, typer.Option(metavar="SOURCE", help="Calibration images (`quantlens sources`).")]

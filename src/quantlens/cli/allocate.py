@@ -34,6 +34,7 @@ def allocate(
     calibration: _options.CalibrationSource,
     weights: _options.Weights = None,
     input_size: _options.InputSize = None,
+    letterbox: _options.Letterbox = False,
     n: _options.CalibrationCount = None,
     sensitivity: Annotated[
         str,
@@ -62,8 +63,7 @@ def allocate(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("alloc.json"),
     seed: _options.Seed = 0,
     option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the sensitivity (probes=32)."),
+        list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="For the sensitivity (probes=32).")
     ] = None,
     device: _options.Device = "auto",
     skip_bad: _options.SkipBad = False,
@@ -80,7 +80,7 @@ def allocate(
     widths = _common.whole_numbers([candidates or ""], "--candidates") or None
     parse_target(target)
     with _common.stages(quiet) as step:
-        reading = _common.reading(skip_bad, no_cache)
+        reading = {"letterbox": letterbox, **_common.reading(skip_bad, no_cache)}
         loaded, images = _common.open_run(step, model, weights, device, calibration, n, seed, input_size, **reading)
         how |= {"sensitivity": sensitivity, "progress": partial(step, f"sensitivity by {sensitivity}")}
         found = api.allocate(loaded, images, target, candidates=widths, front=front, seed=seed, **how)

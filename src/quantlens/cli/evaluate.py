@@ -54,6 +54,7 @@ def evaluate(
     weights: _options.Weights = None,
     reference: _options.Reference = None,
     input_size: _options.InputSize = None,
+    letterbox: _options.Letterbox = False,
     ood: _options.OodSets = None,
     near: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Which of these sets are near; may be repeated.")
@@ -90,7 +91,7 @@ def evaluate(
     _check(model, id, (None if json == "-" else json, keep, store and store / "store.sqlite"))
     checkpoint = _check_card(model) if card else None
     sets, groups = _common.pairs(ood, "--ood"), dict.fromkeys(_common.names(near), "near")
-    measured, float_model = open_models(model, weights, device, input_size, reference=reference)
+    measured, float_model = open_models(model, weights, device, input_size, reference=reference, letterbox=letterbox)
     if store is not None and not hasattr(measured, "facts"):
         raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
     settings = {"fit": fit, "reference": float_model, "scores": _common.names(scores) or None, "groups": groups}

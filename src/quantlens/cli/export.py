@@ -38,6 +38,7 @@ def export(
         str | None, typer.Option(metavar="W", help="Weights of a named model: a file, pretrained or random.")
     ] = None,
     input_size: _options.InputSize = None,
+    letterbox: _options.Letterbox = False,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Keep formats without integer kernels as float operations.")
     ] = False,
@@ -57,20 +58,20 @@ def export(
     from quantlens.export.export import export as write
     from quantlens.export.exported import Artefact
     from quantlens.export.parity import parity
+    from quantlens.qmodel.in_float import said_in_float
 
     check_writable(out)
     sources = {name: open_source(spec) for name, spec in (("guard", guard_images), ("check", check)) if spec}
-    measured, _ = open_models(model, weights, input_size=input_size)
+    measured, _ = open_models(model, weights, input_size=input_size, letterbox=letterbox)
     with _common.stages(quiet) as step:
         images = {
             name: as_image_set(source, measured.preprocess, progress=partial(step, f"decoding {name} images"))
             for name, source in sources.items()
         }
         path = write(measured, out, simulate=simulate, guard=guard, guard_images=images.get("guard"), keep=keep)
-        if path.suffix == ".pt2":
-            print(f"{path}: {measured.name} for torch.export.load")
-            return
         exported, said = Artefact(path), []
+        if exported.options.get("target"):
+            said.append(said_in_float(measured))
         if "check" in images:
             found = parity(measured, exported, images["check"], progress=partial(step, "checking"))
             said.append(found.sentence(exported.runtime))

@@ -36,6 +36,7 @@ def inspect(
     ] = None,
     weights: _options.Weights = None,
     input_size: _options.InputSize = None,
+    letterbox: _options.Letterbox = False,
     n: Annotated[int | None, typer.Option("--n", min=1, help="How many images the seed draws (default: 32).")] = None,
     bits: Annotated[str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations.")] = "W8A8",
     method: Annotated[str, typer.Option(help="Whose quantizers; a method that sets ranges only.")] = "minmax",
@@ -70,7 +71,7 @@ def inspect(
     check_names(parts, rank or "sqnr")
     widths, source = api.read_bits(bits), images or _shipped_images(model)
     with _common.stages(quiet) as step:
-        reading = _common.reading(skip_bad, no_cache)
+        reading = {"letterbox": letterbox, **_common.reading(skip_bad, no_cache)}
         loaded, opened = _common.open_run(step, model, weights, device, source, n, seed, input_size, **reading)
         found = api.inspect(loaded, opened, widths, method=method, seed=seed, by=parts, progress=step, **settings)
     if json == "-":

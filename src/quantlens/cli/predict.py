@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantlens.cli import _common
+from quantlens.cli import _common, _options
 from quantlens.errors import BadImageError, QuantlensWarning, UnsupportedError
 
 HELP = """Label pictures with an exported model and say whether each looks unknown; or find objects with a detector.
@@ -32,7 +32,7 @@ exit code is 1.
 def predict(
     artefact: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A model's file (.onnx, .xml); of detectors also a checkpoint or name."),
+        typer.Argument(metavar="MODEL", help="A file (.onnx, .xml, .pt2); a detector's checkpoint or name."),
     ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Pictures.")],
     json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
@@ -42,11 +42,12 @@ def predict(
     threshold: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Objects with at least this score (of a detector).")
     ] = 0.5,
+    letterbox: _options.Letterbox = False,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per run.")] = 16,
 ) -> None:
     """See HELP."""
-    model = _opened(artefact, threads)
+    model = _opened(artefact, threads, letterbox)
     detects = model.task == "detect"
     if out is not None and not detects:
         raise UnsupportedError(f"{artefact} finds no boxes to draw: its task is {model.task!r}; leave --out out")
@@ -78,18 +79,18 @@ def predict(
         raise typer.Exit(1)
 
 
-def _opened(name: str, threads: int | None) -> Any:
-    if Path(name).suffix in (".onnx", ".xml"):
+def _opened(name: str, threads: int | None, letterbox: bool) -> Any:
+    if not letterbox and Path(name).suffix in (".onnx", ".xml", ".pt2"):
         from quantlens.export.exported import Artefact
 
         return Artefact(Path(name), threads=threads)
     import torch
 
-    from quantlens.evaluation.open_models import measurable
+    from quantlens.evaluation.open_models import measurable, open_models
 
     if threads is not None:
         torch.set_num_threads(threads)
-    model = measurable(name)
+    model = measurable(open_models(name, letterbox=letterbox)[0])
     if getattr(model, "task", None) != "detect":
         raise UnsupportedError(
             f"{name} is no detector; export it (`quantlens export`) and give the file, which carries its names of "

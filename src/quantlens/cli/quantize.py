@@ -36,6 +36,7 @@ def quantize(
     calibration: _options.CalibrationSource,
     weights: _options.Weights = None,
     input_size: _options.InputSize = None,
+    letterbox: _options.Letterbox = False,
     task: _options.ModelTask = None,
     n: _options.CalibrationCount = None,
     method: _options.MethodName = "quantlens-fast",
@@ -55,6 +56,7 @@ def quantize(
     """See HELP."""
     from quantlens import api
     from quantlens.qmodel.checkpoint import check_name
+    from quantlens.qmodel.in_float import said_in_float
     from quantlens.report.card import card as write_card, check_place
 
     wanted = api.read_bits(bits)
@@ -64,7 +66,7 @@ def quantize(
     if card:
         check_place(file.parent, file.name)
     with _common.stages(quiet) as step:
-        reading = {"task": task, **_common.reading(skip_bad, no_cache)}
+        reading = {"task": task, "letterbox": letterbox, **_common.reading(skip_bad, no_cache)}
         loaded, images = _common.open_run(step, model, weights, device, calibration, n, seed, input_size, **reading)
         told = partial(step, f"calibrating by {method}")
         quantized = api.quantize(loaded, images, method=method, bits=wanted, seed=seed, progress=told, **settings)
@@ -72,6 +74,8 @@ def quantize(
         if card:
             write_card(file)
     print(f"{file}: {_summary(quantized, len(images), file.stat().st_size)}")
+    if quantized.options.get("target"):
+        print(said_in_float(quantized))
     if card:
         print(f"written: {file.parent / 'README.md'}")
 

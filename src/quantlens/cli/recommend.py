@@ -40,6 +40,7 @@ def recommend(
     id: Annotated[str, typer.Option("--id", metavar="SOURCE", help="Labelled images (`quantlens sources`).")],
     weights: _options.Weights = None,
     input_size: _options.InputSize = None,
+    letterbox: _options.Letterbox = False,
     max_loss: Annotated[
         str, typer.Option(metavar="LOSS", help="Points of top-1 or mAP that may be lost: 1pt, or 0.01.")
     ] = "1pt",
@@ -75,7 +76,8 @@ def recommend(
     if not quiet:
         _common.console(stderr=True).print(f"trying settings for at most {minutes:g} minutes")
     with _common.stages(quiet) as step:
-        found = search(open_float(model, weights, device, input_size), id, progress=step, **settings)
+        loaded = open_float(model, weights, device, input_size, letterbox=letterbox)
+        found = search(loaded, id, progress=step, **settings)
     _common.show(_parts(found), found.to_dict(), json, "the recommendation")
 
 

@@ -52,7 +52,7 @@ def open_coco(spec: SourceSpec) -> CocoSource:
         content = json.loads(file.read_text(encoding="utf-8"))
         listed = {str(image["file_name"]).replace("\\", "/"): image for image in content["images"]}
         several = len(content["images"]) - len(listed)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise QuantlensError(f"{where} is not a COCO instances file; download it again") from error
     if not listed:
         raise QuantlensError(f"{where} lists no images; choose another split")
@@ -121,9 +121,11 @@ def _boxes(
         image = np.array([place.get(a["image_id"], -1) for a in annotations], dtype=np.int64)
         labels = np.array([rank.get(a["category_id"], -1) for a in annotations], dtype=np.int64)
         values = np.array([a["bbox"] for a in annotations] or np.empty((0, 4)), dtype=np.float64)
-        corner, side = values[:, :2], values.reshape(len(annotations), 4)[:, 2:]
+        if values.shape != (len(annotations), 4):
+            raise ValueError(f"the bboxes are {list(values.shape)} numbers")
+        corner, side = values[:, :2], values[:, 2:]
         area = np.array([a.get("area", np.nan) for a in annotations], dtype=np.float64)
-        crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
+        crowd = np.array([int(a.get("iscrowd") or 0) for a in annotations], dtype=bool)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise QuantlensError(
             f"{where} is not a COCO instances file: every annotation needs image_id, category_id and a bbox "
@@ -131,6 +133,8 @@ def _boxes(
         ) from error
     if len(place) < len(images) and annotations:
         raise QuantlensError(f"{where} gives several images one id; repair the file")
+    if len(categories) < len(content.get("categories") or []):
+        raise QuantlensError(f"{where} gives several categories one id; repair the file")
 
     def refuse(wrong: Any, what: str, cure: str) -> None:
         if wrong.any():
@@ -146,6 +150,7 @@ def _boxes(
     refuse(
         (side < 0).any(axis=1), "with a negative width or height", "a bbox is [x, y, width, height]: repair the file"
     )
+    refuse(area < 0, "with a negative area", "repair the file, or leave the area out")
     if sizes is not None:
         beyond = np.maximum(-corner, corner + side - sizes[image, ::-1]).max(axis=1, initial=0)
         cure = "clip them; a bbox is [x, y, width, height] in pixels of the picture"

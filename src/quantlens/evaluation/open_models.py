@@ -18,11 +18,12 @@ def open_float(
     device: str = "cpu",
     input_size: int | tuple[int, ...] | None = None,
     task: str | None = None,
+    letterbox: bool = False,
 ) -> Model:
-    """A float model by name. weights: "random", a file, or "pretrained", as for None. input_size, task: see
+    """A float model by name. weights: "random", a file, or "pretrained", as for None. input_size, task, letterbox: see
     `load_model`."""
     weights, device = "pretrained" if weights is None else weights, choose_device(device)
-    return load_model(name, weights, input_size=input_size, task=task, device=device)
+    return load_model(name, weights, input_size=input_size, task=task, letterbox=letterbox, device=device)
 
 
 def checkpoint_of(name: str) -> Path | None:
@@ -39,19 +40,20 @@ def open_models(
     input_size: int | None = None,
     *,
     reference: Any = None,
+    letterbox: bool = False,
 ) -> tuple[Any, Any]:
     """(model to measure, FP32 model it was made from, or None).
 
-    name: a float model's name, a checkpoint as :func:`checkpoint_of` finds it, an exported file (.onnx, .xml), or a
-    foreign one: another tool's .onnx or .xml, or logits (.npz, .csv). weights: a file, "pretrained" or "random": the
+    name: a float model's name, a checkpoint as :func:`checkpoint_of` finds it, an exported file (.onnx, .xml, .pt2), or
+    a foreign one: another tool's .onnx or .xml, or logits (.npz, .csv). weights: a file, "pretrained" or "random": the
     float model's own, or of the model that a file was made from; None: trained ones, or no FP32 model beside a file
-    of ours. input_size: of a float model. reference: the float model that a foreign file came from, or its name.
-    Raises BadWeightsError where the weights are not what the file was made from.
+    of ours. input_size, letterbox: of a float model. reference: the float model that a foreign file came from, or its
+    name. Raises BadWeightsError where the weights are not what the file was made from.
     """
     checkpoint = checkpoint_of(str(name))
     path = checkpoint or Path(name)
     made: Any
-    if path.suffix in (".onnx", ".xml", ".npz", ".csv"):
+    if path.suffix in (".onnx", ".xml", ".pt2", ".npz", ".csv"):
         made, foreign = _of_file(path, lambda: _named(reference, weights, device, input_size))
         if foreign:
             if weights is not None and reference is None:
@@ -68,7 +70,9 @@ def open_models(
             )
         made = load(path).to(choose_device(device))
     else:
-        return open_float(str(name), weights, device, input_size), None
+        return open_float(str(name), weights, device, input_size, letterbox=letterbox), None
+    if letterbox:
+        raise BadWeightsError(f"{path} says itself how its pictures are resized; leave the letterbox out")
     if not isinstance(reference, str | None):
         return made, reference
     if weights is None and reference is None:
@@ -78,11 +82,12 @@ def open_models(
 
 def _made_from(made: Any, path: Path, name: str | None, weights: str | None, device: str) -> Model:
     """The float model that a file was made from, by the name that a person or the file gives."""
-    called = name or made.name
+    called, head = name or made.name, getattr(made, "detection_head", None)
+    letterbox = head is not None and head.resize == "letterbox"
     task = "features" if own_task(made) == "features" else None  # without a classifier, as the file is
     try:
         with warnings.catch_warnings(record=True) as said:
-            reference = open_float(called, weights, device, task=task)
+            reference = open_float(called, weights, device, task=task, letterbox=letterbox)
     except UnknownNameError as error:
         if name is not None:
             raise
@@ -92,7 +97,8 @@ def _made_from(made: Any, path: Path, name: str | None, weights: str | None, dev
         ) from error
     size, own = (getattr(getattr(m, "preprocess", None), "input_size", None) for m in (made, reference))
     if size is not None and own not in (None, size):
-        reference, said = open_float(called, weights, device, size, task), []  # what was said was of the first
+        reference = open_float(called, weights, device, size, task, letterbox)
+        said = []  # what was said was of the first
     for one in said:
         warnings.warn(one.message, one.category, stacklevel=2)
     if made.checkpoint_sha256 not in (None, reference.checkpoint_sha256):
@@ -122,7 +128,7 @@ def _named(reference: Any, weights: str | None, device: str, input_size: int | N
     """The float model that a person names: as it is, or by name, which may be that of a file of its logits."""
     if not isinstance(reference, str | Path):
         return reference
-    if Path(reference).suffix in (".npz", ".csv", ".onnx", ".xml"):
+    if Path(reference).suffix in (".onnx", ".xml", ".pt2", ".npz", ".csv"):
         return open_models(reference)[0]
     return open_float(str(reference), weights, device, input_size)
 

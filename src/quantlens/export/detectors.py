@@ -3,26 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from quantlens.errors import UnsupportedError
 from quantlens.export.onnx_graph import Emitter
-from quantlens.export.onnx_values import Size
-from quantlens.models.detection import scores_and_boxes
 from quantlens.qmodel import QuantizedModel
+
+
+def measured_outputs(qmodel: QuantizedModel) -> tuple[int, int]:
+    """The places of a detector's class logits and boxes among its graph's outputs."""
+    graph = qmodel.graph
+    if graph.boxes is None or qmodel.detection_head is None:
+        raise UnsupportedError(f"{qmodel.name} gives no class logits [B, Q, C] and boxes [B, Q, 4]")
+    return graph.outputs.index(graph.output), graph.outputs.index(graph.boxes)
 
 
 def write_detections(e: Emitter, qmodel: QuantizedModel, given: Mapping[Any, str]) -> list[Any]:
     """Write ``logits`` [batch, Q, C], ``boxes`` [batch, Q, 4] (centre x, y, width, height in fractions of the input)
     and ``scores`` [batch, Q, classes], probabilities; what else the module returns is left out, with all that it alone
     needs. given: outputs of the graph -> their values. Returns what the file says of each."""
-    outputs, head = qmodel.graph.outputs, qmodel.detection_head
-    like = [torch.empty([1 if isinstance(n, Size) else n for n in e.sizes(node)], device="meta") for node in outputs]
-    found = scores_and_boxes(qmodel.graph.structure.result(like))
-    if found is None or head is None:
-        raise UnsupportedError(f"{qmodel.name} gives no class logits [B, Q, C] and boxes [B, Q, 4]")
-    logits, boxes = (next(node for node, value in zip(outputs, like, strict=True) if value is part) for part in found)
-    sizes, softmax = e.sizes(logits), head.scoring == "softmax"
+    logits, boxes = (qmodel.graph.outputs[place] for place in measured_outputs(qmodel))
+    sizes, softmax = e.sizes(logits), qmodel.detection_head.scoring == "softmax"
     read = e.op("Identity", given[logits], out="logits")
     e.op("Identity", given[boxes], out="boxes")
     if softmax:  # without "no object", the last

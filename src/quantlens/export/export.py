@@ -57,7 +57,7 @@ def export(
     keep: float = KEEP,
 ) -> Path:
     """Write a model for a runtime; the ending chooses: ``.onnx`` (operator set 21), ``.xml`` (OpenVINO IR, weights in
-    the ``.bin`` beside it) or ``.pt2`` (PyTorch's own; logits alone, see :mod:`quantlens.export.pt2`).
+    the ``.bin`` beside it) or ``.pt2`` (PyTorch's own; outputs as the module's, see :mod:`quantlens.export.pt2`).
 
     Inputs: ``images`` float32 [batch, C, H, W], normalised, and what else the module takes, by its names. Outputs:
     ``logits`` [batch, K] and ``score`` [batch] (``features`` [batch, D] of a model without a classifier), and what else
@@ -74,11 +74,7 @@ def export(
         raise UnknownNameError("guard score", guard, GUARDS)
     if not 0 < keep < 1:
         raise QuantlensError(f"keep={keep}: give the share of in-distribution images to keep, such as 0.95")
-    if path.suffix == ".pt2":
-        from quantlens.export.pt2 import export_pt2
-
-        return export_pt2(qmodel, path, simulate=simulate)
-    if path.suffix not in (".onnx", ".xml"):
+    if path.suffix not in (".onnx", ".xml", ".pt2"):
         raise UnsupportedError(f"{path}: give a file that ends in .onnx or .xml (OpenVINO) or .pt2 (PyTorch)")
     if guard_images is not None and not has_guard(qmodel):
         raise UnsupportedError(
@@ -94,21 +90,32 @@ def export(
         "num_parameters": str(qmodel.num_parameters),
         "saturating": json.dumps(any(quantizer.bits > 7 for _, quantizer in qmodel.weight_edges())),
     }
-    proto, initializers = onnx_model(qmodel, guard, simulate=simulate)
+    if path.suffix == ".pt2":
+        from quantlens.export.pt2 import pt2_program
+
+        made: Any = pt2_program(qmodel, simulate=simulate)
+        record |= {"inputs": json.dumps(input_names(qmodel.graph)), "outputs": json.dumps(_names_given(qmodel))}
+    else:
+        made = onnx_model(qmodel, guard, simulate=simulate)
     if guard_images is not None:
         from quantlens.export.exported import Artefact, guard_threshold
 
         with _folder_beside(path) as folder:
-            tried = Artefact(_write(proto, initializers, record, folder / path.name))
+            tried = Artefact(_write(made, record, folder / path.name))
             threshold = guard_threshold(tried, guard_images, keep)
         record["guard"] = json.dumps({"score": guard, "keep": keep, "threshold": threshold})
-    return _write(proto, initializers, record, path)
+    return _write(made, record, path)
 
 
-def _write(proto: Any, initializers: list[Initializer], record: dict[str, str], path: Path) -> Path:
-    """The file, with what it says of itself."""
+def _write(made: Any, record: dict[str, str], path: Path) -> Path:
+    """The file, with what it says of itself. made: a program of torch, or a ModelProto and its initializers."""
+    if path.suffix == ".pt2":
+        from quantlens.export.pt2 import write_pt2
+
+        return write_pt2(made, record, path)
     from onnx import helper
 
+    proto, initializers = made
     record = {**record, "outputs": json.dumps([output.name for output in proto.graph.output])}
     del proto.metadata_props[:]
     helper.set_model_props(proto, record)
@@ -186,6 +193,15 @@ def _write_outputs(emitter: Any, qmodel: QuantizedModel, given: Mapping[Any, str
             emitter.op("Identity", given[node], out=name)
             outputs.append(emitter.info(name, *emitter.values[node]))
     return outputs
+
+
+def _names_given(qmodel: QuantizedModel) -> list[str]:
+    """Names of the outputs of a program of torch, in order."""
+    if qmodel.task == "detect":
+        return ["logits", "boxes", "scores"]
+    first = "logits" if qmodel.task in CLASSIFIED else "features"
+    named = {**output_names(qmodel.graph), qmodel.graph.output: first}
+    return [named[node] for node in qmodel.graph.outputs]
 
 
 def has_guard(qmodel: Any) -> bool:

@@ -19,7 +19,7 @@ from quantlens.arguments import checked
 from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, as_rgb, decode_image
 from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError
-from quantlens.export.export import GUARDS, _need, _threshold, openvino_core, refused
+from quantlens.export.export import GUARDS, _need, _threshold, has_guard, openvino_core, refused
 from quantlens.files import mistaken
 from quantlens.models.detection import DetectionHead
 from quantlens.qmodel import Outputs
@@ -37,8 +37,8 @@ class Prediction(NamedTuple):
 
 
 class Artefact:
-    """A .onnx or .xml (OpenVINO) file written by :func:`quantlens.export`, ready to run on the CPU, and what it says of
-    itself. runtime: name and version of what runs it. size_mb: megabytes (10⁶ bytes) on disk.
+    """A .onnx, .xml (OpenVINO) or .pt2 file written by :func:`quantlens.export`, ready to run on the CPU, and what it
+    says of itself. runtime: name and version of what runs it. size_mb: megabytes (10⁶ bytes) on disk.
 
     threads: CPU threads (None: the runtime's choice). Where the processor's integer sums saturate (see
     :func:`saturates`), ONNX Runtime is told to avoid it, and OpenVINO computes with the same codes in
@@ -77,7 +77,10 @@ class Artefact:
         features [B, D]), guard scores [B] (not a number where the file has no guard)."""
         found = self.values(images, **others)
         measured = found["logits"] if "logits" in found else found["features"]
-        return measured, found.get("score", np.full(len(measured), np.nan, np.float32))
+        score = found.get("score")
+        if score is None and self.path.suffix == ".pt2" and has_guard(self):  # which holds the module's outputs alone
+            score = GUARDS[self.guard["score"]](measured)
+        return measured, np.full(len(measured), np.nan, np.float32) if score is None else score
 
     def values(self, images: np.ndarray, **others: np.ndarray) -> dict[str, np.ndarray]:
         """Everything that the model returns, by the names of the file's outputs."""
@@ -133,7 +136,7 @@ class Artefact:
                 "OpenVINO computes float operations in bfloat16 on processors that have it; the file cannot say "
                 'otherwise, so compile it with {"INFERENCE_PRECISION_HINT": "f32"} (quantlens.Artefact does)'
             )
-        if saturates() and may_saturate(self._record) and self.bits != "FP32":
+        if self.path.suffix != ".pt2" and saturates() and may_saturate(self._record) and self.bits != "FP32":
             setting = (
                 'compile it with {"LP_TRANSFORMS_MODE": False}, which is right and no faster than FP32'
                 if self.path.suffix == ".xml"
@@ -232,12 +235,12 @@ class Opened(NamedTuple):
 
 
 def open_file(path: Path, threads: int | None = None, inner: Sequence[str] = ()) -> Opened:
-    """Open any .onnx or .xml file for the CPU. inner: tensors inside the graph that are made outputs. Raises
-    BadWeightsError for a file that is missing, damaged, or that its runtime cannot run."""
+    """Open any .onnx or .xml file, or a .pt2 file of ours, for the CPU. inner: tensors inside the graph that are made
+    outputs. Raises BadWeightsError for a file that is missing, damaged, or that its runtime cannot run."""
     if not path.is_file():
         raise BadWeightsError(f"no exported model at {path}")
     if path.suffix not in _RUNTIMES:
-        raise BadWeightsError(f"{path}: exported models end in .onnx or .xml")
+        raise BadWeightsError(f"{path}: exported models end in .onnx, .xml or .pt2")
     for file in filter(Path.is_file, files_of(path)):
         if what := mistaken(file):
             raise BadWeightsError(f"{file} cannot be run: it is {what}")
@@ -343,7 +346,13 @@ def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
     return Opened(run, inputs, outputs, metadata, f"openvino {version}", (RuntimeError,))
 
 
-_RUNTIMES = {".onnx": _onnxruntime, ".xml": _openvino}
+def _torch(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
+    from quantlens.export.pt2 import open_pt2
+
+    return open_pt2(path, threads)
+
+
+_RUNTIMES = {".onnx": _onnxruntime, ".xml": _openvino, ".pt2": _torch}
 
 
 def guard_threshold(artefact: Artefact, images: Any, keep: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from quantlens.errors import UnsupportedError
 from quantlens.export.onnx_file import Initializer
 from quantlens.export.onnx_values import Size, constants, described, fixed, kind_of, values
-from quantlens.formats import LEAST, MOST, PARTS, AdaLog, GroupScaled, Log, Quantizer, SqrtSoftmax, Uniform
+from quantlens.formats import LEAST, MOST, PARTS, AdaLog, GroupAffine, Grouped, Log, Quantizer, SqrtSoftmax, Uniform
 from quantlens.graph import Graph
 from quantlens.graph.graph import op_name
 
@@ -265,8 +265,8 @@ class Emitter:
             return self.op("Mul", levels, quantizer.spread(quantizer.scale, dims))
         if isinstance(quantizer, SqrtSoftmax):
             return self._rows(quantizer, source)
-        if isinstance(quantizer, GroupScaled):
-            return self._blocks(quantizer, source, dims)
+        if isinstance(quantizer, Grouped):
+            return self._grouped(quantizer, source, dims)
         if isinstance(quantizer, AdaLog) and bool(quantizer.shift != 0):
             shift = self.constant(quantizer.shift)
             return self.op("Sub", self._logarithmic(quantizer, self.op("Add", source, shift)), shift)
@@ -281,22 +281,36 @@ class Emitter:
         squares = self.op("Mul", k, k)
         return self.op("Div", squares, self.op("Max", self.op("ReduceSum", squares, [-1]), 1.0))
 
-    def _blocks(self, quantizer: GroupScaled, source: str, dims: int) -> str:
-        keys = [*range(dims - 2), dims - 1, dims - 2]
-        turned = source if quantizer.axis == -1 else self.op("Transpose", source, perm=keys)
+    def _grouped(self, quantizer: Grouped, source: str, dims: int) -> str:
+        """Groups of channels with scales of their own, as the format finds them."""
+        last = [d for d in range(dims) if d != dims + quantizer.axis] + [dims + quantizer.axis]
+        turned = source if quantizer.axis == -1 else self.op("Transpose", source, perm=last)
         x = self.op("Reshape", turned, [0] * (dims - 1) + [-1, quantizer.group_size])
-        size = self.op("Sqrt", self.op("ReduceMean", self.op("Mul", x, x), [-1]))
+        affine = isinstance(quantizer, GroupAffine)
+        if affine:
+            low, high = (self.op(name, self.op(f"Reduce{name}", x, [-1]), 0.0) for name in ("Min", "Max"))
+            size = self.op("Sub", high, low)
+        else:
+            size = self.op("Sqrt", self.op("ReduceMean", self.op("Mul", x, x), [-1]))
         octaves = self.op("Log", self.op("Mul", size, quantizer.scale))
         parts = self.op("Round", self.op("Mul", octaves, PARTS / np.log(2.0)))
         exponent = self.op("Clip", parts, float(LEAST), float(MOST))
         index = self.op("Cast", self.op("Sub", exponent, float(LEAST)), to=7)
         scale = self.op("Gather", quantizer.powers, index)
-        units = self.op("Mul", x, self.op("Reciprocal", scale))  # as the format does: a quotient has other last bits
-        levels = self.op("Round", self.op("Sub", units, 0.5))
-        levels = self.op("Clip", levels, float(quantizer.qmin), float(quantizer.qmax))
-        value = self.op("Mul", self.op("Add", levels, 0.5), scale)
+        inverse = self.op("Reciprocal", scale)
+        units = self.op("Mul", x, inverse)  # as the format does: a quotient has other last bits
+        ends = float(quantizer.qmin), float(quantizer.qmax)
+        if affine:
+            middle = self.op("Mul", self.op("Add", low, high), self.op("Mul", inverse, -0.5))
+            zero = self.op("Clip", self.op("Round", self.op("Add", middle, 0.5 * quantizer.qmax)), *ends)
+            codes = self.op("Clip", self.op("Add", self.op("Round", units), zero), *ends)
+            value = self.op("Mul", self.op("Sub", codes, zero), scale)
+        else:
+            levels = self.op("Clip", self.op("Round", self.op("Sub", units, 0.5)), *ends)
+            value = self.op("Mul", self.op("Add", levels, 0.5), scale)
         value = self.op("Reshape", value, [0] * (dims - 1) + [-1])
-        return value if quantizer.axis == -1 else self.op("Transpose", value, perm=keys)
+        back = [last.index(d) for d in range(dims)]
+        return value if quantizer.axis == -1 else self.op("Transpose", value, perm=back)
 
     def _logarithmic(self, quantizer: Log, source: str) -> str:
         """Values of a log format, before an AdaLog's shift."""

@@ -5,32 +5,48 @@ without quantlens:
     model = torch.export.load("model.pt2").module()
     logits = model(images)
 
-Weights are stored as their integer codes (8 bits each, also where the codes are narrower). Formats that the standard
-operators do not know become float operations of the same values.
+It gives what the module gives; of a detector a dictionary of ``logits``, ``boxes`` and ``scores``. Weights are stored
+as their integer codes (8 bits each, also where the codes are narrower). Formats that the standard operators do not know
+become float operations of the same values.
 """
 
 import io
+import json
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from quantlens.errors import UnsupportedError
+from quantlens.ambient import isolation
+from quantlens.errors import BadWeightsError, UnsupportedError
+from quantlens.export.detectors import measured_outputs
+from quantlens.export.export import refused
+from quantlens.export.exported import Opened, Port
 from quantlens.export.onnx_graph import is_integer
 from quantlens.files import write_whole
 from quantlens.formats import Uniform
 from quantlens.qmodel import QuantizedModel
+from quantlens.qmodel.model import pooled
 from quantlens.qmodel.simulation import simulate as simulation
 
 STANDARD = frozenset((bits, signed) for bits in range(1, 9) for signed in (True, False))
 """Widths and signs of codes that the operators know."""
 
+RECORD = "quantlens.json"
+"""What the file says of itself, beside the program (``torch.export.load(path, extra_files=…)``)."""
 
-def export_pt2(qmodel: QuantizedModel, path: Path, *, simulate: bool) -> Path:
-    """Write a .pt2 file. simulate: allow formats without standard operators, as float operations.
+DAMAGED = (zipfile.BadZipFile, RuntimeError, OSError, ValueError, KeyError, TypeError, AssertionError, EOFError)
+"""What reading a damaged file raises."""
 
-    Raises UnsupportedError for such formats otherwise, StorageError where the file cannot be written.
+
+def pt2_program(qmodel: QuantizedModel, *, simulate: bool) -> torch.export.ExportedProgram:
+    """The program of a .pt2 file. simulate: allow formats without standard operators, as float operations.
+
+    Raises UnsupportedError for such formats otherwise.
     """
     import torch.ao.quantization.fx._decomposed
 
@@ -42,10 +58,53 @@ def export_pt2(qmodel: QuantizedModel, path: Path, *, simulate: bool) -> Path:
         given.append(torch.zeros([2 if d is None else d for d in shape], dtype=dtype, device=qmodel.device))
         dynamic.append({axis: batch for axis, d in enumerate(shape) if d is None})
     with torch.no_grad():
-        program = torch.export.export(module, tuple(given), dynamic_shapes=tuple(dynamic), strict=False)
+        return torch.export.export(module, tuple(given), dynamic_shapes=tuple(dynamic), strict=False)
+
+
+def write_pt2(program: torch.export.ExportedProgram, record: Mapping[str, str], path: Path) -> Path:
+    """Write the file. Raises StorageError where it cannot be written."""
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    torch.export.save(program, buffer, extra_files={RECORD: json.dumps(dict(record))})
     return write_whole(path, buffer.getvalue())
+
+
+def open_pt2(path: Path, threads: int | None) -> Opened:
+    """A file of ours, in PyTorch on the CPU. Raises BadWeightsError for one of another tool, of which nothing is
+    unpickled, and for a damaged one."""
+    import torch.ao.quantization.fx._decomposed
+
+    record: dict[str, Any] = {RECORD: ""}
+    try:
+        with zipfile.ZipFile(path) as parts:
+            ours = any(name.endswith(f"/{RECORD}") for name in parts.namelist())
+        program = torch.export.load(path, extra_files=record) if ours else None
+        record = json.loads(record[RECORD] or "{}")
+    except DAMAGED as error:
+        raise refused(path, "PyTorch", error) from error
+    if program is None:
+        raise BadWeightsError(
+            f"{path} was not written by `quantlens export` (or by an earlier release); in Python give "
+            "torch.export.load(…).module() in its place"
+        )
+    module, inputs, names = program.module(), json.loads(record["inputs"]), json.loads(record["outputs"])
+
+    def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        given = [torch.from_numpy(np.ascontiguousarray(values[name])) for name in inputs]
+        with isolation(), torch.inference_mode():
+            if threads is not None:
+                torch.set_num_threads(threads)
+            found = module(*given)
+        found = found if isinstance(found, tuple | list | dict) else [found]
+        parts = list(found.values()) if isinstance(found, dict) else [pooled(found[0]), *found[1:]]
+        return {name: value.numpy() for name, value in zip(names, parts, strict=True)}
+
+    shapes = [tuple(node.meta["val"].shape) for node in program.graph_module.graph.output_node().args[0]]
+    outputs = [
+        Port(name, tuple(size if isinstance(size, int) else None for size in shape), "float32")
+        for name, shape in zip(names, shapes, strict=True)
+    ]
+    ports = [Port(name, None, "float32") for name in inputs]
+    return Opened(run, ports, outputs, record, f"torch {torch.__version__.split('+')[0]}", (RuntimeError,))
 
 
 def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
@@ -74,8 +133,24 @@ def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
             module.graph.erase_node(node)
     output = next(node for node in module.graph.nodes if node.op == "output")
     outputs = output.args[0][2]
+    if qmodel.task == "detect":
+        outputs = _detections(module.graph, output, qmodel, outputs)
     output.args = (outputs[0] if len(outputs) == 1 else outputs,)
+    module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     return fx.GraphModule(module, module.graph)
+
+
+def _detections(graph: fx.Graph, output: fx.Node, qmodel: QuantizedModel, outputs: Any) -> dict[str, fx.Node]:
+    """What the file of a detector gives, as :func:`quantlens.export.detectors.write_detections` has it."""
+    logits, boxes = (outputs[place] for place in measured_outputs(qmodel))
+    aten = torch.ops.aten
+    with graph.inserting_before(output):
+        if qmodel.detection_head.scoring == "softmax":  # without "no object", the last
+            shares = graph.call_function(aten.softmax.int, (logits, -1))
+            scores = graph.call_function(aten.slice.Tensor, (shares, -1, 0, -1))
+        else:
+            scores = graph.call_function(aten.sigmoid.default, (logits,))
+    return {"logits": logits, "boxes": boxes, "scores": scores}
 
 
 class _Standard(nn.Module):

@@ -1,7 +1,8 @@
 """Number formats: x → integer codes → x̂, as value objects with their parameters."""
 
 from quantlens.formats.base import Operator, Quantizer, bounded_, restore, round_ste
-from quantlens.formats.group_scaled import LEAST, MOST, PARTS, GroupScaled, SqrtSoftmax
+from quantlens.formats.group_affine import GroupAffine
+from quantlens.formats.group_scaled import LEAST, MOST, PARTS, Grouped, GroupScaled, SqrtSoftmax
 from quantlens.formats.integer_ops import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax
 from quantlens.formats.log import RESOLUTION, AdaLog, Log, ShiftedLog
 from quantlens.formats.uniform import (
@@ -24,7 +25,9 @@ __all__ = [
     "RESOLUTION",
     "AdaLog",
     "Affine",
+    "GroupAffine",
     "GroupScaled",
+    "Grouped",
     "IntegerLayerNorm",
     "Log",
     "LogIntSoftmax",

@@ -24,23 +24,20 @@ LEAST, MOST = -128, 127
 """Bounds of e."""
 
 
-class GroupScaled(Quantizer):
-    """Mid-rise uniform format with a scale per group of channels, found at run time.
+class Grouped(Quantizer):
+    """A format whose scales belong to groups of channels and are found when values are quantized.
 
-    scale: float32 [], the step in units of a group's root mean square, positive. group_size: channels per group; their
-    number is a multiple of it. axis: the channels' dimension, −1, or −2 as in the keys [..., C, N] of an attention.
-
-    ``encode`` gives, for C channels, codes of C + C/group_size: those of all channels, then the integers e of their
-    groups. Only the first C lie in [:attr:`qmin`, :attr:`qmax`].
+    group_size: channels per group; their number is a multiple of it. axis: the channels' dimension, −1; −2 as in the
+    keys [..., C, N] of an attention; −3 as in the maps [B, C, H, W] of a convolution.
     """
 
-    kind, settings, dynamic = "block-scaled", ("group_size",), True
+    settings, dynamic = ("group_size",), True
 
-    def __init__(self, scale: Tensor | float, bits: int, group_size: int, *, axis: int = -1):
-        super().__init__(bits, signed=True, granularity="group", axis=axis)
+    def __init__(self, scale: Tensor | float, bits: int, group_size: int, *, signed: bool, axis: int):
+        super().__init__(bits, signed=signed, granularity="group", axis=axis)
         scale = parameter("scale", scale)
-        if axis not in (-1, -2) or group_size < 1:
-            raise ValueError(f"group size {group_size}, axis {axis}: at least 1, and the last dimension or next to it")
+        if axis not in (-1, -2, -3) or group_size < 1:
+            raise ValueError(f"group size {group_size}, axis {axis}: at least 1, and one of the last three dimensions")
         self.group_size = group_size
         # a table, because torch.exp2 differs in its last bit between positions in a tensor
         powers = torch.exp2(torch.arange(LEAST, MOST + 1, dtype=torch.float64) / PARTS)
@@ -48,24 +45,54 @@ class GroupScaled(Quantizer):
         self._hold(derived=True, powers=powers.float().to(scale.device))
 
     def groups(self, x: Tensor) -> Tensor:
-        """x [..., C] (or [..., C, N]) as [..., G, group_size] (or [..., N, G, group_size]), a view where it can be."""
-        return self._turned(x).unflatten(-1, (-1, self.group_size))
+        """x [..., C] as [..., G, group_size], channels last; a view where it can be."""
+        return x.movedim(self.axis, -1).unflatten(-1, (-1, self.group_size))
 
     def whole(self, groups: Tensor) -> Tensor:
         """The inverse of :meth:`groups`."""
-        return self._turned(groups.flatten(-2))
-
-    def _turned(self, x: Tensor) -> Tensor:
-        return x if self.axis == -1 else x.transpose(-1, -2)
-
-    def exponents(self, groups: Tensor, scale: Tensor | None = None) -> Tensor:
-        """e of every group [..., G, group_size], float32 integers [..., G, 1]. scale: in place of :attr:`scale`."""
-        size = groups.square().mean(-1, keepdim=True).sqrt_().mul_(self.scale if scale is None else scale)
-        return size.log2_().mul_(PARTS).round_().clamp_(LEAST, MOST).nan_to_num_(0.0)
+        return groups.flatten(-2).movedim(-1, self.axis)
 
     def scales(self, exponents: Tensor) -> Tensor:
         """s = 2^(e/8)."""
         return self.powers[(exponents - LEAST).long()]
+
+    def _joined(self, *parts: Tensor) -> Tensor:
+        """Codes of groups, and the integers of groups after them, as integers [..., C + …] along :attr:`axis`."""
+        joined = torch.cat([part.flatten(-2) for part in parts], -1)
+        return joined.movedim(-1, self.axis).to(self.code_dtype)
+
+    def _apart(self, codes: Tensor, integers: int) -> list[Tensor]:
+        """The inverse of :meth:`_joined`: the codes in groups and so many integers of each group, as float32."""
+        turned = codes.movedim(self.axis, -1).float()
+        count = turned.shape[-1] // (self.group_size + integers)
+        levels, *others = turned.split([count * self.group_size, *[count] * integers], -1)
+        return [levels.unflatten(-1, (-1, self.group_size)), *(other.unsqueeze(-1) for other in others)]
+
+
+def exponents_of(size: Tensor) -> Tensor:
+    """e of scales near to ``size``, float32 integers; of 0 the least."""
+    return size.log2().mul_(PARTS).round_().clamp_(LEAST, MOST).nan_to_num_(0.0)
+
+
+class GroupScaled(Grouped):
+    """Mid-rise uniform format with a scale per group of channels, found at run time.
+
+    scale: float32 [], the step in units of a group's root mean square, positive. group_size, axis: see
+    :class:`Grouped`.
+
+    ``encode`` gives, for C channels, codes of C + C/group_size: those of all channels, then the integers e of their
+    groups. Only the first C lie in [:attr:`qmin`, :attr:`qmax`].
+    """
+
+    kind = "block-scaled"
+
+    def __init__(self, scale: Tensor | float, bits: int, group_size: int, *, axis: int = -1):
+        super().__init__(scale, bits, group_size, signed=True, axis=axis)
+
+    def exponents(self, groups: Tensor, scale: Tensor | None = None) -> Tensor:
+        """e of every group [..., G, group_size], float32 integers [..., G, 1]. scale: in place of :attr:`scale`."""
+        size = groups.square().mean(-1, keepdim=True).sqrt_()
+        return exponents_of(size.mul_(self.scale if scale is None else scale))
 
     def _levels(self, groups: Tensor, scales: Tensor) -> Tensor:
         return (groups * scales.reciprocal()).sub_(0.5).round_().clamp_(self.qmin, self.qmax)
@@ -86,15 +113,11 @@ class GroupScaled(Quantizer):
         with torch.no_grad():
             groups = self.groups(x)
             exponents = self.exponents(groups)
-            levels = self._levels(groups, self.scales(exponents))
-            return self._turned(torch.cat([levels.flatten(-2), exponents.flatten(-2)], -1)).to(self.code_dtype)
+            return self._joined(self._levels(groups, self.scales(exponents)), exponents)
 
     def decode(self, codes: Tensor) -> Tensor:
-        turned = self._turned(codes).float()
-        count = turned.shape[-1] // (self.group_size + 1)
-        levels, exponents = turned.split([count * self.group_size, count], -1)
-        levels = levels.unflatten(-1, (-1, self.group_size)) + 0.5
-        return self.whole(levels.mul_(self.scales(exponents.unsqueeze(-1))))
+        levels, exponents = self._apart(codes, 1)
+        return self.whole((levels + 0.5).mul_(self.scales(exponents)))
 
     @classmethod
     def restore(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:

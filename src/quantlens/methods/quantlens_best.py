@@ -52,7 +52,7 @@ class QuantlensBest(Method):
         summary="quantlens-fast, then every block trained for a short time, on the images and views of them",
         aliases=("best",),
         arguments=QuantlensFast.info.arguments,
-        version=10,
+        version=11,
         options={
             "activation_granularity": FAST["activation_granularity"],
             "softmax": FAST["softmax"],

@@ -8,8 +8,9 @@
    that a bias can give them back to.
 2. Ranges. Activations are clipped where the squared error is least, on what the quantized layers before make of them.
    Softmax outputs are squares of integers, every row by its own peak and sum. Activations of 3 bits or fewer are
-   quantized dynamically, per token and group of 64 channels, where that has the smaller squared error; in a detector,
-   whose boxes are regressed, those of 4 bits, too.
+   quantized dynamically, per token and group of 64 channels, where that has the smaller squared error. In a detector,
+   whose boxes are regressed, those of 4 bits or fewer have ranges by token and group of 16 channels, also in
+   convolutions; rotations and means, which fit one range to all channels, are left out then.
 3. Weights, layer by layer in closed form: fitted to the float output on quantized inputs, then rounded column by column
    (GPTQ); the bias takes up the mean error of the output.
 """
@@ -29,11 +30,12 @@ from quantlens.calibration import (
     block_scaled,
     clipping,
     closest,
+    group_affine,
     mse,
     subtract_means,
 )
 from quantlens.errors import QuantlensError
-from quantlens.formats import GroupScaled, Quantizer, SqrtSoftmax
+from quantlens.formats import Quantizer, SqrtSoftmax
 from quantlens.graph import Edge, Graph, Site
 from quantlens.methods.base import (
     FLOAT,
@@ -71,7 +73,10 @@ from quantlens.transforms.rotation import (
 
 COARSE, NARROW, NARROW_BOXES = 6, 3, 4
 """Bits of an activation at which a rotation at run time is worth its product; and at which it is quantized dynamically,
-by default: in a detector, whose boxes are regressed, already at the last."""
+by default; and the same in a detector."""
+
+GROUP_BOXES = 16
+"""Channels of a group in a detector."""
 
 SAMPLE = 8
 """Images that the step of groups is found on."""
@@ -180,7 +185,7 @@ class WeightFit:
         """(the weight [out, in] before rounding, its quantizer, its values on that). grid: weight -> its quantizer."""
         target, gram = layer.weight, moments.gram if layer.free else moments.second
         factor = Factor.of(gram, self.damping, gram.diagonal().argsort(descending=True))
-        told = moments.count >= len(gram) and not isinstance(layer.own, GroupScaled)
+        told = moments.count >= len(gram) and getattr(layer.own, "granularity", "") != "group"
         if self.fit is True or (self.fit == AUTO and told):
             target = ridge(target, moments, self.damping, factor if layer.free else None)
         quantizer = grid(target)
@@ -190,25 +195,25 @@ class WeightFit:
 
 
 def activation_quantizer(
-    run: Run, site: Site, edge: Edge, view: EdgeView, width: int, *, narrow: int = NARROW
+    run: Run, site: Site, edge: Edge, view: EdgeView, width: int, *, boxes: bool = False
 ) -> Quantizer:
     """Softmax outputs as squares, others clipped where the squared error is least: per tensor, or dynamically per token
-    and group of channels where that error is smaller. narrow: bits at which that is tried by default."""
+    and group of channels where that error is smaller. boxes: whether the model is a detector."""
     is_softmax, granularity = edge.key.endswith(".probs.output"), run["activation_granularity"]
     if is_softmax and run["softmax"] == "sqrt":
         return SqrtSoftmax(width)
     uniform = affine(*clipping(view(), width), width)
-    dynamic = granularity == "group" or (granularity == AUTO and width <= narrow)
-    if is_softmax or site.kind == "conv" or not dynamic:
+    dynamic = granularity == "group" or (granularity == AUTO and width <= (NARROW_BOXES if boxes else NARROW))
+    if is_softmax or not dynamic or (site.kind == "conv" and not boxes):
         return uniform
     # a product sums over the first dimension of its second operand: keys are [..., channels, tokens]
-    axis = -2 if edge.name == "k" else -1
+    axis = -3 if site.kind == "conv" else -2 if edge.name == "k" else -1
     values = view.tensors()[0][:SAMPLE]
     channels = values.shape[axis]
-    size = min(run["group_size"], channels & -channels)
+    size = min(run["group_size"] or (GROUP_BOXES if boxes else LARGEST), channels & -channels)
     if size < SMALLEST:
         return uniform
-    return closest((uniform, block_scaled(values, width, size, axis=axis)), values)
+    return closest((uniform, (group_affine if boxes else block_scaled)(values, width, size, axis=axis)), values)
 
 
 class QuantlensFast(Method):
@@ -220,7 +225,7 @@ class QuantlensFast(Method):
         year=2026,
         url="docs/methods.md",
         quantizes=MATMUL_OPERANDS,
-        version=8,
+        version=9,
         summary="exact rotations, clipped ranges, weights fitted and rounded in closed form on quantized inputs",
         aliases=("fast",),
         arguments={"outlier_channels": "split"},
@@ -250,7 +255,12 @@ class QuantlensFast(Method):
                 f"channels), or auto (group where it has {NARROW} bits or fewer, in a detector {NARROW_BOXES})",
                 (AUTO, "tensor", "group"),
             ),
-            "group_size": Option(LARGEST, "channels of a group, at most: a power of two", least=SMALLEST),
+            "group_size": Option(
+                None,
+                f"channels of a group, at most: a power of two (None: {LARGEST}, in a detector {GROUP_BOXES})",
+                type="int",
+                least=SMALLEST,
+            ),
             "softmax": Option(
                 "sqrt",
                 "softmax outputs: sqrt (squares of the codes, every row by its own peak and sum) or uniform",
@@ -268,7 +278,7 @@ class QuantlensFast(Method):
 
     def ranges(self, graph: Graph, run: Run) -> RangeRule:
         """How an activation is quantized."""
-        return partial(activation_quantizer, run, narrow=NARROW if graph.boxes is None else NARROW_BOXES)
+        return partial(activation_quantizer, run, boxes=graph.boxes is not None)
 
     def weight_fit(self, run: Run) -> WeightFit:
         """How a weight is fitted and rounded."""
@@ -276,6 +286,10 @@ class QuantlensFast(Method):
 
     def rewrite(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> list[str]:
         """Apply the transforms; returns one sentence per kind."""
+        activations = (edge for edge in quantized_edges(graph, bits) if not edge.is_weight)
+        narrow = any(bits.of(graph, edge) <= NARROW_BOXES for edge in activations)
+        if graph.boxes is not None and narrow and run["activation_granularity"] != "tensor":
+            return []
         work = Work(graph, calibration, bits, run, torch.Generator().manual_seed(run.seed))
         done: list[str] = []
         for transform in self.transforms(run):
@@ -308,7 +322,7 @@ class QuantlensFast(Method):
         plan.notes["activations"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        size = run["group_size"]
+        size = run["group_size"] or LARGEST
         if size & (size - 1):
             raise QuantlensError(
                 f"quantlens-fast: group_size={size}; give a power of two from {SMALLEST} on, such as {LARGEST}"

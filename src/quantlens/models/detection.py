@@ -156,6 +156,9 @@ def square(preprocess: Preprocess) -> Preprocess:
     return replace(preprocess, resize=preprocess.input_size[1:], crop_mode="center", crop_pct=1.0)
 
 
-def letterbox(preprocess: Preprocess) -> Preprocess:
-    """The same, resizing pictures so that they fit whole, with the mean colour around them."""
+def letterbox(preprocess: Preprocess, name: str = "the model", task: str | None = "detect") -> Preprocess:
+    """The same, resizing pictures so that they fit whole, with the mean colour around them. Raises UnsupportedError for
+    a model (of this name) that is no detector."""
+    if task != "detect":
+        raise UnsupportedError(f"a letterbox is for detectors, and {name} has the task {task!r}; leave it out")
     return replace(preprocess, resize=None, crop_mode="border", crop_pct=1.0)

@@ -81,6 +81,7 @@ def load_model(
     input_size: int | tuple[Any, ...] | None = None,
     class_names: list[str] | None = None,
     task: str | None = None,
+    letterbox: bool = False,
     device: str | torch.device | None = None,
     seed: int = 0,
     name: str | None = None,
@@ -92,7 +93,8 @@ def load_model(
     weights: ``"pretrained"`` (from the hub, the folder, or what ships), a .safetensors, .pth, .pt, .bin or AugReg .npz
     file, or ``"random"`` (drawn with ``seed``). None: random for a timm name, a model's own for all others.
     num_classes: taken from the file if its classifier has another size than the architecture's default; 0 leaves the
-    classifier out. preprocess, input_size: the model's own otherwise. task: "classify", "binary", "multilabel",
+    classifier out. preprocess, input_size: the model's own otherwise. letterbox: a detector sees its pictures whole,
+    with a border in place of a changed aspect ratio. task: "classify", "binary", "multilabel",
     "features" (a name's classifier is left out), "zero-shot" or "detect"; None finds it from the model. device: where
     a module lies already, else the CPU, by default.
 
@@ -124,7 +126,7 @@ def load_model(
         raise QuantlensError(f"a model is a name or an nn.Module, not {type(model).__name__}")
     if class_names is not None:
         loaded.class_names = class_names
-    return _ready(loaded).to(loaded.device if device is None else device)
+    return _ready(loaded, letterbox).to(loaded.device if device is None else device)
 
 
 @isolated
@@ -135,7 +137,9 @@ def model_for_tensors(module: nn.Module, input_size: tuple[int, ...] | None) -> 
     return _ready(from_module(module, input_size=size, tell=False))
 
 
-def _ready(loaded: Model) -> Model:
+def _ready(loaded: Model, letterbox: bool = False) -> Model:
+    if letterbox:
+        loaded.preprocess = detection.letterbox(loaded.preprocess, loaded.name, loaded.task)
     files.check_finite(loaded.module.state_dict(), loaded.weights_path or loaded.name)
     if loaded.task == "detect":
         given = modules.answer(loaded.module, loaded.preprocess.input_size)

@@ -117,6 +117,8 @@ def quantize_command(about: Provenance, file: str, size: Sequence[int]) -> str:
         words += ["--weights", str(about.checkpoint)]
     if (side := other_size(about.model, size)) is not None:
         words += ["--input-size", str(side)]
+    if about.detection_head is not None and about.detection_head.resize == "letterbox":
+        words += ["--letterbox"]
     words += [] if about.task == "classify" else ["--task", about.task]
     words += ["--calibration", source, "--method", about.method, "--bits", about.bits, "--seed", str(about.seed)]
     for name, value in about.options.items():
@@ -199,10 +201,13 @@ def _study_of(entry: Entry) -> StudyConfig:
     if result is None:
         raise QuantlensError(f"{entry}: per-image outputs do not say how they were made; give the result, or the study")
     sets = {name: {"source": part["source"], "group": part["group"]} for name, part in result["ood"].items()}
-    task, size = result.get("task", "classify"), (result.get("preprocess") or {}).get("input_size")
+    task, prepared = result.get("task", "classify"), result.get("preprocess") or {}
+    size = prepared.get("input_size")
     if result.get("text_embeddings"):
         raise QuantlensError(f"{entry} was measured against text embeddings, which a study does not take")
     options = {"task": task, "input_size": size and other_size(entry.model, size)}
+    if task == "detect" and prepared.get("crop_mode") == "border":
+        options["letterbox"] = True
     options = {key: value for key, value in options.items() if value not in (None, "classify")}
     model = {"name": entry.model, "options": options}
     study: dict[str, Any] = {"models": [model], "id": result["id"]["source"], "ood": sets, "bits": [entry.bits]}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantlens.calibration.passes import Observation
 from quantlens.formats import (
+    GroupAffine,
     GroupScaled,
     Log,
     PowerOfTwo,
@@ -162,6 +163,13 @@ def block_scaled(values: Tensor, bits: int, block: int, *, axis: int = -1) -> Gr
     """
     steps = torch.linspace(1.0, 6.0, 41) / 2 ** (bits - 1)
     return closest((GroupScaled(step, bits, block, axis=axis).to(values.device) for step in steps), values)
+
+
+def group_affine(values: Tensor, bits: int, size: int, *, axis: int = -1) -> GroupAffine:
+    """Groups of ``size`` channels (dimension ``axis`` of ``values``) by their own range, whose step has the least
+    squared error: candidates are 0.7, 0.75, … 1.1 of the range's share."""
+    steps = torch.linspace(0.7, 1.1, 9) / (2**bits - 1)
+    return closest((GroupAffine(step, bits, size, axis=axis).to(values.device) for step in steps), values)
 
 
 def log_by_quantile(

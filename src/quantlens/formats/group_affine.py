@@ -1,0 +1,64 @@
+"""Groups of channels, every token's, some (16) at a time, by their own smallest and largest value. For a group x with
+values from l = min(x, 0) to h = max(x, 0), and q = 2ᵇ − 1,
+
+    e = clamp(round(8·log₂(c·(h − l))), −128, 127),   s = 2^(e/8)
+    z = clamp(round(q/2 − (l + h)/2s), 0, q)
+    k = clamp(round(x/s) + z, 0, q),                  x̂ = (k − z)·s
+
+c, the step as a share of the range, is the only parameter, one per tensor. e is an integer of 8 bits and z one of b
+bits (16 codes of 4 bits, e and z: 4.75 bits per value). Zero is a level: what a ReLU has made zero stays zero, and the
+codes of groups that are positive all lie above it.
+"""
+
+import torch
+from torch import Tensor
+
+from quantlens.formats.base import needs_grad
+from quantlens.formats.group_scaled import LEAST, Grouped, exponents_of
+
+
+class GroupAffine(Grouped):
+    """Asymmetric uniform format with a scale and a zero point per group of channels, found at run time.
+
+    scale: float32 [], the step in units of a group's range, positive. group_size, axis: see
+    :class:`~quantlens.formats.group_scaled.Grouped`.
+
+    ``encode`` gives, for C channels, integers of C + 2·C/group_size: codes in [0, 2ᵇ − 1], then e + 128 of all groups,
+    then their z.
+    """
+
+    kind = "group-affine"
+
+    def __init__(self, scale: Tensor | float, bits: int, group_size: int, *, axis: int = -1):
+        super().__init__(scale, bits, group_size, signed=False, axis=axis)
+
+    def terms(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """e and z of every group [..., G, group_size]: float32 integers [..., G, 1] each."""
+        low, high = groups.amin(-1, keepdim=True).clamp_max_(0.0), groups.amax(-1, keepdim=True).clamp_min_(0.0)
+        exponents = exponents_of((high - low).mul_(self.scale))
+        middle = low.add_(high).mul_(-0.5 * self.scales(exponents).reciprocal()).add_(0.5 * self.qmax)
+        return exponents, middle.round_().clamp_(0, self.qmax).nan_to_num_(0.0)
+
+    def _codes(self, groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        return (groups * scales.reciprocal()).round_().add_(zeros).clamp_(0, self.qmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = self.groups(x)
+        with torch.no_grad():
+            exponents, zeros = self.terms(groups)
+            scales = self.scales(exponents)
+            value = self._codes(groups, scales, zeros).sub_(zeros).mul_(scales)
+        if needs_grad(x):
+            through = torch.minimum(torch.maximum(groups, -zeros * scales), (self.qmax - zeros) * scales)
+            value = value + (through - through.detach())
+        return self.whole(value)
+
+    def encode(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            groups = self.groups(x)
+            exponents, zeros = self.terms(groups)
+            return self._joined(self._codes(groups, self.scales(exponents), zeros), exponents - LEAST, zeros)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        levels, exponents, zeros = self._apart(codes, 2)
+        return self.whole((levels - zeros).mul_(self.scales(exponents + LEAST)))
