@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantlens.calibration import CHUNK, Calibration
-from quantlens.calibration.images import OOD_VIEWS, cropped, draw, mixed, noise, shuffled, with_views
+from quantlens.calibration.images import OOD_VIEWS, composed, cropped, draw, mixed, noise, shuffled, with_views
 
 
 @pytest.fixture
@@ -78,16 +78,34 @@ def test_the_shares_of_views_are_as_asked(images):
     assert abs(unlike(some) - 0.3) < 0.07
 
 
+def test_compositions_are_other_images_of_the_same_range(images):
+    """None is the image, and some hold a part of another: then colours of two images stand beside each other."""
+    flat = torch.linspace(-1, 1, 64)[:, None, None, None].expand(64, 3, 32, 40).contiguous()
+    seen = composed(flat, _generator())
+    assert seen.shape == flat.shape
+    assert float(seen.amin()) >= -1
+    assert float(seen.amax()) <= 1
+    values = [len(one.unique()) for one in (seen[:, 0] * 1000).round()]
+    assert 0.3 < sum(count > 1 for count in values) / 64 < 0.9
+    again = composed(images, _generator())
+    assert torch.equal(again, composed(images, _generator()))
+    assert all(float((view - image).abs().mean()) > 0.01 for view, image in zip(again, images, strict=True))
+
+
 @pytest.mark.parametrize("count", [1, 6, 40])
 def test_calibration_images_followed_by_views(count, images):
     many = Calibration(images.repeat(6, 1, 1, 1), 36, source="a tensor", fingerprint=None, device=images.device)
-    wide = with_views(many, count, 0.5, seed=2)
+
+    def half(seen, generator):
+        return draw(seen, 0.5, generator)
+
+    wide = with_views(many, count, 2, half)
     assert len(wide) == 36 + count
     together = torch.cat(list(wide))
     assert len(together) == 36 + count
     assert torch.equal(together[:36], torch.cat(list(many)))
-    assert torch.equal(together, torch.cat(list(with_views(many, count, 0.5, seed=2))))
-    assert not torch.equal(together[36:], torch.cat(list(with_views(many, count, 0.5, seed=3)))[36:])
+    assert torch.equal(together, torch.cat(list(with_views(many, count, 2, half))))
+    assert not torch.equal(together[36:], torch.cat(list(with_views(many, count, 3, half)))[36:])
     assert all(float((view - image).abs().mean()) > 0.01 for view in together[36:] for image in images)
-    assert with_views(many, 0, 0.5, seed=2) is many
+    assert with_views(many, 0, 2, half) is many
     assert CHUNK < 36, "more than one chunk"

@@ -209,6 +209,37 @@ OOD_VIEWS: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = (shuffled, 
 """What makes an out-of-distribution image of an image."""
 
 
+def composed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """What a detector could see as well: every image stretched, cut or shrunk (edges 0.4 to 1.3 of its own, mirrored
+    beyond it), often with a part of another one put in, in other brightness and colours, now and then a negative."""
+    count, _, height, width = images.shape
+
+    def warped(seen: Tensor) -> Tensor:
+        size, aspect, left, top = torch.rand(4, count, generator=generator)
+        size, aspect = 0.4 * (1.3 / 0.4) ** size, torch.exp(0.4 * (aspect - 0.5))
+        transform = torch.zeros(count, 2, 3)
+        for axis, (edge, place) in enumerate(((size * aspect, left), (size / aspect, top))):
+            transform[:, axis, axis], transform[:, axis, 2] = edge, (2 * place - 1) * (1 - edge).abs()
+        grid = nn.functional.affine_grid(transform.to(seen), list(seen.shape), align_corners=False)
+        return nn.functional.grid_sample(seen, grid, padding_mode="reflection", align_corners=False)
+
+    order = torch.randperm(count, generator=generator).to(images.device)
+    whole, part = warped(images), warped(images[order])
+    inside = torch.rand(count, generator=generator)[:, None, None] < 0.6
+    for edge, shape in ((width, (1, width)), (height, (height, 1))):
+        size, place = torch.rand(2, count, generator=generator)
+        first = place * (0.7 - 0.5 * size) * edge
+        at = torch.arange(edge)
+        inside = inside & ((at >= first[:, None]) & (at < (first + (0.3 + 0.5 * size) * edge)[:, None])).view(
+            -1, *shape
+        )
+    seen = torch.where(inside[:, None].to(images.device), part, whole)
+    gain, shift = torch.rand(2, count, images.shape[1], 1, 1, generator=generator)
+    sign = torch.where(torch.rand(count, 1, 1, 1, generator=generator) < 0.15, -1.0, 1.0)
+    changed = (seen * (0.7 + 0.6 * gain).to(seen) + (0.4 * shift - 0.2).to(seen)) * sign.to(seen)
+    return changed.clamp(images.amin(), images.amax())
+
+
 def draw(images: Tensor, ood_share: float, generator: torch.Generator) -> Tensor:
     """A view of every image [B, C, H, W]: with probability ``ood_share`` an out-of-distribution image made of a crop of
     it, each kind of :data:`OOD_VIEWS` equally often, else a crop. generator: on the CPU, so that all devices see the
@@ -225,15 +256,17 @@ def draw(images: Tensor, ood_share: float, generator: torch.Generator) -> Tensor
     return seen
 
 
-def with_views(calibration: Calibration, count: int, ood_share: float, seed: int) -> Calibration:
-    """The calibration images, followed by ``count`` views of theirs (:func:`draw`), no image more often than another.
-    They are kept in memory."""
+def with_views(
+    calibration: Calibration, count: int, seed: int, view: Callable[[Tensor, torch.Generator], Tensor]
+) -> Calibration:
+    """The calibration images, followed by ``count`` views of theirs, no image more often than another. They are kept in
+    memory. view: (images, generator) -> images, such as :func:`composed`."""
     if count <= 0:
         return calibration
     generator, chunks = torch.Generator().manual_seed(seed), list(calibration)
     views: list[Tensor] = []
     while sum(map(len, views)) < count:
-        views.append(draw(chunks[len(views) % len(chunks)], ood_share, generator))
+        views.append(view(chunks[len(views) % len(chunks)], generator))
     images = torch.cat([*chunks, *views])[: calibration.count + count]
     source = f"{calibration.source} and {count} views"
     return Calibration(images, len(images), source=source, fingerprint=None, device=calibration.device)

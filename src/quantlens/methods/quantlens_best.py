@@ -1,4 +1,4 @@
-"""quantlens-best: quantlens-fast, then every block trained for some hundred steps.
+"""quantlens-best: quantlens-fast, then every block, or the whole of a detector, trained for some hundred steps.
 
 1. :mod:`quantlens.methods.quantlens_fast` rotates the network, finds ranges and fits the weights in closed form, here
    without rounding them for good, on the first :data:`FITTED` images.
@@ -9,11 +9,15 @@
    the divergence of the predictions.
 3. Beside every calibration image stand views of it (:mod:`quantlens.calibration.images`): crops, and
    out-of-distribution images made of it. Blocks that see a few hundred images alone overfit them.
+
+A detector is trained as a whole, because it is the error of its boxes that counts, to which every layer adds: the
+weights themselves, straight through their quantizers, from where quantlens-fast has rounded them, towards the float
+model's logits and boxes, on images and compositions of them.
 """
 
 from dataclasses import replace
 
-from quantlens.calibration.images import with_views
+from quantlens.calibration.images import composed, draw, with_views
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps, train
 from quantlens.methods.base import (
     MATMUL_OPERANDS,
@@ -28,13 +32,16 @@ from quantlens.methods.base import (
     matmul_operand_edges,
 )
 from quantlens.methods.quantlens_fast import QuantlensFast
-from quantlens.reconstruction import MetricLoss, Settings, perturbation_metrics
+from quantlens.reconstruction import DetectionLoss, MetricLoss, Settings, perturbation_metrics
 
 FITTED = 64
 """Images that ranges, the closed form and the perturbation Hessian are made on, at most."""
 
 STEPS, LONG, NARROW = 160, 400, 3
 """Steps per block, and where a width is of so few bits."""
+
+WHOLE_STEPS, WHOLE_BATCH, WHOLE_IMAGES = 600, 16, 512
+"""Steps and images per step of a detector; images and views of them that it is trained on, by default."""
 
 FAST = QuantlensFast.info.options
 """Options of the start; those of them that are no options here have their defaults."""
@@ -59,16 +66,20 @@ class QuantlensBest(Method):
             "iterations": Option(
                 None,
                 f"steps per block, with {FULL} or more calibration images; 0: none (None: {STEPS}, or {LONG} where a "
-                f"weight or an activation has {NARROW} bits or fewer)",
+                f"weight or an activation has {NARROW} bits or fewer; of a detector, as a whole, {WHOLE_STEPS})",
                 type="int",
                 least=0,
             ),
-            "batch_size": Option(8, "images per step of a block", least=1),
+            "batch_size": Option(None, f"images per step (None: 8, of a detector {WHOLE_BATCH})", type="int", least=1),
             "train_norms_and_biases": Option(
                 True, "biases and LayerNorms' parameters are trained with every block", (True, False)
             ),
             "views_per_image": Option(
-                1.0, "views that blocks are trained on beside every calibration image (0: none)", least=0
+                None,
+                "views that are trained on beside every calibration image; 0: none (None: 1, of a detector as many as "
+                f"make {WHOLE_IMAGES} images)",
+                type="float",
+                least=0,
             ),
             "ood_view_share": Option(
                 0.5,
@@ -81,31 +92,57 @@ class QuantlensBest(Method):
     )
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        if run["iterations"] is None:
-            narrow = any(bits.of(graph, edge) <= NARROW for edge in matmul_operand_edges(graph))
-            run = replace(run, options={**run.options, "iterations": LONG if narrow else STEPS})
-        iterations, fitted = steps(run, calibration.count), calibration.head(FITTED)
+        whole, count = graph.boxes is not None, calibration.count
+        narrow = any(bits.of(graph, edge) <= NARROW for edge in matmul_operand_edges(graph))
+        defaults = {
+            "iterations": WHOLE_STEPS if whole else LONG if narrow else STEPS,
+            "batch_size": WHOLE_BATCH if whole else 8,
+            "views_per_image": max(WHOLE_IMAGES / count - 1, 0) if whole else 1.0,
+        }
+        given = {name: value for name, value in run.options.items() if value is not None}
+        run = replace(run, options={**run.options, **defaults, **given})
+        iterations, fitted = steps(run, count), calibration.head(FITTED)
         options = {name: option.default for name, option in FAST.items()} | run.options
         start = replace(run, options=options, progress=portion(run.progress, 0, 2 if iterations else 1), seen=None)
         fast = QuantlensFast()
         plan = Plan({}, fast.rewrite(graph, fitted, bits, start))
         original = graph.clone(share=True)
-        metrics = perturbation_metrics(graph, fitted, seed=run.seed, sigmoid=run.sigmoid) if iterations else {}
-        fast.calibrate(graph, fitted, bits, plan, start, rounded=iterations == 0)
+        blocks = iterations > 0 and not whole
+        metrics = perturbation_metrics(graph, fitted, seed=run.seed, sigmoid=run.sigmoid) if blocks else {}
+        fast.calibrate(graph, fitted, bits, plan, start, rounded=not blocks)
         if iterations:
-            settings = Settings(
-                optimise=("rounding", "scales", *(("vectors",) if run["train_norms_and_biases"] else ())),
-                loss=MetricLoss(metrics, run.sigmoid),
-                inputs="mixed",
-                input_drop=0.5,
-                iterations=iterations,
-                batch_size=run["batch_size"],
-                lr_rounding=0.03,
-                lr_scales=0.01,
-                straight_through=True,
+            settings = (
+                self.whole(run, iterations) if whole else self.blocks(run, iterations, MetricLoss(metrics, run.sigmoid))
             )
-            views = round(run["views_per_image"] * calibration.count)
-            images = with_views(calibration, views, run["ood_view_share"], run.seed)
+            view = composed if whole else lambda seen, generator: draw(seen, run["ood_view_share"], generator)
+            images = with_views(calibration, round(run["views_per_image"] * count), run.seed, view)
             told = train(graph, plan, images, run, settings, reference=original, part=(1, 2))
             plan.notes |= {"reconstruction": told, "iterations": iterations}
         return plan
+
+    def blocks(self, run: Run, iterations: int, loss: MetricLoss) -> Settings:
+        """How every block is trained."""
+        return Settings(
+            optimise=("rounding", "scales", *(("vectors",) if run["train_norms_and_biases"] else ())),
+            loss=loss,
+            inputs="mixed",
+            input_drop=0.5,
+            iterations=iterations,
+            batch_size=run["batch_size"],
+            lr_rounding=0.03,
+            lr_scales=0.01,
+            straight_through=True,
+        )
+
+    def whole(self, run: Run, iterations: int) -> Settings:
+        """How a detector is trained."""
+        return Settings(
+            optimise=("weights", *(("vectors",) if run["train_norms_and_biases"] else ())),
+            whole=True,
+            loss=DetectionLoss(run.sigmoid),
+            inputs="quantized",
+            iterations=iterations,
+            batch_size=run["batch_size"],
+            lr_weights=0.02,
+            lr_vectors=0.001,
+        )

@@ -34,6 +34,9 @@ def as_choices(logits: Tensor) -> Tensor:
 BOX_WEIGHT = 100.0
 """Nats that a box is worth that is off by its own size in one direction."""
 
+SMOOTH = 1e-5
+"""Square of the distance below which :func:`box_shift` is flat."""
+
 
 def box_error(got: Tensor, expected: Tensor, objects: Tensor) -> Tensor:
     """Squared distance of boxes [B, Q, 4] (centre, width, height) from the float model's in units of the latter's size,
@@ -41,6 +44,14 @@ def box_error(got: Tensor, expected: Tensor, objects: Tensor) -> Tensor:
     sizes = expected[..., 2:].clamp_min(0.01)
     relative = (got - expected) / torch.cat([sizes, sizes], -1)
     return BOX_WEIGHT * (relative.square().sum(-1) * objects).sum() / len(got)
+
+
+def box_shift(got: Tensor, expected: Tensor, objects: Tensor) -> Tensor:
+    """Sum over the four numbers of a box of their distances from the float model's, in units of its size, otherwise as
+    :func:`box_error`. Near zero it is smooth. Squares see the few boxes that are far off, this sees all."""
+    sizes = expected[..., 2:].clamp_min(0.01)
+    relative = (got - expected) / torch.cat([sizes, sizes], -1)
+    return BOX_WEIGHT * ((relative.square() + SMOOTH).sqrt().sum(-1) * objects).sum() / len(got)
 
 
 def box_iou(got: Tensor, expected: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from quantlens.reconstruction.scales import AdaRound, LearnedScale, annealed_bet
 from quantlens.reconstruction.settings import (
     LOSSES,
     Context,
+    DetectionLoss,
     Loss,
     Metric,
     MetricLoss,
@@ -26,6 +27,7 @@ __all__ = [
     "LOSSES",
     "AdaRound",
     "Context",
+    "DetectionLoss",
     "Fit",
     "Group",
     "LearnedScale",

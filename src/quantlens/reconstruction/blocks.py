@@ -33,7 +33,7 @@ from quantlens.reconstruction.settings import (
     UnitReport,
 )
 from quantlens.reconstruction.trainer import Group, Latent, Learners, Vector, train
-from quantlens.reconstruction.units import Outputs, Streams, Unit, find_units, frozen_hook, run_unit
+from quantlens.reconstruction.units import Outputs, Streams, Unit, find_units, frozen_hook, run_unit, whole_network
 
 
 def reconstruct(
@@ -59,7 +59,7 @@ def reconstruct(
     seeded per unit. Raises UnsupportedError for a plan with integer operators (train before they are put in).
     """
     settings = settings or Settings()
-    units, originals = _units(graph, plan, reference or graph)
+    units, originals = _units(graph, plan, reference or graph, settings.whole)
     saved = None
     if checkpoint is not None:
         saved = Checkpoint(checkpoint, graph, plan, calibration, settings, seed, reference)
@@ -90,11 +90,11 @@ def reconstruct(
     return Report(tuple(reports), resumed)
 
 
-def _units(graph: Graph, plan: Plan, reference: Graph) -> tuple[list[Unit], list[Unit]]:
+def _units(graph: Graph, plan: Plan, reference: Graph, whole: bool) -> tuple[list[Unit], list[Unit]]:
     """The units of a graph and those of its reference. Raises UnsupportedError for what cannot be reconstructed."""
     if plan.operators:
         raise UnsupportedError("reconstruction works on quantizers; put integer operators in after it")
-    units, originals = find_units(graph), find_units(reference)
+    units, originals = ([whole_network(g)] if whole else find_units(g) for g in (graph, reference))
     if [u.name for u in units] != [u.name for u in originals]:
         raise UnsupportedError("the reference of a reconstruction must be cut into the same units as its graph")
     return units, originals

@@ -18,7 +18,7 @@ from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.files import check_writable, write_whole
 from quantlens.formats import Quantizer, restore
 from quantlens.graph import Graph
-from quantlens.metrics.divergence import as_choices, box_error, kl_of_logits
+from quantlens.metrics.divergence import as_choices, box_error, box_shift, kl_of_logits
 from quantlens.qmodel import Plan
 from quantlens.reconstruction.units import Unit
 
@@ -119,6 +119,19 @@ class MetricLoss:
         return found | {f"{name}.factors": m.factors for name, m in self.metrics.items() if m.factors is not None}
 
 
+@dataclass(frozen=True)
+class DetectionLoss:
+    """The loss of a whole detector: the divergence at the logits, :func:`box_shift` at the boxes, squared error of the
+    scores that queries are chosen by. sigmoid: whether the logits are of sigmoids."""
+
+    sigmoid: bool = False
+
+    def __call__(self, got: Tensor, expected: Tensor, context: Context) -> Tensor:
+        if context.is_logits or context.objects is None:
+            return MetricLoss({}, self.sigmoid)(got, expected, context)
+        return box_shift(got, expected, context.objects)
+
+
 def name_of_result(unit: str, number: int) -> str:
     """What the metric of one of a unit's results is called."""
     return f"{unit}#{number}" if number else unit
@@ -166,6 +179,8 @@ class Settings:
     """With "weights": those that are not quantized are trained, too."""
     guarded: bool = True
     """A unit whose loss on all images did not fall keeps its start."""
+    whole: bool = False
+    """The network is one unit, compared by its logits and boxes."""
 
     def __post_init__(self) -> None:
         loss = [self.loss] if isinstance(self.loss, str) else []

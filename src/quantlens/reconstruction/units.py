@@ -2,7 +2,7 @@
 these for all calibration images, of the float and of the quantized graph, in bounded memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,15 @@ def find_units(graph: Graph) -> list[Unit]:
                 parts.append((home, places[home]))
             places[home].append(node)
     return [_unit(graph, name, nodes, dynamic) for name, nodes in parts]
+
+
+def whole_network(graph: Graph) -> Unit:
+    """The network as one unit, whose results are the logits, the boxes of a detector, and its choices with the scores
+    they are made by."""
+    dynamic = dynamic_nodes(graph)
+    unit = _unit(graph, "", [n for n in graph.fx.nodes if n.op == "call_function" and n in dynamic], dynamic)
+    kept = {graph.output, graph.boxes, *unit.choices, *(origin(n).args[0] for n in unit.choices)}
+    return replace(unit, name="network", results=tuple(n for n in unit.results if n in kept))
 
 
 def _unit(graph: Graph, name: str, inside: list[fx.Node], dynamic: set[fx.Node]) -> Unit:
