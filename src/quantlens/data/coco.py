@@ -128,7 +128,7 @@ def _boxes(
         crowd = np.array([int(a.get("iscrowd") or 0) for a in annotations], dtype=bool)
         given = [a["id"] for a in annotations if a.get("id") is not None]
         repeated = len(given) - len(set(given))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise QuantlensError(
             f"{where} is not a COCO instances file: every annotation needs image_id, category_id and a bbox "
             f"[x, y, width, height], every image and category an id ({type(error).__name__}: {error})"
