@@ -251,6 +251,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence(measured: dict[str, Any]) ->
     )
     with pytest.raises(UnsupportedError, match="is no detector"):
         ql.evaluate(classifier, id=ids, task="detect")
+    with pytest.raises(QuantlensError, match=r"has boxes and Sequential is no detector .*'classify'.*'pred_boxes'"):
+        ql.evaluate(classifier, id=ids)
 
 
 def test_boxes_that_are_not_finite_are_told_of(measured: dict[str, Any]) -> None:
