@@ -17,6 +17,7 @@ import quantlens as ql
 from quantlens.data import Preprocess
 from quantlens.errors import QuantlensError, QuantlensWarning, UnsupportedError
 from quantlens.models.detection import DetectionHead, letterbox, postprocess, square
+from quantlens.models.huggingface import default_preprocess
 
 SIZES = [(30, 50), (64, 40), (100, 7)]
 GENERATOR = torch.Generator().manual_seed(3)
@@ -239,6 +240,17 @@ def test_a_folder_is_a_detector_whose_processor_makes_squares(tmp_path, size, si
         theirs = processor(images=picture, size={"height": 40, "width": 40}, return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(model.preprocess(picture), theirs, atol=0.02, rtol=0)
     assert ql.load_model(f"hf:{tmp_path}", input_size=48).detection_head.input_size == (48, 48)
+
+
+def test_without_a_processor_dab_detr_has_the_pictures_of_conditional_detr():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (quantlens[hf])")
+    found = []
+    for name in ("DabDetr", "ConditionalDetr"):
+        module = type(f"{name}ForObjectDetection", (nn.Module,), {})()
+        module.config = getattr(transformers, f"{name}Config")()
+        found.append(default_preprocess(module))
+    assert found[0] == found[1]
+    assert found[0].resize == (800, 800)
 
 
 def test_a_backbone_of_timm_is_not_asked_for(tmp_path):
