@@ -43,6 +43,13 @@ def test_all_is_well():
             "file by itself: 66 dB or more)",
         ),
         (
+            {"export any .xml": {"ok": False, "db": 23.0, "rounding": 27.0, "weakest": 66.0, "edge": "a.input"}},
+            "OpenVINO",
+            "◐",
+            "23.0 dB; 4.0 dB beyond the rounding of codes: two simulations differ less (27.0 dB; every quantizer of "
+            "the file by itself: 66 dB or more)",
+        ),
+        (
             {"export any .xml": {"ok": False, "db": 31.0, "weakest": 12.0, "edge": "a.input"}},
             "OpenVINO",
             "◐",

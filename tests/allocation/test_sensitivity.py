@@ -13,6 +13,7 @@ from quantlens.graph import graph_of
 from quantlens.metrics.divergence import kl_of_logits
 from quantlens.qmodel import QuantizedModel
 from quantlens.qmodel.model import Plan
+from quantlens.zoo.detectors import Detr
 
 WIDTHS = (3, 5, 8)
 
@@ -88,6 +89,26 @@ def test_omega_is_the_formula_on_the_values_of_the_quantized_model(kind, formula
             norm = norm / (sum(m.double().square().sum() for m in matrices) / len(pictures)).sqrt()
         error = sum((got[key] - expected[key]).double().square().sum() for key in compared) / len(pictures)
         assert float(omega[index, 1]) == pytest.approx(float(norm * error), rel=1e-3)
+
+
+def test_a_detectors_errors_are_those_of_the_residual_sum_relative_to_it():
+    """Of encoder and decoder alike, whatever their streams' sizes and lengths; and with the errors of all attentions
+    that write to the stream before it, of which the decoder has two."""
+    torch.manual_seed(0)
+    shape = {"widths": (4, 4, 4), "dim": 16, "heads": 2, "hidden": 16, "encoder": 1, "decoder": 2, "queries": 4}
+    model = ql.load_model(Detr(3, 32, **shape).eval(), input_size=(3, 32, 32))
+    graph, images = graph_of(model).clone(), torch.randn(4, 3, 32, 32)
+    groups, sums = find_groups(graph), {"encoder.0.attn": "encoder.0.add1", "decoder.1.attn": "decoder.1.add2"}
+    with torch.no_grad():
+        candidates = Candidates(graph, Calibration.of(images, model.preprocess), groups, WIDTHS)
+        info = sensitivity.nuclear_norm_sensitivity(candidates, Calibration.of(images, model.preprocess))[1]
+    calls, found = [n for n in graph.fx.nodes if n.op == "call_function"], {g.name: i for i, g in enumerate(groups)}
+    for name, site in sums.items():
+        node = graph.sites[site].node
+        hooks = [None, candidates.hook(found[name], 5)]
+        float_, got = (graph.run(calls, {graph.input: images}, hook=hook, keep=[node])[node] for hook in hooks)
+        expected = float((got - float_).square().sum() / float_.square().sum())
+        assert info["squared_errors"][found[name]][1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_unknown_formula_is_refused(loaded, pictures):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,23 @@ def test_boxes_without_area_are_left_out_with_a_warning(written: Callable[..., s
     with pytest.warns(QuantlensWarning, match="1 boxes without area are left out"):
         source = open_source(spec)
     assert source.boxes.image.tolist() == [0, 1]
+
+
+def test_two_annotations_of_one_id_count_with_a_warning(written: Callable[..., str]) -> None:
+    with pytest.warns(QuantlensWarning, match="1 annotations have the id of another; all of them count"):
+        source = open_source(written(lambda file: file["annotations"][1].update(id=1)))
+    assert len(source.boxes) == 3
+
+
+@pytest.mark.parametrize(("category", "told"), [(1, True), (2, False)])
+def test_two_categories_of_one_name_are_told_where_both_have_boxes(
+    written: Callable[..., str], category: int, told: bool
+) -> None:
+    spec = written(lambda file: file["categories"][category].update(name="dog"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        open_source(spec)
+    assert ["named 'dog', and models take them as one class" in str(w.message) for w in caught] == [True] * told
 
 
 def test_a_crowd_is_one_by_its_number(written: Callable[..., str]) -> None:

@@ -103,6 +103,8 @@ def test_links_that_lead_nowhere_are_skipped_and_counted(folder: Path) -> None:
         ("?", "query"),
         ("[5]", r"not a slice"),
         ("[0:10:2:1]", r"not a slice"),
+        ("?n=5[:4]", r"goes before it: write 'images:[^']*\[:4\]\?n=5'"),
+        ("?[2:]", r"goes before it: write 'images:[^']*\[2:\]'"),
     ],
 )
 def test_bad_slices_and_samples_say_what_is_wrong(tail: str, words: str, folder: Path) -> None:

@@ -9,9 +9,11 @@ import quantlens as ql
 from quantlens.calibration import Observation
 from quantlens.errors import QuantlensError
 from quantlens.formats import PowerOfTwo, Uniform
+from quantlens.graph import graph_of
 from quantlens.methods import registry
 from quantlens.methods.aocq import add_alpha, residual_edges, shift_axis
 from quantlens.methods.base import everything_edges
+from quantlens.zoo.detectors import RtDetr
 
 SHORT = {"iterations": 16, "scale_iterations": 8, "batch_size": 16}
 
@@ -197,3 +199,23 @@ def test_a_killed_run_goes_on(vit, pictures, tmp_path):
         run(checkpoint=str(tmp_path), progress=kill)
     assert list(tmp_path.glob("rounding/*.safetensors"))
     assert torch.equal(run(checkpoint=str(tmp_path))(pictures), whole(pictures))
+
+
+def keys_of(site):
+    return [edge.key for edge in site.edges.values()]
+
+
+def test_boxes_and_sampled_places_of_a_detector_stay_float():
+    """Every sum and output between the layers that give them and the boxes or the sampling; what a layer reads of
+    them, and features, are quantized."""
+    shape = {"widths": (4, 4, 4), "dim": 16, "heads": 2, "hidden": 16, "encoder": 1, "decoder": 1, "queries": 4}
+    graph = graph_of(ql.load_model(RtDetr(3, 32, points=2, **shape).eval(), input_size=(3, 32, 32)))
+    quantized = {edge.key for group in everything_edges(graph) for edge in group}
+    places = {"memory_box.layers.1.output", "box_heads.0.layers.1.output", "decoder.0.cross.offsets.output"}
+    places |= {
+        e.key for s in graph.sites for e in s.edges.values() if s.name in ("add2", "add3", "decoder.0.cross.add1")
+    }
+    assert places <= set(graph.sites.edges)
+    assert not places & quantized
+    assert {"class_heads.0.output", "decoder.0.cross.weights.output", "query_position.layers.0.input"} <= quantized
+    assert "decoder.0.mlp.layers.1.output" in quantized

@@ -127,6 +127,15 @@ def test_the_command_says_a_size_that_the_name_does_not() -> None:
     assert search._command("minmax", "W8A8", None).startswith(start)
 
 
+def test_the_command_says_that_pictures_are_seen_whole() -> None:
+    search = _Search(ql.load_model("scenes-detr", letterbox=True), 0.01, 0, 0.0, None)
+    search.calibration_source, search.calibration = "images:x", range(4)
+    words = shlex.split(search._command("minmax", "W8A8", "openvino-cpu"))
+    assert "--letterbox" in words[: words.index("&&")]
+    search.model = ql.load_model("scenes-detr")
+    assert "--letterbox" not in search._command("minmax", "W8A8", None)
+
+
 def test_a_shipped_model_needs_no_weights_in_its_command(found) -> None:
     assert "--weights" not in found.smallest.command
 

@@ -1,5 +1,4 @@
-"""How much the output suffers when one group is quantized at one width: ``nuclear-norm``, ``kl`` and ``random``
-(``hessian`` has its own paper, at the end of this file).
+"""How much the output suffers when one group is quantized at one width: ``nuclear-norm``, ``kl``, ``random``, hessian.
 
 All share the quantizers (min-max ranges of one pass over the float model: weights per output channel, activations per
 tensor; the same ranges at every width) and the pass: each chunk of images goes through the float model once, and where
@@ -14,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from quantlens.allocation.groups import ATTENTION, COMPUTES, Group
 from quantlens.arguments import checked
@@ -22,13 +21,14 @@ from quantlens.calibration import CHUNK, Calibration, CalibrationPass, EdgeView,
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
-from quantlens.methods.base import Progress, matmul_operand_edges
+from quantlens.methods.base import Progress, matmul_operand_edges, readers
 from quantlens.metrics.divergence import kl_of_logits
 from quantlens.sensitivity.alone import Ahead, Hook, part_between, visit_starts
 
 DEPARTURES = (
     "formula=balanced, the default, is ours: both errors where the module adds to the residual stream, norms relative "
     "to the Frobenius norm; formula=paper is eq. 17",
+    "a detector's errors (ours): of the residual sum after the module, relative to it",
     "the attention map is the one that the product with v reads, so its own quantizer's error counts",
     "the maps of all heads and windows of an image are one block-diagonal matrix: norms and squares add up over them",
     "errors are means over all calibration images, norms over 8 of every 32, as these cost most and vary least",
@@ -77,9 +77,8 @@ class Candidates:
         self.nodes = [[edge.node for edge in part] for part in self.edges]
         self._weights: dict[tuple[str, int], Tensor] = {}
         edges = [edge for part in self.edges for edge in part]
-        self._ranges: dict[Edge, tuple[Tensor, Tensor]] = CalibrationPass(
-            graph, calibration, sequential=False, seed=seed
-        ).run(edges, _extremes)
+        images = CalibrationPass(graph, calibration, sequential=False, seed=seed)
+        self._ranges: dict[Edge, tuple[Tensor, Tensor]] = images.run(edges, _extremes)
 
     def quantizer(self, edge: Edge, bits: int) -> Quantizer:
         """The quantizer of an edge at a width."""
@@ -135,25 +134,25 @@ def nuclear_norm_sensitivity(
     output of the last linear layer; norms and errors are means over images. formula, else QuantlensError:
     "paper" (eq. 17): Ω = Σ_attention ‖A‖_* · ‖Â − A‖²_F + Σ_MLP ‖O‖_* · ‖Ô − O‖²_F
     "balanced" (ours): Ω = Σ_attention ‖A‖_*/‖A‖_F · ‖Ô − O‖²_F + Σ_MLP ‖O‖_*/‖O‖_F · ‖Ô − O‖²_F, both errors in the
-    unit of the residual stream, and norms that say how diverse features are, whatever their size.
+    unit of the residual stream, norms whatever the size. A detector has two streams, image and queries: there errors
+    are of the residual sum after the module, and relative to it.
     """
     if formula not in (BALANCED, PAPER):
         raise QuantlensError(f"nuclear-norm: formula={formula!r}; choose {BALANCED} or {PAPER}")
     graph, widths = candidates.graph, candidates.widths
-    members = [[graph.sites[name] for name in group.sites] for group in candidates.groups]
-    maps = [
-        [site.node for site in sites if site.kind == "probs" and group.kind == ATTENTION]
-        for group, sites in zip(candidates.groups, members, strict=True)
-    ]
-    outputs = [[site.node for site in sites if site.kind in COMPUTES][-1] for sites in members]
+    members = [(group.kind, [graph.sites[name] for name in group.sites]) for group in candidates.groups]
+    maps = [[site.node for site in sites if site.kind == "probs" and kind == ATTENTION] for kind, sites in members]
+    outputs = [[site.node for site in sites if site.kind in COMPUTES][-1] for _, sites in members]
+    relative = formula == BALANCED and graph.boxes is not None
+    ends = [_sum_after(graph, node) for node in outputs] if relative else outputs
     share = min(1.0, NORM_IMAGES / min(CHUNK, len(calibration)))
     norm = torch.zeros(len(outputs), dtype=torch.float64)
-    power = torch.zeros_like(norm)
+    power, energy = torch.zeros_like(norm), torch.zeros_like(norm)
     error = torch.zeros(len(outputs), len(widths), dtype=torch.float64)
 
     def visit(group: int, env: dict, ahead: Ahead) -> None:
         featured = maps[group] or [outputs[group]]
-        compared = featured if formula == PAPER else [outputs[group]]
+        compared = featured if formula == PAPER else [ends[group]]
         expected = ahead(dict.fromkeys([*featured, *compared]))
         for node in featured:
             value = expected[node]
@@ -161,6 +160,7 @@ def nuclear_norm_sensitivity(
             whole = len(value) / len(some)
             norm[group] += whole * nuclear_norm(some if maps[group] else some.flatten(1, -2)).sum().cpu()
             power[group] += whole * some.square().sum(dtype=torch.float64).cpu()
+        energy[group] += sum(expected[node].square().sum(dtype=torch.float64).cpu() for node in compared)
         part = part_between(graph, env, compared)
         for column, bits in enumerate(widths):
             got = graph.run(part, dict(env), hook=candidates.hook(group, bits), keep=compared)
@@ -168,11 +168,18 @@ def nuclear_norm_sensitivity(
                 error[group, column] += (got[node] - expected[node]).square_().sum(dtype=torch.float64).cpu()
 
     visit_starts(graph, candidates.nodes, calibration, visit, progress)
-    count = len(calibration)
-    norm, power, error = norm / count, power / count, error / count
-    diversity = norm / power.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    count, tiny = len(calibration), torch.finfo(torch.float32).tiny
+    norm, power = norm / count, power / count
+    error /= energy.clamp_min(tiny)[:, None] if relative else count
+    diversity = norm / power.clamp_min(tiny).sqrt()
     info = {"nuclear_norms": norm.tolist(), "diversities": diversity.tolist(), "squared_errors": error.tolist()}
     return (norm if formula == PAPER else diversity)[:, None] * error, info
+
+
+def _sum_after(graph: Graph, output: fx.Node) -> fx.Node:
+    """The residual sum that a module's output is added to; the output itself where there is none."""
+    sums = {site.node for site in graph.sites.of_kind("add")}
+    return next((node for node, _ in readers(graph, output) if node in sums), output)
 
 
 # -- kl -------------------------------------------------------------------------------------------------------------
@@ -213,18 +220,13 @@ def random_sensitivity(
 
 
 # -- hessian -------------------------------------------------------------------------------------------------------
-# hessian: the sensitivity of HAWQ-V2 (Dong et al., NeurIPS 2020; arXiv 1911.03852).
-#
-# For a group at b bits it is the sum, over its layers l and their inputs a, of the mean Hessian eigenvalue times the
-# squared error of quantization:
+# The sensitivity of HAWQ-V2 (Dong et al., NeurIPS 2020; arXiv 1911.03852): the sum, over a group's layers l and their
+# inputs a, of the mean Hessian eigenvalue times the squared error of quantization at b bits:
 #
 #     Ω = Σ_l  tr(H_l)/n_l · ‖Q_b(W_l) − W_l‖²   +   Σ_a  tr(H_a)/n_a · E‖Q_b(x_a) − x_a‖²
 #
 # Traces of weights are Hutchinson's estimates E[vᵀHv], v = ±1, one product for all weights at once; those of inputs are
-# E‖Jᵀu‖², u with covariance diag(p) − p·pᵀ. The loss is the cross-entropy against the model's own softmax, as
-# calibration images have no labels. :data:`HESSIAN_DEPARTURES` lists the differences from the paper.
-
-
+# E‖Jᵀu‖², u with covariance diag(p) − p·pᵀ.
 HESSIAN_DEPARTURES = (
     "the loss is the cross-entropy against the model's own softmax, as calibration images have no labels: its gradient "
     "is zero at the float model and its Hessian is the Gauss-Newton matrix, the quadratic form of the KL divergence",
@@ -318,8 +320,7 @@ class Traces:
         info: dict[str, Any] = {"traces": [], "standard_errors": []}
         middle = len(widths) // 2
         for g, part in enumerate(self.candidates.edges):
-            samples = torch.zeros(len(shares), len(widths), dtype=torch.float64)
-            weight_traces = torch.zeros(len(shares), dtype=torch.float64)
+            samples, weight_traces = shares.new_zeros(len(shares), len(widths)), shares.new_zeros(len(shares))
             for edge in part:
                 values = torch.stack(self.samples[edge.key]).double()
                 if edge.is_weight:

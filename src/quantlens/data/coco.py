@@ -43,7 +43,7 @@ def open_coco(spec: SourceSpec) -> CocoSource:
     There are no labels: an image of COCO has many objects.
 
     Raises QuantlensError, in one sentence with the cure, for a file or boxes that cannot be right. Boxes without area
-    are dropped with a warning; crowds are kept, as such.
+    are dropped with a warning, annotations of one id and categories of one name kept with one; crowds are kept.
     """
     root = existing_directory(spec)
     split, file = _annotations(spec, root)
@@ -126,6 +126,8 @@ def _boxes(
         corner, side = values[:, :2], values[:, 2:]
         area = np.array([a.get("area", np.nan) for a in annotations], dtype=np.float64)
         crowd = np.array([int(a.get("iscrowd") or 0) for a in annotations], dtype=bool)
+        given = [a["id"] for a in annotations if a.get("id") is not None]
+        repeated = len(given) - len(set(given))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise QuantlensError(
             f"{where} is not a COCO instances file: every annotation needs image_id, category_id and a bbox "
@@ -156,8 +158,15 @@ def _boxes(
         cure = "clip them; a bbox is [x, y, width, height] in pixels of the picture"
         refuse(beyond > TOLERANCE, "that reach out of their picture by more than a pixel", cure)
     flat = (side == 0).any(axis=1)
-    if flat.any():
-        warnings.warn(f"{where}: {flat.sum()} boxes without area are left out", QuantlensWarning, stacklevel=4)
-    area = np.where(np.isfinite(area), area, side.prod(axis=1))
     names = tuple(categories[i] for i in ids)
+    used = [names[k] for k in np.unique(labels).tolist()]
+    double = next((name for name in used if used.count(name) > 1), None)
+    doubtful = {
+        f"{flat.sum()} boxes without area are left out": flat.any(),
+        f"{repeated} annotations have the id of another; all of them count": repeated,
+        f"several categories with boxes are named {double!r}, and models take them as one class": double is not None,
+    }
+    for told in (text for text, holds in doubtful.items() if holds):
+        warnings.warn(f"{where}: {told}", QuantlensWarning, stacklevel=4)
+    area = np.where(np.isfinite(area), area, side.prod(axis=1))
     return Boxes(image, np.hstack([corner, corner + side]), labels, crowd, area, names, tuple(ids)).take(~flat)

@@ -83,6 +83,9 @@ def parse_spec(text: str) -> SourceSpec:
 
 def _query(text: str, query: str, options: Iterable[str]) -> dict[str, str]:
     """What stands behind the question mark, checked."""
+    if (rows := re.search(r"\[[-+\d\s]*:[-+\d:\s]*\]$", query)) and not Path(query.partition("labels=")[2]).is_file():
+        ordered = f"{text.partition('?')[0]}{rows[0]}?{query[: rows.start()]}".rstrip("?")
+        raise QuantlensError(f"source {text!r} has its slice after the '?', and it goes before it: write {ordered!r}")
     pairs = parse_qsl(query, keep_blank_values=True)
     if not pairs:
         raise QuantlensError(f"source {text!r} ends in '?' without a query; write ?n=200&seed=0 or leave it out")

@@ -283,7 +283,8 @@ class Emitter:
 
     def _grouped(self, quantizer: Grouped, source: str, dims: int) -> str:
         """Groups of channels with scales of their own, as the format finds them."""
-        last = [d for d in range(dims) if d != dims + quantizer.axis] + [dims + quantizer.axis]
+        channels = dims + (quantizer.axis or 0)
+        last = [*(d for d in range(dims) if d != channels), channels]
         turned = source if quantizer.axis == -1 else self.op("Transpose", source, perm=last)
         x = self.op("Reshape", turned, [0] * (dims - 1) + [-1, quantizer.group_size])
         affine = isinstance(quantizer, GroupAffine)

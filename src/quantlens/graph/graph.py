@@ -381,3 +381,15 @@ def walk(start: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]
         new = [n for n in dict.fromkeys(onward(node)) if n not in seen]
         queue += new
         seen.update(new)
+
+
+def coordinates(graph: Graph) -> set[str]:
+    """Keys of the edges that carry a detector's boxes and the places where it samples a feature map, back to the layers
+    that they are made of: places in the picture, of which a few bits make steps of several pixels, and no features."""
+    if graph.boxes is None:
+        return set()
+    layers = {site.node for site in graph.sites if site.kind != "add"}
+    sampled: list[Any] = [node.args[1] for node in graph.fx.nodes if op_name(node) == "aten.grid_sampler.default"]
+    made = set(walk([graph.boxes, *sampled], lambda node: () if node in layers else node.all_input_nodes))
+    edges = (edge for site in graph.sites if site.node in made for edge in site.edges.values())
+    return {edge.key for edge in edges if edge.position is None or edge.node not in layers}

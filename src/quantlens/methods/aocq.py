@@ -90,6 +90,7 @@ READINGS = (
     "of the round before, and counts only if the block's loss on all calibration images falls; weights are in float",
     "rounding: AdaRound straight through the rounded direction, on inputs half quantized and half float",
     "token norm: mean over tokens of ‖y − ŷ‖²/(‖y‖² + ε), ε = 1 % of the mean ‖y‖²",
+    "a detector's boxes, and the places where it samples, are float: they are pixels, no features",
     "the arithmetic inside LayerNorm, softmax and GELU is float, between quantized inputs and outputs; softmax inputs "
     "that come out as 0 (Swin's mask) do not count for the range; softmax outputs are uniform or log√2, whichever has "
     "the smaller squared error; weights have one asymmetric scale per output channel",

@@ -21,7 +21,7 @@ from quantlens.ambient import isolated
 from quantlens.calibration import Calibration, ObservationCache, affine, read_as_pixels, split_outlier_channels
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.formats import Uniform, pixel_codes
-from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, graph_of, op_name, walk
+from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, coordinates, graph_of, op_name, walk
 from quantlens.methods._former_options import current_options
 from quantlens.qmodel import FLOAT, TARGETS, Bits, Plan, Provenance, QuantizedModel, Target, float_copy, target_named
 from quantlens.transforms import fold_layer_scale
@@ -363,15 +363,15 @@ def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
     embedding, a concatenation, pooled tokens) is quantized at the edges that read it, which form one group. A softmax
     reads its own ``input`` edge, after bias and mask; where neither stands between it and the scores, that edge
     alone is quantized, the scores being the same tensor up to one number. Channels that are chosen out of a tensor (a
-    layer split in two) are quantized where they are read, each part by itself. The classifier's output counts too.
+    layer split in two) are quantized where they are read. A classifier's output counts too, `coordinates` do not.
     """
-    by_node = graph.sites.by_node
+    by_node, places = graph.sites.by_node, coordinates(graph)
     softmaxes = graph.sites.of_kind("probs")
     passed_on = {_origin(s.edges["input"].value) for s in softmaxes} & {s.node for s in graph.sites.of_kind("scores")}
     groups: dict[Any, list[Edge]] = {}
     for site in graph.sites:
         chosen = set(map(op_name, site.node.users)) <= {"aten.index_select.default"}
-        for edge in (edge for edge in site.edges.values() if not edge.is_weight):
+        for edge in (edge for edge in site.edges.values() if not (edge.is_weight or edge.key in places)):
             if edge.position is None:
                 if site.node not in passed_on and not chosen:
                     groups.setdefault(site.node, []).append(edge)

@@ -9,7 +9,7 @@
 2. Ranges. Activations are clipped where the squared error is least, on what the quantized layers before make of them.
    Softmax outputs are squares of integers, every row by its own peak and sum. Activations of 3 bits or fewer are
    quantized dynamically, per token and group of 64 channels, where that has the smaller squared error. In a detector,
-   whose boxes are regressed, those of 4 bits or fewer have ranges by token and group of 16 channels, also in
+   whose boxes are regressed, those of 7 bits or fewer have ranges by token and group of 16 channels, also in
    convolutions; rotations and means, which fit one range to all channels, are left out then.
 3. Weights, layer by layer in closed form: fitted to the float output on quantized inputs, then rounded column by column
    (GPTQ); the bias takes up the mean error of the output.
@@ -71,7 +71,7 @@ from quantlens.transforms.rotation import (
     rotation_size,
 )
 
-COARSE, NARROW, NARROW_BOXES = 6, 3, 4
+COARSE, NARROW, NARROW_BOXES = 6, 3, 7
 """Bits of an activation at which a rotation at run time is worth its product; and at which it is quantized dynamically,
 by default; and the same in a detector."""
 

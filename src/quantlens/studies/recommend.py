@@ -368,6 +368,8 @@ class _Search:
             words += ["--weights", self.model.weights_path or "random"]
         if (side := other_size(self.model.name, self.model.preprocess.input_size)) is not None:
             words += ["--input-size", str(side)]
+        if getattr(self.model.detection_head, "resize", None) == "letterbox":
+            words += ["--letterbox"]
         words += ["--calibration", self.calibration_source or "SOURCE", "--n", str(len(self.calibration))]
         words += ["--method", method, "--bits", bits, "--seed", str(self.seed)]
         words += [word for plugin in given() for word in ("--plugin", plugin)]
