@@ -209,6 +209,8 @@ def test_classes_are_matched_by_name_and_those_without_names_by_number() -> None
     assert _classes(("a", "b"), (7, 90), ("LABEL_0", "LABEL_1")) == ([0, 1], [0, 1])
     assert _classes(("a", "b"), (1, 3), ("0", "1", "2", "3")) == ([1, 3], [1, 3])
     assert _classes((), (), ("cat", "dog")) == ([0, 1], [0, 1])
+    with pytest.raises(QuantlensError, match="boxes of 2 classes that are none of the model's 3"):
+        _classes(("a", "b"), ("one", "two"), ("0", "1", "2"))
     for names, ids, labels in [(("a", "b"), (1, 7), ("0", "1", "2")), (("cat", "cow"), (1, 2), ("cat", "dog"))]:
         with pytest.raises(QuantlensError, match=f"boxes of 1 classes that are none of the model's.*'{names[1]}'"):
             _classes(names, ids, labels)
@@ -251,6 +253,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence(measured: dict[str, Any]) ->
     )
     with pytest.raises(UnsupportedError, match="is no detector"):
         ql.evaluate(classifier, id=ids, task="detect")
+    with pytest.raises(QuantlensError, match=r"has boxes and Sequential is no detector .*'classify'.*'pred_boxes'"):
+        ql.evaluate(classifier, id=ids)
 
 
 def test_boxes_that_are_not_finite_are_told_of(measured: dict[str, Any]) -> None:
@@ -258,6 +262,15 @@ def test_boxes_that_are_not_finite_are_told_of(measured: dict[str, Any]) -> None
     values[7, 0, 0, 1] = np.inf
     broken = replace(measured["ids"], values=values)
     with pytest.raises(QuantlensError, match=r"boxes that are not finite.*first on 7\.png"):
+        ql.evaluate(measured["model"], id=broken, batch_size=5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_class_logits_without_probabilities_are_told_of(measured: dict[str, Any], value: float) -> None:
+    values = measured["ids"].values.clone()
+    values[8, 0, 1, 5] = value
+    broken = replace(measured["ids"], values=values)
+    with pytest.raises(QuantlensError, match=r"class logits that are not finite.*first on 8\.png"):
         ql.evaluate(measured["model"], id=broken, batch_size=5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from detection_cases import by_pycocotools, make
 from quantlens.errors import QuantlensError, UnsupportedError
-from quantlens.metrics import METRICS, Boxes, Detections, box_drift, detection_metrics, names_of
+from quantlens.metrics import METRICS, Boxes, Detections, box_drift, detection_metrics, matching, names_of
 from quantlens.metrics.detection import (
     COCO,
     CONFIDENT,
@@ -21,7 +22,7 @@ from quantlens.metrics.detection import (
     object_calibration,
     resampled_detections,
 )
-from quantlens.metrics.matching import match
+from quantlens.metrics.matching import iou, match
 
 pytest.importorskip("faster_coco_eval", reason="mAP needs faster-coco-eval")
 
@@ -223,6 +224,48 @@ def test_a_detector_that_finds_nothing_is_measured() -> None:
     assert "reliability" not in found
     assert box_drift(none, perfect(boxes), N)["lost"][0].sum() == np.count_nonzero(~boxes.crowd)
     assert box_drift(perfect(boxes), none, N)["invented"][0].sum() == np.count_nonzero(~boxes.crowd)
+
+
+def _edges() -> dict[str, tuple[Detections, Boxes]]:
+    detections, boxes = make(1)
+    few = boxes.take(boxes.image == boxes.image[0])
+    flat = Boxes(boxes.image, boxes.boxes[:, [0, 1, 0, 3]], boxes.labels)
+    borders = Boxes([0, 0, 1], [[0, 0, 32, 32], [50, 50, 146, 146], [0, 0, 32, 32]], [0, 0, 0])
+    return {
+        "images without objects": (detections, few),
+        "no area": (replace(detections, boxes=detections.boxes[:, [0, 1, 0, 1]]), boxes),
+        "negative sides": (replace(detections, boxes=detections.boxes[:, [2, 3, 0, 1]]), boxes),
+        "objects without area": (detections, Boxes.joined([boxes, flat])),
+        "one score": (replace(detections, scores=np.full(len(detections), 0.5)), boxes),
+        "one class": (replace(detections, labels=detections.labels * 0), replace(boxes, labels=boxes.labels * 0)),
+        "a class of crowds": (detections, replace(boxes, crowd=boxes.crowd | (boxes.labels == 0))),
+        "all twice": (Detections.joined([detections] * 2), Boxes.joined([boxes] * 2)),
+        "borders of sizes": (perfect(borders), borders),
+    }
+
+
+@pytest.mark.parametrize("case", _edges())
+def test_numbers_at_the_edges_are_cocos(case: str) -> None:
+    pytest.importorskip("pycocotools")
+    detections, boxes = _edges()[case]
+    found = coco_metrics(detections, boxes, N)
+    same(found, by_pycocotools(detections, boxes, N))
+    own = from_matches(detections, boxes, np.ones((N, 1)))
+    same({name: None if np.isnan(v[0]) else float(v[0]) for name, v in own.items()}, found)
+
+
+def test_overlaps_in_parts_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crowded images are looked at in parts, so that memory does not grow with boxes times boxes."""
+    detections, boxes = make(2)
+    whole = [detection_metrics(detections, boxes, N), box_drift(detections, perfect(boxes), N)]
+    most, sizes = 5, []
+    monkeypatch.setattr(matching, "AT_ONCE", most)
+    monkeypatch.setattr(matching, "iou", lambda a, b, crowd=False: (sizes.append(len(a)), iou(a, b, crowd))[1])
+    assert matching.partners(detections, boxes, 0.5).max() >= 0
+    assert len(sizes) > 1
+    assert max(sizes) < most + np.bincount(boxes.image).max()
+    parts = [detection_metrics(detections, boxes, N), box_drift(detections, perfect(boxes), N)]
+    np.testing.assert_equal(parts, whole)
 
 
 def test_what_cannot_be_measured_is_refused_in_a_sentence() -> None:

@@ -17,6 +17,7 @@ import quantlens as ql
 from quantlens.data import Preprocess
 from quantlens.errors import QuantlensError, QuantlensWarning, UnsupportedError
 from quantlens.models.detection import DetectionHead, letterbox, postprocess, square
+from quantlens.models.huggingface import default_preprocess
 
 SIZES = [(30, 50), (64, 40), (100, 7)]
 GENERATOR = torch.Generator().manual_seed(3)
@@ -26,21 +27,25 @@ PLAIN = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
 
 
 class Boxer(nn.Module):
-    """A detector of 5 queries and ``columns`` logits, that answers as a tuple, a dictionary or a named tuple."""
+    """A detector of 5 queries and ``columns`` logits, that answers as a tuple, a dictionary or a named tuple.
+    form: of its boxes."""
 
-    def __init__(self, columns: int = 4, answer: str = "dict"):
+    def __init__(self, columns: int = 4, answer: str = "dict", form=None):
         super().__init__()
+        self.form = form
         self.patch, self.columns, self.answer = nn.Conv2d(3, 5, 16, 16), columns, answer
         self.classify, self.locate = nn.Linear(4, columns), nn.Linear(4, 4)
 
     def forward(self, images):
         tokens = self.patch(images).flatten(2)
         logits, boxes = self.classify(tokens), self.locate(tokens).sigmoid()
+        boxes = self.form(boxes) if self.form else boxes
         named = {"logits": logits, "pred_boxes": boxes}
         return {
             "dict": named,
             "tuple": (logits, boxes),
             "named": namedtuple("Found", named)(**named),
+            "original": {"pred_boxes": boxes, "pred_logits": logits, "aux_outputs": [{"pred_boxes": boxes}]},
             "boxes only": {"logits": logits.mean(1), "pred_boxes": boxes},
         }[self.answer]
 
@@ -114,7 +119,7 @@ def test_what_does_not_belong_together_is_refused():
         DetectionHead("sotfmax", ())
 
 
-@pytest.mark.parametrize("answer", ["dict", "tuple", "named"])
+@pytest.mark.parametrize("answer", ["dict", "tuple", "named", "original"])
 def test_a_module_that_gives_scores_and_boxes_is_a_detector(answer):
     module = boxer(answer=answer)
     model = ql.load_model(
@@ -124,7 +129,9 @@ def test_a_module_that_gives_scores_and_boxes_is_a_detector(answer):
     assert model.detection_head == DetectionHead("softmax", ("cat", "dog", "owl"), "square", (32, 32))
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     qmodel = ql.quantize(model, images, method="minmax", bits="W8A8")
-    logits, boxes = list(module(images).values()) if answer == "dict" else module(images)
+    given = module(images)
+    names = ("pred_logits" if answer == "original" else "logits", "pred_boxes")
+    logits, boxes = (given[name] for name in names) if isinstance(given, dict) else given
     found = qmodel.outputs(images)
     assert found.features is None
     torch.testing.assert_close(found.logits, logits, atol=0.1, rtol=0.1)
@@ -135,7 +142,8 @@ def test_a_module_that_gives_scores_and_boxes_is_a_detector(answer):
 def test_as_many_logits_as_names_are_sigmoids_and_unnamed_classes_have_numbers():
     prepared = letterbox(Preprocess((3, 32, 32), **PLAIN))
     named = ql.load_model(boxer(), preprocess=prepared, class_names=list("abcd")).detection_head
-    unnamed = ql.load_model(boxer(), preprocess=prepared).detection_head
+    with pytest.warns(QuantlensWarning, match="have no names: its 4 logits are taken for sigmoids of 4 classes"):
+        unnamed = ql.load_model(boxer(), preprocess=prepared).detection_head
     assert named == DetectionHead("sigmoid", tuple("abcd"), "letterbox", (32, 32))
     assert unnamed.labels == tuple("0123")
 
@@ -154,6 +162,43 @@ def test_what_is_no_detector_is_refused():
         ql.load_model(boxer(answer="boxes only"), preprocess=square(Preprocess((3, 32, 32))), task="detect")
     with pytest.raises(UnsupportedError, match="crops pictures"):
         ql.load_model(boxer(), preprocess=Preprocess((3, 32, 32)))
+
+
+def corners(boxes):
+    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
+
+
+SMALL = torch.tensor([[0.2, 0.3, 0.1, 0.2], [0.8, 0.3, 0.2, 0.1], [0.7, 0.9, 0.2, 0.1], [0.1, 0.9, 0.1, 0.1]] * 2)[:5]
+
+
+@pytest.mark.parametrize(
+    ("form", "example"),
+    [
+        (lambda boxes: boxes * 32, "pixels"),
+        (lambda boxes: corners(boxes) * 32, "corners in pixels"),
+        (lambda boxes: boxes.logit() - 2, "before the sigmoid"),
+    ],
+)
+def test_boxes_that_are_no_fractions_of_the_input_are_refused(form, example):
+    with pytest.raises(
+        UnsupportedError, match=r"gives boxes such as .*\(centre x, centre y, width, height as fractions"
+    ):
+        ql.load_model(boxer(form=form), preprocess=square(Preprocess((3, 32, 32))), class_names=["a", "b", "c"])
+
+
+@pytest.mark.parametrize("form", [corners, lambda boxes: boxes])
+def test_corners_are_told_of_and_centres_are_not(form):
+    module = boxer(form=lambda boxes: form(SMALL.expand_as(boxes)))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ql.load_model(module, preprocess=square(Preprocess((3, 32, 32))), class_names=["a", "b", "c"])
+    assert ["look like corners" in str(one.message) for one in told] == ([True] if form is corners else [])
+
+
+@pytest.mark.parametrize("names", [["a"], list("abcde")])
+def test_names_of_other_classes_than_a_detector_has_are_refused(names):
+    with pytest.raises(UnsupportedError, match="give 4 names, or 3 where the last logit is 'no object'"):
+        ql.load_model(boxer(), preprocess=square(Preprocess((3, 32, 32))), class_names=names)
 
 
 def test_an_assumed_preprocessing_does_not_crop():
@@ -195,6 +240,17 @@ def test_a_folder_is_a_detector_whose_processor_makes_squares(tmp_path, size, si
         theirs = processor(images=picture, size={"height": 40, "width": 40}, return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(model.preprocess(picture), theirs, atol=0.02, rtol=0)
     assert ql.load_model(f"hf:{tmp_path}", input_size=48).detection_head.input_size == (48, 48)
+
+
+def test_without_a_processor_dab_detr_has_the_pictures_of_conditional_detr():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (quantlens[hf])")
+    found = []
+    for name in ("DabDetr", "ConditionalDetr"):
+        module = type(f"{name}ForObjectDetection", (nn.Module,), {})()
+        module.config = getattr(transformers, f"{name}Config")()
+        found.append(default_preprocess(module))
+    assert found[0] == found[1]
+    assert found[0].resize == (800, 800)
 
 
 def test_a_backbone_of_timm_is_not_asked_for(tmp_path):

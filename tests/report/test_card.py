@@ -109,6 +109,13 @@ def test_the_commands_of_a_card_make_the_same_again(made, file, monkeypatch) -> 
     assert main.run([*reproduce, "-q"]) == 0
 
 
+def test_widths_by_module_are_code_as_they_are(loaded, pictures) -> None:
+    widths = {"default": "W8A8", "blocks.0.mlp": "W4A4"}
+    qmodel = ql.quantize(loaded["vit"], pictures, method="minmax", bits=widths)
+    (row,) = (line for line in ql.card(qmodel).splitlines() if line.startswith("| bits |"))
+    assert json.loads(row.split("by module: ")[1].strip(" |`")).items() >= widths.items()
+
+
 def test_no_command_where_none_can_make_it(small_models, loaded, pictures) -> None:
     qmodel = ql.quantize(loaded["vit"], pictures, method="minmax", bits="W8A8")
     text = ql.card(qmodel)

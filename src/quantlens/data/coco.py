@@ -128,7 +128,7 @@ def _boxes(
         crowd = np.array([int(a.get("iscrowd") or 0) for a in annotations], dtype=bool)
         given = [a["id"] for a in annotations if a.get("id") is not None]
         repeated = len(given) - len(set(given))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise QuantlensError(
             f"{where} is not a COCO instances file: every annotation needs image_id, category_id and a bbox "
             f"[x, y, width, height], every image and category an id ({type(error).__name__}: {error})"
@@ -160,13 +160,18 @@ def _boxes(
     flat = (side == 0).any(axis=1)
     names = tuple(categories[i] for i in ids)
     used = [names[k] for k in np.unique(labels).tolist()]
+    _warn_of_doubtful(where, int(flat.sum()), repeated, used)
+    area = np.where(np.isfinite(area), area, side.prod(axis=1))
+    return Boxes(image, np.hstack([corner, corner + side]), labels, crowd, area, names, tuple(ids)).take(~flat)
+
+
+def _warn_of_doubtful(where: str, flat: int, repeated: int, used: Sequence[str]) -> None:
+    """Of boxes without area, annotations with the id of another, and names of categories with boxes that come twice."""
     double = next((name for name in used if used.count(name) > 1), None)
     doubtful = {
-        f"{flat.sum()} boxes without area are left out": flat.any(),
-        f"{repeated} annotations have the id of another; all of them count": repeated,
+        f"{flat} boxes without area are left out": flat > 0,
+        f"{repeated} annotations have the id of another; all of them count": repeated > 0,
         f"several categories with boxes are named {double!r}, and models take them as one class": double is not None,
     }
     for told in (text for text, holds in doubtful.items() if holds):
-        warnings.warn(f"{where}: {told}", QuantlensWarning, stacklevel=4)
-    area = np.where(np.isfinite(area), area, side.prod(axis=1))
-    return Boxes(image, np.hstack([corner, corner + side]), labels, crowd, area, names, tuple(ids)).take(~flat)
+        warnings.warn(f"{where}: {told}", QuantlensWarning, stacklevel=5)

@@ -38,7 +38,7 @@ class DetectionRun(Run):
                 raise UnsupportedError(f"{model.name} ({model.method}) gives no boxes; its task is not 'detect'")
             logits.append(class_logits(given.logits, head).float().cpu().numpy())
             if images.boxes is not None and images.sizes is not None:
-                check_finite(model, given.boxes, images, place.start, what)
+                check_finite(model, given, head, images, place.start, what)
                 sizes = images.sizes[place]
                 found.append(postprocess(given.logits, given.boxes, sizes, head, first=place.start))
         return np.concatenate(logits), narrow(Detections.joined(found)) if found else None
@@ -109,11 +109,15 @@ def narrow(found: Detections) -> Detections:
     return replace(found, boxes=found.boxes.astype(np.float32), scores=found.scores.astype(np.float32))
 
 
-def check_finite(model: Any, boxes: Tensor, images: Any, first: int, what: str) -> None:
-    bad = (~boxes.isfinite()).flatten(1).any(1).nonzero()
-    if len(bad):
+def check_finite(model: Any, given: Any, head: DetectionHead, images: Any, first: int, what: str) -> None:
+    """Raises QuantlensError for boxes, or class logits without probabilities: NaN, or infinite before a softmax."""
+    scores = given.logits.isnan() if head.scoring == "sigmoid" else given.logits.isnan() | given.logits.isposinf()
+    for name, wrong in (("boxes", ~given.boxes.isfinite()), ("class logits", scores)):
+        bad = wrong.flatten(1).any(1).nonzero()
+        if not len(bad):
+            continue
         raise QuantlensError(
-            f"{model.name} ({model.method}, {model.bits}) gives boxes that are not finite on images of {what} "
+            f"{model.name} ({model.method}, {model.bits}) gives {name} that are not finite on images of {what} "
             f"({images.source}), first on {images.names[first + int(bad[0])]}; check the weights for NaN, or use "
             "another method or more bits"
         )
@@ -153,7 +157,11 @@ def of_classes(images: Any, head: DetectionHead) -> tuple[Boxes, Array]:
     if not boxes.names:
         places = np.arange(count)
     elif (places < 0).all() and all(name.removeprefix("label").isdigit() for name in known):
-        ids = np.arange(count) if len(boxes.ids) == count else np.array(boxes.ids)
+        ids = (
+            np.arange(count)
+            if len(boxes.ids) == count
+            else np.array([i if isinstance(i, int) else -1 for i in boxes.ids])
+        )
         places = np.where(ids < count, ids, -1)
     within = boxes.labels < len(places)
     unknown = np.unique(boxes.labels[~within | (places[np.where(within, boxes.labels, 0)] < 0)])

@@ -65,6 +65,7 @@ class EvaluationImages:
 
             id_images = with_boxes(id_images, model)
         else:
+            _refuse_boxes(id_images, model, task)
             check_labels(id_images, task, model.num_classes)
         ood_images = {str(name): opened(value, f"OOD set {name}") for name, value in (ood or {}).items()}
         fit_images = None if fit is None else opened(fit, "the fit set")
@@ -76,6 +77,14 @@ class EvaluationImages:
                 refuse_overlap(fit_images, "the fit set", images, f"OOD set {name}")
         warn_shared(id_images, ood_images, fit_images, getattr(model, "calibration", None), model.preprocess)
         return cls(id_images, ood_images, fit_images, groups_of(ood_images, groups))
+
+
+def _refuse_boxes(images: Any, model: Any, task: str) -> None:
+    if images.boxes is not None and images.labels is None and task != "features":
+        raise QuantlensError(
+            f"{images.source} has boxes and {model.name} is no detector (it is measured as {task!r}): one gives "
+            "class logits [B, Q, C] and boxes [B, Q, 4], as 'logits' (or 'pred_logits') and 'pred_boxes' or as a tuple"
+        )
 
 
 def describe(images: Any) -> dict[str, Any]:

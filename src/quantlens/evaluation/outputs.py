@@ -205,7 +205,8 @@ def read(path: str | os.PathLike[str] | bytes, *, logits: bool = False) -> Outpu
             return _unpacked(about, {name: file[name] for name in wanted})
     except FileNotFoundError:
         raise StorageError(
-            f"the per-image outputs {path} are missing; run the study into another --out directory to make them anew"
+            f"there are no per-image outputs {path}; `quantlens evaluate --keep FILE` writes them, and a study that is "
+            "run into another --out directory"
         ) from None
     except StorageError:
         raise

@@ -25,7 +25,7 @@ KINDS = {kind.name: kind for kind in inspect._ParameterKind}
 _OUTPUTS = re.compile(r"(transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+))\.(\w+)")
 """Classes that a checkpoint may name."""
 
-FIRST = ("logits", "image_embeds", "pooler_output")
+FIRST = ("logits", "pred_logits", "image_embeds", "pooler_output")
 """Names of the output that is measured, where a model returns several."""
 
 

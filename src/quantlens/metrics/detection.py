@@ -14,7 +14,7 @@ import numpy as np
 from quantlens.boxes import Array, Boxes, Detections
 from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.metrics.classification import equal_width_bins, reliability
-from quantlens.metrics.matching import AREAS, Matches, equal_pairs, iou, match, partners
+from quantlens.metrics.matching import AREAS, Matches, iou, match, near_pairs, partners
 
 __all__ = [
     "Boxes",
@@ -262,8 +262,8 @@ def object_calibration(detections: Detections, boxes: Boxes, n_images: int) -> R
     class each, as their package `uq-detr` has it. Crowds are left out.
     """
     sure, objects = detections.take(detections.scores > CONFIDENT), boxes.take(~boxes.crowd)
-    thing, found = equal_pairs(objects.image, sure.image)
-    overlap = iou(sure.boxes[found], objects.boxes[thing])
+    pairs = near_pairs(objects, sure, (objects.image, sure.image), np.zeros(len(sure), dtype=bool), SAME)
+    thing, found, overlap = pairs
     width = int(max(sure.labels.max(initial=0), objects.labels.max(initial=0))) + 1
     errors = np.zeros(len(objects))
     for threshold in (0.5, 0.75):

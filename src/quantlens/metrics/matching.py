@@ -4,6 +4,7 @@ The arithmetic and the order of ties are those of COCO's own evaluation (pycocot
 these matches equals what it computes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,10 @@ MOST = 100
 """Detections of an image and a class that are looked at, the best first."""
 
 
+AT_ONCE = 1 << 20
+"""Pairs of boxes whose overlap is computed at once."""
+
+
 def iou(first: Array, second: Array, crowd: Array | bool = False) -> Array:
     """Intersection over union of boxes [P, 4] with boxes [P, 4], row by row; for a crowd in `second` the intersection
     over the first box's own area."""
@@ -33,11 +38,20 @@ def iou(first: Array, second: Array, crowd: Array | bool = False) -> Array:
     return common / np.where(common > 0, union, 1.0)
 
 
-def equal_pairs(first: Array, second: Array) -> tuple[Array, Array]:
-    """(i, j) of all pairs with first[i] == second[j], by i and then by j."""
-    order = np.argsort(second, kind="stable")
-    low, high = (np.searchsorted(second[order], first, side) for side in ("left", "right"))
-    return np.repeat(np.arange(len(first)), high - low), order[spans(low, high - low)]
+def near_pairs(first: Any, second: Any, groups: Sequence[Array], crowd: Array, least: float) -> tuple[Array, ...]:
+    """(i, j, IoU) of all pairs of equal groups, one [P] of `first` and one [G] of `second`, whose boxes overlap by an
+    IoU of at least `least`, by i and then by j; as many at once as memory has room for."""
+    order = np.argsort(groups[1], kind="stable")
+    low, high = (np.searchsorted(groups[1][order], groups[0], side) for side in ("left", "right"))
+    part = (np.cumsum(high - low) - (high - low)) // AT_ONCE
+    found = []
+    for rows in np.split(np.arange(len(part)), np.flatnonzero(np.diff(part)) + 1):
+        i, j = np.repeat(rows, high[rows] - low[rows]), order[spans(low[rows], high[rows] - low[rows])]
+        overlap = iou(first.boxes[i], second.boxes[j], crowd[j])
+        near = overlap >= least
+        found.append((i[near], j[near], overlap[near]))
+    i, j, overlap = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return i, j, overlap
 
 
 def groups_of(*parts: Array) -> list[Array]:
@@ -46,20 +60,17 @@ def groups_of(*parts: Array) -> list[Array]:
     return [image * width + labels for image, labels in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def greedy(
-    pairs: tuple[Array, Array], overlap: Array, group: Array, crowd: Array, ignored: Array, thresholds: Array
-) -> Array:
+def greedy(pairs: tuple[Array, ...], group: Array, crowd: Array, ignored: Array, thresholds: Array) -> Array:
     """The object of each detection at each threshold and size, int64 [N, T, A], -1 for none.
 
-    pairs: (detection, object) [P] of one group each, overlap [P] their IoU. group [N] of the detections, which come
+    pairs: those of `near_pairs` [P], at the least threshold. group [N] of the detections, which come
     group by group, the best of each first, and choose in this order. A detection takes the object that overlaps most
     and has not been taken (of equal ones the last), one that is not `ignored` [G, A] before one that is; a `crowd` [G]
     may be taken by many.
     """
     found = np.full((len(group), len(thresholds), ignored.shape[1]), -1, dtype=np.int64)
     taken = np.zeros((len(crowd), *found.shape[1:]), dtype=bool)
-    near = overlap >= thresholds.min()
-    detection, thing, overlap = pairs[0][near], pairs[1][near], overlap[near]
+    detection, thing, overlap = pairs
     order = np.lexsort((thing, overlap, detection))
     thing, overlap = thing[order], overlap[order]
     active, starts, counts = np.unique(detection, return_index=True, return_counts=True)
@@ -108,10 +119,9 @@ def partners(found: Detections, others: Any, at: float) -> Array:
     order = np.lexsort((-found.scores, found.image, found.labels))
     ranked, crowd = found.take(order), getattr(others, "crowd", np.zeros(len(others), dtype=bool))
     groups, objects = groups_of(ranked.image, ranked.labels, others.image, others.labels)
-    pairs = equal_pairs(groups, objects)
-    overlap = iou(ranked.boxes[pairs[0]], others.boxes[pairs[1]], crowd[pairs[1]])
+    pairs = near_pairs(ranked, others, (groups, objects), crowd, at)
     of = np.empty(len(found), dtype=np.int64)
-    of[order] = greedy(pairs, overlap, groups, crowd, crowd[:, None], np.array([at]))[:, 0, 0]
+    of[order] = greedy(pairs, groups, crowd, crowd[:, None], np.array([at]))[:, 0, 0]
     return of
 
 
@@ -123,11 +133,10 @@ def match(detections: Detections, boxes: Boxes, thresholds: Array = THRESHOLDS) 
     starts = np.flatnonzero(np.concatenate([[True], np.diff(groups) != 0])[: len(groups)])
     rank = np.arange(len(groups)) - np.repeat(starts, np.diff([*starts, len(groups)]))
     ranked, groups, rank = ranked.take(rank < MOST), groups[rank < MOST], rank[rank < MOST]
-    i, j = equal_pairs(groups, objects)
-    overlap = iou(ranked.boxes[i], boxes.boxes[j], boxes.crowd[j])
+    pairs = near_pairs(ranked, boxes, (groups, objects), boxes.crowd, thresholds.min())
     low, high = np.array(list(AREAS.values())).T
     ignored = boxes.crowd[:, None] | (boxes.area[:, None] < low) | (boxes.area[:, None] > high)
-    found = greedy((i, j), overlap, groups, boxes.crowd, ignored, thresholds)
+    found = greedy(pairs, groups, boxes.crowd, ignored, thresholds)
     area = (ranked.boxes[:, 2:] - ranked.boxes[:, :2]).prod(axis=1)[:, None]
     beyond = (area < low) | (area > high)
     got = found >= 0

@@ -1,6 +1,7 @@
 """Detectors: what their class scores and boxes mean, how pictures become their input, and both as detections in pixels
 of the original pictures."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from quantlens.boxes import Detections
 from quantlens.data import Preprocess
-from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.errors import QuantlensError, QuantlensWarning, UnknownNameError, UnsupportedError
 
 SCORINGS = ("softmax", "sigmoid")
 RESIZES = ("square", "letterbox")
@@ -98,14 +99,17 @@ def _to_pictures(sizes: np.ndarray, head: DetectionHead) -> tuple[np.ndarray, np
 # ---- what a model is -------------------------------------------------------------------------------------------------
 
 
+NAMES = ("logits", "pred_logits", "pred_boxes")
+"""Of a detector's outputs: its class logits by either of the first two, its boxes by the last."""
+
+
 def scores_and_boxes(given: Any) -> tuple[Tensor, Tensor] | None:
-    """The class logits [B, Q, C] and boxes [B, Q, 4] among what a module gives, by the names ``logits`` and
-    ``pred_boxes``, or as the first two of a tuple; None where there are none."""
+    """The class logits [B, Q, C] and boxes [B, Q, 4] among what a module gives, by the names ``logits`` (or
+    ``pred_logits``) and ``pred_boxes``, or as the first two of a tuple; None where there are none."""
     found: Sequence[Any] = ()
-    if isinstance(given, Mapping):
-        found = [given.get(name) for name in ("logits", "pred_boxes")]
-    elif hasattr(given, "logits") and hasattr(given, "pred_boxes"):
-        found = [given.logits, given.pred_boxes]
+    if isinstance(given, Mapping) or hasattr(given, "pred_boxes"):
+        named = given if isinstance(given, Mapping) else {name: getattr(given, name, None) for name in NAMES}
+        found = [next((named[name] for name in NAMES[:2] if named.get(name) is not None), None), named.get(NAMES[2])]
     elif isinstance(given, tuple | list) and len(given) > 1:
         found = given[:2]
     if len(found) == 2 and all(isinstance(x, Tensor) and x.dim() == 3 for x in found):
@@ -117,8 +121,9 @@ def scores_and_boxes(given: Any) -> tuple[Tensor, Tensor] | None:
 def head_of(model: Any, given: Any) -> DetectionHead:
     """What the outputs of a detector mean. model: a :class:`quantlens.models.Model`; given: what it gives for an image.
 
-    The scoring is a softmax where there is one logit more than classes that have names. Raises UnsupportedError for
-    a model that gives no class logits and boxes, or whose pictures are cropped.
+    The scoring is a softmax where there is one logit more than classes that have names; where none have, a warning says
+    that it is taken for a sigmoid. Raises UnsupportedError for a model that gives no class logits and boxes, boxes in
+    another form or cropped pictures, or that has other classes than are named.
     """
     found, preprocess = scores_and_boxes(given), model.preprocess
     if given is None:
@@ -127,9 +132,19 @@ def head_of(model: Any, given: Any) -> DetectionHead:
     if found is None:
         raise UnsupportedError(
             f"{model.name} is no detector that quantlens understands: it must give class logits [B, Q, C] and boxes "
-            "[B, Q, 4], as 'logits' and 'pred_boxes' or as a tuple"
+            "[B, Q, 4], as 'logits' (or 'pred_logits') and 'pred_boxes' or as a tuple"
         )
-    count, names = int(found[0].shape[2]), names_of(model.module) or model.class_names
+    count, own = int(found[0].shape[2]), names_of(model.module)
+    names = own or model.class_names
+    if own is None:
+        _check_form(found[1], model.name)
+    if names is None:
+        _tell_no_names(model.name, count)
+    elif own is None and count - len(names) not in (0, 1):
+        raise UnsupportedError(
+            f"{model.name} gives {count} logits for each box and {len(names)} classes have names; give {count} names, "
+            f"or {count - 1} where the last logit is 'no object'"
+        )
     softmax = names is not None and count == len(names) + 1
     labels = list(names or ())[:count] + [str(i) for i in range(len(names or ()), count - softmax)]
     letterbox = preprocess.resize is None and preprocess.crop_mode == "border" and preprocess.crop_pct == 1
@@ -140,6 +155,40 @@ def head_of(model: Any, given: Any) -> DetectionHead:
         )
     resize = "letterbox" if letterbox else "square"
     return DetectionHead("softmax" if softmax else "sigmoid", tuple(labels), resize, preprocess.input_size[1:])
+
+
+def _check_form(boxes: Tensor, name: str) -> None:
+    """Refuse boxes most of which cannot be fractions of the input (pixels, or before the sigmoid), and warn of those
+    that look like corners: no right or lower edge before the other, and many that as centres reach out of the input."""
+    x, y, width, height = boxes.detach().double().flatten(0, 1).T
+    outside = (
+        ((x - 0.5).abs() > 1.5) | ((y - 0.5).abs() > 1.5) | (width < 0) | (width > 3) | (height < 0) | (height > 3)
+    )
+    form = "(centre x, centre y, width, height as fractions of the input, from 0 to 1)"
+    if outside.double().mean() > 0.5:
+        first = ", ".join(f"{float(value):.3g}" for value in boxes[0, int(outside[: boxes.shape[1]].double().argmax())])
+        raise UnsupportedError(
+            f"{name} gives boxes such as ({first}), which are not what a detector must give {form}; convert them in "
+            "its forward: pixels are divided by the input's size, logits go through a sigmoid"
+        )
+    reach = (
+        (x + width / 2 > 1.05) | (y + height / 2 > 1.05) | (x < width / 2 - 0.05) | (y < height / 2 - 0.05)
+    ).double()
+    if len(x) > 3 and bool(((width >= x) & (height >= y)).all()) and reach.mean() > 0.2:
+        warnings.warn(
+            f"the boxes of {name} look like corners (x1, y1, x2, y2); a detector must give {form}, so convert them in "
+            "its forward if they are",
+            QuantlensWarning,
+            stacklevel=2,
+        )
+
+
+def _tell_no_names(name: str, count: int) -> None:
+    text = (
+        f"the classes of {name} have no names: its {count} logits are taken for sigmoids of {count} classes; where the "
+        f"last one is 'no object', name the {count - 1} classes (class_names=)"
+    )
+    warnings.warn(text, QuantlensWarning, stacklevel=2)
 
 
 def names_of(module: Any) -> list[str] | None:

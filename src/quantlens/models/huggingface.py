@@ -345,7 +345,7 @@ def resized(module: nn.Module, size: tuple[int, int, int]) -> nn.Module:
 def _default_preprocess(package: Any, config: Any, square: bool) -> Preprocess | None:
     known = package.models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES
     families = [config.model_type, type(config).__module__.split(".")[-2]]  # that of a vision tower has no entry
-    families += [LIKE[config.model_type]] if config.model_type in LIKE else []
+    families += [LIKE[family] for family in families if family in LIKE]  # the type of DAB-DETR is "dab-detr"
     names = next((known[family] for family in families if family in known), ())
     names = list(names.values()) if isinstance(names, dict) else [*names][::-1]
     with warnings.catch_warnings():

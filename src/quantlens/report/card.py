@@ -219,8 +219,8 @@ class _Card:
         if info is not None:
             facts += [("citation", f"{info.citation}{f', {info.url}' if info.url else ''}")]
             facts += [("quantizes", QUANTIZES.get(info.quantizes, info.quantizes))]
-        widths = f", by module: {code(json.dumps(about.widths))}" if about.widths else ""
-        facts.append(("bits", Markup(code(about.bits) + widths)))
+        widths = Markup(", by module: {}").format(code(json.dumps(about.widths))) if about.widths else ""
+        facts.append(("bits", code(about.bits) + widths))
         facts.append(("options", code(json.dumps(dict(about.options), default=str)) if about.options else "none"))
         facts.append(("seed", about.seed))
         used = about.calibration or {}

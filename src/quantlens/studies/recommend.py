@@ -207,7 +207,7 @@ class _Search:
         self.metric, *self.others = summary_of(task)
         preprocess = self.model.preprocess
         self.calibration_source = calibration if isinstance(calibration, str) else id if calibration is None else None
-        if calibration is None:
+        if apart := calibration is None:
             if not isinstance(id, str):
                 raise QuantlensError("give calibration images, too; only those of a SOURCE text can be set aside")
             if parse_spec(id).sample is not None:
@@ -223,9 +223,14 @@ class _Search:
                 id = open_source(id)
                 refuse_overlap(calibration, "the calibration images", id, "the ID set")
         if hasattr(id, "__len__") and hasattr(id, "names") and len(id) < LEAST:
+            left = (
+                f"are left to measure on ({len(calibration)} are for calibration)"
+                if apart
+                else "are given to measure on"
+            )
             raise QuantlensError(
-                f"{len(id)} images are left to measure on ({len(calibration)} are for calibration); nothing can be "
-                f"said of fewer than {LEAST}: give more, or calibration images from elsewhere"
+                f"{len(id)} images {left}, and nothing can be said of fewer than {LEAST}: give more"
+                f"{', or calibration images from elsewhere' if apart else ''}"
             )
         self.calibration = Calibration.of(calibration, preprocess, device=self.model.device, seed=self.seed)
         images = as_image_set(id, preprocess, "the ID set", progress=partial(self.progress, "decoding images"))
@@ -363,8 +368,7 @@ class _Search:
             words += ["--weights", self.model.weights_path or "random"]
         if (side := other_size(self.model.name, self.model.preprocess.input_size)) is not None:
             words += ["--input-size", str(side)]
-        if getattr(self.model.detection_head, "resize", None) == "letterbox":
-            words += ["--letterbox"]
+        words += ["--letterbox"] * (getattr(self.model.detection_head, "resize", None) == "letterbox")
         words += ["--calibration", self.calibration_source or "SOURCE", "--n", str(len(self.calibration))]
         words += ["--method", method, "--bits", bits, "--seed", str(self.seed)]
         words += [word for plugin in given() for word in ("--plugin", plugin)]
