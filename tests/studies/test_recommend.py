@@ -188,7 +188,7 @@ def test_images_without_boxes_and_models_that_are_neither_are_refused_in_a_sente
 
 def test_a_detector_that_finds_nothing_is_told_of() -> None:
     pytest.importorskip("faster_coco_eval", reason="mAP needs faster-coco-eval")
-    blind = detector(box_bias=5.0)
+    blind = detector(kind_bias=torch.tensor([0.0, 0.0, 0.0, 50.0]))
     found = ql.recommend(blind, pictures(30), calibration=pictures(seed=9).values, target=None, methods=["minmax"])
     assert found.fp32 == 0
     assert any("no more than may be lost, so that every setting is inside" in note for note in found.notes)
