@@ -228,10 +228,8 @@ class _Search:
                 if apart
                 else "are given to measure on"
             )
-            raise QuantlensError(
-                f"{len(id)} images {left}, and nothing can be said of fewer than {LEAST}: give more"
-                f"{', or calibration images from elsewhere' if apart else ''}"
-            )
+            more = "give more, or calibration images from elsewhere" if apart else "give more"
+            raise QuantlensError(f"{len(id)} images {left}, and nothing can be said of fewer than {LEAST}: {more}")
         self.calibration = Calibration.of(calibration, preprocess, device=self.model.device, seed=self.seed)
         images = as_image_set(id, preprocess, "the ID set", progress=partial(self.progress, "decoding images"))
         oods = {name: as_image_set(images, preprocess, name) for name, images in ood.items()}
