@@ -224,9 +224,7 @@ class _Search:
                 refuse_overlap(calibration, "the calibration images", id, "the ID set")
         if hasattr(id, "__len__") and hasattr(id, "names") and len(id) < LEAST:
             left = (
-                f"are left to measure on ({len(calibration)} are for calibration)"
-                if apart
-                else "are given to measure on"
+                f"are left to measure on ({len(calibration)} are for calibration)" * apart or "are given to measure on"
             )
             more = "give more, or calibration images from elsewhere" if apart else "give more"
             raise QuantlensError(f"{len(id)} images {left}, and nothing can be said of fewer than {LEAST}: {more}")
