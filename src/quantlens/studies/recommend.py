@@ -223,9 +223,7 @@ class _Search:
                 id = open_source(id)
                 refuse_overlap(calibration, "the calibration images", id, "the ID set")
         if hasattr(id, "__len__") and hasattr(id, "names") and len(id) < LEAST:
-            left = (
-                f"are left to measure on ({len(calibration)} are for calibration)" * apart or "are given to measure on"
-            )
+            left = f"are left to measure on ({len(calibration)} are for calibration)" * apart or "are there to measure"
             more = "give more, or calibration images from elsewhere" if apart else "give more"
             raise QuantlensError(f"{len(id)} images {left}, and nothing can be said of fewer than {LEAST}: {more}")
         self.calibration = Calibration.of(calibration, preprocess, device=self.model.device, seed=self.seed)
