@@ -96,7 +96,7 @@ def test_files_are_timed_and_the_fastest_is_one_of_them(tmp_path) -> None:
 def test_too_few_images_and_images_of_the_calibration_are_refused() -> None:
     with pytest.raises(QuantlensError, match="fewer than 30"):
         ql.recommend("digits-vit", f"{ID}[:40]", target=None, methods=["minmax"])
-    with pytest.raises(QuantlensError, match=r"^8 images are given to measure on, and nothing .* than 30: give more$"):
+    with pytest.raises(QuantlensError, match=r"^8 images are there to measure, and nothing .* than 30: give more$"):
         ql.recommend("digits-vit", f"{ID}[:8]", calibration=CALIBRATION, target=None, methods=["minmax"])
     with pytest.raises(QuantlensError, match="draws a sample, of which none can be set aside"):
         ql.recommend("digits-vit", f"{ID}?n=200&seed=0", target=None, methods=["minmax"])

@@ -223,15 +223,9 @@ class _Search:
                 id = open_source(id)
                 refuse_overlap(calibration, "the calibration images", id, "the ID set")
         if hasattr(id, "__len__") and hasattr(id, "names") and len(id) < LEAST:
-            left = (
-                f"are left to measure on ({len(calibration)} are for calibration)"
-                if apart
-                else "are given to measure on"
-            )
-            raise QuantlensError(
-                f"{len(id)} images {left}, and nothing can be said of fewer than {LEAST}: give more"
-                f"{', or calibration images from elsewhere' if apart else ''}"
-            )
+            left = f"are left to measure on ({len(calibration)} are for calibration)" * apart or "are there to measure"
+            more = "give more, or calibration images from elsewhere" if apart else "give more"
+            raise QuantlensError(f"{len(id)} images {left}, and nothing can be said of fewer than {LEAST}: {more}")
         self.calibration = Calibration.of(calibration, preprocess, device=self.model.device, seed=self.seed)
         images = as_image_set(id, preprocess, "the ID set", progress=partial(self.progress, "decoding images"))
         oods = {name: as_image_set(images, preprocess, name) for name, images in ood.items()}
