@@ -223,14 +223,10 @@ class _Search:
                 id = open_source(id)
                 refuse_overlap(calibration, "the calibration images", id, "the ID set")
         if hasattr(id, "__len__") and hasattr(id, "names") and len(id) < LEAST:
-            left = (
-                f"are left to measure on ({len(calibration)} are for calibration)"
-                if apart
-                else "are given to measure on"
-            )
+            told = f"left to measure on ({len(calibration)} are for calibration)" if apart else "given to measure on"
+            more = ", or calibration images from elsewhere" * apart
             raise QuantlensError(
-                f"{len(id)} images {left}, and nothing can be said of fewer than {LEAST}: give more"
-                f"{', or calibration images from elsewhere' if apart else ''}"
+                f"{len(id)} images are {told}, and nothing can be said of fewer than {LEAST}: give more{more}"
             )
         self.calibration = Calibration.of(calibration, preprocess, device=self.model.device, seed=self.seed)
         images = as_image_set(id, preprocess, "the ID set", progress=partial(self.progress, "decoding images"))
@@ -375,8 +371,7 @@ class _Search:
         if target is None:
             return shlex.join(words)
         made = f"{Path(self.model.name.removeprefix('hf:')).name}-{bits.lower()}"
-        file = f"{made}{RUNTIMES[target][1]}"
-        export = ["quantlens", "export", f"{made}.safetensors", "--out", file]
+        export = ["quantlens", "export", f"{made}.safetensors", "--out", f"{made}{RUNTIMES[target][1]}"]
         return f"{shlex.join([*words, '--target', target, '--out', f'{made}.safetensors'])} && {shlex.join(export)}"
 
     def found(self) -> Recommendation:
