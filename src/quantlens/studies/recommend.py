@@ -223,9 +223,11 @@ class _Search:
                 id = open_source(id)
                 refuse_overlap(calibration, "the calibration images", id, "the ID set")
         if hasattr(id, "__len__") and hasattr(id, "names") and len(id) < LEAST:
-            left = f"are left to measure on ({len(calibration)} are for calibration)" * apart or "are there to measure"
-            more = "give more, or calibration images from elsewhere" if apart else "give more"
-            raise QuantlensError(f"{len(id)} images {left}, and nothing can be said of fewer than {LEAST}: {more}")
+            told = f"left to measure on ({len(calibration)} are for calibration)" if apart else "given to measure on"
+            more = ", or calibration images from elsewhere" * apart
+            raise QuantlensError(
+                f"{len(id)} images are {told}, and nothing can be said of fewer than {LEAST}: give more{more}"
+            )
         self.calibration = Calibration.of(calibration, preprocess, device=self.model.device, seed=self.seed)
         images = as_image_set(id, preprocess, "the ID set", progress=partial(self.progress, "decoding images"))
         oods = {name: as_image_set(images, preprocess, name) for name, images in ood.items()}
@@ -369,8 +371,7 @@ class _Search:
         if target is None:
             return shlex.join(words)
         made = f"{Path(self.model.name.removeprefix('hf:')).name}-{bits.lower()}"
-        file = f"{made}{RUNTIMES[target][1]}"
-        export = ["quantlens", "export", f"{made}.safetensors", "--out", file]
+        export = ["quantlens", "export", f"{made}.safetensors", "--out", f"{made}{RUNTIMES[target][1]}"]
         return f"{shlex.join([*words, '--target', target, '--out', f'{made}.safetensors'])} && {shlex.join(export)}"
 
     def found(self) -> Recommendation:
