@@ -96,7 +96,7 @@ def test_files_are_timed_and_the_fastest_is_one_of_them(tmp_path) -> None:
 def test_too_few_images_and_images_of_the_calibration_are_refused() -> None:
     with pytest.raises(QuantlensError, match="fewer than 30"):
         ql.recommend("digits-vit", f"{ID}[:40]", target=None, methods=["minmax"])
-    with pytest.raises(QuantlensError, match=r"^8 images are there to measure, and nothing .* than 30: give more$"):
+    with pytest.raises(QuantlensError, match=r"^8 images are given to measure on, and nothing .* than 30: give more$"):
         ql.recommend("digits-vit", f"{ID}[:8]", calibration=CALIBRATION, target=None, methods=["minmax"])
     with pytest.raises(QuantlensError, match="draws a sample, of which none can be set aside"):
         ql.recommend("digits-vit", f"{ID}?n=200&seed=0", target=None, methods=["minmax"])
@@ -188,7 +188,7 @@ def test_images_without_boxes_and_models_that_are_neither_are_refused_in_a_sente
 
 def test_a_detector_that_finds_nothing_is_told_of() -> None:
     pytest.importorskip("faster_coco_eval", reason="mAP needs faster-coco-eval")
-    blind = detector(kind_bias=torch.tensor([0.0, 0.0, 0.0, 50.0]))
+    blind = detector(box_bias=1.0)
     found = ql.recommend(blind, pictures(30), calibration=pictures(seed=9).values, target=None, methods=["minmax"])
     assert found.fp32 == 0
     assert any("no more than may be lost, so that every setting is inside" in note for note in found.notes)
