@@ -65,6 +65,7 @@ def _bad_pictures(run, file, pictures, tmp_path):
     assert (code, "text.png" in out) == (1, False)
 
 
+@pytest.mark.slow
 def test_the_decision_page(run, tmp_path):
     """evaluate and bench with --store, then the report, joined by the file."""
     file, store = tmp_path / "d.onnx", str(tmp_path / "results")

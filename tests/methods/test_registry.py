@@ -42,8 +42,8 @@ FORMER = {
     "percentile": "d2dc3129fd7d",
     "ptq4vit": "01ded8d4dd41",
     "qdrop": "b2a726ae0ce3",
-    "quantlens-best": "30387d7f5e85",
-    "quantlens-fast": "7d46698f3662",
+    "quantlens-best": "76ad4190b58f",
+    "quantlens-fast": "e481b0797f17",
     "repq-vit": "5123142a1652",
     "vt-ptq": "51dfa1d292a9",
 }

@@ -117,7 +117,7 @@ def test_damaged_files_are_named_with_a_cure(tmp_path: Path, store: Path, damage
         np.savez(path, **{**arrays, "about": np.frombuffer(json.dumps(about).encode(), np.uint8)})
     with pytest.raises(StorageError, match=r"newer quantlens" if damage == "newer" else "damaged.*another --out"):
         kept.read(path)
-    with pytest.raises(StorageError, match=r"missing.*run the study"):
+    with pytest.raises(StorageError, match=r"no per-image outputs.*--keep"):
         kept.read(tmp_path / "none.npz")
 
 
