@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pathlib
+import pickle
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +107,32 @@ def test_pytorch_alone_opens_a_detector(tmp_path):
         torch.testing.assert_close(found["scores"], expected.logits.softmax(-1)[..., :-1])
     same = parity(qmodel, ql.Artefact(path), images)
     assert (same.agreement, same.matched_iou, same.worst) == (1, pytest.approx(1), 0)
+
+
+@pytest.mark.parametrize("part", ["inputs", "weights"])
+def test_a_program_with_other_objects_than_tensors_is_not_opened(part, tmp_path):
+    """One that says it is ours, with a pickle in the place of example inputs, or weights said to be pickled."""
+    model, images = detector(4)
+    path = ql.export(ql.quantize(model, images, method="minmax", bits="W8A8"), tmp_path / "m.pt2", simulate=True)
+    ran = tmp_path / "ran"
+
+    class Wrong:
+        def __reduce__(self):
+            return pathlib.Path.touch, (ran,)
+
+    evil = pickle.dumps(Wrong())
+    with zipfile.ZipFile(path) as given, zipfile.ZipFile(tmp_path / "n.pt2", "w") as made:
+        for name in given.namelist():
+            data = given.read(name)
+            if part == "inputs" and name.endswith(".pt"):
+                data = evil
+            if part == "weights":
+                data = data.replace(b'"use_pickle": false', b'"use_pickle": true') if b"config" in data else data
+                data = evil if name.endswith("/weight_0") else data
+            made.writestr(name, data)
+    with pytest.raises(BadWeightsError, match="cannot be run by PyTorch"):
+        ql.Artefact(tmp_path / "n.pt2")
+    assert not ran.exists()
 
 
 def test_a_program_of_another_tool_is_not_opened(tmp_path):

@@ -12,6 +12,7 @@ become float operations of the same values.
 
 import io
 import json
+import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,18 @@ STANDARD = frozenset((bits, signed) for bits in range(1, 9) for signed in (True,
 RECORD = "quantlens.json"
 """What the file says of itself, beside the program (``torch.export.load(path, extra_files=…)``)."""
 
-DAMAGED = (zipfile.BadZipFile, RuntimeError, OSError, ValueError, KeyError, TypeError, AssertionError, EOFError)
+DAMAGED = (
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+)
 """What reading a damaged file raises."""
 
 
@@ -70,13 +82,15 @@ def write_pt2(program: torch.export.ExportedProgram, record: Mapping[str, str], 
 
 def open_pt2(path: Path, threads: int | None) -> Opened:
     """A file of ours, in PyTorch on the CPU. Raises BadWeightsError for one of another tool, of which nothing is
-    unpickled, and for a damaged one."""
+    unpickled, a damaged one, and one with other objects than tensors."""
     import torch.ao.quantization.fx._decomposed
 
     record: dict[str, Any] = {RECORD: ""}
     try:
         with zipfile.ZipFile(path) as parts:
             ours = any(name.endswith(f"/{RECORD}") for name in parts.namelist())
+            if ours:
+                _check_plain(parts)
         program = torch.export.load(path, extra_files=record) if ours else None
         record = json.loads(record[RECORD] or "{}")
     except DAMAGED as error:
@@ -105,6 +119,17 @@ def open_pt2(path: Path, threads: int | None) -> Opened:
     ]
     ports = [Port(name, None, "float32") for name in inputs]
     return Opened(run, ports, outputs, record, f"torch {torch.__version__.split('+')[0]}", (RuntimeError,))
+
+
+def _check_plain(parts: zipfile.ZipFile) -> None:
+    """Raises UnpicklingError for a file with other objects than tensors, which `torch.export.load` would unpickle: we
+    write none."""
+    for name in parts.namelist():
+        if name.endswith(".pt"):
+            torch.load(io.BytesIO(parts.read(name)), weights_only=True)
+        config = json.loads(parts.read(name)).get("config", {}) if name.endswith("_config.json") else {}
+        if "_obj_" in name or any(one.get("use_pickle") or "_obj_" in one["path_name"] for one in config.values()):
+            raise pickle.UnpicklingError(f"{name} holds other objects than tensors")
 
 
 def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
