@@ -133,7 +133,12 @@ def _relief(drops: np.ndarray) -> np.ndarray:
     """float64 [B, H, W]: how drops (uint8) look lit from a side, by their distance from the drops' edges."""
     edges = _edges(drops, 50, 150)
     far = np.concatenate([np.zeros((1, *drops.shape[1:])), ~edges])  # no edge at all is far from one
-    distance = ndimage.distance_transform_edt(far, sampling=(1000, 1, 1))[1:]
+    nearest = ndimage.distance_transform_edt(far, (1000, 1, 1), return_distances=False, return_indices=True)[:, 1:]
+    picture, row, column = nearest - np.indices(far.shape)[:, 1:]
+    most, least = (choice(np.abs(row), np.abs(column)) for choice in (np.maximum, np.minimum))
+    knight = np.minimum(least, most - least)  # steps of (2, 1); the others are straight, or diagonal
+    distance = 2.1969 * knight + np.where(2 * least <= most, most - 2 * least, 1.4 * (2 * least - most))
+    distance[picture != 0] = 20
     mean = ndimage.uniform_filter(np.minimum(distance, 20), (1, 3, 3), mode="mirror")
     equal = _equalised((mean + 1e-6).astype(np.uint8)).astype(np.float64)
     light = np.array([[[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]], dtype=np.float64)
@@ -156,7 +161,12 @@ def _equalised(values: np.ndarray) -> np.ndarray:
 def _edges(values: np.ndarray, low: int, high: int) -> np.ndarray:
     """bool [B, H, W]: the edges of uint8 pictures by Canny's rule (Sobel 3x3, sum of absolute values)."""
     v = values.astype(np.int64)
-    dx, dy = (ndimage.sobel(v, axis, mode="nearest") for axis in (2, 1))
+    dx, dy = (
+        ndimage.correlate1d(
+            ndimage.correlate1d(v, [-1, 0, 1], axis, mode="nearest"), [1, 2, 1], 3 - axis, mode="nearest"
+        )
+        for axis in (2, 1)
+    )
     size = np.abs(dx) + np.abs(dy)
     beyond = np.pad(size, ((0, 0), (1, 1), (1, 1)))
 
