@@ -17,13 +17,15 @@ images, which AUPR, AUROC and FPR@95 depend on, is exact.
 # and `linear1` (whether the image got its label) and `cosine` (to the FP32 model's features), float64 [N]; `detect` has
 # labels of -1, the columns of all detections (`found.boxes` float32 [M, 4], …) and of all annotated boxes (`truth.…`),
 # and numerators and denominators of the metrics of drift by image (`drift.lost` float64 [2, N], …).
+# Where shifted images were measured (format 3), `shift.labels`, `shift.rank`, … hold the vectors of those of all sets,
+# one after the other, and the rows of `narrow` and `wide` end in their scores, where there are any.
 
 import io
 import json
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +36,7 @@ import numpy as np
 from quantlens.boxes import Boxes, Detections
 from quantlens.errors import QuantlensError, StorageError
 
-FORMAT = 2
+FORMAT = 3
 FOLDER = "outputs"
 
 VECTORS = {
@@ -49,6 +51,8 @@ ABOUT = ("model", "method", "bits", "seed", "n_bins", "id", "ood")
 OF_FEATURES = ("knn1", "linear1", "cosine")
 DAMAGED = (zipfile.BadZipFile, zlib.error, QuantlensError)
 OF_DETECTORS = ("found", "truth", "drift")
+SHIFT = "shift."
+"""Before names of shifted sets among those of OOD sets, and of their vectors."""
 
 
 def vectors_of(task: str | None) -> dict[str, Any]:
@@ -62,8 +66,10 @@ def vectors_of(task: str | None) -> dict[str, Any]:
 class Outputs:
     """Per-image outputs of one model (see above). `id_scores[score]` is [N], `ood_scores[set][score]` is [M], both
     float64; `about` has "model", "method", "bits", "seed", "n_bins", "id" and "ood" (fingerprint and group by set), and
-    "task" unless it is one label of several. `hits`: the vectors of features, by metric. Of detectors: `detections`,
-    the annotated boxes `truth`, both with the model's numbers of classes, and `drift` as of `metrics.box_drift`."""
+    "task" unless it is one label of several, and "shift" (fingerprint by set) where there are shifted images: of those
+    `shift[set]` has the same vectors [S] by name, `shift_scores[set][score]` their scores, if there are any. `hits`:
+    the vectors of features, by metric. Of detectors: `detections`, the annotated boxes `truth`, both with the model's
+    numbers of classes, and `drift` as of `metrics.box_drift`."""
 
     labels: np.ndarray
     id_scores: dict[str, np.ndarray]
@@ -79,6 +85,8 @@ class Outputs:
     detections: Detections | None = None
     truth: Boxes | None = None
     drift: dict[str, Any] = field(default_factory=dict)
+    shift: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    shift_scores: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     @cached_property
     def matches(self) -> Any:
@@ -124,8 +132,9 @@ def about_of(
     ood_part: Mapping[str, Mapping[str, Any]],
     n_bins: int,
     task: str = "classify",
+    shift: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """What the outputs of a model are of; the parts "id" and "ood" of its result say on which images."""
+    """What the outputs of a model are of; the parts "id", "ood" and "shift" of its result say on which images."""
     return {
         **({} if task == "classify" else {"task": task}),
         "model": model.name,
@@ -135,6 +144,7 @@ def about_of(
         "n_bins": n_bins,
         "id": {"fingerprint": id_part["fingerprint"]},
         "ood": {name: {key: part[key] for key in ("fingerprint", "group")} for name, part in ood_part.items()},
+        **({"shift": {name: {"fingerprint": part["fingerprint"]} for name, part in shift.items()}} if shift else {}),
     }
 
 
@@ -148,18 +158,20 @@ def path_of(directory: str | os.PathLike[str], key: str) -> Path:
 
 def pack(outputs: Outputs) -> bytes:
     """The content of the file."""
-    sizes = [(name, next(iter(scores.values())).size) for name, scores in outputs.ood_scores.items()]
+    others = {**outputs.ood_scores, **{f"{SHIFT}{name}": found for name, found in outputs.shift_scores.items()}}
+    sizes = [(name, next(iter(scores.values())).size) for name, scores in others.items()]
     total = len(outputs.labels) + sum(size for _, size in sizes)
     rows: dict[str, dict[str, np.ndarray]] = {"narrow": {}, "wide": {}}
     for name, ids in outputs.id_scores.items():
-        row = np.concatenate([ids, *(scores[name] for scores in outputs.ood_scores.values())])
+        row = np.concatenate([ids, *(scores[name] for scores in others.values())])
         rows["narrow" if _apart_in_float32(row) else "wide"][name] = row
     about = {
         **outputs.about,
-        "format": 1 if vectors_of(outputs.task) is VECTORS else FORMAT,
+        "format": FORMAT if outputs.shift else 1 if vectors_of(outputs.task) is VECTORS else 2,
         "sets": sizes,
         "scores": {kind: list(found) for kind, found in rows.items()},
         "order": list(outputs.id_scores),
+        **({"shifted": [(name, len(one["labels"])) for name, one in outputs.shift.items()]} if outputs.shift else {}),
     }
     arrays = {name: getattr(outputs, name).astype(dtype) for name, dtype in vectors_of(outputs.task).items()}
     arrays |= {name: values.astype(np.float64) for name, values in outputs.hits.items()}
@@ -171,6 +183,9 @@ def pack(outputs: Outputs) -> bytes:
         columns = {} if boxes is None else vars(boxes)
         arrays |= {f"{kind}.{name}": values for name, values in columns.items() if isinstance(values, np.ndarray)}
     arrays |= {name: arrays[name].astype(np.float32) for name in ("found.boxes", "found.scores") if name in arrays}
+    if outputs.shift:
+        vectors = {name: np.concatenate([one[name] for one in outputs.shift.values()]) for name in VECTORS}
+        arrays |= {f"{SHIFT}{name}": values.astype(VECTORS[name]) for name, values in vectors.items()}
     arrays |= {f"drift.{name}": np.stack(ratio).astype(np.float64) for name, ratio in outputs.drift.items()}
     text = json.dumps(about, sort_keys=True, allow_nan=False).encode()
     stream = io.BytesIO()
@@ -202,6 +217,7 @@ def read(path: str | os.PathLike[str] | bytes, *, logits: bool = False) -> Outpu
             wanted = {*vectors_of(about.get("task")), "narrow", "wide"}
             wanted |= {name for name in (*OF_FEATURES, *(["logits"] if logits else [])) if name in file.files}
             wanted |= {name for name in file.files if name.partition(".")[0] in OF_DETECTORS}
+            wanted |= {f"{SHIFT}{name}" for name in VECTORS} if "shifted" in about else set()
             return _unpacked(about, {name: file[name] for name in wanted})
     except FileNotFoundError:
         raise StorageError(
@@ -240,7 +256,8 @@ def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Output
     for name, shape in shapes.items():
         if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
             raise ValueError(f"{name} does not hold {shape} numbers")
-    if 0 in (n, *(size for _, size in sizes)) or set(about["ood"]) != {name for name, _ in sizes}:
+    oods = [name for name, _ in sizes if not name.startswith(SHIFT)]
+    if 0 in (n, *(size for _, size in sizes)) or set(about["ood"]) != set(oods):
         raise ValueError("the image sets are not those of the scores, or one is empty")
     logits = arrays.get("logits")
     if logits is not None and len(logits) != n:
@@ -249,15 +266,28 @@ def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Output
     for kind, names in about["scores"].items():
         rows |= dict(zip(names, arrays[kind].astype(np.float64), strict=True))
     parts = {name: np.split(rows[name], ends[:-1]) for name in about["order"]}
+    scores = {name: {score: part[i + 1] for score, part in parts.items()} for i, (name, _) in enumerate(sizes)}
     return Outputs(
         **{name: arrays[name] for name in vectors if name != "logits"},  # type: ignore[arg-type]
         id_scores={name: part[0] for name, part in parts.items()},
-        ood_scores={name: {score: part[i + 1] for score, part in parts.items()} for i, (name, _) in enumerate(sizes)},
-        about={key: about[key] for key in (*ABOUT, *({"task"} & about.keys()))},
+        ood_scores={name: scores[name] for name in oods},
+        about={key: about[key] for key in (*ABOUT, *({"task", "shift"} & about.keys()))},
         logits=logits,
         hits={name: arrays[name] for name in hits},
+        shift=_of_shift(about.get("shifted", ()), arrays),
+        shift_scores={name.removeprefix(SHIFT): scores[name] for name in scores if name.startswith(SHIFT)},
         **detected,
     )
+
+
+def _of_shift(sizes: Sequence[Sequence[Any]], arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """The vectors of every shifted set; ValueError where they do not belong together."""
+    ends = np.cumsum([0, *(int(size) for _, size in sizes)])
+    vectors = {name: arrays[f"{SHIFT}{name}"] for name in VECTORS if sizes}
+    if any(values.shape != (ends[-1],) or not np.isfinite(values).all() for values in vectors.values()):
+        raise ValueError("what is kept of shifted images does not hold as many numbers as there are images")
+    parts = {name: np.split(values, ends[1:-1]) for name, values in vectors.items()}
+    return {str(name): {key: part[i] for key, part in parts.items()} for i, (name, _) in enumerate(sizes)}
 
 
 def _of_detector(arrays: Mapping[str, np.ndarray], n: int) -> dict[str, Any]:

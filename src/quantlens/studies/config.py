@@ -26,6 +26,7 @@ from pydantic import (
 
 from quantlens._moved import ARGUMENTS, arguments_apart
 from quantlens.errors import QuantlensError
+from quantlens.evaluation.result import CORRUPT
 
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
 
@@ -237,6 +238,8 @@ class StudyConfig(_Strict):
     calibration: CalibrationSpec | None = None
     id: Source
     ood: dict[str, OodSpec] = {}
+    shift: dict[str, Source | tuple[str, ...]] = {}
+    """Shifted ID sets by name; "corrupt": which corruptions of the ID images (`evaluation.shift.corruptions`)."""
     fit: Source | None = None
     scores: tuple[str, ...] | None = None
     attention: AttentionSpec | None = None
@@ -253,6 +256,14 @@ class StudyConfig(_Strict):
     @classmethod
     def _asked_for(cls, value: Any) -> Any:
         return ({} if value else None) if isinstance(value, bool) else value
+
+    @field_validator("shift", mode="before")
+    @classmethod
+    def _corruptions(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or CORRUPT not in value:
+            return value
+        asked = value[CORRUPT]
+        return {**value, CORRUPT: (asked,) if isinstance(asked, str) else tuple(asked or ())}
 
     @field_validator("bits", "seeds")
     @classmethod

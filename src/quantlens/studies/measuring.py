@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,18 @@ class ModelWork:
         ood = {name: self.load(f"OOD set {name}") for name in self.images.ood}
         return self.load("the ID set"), ood, None if self.images.fit is None else self.load("the fit set")
 
+    def shifted(self) -> dict[str, Any]:
+        """What opens each shifted set. Without a cache on disk each is made again by every cell, as all of them
+        together would fill the memory."""
+
+        def opened(what: str) -> Any:
+            images = self.load(what)
+            if self.config.cache is False:
+                del self._loaded[what]
+            return images
+
+        return {name: partial(opened, f"shifted set {name}") for name in self.images.shift}
+
     def calibration(self, seed: int) -> Any:
         """The decoded calibration images of a seed."""
         assert self.config.calibration is not None
@@ -113,6 +126,7 @@ class ModelWork:
                 id,
                 ood,
                 fit=fit,
+                **({"shift": self.shifted()} if self.images.shift else {}),
                 reference=False,
                 scores=config.scores,
                 groups=self.images.groups,
