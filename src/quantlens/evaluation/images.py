@@ -52,7 +52,7 @@ class EvaluationImages:
         from quantlens.data import as_image_set
         from quantlens.data.shared import warn_shared
         from quantlens.evaluation.foreign import refuse_unprepared
-        from quantlens.evaluation.shift import check_shift, shifted_sets
+        from quantlens.evaluation.shift import check_shift, corrupted_images, shifted_sets
         from quantlens.evaluation.tasks import check_labels, check_same_classes
 
         groups_of(ood or {}, groups)  # a mistake there is told before images are read
@@ -82,7 +82,7 @@ class EvaluationImages:
             _refuse_boxes(id_images, model, task)
             check_labels(id_images, task, model.num_classes)
         ood_images = {str(name): opened(value, f"OOD set {name}") for name, value in (ood or {}).items()}
-        sets = shifted_sets(shift, id)
+        sets = shifted_sets(shift, partial(corrupted_images, id_images, reading.get("cache_dir")))
         fit_images = None if fit is None else opened(fit, "the fit set")
         if fit_images is not None:
             if task == "features":
@@ -91,9 +91,15 @@ class EvaluationImages:
             for name, images in ood_images.items():
                 refuse_overlap(fit_images, "the fit set", images, f"OOD set {name}")
         warn_shared(id_images, ood_images, fit_images, getattr(model, "calibration", None), model.preprocess)
-        opening: dict[str, Callable[[], Any]] = {
-            name: partial(opened, images, f"shifted set {name}") for name, images in sets.items()
-        }
+        opening: dict[str, Callable[[], Any]] = {}
+        for name, value in sets.items():  # those made of other images are made when they are used
+            opening[name] = partial(opened, value, what := f"shifted set {name}")
+            if not isinstance(value, partial):
+                images = opened(value, what)
+                images.check_labels(model.num_classes)
+                opening[name] = partial(lambda found: found, images)
+                if fit_images is not None:
+                    refuse_overlap(fit_images, "the fit set", images, what)
         return cls(id_images, ood_images, fit_images, groups_of(ood_images, groups), opening)
 
 

@@ -5,13 +5,15 @@ A set that is called NAME:SEVERITY after a corruption ("fog:3") is one of those 
 wherever its images come from.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, product
 from typing import Any
 
 import numpy as np
 
+from quantlens.data.sources import parse_spec, with_corruption
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.evaluation.outputs import of_images
 from quantlens.evaluation.result import CORRUPT, CORRUPTED, plain
@@ -57,22 +59,29 @@ def corruptions(given: str | Sequence[str]) -> list[tuple[str, int]]:
     return list(found)
 
 
-def shifted_sets(shift: Mapping[str, Any] | None, id: Any) -> dict[str, Any]:
-    """The images of every shifted set by its name, corruptions of the ID images `id` (a SOURCE or images) spelled out.
-    Raises QuantlensError for a set that is named twice."""
+def shifted_sets(shift: Mapping[str, Any] | None, corrupted: Callable[[str, int], Any]) -> dict[str, Any]:
+    """The images of every shifted set by its name, `corrupted` giving those of a corruption of the ID images. Raises
+    QuantlensError for a set that is named twice."""
     sets: dict[str, Any] = {str(name): images for name, images in (shift or {}).items() if name != CORRUPT}
     for name, severity in corruptions((shift or {}).get(CORRUPT, ())):
         if (title := f"{name}:{severity}") in sets:
             raise QuantlensError(f"the shifted set {title} is given and made of the ID images; leave one of them out")
-        sets[title] = corrupted(id, name, severity)
+        sets[title] = corrupted(name, severity)
     return sets
 
 
-def corrupted(images: Any, name: str, severity: int) -> Any:
-    """A SOURCE of the corrupted images of a SOURCE."""
-    from quantlens.data.sources import with_corruption
+def corrupted_images(images: Any, cache_dir: Any, name: str, severity: int) -> Any:
+    """What makes the corrupted images of an ImageSet, those of its SOURCE with `?corrupt=`. Raises QuantlensError where
+    it holds no pictures, or corrupted ones."""
+    from quantlens.data.kinds import KINDS
 
-    return with_corruption(images, name, severity)
+    kind, colon, _ = images.source.partition(":")
+    source, seed = f"{images.source}, {name}:{severity}", 0
+    if colon and kind in KINDS:
+        source, seed = with_corruption(images.source, name, severity), parse_spec(images.source).seed
+    if images.pixels is None:
+        images.corrupted(name, severity)  # says what to give instead
+    return partial(lambda: replace(images.corrupted(name, severity, seed=seed, cache_dir=cache_dir), source=source))
 
 
 def check_shift(task: str, model: Any) -> None:
@@ -234,8 +243,9 @@ def resampled_shift(
     at, n_bins = places(outputs), int(outputs.about["n_bins"])
     by_set = {}
     for name, images in outputs.shift.items():
-        vectors = (images[key] for key in ("rank", "confidence", "nll", "brier"))
-        by_set[name] = classification(*vectors, counts[at[name]], n_bins=n_bins, wanted=OF_A_SET)
+        rank, confidence, nll, brier = (images[key] for key in ("rank", "confidence", "nll", "brier"))
+        drawn = counts[at[name]]
+        by_set[name] = classification(rank, confidence, nll, brier, drawn, n_bins=n_bins, wanted=OF_A_SET)
     found = {
         f"shift.{name}.{one}": values
         for name, metrics in by_set.items()
@@ -245,10 +255,10 @@ def resampled_shift(
     for part, of in corruptions_among(by_set).items():
         found |= {f"shift_mean.{part}.{one}": mean_over(of, by_set, one) for one in OF_MEANS[1:]}
         found[f"shift_mean.{part}.mce"] = 1 - mean_over(of, by_set, "top1")
-    drawn = {**counts, ID: np.concatenate([counts[ID], *(counts[at[name]] for name in outputs.shift)])}
+    together = {**counts, ID: np.concatenate([counts[ID], *(counts[at[name]] for name in outputs.shift)])}
     for score in scores if sets else ():
         oods = {name: outputs.ood_scores[name][score] for name in sets}
-        ranked = ranking(spectrum(outputs, score), oods, drawn, OF_SPECTRUM)
+        ranked = ranking(spectrum(outputs, score), oods, together, OF_SPECTRUM)
         for group, names in members(sets, outputs.groups).items():
             for metric in OF_SPECTRUM:
                 mean = np.mean([ranked[name][metric] for name in names], axis=0)

@@ -44,7 +44,7 @@ def shift(board: Board) -> list[PanelRow]:
         *panels(lines, f"{mean}.ece", metric_title("ece"), "corrupted images", found),
     ]
     rows += one_row(under, "Corrupted images, mean over corruptions and severities", large=True)
-    detection = []
+    detection: list[Panel] = []
     for group in ("far", "near"):
         for part, words in (("ood_mean", ""), ("full_spectrum_mean", "full spectrum, ")):
             path, detail = f"{part}.{group}.{board.score}.auroc", f"{words}{PART_NAMES[group]}"

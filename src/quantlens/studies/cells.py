@@ -3,10 +3,11 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from math import prod
 from typing import Any
 
-from quantlens.data import open_source
+from quantlens.data import open_source, with_corruption
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.images import fingerprint, groups_of, refuse_overlap, source_name
 from quantlens.evaluation.shift import shifted_sets
@@ -23,6 +24,12 @@ LENS_FORMAT = 2
 
 INSPECTION_FORMAT = 1
 """Part of the keys of inspections: raised when their metrics change on unchanged inputs."""
+
+SHIFT_FORMAT = 1
+"""Part of the keys of cells with shifted images: raised when corruptions or the metrics of shift change."""
+
+KEPT_BYTES = 16 << 30
+"""Shifted images of a study are kept on disk up to this size; beyond it every cell makes them again."""
 
 FP32 = "FP32"
 
@@ -141,13 +148,19 @@ class StudyImages:
         """The fingerprint of one of these sources; None of None."""
         return next((self.marks[name] for name, one in self.named.items() if one is source), None)
 
+    def keeps_shift(self, config: StudyConfig, preprocess: Mapping[str, Any]) -> bool:
+        """Whether the shifted images are kept for all cells and models, decoded and corrupted, in the cache."""
+        size = sum(map(len, self.shift.values())) * prod(preprocess["input_size"])
+        return config.cache is not False and size <= KEPT_BYTES
+
     @staticmethod
     def open(config: StudyConfig) -> "StudyImages":
         """Open every source; calibration and fit images must not be among those evaluated."""
         evaluated = {"the ID set": open_source(config.id)}
         ood = {name: open_source(spec.source) for name, spec in config.ood.items()}
         evaluated |= {f"OOD set {name}": source for name, source in ood.items()}
-        shift = {name: open_source(source) for name, source in shifted_sets(config.shift, config.id).items()}
+        shifted = shifted_sets(config.shift, partial(with_corruption, config.id))
+        shift = {name: open_source(source) for name, source in shifted.items()}
         evaluated |= {f"shifted set {name}": source for name, source in shift.items() if name in config.shift}
         fit = None if config.fit is None else open_source(config.fit)
         calibration: dict[int, Any] = {}
@@ -238,7 +251,8 @@ def _determinants(cell: PlannedCell, config: StudyConfig, images: StudyImages) -
     if config.attention is not None:
         common["attention"] = [LENS_FORMAT, *config.attention.model_dump().values()]
     if images.shift:
-        common["shift"] = [[name, images.mark(images.shift[name])] for name in sorted(images.shift)]
+        marks = [[name, images.mark(images.shift[name])] for name in sorted(images.shift)]
+        common["shift"] = [SHIFT_FORMAT, marks]
     if cell.bits.startswith("MP"):
         from quantlens.allocation.allocation import VERSION
 

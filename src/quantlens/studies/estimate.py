@@ -137,7 +137,9 @@ class _Pilots:
         for kind in dict.fromkeys(cell.kind for cell in left):
             self._kind(work, cost, kind.replace("fp32", "FP32"), [cell for cell in left if cell.kind == kind])
         if self.config.cache:
-            self.found.disk += self.decoded * prod(work.model.preprocess.input_size)
+            kept = self.images.keeps_shift(self.config, work.preprocess)
+            decoded = self.decoded - (0 if kept else sum(map(len, self.images.shift.values())))
+            self.found.disk += decoded * prod(work.model.preprocess.input_size)
         largest = max(map(len, (self.images.id, *self.images.ood.values())))
         logits = 0 if first.result is None else BYTES_OF_A_LOGIT * largest * int(first.result["id"]["num_classes"])
         self.found.memory = max(self.found.memory, psutil.Process().memory_info().rss + logits)
@@ -147,8 +149,8 @@ class _Pilots:
     def _making(self, work: ModelWork, cells: int) -> float:
         """Seconds in which the shifted images of a model are made, from two of each set: once for all models that see
         the same pictures, or without a cache for every cell."""
-        key = str(work.model.preprocess.image_key())
-        if not cells or (self.config.cache is not False and key in self.made):
+        key, kept = str(work.model.preprocess.image_key()), self.images.keeps_shift(self.config, work.preprocess)
+        if not cells or (kept and key in self.made):
             return 0.0
         self.made.add(key)
         seconds = 0.0
@@ -156,7 +158,7 @@ class _Pilots:
             few, started = source.select(range(min(MADE, len(source)))), time.perf_counter()
             load_images(few, work.model.preprocess, cache_dir=False, skip_bad=True)
             seconds += (time.perf_counter() - started) / len(few) * len(source)
-        return seconds * (cells if self.config.cache is False else 1)
+        return seconds * (1 if kept else cells)
 
     def _kind(self, work: ModelWork, cost: ModelCost, kind: str, cells: list[PlannedCell]) -> None:
         """The pilot of FP32, of the inspection, or of a method at its lowest precision."""

@@ -69,6 +69,7 @@ class ModelWork:
                 self.model.preprocess,
                 cache_dir=None if self.config.cache is True else self.config.cache,
                 skip_bad=self.config.skip_bad,
+                keep_corrupted=self.images.keeps_shift(self.config, self.preprocess),
                 progress=lambda done, total: self.shown.step(f"decoding {what}", done, total),
             )
         return self._loaded[what]
@@ -79,12 +80,12 @@ class ModelWork:
         return self.load("the ID set"), ood, None if self.images.fit is None else self.load("the fit set")
 
     def shifted(self) -> dict[str, Any]:
-        """What opens each shifted set. Without a cache on disk each is made again by every cell, as all of them
-        together would fill the memory."""
+        """What opens each shifted set. Without a cache on disk, or where they do not fit there, each is made again by
+        every cell, as all of them together would fill the memory."""
 
         def opened(what: str) -> Any:
             images = self.load(what)
-            if self.config.cache is False:
+            if not self.images.keeps_shift(self.config, self.preprocess):
                 del self._loaded[what]
             return images
 
