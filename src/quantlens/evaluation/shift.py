@@ -51,11 +51,12 @@ def corruptions(given: str | Sequence[str]) -> list[tuple[str, int]]:
         name, colon, last = str(text).partition(":")
         if name not in (ALL, *CORRUPTIONS):
             raise UnknownNameError("corruption", name, [ALL, *CORRUPTIONS])
-        levels = last.split(",") if colon else map(str, SEVERITIES)
-        for level in (one.strip() for one in levels):
-            if not level.isdecimal() or int(level) not in SEVERITIES:
-                raise QuantlensError(f"the severity of {text!r} is {level!r}; write 1 to 5, such as {name}:3")
-            found |= dict.fromkeys((one, int(level)) for one in (CORRUPTIONS if name == ALL else [name]))
+        levels = [one.strip() for one in last.split(",")] if colon else list(map(str, SEVERITIES))
+        wrong = [level for level in levels if not level.isdecimal() or int(level) not in SEVERITIES]
+        if wrong:
+            raise QuantlensError(f"the severity of {text!r} is {wrong[0]!r}; write 1 to 5, such as {name}:3")
+        names = CORRUPTIONS if name == ALL else [name]
+        found |= dict.fromkeys((one, int(level)) for one in names for level in levels)
     return list(found)
 
 

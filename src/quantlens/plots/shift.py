@@ -14,8 +14,6 @@ from quantlens.studies.board import Board
 from quantlens.studies.robustness import EXTRA, RATIO, Measured, losses, parts_of, robustness, sets_of
 from quantlens.studies.text import BASELINE, Stat, fixed, metric_title, score_label
 
-SEVERAL = "Corrupted"
-
 
 def titles(board: Board) -> dict[str, str]:
     """Place of a metric -> what it is of, those of top-1: the ID images, corrupted ones by severity, other sets."""
@@ -50,7 +48,8 @@ def shift(board: Board) -> list[PanelRow]:
             path, detail = f"{part}.{group}.{board.score}.auroc", f"{words}{PART_NAMES[group]}"
             detection += panels(lines, path, metric_title("auroc"), detail, found)
     heading = f"OOD detection by {score_label(board.score or '')}, without and with shifted images as in-distribution"
-    return rows + one_row(detection, heading, large=True)
+    shared = [entry for panel in detection for entry in panel.rows]
+    return rows + one_row((with_range(lines, panel, "auroc", shared) for panel in detection), heading, large=True)
 
 
 def panels(

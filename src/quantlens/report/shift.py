@@ -4,11 +4,22 @@ from typing import Any
 
 from quantlens.evaluation.result import CORRUPTED
 from quantlens.metrics import METRICS, metric_of
-from quantlens.plots.shift import SEVERAL, interval_text, titles
+from quantlens.plots.shift import interval_text, titles
 from quantlens.report.tables import delta_title
-from quantlens.studies.board import Board
-from quantlens.studies.robustness import EXTRA, RATIO, Measured, Robustness, has_shift, robustness
-from quantlens.studies.text import BASELINE, count, fixed, join_words, metric_digits, score_label
+from quantlens.studies.board import Board, dig
+from quantlens.studies.robustness import (
+    EXTRA,
+    RATIO,
+    Measured,
+    Robustness,
+    has_shift,
+    parts_of,
+    robustness,
+    sets_of,
+)
+from quantlens.studies.text import BASELINE, count, fixed, join_words, metric_digits, metric_heading, score_label
+
+Cells = dict[tuple[int, str], Robustness]
 
 
 def shift(board: Board) -> dict[str, Any] | None:
@@ -16,39 +27,61 @@ def shift(board: Board) -> dict[str, Any] | None:
     if not has_shift(board):
         return None
     found = robustness(board)
-    measured = next(result["shift_mean"] for result in board.results if result.get("shift"))
-    sets = measured.get(CORRUPTED, {}).get("n_sets", 0)
-    named = [name for place, name in titles(board).items() if place.startswith("shift.")]
-    images = [*([f"{count(sets, 'corruption')} of the ID images (by severity)"] if sets else []), *named]
+    counted = [dig(result, ("shift_mean", CORRUPTED, "n_sets")) for result in board.results]
+    sets = next((int(n) for n in counted if n), 0)
+    images = [*([count(sets, "corrupted version") + " of the ID images"] if sets else []), *sets_of(board)]
     with_ends = any(one.low is not None for cell in found.values() for one in cell.values.values())
     return {
         "images": join_words(images),
         "corrupted": bool(sets),
         "intervals": with_ends,
-        "score": score_label(board.score or ""),
-        "tables": [one for one in (accuracy(board, found, bool(sets)), detection(board, found)) if one["rows"]],
+        "said": said(found),
+        "first": accuracy(board, found),
+        "folded": [one for one in (others(board, found), detection(board, found)) if len(one["columns"]) > 3],
     }
 
 
-Cells = dict[tuple[int, str], Robustness]
+def said(found: Cells) -> str:
+    """In how many cells corruption adds to the loss of accuracy, as far as images tell."""
+    ends = [(one.low, one.high) for cell in found.values() if (one := cell.changes.get(EXTRA)) is not None]
+    if not ends or (None, None) in ends:
+        return ""
+    more = sum(high is not None and high < 0 for _, high in ends)
+    less = sum(low is not None and low > 0 for low, _ in ends)
+    return (
+        f"Quantization costs more top-1 on corrupted images than on ID images in {more} of {count(len(ends), 'cell')} "
+        f"and less in {less}; in the others the interval of the difference holds 0."
+    )
 
 
-def accuracy(board: Board, found: Cells, corrupted: bool) -> dict[str, Any]:
-    """Top-1 of ID and of shifted images and what quantization changed of both, a row per group and precision."""
-    places = {
-        place: SEVERAL.lower() if place == f"shift_mean.{CORRUPTED}" else name
-        for place, name in titles(board).items()
-        if not place.startswith("shift_mean.severity")
-    }
-    columns: list[tuple[str, str, bool]] = [
-        (f"{place}.top1", f"Top-1 % ↑, {name}", False) for place, name in places.items()
-    ]
+def accuracy(board: Board, found: Cells) -> dict[str, Any]:
+    """Top-1 of ID and of corrupted images (without any, of other shifted ones), and what quantization changed of both,
+    a row per group and precision."""
+    chosen = {place: name for place, name in names_of(board).items() if place != "id"}
+    first = dict(list(chosen.items())[:1]) if f"shift_mean.{CORRUPTED}" in chosen else chosen
+    places = {"id": "ID images", **first}
+    columns = [(f"{place}.top1", f"Top-1 % ↑, {name}", False) for place, name in places.items()]
     columns += [(f"{place}.top1", f"{delta_title('top1')}, {name}", True) for place, name in places.items()]
-    if corrupted:
-        mean = f"shift_mean.{CORRUPTED}"
-        columns += [(EXTRA, "difference of these", True), (RATIO, "mCE, % of FP32's ↓", True)]
-        columns += [(f"{mean}.{name}", f"{delta_title(name)}, {SEVERAL.lower()}", True) for name in ("nll", "ece")]
-    return table(board, found, columns, "Accuracy of ID and of shifted images; Δ = quantized − FP32")
+    columns += [(EXTRA, "Difference of these two", True), (RATIO, "mCE, % of FP32's ↓", True)]
+    return table(board, found, columns, "Accuracy of ID and of shifted images, points; Δ = quantized − FP32")
+
+
+def others(board: Board, found: Cells) -> dict[str, Any]:
+    """NLL and ECE, and top-1 of what the first table lacks."""
+    places = {place: name for place, name in names_of(board).items() if place != "id"}
+    columns = []
+    for i, (place, name) in enumerate(places.items()):
+        for metric in ("nll", "ece") if i == 0 else ("top1", "nll", "ece"):
+            columns += [(f"{place}.{metric}", f"{metric_heading(metric)}, {name}", False)]
+            columns += [(f"{place}.{metric}", f"{delta_title(metric)}, {name}", True)]
+    return table(board, found, columns, "Further metrics of shifted images")
+
+
+def names_of(board: Board) -> dict[str, str]:
+    """Place of a metric -> what it is of: the ID images, corrupted ones of all severities, other sets."""
+    known = {place: name for place, name in titles(board).items() if not place.startswith("shift_mean.")}
+    corrupted = {f"shift_mean.{CORRUPTED}": "corrupted"} if parts_of(board) else {}
+    return {"id": known.pop("id"), **corrupted, **known}
 
 
 def detection(board: Board, found: Cells) -> dict[str, Any]:
