@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from functools import partial
@@ -138,7 +139,7 @@ def test_outputs_are_read_again_and_older_files_stay_as_they_are(result: Result)
     assert again.about == outputs.about
     assert list(again.ood_scores) == ["letters", "near"]
     without = kept.pack(evaluate(FakeModel(), ID, OOD, scores=["msp"], keep=True).outputs)
-    with np.load(__import__("io").BytesIO(without)) as file:
+    with np.load(io.BytesIO(without)) as file:
         about = json.loads(bytes(file["about"]))
     assert about["format"] == 1
     assert "shifted" not in about
@@ -197,7 +198,7 @@ def test_mistakes_are_told_before_the_model_runs() -> None:
         with pytest.raises(error, match=words):
             evaluate(model, id, shift=shift)
     assert model.batches_seen == 0
-    with pytest.raises(QuantlensError, match="the fit set .* share 40 images"):
+    with pytest.raises(QuantlensError, match=r"the fit set .* share 40 images"):
         evaluate(model, ID, OOD, shift={"v2": V2}, fit="embedded:digits-test[60:200]")
 
 

@@ -134,4 +134,4 @@ def heat_map(rows: list[dict[str, Any]]) -> Any:
         base.mark_rect(color=COLOURS[1]).encode(opacity=alt.Opacity("change:Q", scale=scale, legend=None)),
         base.mark_text(fontSize=11, color=INK).encode(text="text:N"),
     ]
-    return alt.layer(*layers).properties(height=20 * len(order))
+    return alt.layer(*layers).properties(height=max(130, 20 * len(order)))

@@ -260,10 +260,14 @@ class StudyConfig(_Strict):
     @field_validator("shift", mode="before")
     @classmethod
     def _corruptions(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or CORRUPT not in value:
+        if not isinstance(value, dict):
             return value
-        asked = value[CORRUPT]
-        return {**value, CORRUPT: (asked,) if isinstance(asked, str) else tuple(asked or ())}
+        wrong = next((name for name, one in value.items() if name != CORRUPT and not isinstance(one, str)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} is {value[wrong]!r}; give the SOURCE of its images")
+        asked = value.get(CORRUPT) or ()
+        spelled = {CORRUPT: [asked] if isinstance(asked, str) else asked}  # which a SOURCE is not
+        return {**value, **(spelled if CORRUPT in value else {})}
 
     @field_validator("bits", "seeds")
     @classmethod

@@ -192,14 +192,16 @@ class _Intervals:
 
 
 def losses(board: Board) -> Iterable[tuple[Group, str, str, float, float]]:
-    """(group, precision, corruption, top-1 of FP32, change of it) of every corruption, means over severities and
-    seeds."""
+    """(group, precision, corruption, top-1 of FP32, change of it) of every corruption in ImageNet-C's order, means over
+    severities and seeds."""
+    from quantlens.data.corruptions import CORRUPTIONS
     from quantlens.evaluation.shift import corruptions_among
 
     for group in board.groups:
         before = dig(group.fp32, ("shift",)) or {}
+        known = corruptions_among(before).get(CORRUPTED, {})
         for bits in board.quantized:
-            for corruption, names in corruptions_among(before).get(CORRUPTED, {}).items():
+            for corruption, names in ((one, known[one]) for one in CORRUPTIONS if one in known):
                 after = [dig(result, ("shift", name, "top1")) for result in group.results(bits) for name in names]
                 first, last = Stat.of(before[name].get("top1") for name in names), Stat.of(after)
                 if first is not None and last is not None and last.n == len(after):
