@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from scipy import ndimage
+from scipy import fft, ndimage
 
 from quantlens.data.corruption_blurs import moved, smoothed, zoomed
 from quantlens.data.corruption_pixels import Generators, drawn, to_bytes
@@ -33,36 +33,38 @@ def snow(x: np.ndarray, c: tuple[float, ...], generators: Generators) -> np.ndar
 
 
 FROST = (  # of each texture: mean and spread of the channels, what joins the channels, exponent of the power spectrum
-    ((78, 149, 166), (27, 16, 15), 0.6, -1.9),
+    ((78, 149, 166), (27, 16, 15), 0.75, -1.9),
     ((201, 205, 215), (21, 22, 23), 1.0, -1.75),
     ((201, 205, 215), (21, 22, 23), 1.0, -1.75),
     ((138, 153, 165), (28, 28, 30), 1.0, -1.3),
     ((112, 123, 135), (44, 43, 42), 1.0, -1.65),
 )
-FROST_SIDE = 640
+FROST_SIDE = 512
 
 
 @lru_cache(maxsize=len(FROST))
 def frost_texture(which: int) -> np.ndarray:
-    """uint8 [640, 640, 3], periodic: fields with a spectrum that falls as a power, sharpened to needles along a few
-    directions."""
+    """uint8 [512, 512, 3], periodic: short needles in many directions, over a field with a spectrum that falls as a
+    power, brighter and darker over long distances."""
     means, spreads, joined, exponent = FROST[which]
-    rng = np.random.Generator(np.random.PCG64([640, which]))
-    frequencies = np.fft.fftfreq(FROST_SIDE)
-    fy, fx = np.meshgrid(frequencies, frequencies, indexing="ij")
+    rng = np.random.Generator(np.random.PCG64([FROST_SIDE, which]))
+    fy, fx = fft.fftfreq(FROST_SIDE)[:, None], fft.rfftfreq(FROST_SIDE)
     radius = np.hypot(fx, fy)
     radius[0, 0] = np.inf
     fall = radius ** (exponent / 2)
 
     def field(shape: np.ndarray) -> np.ndarray:
-        found = np.fft.ifft2(np.fft.fft2(rng.standard_normal(radius.shape)) * shape).real
+        real, imaginary = rng.standard_normal((2, *radius.shape))
+        found = fft.irfft2((real + 1j * imaginary) * shape)
         return (found - found.mean()) / found.std()
 
-    turns = rng.uniform(0, np.pi, 6)
-    across = [np.exp(-(((fx * np.cos(t) + fy * np.sin(t)) / (0.08 * radius)) ** 2)) for t in turns]
-    needles = np.max([field(fall * one) for one in across], axis=0)  # each direction's ridges, the brightest on top
-    base = 0.7 * (needles - needles.mean()) / needles.std() + 0.7 * field(fall)
-    channels = [joined * base + np.sqrt(1 - joined**2) * field(fall) for _ in means]
+    turns = (np.arange(8) + rng.uniform(size=8)) * np.pi / 8
+    across = [np.exp(-(((fx * np.cos(turn) + fy * np.sin(turn)) / (0.2 * radius)) ** 2)) for turn in turns]
+    needles = np.max([field(fall * one) for one in across], axis=0)  # of all directions, the brightest on top
+    far = fall * (radius < 0.02)
+    base = field(fall) + (needles - needles.mean()) / needles.std() + 0.8 * field(far)
+    base /= base.std()
+    channels = [joined * base + np.sqrt(1 - joined**2) * field(far) for _ in means]
     scaled = [mean + spread * one / one.std() for mean, spread, one in zip(means, spreads, channels, strict=True)]
     return np.clip(np.rint(np.stack(scaled, axis=-1)), 0, 255).astype(np.uint8)
 
@@ -73,7 +75,8 @@ def frost(x: np.ndarray, c: tuple[float, float, int], generators: Generators) ->
     which = drawn(generators, lambda g: g.integers(0, len(FROST), 1))[:, 0]
     starts = drawn(generators, lambda g: g.integers(0, FROST_SIDE // step, 2))
     rows, columns = ((starts[:, axis, None] + np.arange(x.shape[1 + axis])) * step % FROST_SIDE for axis in (0, 1))
-    textures = np.stack([frost_texture(k) for k in range(len(FROST))])
+    used, which = np.unique(which, return_inverse=True)
+    textures = np.stack([frost_texture(int(k)) for k in used])
     cut = textures[which[:, None, None], rows[:, :, None], columns[:, None, :]]
     return kept * x + share * (cut / 255)
 
@@ -133,7 +136,12 @@ def _relief(drops: np.ndarray) -> np.ndarray:
     """float64 [B, H, W]: how drops (uint8) look lit from a side, by their distance from the drops' edges."""
     edges = _edges(drops, 50, 150)
     far = np.concatenate([np.zeros((1, *drops.shape[1:])), ~edges])  # no edge at all is far from one
-    distance = ndimage.distance_transform_edt(far, sampling=(1000, 1, 1))[1:]
+    nearest = ndimage.distance_transform_edt(far, (1000, 1, 1), return_distances=False, return_indices=True)[:, 1:]
+    picture, row, column = nearest - np.indices(far.shape)[:, 1:]
+    most, least = (choice(np.abs(row), np.abs(column)) for choice in (np.maximum, np.minimum))
+    knight = np.minimum(least, most - least)  # steps of (2, 1); the others are straight, or diagonal
+    distance = 2.1969 * knight + np.where(2 * least <= most, most - 2 * least, 1.4 * (2 * least - most))
+    distance[picture != 0] = 20
     mean = ndimage.uniform_filter(np.minimum(distance, 20), (1, 3, 3), mode="mirror")
     equal = _equalised((mean + 1e-6).astype(np.uint8)).astype(np.float64)
     light = np.array([[[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]], dtype=np.float64)
@@ -156,7 +164,12 @@ def _equalised(values: np.ndarray) -> np.ndarray:
 def _edges(values: np.ndarray, low: int, high: int) -> np.ndarray:
     """bool [B, H, W]: the edges of uint8 pictures by Canny's rule (Sobel 3x3, sum of absolute values)."""
     v = values.astype(np.int64)
-    dx, dy = (ndimage.sobel(v, axis, mode="nearest") for axis in (2, 1))
+    dx, dy = (
+        ndimage.correlate1d(
+            ndimage.correlate1d(v, [-1, 0, 1], axis, mode="nearest"), [1, 2, 1], 3 - axis, mode="nearest"
+        )
+        for axis in (2, 1)
+    )
     size = np.abs(dx) + np.abs(dy)
     beyond = np.pad(size, ((0, 0), (1, 1), (1, 1)))
 
