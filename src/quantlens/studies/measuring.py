@@ -60,6 +60,7 @@ class ModelWork:
         self.checkpoint_sha256: str | None = self.model.checkpoint_sha256
         self.preprocess: dict[str, Any] = self.model.preprocess.to_dict()
         self._loaded: dict[str, Any] = {}
+        self.keeps_shift = images.keeps_shift(config, self.preprocess)
 
     def load(self, what: str) -> Any:
         """The decoded images of a source, by its name in `StudyImages.named`."""
@@ -69,7 +70,7 @@ class ModelWork:
                 self.model.preprocess,
                 cache_dir=None if self.config.cache is True else self.config.cache,
                 skip_bad=self.config.skip_bad,
-                keep_corrupted=self.images.keeps_shift(self.config, self.preprocess),
+                keep_corrupted=self.keeps_shift,
                 progress=lambda done, total: self.shown.step(f"decoding {what}", done, total),
             )
         return self._loaded[what]
@@ -77,15 +78,19 @@ class ModelWork:
     def evaluated(self) -> tuple[Any, dict[str, Any], Any]:
         """The ID set, the OOD sets and the fit set; what reading them raises, every cell would raise."""
         ood = {name: self.load(f"OOD set {name}") for name in self.images.ood}
+        if self.keeps_shift:
+            for done, name in enumerate(self.images.shift):
+                self.shown.step("making shifted images", done, len(self.images.shift))
+                self.load(f"shifted set {name}")
         return self.load("the ID set"), ood, None if self.images.fit is None else self.load("the fit set")
 
     def shifted(self) -> dict[str, Any]:
-        """What opens each shifted set. Without a cache on disk, or where they do not fit there, each is made again by
-        every cell, as all of them together would fill the memory."""
+        """What opens each shifted set. Where they are not kept, each is made again by every cell, as all of them
+        together would fill the memory."""
 
         def opened(what: str) -> Any:
             images = self.load(what)
-            if not self.images.keeps_shift(self.config, self.preprocess):
+            if not self.keeps_shift:
                 del self._loaded[what]
             return images
 
