@@ -66,10 +66,8 @@ def vectors_of(task: str | None) -> dict[str, Any]:
 class Outputs:
     """Per-image outputs of one model (see above). `id_scores[score]` is [N], `ood_scores[set][score]` is [M], both
     float64; `about` has "model", "method", "bits", "seed", "n_bins", "id" and "ood" (fingerprint and group by set), and
-    "task" unless it is one label of several, and "shift" (fingerprint by set) where there are shifted images: of those
-    `shift[set]` has the same vectors [S] by name, `shift_scores[set][score]` their scores, if there are any. `hits`:
-    the vectors of features, by metric. Of detectors: `detections`, the annotated boxes `truth`, both with the model's
-    numbers of classes, and `drift` as of `metrics.box_drift`."""
+    "task" unless it is one label of several. `hits`: the vectors of features, by metric. Of detectors: `detections`,
+    the annotated boxes `truth`, both with the model's numbers of classes, and `drift` as of `metrics.box_drift`."""
 
     labels: np.ndarray
     id_scores: dict[str, np.ndarray]
@@ -81,12 +79,14 @@ class Outputs:
     nll: Any = None
     brier: Any = None
     logits: np.ndarray | None = None
+    shift: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """the same vectors [S] by name, of the images of every shifted set (`about` has "shift", their fingerprints)"""
+    shift_scores: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """as `ood_scores`, where there are scores"""
     hits: dict[str, np.ndarray] = field(default_factory=dict)
     detections: Detections | None = None
     truth: Boxes | None = None
     drift: dict[str, Any] = field(default_factory=dict)
-    shift: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    shift_scores: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     @cached_property
     def matches(self) -> Any:
@@ -132,9 +132,8 @@ def about_of(
     ood_part: Mapping[str, Mapping[str, Any]],
     n_bins: int,
     task: str = "classify",
-    shift: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """What the outputs of a model are of; the parts "id", "ood" and "shift" of its result say on which images."""
+    """What the outputs of a model are of; the parts "id" and "ood" of its result say on which images."""
     return {
         **({} if task == "classify" else {"task": task}),
         "model": model.name,
@@ -144,7 +143,6 @@ def about_of(
         "n_bins": n_bins,
         "id": {"fingerprint": id_part["fingerprint"]},
         "ood": {name: {key: part[key] for key in ("fingerprint", "group")} for name, part in ood_part.items()},
-        **({"shift": {name: {"fingerprint": part["fingerprint"]} for name, part in shift.items()}} if shift else {}),
     }
 
 
@@ -168,10 +166,10 @@ def pack(outputs: Outputs) -> bytes:
     about = {
         **outputs.about,
         "format": FORMAT if outputs.shift else 1 if vectors_of(outputs.task) is VECTORS else 2,
+        **({"shifted": [(name, len(one["labels"])) for name, one in outputs.shift.items()]} if outputs.shift else {}),
         "sets": sizes,
         "scores": {kind: list(found) for kind, found in rows.items()},
         "order": list(outputs.id_scores),
-        **({"shifted": [(name, len(one["labels"])) for name, one in outputs.shift.items()]} if outputs.shift else {}),
     }
     arrays = {name: getattr(outputs, name).astype(dtype) for name, dtype in vectors_of(outputs.task).items()}
     arrays |= {name: values.astype(np.float64) for name, values in outputs.hits.items()}
@@ -179,13 +177,13 @@ def pack(outputs: Outputs) -> bytes:
     arrays["wide"] = np.array(list(rows["wide"].values()), np.float64).reshape(-1, total)
     if outputs.logits is not None and "logits" not in arrays:
         arrays["logits"] = outputs.logits
+    if outputs.shift:
+        vectors = {name: np.concatenate([one[name] for one in outputs.shift.values()]) for name in VECTORS}
+        arrays |= {f"{SHIFT}{name}": values.astype(VECTORS[name]) for name, values in vectors.items()}
     for kind, boxes in (("found", outputs.detections), ("truth", outputs.truth)):
         columns = {} if boxes is None else vars(boxes)
         arrays |= {f"{kind}.{name}": values for name, values in columns.items() if isinstance(values, np.ndarray)}
     arrays |= {name: arrays[name].astype(np.float32) for name in ("found.boxes", "found.scores") if name in arrays}
-    if outputs.shift:
-        vectors = {name: np.concatenate([one[name] for one in outputs.shift.values()]) for name in VECTORS}
-        arrays |= {f"{SHIFT}{name}": values.astype(VECTORS[name]) for name, values in vectors.items()}
     arrays |= {f"drift.{name}": np.stack(ratio).astype(np.float64) for name, ratio in outputs.drift.items()}
     text = json.dumps(about, sort_keys=True, allow_nan=False).encode()
     stream = io.BytesIO()
@@ -243,6 +241,16 @@ def read(path: str | os.PathLike[str] | bytes, *, logits: bool = False) -> Outpu
         ) from error
 
 
+def _of_shift(sizes: Sequence[Sequence[Any]], arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """The vectors of every shifted set; ValueError where they do not belong together."""
+    ends = np.cumsum([0, *(int(size) for _, size in sizes)])
+    vectors = {name: arrays[f"{SHIFT}{name}"] for name in VECTORS if sizes}
+    if any(values.shape != (ends[-1],) or not np.isfinite(values).all() for values in vectors.values()):
+        raise ValueError("what is kept of shifted images does not hold as many numbers as there are images")
+    parts = {name: np.split(values, ends[1:-1]) for name, values in vectors.items()}
+    return {str(name): {key: part[i] for key, part in parts.items()} for i, (name, _) in enumerate(sizes)}
+
+
 def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Outputs:
     """Checked outputs; ValueError where shapes, types or values do not belong together."""
     vectors, n = vectors_of(about.get("task")), len(arrays["labels"])
@@ -272,22 +280,12 @@ def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Output
         id_scores={name: part[0] for name, part in parts.items()},
         ood_scores={name: scores[name] for name in oods},
         about={key: about[key] for key in (*ABOUT, *({"task", "shift"} & about.keys()))},
-        logits=logits,
-        hits={name: arrays[name] for name in hits},
         shift=_of_shift(about.get("shifted", ()), arrays),
         shift_scores={name.removeprefix(SHIFT): scores[name] for name in scores if name.startswith(SHIFT)},
+        logits=logits,
+        hits={name: arrays[name] for name in hits},
         **detected,
     )
-
-
-def _of_shift(sizes: Sequence[Sequence[Any]], arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """The vectors of every shifted set; ValueError where they do not belong together."""
-    ends = np.cumsum([0, *(int(size) for _, size in sizes)])
-    vectors = {name: arrays[f"{SHIFT}{name}"] for name in VECTORS if sizes}
-    if any(values.shape != (ends[-1],) or not np.isfinite(values).all() for values in vectors.values()):
-        raise ValueError("what is kept of shifted images does not hold as many numbers as there are images")
-    parts = {name: np.split(values, ends[1:-1]) for name, values in vectors.items()}
-    return {str(name): {key: part[i] for key, part in parts.items()} for i, (name, _) in enumerate(sizes)}
 
 
 def _of_detector(arrays: Mapping[str, np.ndarray], n: int) -> dict[str, Any]:

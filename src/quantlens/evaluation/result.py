@@ -170,21 +170,26 @@ def summary(result: Result) -> list[str]:
 def title_of(path: str) -> str:
     """A metric by its path in a result: "ood_mean.far.msp.auroc" -> "AUROC % ↑, mean far, msp"."""
     heading, parts = metric_of(path).heading, path.split(".")
+    if parts[0] in OF_SHIFT[:2]:
+        of = ".".join(parts[1:-1])
+        return f"{heading}, {of}" if parts[0] == "shift" else f"{heading}, mean {of.replace('_', ' ')}"
+    if parts[0] in OF_SHIFT[2:]:
+        return title_of(path.replace("full_spectrum", "ood", 1)).replace(", ", ", full spectrum, ", 1)
     if parts[0] == "guard":
         return f"{heading}, {'.'.join(parts[2:-1]) or 'ID'}"
-    if parts[0] in ("shift", "shift_mean"):
-        of = ".".join(parts[1:-1]).replace("_", " ") if parts[0] == "shift_mean" else ".".join(parts[1:-1])
-        return f"{heading}, {'mean ' if parts[0] == 'shift_mean' else ''}{of}"
-    if parts[0] not in ("ood", "ood_mean", "full_spectrum", "full_spectrum_mean"):
+    if parts[0] not in ("ood", "ood_mean"):
         return heading
-    full = "full spectrum, " if parts[0].startswith("full") else ""
-    return f"{heading}, {full}{'mean ' if parts[0].endswith('mean') else ''}{'.'.join(parts[1:-2])}, {parts[-2]}"
+    return f"{heading}, {'mean ' if parts[0] == 'ood_mean' else ''}{'.'.join(parts[1:-2])}, {parts[-2]}"
 
 
 def metrics_only(result: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of which the change by quantization is taken: {"id", "ood", "ood_mean"}, and of what there is under
     shift the same keys as in the result; no counts, no tables."""
-    of_ids = (*metrics_of(result.get("task")), "mce")
+
+    def of_shift(part: str) -> dict[str, Any]:
+        names = (*metrics_of(result.get("task")), "mce")
+        sets = {name: chosen(entry, names) for name, entry in result[part].items()}
+        return sets if part in ("shift", "shift_mean") else by_score(part)
 
     def chosen(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         return {name: entry[name] for name in names if name in entry}
@@ -197,12 +202,12 @@ def metrics_only(result: Mapping[str, Any]) -> dict[str, Any]:
             for name, entry in (result.get(part) or {}).items()
         }
 
-    found = {"id": chosen(result.get("id") or {}, of_ids), "ood": by_score("ood"), "ood_mean": by_score("ood_mean")}
-    for part in OF_SHIFT:
-        if sets := result.get(part):
-            shown = {name: chosen(entry, of_ids) for name, entry in sets.items()}
-            found[part] = shown if part in ("shift", "shift_mean") else by_score(part)
-    return found
+    return {
+        "id": chosen(result.get("id") or {}, metrics_of(result.get("task"))),
+        "ood": by_score("ood"),
+        "ood_mean": by_score("ood_mean"),
+        **{part: of_shift(part) for part in OF_SHIFT if result.get(part)},
+    }
 
 
 def check_same_images(

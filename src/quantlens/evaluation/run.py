@@ -241,17 +241,16 @@ class Run:
             logits, features = self.forward(model, others, f"OOD set {name}")
             found = _scored(scorers, logits, features)
             ood_scores[name] = found
+            shifted.against(name, found, sets.groups[name])
             by_score = {score: ood_metrics(id_scores[score], values) for score, values in found.items()}
             ood_part[name] = {**describe(others), "group": sets.groups[name], **by_score}
-            shifted.against(name, found, ood_part[name])
             unknown[name] = looks_unknown(guard, logits)
             del logits, features
         outputs = None
         if keep:
             sets_scored = ood_scores if id_scores else {}
-            oods = {name: ood_part[name] for name in sets_scored}
-            about = about_of(model, id_part, oods, self.n_bins, self.task, shifted.sets)
-            outputs = Outputs(**images, id_scores=id_scores, ood_scores=sets_scored, **shifted.outputs(), about=about)
+            about = about_of(model, id_part, {name: ood_part[name] for name in sets_scored}, self.n_bins, self.task)
+            outputs = Outputs(**images, id_scores=id_scores, ood_scores=sets_scored, about=about)
         return {
             "task": self.task,
             "id": plain(id_part),
@@ -264,7 +263,7 @@ class Run:
             "scores_unavailable": unavailable,
             "metrics_unavailable": lacking,
             "guard": plain(guard_metrics(guard, known, unknown)),
-            "outputs": outputs,
+            "outputs": shifted.within(outputs),
             **shifted.parts(),
         }
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from quantlens.data.sources import parse_spec, with_corruption
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
-from quantlens.evaluation.outputs import of_images
+from quantlens.evaluation.outputs import Outputs, of_images
 from quantlens.evaluation.result import CORRUPT, CORRUPTED, plain
 from quantlens.evaluation.tasks import ONE_LABEL
 from quantlens.metrics import mean_over_sets, metrics_of, ood_metrics
@@ -162,12 +162,13 @@ class Shifted:
         self.images[name].pop("logits")
         self.sets[name] = {**about, **shift_metrics(self.images[name], n_bins)}
 
-    def against(self, name: str, scores: Mapping[str, Array], entry: Mapping[str, Any]) -> None:
-        """Measure an OOD set, whose entry in "ood" is there, against the ID images and all shifted ones as
-        in-distribution (full-spectrum OOD detection: Yang, Zhou and Liu, IJCV 2023)."""
+    def against(self, name: str, scores: Mapping[str, Array], group: str) -> None:
+        """Measure an OOD set by its scores {score: [M]} against the ID images and all shifted ones as in-distribution
+        (full-spectrum OOD detection: Yang, Zhou and Liu, IJCV 2023)."""
         if self.sets:
             found = {score: ood_metrics(spectrum(self, score), values) for score, values in scores.items()}
-            self.full[name] = {key: entry[key] for key in ("n", "group")} | found
+            sizes = {"n": next((values.size for values in scores.values()), 0), "group": group}
+            self.full[name] = sizes | found
 
     def parts(self) -> dict[str, Any]:
         """The parts of a result that are of shifted images; none without any."""
@@ -176,10 +177,13 @@ class Shifted:
         means = {"shift_mean": shift_means(self.sets), "full_spectrum_mean": mean_over_sets(self.full)}
         return dict(plain({"shift": self.sets, "full_spectrum": self.full, **means}))
 
-    def outputs(self) -> dict[str, Any]:
-        """The fields of `Outputs`."""
-        scores = self.scores if self.id_scores else {}
-        return {"shift": self.images, "shift_scores": scores} if self.sets else {}
+    def within(self, outputs: Outputs | None) -> Outputs | None:
+        """The per-image outputs with those of the shifted images."""
+        if outputs is None or not self.sets:
+            return outputs
+        marks = {name: {"fingerprint": entry["fingerprint"]} for name, entry in self.sets.items()}
+        scores = self.scores if outputs.id_scores else {}
+        return replace(outputs, about=outputs.about | {"shift": marks}, shift=self.images, shift_scores=scores)
 
 
 def spectrum(images: Any, score: str) -> Array:
