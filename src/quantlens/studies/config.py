@@ -26,7 +26,6 @@ from pydantic import (
 
 from quantlens._moved import ARGUMENTS, arguments_apart
 from quantlens.errors import QuantlensError
-from quantlens.evaluation.result import CORRUPT
 
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
 
@@ -262,12 +261,12 @@ class StudyConfig(_Strict):
     def _corruptions(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        wrong = next((name for name, one in value.items() if name != CORRUPT and not isinstance(one, str)), None)
+        wrong = next((name for name, one in value.items() if name != "corrupt" and not isinstance(one, str)), None)
         if wrong is not None:
             raise ValueError(f"{wrong} is {value[wrong]!r}; give the SOURCE of its images")
-        asked = value.get(CORRUPT) or ()
-        spelled = {CORRUPT: [asked] if isinstance(asked, str) else asked}  # which a SOURCE is not
-        return {**value, **(spelled if CORRUPT in value else {})}
+        asked = value.get("corrupt") or ()
+        spelled = {"corrupt": [asked] if isinstance(asked, str) else asked}  # which a SOURCE is not
+        return {**value, **(spelled if "corrupt" in value else {})}
 
     @field_validator("bits", "seeds")
     @classmethod
