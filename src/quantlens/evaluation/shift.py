@@ -15,7 +15,7 @@ import numpy as np
 
 from quantlens.data.sources import parse_spec, with_corruption
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
-from quantlens.evaluation.outputs import Outputs, of_images
+from quantlens.evaluation.outputs import VECTORS, Outputs, of_images
 from quantlens.evaluation.result import CORRUPT, CORRUPTED, plain
 from quantlens.evaluation.tasks import ONE_LABEL
 from quantlens.metrics import mean_over_sets, metrics_of, ood_metrics
@@ -158,8 +158,8 @@ class Shifted:
         self, name: str, about: Mapping[str, Any], logits: Any, labels: Any, scores: dict[str, Array], n_bins: int
     ) -> None:
         """Measure a set. about: of `images.describe`; scores: {score: [N]} of its images."""
-        self.images[name], self.scores[name] = of_images(logits, labels, "scores"), scores
-        self.images[name].pop("logits")
+        given, self.scores[name] = of_images(logits, labels, "scores"), scores
+        self.images[name] = {key: given[key] for key in VECTORS}
         self.sets[name] = {**about, **shift_metrics(self.images[name], n_bins)}
 
     def against(self, name: str, scores: Mapping[str, Array], group: str) -> None:
