@@ -91,16 +91,24 @@ class EvaluationImages:
             for name, images in ood_images.items():
                 refuse_overlap(fit_images, "the fit set", images, f"OOD set {name}")
         warn_shared(id_images, ood_images, fit_images, getattr(model, "calibration", None), model.preprocess)
-        opening: dict[str, Callable[[], Any]] = {}
-        for name, value in sets.items():  # those made of other images are made when they are used
-            opening[name] = partial(opened, value, what := f"shifted set {name}")
-            if not isinstance(value, partial):
-                images = opened(value, what)
-                images.check_labels(model.num_classes)
-                opening[name] = partial(lambda found: found, images)
-                if fit_images is not None:
-                    refuse_overlap(fit_images, "the fit set", images, what)
+        opening = _opening(sets, opened, model.num_classes, fit_images)
         return cls(id_images, ood_images, fit_images, groups_of(ood_images, groups), opening)
+
+
+def _opening(
+    sets: Mapping[str, Any], opened: Callable[[Any, str], Any], classes: int, fit: Any
+) -> dict[str, Callable[[], Any]]:
+    """What opens each shifted set; those that are not made of other images are opened, and checked, at once."""
+    opening: dict[str, Callable[[], Any]] = {}
+    for name, value in sets.items():
+        opening[name] = partial(opened, value, what := f"shifted set {name}")
+        if not isinstance(value, partial):
+            images = opening[name]()
+            images.check_labels(classes)
+            opening[name] = partial(lambda found: found, images)
+            if fit is not None:
+                refuse_overlap(fit, "the fit set", images, what)
+    return opening
 
 
 def _refuse_boxes(images: Any, model: Any, task: str) -> None:
