@@ -2,9 +2,9 @@
 
     python corruptions_worker.py IN.npz OUT.npz [MODULE_FILE]
 
-IN: `pictures` uint8 [N, H, W, 3], `seeds` int64 [N], `cases` ("name severity"). OUT: one uint8 array per case. Every
-picture's random numbers are those that quantlens draws, so that pixels can be compared, not moments alone. MODULE_FILE: code
-with the same functions, instead of the package.
+IN: `pictures` uint8 [N, H, W, 3], `seeds` int64 [N], `cases` ("name severity"). OUT: one uint8 array per case. A
+picture has the random numbers that it has in quantlens, so that pixels can be compared, not moments alone.
+MODULE_FILE: code with the same functions, instead of the package.
 """
 
 from __future__ import annotations

@@ -219,13 +219,15 @@ def test_models(run) -> None:
 
 
 def test_sources(run) -> None:
-    from quantlens.data import available_embedded, available_sources
+    from quantlens.data import CORRUPTIONS, available_embedded, available_sources
 
     code, out, _ = run("sources")
     assert code == 0
     for name in (
         *(f"{kind}:" for kind in available_sources()),
         *available_embedded(),
+        *CORRUPTIONS,
+        "KIND:PATH?corrupt=fog:3",
         "KIND:PATH[a:b]",
         "KIND:PATH[a:b:s]",
     ):

@@ -33,7 +33,7 @@ def snow(x: np.ndarray, c: tuple[float, ...], generators: Generators) -> np.ndar
 
 
 FROST = (  # of each texture: mean and spread of the channels, what joins the channels, exponent of the power spectrum
-    ((78, 149, 166), (27, 16, 15), 0.75, -1.9),
+    ((78, 149, 166), (27, 16, 15), 0.85, -1.9),
     ((201, 205, 215), (21, 22, 23), 1.0, -1.75),
     ((201, 205, 215), (21, 22, 23), 1.0, -1.75),
     ((138, 153, 165), (28, 28, 30), 1.0, -1.3),
@@ -51,7 +51,7 @@ def frost_texture(which: int) -> np.ndarray:
     fy, fx = fft.fftfreq(FROST_SIDE)[:, None], fft.rfftfreq(FROST_SIDE)
     radius = np.hypot(fx, fy)
     radius[0, 0] = np.inf
-    fall = radius ** (exponent / 2)
+    fall = radius ** (exponent / 2) * np.exp(-(radius**2))
 
     def field(shape: np.ndarray) -> np.ndarray:
         real, imaginary = rng.standard_normal((2, *radius.shape))
@@ -62,7 +62,7 @@ def frost_texture(which: int) -> np.ndarray:
     across = [np.exp(-(((fx * np.cos(turn) + fy * np.sin(turn)) / (0.2 * radius)) ** 2)) for turn in turns]
     needles = np.max([field(fall * one) for one in across], axis=0)  # of all directions, the brightest on top
     far = fall * (radius < 0.02)
-    base = field(fall) + (needles - needles.mean()) / needles.std() + 0.8 * field(far)
+    base = field(fall) + (needles - needles.mean()) / needles.std() + 1.3 * field(far)
     base /= base.std()
     channels = [joined * base + np.sqrt(1 - joined**2) * field(far) for _ in means]
     scaled = [mean + spread * one / one.std() for mean, spread, one in zip(means, spreads, channels, strict=True)]
