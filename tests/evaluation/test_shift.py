@@ -207,11 +207,12 @@ def test_other_tasks_are_refused_in_one_sentence(task: str, words: str) -> None:
     from quantlens.evaluation.shift import check_shift
 
     with pytest.raises(UnsupportedError, match=words):
-        check_shift(task, FakeModel())
+        check_shift(ASKED, task, FakeModel())
+    check_shift({}, task, FakeModel())
     with pytest.raises(UnsupportedError, match="features"):
         evaluate(FakeModel(), ID, shift=ASKED, task="features")
     with pytest.raises(UnsupportedError, match="file of logits"):
-        check_shift("classify", SimpleNamespace(name="logits.npz", recorded=None))
+        check_shift(ASKED, "classify", SimpleNamespace(name="logits.npz", recorded=None))
 
 
 def test_a_reference_of_other_shifted_images_is_refused() -> None:

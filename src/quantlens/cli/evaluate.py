@@ -102,21 +102,27 @@ def evaluate(
     checkpoint = _check_card(model) if card else None
     sets, groups = _common.pairs(ood, "--ood"), dict.fromkeys(_common.names(near), "near")
     measured, float_model = open_models(model, weights, device, input_size, reference=reference, letterbox=letterbox)
-    if store is not None and not hasattr(measured, "facts"):
-        raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
+    _check_store(store, measured)
     settings = {"fit": fit, "reference": float_model, "scores": _common.names(scores) or None, "groups": groups}
-    settings |= {"task": task, "text_embeddings": text_embeddings}
-    settings["shift"] = _common.pairs(shift, "--shift") | ({"corrupt": corrupt} if corrupt else {})
-    kept = keep is not None or (card and "scores")
-    settings |= {"batch_size": batch_size, "device": device, "n_bins": bins, "keep": kept}
+    settings |= {"task": task, "text_embeddings": text_embeddings, "shift": _shift_of(shift, corrupt)}
+    settings |= {"batch_size": batch_size, "device": device, "n_bins": bins}
+    settings["keep"] = keep is not None or (card and "scores")
     with _common.stages(quiet) as step:
         result = measure(measured, id, sets or None, progress=step, **settings, **_common.reading(skip_bad, no_cache))
     written = list(_write(result, keep, checkpoint))
-    if store is not None:
-        _keep(store, measured.facts(), result.to_dict())
+    _keep(store, measured, result)
     _common.show(tables(result), result.to_dict(), json, "the result")
     if json != "-":
         print("".join(f"written: {file}\n" for file in written), end="")
+
+
+def _shift_of(shift: list[str] | None, corrupt: list[str] | None) -> dict[str, Any]:
+    return _common.pairs(shift, "--shift") | ({"corrupt": corrupt} if corrupt else {})
+
+
+def _check_store(store: Path | None, measured: Any) -> None:
+    if store is not None and not hasattr(measured, "facts"):
+        raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
 
 
 def _check(model: str, id: str | None, files: Iterable[str | Path | None]) -> None:
@@ -152,13 +158,14 @@ def _write(result: Any, keep: Path | None, checkpoint: Path | None) -> Iterator[
         yield checkpoint.with_name(README)
 
 
-def _keep(directory: Path, facts: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    """Record the result of an exported file in a study's store."""
+def _keep(directory: Path | None, measured: Any, result: Any) -> None:
+    """Record the result of an exported file in a study's store, where one is named."""
     from quantlens.studies.benchmarks import put_artefact
     from quantlens.studies.store import Store
 
-    with Store(directory) as store:
-        put_artefact(store, facts, result)
+    if directory is not None:
+        with Store(directory) as store:
+            put_artefact(store, measured.facts(), result.to_dict())
 
 
 def tables(result: Any) -> Iterator[Any]:

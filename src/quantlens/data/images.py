@@ -273,16 +273,24 @@ def load_images(
     )
     if source.corruption is None:
         return found
+    return _corrupted(found, source, cache_dir, identity if keep_corrupted else None)
+
+
+def _corrupted(images: ImageSet, source: Source, cache_dir: CacheDir, identity: list[str] | None) -> ImageSet:
+    """The images of a source as its corruption leaves them. identity: its own, where they are kept in the cache."""
+    assert source.corruption is not None
+    assert images.preprocess is not None
     name, severity, seed = source.corruption
-    if not keep_corrupted or identity is None:
-        return found.corrupted(name, severity, seed=seed, cache_dir=cache_dir)
+    if identity is None:
+        return images.corrupted(name, severity, seed=seed, cache_dir=cache_dir)
 
     def made() -> Iterator[np.ndarray]:
-        yield from found.corrupted(name, severity, seed=seed, cache_dir=cache_dir).pixels  # type: ignore[misc]
+        yield from images.corrupted(name, severity, seed=seed, cache_dir=cache_dir).pixels  # type: ignore[misc]
 
+    preprocess = images.preprocess
     key = cache.cache_key([*identity, f"{source.corruption} {__version__}"], preprocess.image_key())
-    pixels, _ = _entry(made(), [], len(found), preprocess.input_size, cache_dir, key)
-    return replace(found, pixels=pixels, fingerprint=source.fingerprint())
+    pixels, _ = _entry(made(), [], len(images), preprocess.input_size, cache_dir, key)
+    return replace(images, pixels=pixels, fingerprint=source.fingerprint())
 
 
 def _entry(

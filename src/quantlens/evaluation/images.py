@@ -64,8 +64,7 @@ class EvaluationImages:
             images = as_image_set(value, model.preprocess, name, progress=told, **reading)
             return images.in_classes_of(getattr(model, "class_names", None))
 
-        if shift:
-            check_shift(task, model)
+        check_shift(shift, task, model)
         if hasattr(model, "open_sets"):
             found: EvaluationImages = model.open_sets(id, ood, fit, groups, pixels, task, opened)
             return found

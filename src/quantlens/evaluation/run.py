@@ -68,8 +68,7 @@ def evaluate(
     id, ood (name -> images), fit: anything that `data.as_image_set` accepts (a SOURCE string, an ImageSet, a float
         tensor [N, 3, H, W] already normalised, a pair (images, labels), of a detector (images, Boxes), or batches).
         fit: ID images, not among those evaluated, for scores, k-NN and linear probe; without it these are unavailable.
-    shift: further labelled images of the same classes, name -> images, and under "corrupt" corruptions of the ID
-        images: "fog:3", "all:1,3,5" or a list of such (`evaluation.shift`).
+    shift: other images of the classes by name; under "corrupt" which corruptions of the ID images ("fog:3", "all:1,5").
     reference: the FP32 model, or its Result on the same images; by default a quantized model's own `.reference`, False
         leaves it out. scores: names of OOD scores (None: quantlens' own). groups: OOD set -> "far" (default) or "near".
     task: of `metrics.TASKS`; None: the model's own. text_embeddings: for "zero-shot", see `zero_shot.TextEmbeddings`.
@@ -89,22 +88,17 @@ def evaluate(
         reference = model.reference
     read = {"cache_dir": cache_dir, "skip_bad": skip_bad, "pixels": _looks(reference)}
     sets = EvaluationImages.open(model, id, ood, fit, groups, progress, task, shift=shift, **read)
-    if isinstance(reference, Result):
-        check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
-        check_same_task(reference, task)
-    measured = run.measure(model, sets, keep)
+    _check_reference(reference, sets, task)
     result = Result(
+        **run.measure(model, sets, keep),
         **_facts(model),
         fit=None if sets.fit is None else {"source": sets.fit.source, "n": len(sets.fit)},
         text_embeddings=None if texts is None else texts.describe(),
         seconds=_seconds(model, started),
         extra={"foreign": plain(model.foreign)} if hasattr(model, "foreign") else {},
-        **measured,
     )
-    if isinstance(reference, Result):
-        result.compare(reference)
-    elif reference is not None and reference is not False:
-        result.take_fp32(run.fp32(model, reference, sets, device))
+    if reference is not None and reference is not False:
+        run.compare(result, model, reference, sets, device)
     _compare_outputs(result, run)
     return result
 
@@ -120,6 +114,13 @@ def _run_of(task: str) -> type["Run"]:
 def _check_keep(keep: Any) -> None:
     if keep not in (True, False, "scores"):
         raise QuantlensError(f"outputs to keep are {keep!r}; write true, false, or scores (everything but the logits)")
+
+
+def _check_reference(reference: Any, sets: EvaluationImages, task: str) -> None:
+    """Raise QuantlensError where a Result is of other images or another task, before anything is run."""
+    if isinstance(reference, Result):
+        check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
+        check_same_task(reference, task)
 
 
 def _looks(reference: Any) -> bool:
@@ -201,6 +202,13 @@ class Run:
     def classifying(self, model: Any) -> Any:
         """A model as a classifier of the texts, where there are any."""
         return model if self.texts is None else ZeroShot(model, self.texts)
+
+    def compare(self, result: Result, model: Any, reference: Any, sets: EvaluationImages, device: str | None) -> None:
+        """Take the metrics of the FP32 model that a model was made from, or of its Result, into the model's."""
+        if isinstance(reference, Result):
+            result.compare(reference)
+        else:
+            result.take_fp32(self.fp32(model, reference, sets, device))
 
     def fp32(self, model: Any, reference: Any, sets: EvaluationImages, device: str | None) -> dict[str, Any]:
         """The metrics of the FP32 model that a model was made from."""

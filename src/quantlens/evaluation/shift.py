@@ -85,8 +85,10 @@ def corrupted_images(images: Any, cache_dir: Any, name: str, severity: int) -> A
     return partial(lambda: replace(images.corrupted(name, severity, seed=seed, cache_dir=cache_dir), source=source))
 
 
-def check_shift(task: str, model: Any) -> None:
-    """Raise UnsupportedError for a model that is not measured under shift."""
+def check_shift(shift: Any, task: str, model: Any) -> None:
+    """Raise UnsupportedError where shift is asked for of a model that is not measured under it."""
+    if not shift:
+        return
     if task == "detect":
         raise UnsupportedError(
             f"{model.name} is a detector, and shift is of classifiers: measure it on shifted images as its ID images, "
