@@ -22,6 +22,7 @@ from quantlens.evaluation.images import EvaluationImages, ImageProgress, describ
 from quantlens.evaluation.open_models import measurable
 from quantlens.evaluation.outputs import Outputs, about_of, of_images
 from quantlens.evaluation.result import Result, check_same_images, check_same_task, metrics_only, plain
+from quantlens.evaluation.shift import Shifted
 from quantlens.evaluation.tasks import ONE_LABEL, check_labels, embedding, feature_hits, id_metrics, same_axes, task_of
 from quantlens.evaluation.zero_shot import TextEmbeddings, ZeroShot
 from quantlens.export.export import guard_metrics, looks_unknown
@@ -47,6 +48,7 @@ def evaluate(
     ood: Mapping[str, Any] | None = None,
     *,
     fit: Any = None,
+    shift: Mapping[str, Any] | None = None,
     reference: Any = None,
     task: str | None = None,
     text_embeddings: Any = None,
@@ -66,6 +68,7 @@ def evaluate(
     id, ood (name -> images), fit: anything that `data.as_image_set` accepts (a SOURCE string, an ImageSet, a float
         tensor [N, 3, H, W] already normalised, a pair (images, labels), of a detector (images, Boxes), or batches).
         fit: ID images, not among those evaluated, for scores, k-NN and linear probe; without it these are unavailable.
+    shift: other images of the classes by name; under "corrupt" which corruptions of the ID images ("fog:3", "all:1,5").
     reference: the FP32 model, or its Result on the same images; by default a quantized model's own `.reference`, False
         leaves it out. scores: names of OOD scores (None: quantlens' own). groups: OOD set -> "far" (default) or "near".
     task: of `metrics.TASKS`; None: the model's own. text_embeddings: for "zero-shot", see `zero_shot.TextEmbeddings`.
@@ -84,21 +87,18 @@ def evaluate(
     if isinstance(reference, str | Path) or (reference is None and model.method != "fp32"):
         reference = model.reference
     read = {"cache_dir": cache_dir, "skip_bad": skip_bad, "pixels": _looks(reference)}
-    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, task, **read)
-    if isinstance(reference, Result):
-        check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
-        check_same_task(reference, task)
-    measured = run.measure(model, sets, keep)
+    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, task, shift=shift, **read)
+    _check_reference(reference, sets, task)
     result = Result(
+        **run.measure(model, sets, keep),
         **_facts(model),
         fit=None if sets.fit is None else {"source": sets.fit.source, "n": len(sets.fit)},
         text_embeddings=None if texts is None else texts.describe(),
         seconds=_seconds(model, started),
         extra={"foreign": plain(model.foreign)} if hasattr(model, "foreign") else {},
-        **measured,
     )
     if reference is not None and reference is not False:
-        result.fp32 = run.fp32(model, reference, sets, device)
+        run.compare(result, model, reference, sets, device)
     _compare_outputs(result, run)
     return result
 
@@ -114,6 +114,13 @@ def _run_of(task: str) -> type["Run"]:
 def _check_keep(keep: Any) -> None:
     if keep not in (True, False, "scores"):
         raise QuantlensError(f"outputs to keep are {keep!r}; write true, false, or scores (everything but the logits)")
+
+
+def _check_reference(reference: Any, sets: EvaluationImages, task: str) -> None:
+    """Raise QuantlensError where a Result is of other images or another task, before anything is run."""
+    if isinstance(reference, Result):
+        check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
+        check_same_task(reference, task)
 
 
 def _looks(reference: Any) -> bool:
@@ -196,10 +203,15 @@ class Run:
         """A model as a classifier of the texts, where there are any."""
         return model if self.texts is None else ZeroShot(model, self.texts)
 
-    def fp32(self, model: Any, reference: Any, sets: EvaluationImages, device: str | None) -> dict[str, Any]:
-        """The metrics of the FP32 model that a model was made from, or of its Result."""
+    def compare(self, result: Result, model: Any, reference: Any, sets: EvaluationImages, device: str | None) -> None:
+        """Take the metrics of the FP32 model that a model was made from, or of its Result, into the model's."""
         if isinstance(reference, Result):
-            return metrics_only(vars(reference))
+            result.compare(reference)
+        else:
+            result.take_fp32(self.fp32(model, reference, sets, device))
+
+    def fp32(self, model: Any, reference: Any, sets: EvaluationImages, device: str | None) -> dict[str, Any]:
+        """The metrics of the FP32 model that a model was made from."""
         reference = measurable(reference, device)
         _check_same_preprocess(reference, model)
         self.same_axes = same_axes(model, reference)
@@ -216,7 +228,7 @@ class Run:
 
     def measure(self, model: Any, sets: EvaluationImages, keep: bool | str = False) -> dict[str, Any]:
         """{"task", "id", "ood", "ood_mean", "histograms", "scores_unavailable", "metrics_unavailable", "guard",
-        "outputs"} of a result."""
+        "outputs"} of a result, and what `Shifted` has of one."""
         logits, features = self.forward(model, sets.id, "the ID set")
         data = self.fit_data(model, features is not None, sets)
         metrics, images, lacking = self.of_ids(model, sets, logits, features, data, keep)
@@ -226,12 +238,18 @@ class Run:
         scorers, unavailable = self.fit(model, features is not None, data) if sets.ood else ({}, {})
         id_scores = _scored(scorers, logits, features)
         del logits, features
+        shifted = Shifted(id_scores)
+        for name, others in sets.shifted(model):
+            logits, features = self.forward(model, others, f"shifted set {name}")
+            shifted.add(name, describe(others), logits, others.labels, _scored(scorers, logits, features), self.n_bins)
+            del logits, features
         ood_part: dict[str, dict[str, Any]] = {}
         ood_scores = {}
         for name, others in sets.ood.items():
             logits, features = self.forward(model, others, f"OOD set {name}")
             found = _scored(scorers, logits, features)
             ood_scores[name] = found
+            shifted.against(name, found, sets.groups[name])
             by_score = {score: ood_metrics(id_scores[score], values) for score, values in found.items()}
             ood_part[name] = {**describe(others), "group": sets.groups[name], **by_score}
             unknown[name] = looks_unknown(guard, logits)
@@ -253,7 +271,8 @@ class Run:
             "scores_unavailable": unavailable,
             "metrics_unavailable": lacking,
             "guard": plain(guard_metrics(guard, known, unknown)),
-            "outputs": outputs,
+            "outputs": shifted.within(outputs),
+            **shifted.parts(),
         }
 
     def of_ids(

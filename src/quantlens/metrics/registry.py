@@ -115,6 +115,8 @@ _ALL = (
     _percent("auroc", "AUROC", "higher", "ood", True, _SIGMOID),
     _percent("fpr95_id", "FPR@95 (ID kept)", "lower", "ood", True),
     _percent("fpr95_ood", "FPR@95 (OOD caught)", "lower", "ood", True),
+    _percent("mce", "mCE", "lower", "shift", True),
+    _percent("relative_mce", "mCE of FP32's", "lower", "shift"),
     _percent("chance_aupr_out", "chance AUPR-out", None, "chance"),
     _percent("chance_aupr_in", "chance AUPR-in", None, "chance"),
     _percent("kept", "looks known", "higher", "threshold"),

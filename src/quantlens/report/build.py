@@ -61,6 +61,7 @@ def page_context(board: Any) -> dict[str, Any]:
     from quantlens.plots.style import GLYPHS
     from quantlens.report import attention, boxes, frontier, inspection, runinfo, summary, tables
     from quantlens.report.decision import decision
+    from quantlens.report.shift import shift
     from quantlens.studies import text
 
     rows = tables.set_rows(board)
@@ -82,6 +83,7 @@ def page_context(board: Any) -> dict[str, Any]:
         "widths": frontier.widths(board),
         "layers": inspection.layers(board),
         "boxes": boxes.boxes(board),
+        "shift": shift(board),
         "attention": attention.attention(board),
         "link_columns": attention.LINK_COLUMNS,
         "deltas": tables.delta_table(board),

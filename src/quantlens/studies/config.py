@@ -237,6 +237,8 @@ class StudyConfig(_Strict):
     calibration: CalibrationSpec | None = None
     id: Source
     ood: dict[str, OodSpec] = {}
+    shift: dict[str, Source | tuple[str, ...]] = {}
+    """Shifted ID sets by name; "corrupt": which corruptions of the ID images (`evaluation.shift.corruptions`)."""
     fit: Source | None = None
     scores: tuple[str, ...] | None = None
     attention: AttentionSpec | None = None
@@ -253,6 +255,18 @@ class StudyConfig(_Strict):
     @classmethod
     def _asked_for(cls, value: Any) -> Any:
         return ({} if value else None) if isinstance(value, bool) else value
+
+    @field_validator("shift", mode="before")
+    @classmethod
+    def _corruptions(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        wrong = next((name for name, one in value.items() if name != "corrupt" and not isinstance(one, str)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} is {value[wrong]!r}; give the SOURCE of its images")
+        asked = value.get("corrupt") or ()
+        spelled = {"corrupt": [asked] if isinstance(asked, str) else asked}  # which a SOURCE is not
+        return {**value, **(spelled if "corrupt" in value else {})}
 
     @field_validator("bits", "seeds")
     @classmethod
