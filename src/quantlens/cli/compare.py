@@ -71,7 +71,7 @@ def compare(
 
 def _tables(comparison: Any) -> Iterator[Any]:
     """A table for every group of cells, and what must be said of them."""
-    from quantlens.evaluation.compare import LEVEL, SIGNIFICANT, UNCORRECTED
+    from quantlens.evaluation.differences import LEVEL, SIGNIFICANT, UNCORRECTED
 
     yield f"A: {comparison.a}\nB: {comparison.b}"
     for group in comparison.groups:

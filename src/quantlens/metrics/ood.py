@@ -70,9 +70,14 @@ def threshold_keeping(scores: ArrayLike, share: float) -> float:
     values = as_vector(scores, "scores")
     if not 0 < share <= 1:
         raise QuantlensError(f"the share to keep is {share!r}; give a number above 0 and at most 1, such as 0.95")
-    counts = np.arange(1, values.size + 1)
-    k = int(np.argmax(counts / values.size >= share)) + 1  # a quotient, as share · N may round up: 0.07 · 100 > 7
+    k = least_kept(values.size, share)
     return float(np.partition(values, -k)[-k])
+
+
+def least_kept(n: int, share: float) -> int:
+    """The least number of n images that is at least the share of them."""
+    counts = np.arange(1, n + 1)
+    return int(np.argmax(counts / n >= share)) + 1  # a quotient, as share · n may round up: 0.07 · 100 > 7
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
