@@ -22,7 +22,7 @@ from quantlens import _moved
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.differences import LEVEL, Difference, corrected, differences_of
-from quantlens.evaluation.operating import ClassLoss, Flips, Shipped
+from quantlens.evaluation.operating import ClassLoss, Flips, Shipped, flips_csv
 from quantlens.evaluation.outputs import Outputs
 from quantlens.metrics import TASKS, first_score, metrics_of, names_of
 from quantlens.metrics.bootstrap import ID, Array, Resamples, classification, ranking
@@ -128,6 +128,10 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that is valid JSON; metrics are fractions, not percent."""
         return {**asdict(self), "level": LEVEL}
+
+    def flips_csv(self) -> str:
+        """Every image whose answer flips as CSV text, a row for each pair of cells."""
+        return flips_csv((group.title, flips) for group in self.groups for flips in group.flips)
 
 
 def compare_matches(

@@ -59,12 +59,12 @@ def page_context(board: Any) -> dict[str, Any]:
     from quantlens.plots import FIGURES
     from quantlens.plots.precisions import GroupLines
     from quantlens.plots.style import GLYPHS
-    from quantlens.report import attention, boxes, frontier, inspection, runinfo, summary, tables
+    from quantlens.report import attention, boxes, frontier, inspection, operating, runinfo, summary, tables
     from quantlens.report.decision import decision
     from quantlens.studies import text
 
     rows = tables.set_rows(board)
-    shipped = decision(board)
+    shipped, point = decision(board), operating.section(board)
     return {
         "board": board,
         "figures": {name: make(board) for name, (_, make) in FIGURES.items()},
@@ -80,6 +80,7 @@ def page_context(board: Any) -> dict[str, Any]:
         "table_1": tables.table_1(board),
         "table_2": tables.table_2(board),
         "widths": frontier.widths(board),
+        "operating": point,
         "layers": inspection.layers(board),
         "boxes": boxes.boxes(board),
         "attention": attention.attention(board),
@@ -93,7 +94,7 @@ def page_context(board: Any) -> dict[str, Any]:
             for i in (5, 3, 2, 0, 1)
             if len({r[i] for r in rows}) > 1
         ],
-        "class_tables": tables.class_tables(board),
+        "class_tables": tables.class_tables(board, point["losses"] if point else {}),
         "group_names": [g.name for g in board.groups],
         "first_group": "0" if len(board.groups) > MANY_GROUPS else "",
         "facts": runinfo.study_facts(board),
