@@ -134,6 +134,9 @@ def _operating(comparison: Any, group: Any) -> Iterator[Any]:
         metrics = [one for one in group.operating if one.path.split(".")[1] == how]
         if metrics:
             yield _differences(metrics, words, True)
+    for seeds, sides in zip(group.seeds, group.thresholds, strict=False):
+        values = (f"{name} {_number(a)} (A), {_number(sides['b'][name])} (B)" for name, a in sides["a"].items())
+        yield f"thresholds{f', seeds {seeds[0]} and {seeds[1]}' if len(group.seeds) > 1 else ''}: {'; '.join(values)}"
     for flips in group.flips:
         yield from _flips(flips, len(group.flips) > 1)
     if group.classes:
@@ -145,6 +148,10 @@ def _operating(comparison: Any, group: Any) -> Iterator[Any]:
             yield _common.table(heads, map(_class, changed), right=heads[1:6], whole=heads[1:], title=title)
         if left > 0:
             yield f"{left} further classes changed: --json FILE has all"
+
+
+def _number(threshold: float | None) -> str:
+    return "none keeps the promise" if threshold is None else f"{threshold:.6g}"
 
 
 def _flips(flips: Any, several: bool) -> Iterator[Any]:

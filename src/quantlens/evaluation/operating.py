@@ -95,18 +95,21 @@ class Shipped:
         sizes = {ID: len(a.labels), **{s: next(iter(a.ood_scores[s].values())).size for s in self.sets}}
         point, cuts = self._at({name: np.ones((n, 1)) for name, n in sizes.items()}, a, b, base)
         self.thresholds.append(cuts)
-        for path, pair in point.items():
-            if not any(np.isnan(side[0]) for side in pair):
-                self.measured.setdefault(path, []).append((float(pair[0][0]), float(pair[1][0])))
+        there = {path: pair for path, pair in point.items() if not np.isnan(pair[0] - pair[1]).any()}
+        for path, (first, second) in there.items():
+            self.measured.setdefault(path, []).append((float(first[0]), float(second[0])))
         if self.resamples is not None:
-            self._resample(sizes, a, b, base)
+            drawn = self._resample(sizes, a, b, base)
+            for path in there:
+                self.drawn.setdefault(path, []).append(drawn[path])
         if _answers(a) and _answers(b):
             self.flips.append(_flips(a, b, seeds))
             self._right.append((a.rank == 0, b.rank == 0))
             self._labels = a.labels
             self._names |= {**a.classes, **b.classes}
 
-    def _resample(self, sizes: Mapping[str, int], a: Outputs, b: Outputs, base: int) -> None:
+    def _resample(self, sizes: Mapping[str, int], a: Outputs, b: Outputs, base: int) -> dict[str, Pair]:
+        """Every metric of both models on every resample, by its path."""
         assert self.resamples is not None
         found: dict[str, Pair] = {}
         with threadpool_limits(limits=1, user_api="blas"):  # as in `compare.replicate`
@@ -115,9 +118,7 @@ class Shipped:
                     held = found.setdefault(path, (np.empty(self.resamples.count), np.empty(self.resamples.count)))
                     for side, values in zip(held, pair, strict=True):
                         side[part] = values
-        for path, pair in found.items():
-            if not np.isnan(pair[0] - pair[1]).all():
-                self.drawn.setdefault(path, []).append(pair)
+        return found
 
     def _at(
         self, counts: Mapping[str, Array], a: Outputs, b: Outputs, base: int
@@ -184,7 +185,7 @@ def _flips(a: Outputs, b: Outputs, seeds: tuple[int, int]) -> Flips:
     images = [
         Flip(
             i,
-            None if files is None else files[i],
+            None if files is None else printable(files[i]),
             KINDS[kinds[i]],
             int(a.labels[i]),
             names.get(int(a.labels[i])),
@@ -199,6 +200,11 @@ def _flips(a: Outputs, b: Outputs, seeds: tuple[int, int]) -> Flips:
         for i in chosen.tolist()
     ]
     return Flips(list(seeds), flip_counts(a.labels, a.predicted, b.predicted), images)
+
+
+def printable(name: str) -> str:
+    """A file's name as text that any file and console takes: bytes that are no UTF-8 are written out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def flips_csv(rows: Iterable[tuple[Mapping[str, str], Flips]]) -> str:

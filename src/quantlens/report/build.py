@@ -37,14 +37,14 @@ def write_report(
     if target.is_dir():
         target = target / "report.html"
     mark(board, folder, progress)
-    return write_whole(target, render(board, title=title), what="the report")
+    return write_whole(target, render(board, title=title, progress=progress), what="the report")
 
 
-def render(board: Any, *, title: str | None = None) -> str:
+def render(board: Any, *, title: str | None = None, progress: Callable[[str, int, int], None] | None = None) -> str:
     """The HTML text of a board."""
     from quantlens.report import page
 
-    context = page_context(board)
+    context = page_context(board, progress)
     return page.render(
         "report.html.j2",
         shown=(board.score or "", board.lowest or ""),
@@ -54,7 +54,7 @@ def render(board: Any, *, title: str | None = None) -> str:
     )
 
 
-def page_context(board: Any) -> dict[str, Any]:
+def page_context(board: Any, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
     """Every table, figure and sentence of the page, by its name in the templates."""
     from quantlens.plots import FIGURES
     from quantlens.plots.precisions import GroupLines
@@ -64,7 +64,7 @@ def page_context(board: Any) -> dict[str, Any]:
     from quantlens.studies import text
 
     rows = tables.set_rows(board)
-    shipped, point = decision(board), operating.section(board)
+    shipped, point = decision(board), operating.section(board, progress)
     return {
         "board": board,
         "figures": {name: make(board) for name, (_, make) in FIGURES.items()},

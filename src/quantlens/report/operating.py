@@ -3,13 +3,13 @@ with pictures of some, and the intervals of what classes lose. Everything from t
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from quantlens.data import open_source
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.differences import Difference
-from quantlens.evaluation.operating import ClassLoss, Flip, Shipped
+from quantlens.evaluation.operating import HOW, ClassLoss, Flip, Shipped, printable
 from quantlens.evaluation.result import title_of
 from quantlens.metrics.operating import KINDS
 from quantlens.report.runinfo import Listing
@@ -27,12 +27,12 @@ AGAIN = ["set again", "Δ", "95 % interval"]
 TEXT = 4
 
 
-def section(board: Board) -> dict[str, Any] | None:
+def section(board: Board, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any] | None:
     """The section as its template shows it; None for a study of FP32 alone. reason: why there is nothing to show.
     losses: {(number of a group, precision): {class: ClassLoss}}, for the tables of classes."""
     if not board.quantized:
         return None
-    found = operating(board)
+    found = operating(board, progress=progress)
     if not found.rows:
         return {"reason": f"There is no operating point, as {WITHOUT}.", "losses": {}}
     having = {path.split(".")[-2] for row in found.rows for path in row.metrics if path.endswith(".misses")}
@@ -66,13 +66,14 @@ def _table(caption: str, rows: Sequence[Row], score: str | None) -> Listing:
     """Every metric of the confidence cut, or with `score` of its OOD threshold."""
     lines = []
     for row in rows:
-        for path, same in row.metrics.items():
-            _, how, *place, _ = path.split(".")
-            if how == "same" and (place == ["id"] if score is None else place[-1] == score):
-                again = row.metrics.get(path.replace(".same.", ".again.", 1))
-                names = [row.group.model, row.group.method, row.bits, _title(path)]
-                own = [MISSING] * 3 if again is None else [percent(again.b), *_change(again)]
-                lines.append([*names, percent(same.a), percent(same.b), *_change(same), *own])
+        tails = dict.fromkeys(path.split(".", 2)[2] for path in row.metrics)
+        for tail in tails:
+            place = tail.split(".")[:-1]
+            if place == ["id"] if score is None else place[-1] == score:
+                both = [row.metrics.get(f"operating.{how}.{tail}") for how in HOW]
+                fp32 = next(one.a for one in both if one is not None)
+                names = [row.group.model, row.group.method, row.bits, _title(f"operating.same.{tail}")]
+                lines.append([*names, percent(fp32), *(text for one in both for text in _measured(one))])
     return Listing(caption, [*COLUMNS, *AGAIN], lines, frozenset(range(TEXT, len(COLUMNS) + len(AGAIN))))
 
 
@@ -82,13 +83,14 @@ def _title(path: str) -> str:
     return ", ".join(parts[:-1] if len(parts) > 1 else parts)
 
 
-def _change(one: Difference) -> list[str]:
-    """Δ in points, marked where its interval holds 0, and the interval."""
-    if one.low is None or one.high is None:
-        return [percent(one.difference, sign=True), MISSING]
+def _measured(one: Difference | None) -> list[str]:
+    """The quantized value, Δ in points, marked where its interval holds 0, and the interval. None: of images of
+    which none is answered there is no accuracy."""
+    if one is None or one.low is None or one.high is None:
+        return [MISSING] * 3
     mark = SIGN if one.low <= 0 <= one.high else ""
     interval = f"{percent(one.low, sign=True)} to {percent(one.high, sign=True)}"
-    return [percent(one.difference, sign=True) + mark, interval]
+    return [percent(one.b), percent(one.difference, sign=True) + mark, interval]
 
 
 def _counts(rows: Sequence[Row]) -> Listing | None:
@@ -168,21 +170,23 @@ def _thumbnail(source: Any, flip: Flip) -> str:
 
 def _place(names: Sequence[str], flip: Flip) -> int:
     """Where an image stands in its source: in its own place unless images before it were skipped as bad."""
-    if flip.index < len(names) and names[flip.index] == flip.image:
+    if flip.index < len(names) and printable(names[flip.index]) == flip.image:
         return flip.index
-    if flip.image not in names:
+    written = [printable(name) for name in names]
+    if flip.image not in written:
         raise QuantlensError(f"{flip.image} is not among the images of the source")
-    return list(names).index(str(flip.image))
+    return written.index(flip.image)
 
 
 def _said(flip: Flip) -> dict[str, str]:
     """What stands under a picture."""
 
     def answer(number: int, name: str | None) -> str:
-        return f"class {number}" if name is None else name
+        return f"class {number}" if name is None else name.partition(",")[0]  # ImageNet's have many names
 
+    image = f"image {flip.index}" if flip.image is None else flip.image
     return {
-        "image": f"image {flip.index}" if flip.image is None else flip.image,
+        "title": "; ".join([image, *(name for name in (flip.label_name, flip.a_name, flip.b_name) if name)]),
         "truth": answer(flip.label, flip.label_name),
         "before": f"{answer(flip.a, flip.a_name)} {percent(flip.a_confidence, 0)} %",
         "after": f"{answer(flip.b, flip.b_name)} {percent(flip.b_confidence, 0)} %",

@@ -72,7 +72,8 @@ def operating(
     board: Board, promise: Promise | None = None, progress: Callable[[str, int, int], None] | None = None
 ) -> Operating:
     """The operating points of a board's cells that have an FP32 cell beside them. promise: None is that of the study
-    file (`operating:`)."""
+    file (`operating:`), whose answers are kept."""
+    keeps = promise is None
     if promise is None:
         promise = Promise(**((board.study.get("config") or {}).get("operating") or {}))
     asked = [(group, b, group.cells[b]) for group in board.groups for b in board.quantized if b in group.cells]
@@ -88,7 +89,7 @@ def operating(
             metrics = {one["path"]: Difference(**one) for one in found["metrics"]}
             seeds = [result["seed"] for result in results]
             rows.append(Row(group, bits, seeds, metrics, found["thresholds"], found["flips"]))
-    if points is not None:
+    if points is not None and keeps:
         points.save()
     return Operating(promise, rows, len(asked) - len(rows))
 
