@@ -185,6 +185,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "quantlens.metrics.correlation",
         "quantlens.studies.drift",
     ),
+    "quantlens.evaluation.compare": ("quantlens.evaluation.differences",),
     "quantlens.export.exported": ("quantlens.export.parity",),
     "quantlens.attention.lookup": (
         "quantlens.attention.maps",

@@ -177,6 +177,8 @@ def title_of(path: str) -> str:
         return title_of(path.replace("full_spectrum", "ood", 1)).replace(", ", ", full spectrum, ", 1)
     if parts[0] == "guard":
         return f"{heading}, {'.'.join(parts[2:-1]) or 'ID'}"
+    if parts[0] == "operating":  # operating.same.ood.textures.msp.misses, operating.same.id.msp.false_alarms
+        return ", ".join([heading, *parts[3:-1]]) if parts[2] == "id" else title_of(".".join(parts[2:]))
     if parts[0] not in ("ood", "ood_mean"):
         return heading
     return f"{heading}, {'mean ' if parts[0] == 'ood_mean' else ''}{'.'.join(parts[1:-2])}, {parts[-2]}"

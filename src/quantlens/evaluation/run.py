@@ -258,7 +258,8 @@ class Run:
         if keep:
             sets_scored = ood_scores if id_scores else {}
             about = about_of(model, id_part, {name: ood_part[name] for name in sets_scored}, self.n_bins, self.task)
-            outputs = Outputs(**images, id_scores=id_scores, ood_scores=sets_scored, about=about)
+            names = getattr(sets.id, "names", None)
+            outputs = Outputs(**images, names=names, id_scores=id_scores, ood_scores=sets_scored, about=about)
         return {
             "task": self.task,
             "id": plain(id_part),
@@ -284,7 +285,7 @@ class Run:
         if self.task != "features":
             names = class_names(sets.id, model)
             metrics = id_metrics(self.task, logits, labels, n_bins=self.n_bins, names=names)
-            return metrics, of_images(logits, labels, keep) if keep else {}, {}
+            return metrics, of_images(logits, labels, keep, names) if keep else {}, {}
         self.embeddings.append(features)
         hits, lacking = feature_hits(features, labels, data)
         metrics = {"num_features": features.shape[1], **{name: float(hit.mean()) for name, hit in hits.items()}}

@@ -8,7 +8,7 @@ from quantlens.metrics.classification import calibration_error, classification_m
 from quantlens.metrics.detection import Boxes, Detections, box_drift, detection_metrics
 from quantlens.metrics.embeddings import cosines, knn_classes, linear_cka, linear_classes, similarity
 from quantlens.metrics.labels import label_metrics
-from quantlens.metrics.ood import change, mean_over_sets, ood_metrics, score_histograms
+from quantlens.metrics.ood import change, mean_over_sets, ood_metrics, score_histograms, threshold_keeping
 from quantlens.metrics.ood_scores import (
     FitData,
     ScoreInfo,
@@ -68,6 +68,7 @@ __all__ = [
     "score_label",
     "similarity",
     "summary_of",
+    "threshold_keeping",
 ]
 
 

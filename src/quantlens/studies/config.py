@@ -26,6 +26,7 @@ from pydantic import (
 
 from quantlens._moved import ARGUMENTS, arguments_apart
 from quantlens.errors import QuantlensError
+from quantlens.metrics.operating import KEEP, Promise
 
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
 
@@ -211,6 +212,24 @@ class InspectSpec(_Strict):
         return value
 
 
+class OperatingSpec(_Strict):
+    """What thresholds are set to on FP32, for the operating point (:class:`quantlens.metrics.operating.Promise`): a
+    confidence cut by its coverage or by the accuracy on what it answers, and the share of ID images that an OOD
+    threshold keeps. No cell depends on it."""
+
+    coverage: float | None = None
+    accuracy: float | None = None
+    keep: float = KEEP
+
+    @model_validator(mode="after")
+    def _promises(self) -> "OperatingSpec":
+        try:
+            Promise(**self.model_dump())
+        except QuantlensError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
 class ResourcesSpec(_Strict):
     """What each worker asks a Ray cluster for: processors (its threads) and GPUs, a part of one (0.25: four workers
     share it) or whole ones. None: see docs/scaling.md. No metric depends on it."""
@@ -250,6 +269,7 @@ class StudyConfig(_Strict):
     skip_bad: bool = False
     cache: bool | Annotated[str, AfterValidator(_path)] = True
     outputs: bool | Literal["scores"] = True
+    operating: OperatingSpec = OperatingSpec()
 
     @field_validator("attention", "inspect", mode="before")
     @classmethod
