@@ -109,6 +109,8 @@ _ALL = (
     Metric("nll", "NLL", "nats", "lower", "classification", resampled=True, also=_SIGMOID),
     _percent("ece", "ECE", "lower", "classification", True, _SIGMOID),
     _percent("ece_adaptive", "adaptive ECE", "lower", "classification", also=_SIGMOID),
+    _percent("ece_temperature", "ECE after temperature scaling", "lower", "classification"),
+    Metric("temperature", "temperature", "", None, "classification"),
     Metric("brier", "Brier", "", "lower", "classification", resampled=True, also=_SIGMOID),
     _percent("aupr_out", "AUPR-out", "higher", "ood", True),
     _percent("aupr_in", "AUPR-in", "higher", "ood"),
