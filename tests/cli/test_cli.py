@@ -219,12 +219,14 @@ def test_models(run) -> None:
 
 def test_sources(run) -> None:
     from quantlens.data import available_embedded, available_sources
+    from quantlens.data.ood_sets import OOD_SETS
 
     code, out, _ = run("sources")
     assert code == 0
     for name in (
         *(f"{kind}:" for kind in available_sources()),
         *available_embedded(),
+        *OOD_SETS,
         "KIND:PATH[a:b]",
         "KIND:PATH[a:b:s]",
     ):

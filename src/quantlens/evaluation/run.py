@@ -69,7 +69,7 @@ def evaluate(
         tensor [N, 3, H, W] already normalised, a pair (images, labels), of a detector (images, Boxes), or batches).
         fit: ID images, not among those evaluated, for scores, k-NN and linear probe; without it these are unavailable.
     reference: the FP32 model, or its Result on the same images; by default a quantized model's own `.reference`, False
-        leaves it out. scores: names of OOD scores (None: quantlens' own). groups: OOD set -> "far" (default) or "near".
+        leaves it out. scores: names of OOD scores (None: the usual ones). groups: OOD set -> "far" or "near".
     task: of `metrics.TASKS`; None: the model's own. text_embeddings: for "zero-shot", see `zero_shot.TextEmbeddings`.
     batch_size: images per forward pass, at most. device: by default where the model is. n_bins: of the calibration
         error. progress: called with (what, images done, in all). skip_bad: leave out what cannot be read. cache_dir: of
