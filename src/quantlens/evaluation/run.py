@@ -267,7 +267,7 @@ class Run:
         if self.task != "features":
             names = class_names(sets.id, model)
             metrics = id_metrics(self.task, logits, labels, n_bins=self.n_bins, names=names)
-            if self.task in ONE_LABEL and data is not None and data.labels is not None:
+            if data is not None and data.logits is not None and data.labels is not None:
                 metrics |= temperature_metrics(logits, labels, temperature(data.logits, data.labels), self.n_bins)
             return metrics, of_images(logits, labels, keep) if keep else {}, {}
         self.embeddings.append(features)

@@ -227,10 +227,13 @@ def make_scorer(name: str, fit: FitData | None = None) -> Scorer:
     info, score = _SCORES.get(name)
     if not (info.needs_fit or info.needs_classifier):
         return partial(_scored, score)
-    images = fit is not None and fit.has_images
-    features, labels = not images or fit.features is not None, not images or fit.labels is not None
-    classifier = fit.weight is not None if fit is not None else info.needs_fit
-    lacking = info.lacks(features=features, fit=images, classifier=classifier, labels=labels)
+    images = fit if fit is not None and fit.has_images else None
+    lacking = info.lacks(
+        features=images is None or images.features is not None,
+        fit=images is not None,
+        classifier=info.needs_fit if fit is None else fit.weight is not None,
+        labels=images is None or images.labels is not None,
+    )
     if lacking:
         raise UnsupportedError(f"the score {name!r} {lacking}")
     scorer: Scorer = getattr(score, "fit", score)(fit)
