@@ -137,17 +137,22 @@ def temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     1 / T; its slope is brought to 0 between :data:`TEMPERATURES`, whose nearer end is taken where it has no zero.
     Without labels there is nothing to fit: the predicted classes for labels would have T = 0, the softmax T = 1.
     """
-    f = as_matrix(logits, "logits").astype(np.float64)
-    f -= f.max(axis=1, keepdims=True)
-    true = np.take_along_axis(f, as_labels(labels, *f.shape)[:, None], axis=1).mean()
+    f = as_matrix(logits, "logits")
+    true = np.take_along_axis(f, as_labels(labels, *f.shape)[:, None], axis=1)[:, 0].astype(np.float64)
+    true -= f.max(axis=1)
 
     def slope(log_t: float) -> float:
-        return float(np.einsum("nk,nk->n", softmax(f / np.exp(log_t), axis=1), f).mean() - true)
+        def expected(block: Float) -> Float:
+            block -= block.max(axis=1, keepdims=True)
+            return np.einsum("nk,nk->n", softmax(block / np.exp(log_t), axis=1), block)
 
-    cold, warm = np.log(TEMPERATURES)
-    if slope(cold) <= 0 or slope(warm) >= 0:  # it falls with the temperature
-        return TEMPERATURES[0 if slope(cold) <= 0 else 1]
-    return float(np.exp(brentq(slope, cold, warm, xtol=1e-10)))
+        return float((per_row(f, expected) - true).mean())
+
+    ends = np.log(TEMPERATURES)
+    cold, warm = map(slope, ends)  # it falls with the temperature
+    if cold <= 0 or warm >= 0:
+        return TEMPERATURES[0 if cold <= 0 else 1]
+    return float(np.exp(brentq(slope, *ends, xtol=1e-9)))
 
 
 def temperature_metrics(logits: ArrayLike, labels: ArrayLike, t: float, n_bins: int = 15) -> dict[str, float]:

@@ -73,9 +73,12 @@ def she(logits: ArrayLike, features: ArrayLike, patterns: Float, classes: np.nda
     feature of the training images of a class that are classified correctly. Departure: a class without such an image
     has no pattern, and an image is taken to be of the most likely class that has one.
     """
-    predicted = np.asarray(logits)[:, classes].argmax(axis=1)
-    h = as_matrix(features, "features")
-    return np.asarray(np.einsum("nd,nd->n", h, patterns[predicted], dtype=np.float64))
+    f, h = as_matrix(logits, "logits"), as_matrix(features, "features")
+    out = np.empty(len(h))
+    for rows in row_blocks(len(h), max(f.shape[1], h.shape[1])):
+        predicted = f[rows][:, classes].argmax(axis=1)
+        out[rows] = np.einsum("nd,nd->n", h[rows], patterns[predicted], dtype=np.float64)
+    return out
 
 
 @register_score(
