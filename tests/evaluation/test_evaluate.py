@@ -64,11 +64,12 @@ def test_figures_are_those_of_the_metrics() -> None:
 
 def test_scores_by_name_alone_and_the_temperature() -> None:
     model, names = FakeModel(), ["she", "msp_temperature", "dice", "ash_s", "kl_matching"]
-    logits, features, labels = direct(model, ID)
-    fit_logits, fit_features, fit_labels = direct(model, FIT)
+    id, fit, ood = f"{ID}[0:60]", f"{FIT}[0:80]", {"letters": f"{LETTERS}[0:40]"}
+    logits, features, labels = direct(model, id)
+    fit_logits, fit_features, fit_labels = direct(model, fit)
     weight, bias = (t.numpy() for t in model.classifier())
     with pytest.warns(QuantlensWarning, match="dice, ash_s: .*near chance"):
-        result = evaluate(model, ID, {"letters": LETTERS}, fit=FIT, scores=names, keep=True)
+        result = evaluate(model, id, ood, fit=fit, scores=names, keep=True)
     data = FitData(fit_logits, fit_features, fit_labels, weight, bias)
     for name in names:
         np.testing.assert_allclose(result.outputs.id_scores[name], make_scorer(name, data)(logits, features), rtol=1e-5)
@@ -79,15 +80,15 @@ def test_scores_by_name_alone_and_the_temperature() -> None:
     assert "ECE after temperature scaling" in str(result)
 
     with pytest.warns(QuantlensWarning):
-        without = evaluate(model, ID, {"letters": LETTERS}, scores=names)
+        without = evaluate(model, id, ood, scores=names)
     assert without.ood["letters"]["ash_s"] == pytest.approx(result.ood["letters"]["ash_s"])  # nothing to fit
     assert without.scores_unavailable.keys() == {"she", "msp_temperature", "dice", "kl_matching"}
     assert not {"temperature", "ece_temperature"} & without.id.keys()
-    images = load_images(FIT, model.preprocess, cache_dir=False).tensor()
-    unlabelled = evaluate(model, ID, {"letters": LETTERS}, fit=images, scores=["she", "msp_temperature"])
+    images = load_images(fit, model.preprocess, cache_dir=False).tensor()
+    unlabelled = evaluate(model, id, ood, fit=images, scores=["she", "msp_temperature"])
     assert list(unlabelled.scores_unavailable) == ["msp_temperature"]
     assert "fitted on labels" in unlabelled.scores_unavailable["msp_temperature"]
-    low = evaluate(quantized(model, "W4A4"), f"{ID}[0:80]", fit=FIT)
+    low = evaluate(quantized(model, "W4A4"), id, fit=fit)
     assert low.change["id"]["temperature"] == low.id["temperature"] - low.fp32["id"]["temperature"] != 0
 
 
