@@ -4,7 +4,13 @@
 """
 
 from quantlens._moved import finder
-from quantlens.metrics.classification import calibration_error, classification_metrics, reliability
+from quantlens.metrics.classification import (
+    calibration_error,
+    classification_metrics,
+    reliability,
+    temperature,
+    temperature_metrics,
+)
 from quantlens.metrics.detection import Boxes, Detections, box_drift, detection_metrics
 from quantlens.metrics.embeddings import cosines, knn_classes, linear_cka, linear_classes, similarity
 from quantlens.metrics.labels import label_metrics
@@ -69,6 +75,8 @@ __all__ = [
     "similarity",
     "summary_of",
     "threshold_keeping",
+    "temperature",
+    "temperature_metrics",
 ]
 
 

@@ -179,7 +179,7 @@ class CalibrationSpec(_Strict):
 
 class OodSpec(_Strict):
     """One out-of-distribution set; near sets are averaged apart from far ones. A set that does not say its group is
-    far, but for the embedded sets, which know theirs."""
+    far, but for the embedded sets and those that OpenOOD names (`quantlens sources`)."""
 
     _short = "source"
     source: Source
