@@ -16,7 +16,7 @@ from quantlens.data import Preprocess
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.export.export import export
 from quantlens.export.exported import Artefact
-from quantlens.export.guards import GUARDS, guard_sentence, separation_means
+from quantlens.export.guards import GUARDS, guard_sentences, separation_means
 from quantlens.graph import capture
 from quantlens.metrics import FitData, make_scorer, ood_metrics
 from quantlens.qmodel.plan import Plan, Provenance
@@ -169,7 +169,7 @@ def test_the_score_that_separates_best_is_chosen(count, held, names, tmp_path):
     means = {name: np.mean(list(found.values())) for name, found in said["separation"].items()}
     assert said["score"] == max(means, key=means.get)
     assert separation_means(said) == pytest.approx(means)
-    assert "chosen by AUROC" in guard_sentence(said)
+    assert ("chosen by AUROC" in guard_sentences(said)[-1]) and (len(guard_sentences(said)) == 2 + ("fitted" in said))
     assert json.loads(json.dumps(said)) == said
 
 
@@ -188,7 +188,7 @@ def test_a_file_without_a_guard(ending, tmp_path):
     assert artefact.values(pictures(2).numpy()).keys() == {"logits"}
     found = artefact.predict([np.zeros((3, 8, 8), np.uint8)])[0]
     assert (found.score, found.unknown) == (None, None)
-    assert guard_sentence(artefact.guard) == "no OOD score"
+    assert guard_sentences(artefact.guard) == ["no OOD score"]
 
 
 def test_guards_that_cannot_be(tmp_path):
@@ -221,7 +221,7 @@ def test_a_file_of_an_earlier_release_is_read_as_before(tmp_path):
     assert artefact.guard == old
     scores = artefact.run(pictures(6).numpy())[1]
     assert np.allclose(scores, GUARDS["energy"](artefact.run(pictures(6).numpy())[0]), atol=1e-5)
-    assert guard_sentence(old) == "Energy score, unknown below 1.500"
+    assert guard_sentences(old) == ["Energy score, unknown below 1.500"]
 
 
 def test_an_evaluation_takes_the_score_of_the_file(tmp_path):

@@ -17,7 +17,7 @@ of ONNX operator set 21. Runtimes have integer kernels for uniform formats of 8 
 with --target to stay inside them.
 
 The file of a classifier also gives an out-of-distribution score, and with --guard-images the threshold below which an
-image looks unknown.
+image looks unknown; which score is then chosen by how it tells these images from OOD-like ones made of them.
 
 [bold]Examples[/bold]
 
@@ -87,9 +87,9 @@ def export(
 
 def _summary(exported: Any) -> str:
     """Name, bits, size, and of a classifier the OOD score with its threshold."""
-    from quantlens.export.guards import guard_sentence
+    from quantlens.export.guards import guard_sentences
 
     file = f"{exported.name} {exported.bits}, {exported.size_mb:.2f} MB"
     if exported.task != "classify":
         return f"{file}; its task is {exported.task}"
-    return f"{file}; {guard_sentence(exported.guard)}"
+    return "\n".join([f"{file}; {(said := guard_sentences(exported.guard))[0]}", *said[1:]])

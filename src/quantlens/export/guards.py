@@ -203,21 +203,24 @@ def separation_means(said: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(np.mean(list(views.values()))) for name, views in (said.get("separation") or {}).items()}
 
 
-def guard_sentence(said: Mapping[str, Any]) -> str:
-    """What a file says of its guard, in words."""
+def guard_sentences(said: Mapping[str, Any]) -> list[str]:
+    """What a file says of its guard, in words: the score and its threshold, what it was fitted on, why it was chosen."""
     if said["score"] is None:
-        return "no OOD score"
-    score, threshold = f"{score_label(said['score'])} score", said["threshold"]
+        return ["no OOD score"]
+    found, threshold = [f"{score_label(said['score'])} score, "], said["threshold"]
     if not threshold:
-        return f"{score}, no threshold (give --guard-images)"
-    found = f"{score}, unknown below {threshold['value']:.3f}"
-    if "kept" in threshold:
-        found += f", which keeps {100 * threshold['kept']:.1f} % of {threshold['n']} images of {threshold['images']}"
+        found[0] += "no threshold (give --guard-images)"
+    else:
+        found[0] += f"unknown below {threshold['value']:.3f}"
+        if "kept" in threshold:
+            found[0] += f": keeps {100 * threshold['kept']:.1f} % of {threshold['n']} images of {threshold['images']}"
     if fitted := said.get("fitted"):
-        found += f"; fitted on {fitted['n']} others of {fitted['classes']} classes, {fitted['labels']}"
+        found.append(
+            f"the score was fitted on {fitted['n']} other images ({fitted['classes']} classes, {fitted['labels']})"
+        )
     if means := separation_means(said):
         shown = ", ".join(f"{score_label(name)} {100 * value:.1f}" for name, value in means.items())
-        found += f"; chosen by AUROC against OOD-like images made of them: {shown}"
+        found.append(f"the score was chosen by AUROC (%) against OOD-like images made of these: {shown}")
     return found
 
 
