@@ -139,7 +139,7 @@ def test_the_threshold_keeps_what_it_promises_in_the_runtime(name, count, ending
     threshold = artefact.guard["threshold"]
     held = known[1::2] if artefact.guard["score"] == "mahalanobis" else known
     assert threshold["n"] == len(held) == (count or len(held))
-    assert threshold["images"] == "tensor"
+    assert threshold["images"] == "images given"
     for size in (1, 7, 150):
         scores = np.concatenate([artefact.run(part.numpy())[1] for part in held.split(size)])
         kept = (scores >= threshold["value"]).mean()
@@ -158,9 +158,10 @@ def test_the_score_that_separates_best_is_chosen(count, held, names, tmp_path):
     said, generator = artefact.guard, torch.Generator().manual_seed(0)
     assert len(said["separation"]) == names
     views = {view.__name__: [] for view in OOD_VIEWS}
-    for batch in known.split(32):
+    drawn = known[held][torch.randperm(len(known[held]), generator=generator)]
+    for batch in drawn.split(32):
         for view in OOD_VIEWS:
-            views[view.__name__].append(view(batch[held], generator))
+            views[view.__name__].append(view(batch, generator))
     for name, found in said["separation"].items():
         ids = expected(model, name, known[held], known[::2])
         for view, parts in views.items():
@@ -169,7 +170,7 @@ def test_the_score_that_separates_best_is_chosen(count, held, names, tmp_path):
     means = {name: np.mean(list(found.values())) for name, found in said["separation"].items()}
     assert said["score"] == max(means, key=means.get)
     assert separation_means(said) == pytest.approx(means)
-    assert ("chosen by AUROC" in guard_sentences(said)[-1]) and (len(guard_sentences(said)) == 2 + ("fitted" in said))
+    assert "chosen by AUROC" in guard_sentences(said)[-1]
     assert json.loads(json.dumps(said)) == said
 
 

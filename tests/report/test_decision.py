@@ -106,7 +106,7 @@ def test_a_store_of_files_alone_becomes_a_page(tmp_path):
     assert found["new.xml"][5:8] == ["not evaluated"] * 3
     assert found["new.xml"][11] == "no file"
     told = html.split("How often the guards are right")[-1]
-    assert all(text in told for text in ("93.8", "200 of mine:pictures", "Energy 85.0; GEN 80.0"))
+    assert all(text in told for text in ("93.8", "200 images (mine:pictures)", "Energy 85.0; GEN 80.0"))
     assert "a &lt;fast&gt; processor" in html
     assert "<fast>" not in html
     assert html.count('class="chart decision"') == 2

@@ -92,4 +92,4 @@ def _summary(exported: Any) -> str:
     file = f"{exported.name} {exported.bits}, {exported.size_mb:.2f} MB"
     if exported.task != "classify":
         return f"{file}; its task is {exported.task}"
-    return "\n".join([f"{file}; {(said := guard_sentences(exported.guard))[0]}", *said[1:]])
+    return f"{file}; " + "\n".join(guard_sentences(exported.guard))

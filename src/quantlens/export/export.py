@@ -35,8 +35,8 @@ from quantlens.export.guards import (
     NONE,
     OFFERED,
     Gaussians,
-    GuardImages,
     fit_gaussians,
+    guard_images as images_of,
     guarded,
     write_score,
 )
@@ -79,7 +79,7 @@ def export(
     path = Path(path)
     qmodel: QuantizedModel = float_model(model)
     _check(qmodel, path, guard, guard_images, keep)
-    images = None if guard_images is None else GuardImages.of(guard_images, qmodel)
+    images = None if guard_images is None else images_of(guard_images, qmodel.preprocess)
     said: dict[str, Any] = {"score": None if guard == NONE else guard or "energy", "keep": keep, "threshold": None}
     record = {  # what the file says of itself
         "quantlens": __version__,

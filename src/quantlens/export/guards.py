@@ -40,20 +40,20 @@ GAMMA, TOP = 0.1, 100
 """GEN's exponent, and the number of classes it looks at."""
 
 
-class GuardImages(NamedTuple):
-    """In-distribution images for a guard, with class numbers [N] of all, or None."""
+def guard_images(given: Any, preprocess: Any) -> ImageSet:
+    """In-distribution images for a guard: a SOURCE, an image set, a tensor, a pair with labels."""
+    whole = isinstance(given, str | tuple | Source | ImageSet)
+    return as_image_set(given, preprocess, "images given", most=None if whole else MOST)
 
-    images: Calibration
-    labels: np.ndarray | None
 
-    @classmethod
-    def of(cls, given: Any, qmodel: QuantizedModel) -> "GuardImages":
-        """From a SOURCE, an image set, a tensor, a pair with labels. Raises QuantlensError for no images."""
-        whole = isinstance(given, str | tuple | Source | ImageSet)
-        found = as_image_set(given, qmodel.preprocess, "guard images", most=None if whole else MOST)
-        images = found if found.values is None or isinstance(given, ImageSet) else found.values
-        labels = found.labels if found.labels is None or found.labels.ndim == 1 else None
-        return cls(Calibration.of(images, qmodel.preprocess, device=qmodel.device), labels)
+def _batches(images: ImageSet, preprocess: Any, **settings: Any) -> Calibration:
+    """Checked, and in chunks. Raises QuantlensError for no images, and for values that are not finite."""
+    return Calibration.of(images if images.values is None else images.values, preprocess, **settings)
+
+
+def _half(images: ImageSet, start: int) -> ImageSet:
+    """Every other image, so that both halves have the classes of images that are sorted by class."""
+    return images.select(np.arange(start, len(images), 2))
 
 
 # ---- a Mahalanobis score ---------------------------------------------------------------------------------------------
@@ -71,11 +71,11 @@ class Gaussians(NamedTuple):
 
 
 @torch.no_grad()
-def fit_gaussians(qmodel: QuantizedModel, given: GuardImages) -> Gaussians:
+def fit_gaussians(qmodel: QuantizedModel, images: ImageSet) -> Gaussians:
     """What `metrics.ood_scores.fit_mahalanobis` fits, of every other image. Classes are the labels or, without labels,
     those predicted. Raises UnsupportedError for fewer than twice :data:`FEWEST` images, and for a model whose
     classifier reads no features [B, D] that differ."""
-    if len(given.images) < 2 * FEWEST:
+    if len(images) < 2 * FEWEST:
         raise UnsupportedError(
             f"the score {MAHALANOBIS!r} is fitted on one half of the guard images, its threshold on the other: give at "
             f"least {2 * FEWEST} images, or another score"
@@ -84,16 +84,17 @@ def fit_gaussians(qmodel: QuantizedModel, given: GuardImages) -> Gaussians:
         f"the score {MAHALANOBIS!r} needs features [batch, D] that a linear layer makes the logits of, and "
         f"{qmodel.name} has none that differ between images; choose another score"
     )
-    logits, own = [], []
-    for batch in given.images:
-        found = qmodel.simulation()(batch[::2])
+    fitted, logits, own = _half(images, 0), [], []
+    for batch in _batches(fitted, qmodel.preprocess, device=qmodel.device):
+        found = qmodel.simulation()(batch)
         if found[1] is None:
             raise lacking
         logits.append(found[0].float())
         own.append(found[1].float())
     raw = torch.cat(own)
     features = float_features(qmodel.graph, raw).cpu().double().numpy()
-    classes = torch.cat(logits).argmax(1).cpu().numpy() if given.labels is None else given.labels[::2]
+    labels = None if fitted.labels is None or fitted.labels.ndim > 1 else fitted.labels
+    classes = torch.cat(logits).argmax(1).cpu().numpy() if labels is None else labels
     means, row = class_means(features, classes)
     whiten = whitening(tied_covariances(features, means, row)[0])
     if not whiten.shape[1]:  # all are equal
@@ -103,8 +104,8 @@ def fit_gaussians(qmodel: QuantizedModel, given: GuardImages) -> Gaussians:
     unit = float_features(qmodel.graph, torch.eye(len(centre), device=raw.device)).cpu().double().numpy()
     parts = (centre.cpu(), (unit - away[1]) @ whiten, (away[0] - origin) @ whiten, (means - origin) @ whiten)
     held = dict(zip(Gaussians._fields, (np.asarray(part, np.float32) for part in parts), strict=False))
-    labels = "predicted" if given.labels is None else "given"
-    return Gaussians(**held, info={"n": len(features), "classes": len(means), "labels": labels})
+    said = "predicted" if labels is None else "given"
+    return Gaussians(**held, info={"n": len(features), "classes": len(means), "labels": said})
 
 
 # ---- written into a file ---------------------------------------------------------------------------------------------
@@ -177,25 +178,20 @@ def _sources(graph: Any) -> list[fx.Node]:
 
 
 def guarded(
-    said: dict[str, Any],
-    choose: bool,
-    given: GuardImages,
-    gaussians: Gaussians | None,
-    opened: Callable[[dict[str, Any]], Any],
+    said: dict[str, Any], choose: bool, images: ImageSet, gaussians: Gaussians | None, opened: Callable[..., Any]
 ) -> dict[str, Any]:
     """What a file says of its guard, measured in its runtime: "score", "keep", "threshold" (:func:`guard_threshold`),
     of a Mahalanobis score "fitted", and where the score is chosen "separation" (:func:`separations`).
     opened: a file that says so much, in its runtime (:class:`~quantlens.export.exported.Artefact`)."""
-    images = given.images
-    if choose and len(images) >= FEWEST:
+    held = images if gaussians is None else _half(images, 1)  # what nothing was fitted on
+    if choose and len(held) >= FEWEST:
         tried = opened({**said, "score": said["score"] if gaussians is None else MAHALANOBIS})
-        said = {**said, "separation": separations(tried, images, gaussians)}
+        said = {**said, "separation": separations(tried, held)}
         means = separation_means(said)
         said["score"] = max(means, key=means.__getitem__)
-    fitted = said["score"] == MAHALANOBIS
-    if fitted and gaussians is not None:
-        said = {**said, "fitted": gaussians.info}
-    return {**said, "threshold": guard_threshold(opened(said), images, said["keep"], first=int(fitted))}
+    if gaussians is not None and said["score"] == MAHALANOBIS:
+        said, images = {**said, "fitted": gaussians.info}, held
+    return {**said, "threshold": guard_threshold(opened(said), images, said["keep"])}
 
 
 def separation_means(said: Mapping[str, Any]) -> dict[str, float]:
@@ -204,7 +200,7 @@ def separation_means(said: Mapping[str, Any]) -> dict[str, float]:
 
 
 def guard_sentences(said: Mapping[str, Any]) -> list[str]:
-    """What a file says of its guard, in words: the score and its threshold, what it was fitted on, why it was chosen."""
+    """What a file says of its guard, in words: score and threshold, what it was fitted on, why it was chosen."""
     if said["score"] is None:
         return ["no OOD score"]
     found, threshold = [f"{score_label(said['score'])} score, "], said["threshold"]
@@ -213,30 +209,28 @@ def guard_sentences(said: Mapping[str, Any]) -> list[str]:
     else:
         found[0] += f"unknown below {threshold['value']:.3f}"
         if "kept" in threshold:
-            found[0] += f": keeps {100 * threshold['kept']:.1f} % of {threshold['n']} images of {threshold['images']}"
+            found[0] += f": keeps {100 * threshold['kept']:.1f} % of {threshold['n']} images ({threshold['images']})"
     if fitted := said.get("fitted"):
-        found.append(
-            f"the score was fitted on {fitted['n']} other images ({fitted['classes']} classes, {fitted['labels']})"
-        )
+        kinds = f"{fitted['classes']} classes, labels {fitted['labels']}"
+        found.append(f"the score was fitted on {fitted['n']} other images ({kinds})")
     if means := separation_means(said):
         shown = ", ".join(f"{score_label(name)} {100 * value:.1f}" for name, value in means.items())
         found.append(f"the score was chosen by AUROC (%) against OOD-like images made of these: {shown}")
     return found
 
 
-def separations(artefact: Any, images: Calibration, gaussians: Gaussians | None) -> dict[str, dict[str, float]]:
-    """AUROC of each score that is offered, by kind of OOD-like image, between the images (at most :data:`ENOUGH`, none
-    that the Gaussians were fitted on) and those made of them (`calibration.images.OOD_VIEWS`), in the runtime."""
-    names = [*GUARDS, *([MAHALANOBIS] if gaussians is not None else [])]
-    generator, step = torch.Generator().manual_seed(0), 1 if gaussians is None else 2
+def separations(artefact: Any, images: ImageSet) -> dict[str, dict[str, float]]:
+    """AUROC of each score that the file offers, by kind of OOD-like image, between the images (at most :data:`ENOUGH`,
+    drawn) and those made of them (`calibration.images.OOD_VIEWS`), in the runtime."""
+    names = [*GUARDS, *([MAHALANOBIS] if artefact.guard["score"] == MAHALANOBIS else [])]
+    generator = torch.Generator().manual_seed(0)
+    drawn = images.select(torch.randperm(len(images), generator=generator)[:ENOUGH].numpy())
     makers: dict[str, Any] = {"": None, **{view.__name__: view for view in OOD_VIEWS}}
     found: dict[str, list[list[np.ndarray]]] = {view: [] for view in makers}
-    for batch in images.head(ENOUGH * step):
-        held = batch[step - 1 :: step].cpu()
+    for batch in _batches(drawn, artefact.preprocess):
         for view, make in makers.items():
-            if len(held):
-                logits, own = artefact.run((held if make is None else make(held, generator)).numpy())
-                found[view].append([GUARDS[name](logits) if name in GUARDS else own for name in names])
+            logits, own = artefact.run((batch if make is None else make(batch, generator)).numpy())
+            found[view].append([GUARDS[name](logits) if name in GUARDS else own for name in names])
     known, *made = (np.concatenate(parts, 1) for parts in found.values())  # each [scores, images]
     return {
         name: {view: ood_metrics(known[k], part[k])["auroc"] for view, part in zip([*makers][1:], made, strict=True)}
@@ -244,20 +238,17 @@ def separations(artefact: Any, images: Calibration, gaussians: Gaussians | None)
     }
 
 
-def guard_threshold(artefact: Any, images: Any, keep: float, *, first: int = 0) -> dict[str, Any]:
+def guard_threshold(artefact: Any, images: Any, keep: float) -> dict[str, Any]:
     """{"value", "n", "kept", "images"}: the score that at least the share ``keep`` of the in-distribution images
     reaches, in the runtime, whether they come together or one by one (sums differ in their last bits, and codes with
-    them). first: 1 where every other image, the first, third, …, is left out, as the score was fitted on them."""
-    found, score = [], GUARDS.get(artefact.guard["score"])
-    images = Calibration.of(images, artefact.preprocess)
-    for batch in images:
-        together = batch[first :: first + 1].cpu().numpy()
-        if not len(together):
-            continue
+    them)."""
+    found, score, images = [], GUARDS.get(artefact.guard["score"]), guard_images(images, artefact.preprocess)
+    for batch in _batches(images, artefact.preprocess):
+        together = batch.numpy()
         alone = [artefact.run(image) for image in np.split(together, len(together))]
         runs = [artefact.run(together), tuple(np.concatenate(part) for part in zip(*alone, strict=True))]
         said = [scores for _, scores in runs] + [score(logits) for logits, _ in runs if score is not None]
         found.append(np.min(said, axis=0))
     scores = np.concatenate(found)
     value = threshold_keeping(scores, keep)
-    return {"value": value, "n": len(scores), "kept": float((scores >= value).mean()), "images": images.source}
+    return {"value": value, "n": len(scores), "kept": float((scores >= value).mean()), "images": str(images.source)}

@@ -102,7 +102,7 @@ def guards(board: Board) -> Listing | None:
         means = separation_means(guard)
         named = "; ".join(f"{score_label(name)} {percent(value)}" for name, value in means.items())
         images = dig(guard, ("threshold", "images"))
-        set_on = "not said" if images is None else f"{guard['threshold']['n']} of {images}"
+        set_on = "not said" if images is None else f"{guard['threshold']['n']} images ({images})"
         rows.append([*row, set_on, named or "not compared"])
     caption = (
         "How often the guards are right: ID images kept, OOD images flagged, and the mean of the two; what the "
