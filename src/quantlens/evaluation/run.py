@@ -200,6 +200,8 @@ class Run:
     """the same of detections; for the task "detect" """
     same_axes: bool = True
     """whether the embeddings are comparable one by one"""
+    said: dict[str, np.ndarray | None] = field(default_factory=dict)
+    """an exported file's own scores [N] of the images that were measured last, by what these are"""
 
     def classifying(self, model: Any) -> Any:
         """A model as a classifier of the texts, where there are any."""
@@ -236,7 +238,7 @@ class Run:
         metrics, images, lacking = self.of_ids(model, sets, logits, features, data, keep)
         id_part = {**describe(sets.id), **metrics}
         guard = getattr(model, "guard", None) if self.task in ONE_LABEL else None
-        known, unknown = looks_unknown(guard, logits), {}
+        known, unknown = looks_unknown(guard, logits, self.said.get("the ID set")), {}
         scorers, unavailable = self.fit(model, features is not None, data) if sets.ood else ({}, {})
         id_scores = _scored(scorers, logits, features)
         del logits, features
@@ -254,7 +256,7 @@ class Run:
             shifted.against(name, found, sets.groups[name])
             by_score = {score: ood_metrics(id_scores[score], values) for score, values in found.items()}
             ood_part[name] = {**describe(others), "group": sets.groups[name], **by_score}
-            unknown[name] = looks_unknown(guard, logits)
+            unknown[name] = looks_unknown(guard, logits, self.said.get(f"OOD set {name}"))
             del logits, features
         outputs = None
         if keep:
@@ -342,6 +344,7 @@ class Run:
     def run(self, model: Any, images: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
         """The same of a model that has to see the images."""
         kept: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+        said: list[np.ndarray] = []
         for place, pixels in self.batches(model, images, what):
             outputs = model.outputs(pixels)
             found = embedding(model, outputs) if self.task == "features" else outputs.logits
@@ -351,7 +354,10 @@ class Run:
             for rows, values in zip(kept, (found, more), strict=True):
                 if rows is not None and values is not None:
                     rows[place] = values.float().cpu().numpy()
+            if getattr(outputs, "score", None) is not None:
+                said.append(outputs.score.numpy())
         logits, features = kept
+        self.said[what] = np.concatenate(said) if said else None
         return logits, features  # type: ignore[return-value]
 
     def batches(self, model: Any, images: Any, what: str) -> Iterator[tuple[slice, torch.Tensor]]:

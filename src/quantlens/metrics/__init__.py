@@ -74,9 +74,9 @@ __all__ = [
     "score_label",
     "similarity",
     "summary_of",
-    "threshold_keeping",
     "temperature",
     "temperature_metrics",
+    "threshold_keeping",
 ]
 
 

@@ -213,9 +213,8 @@ class InspectSpec(_Strict):
 
 
 class OperatingSpec(_Strict):
-    """What thresholds are set to on FP32, for the operating point (:class:`quantlens.metrics.operating.Promise`): a
-    confidence cut by its coverage or by the accuracy on what it answers, and the share of ID images that an OOD
-    threshold keeps. No cell depends on it."""
+    """What thresholds are set to on FP32 (:class:`quantlens.metrics.operating.Promise`): a confidence cut by coverage or
+    selective accuracy, the share of ID images that an OOD threshold keeps. No cell depends on it."""
 
     coverage: float | None = None
     accuracy: float | None = None
@@ -284,9 +283,8 @@ class StudyConfig(_Strict):
         wrong = next((name for name, one in value.items() if name != "corrupt" and not isinstance(one, str)), None)
         if wrong is not None:
             raise ValueError(f"{wrong} is {value[wrong]!r}; give the SOURCE of its images")
-        asked = value.get("corrupt") or ()
-        spelled = {"corrupt": [asked] if isinstance(asked, str) else asked}  # which a SOURCE is not
-        return {**value, **(spelled if "corrupt" in value else {})}
+        asked = value.get("corrupt", ())
+        return {**value, "corrupt": [asked]} if isinstance(asked, str) else value  # a list, which no SOURCE is
 
     @field_validator("bits", "seeds")
     @classmethod
