@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from quantlens import _moved
+from quantlens._version import __version__
 from quantlens.boxes import Boxes
 from quantlens.data import cache
 from quantlens.data.corruptions import check_corruption, corrupt, corrupted_fingerprint, picture_seeds
@@ -226,13 +227,15 @@ def load_images(
     skip_bad: bool = False,
     progress: Progress | None = None,
     workers: int | None = None,
+    keep_corrupted: bool = False,
 ) -> ImageSet:
     """Decode, resize and crop the images of `source`, or take them from the on-disk cache.
 
     `cache_dir` is a folder, None for the default one (`quantlens.data.cache`), or False for no cache: then N*3*H*W
     bytes are held in memory. Embedded sets are never cached on disk; of corrupted images the clean ones are, and the
-    corruption is done anew (:meth:`ImageSet.corrupted`). `progress(done, total)` is called after each
-    decoded image. `workers` threads decode (as many as there are processors by default).
+    corruption is done anew (:meth:`ImageSet.corrupted`) unless `keep_corrupted` has them cached too.
+    `progress(done, total)` is called after each decoded image. `workers` threads decode (as many as there are
+    processors by default).
 
     Raises BadImageError, naming the file, for an image that cannot be read; with `skip_bad` it is left out
     and recorded in `skipped`. Raises StorageError where the cache cannot be written: the disk is full, or a
@@ -270,8 +273,24 @@ def load_images(
     )
     if source.corruption is None:
         return found
+    return _corrupted(found, source, cache_dir, identity if keep_corrupted else None)
+
+
+def _corrupted(images: ImageSet, source: Source, cache_dir: CacheDir, identity: list[str] | None) -> ImageSet:
+    """The images of a source as its corruption leaves them. identity: its own, where they are kept in the cache."""
+    assert source.corruption is not None
+    assert images.preprocess is not None
     name, severity, seed = source.corruption
-    return found.corrupted(name, severity, seed=seed, cache_dir=cache_dir)
+    if identity is None:
+        return images.corrupted(name, severity, seed=seed, cache_dir=cache_dir)
+
+    def made() -> Iterator[np.ndarray]:
+        yield from images.corrupted(name, severity, seed=seed, cache_dir=cache_dir).pixels  # type: ignore[misc]
+
+    preprocess = images.preprocess
+    key = cache.cache_key([*identity, f"{source.corruption} {__version__}"], preprocess.image_key())
+    pixels, _ = _entry(made(), [], len(images), preprocess.input_size, cache_dir, key)
+    return replace(images, pixels=pixels, fingerprint=source.fingerprint())
 
 
 def _entry(
