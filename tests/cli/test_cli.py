@@ -220,6 +220,7 @@ def test_models(run) -> None:
 
 def test_sources(run) -> None:
     from quantlens.data import CORRUPTIONS, available_embedded, available_sources
+    from quantlens.data.ood_sets import OOD_SETS
 
     code, out, _ = run("sources")
     assert code == 0
@@ -228,6 +229,7 @@ def test_sources(run) -> None:
         *available_embedded(),
         *CORRUPTIONS,
         "KIND:PATH?corrupt=fog:3",
+        *OOD_SETS,
         "KIND:PATH[a:b]",
         "KIND:PATH[a:b:s]",
     ):

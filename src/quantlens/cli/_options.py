@@ -85,7 +85,8 @@ Scores = Annotated[
         metavar="NAMES",
         help="OOD scores (default: all that fit the task): msp, maxlogit, energy, entropy, gen, knn, vim, mahalanobis, "
         "rmahalanobis (relative), mahalanobis_l2, rmahalanobis_l2, react; binary and multilabel: joint_energy, "
-        "sigmoid_confidence; detectors: max_confidence, joint_energy.",
+        "sigmoid_confidence; detectors: max_confidence, joint_energy. By name alone: kl_matching, she, "
+        "msp_temperature; near chance on transformers: ash_p, ash_b, ash_s, scale, dice.",
     ),
 ]
 Task = Annotated[

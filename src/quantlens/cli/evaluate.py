@@ -176,7 +176,7 @@ def tables(result: Any) -> Iterator[Any]:
     yield from summary(result)
     heads = ["metric", "value", *(["FP32", CHANGE] if result.fp32 else [])]
     fp32, change = ((part or {}).get("id", {}) for part in (result.fp32, result.change))
-    shown = [(METRICS[name], name) for name in metrics_of(result.task) if name in result.id]
+    shown = [(METRICS[name], name) for name in metrics_of(result.task, fitted=True) if name in result.id]
     rows = [
         (m.heading, m.text(result.id[name]), m.text(fp32.get(name)), m.text(change.get(name), "+"))[: len(heads)]
         for m, name in shown

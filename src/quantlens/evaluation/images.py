@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
+from quantlens.data.ood_sets import group_of
 from quantlens.errors import QuantlensError, UnknownNameError
 
 ImageProgress = Callable[[str, int, int], None]
@@ -129,14 +130,15 @@ def describe(images: Any) -> dict[str, Any]:
 
 
 def groups_of(sets: Mapping[str, Any], groups: Mapping[str, str] | None) -> dict[str, str]:
-    """Set name -> "far" or "near": as given, else as the set itself says (embedded ones do), else far."""
+    """Set name -> "far" or "near": as given, else as the set itself says (embedded ones do), else what OpenOOD makes of
+    its name (`data.ood_sets`), else far."""
     given = dict(groups or {})
     for name, group in given.items():
         if name not in sets:
             raise UnknownNameError("OOD set", name, sets, hint="a group is given to one of the sets evaluated")
         if group not in ("far", "near"):
             raise QuantlensError(f"the group of OOD set {name!r} is {group!r}; write 'far' or 'near'")
-    own = {name: getattr(images, "group", None) for name, images in sets.items()}
+    own = {name: getattr(images, "group", None) or group_of(str(name)) for name, images in sets.items()}
     return {name: given.get(name) or ("near" if own[name] == "near" else "far") for name in sets}
 
 

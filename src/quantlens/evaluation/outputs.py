@@ -11,7 +11,9 @@ images, which AUPR, AUROC and FPR@95 depend on, is exact.
 #     confidence, nll, brier       float64 [N]  as in `metrics.classification.PerImage`
 #     logits                       float16 [N, K] of the ID images (float32 where float16 would overflow); optional
 #     narrow, wide                 float32, float64 [scores, N + sum of M]: the OOD scores, ID images first
-#     about                        JSON: what was measured on which images, and the names of the scores and sets
+#     names                        UTF-8: names of the ID images, a zero byte between them; not in older files
+#     about                        JSON: what was measured on which images, the names of the scores and sets, and those
+#                                  of the classes that are true or predicted
 # Other tasks than one label of several have no vectors from `predicted` to `brier` (format 2): `binary` and
 # `multilabel` have labels uint8 [N, L] and always logits float32 [N, L]; `features` has, of what was measured, `knn1`
 # and `linear1` (whether the image got its label) and `cosine` (to the FP32 model's features), float64 [N]; `detect` has
@@ -67,7 +69,8 @@ class Outputs:
     """Per-image outputs of one model (see above). `id_scores[score]` is [N], `ood_scores[set][score]` is [M], both
     float64; `about` has "model", "method", "bits", "seed", "n_bins", "id" and "ood" (fingerprint and group by set), and
     "task" unless it is one label of several. `hits`: the vectors of features, by metric. Of detectors: `detections`,
-    the annotated boxes `truth`, both with the model's numbers of classes, and `drift` as of `metrics.box_drift`."""
+    the annotated boxes `truth`, both with the model's numbers of classes, and `drift` as of `metrics.box_drift`.
+    `names`: of the ID images, None in older files; `classes`: names of those that are true or predicted, by number."""
 
     labels: np.ndarray
     id_scores: dict[str, np.ndarray]
@@ -87,6 +90,8 @@ class Outputs:
     detections: Detections | None = None
     truth: Boxes | None = None
     drift: dict[str, Any] = field(default_factory=dict)
+    names: list[str] | None = None
+    classes: dict[int, str] = field(default_factory=dict)
 
     @cached_property
     def matches(self) -> Any:
@@ -110,19 +115,23 @@ class Outputs:
         return {name: str(entry.get("group") or "far") for name, entry in self.about["ood"].items()}
 
 
-def of_images(logits: np.ndarray, labels: np.ndarray, keep: bool | str) -> dict[str, Any]:
+def of_images(
+    logits: np.ndarray, labels: np.ndarray, keep: bool | str, class_names: Sequence[str] | None = None
+) -> dict[str, Any]:
     """The fields of `Outputs` that logits [N, K] and labels [N] give; `logits` is None unless `keep` is True. With
-    labels [N, K] those of a sigmoid per label."""
+    labels [N, K] those of a sigmoid per label. class_names [K]: None where nobody knows them."""
     from quantlens.metrics.classification import per_image
 
     if np.ndim(labels) == 2:
         return {"labels": np.asarray(labels).astype(np.uint8), "logits": logits.astype(np.float32)}
     images = per_image(logits, labels)
+    seen = [] if class_names is None else np.union1d(images.predicted, labels).tolist()
     fits = np.abs(logits).max(initial=0) <= np.finfo(np.float16).max
     return {
         **{name: getattr(images, name).astype(dtype) for name, dtype in VECTORS.items() if name != "labels"},
         "labels": np.asarray(labels).astype(np.int32),
         "logits": logits.astype(np.float16 if fits else np.float32) if keep is True else None,
+        "classes": {k: str(class_names[k]) for k in seen} if class_names is not None else {},
     }
 
 
@@ -170,6 +179,7 @@ def pack(outputs: Outputs) -> bytes:
         "sets": sizes,
         "scores": {kind: list(found) for kind, found in rows.items()},
         "order": list(outputs.id_scores),
+        "classes": outputs.classes,
     }
     arrays = {name: getattr(outputs, name).astype(dtype) for name, dtype in vectors_of(outputs.task).items()}
     arrays |= {name: values.astype(np.float64) for name, values in outputs.hits.items()}
@@ -185,6 +195,9 @@ def pack(outputs: Outputs) -> bytes:
         arrays |= {f"{kind}.{name}": values for name, values in columns.items() if isinstance(values, np.ndarray)}
     arrays |= {name: arrays[name].astype(np.float32) for name in ("found.boxes", "found.scores") if name in arrays}
     arrays |= {f"drift.{name}": np.stack(ratio).astype(np.float64) for name, ratio in outputs.drift.items()}
+    if outputs.names is not None:
+        joined = "\0".join(outputs.names).encode("utf-8", "surrogateescape")
+        arrays["names"] = np.frombuffer(joined, np.uint8)
     text = json.dumps(about, sort_keys=True, allow_nan=False).encode()
     stream = io.BytesIO()
     np.savez_compressed(stream, allow_pickle=False, about=np.frombuffer(text, np.uint8), **arrays)
@@ -213,7 +226,7 @@ def read(path: str | os.PathLike[str] | bytes, *, logits: bool = False) -> Outpu
                     f"one reads {FORMAT}); install that version"
                 )
             wanted = {*vectors_of(about.get("task")), "narrow", "wide"}
-            wanted |= {name for name in (*OF_FEATURES, *(["logits"] if logits else [])) if name in file.files}
+            wanted |= {name for name in (*OF_FEATURES, "names", *(["logits"] if logits else [])) if name in file.files}
             wanted |= {name for name in file.files if name.partition(".")[0] in OF_DETECTORS}
             wanted |= {f"{SHIFT}{name}" for name in VECTORS} if "shifted" in about else set()
             return _unpacked(about, {name: file[name] for name in wanted})
@@ -270,6 +283,9 @@ def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Output
     logits = arrays.get("logits")
     if logits is not None and len(logits) != n:
         raise ValueError("the logits do not fit the images")
+    named = _named(arrays.get("names"))
+    if named is not None and len(named) != n:
+        raise ValueError("the names do not fit the images")
     rows: dict[str, np.ndarray] = {}
     for kind, names in about["scores"].items():
         rows |= dict(zip(names, arrays[kind].astype(np.float64), strict=True))
@@ -284,8 +300,14 @@ def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Output
         shift_scores={name.removeprefix(SHIFT): scores[name] for name in scores if name.startswith(SHIFT)},
         logits=logits,
         hits={name: arrays[name] for name in hits},
+        names=named,
+        classes={int(number): str(name) for number, name in about.get("classes", {}).items()},
         **detected,
     )
+
+
+def _named(packed: np.ndarray | None) -> list[str] | None:
+    return None if packed is None else packed.tobytes().decode("utf-8", "surrogateescape").split("\0")
 
 
 def _of_detector(arrays: Mapping[str, np.ndarray], n: int) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class Result:
     def __str__(self) -> str:
         """What was measured and on what, a metric per line; of OOD detection AUPR-out by the first score, and what
         the threshold of an exported file keeps and flags."""
-        known = [f"id.{name}" for name in metrics_of(self.task)]
+        known = [f"id.{name}" for name in metrics_of(self.task, fitted=True)]
         ends = (f".{next(iter(self.histograms), '')}.aupr_out", ".kept", ".flagged")
         lines = [
             f"{title_of(path)}: {metric_of(path).text(value)}"
@@ -177,6 +177,8 @@ def title_of(path: str) -> str:
         return title_of(path.replace("full_spectrum", "ood", 1)).replace(", ", ", full spectrum, ", 1)
     if parts[0] == "guard":
         return f"{heading}, {'.'.join(parts[2:-1]) or 'ID'}"
+    if parts[0] == "operating":  # operating.same.ood.textures.msp.misses, operating.same.id.msp.false_alarms
+        return ", ".join([heading, *parts[3:-1]]) if parts[2] == "id" else title_of(".".join(parts[2:]))
     if parts[0] not in ("ood", "ood_mean"):
         return heading
     return f"{heading}, {'mean ' if parts[0] == 'ood_mean' else ''}{'.'.join(parts[1:-2])}, {parts[-2]}"
@@ -203,7 +205,7 @@ def metrics_only(result: Mapping[str, Any]) -> dict[str, Any]:
         }
 
     return {
-        "id": chosen(result.get("id") or {}, metrics_of(result.get("task"))),
+        "id": chosen(result.get("id") or {}, metrics_of(result.get("task"), fitted=True)),
         "ood": by_score("ood"),
         "ood_mean": by_score("ood_mean"),
         **{part: of_shift(part) for part in OF_SHIFT if result.get(part)},

@@ -37,6 +37,8 @@ from quantlens.metrics import (
     ood_metrics,
     score_histograms,
     similarity,
+    temperature,
+    temperature_metrics,
 )
 from quantlens.models.loading import class_names
 
@@ -70,7 +72,7 @@ def evaluate(
         fit: ID images, not among those evaluated, for scores, k-NN and linear probe; without it these are unavailable.
     shift: other images of the classes by name; under "corrupt" which corruptions of the ID images ("fog:3", "all:1,5").
     reference: the FP32 model, or its Result on the same images; by default a quantized model's own `.reference`, False
-        leaves it out. scores: names of OOD scores (None: quantlens' own). groups: OOD set -> "far" (default) or "near".
+        leaves it out. scores: names of OOD scores (None: the usual ones). groups: OOD set -> "far" or "near".
     task: of `metrics.TASKS`; None: the model's own. text_embeddings: for "zero-shot", see `zero_shot.TextEmbeddings`.
     batch_size: images per forward pass, at most. device: by default where the model is. n_bins: of the calibration
         error. progress: called with (what, images done, in all). skip_bad: leave out what cannot be read. cache_dir: of
@@ -198,6 +200,8 @@ class Run:
     """the same of detections; for the task "detect" """
     same_axes: bool = True
     """whether the embeddings are comparable one by one"""
+    said: dict[str, np.ndarray | None] = field(default_factory=dict)
+    """an exported file's own scores [N] of the images that were measured last, by what these are"""
 
     def classifying(self, model: Any) -> Any:
         """A model as a classifier of the texts, where there are any."""
@@ -234,7 +238,7 @@ class Run:
         metrics, images, lacking = self.of_ids(model, sets, logits, features, data, keep)
         id_part = {**describe(sets.id), **metrics}
         guard = getattr(model, "guard", None) if self.task in ONE_LABEL else None
-        known, unknown = looks_unknown(guard, logits), {}
+        known, unknown = looks_unknown(guard, logits, self.said.get("the ID set")), {}
         scorers, unavailable = self.fit(model, features is not None, data) if sets.ood else ({}, {})
         id_scores = _scored(scorers, logits, features)
         del logits, features
@@ -252,13 +256,14 @@ class Run:
             shifted.against(name, found, sets.groups[name])
             by_score = {score: ood_metrics(id_scores[score], values) for score, values in found.items()}
             ood_part[name] = {**describe(others), "group": sets.groups[name], **by_score}
-            unknown[name] = looks_unknown(guard, logits)
+            unknown[name] = looks_unknown(guard, logits, self.said.get(f"OOD set {name}"))
             del logits, features
         outputs = None
         if keep:
             sets_scored = ood_scores if id_scores else {}
             about = about_of(model, id_part, {name: ood_part[name] for name in sets_scored}, self.n_bins, self.task)
-            outputs = Outputs(**images, id_scores=id_scores, ood_scores=sets_scored, about=about)
+            names = getattr(sets.id, "names", None)
+            outputs = Outputs(**images, names=names, id_scores=id_scores, ood_scores=sets_scored, about=about)
         return {
             "task": self.task,
             "id": plain(id_part),
@@ -284,7 +289,9 @@ class Run:
         if self.task != "features":
             names = class_names(sets.id, model)
             metrics = id_metrics(self.task, logits, labels, n_bins=self.n_bins, names=names)
-            return metrics, of_images(logits, labels, keep) if keep else {}, {}
+            if data is not None and data.logits is not None and data.labels is not None:
+                metrics |= temperature_metrics(logits, labels, temperature(data.logits, data.labels), self.n_bins)
+            return metrics, of_images(logits, labels, keep, names) if keep else {}, {}
         self.embeddings.append(features)
         hits, lacking = feature_hits(features, labels, data)
         metrics = {"num_features": features.shape[1], **{name: float(hit.mean()) for name, hit in hits.items()}}
@@ -295,13 +302,12 @@ class Run:
         features: whether it gives features."""
         images, infos = sets.fit, self.scores.values() if sets.ood else ()
         wanted = self.task == "features" or any(i.needs_fit and (features or not i.needs_features) for i in infos)
-        if images is None or not wanted:
+        if images is None or not (wanted or (self.task in ONE_LABEL and images.labels is not None)):
             return None
         logits, found = self.forward(model, images, "the fit set")
         if self.task in ONE_LABEL:
             labels = None if images.labels is None else check_labels(images, self.task, model.num_classes)
-            classifier = (t.detach().float().cpu().numpy() for t in model.classifier() or ())
-            return FitData(logits, found, labels, *classifier)
+            return FitData(logits, found, labels, *_classifier(model))
         if self.task == "multilabel" or images.labels is None:
             return FitData(None, found)
         checked = check_labels(images, self.task, model.num_classes)
@@ -310,9 +316,12 @@ class Run:
     def fit(self, model: Any, features: bool, data: FitData | None) -> tuple[dict[str, Scorer], dict[str, str]]:
         """Every score that can be had on this model, fitted on its own outputs, and the others with the reason why not.
         features: whether the model gives any; data: of `fit_data`."""
-        there = {"features": features, "fit": data is not None, "classifier": model.classifier() is not None}
-        classes = data is None or data.logits is not None or data.labels is not None
-        lacking = {name: info.lacks(**there, classes=classes) for name, info in self.scores.items()}
+        classifier = _classifier(model)
+        there = {"features": features, "fit": data is not None, "classifier": bool(classifier)}
+        there["labels"] = data is None or data.labels is not None
+        there["classes"] = there["labels"] or (data is not None and data.logits is not None)
+        lacking = {name: info.lacks(**there) for name, info in self.scores.items()}
+        data = FitData(None, None, None, *classifier) if data is None and classifier else data
         scorers = {name: make_scorer(name, data) for name, reason in lacking.items() if not reason}
         return scorers, {name: reason for name, reason in lacking.items() if reason}
 
@@ -335,6 +344,7 @@ class Run:
     def run(self, model: Any, images: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
         """The same of a model that has to see the images."""
         kept: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+        said: list[np.ndarray] = []
         for place, pixels in self.batches(model, images, what):
             outputs = model.outputs(pixels)
             found = embedding(model, outputs) if self.task == "features" else outputs.logits
@@ -344,7 +354,10 @@ class Run:
             for rows, values in zip(kept, (found, more), strict=True):
                 if rows is not None and values is not None:
                     rows[place] = values.float().cpu().numpy()
+            if getattr(outputs, "score", None) is not None:
+                said.append(outputs.score.numpy())
         logits, features = kept
+        self.said[what] = np.concatenate(said) if said else None
         return logits, features  # type: ignore[return-value]
 
     def batches(self, model: Any, images: Any, what: str) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -356,6 +369,11 @@ class Run:
             done += len(pixels)
             if self.progress is not None:
                 self.progress(f"evaluating {what}", done, len(images))
+
+
+def _classifier(model: Any) -> tuple[np.ndarray, ...]:
+    """Weight [K, D] and bias [K] of a model's linear classifier; () where it shows none."""
+    return tuple(t.detach().float().cpu().numpy() for t in model.classifier() or ())
 
 
 def _rows(values: Any, count: int) -> np.ndarray | None:

@@ -4,11 +4,17 @@
 """
 
 from quantlens._moved import finder
-from quantlens.metrics.classification import calibration_error, classification_metrics, reliability
+from quantlens.metrics.classification import (
+    calibration_error,
+    classification_metrics,
+    reliability,
+    temperature,
+    temperature_metrics,
+)
 from quantlens.metrics.detection import Boxes, Detections, box_drift, detection_metrics
 from quantlens.metrics.embeddings import cosines, knn_classes, linear_cka, linear_classes, similarity
 from quantlens.metrics.labels import label_metrics
-from quantlens.metrics.ood import change, mean_over_sets, ood_metrics, score_histograms
+from quantlens.metrics.ood import change, mean_over_sets, ood_metrics, score_histograms, threshold_keeping
 from quantlens.metrics.ood_scores import (
     FitData,
     ScoreInfo,
@@ -68,6 +74,9 @@ __all__ = [
     "score_label",
     "similarity",
     "summary_of",
+    "temperature",
+    "temperature_metrics",
+    "threshold_keeping",
 ]
 
 

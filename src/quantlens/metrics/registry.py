@@ -109,6 +109,8 @@ _ALL = (
     Metric("nll", "NLL", "nats", "lower", "classification", resampled=True, also=_SIGMOID),
     _percent("ece", "ECE", "lower", "classification", True, _SIGMOID),
     _percent("ece_adaptive", "adaptive ECE", "lower", "classification", also=_SIGMOID),
+    _percent("ece_temperature", "ECE after temperature scaling", "lower", "temperature"),
+    Metric("temperature", "temperature", "", None, "temperature"),
     Metric("brier", "Brier", "", "lower", "classification", resampled=True, also=_SIGMOID),
     _percent("aupr_out", "AUPR-out", "higher", "ood", True),
     _percent("aupr_in", "AUPR-in", "higher", "ood"),
@@ -122,6 +124,10 @@ _ALL = (
     _percent("kept", "looks known", "higher", "threshold"),
     _percent("flagged", "looks unknown", "higher", "threshold"),
     _percent("balanced_accuracy", "balanced accuracy", "higher", "threshold"),
+    _percent("coverage", "coverage", "higher", "operating"),
+    _percent("selective_accuracy", "selective accuracy", "higher", "operating"),
+    _percent("false_alarms", "false alarms", "lower", "operating"),
+    _percent("misses", "misses", "lower", "operating"),
     Metric("size_mb", "size", "MB", "lower", "size", digits=2),
     _percent("size_ratio", "size of FP32's", "lower", "size"),
     Metric("sqnr_db", "SQNR", "dB", "higher", "sensitivity", digits=1),
@@ -187,9 +193,12 @@ SUMMARIES = {
 """The metrics that a family is summed up by, the one that it is judged by first."""
 
 
-def metrics_of(task: Any, *, resampled: bool = False) -> tuple[str, ...]:
-    """Names of the metrics of a task's ID images; None, of results that name no task, is "classify"."""
-    return names_of(TASKS.get(task or "classify", ""), resampled=resampled)
+def metrics_of(task: Any, *, resampled: bool = False, fitted: bool = False) -> tuple[str, ...]:
+    """Names of the metrics of a task's ID images; None, of results that name no task, is "classify". fitted: and of
+    those that a classifier has where its temperature could be fitted."""
+    family = TASKS.get(task or "classify", "")
+    more = names_of("temperature", resampled=resampled) if fitted and family == "classification" else ()
+    return (*names_of(family, resampled=resampled), *more)
 
 
 def summary_of(task: Any) -> tuple[str, ...]:

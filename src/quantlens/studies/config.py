@@ -26,6 +26,7 @@ from pydantic import (
 
 from quantlens._moved import ARGUMENTS, arguments_apart
 from quantlens.errors import QuantlensError
+from quantlens.metrics.operating import KEEP, Promise
 
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
 
@@ -178,7 +179,7 @@ class CalibrationSpec(_Strict):
 
 class OodSpec(_Strict):
     """One out-of-distribution set; near sets are averaged apart from far ones. A set that does not say its group is
-    far, but for the embedded sets, which know theirs."""
+    far, but for the embedded sets and those that OpenOOD names (`quantlens sources`)."""
 
     _short = "source"
     source: Source
@@ -209,6 +210,23 @@ class InspectSpec(_Strict):
         if not value.startswith("W"):
             raise ValueError(f"{value} is no pair of widths; give bits such as W8A8 or W4A4")
         return value
+
+
+class OperatingSpec(_Strict):
+    """What thresholds are set to on FP32 (`metrics.operating.Promise`): a confidence cut by coverage or by selective
+    accuracy, and the share of ID images that an OOD threshold keeps. No cell depends on it."""
+
+    coverage: float | None = None
+    accuracy: float | None = None
+    keep: float = KEEP
+
+    @model_validator(mode="after")
+    def _promises(self) -> "OperatingSpec":
+        try:
+            Promise(**self.model_dump())
+        except QuantlensError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 class ResourcesSpec(_Strict):
@@ -250,6 +268,7 @@ class StudyConfig(_Strict):
     skip_bad: bool = False
     cache: bool | Annotated[str, AfterValidator(_path)] = True
     outputs: bool | Literal["scores"] = True
+    operating: OperatingSpec = OperatingSpec()
 
     @field_validator("attention", "inspect", mode="before")
     @classmethod
@@ -264,9 +283,8 @@ class StudyConfig(_Strict):
         wrong = next((name for name, one in value.items() if name != "corrupt" and not isinstance(one, str)), None)
         if wrong is not None:
             raise ValueError(f"{wrong} is {value[wrong]!r}; give the SOURCE of its images")
-        asked = value.get("corrupt") or ()
-        spelled = {"corrupt": [asked] if isinstance(asked, str) else asked}  # which a SOURCE is not
-        return {**value, **(spelled if "corrupt" in value else {})}
+        asked = value.get("corrupt", ())
+        return {**value, "corrupt": [asked]} if isinstance(asked, str) else value  # a list, which no SOURCE is
 
     @field_validator("bits", "seeds")
     @classmethod
