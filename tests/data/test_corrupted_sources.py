@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quantlens.data import Preprocess, as_image_set, load_images, open_source, with_corruption
+from quantlens.data import ImageSet, Preprocess, as_image_set, load_images, open_source, with_corruption
 from quantlens.data.corruptions import corrupt, picture_seeds
 from quantlens.data.sources import FileSource, open_calibration, parse_spec, with_sample
 from quantlens.errors import BadImageError, QuantlensError, UnknownNameError
@@ -183,3 +183,25 @@ def test_real_images_are_harder_to_know(shared_data: Path) -> None:
         ql.evaluate(model, id=f"{text}{more}").to_dict()["id"]["top1"] for more in ("", "?corrupt=impulse_noise:5")
     ]
     assert found[0] > 0.7 > 0.4 > found[1]
+
+
+def test_corrupted_pictures_are_kept_where_that_is_asked_for(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """A study reads them from the cache again; other severities, seeds and slices are other entries."""
+    cache = tmp_path / "cache"
+    texts = [f"images:{folder}?corrupt=fog:3", f"images:{folder}?corrupt=fog:4", f"images:{folder}[:4]?corrupt=fog:3"]
+    texts.append(f"images:{folder}?corrupt=fog:3&seed=1")
+    plain = [load_images(text, PRE, cache_dir=False) for text in texts]
+    first = [load_images(text, PRE, cache_dir=cache, keep_corrupted=True) for text in texts]
+    files = len(list(cache.rglob("*.npy")))
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageSet, "corrupted", None)
+        again = [load_images(text, PRE, cache_dir=cache, keep_corrupted=True) for text in texts]
+    for one, made, read in zip(plain, first, again, strict=True):
+        assert np.array_equal(one.pixels, made.pixels)
+        assert np.array_equal(one.pixels, read.pixels)
+        assert one.fingerprint == made.fingerprint == read.fingerprint
+    load_images(f"images:{folder}?corrupt=snow:1", PRE, cache_dir=cache)
+    assert len(list(cache.rglob("*.npy"))) == files, "not by itself"
+    Image.new("RGB", (60, 60), (9, 200, 9)).save(folder / plain[0].names[0])
+    changed = load_images(texts[0], PRE, cache_dir=cache, keep_corrupted=True)
+    assert not np.array_equal(changed.pixels, plain[0].pixels), "a changed file is corrupted anew"

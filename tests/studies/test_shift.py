@@ -230,7 +230,7 @@ def test_the_report_has_the_section_only_where_there_is_shift(study: Path, tmp_p
         value = 100 * (shown.changes if changed else shown.values)[path].value
         signed = f"{value:+.1f}" if changed and path != RATIO else f"{value:.1f}"
         assert f">{signed.replace('-', '−')} (" in section, path
-    assert re.search(r"in \d of 2 cells and less in \d;", section)
+    assert re.search(r"in \d of 2 cells, less in \d;|In each of 2 cells the", section)
     assert "Further metrics of shifted images" in section
     panels = [panel for row in FIGURES["shift"][1](board) for panel in row.panels]
     (clean,) = (panel for panel in panels if panel.detail == "ID images")

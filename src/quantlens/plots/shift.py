@@ -117,7 +117,7 @@ def corruptions(board: Board) -> list[PanelRow]:
 
 
 def heat_map(rows: list[dict[str, Any]]) -> Any:
-    """Corruptions × methods; the darker, the more is lost."""
+    """Corruptions × methods; the stronger the colour, the more is lost."""
     order = list(dict.fromkeys(row["corruption"] for row in rows))
     least = min(row["change"] for row in rows)
     base = (

@@ -48,10 +48,11 @@ def said(found: Cells) -> str:
         return ""
     more = sum(high is not None and high < 0 for _, high in ends)
     less = sum(low is not None and low > 0 for low, _ in ends)
-    return (
-        f"Quantization costs more top-1 on corrupted images than on ID images in {more} of {count(len(ends), 'cell')} "
-        f"and less in {less}; in the others the interval of the difference holds 0."
-    )
+    cells = count(len(ends), "cell")
+    if not more + less:
+        return f"In each of {cells} the interval of what corrupted images lose more of top-1 than ID images holds 0."
+    found = f"more top-1 on corrupted images than on ID images in {more} of {cells}, less in {less}"
+    return f"Quantization costs {found}; in the others the interval of the difference holds 0."
 
 
 def accuracy(board: Board, found: Cells) -> dict[str, Any]:
