@@ -16,9 +16,10 @@ from study_fakes import PREPROCESS, FakeModel, quantized
 from quantlens.calibration import Calibration
 from quantlens.data import load_images, open_source
 from quantlens.errors import QuantlensError, QuantlensWarning, StorageError, UnknownNameError
+from quantlens.evaluation.images import groups_of
 from quantlens.evaluation.result import Result
 from quantlens.evaluation.run import evaluate
-from quantlens.metrics import FitData, choose_scores, classification_metrics, make_scorer, ood_metrics
+from quantlens.metrics import FitData, choose_scores, classification_metrics, make_scorer, ood_metrics, temperature
 
 ID, LETTERS, NEAR, FIT = (
     "embedded:digits-test",
@@ -61,6 +62,36 @@ def test_figures_are_those_of_the_metrics() -> None:
     assert result["fit"] == {"source": FIT, "n": len(fit_labels)}
 
 
+def test_scores_by_name_alone_and_the_temperature() -> None:
+    model, names = FakeModel(), ["she", "msp_temperature", "dice", "ash_s", "kl_matching"]
+    id, fit, ood = f"{ID}[0:60]", f"{FIT}[0:80]", {"letters": f"{LETTERS}[0:40]"}
+    logits, features, labels = direct(model, id)
+    fit_logits, fit_features, fit_labels = direct(model, fit)
+    weight, bias = (t.numpy() for t in model.classifier())
+    with pytest.warns(QuantlensWarning, match="dice, ash_s: .*near chance"):
+        result = evaluate(model, id, ood, fit=fit, scores=names, keep=True)
+    data = FitData(fit_logits, fit_features, fit_labels, weight, bias)
+    for name in names:
+        np.testing.assert_allclose(result.outputs.id_scores[name], make_scorer(name, data)(logits, features), rtol=1e-5)
+    t = temperature(fit_logits, fit_labels)
+    assert result.id["temperature"] == pytest.approx(t, rel=1e-6)
+    scaled = classification_metrics(logits / t, labels)["ece"]
+    assert result.id["ece_temperature"] == pytest.approx(scaled, abs=1e-6)
+    assert "ECE after temperature scaling" in str(result)
+
+    with pytest.warns(QuantlensWarning):
+        without = evaluate(model, id, ood, scores=names)
+    assert without.ood["letters"]["ash_s"] == pytest.approx(result.ood["letters"]["ash_s"])  # nothing to fit
+    assert without.scores_unavailable.keys() == {"she", "msp_temperature", "dice", "kl_matching"}
+    assert not {"temperature", "ece_temperature"} & without.id.keys()
+    images = load_images(fit, model.preprocess, cache_dir=False).tensor()
+    unlabelled = evaluate(model, id, ood, fit=images, scores=["she", "msp_temperature"])
+    assert list(unlabelled.scores_unavailable) == ["msp_temperature"]
+    assert "fitted on labels" in unlabelled.scores_unavailable["msp_temperature"]
+    low = evaluate(quantized(model, "W4A4"), id, fit=fit)
+    assert low.change["id"]["temperature"] == low.id["temperature"] - low.fp32["id"]["temperature"] != 0
+
+
 def test_means_and_histograms() -> None:
     result = evaluate(FakeModel(), ID, {**OOD, "patches": "embedded:photo-patches"}, scores=["msp"])
     far = [result.ood[name]["msp"]["aupr_out"] for name in ("letters", "patches")]
@@ -71,6 +102,17 @@ def test_means_and_histograms() -> None:
     assert len(bars["edges"]) == 41
     assert sum(bars["id"]) == 400
     assert sum(bars["ood"]["letters"]) == result.ood["letters"]["n"]
+
+
+def test_groups_as_openood_has_them_by_name() -> None:
+    names = {"near": ("ninco", "NINCO", "SSB-hard", "ssb_hard"), "far": ("iNaturalist", "openimage-o", "dtd", "odd")}
+    sets = {name: None for group in names.values() for name in group}
+    assert groups_of(sets, {"ssb_hard": "far"}) == {
+        name: "far" if name == "ssb_hard" else group for group, all_of in names.items() for name in all_of
+    }
+    tensor = load_images(f"{LETTERS}[0:20]", PREPROCESS, cache_dir=False).tensor()
+    result = evaluate(FakeModel(), f"{ID}[0:40]", {"NINCO": tensor, "ssb": LETTERS, "sun": NEAR}, scores=["msp"])
+    assert [part["group"] for part in result.ood.values()] == ["near", "far", "near"]  # embedded sets say it themselves
 
 
 def test_groups_as_given() -> None:

@@ -146,15 +146,16 @@ def test_a_program_of_another_tool_is_not_opened(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "size", "axis"), [("patches.input", 3, -3), ("attention.scores.k", 8, -2), ("sides.input", 8, -1)]
+    ("key", "size", "axis", "tries"),
+    [("patches.input", 3, -3, 3), ("attention.scores.k", 8, -2, 3), ("sides.input", 8, -1, 1)],
 )
-def test_ranges_found_at_run_time_are_simulated(key, size, axis, tmp_path):
+def test_ranges_found_at_run_time_are_simulated(key, size, axis, tries, tmp_path):
     """Of maps, keys and tokens, one at a time: the last bit of a sum moves codes after it."""
     model, images = detector(4)
     qmodel = ql.quantize(model, images, method="quantlens-fast", bits="W8A4", group_size=8)
     assert qmodel.plan.quantizers["sides.input"].kind == "group-affine"
     qmodel.plan.quantizers.clear()
-    qmodel.plan.quantizers[key] = GroupAffine(1 / 15, 4, size, axis=axis)
+    qmodel.plan.quantizers[key] = GroupAffine(1 / 15, 4, size, axis=axis, tries=tries)
     found = ql.Artefact(ql.export(qmodel, tmp_path / "m.onnx", simulate=True)).values(images.numpy())
     torch.testing.assert_close(torch.from_numpy(found["boxes"]), qmodel.outputs(images).boxes, atol=1e-5, rtol=1e-4)
 

@@ -17,6 +17,7 @@ from quantlens.metrics import (
     ScoreInfo,
     Scorer,
     available_scores,
+    choose_scores,
     make_scorer,
     ood_metrics,
     ood_scores as scores,
@@ -39,6 +40,7 @@ NAMES = [
     "react",
 ]
 FITTED = NAMES[5:]
+OPTIONAL = ["kl_matching", "she", "msp_temperature", "ash_p", "ash_b", "ash_s", "scale", "dice"]
 OF_SIGMOIDS = ["max_confidence", "joint_energy", "sigmoid_confidence"]
 
 
@@ -274,7 +276,8 @@ def test_needs_are_stated_truly(name: str) -> None:
 
 
 def test_names() -> None:
-    assert list(available_scores()) == [*NAMES, *OF_SIGMOIDS]
+    assert list(available_scores()) == [*NAMES, *OPTIONAL, *OF_SIGMOIDS]
+    assert list(choose_scores(None, "classify")) == NAMES
     with pytest.raises(UnknownNameError, match=r"unknown OOD score 'mahalanobi'; did you mean 'mahalanobis'"):
         make_scorer("mahalanobi")
 

@@ -1,6 +1,7 @@
 """Exact transforms whose amounts are measured on calibration images: outlier channels, means of channels, pixels."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,11 +66,14 @@ def channel_means(graph: Graph, calibration: Calibration, keys: Iterable[str]) -
 
 
 def subtract_means(
-    graph: Graph, calibration: Calibration, also: Iterable[str] = ()
+    graph: Graph, calibration: Calibration, also: Iterable[str] = (), *, only_keys: bool = False
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """Take means of channels out wherever the graph proves it exact. Returns one sentence, or nothing where there is
-    nothing; and the means of the edges ``also``, found in the same pass (float64 [C] each)."""
+    """Take means of channels out wherever the graph proves it exact. only_keys: of the keys of attentions alone.
+    Returns one sentence, or nothing where there is nothing; and the means of the edges ``also``, found in the same pass
+    (float64 [C] each)."""
     places, others = MeanSubtraction.find(graph), list(also)
+    if only_keys:
+        places = replace(places, norms={}, outputs={})
     means = channel_means(graph, calibration, (*places.edges, *others))
     return places.apply(graph, means), {key: means[key] for key in others}
 

@@ -24,6 +24,7 @@ from quantlens.evaluation import outputs as kept
 from quantlens.evaluation.differences import LEVEL, Difference, corrected, differences_of
 from quantlens.evaluation.operating import ClassLoss, Flips, Shipped, flips_csv
 from quantlens.evaluation.outputs import Outputs
+from quantlens.evaluation.shift import common_shift, resampled_shift, shift_sizes, shift_values
 from quantlens.metrics import TASKS, first_score, metrics_of, names_of
 from quantlens.metrics.bootstrap import ID, Array, Resamples, classification, ranking
 from quantlens.metrics.detection import resampled_detections
@@ -174,7 +175,9 @@ def _compared(
 ) -> tuple[Compared, list[str]]:
     sets, notes = _common_sets(one)
     common = _common_scores(one, scores) if sets else []
-    wanted = Wanted(sets if common else [], common)
+    shifted, told = common_shift([entry.result or entry.outputs.about for entry in one.entries])
+    notes += told
+    wanted = Wanted(sets if common else [], common, shift=shifted)
     groups = _groups(one, wanted.sets)
     without = _without_interval(one)
     replicas = cache(lambda entry: replicate(entry.outputs, wanted, resamples))
@@ -285,7 +288,9 @@ def _values(entry: Entry, wanted: "Wanted", groups: Mapping[str, Sequence[str]])
             for name in wanted.sets:
                 found = entry.result["ood"][name].get(score, {})
                 known |= {f"ood.{name}.{score}.{metric}": found.get(metric) for metric in OOD_METRICS}
-    values = {path: v for path, v in known.items() if v is not None and not path.startswith("ood_mean.")}
+        known |= shift_values(entry.result, wanted.sets, wanted.scores) if wanted.shift else {}
+    left_out = ("ood_mean.", "shift_mean.severity")
+    values = {path: v for path, v in known.items() if v is not None and not path.startswith(left_out)}
     for group, names in groups.items():
         for tail in (f"{score}.{metric}" for score in wanted.scores for metric in OOD_METRICS):
             parts = [values[f"ood.{name}.{tail}"] for name in names if f"ood.{name}.{tail}" in values]
@@ -312,13 +317,15 @@ def _check_same_images(first: Entry, second: Entry, sets: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which metrics are resampled: OOD sets and scores by name, and metrics by name (those that a task has)."""
+    """Which metrics are resampled: OOD sets and scores by name, and metrics by name (those that a task has). shift: the
+    shifted sets, all or none."""
 
     sets: Sequence[str]
     scores: Sequence[str]
     metrics: Collection[str] = tuple(
         dict.fromkeys(name for f in (*TASKS.values(), "ood") for name in names_of(f, resampled=True))
     )
+    shift: tuple[str, ...] = ()
 
 
 def point(outputs: Outputs, wanted: Wanted) -> dict[str, float]:
@@ -342,7 +349,8 @@ def replicate(outputs: Outputs, wanted: Wanted, resamples: Resamples) -> dict[st
 
 def _sizes(outputs: Outputs, sets: Sequence[str]) -> dict[str, int]:
     """Images by set, the ID images first."""
-    return {ID: len(outputs.labels), **{s: next(iter(outputs.ood_scores[s].values())).size for s in sets}}
+    of_sets = {s: next(iter(outputs.ood_scores[s].values())).size for s in sets}
+    return {ID: len(outputs.labels), **of_sets, **shift_sizes(outputs)}
 
 
 def _metrics(outputs: Outputs, wanted: Wanted, counts: Mapping[str, Array]) -> dict[str, Array]:
@@ -362,7 +370,7 @@ def _metrics(outputs: Outputs, wanted: Wanted, counts: Mapping[str, Array]) -> d
             for metric in by_set[members[0]] if members else ():
                 mean = sum(by_set[name][metric] for name in members) / len(members)
                 found[f"ood_mean.{group}.{score}.{metric}"] = np.asarray(mean)
-    return found
+    return found | (resampled_shift(outputs, wanted.sets, wanted.scores, counts) if wanted.shift else {})
 
 
 def _of_ids(outputs: Outputs, drawn: Array, wanted: Collection[str]) -> dict[str, Array]:

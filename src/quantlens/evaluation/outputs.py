@@ -19,6 +19,8 @@ images, which AUPR, AUROC and FPR@95 depend on, is exact.
 # and `linear1` (whether the image got its label) and `cosine` (to the FP32 model's features), float64 [N]; `detect` has
 # labels of -1, the columns of all detections (`found.boxes` float32 [M, 4], …) and of all annotated boxes (`truth.…`),
 # and numerators and denominators of the metrics of drift by image (`drift.lost` float64 [2, N], …).
+# Where shifted images were measured (format 3), `shift.labels`, `shift.rank`, … hold the vectors of those of all sets,
+# one after the other, and the rows of `narrow` and `wide` end in their scores, where there are any.
 
 import io
 import json
@@ -36,7 +38,7 @@ import numpy as np
 from quantlens.boxes import Boxes, Detections
 from quantlens.errors import QuantlensError, StorageError
 
-FORMAT = 2
+FORMAT = 3
 FOLDER = "outputs"
 
 VECTORS = {
@@ -51,6 +53,8 @@ ABOUT = ("model", "method", "bits", "seed", "n_bins", "id", "ood")
 OF_FEATURES = ("knn1", "linear1", "cosine")
 DAMAGED = (zipfile.BadZipFile, zlib.error, QuantlensError)
 OF_DETECTORS = ("found", "truth", "drift")
+SHIFT = "shift."
+"""Before names of shifted sets among those of OOD sets, and of their vectors."""
 
 
 def vectors_of(task: str | None) -> dict[str, Any]:
@@ -78,6 +82,10 @@ class Outputs:
     nll: Any = None
     brier: Any = None
     logits: np.ndarray | None = None
+    shift: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """the same vectors [S] by name, of the images of every shifted set (`about` has "shift", their fingerprints)"""
+    shift_scores: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """as `ood_scores`, where there are scores"""
     hits: dict[str, np.ndarray] = field(default_factory=dict)
     detections: Detections | None = None
     truth: Boxes | None = None
@@ -157,15 +165,17 @@ def path_of(directory: str | os.PathLike[str], key: str) -> Path:
 
 def pack(outputs: Outputs) -> bytes:
     """The content of the file."""
-    sizes = [(name, next(iter(scores.values())).size) for name, scores in outputs.ood_scores.items()]
+    others = {**outputs.ood_scores, **{f"{SHIFT}{name}": found for name, found in outputs.shift_scores.items()}}
+    sizes = [(name, next(iter(scores.values())).size) for name, scores in others.items()]
     total = len(outputs.labels) + sum(size for _, size in sizes)
     rows: dict[str, dict[str, np.ndarray]] = {"narrow": {}, "wide": {}}
     for name, ids in outputs.id_scores.items():
-        row = np.concatenate([ids, *(scores[name] for scores in outputs.ood_scores.values())])
+        row = np.concatenate([ids, *(scores[name] for scores in others.values())])
         rows["narrow" if _apart_in_float32(row) else "wide"][name] = row
     about = {
         **outputs.about,
-        "format": 1 if vectors_of(outputs.task) is VECTORS else FORMAT,
+        "format": FORMAT if outputs.shift else 1 if vectors_of(outputs.task) is VECTORS else 2,
+        **({"shifted": [(name, len(one["labels"])) for name, one in outputs.shift.items()]} if outputs.shift else {}),
         "sets": sizes,
         "scores": {kind: list(found) for kind, found in rows.items()},
         "order": list(outputs.id_scores),
@@ -177,6 +187,9 @@ def pack(outputs: Outputs) -> bytes:
     arrays["wide"] = np.array(list(rows["wide"].values()), np.float64).reshape(-1, total)
     if outputs.logits is not None and "logits" not in arrays:
         arrays["logits"] = outputs.logits
+    if outputs.shift:
+        vectors = {name: np.concatenate([one[name] for one in outputs.shift.values()]) for name in VECTORS}
+        arrays |= {f"{SHIFT}{name}": values.astype(VECTORS[name]) for name, values in vectors.items()}
     for kind, boxes in (("found", outputs.detections), ("truth", outputs.truth)):
         columns = {} if boxes is None else vars(boxes)
         arrays |= {f"{kind}.{name}": values for name, values in columns.items() if isinstance(values, np.ndarray)}
@@ -215,6 +228,7 @@ def read(path: str | os.PathLike[str] | bytes, *, logits: bool = False) -> Outpu
             wanted = {*vectors_of(about.get("task")), "narrow", "wide"}
             wanted |= {name for name in (*OF_FEATURES, "names", *(["logits"] if logits else [])) if name in file.files}
             wanted |= {name for name in file.files if name.partition(".")[0] in OF_DETECTORS}
+            wanted |= {f"{SHIFT}{name}" for name in VECTORS} if "shifted" in about else set()
             return _unpacked(about, {name: file[name] for name in wanted})
     except FileNotFoundError:
         raise StorageError(
@@ -240,6 +254,16 @@ def read(path: str | os.PathLike[str] | bytes, *, logits: bool = False) -> Outpu
         ) from error
 
 
+def _of_shift(sizes: Sequence[Sequence[Any]], arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """The vectors of every shifted set; ValueError where they do not belong together."""
+    ends = np.cumsum([0, *(int(size) for _, size in sizes)])
+    vectors = {name: arrays[f"{SHIFT}{name}"] for name in VECTORS if sizes}
+    if any(values.shape != (ends[-1],) or not np.isfinite(values).all() for values in vectors.values()):
+        raise ValueError("what is kept of shifted images does not hold as many numbers as there are images")
+    parts = {name: np.split(values, ends[1:-1]) for name, values in vectors.items()}
+    return {str(name): {key: part[i] for key, part in parts.items()} for i, (name, _) in enumerate(sizes)}
+
+
 def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Outputs:
     """Checked outputs; ValueError where shapes, types or values do not belong together."""
     vectors, n = vectors_of(about.get("task")), len(arrays["labels"])
@@ -253,7 +277,8 @@ def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Output
     for name, shape in shapes.items():
         if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
             raise ValueError(f"{name} does not hold {shape} numbers")
-    if 0 in (n, *(size for _, size in sizes)) or set(about["ood"]) != {name for name, _ in sizes}:
+    oods = [name for name, _ in sizes if not name.startswith(SHIFT)]
+    if 0 in (n, *(size for _, size in sizes)) or set(about["ood"]) != set(oods):
         raise ValueError("the image sets are not those of the scores, or one is empty")
     logits = arrays.get("logits")
     if logits is not None and len(logits) != n:
@@ -265,11 +290,14 @@ def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Output
     for kind, names in about["scores"].items():
         rows |= dict(zip(names, arrays[kind].astype(np.float64), strict=True))
     parts = {name: np.split(rows[name], ends[:-1]) for name in about["order"]}
+    scores = {name: {score: part[i + 1] for score, part in parts.items()} for i, (name, _) in enumerate(sizes)}
     return Outputs(
         **{name: arrays[name] for name in vectors if name != "logits"},  # type: ignore[arg-type]
         id_scores={name: part[0] for name, part in parts.items()},
-        ood_scores={name: {score: part[i + 1] for score, part in parts.items()} for i, (name, _) in enumerate(sizes)},
-        about={key: about[key] for key in (*ABOUT, *({"task"} & about.keys()))},
+        ood_scores={name: scores[name] for name in oods},
+        about={key: about[key] for key in (*ABOUT, *({"task", "shift"} & about.keys()))},
+        shift=_of_shift(about.get("shifted", ()), arrays),
+        shift_scores={name.removeprefix(SHIFT): scores[name] for name in scores if name.startswith(SHIFT)},
         logits=logits,
         hits={name: arrays[name] for name in hits},
         names=named,

@@ -22,6 +22,7 @@ from quantlens.evaluation.images import EvaluationImages, ImageProgress, describ
 from quantlens.evaluation.open_models import measurable
 from quantlens.evaluation.outputs import Outputs, about_of, of_images
 from quantlens.evaluation.result import Result, check_same_images, check_same_task, metrics_only, plain
+from quantlens.evaluation.shift import Shifted
 from quantlens.evaluation.tasks import ONE_LABEL, check_labels, embedding, feature_hits, id_metrics, same_axes, task_of
 from quantlens.evaluation.zero_shot import TextEmbeddings, ZeroShot
 from quantlens.export.export import guard_metrics, looks_unknown
@@ -36,6 +37,8 @@ from quantlens.metrics import (
     ood_metrics,
     score_histograms,
     similarity,
+    temperature,
+    temperature_metrics,
 )
 from quantlens.models.loading import class_names
 
@@ -47,6 +50,7 @@ def evaluate(
     ood: Mapping[str, Any] | None = None,
     *,
     fit: Any = None,
+    shift: Mapping[str, Any] | None = None,
     reference: Any = None,
     task: str | None = None,
     text_embeddings: Any = None,
@@ -66,8 +70,9 @@ def evaluate(
     id, ood (name -> images), fit: anything that `data.as_image_set` accepts (a SOURCE string, an ImageSet, a float
         tensor [N, 3, H, W] already normalised, a pair (images, labels), of a detector (images, Boxes), or batches).
         fit: ID images, not among those evaluated, for scores, k-NN and linear probe; without it these are unavailable.
+    shift: other images of the classes by name; under "corrupt" which corruptions of the ID images ("fog:3", "all:1,5").
     reference: the FP32 model, or its Result on the same images; by default a quantized model's own `.reference`, False
-        leaves it out. scores: names of OOD scores (None: quantlens' own). groups: OOD set -> "far" (default) or "near".
+        leaves it out. scores: names of OOD scores (None: the usual ones). groups: OOD set -> "far" or "near".
     task: of `metrics.TASKS`; None: the model's own. text_embeddings: for "zero-shot", see `zero_shot.TextEmbeddings`.
     batch_size: images per forward pass, at most. device: by default where the model is. n_bins: of the calibration
         error. progress: called with (what, images done, in all). skip_bad: leave out what cannot be read. cache_dir: of
@@ -84,21 +89,18 @@ def evaluate(
     if isinstance(reference, str | Path) or (reference is None and model.method != "fp32"):
         reference = model.reference
     read = {"cache_dir": cache_dir, "skip_bad": skip_bad, "pixels": _looks(reference)}
-    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, task, **read)
-    if isinstance(reference, Result):
-        check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
-        check_same_task(reference, task)
-    measured = run.measure(model, sets, keep)
+    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, task, shift=shift, **read)
+    _check_reference(reference, sets, task)
     result = Result(
+        **run.measure(model, sets, keep),
         **_facts(model),
         fit=None if sets.fit is None else {"source": sets.fit.source, "n": len(sets.fit)},
         text_embeddings=None if texts is None else texts.describe(),
         seconds=_seconds(model, started),
         extra={"foreign": plain(model.foreign)} if hasattr(model, "foreign") else {},
-        **measured,
     )
     if reference is not None and reference is not False:
-        result.fp32 = run.fp32(model, reference, sets, device)
+        run.compare(result, model, reference, sets, device)
     _compare_outputs(result, run)
     return result
 
@@ -114,6 +116,13 @@ def _run_of(task: str) -> type["Run"]:
 def _check_keep(keep: Any) -> None:
     if keep not in (True, False, "scores"):
         raise QuantlensError(f"outputs to keep are {keep!r}; write true, false, or scores (everything but the logits)")
+
+
+def _check_reference(reference: Any, sets: EvaluationImages, task: str) -> None:
+    """Raise QuantlensError where a Result is of other images or another task, before anything is run."""
+    if isinstance(reference, Result):
+        check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
+        check_same_task(reference, task)
 
 
 def _looks(reference: Any) -> bool:
@@ -191,15 +200,22 @@ class Run:
     """the same of detections; for the task "detect" """
     same_axes: bool = True
     """whether the embeddings are comparable one by one"""
+    said: dict[str, np.ndarray | None] = field(default_factory=dict)
+    """an exported file's own scores [N] of the images that were measured last, by what these are"""
 
     def classifying(self, model: Any) -> Any:
         """A model as a classifier of the texts, where there are any."""
         return model if self.texts is None else ZeroShot(model, self.texts)
 
-    def fp32(self, model: Any, reference: Any, sets: EvaluationImages, device: str | None) -> dict[str, Any]:
-        """The metrics of the FP32 model that a model was made from, or of its Result."""
+    def compare(self, result: Result, model: Any, reference: Any, sets: EvaluationImages, device: str | None) -> None:
+        """Take the metrics of the FP32 model that a model was made from, or of its Result, into the model's."""
         if isinstance(reference, Result):
-            return metrics_only(vars(reference))
+            result.compare(reference)
+        else:
+            result.take_fp32(self.fp32(model, reference, sets, device))
+
+    def fp32(self, model: Any, reference: Any, sets: EvaluationImages, device: str | None) -> dict[str, Any]:
+        """The metrics of the FP32 model that a model was made from."""
         reference = measurable(reference, device)
         _check_same_preprocess(reference, model)
         self.same_axes = same_axes(model, reference)
@@ -216,25 +232,31 @@ class Run:
 
     def measure(self, model: Any, sets: EvaluationImages, keep: bool | str = False) -> dict[str, Any]:
         """{"task", "id", "ood", "ood_mean", "histograms", "scores_unavailable", "metrics_unavailable", "guard",
-        "outputs"} of a result."""
+        "outputs"} of a result, and what `Shifted` has of one."""
         logits, features = self.forward(model, sets.id, "the ID set")
         data = self.fit_data(model, features is not None, sets)
         metrics, images, lacking = self.of_ids(model, sets, logits, features, data, keep)
         id_part = {**describe(sets.id), **metrics}
         guard = getattr(model, "guard", None) if self.task in ONE_LABEL else None
-        known, unknown = looks_unknown(guard, logits), {}
+        known, unknown = looks_unknown(guard, logits, self.said.get("the ID set")), {}
         scorers, unavailable = self.fit(model, features is not None, data) if sets.ood else ({}, {})
         id_scores = _scored(scorers, logits, features)
         del logits, features
+        shifted = Shifted(id_scores)
+        for name, others in sets.shifted(model):
+            logits, features = self.forward(model, others, f"shifted set {name}")
+            shifted.add(name, describe(others), logits, others.labels, _scored(scorers, logits, features), self.n_bins)
+            del logits, features
         ood_part: dict[str, dict[str, Any]] = {}
         ood_scores = {}
         for name, others in sets.ood.items():
             logits, features = self.forward(model, others, f"OOD set {name}")
             found = _scored(scorers, logits, features)
             ood_scores[name] = found
+            shifted.against(name, found, sets.groups[name])
             by_score = {score: ood_metrics(id_scores[score], values) for score, values in found.items()}
             ood_part[name] = {**describe(others), "group": sets.groups[name], **by_score}
-            unknown[name] = looks_unknown(guard, logits)
+            unknown[name] = looks_unknown(guard, logits, self.said.get(f"OOD set {name}"))
             del logits, features
         outputs = None
         if keep:
@@ -254,7 +276,8 @@ class Run:
             "scores_unavailable": unavailable,
             "metrics_unavailable": lacking,
             "guard": plain(guard_metrics(guard, known, unknown)),
-            "outputs": outputs,
+            "outputs": shifted.within(outputs),
+            **shifted.parts(),
         }
 
     def of_ids(
@@ -266,6 +289,8 @@ class Run:
         if self.task != "features":
             names = class_names(sets.id, model)
             metrics = id_metrics(self.task, logits, labels, n_bins=self.n_bins, names=names)
+            if data is not None and data.logits is not None and data.labels is not None:
+                metrics |= temperature_metrics(logits, labels, temperature(data.logits, data.labels), self.n_bins)
             return metrics, of_images(logits, labels, keep, names) if keep else {}, {}
         self.embeddings.append(features)
         hits, lacking = feature_hits(features, labels, data)
@@ -277,13 +302,12 @@ class Run:
         features: whether it gives features."""
         images, infos = sets.fit, self.scores.values() if sets.ood else ()
         wanted = self.task == "features" or any(i.needs_fit and (features or not i.needs_features) for i in infos)
-        if images is None or not wanted:
+        if images is None or not (wanted or (self.task in ONE_LABEL and images.labels is not None)):
             return None
         logits, found = self.forward(model, images, "the fit set")
         if self.task in ONE_LABEL:
             labels = None if images.labels is None else check_labels(images, self.task, model.num_classes)
-            classifier = (t.detach().float().cpu().numpy() for t in model.classifier() or ())
-            return FitData(logits, found, labels, *classifier)
+            return FitData(logits, found, labels, *_classifier(model))
         if self.task == "multilabel" or images.labels is None:
             return FitData(None, found)
         checked = check_labels(images, self.task, model.num_classes)
@@ -292,9 +316,12 @@ class Run:
     def fit(self, model: Any, features: bool, data: FitData | None) -> tuple[dict[str, Scorer], dict[str, str]]:
         """Every score that can be had on this model, fitted on its own outputs, and the others with the reason why not.
         features: whether the model gives any; data: of `fit_data`."""
-        there = {"features": features, "fit": data is not None, "classifier": model.classifier() is not None}
-        classes = data is None or data.logits is not None or data.labels is not None
-        lacking = {name: info.lacks(**there, classes=classes) for name, info in self.scores.items()}
+        classifier = _classifier(model)
+        there = {"features": features, "fit": data is not None, "classifier": bool(classifier)}
+        there["labels"] = data is None or data.labels is not None
+        there["classes"] = there["labels"] or (data is not None and data.logits is not None)
+        lacking = {name: info.lacks(**there) for name, info in self.scores.items()}
+        data = FitData(None, None, None, *classifier) if data is None and classifier else data
         scorers = {name: make_scorer(name, data) for name, reason in lacking.items() if not reason}
         return scorers, {name: reason for name, reason in lacking.items() if reason}
 
@@ -317,6 +344,7 @@ class Run:
     def run(self, model: Any, images: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
         """The same of a model that has to see the images."""
         kept: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+        said: list[np.ndarray] = []
         for place, pixels in self.batches(model, images, what):
             outputs = model.outputs(pixels)
             found = embedding(model, outputs) if self.task == "features" else outputs.logits
@@ -326,7 +354,10 @@ class Run:
             for rows, values in zip(kept, (found, more), strict=True):
                 if rows is not None and values is not None:
                     rows[place] = values.float().cpu().numpy()
+            if getattr(outputs, "score", None) is not None:
+                said.append(outputs.score.numpy())
         logits, features = kept
+        self.said[what] = np.concatenate(said) if said else None
         return logits, features  # type: ignore[return-value]
 
     def batches(self, model: Any, images: Any, what: str) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -338,6 +369,11 @@ class Run:
             done += len(pixels)
             if self.progress is not None:
                 self.progress(f"evaluating {what}", done, len(images))
+
+
+def _classifier(model: Any) -> tuple[np.ndarray, ...]:
+    """Weight [K, D] and bias [K] of a model's linear classifier; () where it shows none."""
+    return tuple(t.detach().float().cpu().numpy() for t in model.classifier() or ())
 
 
 def _rows(values: Any, count: int) -> np.ndarray | None:

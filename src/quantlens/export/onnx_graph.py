@@ -287,31 +287,49 @@ class Emitter:
         last = [*(d for d in range(dims) if d != channels), channels]
         turned = source if quantizer.axis == -1 else self.op("Transpose", source, perm=last)
         x = self.op("Reshape", turned, [0] * (dims - 1) + [-1, quantizer.group_size])
-        affine = isinstance(quantizer, GroupAffine)
-        if affine:
-            low, high = (self.op(name, self.op(f"Reduce{name}", x, [-1]), 0.0) for name in ("Min", "Max"))
-            size = self.op("Sub", high, low)
-        else:
-            size = self.op("Sqrt", self.op("ReduceMean", self.op("Mul", x, x), [-1]))
-        octaves = self.op("Log", self.op("Mul", size, quantizer.scale))
-        parts = self.op("Round", self.op("Mul", octaves, PARTS / np.log(2.0)))
-        exponent = self.op("Clip", parts, float(LEAST), float(MOST))
-        index = self.op("Cast", self.op("Sub", exponent, float(LEAST)), to=7)
-        scale = self.op("Gather", quantizer.powers, index)
-        inverse = self.op("Reciprocal", scale)
-        units = self.op("Mul", x, inverse)  # as the format does: a quotient has other last bits
-        ends = float(quantizer.qmin), float(quantizer.qmax)
-        if affine:
-            middle = self.op("Mul", self.op("Add", low, high), self.op("Mul", inverse, -0.5))
-            zero = self.op("Clip", self.op("Round", self.op("Add", middle, 0.5 * quantizer.qmax)), *ends)
-            codes = self.op("Clip", self.op("Add", self.op("Round", units), zero), *ends)
-            value = self.op("Mul", self.op("Sub", codes, zero), scale)
-        else:
-            levels = self.op("Clip", self.op("Round", self.op("Sub", units, 0.5)), *ends)
-            value = self.op("Mul", self.op("Add", levels, 0.5), scale)
+        value = self._affine_groups(quantizer, x) if isinstance(quantizer, GroupAffine) else self._scaled(quantizer, x)
         value = self.op("Reshape", value, [0] * (dims - 1) + [-1])
         back = [last.index(d) for d in range(dims)]
         return value if quantizer.axis == -1 else self.op("Transpose", value, perm=back)
+
+    def _exponents(self, quantizer: Grouped, size: str) -> str:
+        octaves = self.op("Log", self.op("Mul", size, quantizer.scale))
+        parts = self.op("Round", self.op("Mul", octaves, PARTS / np.log(2.0)))
+        return self.op("Clip", parts, float(LEAST), float(MOST))
+
+    def _scales(self, quantizer: Grouped, exponents: str) -> str:
+        return self.op("Gather", quantizer.powers, self.op("Cast", self.op("Sub", exponents, float(LEAST)), to=7))
+
+    def _scaled(self, quantizer: Grouped, x: str) -> str:
+        size = self.op("Sqrt", self.op("ReduceMean", self.op("Mul", x, x), [-1]))
+        scale = self._scales(quantizer, self._exponents(quantizer, size))
+        units = self.op("Mul", x, self.op("Reciprocal", scale))  # as the format does: a quotient has other last bits
+        ends = float(quantizer.qmin), float(quantizer.qmax)
+        levels = self.op("Clip", self.op("Round", self.op("Sub", units, 0.5)), *ends)
+        return self.op("Mul", self.op("Add", levels, 0.5), scale)
+
+    def _affine_groups(self, quantizer: GroupAffine, x: str) -> str:
+        low, high = (self.op(name, self.op(f"Reduce{name}", x, [-1]), 0.0) for name in ("Min", "Max"))
+        largest = self._exponents(quantizer, self.op("Sub", high, low))
+        middle = self.op("Mul", self.op("Add", low, high), -0.5)
+        ends, value, least = (0.0, float(quantizer.qmax)), "", ""
+        for smaller in range(quantizer.tries):
+            exponents = self.op("Max", self.op("Sub", largest, float(smaller)), float(LEAST)) if smaller else largest
+            scale = self._scales(quantizer, exponents)
+            inverse = self.op("Reciprocal", scale)
+            units, centre = self.op("Mul", x, inverse), self.op("Mul", middle, inverse)
+            zero = self.op("Clip", self.op("Round", self.op("Add", centre, 0.5 * quantizer.qmax)), *ends)
+            codes = self.op("Clip", self.op("Add", self.op("Round", units), zero), *ends)
+            other = self.op("Mul", self.op("Sub", codes, zero), scale)
+            if quantizer.tries == 1:
+                return other
+            off = self.op("Sub", other, x)
+            error = self.op("ReduceSum", self.op("Mul", off, off), [-1])
+            better = self.op("Less", error, least) if value else ""
+            value, least = (
+                (self.op("Where", better, other, value), self.op("Min", error, least)) if value else (other, error)
+            )
+        return value
 
     def _logarithmic(self, quantizer: Log, source: str) -> str:
         """Values of a log format, before an AdaLog's shift."""

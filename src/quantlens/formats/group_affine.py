@@ -1,53 +1,80 @@
-"""Groups of channels, every token's, some (16) at a time, by their own smallest and largest value. For a group x with
+"""Groups of channels, every token's, some (8) at a time, by their own smallest and largest value. For a group x with
 values from l = min(x, 0) to h = max(x, 0), and q = 2ᵇ − 1,
 
-    e = clamp(round(8·log₂(c·(h − l))), −128, 127),   s = 2^(e/8)
+    e = clamp(round(8·log₂(c·(h − l))) − t, −128, 127),   s = 2^(e/8)
     z = clamp(round(q/2 − (l + h)/2s), 0, q)
-    k = clamp(round(x/s) + z, 0, q),                  x̂ = (k − z)·s
+    k = clamp(round(x/s) + z, 0, q),                      x̂ = (k − z)·s
 
-c, the step as a share of the range, is the only parameter, one per tensor. e is an integer of 8 bits and z one of b
-bits (16 codes of 4 bits, e and z: 4.75 bits per value). Zero is a level: what a ReLU has made zero stays zero, and the
-codes of groups that are positive all lie above it.
+c, the step as a share of the range, is the only parameter, one per tensor. Of t = 0, 1, … a group takes that of the
+least squared error. e is an integer of 8 bits and z one of b bits (8 codes of 4 bits, e and z: 5.5 bits per value).
+Zero is a level: what a ReLU has made zero stays zero, and the codes of groups that are positive all lie above it.
 """
 
 import torch
 from torch import Tensor
 
 from quantlens.formats.base import needs_grad
-from quantlens.formats.group_scaled import LEAST, Grouped, exponents_of
+from quantlens.formats.group_scaled import LEAST, MOST, Grouped, exponents_of
 
 
 class GroupAffine(Grouped):
     """Asymmetric uniform format with a scale and a zero point per group of channels, found at run time.
 
-    scale: float32 [], the step in units of a group's range, positive. group_size, axis: see
-    :class:`~quantlens.formats.group_scaled.Grouped`.
+    scale: float32 [], the step in units of a group's range, positive. tries: scales that a group chooses from (t <
+    tries). group_size, axis: see :class:`~quantlens.formats.group_scaled.Grouped`.
 
     ``encode`` gives, for C channels, integers of C + 2·C/group_size: codes in [0, 2ᵇ − 1], then e + 128 of all groups,
     then their z.
     """
 
     kind = "group-affine"
+    settings = ("group_size", "tries")
 
-    def __init__(self, scale: Tensor | float, bits: int, group_size: int, *, axis: int = -1):
+    def __init__(self, scale: Tensor | float, bits: int, group_size: int, *, axis: int = -1, tries: int = 1):
         super().__init__(scale, bits, group_size, signed=False, axis=axis)
+        if tries < 1:
+            raise ValueError(f"scales to choose from: {tries}; at least 1")
+        self.tries = tries
 
     def terms(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """e and z of every group [..., G, group_size]: float32 integers [..., G, 1] each."""
         low, high = groups.amin(-1, keepdim=True).clamp_max_(0.0), groups.amax(-1, keepdim=True).clamp_min_(0.0)
-        exponents = exponents_of((high - low).mul_(self.scale))
-        middle = low.add_(high).mul_(-0.5 * self.scales(exponents).reciprocal()).add_(0.5 * self.qmax)
-        return exponents, middle.round_().clamp_(0, self.qmax).nan_to_num_(0.0)
+        largest = exponents_of((high - low).mul_(self.scale))
+        middle = low.add_(high).mul_(-0.5)
+
+        def candidate(smaller: int) -> tuple[Tensor, Tensor]:
+            exponents = (largest - smaller).clamp_(LEAST, MOST)
+            zeros = (middle * self.scales(exponents).reciprocal()).add_(0.5 * self.qmax).round_()
+            return exponents, zeros.clamp_(0, self.qmax).nan_to_num_(0.0)
+
+        found = candidate(0)
+        if self.tries == 1:
+            return found
+        least = self._error(groups, *found)
+        for smaller in range(1, self.tries):
+            other = candidate(smaller)
+            error = self._error(groups, *other)
+            better = error < least
+            least = torch.where(better, error, least)
+            found = torch.where(better, other[0], found[0]), torch.where(better, other[1], found[1])
+        return found
+
+    def _error(self, groups: Tensor, exponents: Tensor, zeros: Tensor) -> Tensor:
+        """Squared error of every group [..., G, 1], in units of its values."""
+        return self._rounded(groups, self.scales(exponents), zeros).sub_(groups).square_().sum(-1, keepdim=True)
 
     def _codes(self, groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         return (groups * scales.reciprocal()).round_().add_(zeros).clamp_(0, self.qmax)
+
+    def _rounded(self, groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        return self._codes(groups, scales, zeros).sub_(zeros).mul_(scales)
 
     def forward(self, x: Tensor) -> Tensor:
         groups = self.groups(x)
         with torch.no_grad():
             exponents, zeros = self.terms(groups)
             scales = self.scales(exponents)
-            value = self._codes(groups, scales, zeros).sub_(zeros).mul_(scales)
+            value = self._rounded(groups, scales, zeros)
         if needs_grad(x):
             through = torch.minimum(torch.maximum(groups, -zeros * scales), (self.qmax - zeros) * scales)
             value = value + (through - through.detach())

@@ -59,7 +59,7 @@ class QuantlensBest(Method):
         summary="quantlens-fast, then every block trained for a short time, on the images and views of them",
         aliases=("best",),
         arguments=QuantlensFast.info.arguments,
-        version=11,
+        version=12,
         options={
             "activation_granularity": FAST["activation_granularity"],
             "softmax": FAST["softmax"],

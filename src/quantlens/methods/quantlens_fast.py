@@ -9,8 +9,8 @@
 2. Ranges. Activations are clipped where the squared error is least, on what the quantized layers before make of them.
    Softmax outputs are squares of integers, every row by its own peak and sum. Activations of 3 bits or fewer are
    quantized dynamically, per token and group of 64 channels, where that has the smaller squared error. In a detector,
-   whose boxes are regressed, those of 7 bits or fewer have ranges by token and group of 16 channels, also in
-   convolutions; rotations and means, which fit one range to all channels, are left out then.
+   whose boxes are regressed, those of 7 bits or fewer have ranges by token and group of 8 channels, also in
+   convolutions; rotations and means, which fit one range to all channels, are left out then, but for means of keys.
 3. Weights, layer by layer in closed form: fitted to the float output on quantized inputs, then rounded column by column
    (GPTQ); the bias takes up the mean error of the output.
 """
@@ -75,7 +75,7 @@ COARSE, NARROW, NARROW_BOXES = 6, 3, 7
 """Bits of an activation at which a rotation at run time is worth its product; and at which it is quantized dynamically,
 by default; and the same in a detector."""
 
-GROUP_BOXES = 16
+GROUP_BOXES = 8
 """Channels of a group in a detector."""
 
 SAMPLE = 8
@@ -225,7 +225,7 @@ class QuantlensFast(Method):
         year=2026,
         url="docs/methods.md",
         quantizes=MATMUL_OPERANDS,
-        version=9,
+        version=10,
         summary="exact rotations, clipped ranges, weights fitted and rounded in closed form on quantized inputs",
         aliases=("fast",),
         arguments={"outlier_channels": "split"},
@@ -289,7 +289,8 @@ class QuantlensFast(Method):
         activations = (edge for edge in quantized_edges(graph, bits) if not edge.is_weight)
         narrow = any(bits.of(graph, edge) <= NARROW_BOXES for edge in activations)
         if graph.boxes is not None and narrow and run["activation_granularity"] != "tensor":
-            return []
+            keys = run["subtract_mean"] != NONE
+            return subtract_means(graph, calibration, only_keys=True)[0] if keys else []
         work = Work(graph, calibration, bits, run, torch.Generator().manual_seed(run.seed))
         done: list[str] = []
         for transform in self.transforms(run):

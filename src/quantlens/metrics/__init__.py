@@ -4,7 +4,13 @@
 """
 
 from quantlens._moved import finder
-from quantlens.metrics.classification import calibration_error, classification_metrics, reliability
+from quantlens.metrics.classification import (
+    calibration_error,
+    classification_metrics,
+    reliability,
+    temperature,
+    temperature_metrics,
+)
 from quantlens.metrics.detection import Boxes, Detections, box_drift, detection_metrics
 from quantlens.metrics.embeddings import cosines, knn_classes, linear_cka, linear_classes, similarity
 from quantlens.metrics.labels import label_metrics
@@ -68,6 +74,8 @@ __all__ = [
     "score_label",
     "similarity",
     "summary_of",
+    "temperature",
+    "temperature_metrics",
     "threshold_keeping",
 ]
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.optimize import brentq
+from scipy.special import softmax
 
 from quantlens.errors import QuantlensError
-from quantlens.metrics._arrays import Float, Int, as_labels, as_matrix, as_vector, log_softmax, row_blocks
+from quantlens.metrics._arrays import Float, Int, as_labels, as_matrix, as_vector, log_softmax, per_row, row_blocks
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,44 @@ def _checked_confidence(confidence: ArrayLike, correct: ArrayLike, n_bins: int) 
     if c.min() < 0 or c.max() > 1:
         raise QuantlensError(f"confidences must lie in 0..1, but reach from {c.min():g} to {c.max():g}")
     return c, hit
+
+
+TEMPERATURES = 0.01, 100.0
+"""Between which a temperature is looked for: without a wrong answer among the fit images the best one is 0."""
+
+
+def temperature(logits: ArrayLike, labels: ArrayLike) -> float:
+    """The T that gives softmax(f / T) the least negative log-likelihood of the labels. logits [N, K], labels [N].
+
+    Guo, Pleiss, Sun and Weinberger, On Calibration of Modern Neural Networks, ICML 2017. The likelihood is convex in
+    1 / T; its slope is brought to 0 between :data:`TEMPERATURES`, whose nearer end is taken where it has no zero.
+    Without labels there is nothing to fit: the predicted classes for labels would have T = 0, the softmax T = 1.
+    """
+    f = as_matrix(logits, "logits")
+    true = np.take_along_axis(f, as_labels(labels, *f.shape)[:, None], axis=1)[:, 0].astype(np.float64)
+    true -= f.max(axis=1)
+
+    def slope(log_t: float) -> float:
+        def expected(block: Float) -> Float:
+            block -= block.max(axis=1, keepdims=True)
+            return np.einsum("nk,nk->n", softmax(block / np.exp(log_t), axis=1), block)
+
+        return float((per_row(f, expected) - true).mean())
+
+    ends = np.log(TEMPERATURES)
+    cold, warm = map(slope, ends)  # it falls with the temperature
+    if cold <= 0 or warm >= 0:
+        return TEMPERATURES[0 if cold <= 0 else 1]
+    return float(np.exp(brentq(slope, *ends, xtol=1e-9)))
+
+
+def temperature_metrics(logits: ArrayLike, labels: ArrayLike, t: float, n_bins: int = 15) -> dict[str, float]:
+    """`temperature`, that `t` which was fitted on other images, and `ece_temperature`, the `calibration_error` of the
+    logits divided by it."""
+    f = as_matrix(logits, "logits")
+    confidence = per_row(f, lambda block: np.exp(log_softmax(block / t).max(axis=1)))
+    correct = f.argmax(axis=1) == as_labels(labels, *f.shape)
+    return {"temperature": t, "ece_temperature": calibration_error(confidence, correct, n_bins=n_bins)}
 
 
 def classification_metrics(

@@ -109,12 +109,16 @@ _ALL = (
     Metric("nll", "NLL", "nats", "lower", "classification", resampled=True, also=_SIGMOID),
     _percent("ece", "ECE", "lower", "classification", True, _SIGMOID),
     _percent("ece_adaptive", "adaptive ECE", "lower", "classification", also=_SIGMOID),
+    _percent("ece_temperature", "ECE after temperature scaling", "lower", "temperature"),
+    Metric("temperature", "temperature", "", None, "temperature"),
     Metric("brier", "Brier", "", "lower", "classification", resampled=True, also=_SIGMOID),
     _percent("aupr_out", "AUPR-out", "higher", "ood", True),
     _percent("aupr_in", "AUPR-in", "higher", "ood"),
     _percent("auroc", "AUROC", "higher", "ood", True, _SIGMOID),
     _percent("fpr95_id", "FPR@95 (ID kept)", "lower", "ood", True),
     _percent("fpr95_ood", "FPR@95 (OOD caught)", "lower", "ood", True),
+    _percent("mce", "mCE", "lower", "shift", True),
+    _percent("relative_mce", "mCE of FP32's", "lower", "shift"),
     _percent("chance_aupr_out", "chance AUPR-out", None, "chance"),
     _percent("chance_aupr_in", "chance AUPR-in", None, "chance"),
     _percent("kept", "looks known", "higher", "threshold"),
@@ -189,9 +193,12 @@ SUMMARIES = {
 """The metrics that a family is summed up by, the one that it is judged by first."""
 
 
-def metrics_of(task: Any, *, resampled: bool = False) -> tuple[str, ...]:
-    """Names of the metrics of a task's ID images; None, of results that name no task, is "classify"."""
-    return names_of(TASKS.get(task or "classify", ""), resampled=resampled)
+def metrics_of(task: Any, *, resampled: bool = False, fitted: bool = False) -> tuple[str, ...]:
+    """Names of the metrics of a task's ID images; None, of results that name no task, is "classify". fitted: and of
+    those that a classifier has where its temperature could be fitted."""
+    family = TASKS.get(task or "classify", "")
+    more = names_of("temperature", resampled=resampled) if fitted and family == "classification" else ()
+    return (*names_of(family, resampled=resampled), *more)
 
 
 def summary_of(task: Any) -> tuple[str, ...]:

@@ -61,6 +61,7 @@ def page_context(board: Any, progress: Callable[[str, int, int], None] | None = 
     from quantlens.plots.style import GLYPHS
     from quantlens.report import attention, boxes, frontier, inspection, operating, runinfo, summary, tables
     from quantlens.report.decision import decision
+    from quantlens.report.shift import shift
     from quantlens.studies import text
 
     rows = tables.set_rows(board)
@@ -83,6 +84,7 @@ def page_context(board: Any, progress: Callable[[str, int, int], None] | None = 
         "operating": point,
         "layers": inspection.layers(board),
         "boxes": boxes.boxes(board),
+        "shift": shift(board),
         "attention": attention.attention(board),
         "link_columns": attention.LINK_COLUMNS,
         "deltas": tables.delta_table(board),

@@ -115,6 +115,7 @@ TABLE_1 = {
     "Expected calibration error on the ID images; size of the packed weights": ("ece", "size_mb"),
     "Top-5 accuracy and Brier score": ("top5", "brier"),
     "Adaptive ECE (bins of equal count); packed size as a share of FP32": ("ece_adaptive", "size_ratio"),
+    "ECE after temperature scaling; the temperature, fitted on other ID images": ("ece_temperature", "temperature"),
 }
 
 
@@ -137,15 +138,16 @@ def table_1(board: Board) -> list[dict[str, Any]]:
     """The paper's Table 1 (top-1 and NLL by precision), then ECE and packed size, then further metrics
     (`more`); of other tasks than one label of several, their metrics."""
     finer = {"top1": 2} if min(id_sizes(board), default=0) >= 5000 else {}
-    tables, captions = [], TABLE_1_OF_DETECTORS if board.task == "detect" else TABLE_1
+    tables = []
+    captions, more = (TABLE_1_OF_DETECTORS, 2) if board.task == "detect" else (TABLE_1, 3)
     for i, (caption, names) in enumerate(captions.items()):
         paths = [(name,) if METRICS[name].family == "size" else ("id", name) for name in names]
         columns = [metric_column(board, path, finer.get(path[-1])) for path in paths]
         there = [any(c.of(g, b) for g in board.groups for b in board.precisions) for c in columns]
-        if captions is TABLE_1 and i >= len(captions) - 4 and not all(there):  # of another task than classification
+        if captions is TABLE_1 and i >= len(captions) - 5 and not all(there):  # of another task than classification
             caption = join_words([metric_title(n) for n, has in zip(names, there, strict=True) if has])
         columns = [column for column, has in zip(columns, there, strict=True) if has]
-        tables.append(by_precision(board, caption, columns, more=i >= len(captions) - 2))
+        tables.append(by_precision(board, caption, columns, more=i >= len(captions) - more))
     return [table for table in tables if table is not None]
 
 

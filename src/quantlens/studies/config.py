@@ -179,7 +179,7 @@ class CalibrationSpec(_Strict):
 
 class OodSpec(_Strict):
     """One out-of-distribution set; near sets are averaged apart from far ones. A set that does not say its group is
-    far, but for the embedded sets, which know theirs."""
+    far, but for the embedded sets and those that OpenOOD names (`quantlens sources`)."""
 
     _short = "source"
     source: Source
@@ -213,9 +213,8 @@ class InspectSpec(_Strict):
 
 
 class OperatingSpec(_Strict):
-    """What thresholds are set to on FP32, for the operating point (:class:`quantlens.metrics.operating.Promise`): a
-    confidence cut by its coverage or by the accuracy on what it answers, and the share of ID images that an OOD
-    threshold keeps. No cell depends on it."""
+    """What thresholds are set to on FP32 (`metrics.operating.Promise`): a confidence cut by coverage or by selective
+    accuracy, and the share of ID images that an OOD threshold keeps. No cell depends on it."""
 
     coverage: float | None = None
     accuracy: float | None = None
@@ -256,6 +255,8 @@ class StudyConfig(_Strict):
     calibration: CalibrationSpec | None = None
     id: Source
     ood: dict[str, OodSpec] = {}
+    shift: dict[str, Source | tuple[str, ...]] = {}
+    """Shifted ID sets by name; "corrupt": which corruptions of the ID images (`evaluation.shift.corruptions`)."""
     fit: Source | None = None
     scores: tuple[str, ...] | None = None
     attention: AttentionSpec | None = None
@@ -273,6 +274,17 @@ class StudyConfig(_Strict):
     @classmethod
     def _asked_for(cls, value: Any) -> Any:
         return ({} if value else None) if isinstance(value, bool) else value
+
+    @field_validator("shift", mode="before")
+    @classmethod
+    def _corruptions(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        wrong = next((name for name, one in value.items() if name != "corrupt" and not isinstance(one, str)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} is {value[wrong]!r}; give the SOURCE of its images")
+        asked = value.get("corrupt", ())
+        return {**value, "corrupt": [asked]} if isinstance(asked, str) else value  # a list, which no SOURCE is
 
     @field_validator("bits", "seeds")
     @classmethod

@@ -41,6 +41,8 @@ from quantlens.metrics.ood_scores.features import (
     vim_parameters,
     whitening,
 )
+from quantlens.metrics.ood_scores.classes import kl_matching, she
+from quantlens.metrics.ood_scores.shaping import ash_b, ash_p, ash_s, dice, scale
 from quantlens.metrics.ood_scores.labels import joint_energy, max_confidence, sigmoid_confidence
 # isort: on
 
@@ -48,14 +50,19 @@ __all__ = [
     "FitData",
     "ScoreInfo",
     "Scorer",
+    "ash_b",
+    "ash_p",
+    "ash_s",
     "available_scores",
     "choose_scores",
     "class_means",
+    "dice",
     "energy",
     "entropy",
     "first_score",
     "gen",
     "joint_energy",
+    "kl_matching",
     "knn",
     "l2_normalise",
     "ledoit_wolf",
@@ -66,7 +73,9 @@ __all__ = [
     "msp",
     "react",
     "register_score",
+    "scale",
     "score_label",
+    "she",
     "sigmoid_confidence",
     "tied_covariances",
     "vim",

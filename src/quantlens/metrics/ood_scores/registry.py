@@ -1,6 +1,7 @@
 """What a score is: what it may be fitted on, how it is called, and all of them by name. Those of quantlens are
 registered where they are defined, those of the logits alone here; `register_score` adds any other."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
-from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.errors import QuantlensError, QuantlensWarning, UnknownNameError, UnsupportedError
 from quantlens.metrics._arrays import Float, as_labels, as_matrix, log_softmax, per_row
 from quantlens.plugins import Registry
 
@@ -42,15 +43,15 @@ class FitData:
     bias: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.logits is None:
-            n, k = (
-                len(np.asarray(self.features)),
-                int(np.max(self.labels, initial=0)) + 1 if self.labels is not None else 1,
-            )
-        else:
+        if self.logits is not None:
             self.logits = as_matrix(self.logits, "fit logits")
             n, k = self.logits.shape
-        if n == 0:
+        elif self.has_images:
+            n = len(np.asarray(self.features))
+            k = int(np.max(self.labels, initial=0)) + 1 if self.labels is not None else 1
+        else:
+            n, k = 0, len(np.asarray(self.weight))
+        if n == 0 and self.has_images:
             raise QuantlensError("there are no fit images: give at least one ID image to fit the scores on")
         if self.features is not None:
             self.features = as_matrix(self.features, "fit features")
@@ -66,6 +67,11 @@ class FitData:
             self.bias = np.zeros(k) if self.bias is None else np.asarray(self.bias, dtype=np.float64)
             if self.bias.shape != (k,) or not np.isfinite(self.bias).all():
                 raise QuantlensError(f"the classifier bias must be {k} finite numbers, not of shape {self.bias.shape}")
+
+    @property
+    def has_images(self) -> bool:
+        """Whether it is more than a classifier."""
+        return self.logits is not None or self.features is not None or self.weight is None
 
     def classes(self) -> np.ndarray:
         """Labels [N], or the predicted classes where there are none; all 0 without logits."""
@@ -96,7 +102,8 @@ class ScoreInfo:
     needs_features: it reads penultimate features [N, D]. needs_classifier: it reads weight and bias of the classifier.
     departure: where it departs from its paper. tasks: those that it fits ("classify", "zero-shot", "binary",
     "multilabel", "features"); by default one label of several, as a softmax has it. needs_classes: and images of
-    several classes to be fitted on.
+    several classes to be fitted on; needs_labels: and labels of them. optional: measured only where asked for by name,
+    and then caution is said.
     """
 
     name: str
@@ -110,10 +117,13 @@ class ScoreInfo:
     label: str = ""
     tasks: tuple[str, ...] = ONE_LABEL
     needs_classes: bool = False
+    needs_labels: bool = False
+    optional: bool = False
+    caution: str = ""
 
-    def lacks(self, *, features: bool, fit: bool, classifier: bool, classes: bool = True) -> str:
+    def lacks(self, *, features: bool, fit: bool, classifier: bool, classes: bool = True, labels: bool = True) -> str:
         """Why it cannot be had of a model that gives no features, without fit images, of a model that shows no
-        classifier, or without classes of the fit images; "" where it can."""
+        classifier, or without classes or labels of the fit images; "" where it can."""
         if self.needs_features and not features:
             return "needs penultimate features, which this model lacks"
         if self.needs_fit and not fit:
@@ -122,14 +132,17 @@ class ScoreInfo:
             return "needs the weights of a linear classifier, which this model does not show"
         if self.needs_classes and not classes:
             return "needs classes: give a `fit` set with one label per image"
+        if self.needs_labels and not labels:
+            return "is fitted on labels: give a `fit` set with one label per image"
         return ""
 
 
 def register_score(info: ScoreInfo) -> Callable[[Maker], Maker]:
     """Decorator that adds a score under `info.name`; it is then measured like those of quantlens.
 
-    What it decorates is a function of logits [N, K] -> [N], larger = more in-distribution; or, with `info.needs_fit`, a
-    class whose `fit` takes `FitData`, or any function of `FitData`, that returns a `Scorer`. A name in use is replaced
+    What it decorates is a function of logits [N, K] -> [N], larger = more in-distribution; or, with `info.needs_fit`
+    or `info.needs_classifier`, a class whose `fit` takes `FitData`, or any function of `FitData`, that returns a
+    `Scorer`. A name in use is replaced
     only by the same function or class, defined again. Raises QuantlensError for a name that is taken.
 
         @register_score(ScoreInfo("margin", "Margin of the largest logit", "ours"))
@@ -159,11 +172,13 @@ def available_scores(*, own: bool = False) -> dict[str, ScoreInfo]:
 
 
 def choose_scores(names: Sequence[str] | None, task: str | None = None) -> dict[str, ScoreInfo]:
-    """name -> ScoreInfo of the scores asked for, in that order (None: all of quantlens' own that fit the task). A score
-    is found by its name, label or title; case and what stands between words do not matter. Raises UnknownNameError, and
-    UnsupportedError for one that does not fit the task (None: any task)."""
+    """name -> ScoreInfo of the scores asked for, in that order (None: all of quantlens' own that fit the task, but for
+    the optional ones). A score is found by its name, label or title; case and what stands between words do not matter.
+    Warns where a score asks for caution. Raises UnknownNameError, and UnsupportedError for one that does not fit the
+    task (None: any task)."""
     if names is None:
-        return {k: info for k, info in available_scores(own=True).items() if task is None or task in info.tasks}
+        own = {name: info for name, info in available_scores(own=True).items() if not info.optional}
+        return {name: info for name, info in own.items() if task is None or task in info.tasks}
     known = available_scores()
     spellings = {_letters(text): name for name, info in known.items() for text in (info.title, info.label)}
     spellings |= {_letters(name): name for name in known}
@@ -179,6 +194,9 @@ def choose_scores(names: Sequence[str] | None, task: str | None = None) -> dict[
                 f"scores for {task!r} are {fitting}"
             )
         found[name] = known[name]
+    for caution in dict.fromkeys(info.caution for info in found.values() if info.caution):
+        warned = ", ".join(name for name, info in found.items() if info.caution == caution)
+        warnings.warn(f"{warned}: {caution}", QuantlensWarning, stacklevel=2)
     return found
 
 
@@ -207,10 +225,15 @@ def make_scorer(name: str, fit: FitData | None = None) -> Scorer:
     where the score needs a fit and `fit` is None, or what the model `fit` comes from does not have.
     """
     info, score = _SCORES.get(name)
-    if not info.needs_fit:
+    if not (info.needs_fit or info.needs_classifier):
         return partial(_scored, score)
-    features, classifier = fit is None or fit.features is not None, fit is None or fit.weight is not None
-    lacking = info.lacks(features=features, fit=fit is not None, classifier=classifier)
+    images = fit if fit is not None and fit.has_images else None
+    lacking = info.lacks(
+        features=images is None or images.features is not None,
+        fit=images is not None,
+        classifier=info.needs_fit if fit is None else fit.weight is not None,
+        labels=images is None or images.labels is not None,
+    )
     if lacking:
         raise UnsupportedError(f"the score {name!r} {lacking}")
     scorer: Scorer = getattr(score, "fit", score)(fit)
