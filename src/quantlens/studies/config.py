@@ -213,8 +213,8 @@ class InspectSpec(_Strict):
 
 
 class OperatingSpec(_Strict):
-    """What thresholds are set to on FP32 (:class:`quantlens.metrics.operating.Promise`): a confidence cut by coverage or
-    selective accuracy, the share of ID images that an OOD threshold keeps. No cell depends on it."""
+    """What thresholds are set to on FP32 (`metrics.operating.Promise`): a confidence cut by coverage or by selective
+    accuracy, and the share of ID images that an OOD threshold keeps. No cell depends on it."""
 
     coverage: float | None = None
     accuracy: float | None = None
