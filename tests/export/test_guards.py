@@ -82,7 +82,7 @@ def test_the_score_in_the_file_is_that_of_the_metrics(name, ending, tmp_path):
     assert artefact.guard["score"] == name
 
 
-@pytest.mark.parametrize("classes", [2, 120])
+@pytest.mark.parametrize("classes", [pytest.param(2, marks=pytest.mark.slow), 120])
 @pytest.mark.parametrize("ending", [".onnx", ".xml"])
 def test_generalised_entropy_of_sure_predictions(ending, classes, tmp_path):
     """1 - p is below the rounding of float32, and its tenth power far above 0."""
@@ -93,7 +93,7 @@ def test_generalised_entropy_of_sure_predictions(ending, classes, tmp_path):
     assert np.allclose(scores, GUARDS["gen"](logits), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", [".onnx", *(pytest.param(e, marks=pytest.mark.slow) for e in (".xml", ".pt2"))])
 def test_statistics_of_labelled_images_are_of_their_classes(ending, tmp_path):
     model, known = small(), pictures(60)
     labels = np.arange(60) % 3
@@ -131,7 +131,9 @@ def test_features_of_a_folded_model_are_on_the_axes_of_the_float_model(ending, l
 
 
 @pytest.mark.parametrize("ending", [".onnx", ".xml"])
-@pytest.mark.parametrize(("name", "count"), [("gen", 150), ("mahalanobis", 75), (None, None)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("gen", 150), ("mahalanobis", 75), pytest.param(None, None, marks=pytest.mark.slow)]
+)
 def test_the_threshold_keeps_what_it_promises_in_the_runtime(name, count, ending, tmp_path):
     """Of images that no statistics were fitted on, whatever the batch."""
     known = pictures(150)
