@@ -51,8 +51,8 @@ def said(found: Cells) -> str:
     cells = count(len(ends), "cell")
     if not more + less:
         return f"In each of {cells} the interval of what corrupted images lose more of top-1 than ID images holds 0."
-    found = f"more top-1 on corrupted images than on ID images in {more} of {cells}, less in {less}"
-    return f"Quantization costs {found}; in the others the interval of the difference holds 0."
+    costs = f"more top-1 on corrupted images than on ID images in {more} of {cells}, less in {less}"
+    return f"Quantization costs {costs}; in the others the interval of the difference holds 0."
 
 
 def accuracy(board: Board, found: Cells) -> dict[str, Any]:
