@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.corruptions import corruptions
 from benchmarks.cost import cost
 from benchmarks.neighbour import neighbour
 from benchmarks.studies import ray_workers, studies
@@ -341,6 +342,7 @@ BENCHMARKS = {
         studies,
         ray_workers,
         cost,
+        corruptions,
     )
 }
 

@@ -273,6 +273,7 @@ GENERATED = {
     "published-table": published_table,
     "commands": command_page,
     "sources-table": lambda: sources_table(),
+    "corruptions-table": lambda: corruptions_table(),
     "shared-arguments": lambda: shared_arguments(),
 }
 
@@ -291,6 +292,13 @@ def sources_table() -> str:
 
     kinds = available_sources().items()
     return table(["source", "images"], [[f"`{name}:{k.what.upper()}`", k.description] for name, k in kinds])
+
+
+def corruptions_table() -> str:
+    from quantlens.data import CORRUPTIONS
+
+    rows = [[f"`{name}`", found.kind + ", extra" * found.extra, found.what] for name, found in CORRUPTIONS.items()]
+    return table(["corruption", "kind", "what it is"], rows)
 
 
 def filled(markdown: str) -> str:

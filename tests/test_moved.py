@@ -43,6 +43,7 @@ OLD_NAMES = [
     ("quantlens.studies.evaluate", "Result", "quantlens.evaluation.result"),
     ("quantlens.studies.evaluate", "choose_scores", "quantlens.metrics"),
     ("quantlens.studies.evaluate", "measurable", "quantlens.evaluation.run"),
+    ("quantlens.evaluation.compare", "SIGNIFICANT", "quantlens.evaluation.differences"),
     ("quantlens.report.attention", "write_drift", "quantlens.plots.precisions"),
     ("quantlens.attention.lookup", "survey", "quantlens.attention.image_sets"),
     ("quantlens.attention.lookup", "look_at", "quantlens.attention.image_sets"),

@@ -144,6 +144,7 @@ RENAMED: dict[str, str] = {
     "quantlens.quantizers.restore_operator": "quantlens.formats.restore",
     "quantlens.quantizers.operators.restore_operator": "quantlens.formats.restore",
     "quantlens.deploy.guard.guard_figures": "quantlens.export.export.guard_metrics",
+    "quantlens.export.exported.guard_threshold": "quantlens.export.guards.guard_threshold",
     "quantlens.metrics.classification_figures": "quantlens.metrics.classification.classification_metrics",
     "quantlens.metrics.ood_figures": "quantlens.metrics.ood.ood_metrics",
     "quantlens.metrics.delta": "quantlens.metrics.ood.opposite_change",
@@ -185,6 +186,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "quantlens.metrics.correlation",
         "quantlens.studies.drift",
     ),
+    "quantlens.evaluation.compare": ("quantlens.evaluation.differences",),
     "quantlens.export.exported": ("quantlens.export.parity",),
     "quantlens.attention.lookup": (
         "quantlens.attention.maps",

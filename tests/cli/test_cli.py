@@ -78,6 +78,7 @@ def test_version(run) -> None:
         (["evaluate", "digits-vit", "--id", "x", "--ood", "letters"], "--ood 'letters': write --ood NAME=SOURCE"),
         (["evaluate", "digits-vit", "--id", "x", "--ood", "a=b", "--ood", "a=c"], "gives 'a' twice"),
         (["evaluate", "digits-vit", "--id", "x", "--near", "far"], "unknown OOD set 'far'"),
+        (["evaluate", "digits-vit", "--id", "x", "--shift", "a=b", "--shift", "a=c"], "--shift gives 'a' twice"),
         (["evaluate", "digits-vit", "--id", "x", "--scores", "mps"], "did you mean 'msp'"),
         (["evaluate", "absent.safetensors", "--id", "x"], "absent.safetensors does not exist"),
         (["evaluate", "digits-vit", "--id", "x", "--device", "gpu"], "unknown device 'gpu'"),
@@ -218,7 +219,7 @@ def test_models(run) -> None:
 
 
 def test_sources(run) -> None:
-    from quantlens.data import available_embedded, available_sources
+    from quantlens.data import CORRUPTIONS, available_embedded, available_sources
     from quantlens.data.ood_sets import OOD_SETS
 
     code, out, _ = run("sources")
@@ -226,6 +227,8 @@ def test_sources(run) -> None:
     for name in (
         *(f"{kind}:" for kind in available_sources()),
         *available_embedded(),
+        *CORRUPTIONS,
+        "KIND:PATH?corrupt=fog:3",
         *OOD_SETS,
         "KIND:PATH[a:b]",
         "KIND:PATH[a:b:s]",

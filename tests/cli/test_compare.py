@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -44,6 +45,32 @@ def test_compare_a_study_with_fp32(run, study: Path, tmp_path: Path) -> None:
     top1 = next(f for f in found["groups"][0]["metrics"] if f["path"] == "id.top1")
     assert top1["difference"] == pytest.approx(top1["b"] - top1["a"])
     assert top1["low"] <= top1["difference"] <= top1["high"]
+
+
+def test_compare_tells_the_operating_point_and_every_flip(run, study: Path, tmp_path: Path) -> None:
+    sides = f"{study}:bits=FP32", f"{study}:bits=W4A4"
+    flips = tmp_path / "flips.csv"
+    code, out, _ = run("compare", *sides, "--resamples", "100", "--accuracy", "0.8", "--flips", str(flips))
+    assert code == 0
+    assert "a confidence cut that is right on at least 80 % of what it answers, OOD thresholds that keep" in out
+    assert "thresholds of A on both" in out
+    assert "thresholds set again on each" in out
+    assert "thresholds: confidence" in out
+    code, text, _ = run("compare", *sides, "--resamples", "100", "--coverage", "0.5", "--json", "-")
+    assert code == 0
+    group = json.loads(text)["groups"][0]
+    rows = list(csv.DictReader(flips.read_text().splitlines()))
+    listed = group["flips"][0]["images"]
+    assert [row["image"] for row in rows] == [flip["image"] for flip in listed]
+    assert len(listed) == sum(n for kind, n in group["flips"][0]["counts"].items() if kind != "n")
+    assert all(flip["image"] in out.replace("\n", "") for flip in listed)
+    coverage = next(f for f in group["operating"] if f["path"] == "operating.same.id.coverage")
+    assert coverage["a"] >= 0.5
+    assert sum(one["n"] for one in group["classes"]) == 40
+    for wrong in (["--coverage", "2"], ["--coverage", "0.5", "--accuracy", "0.5"]):
+        code, _, err = run("compare", *sides, *wrong)
+        assert code == 2
+        assert "coverage" in err
 
 
 def test_compare_two_evaluations(run, tmp_path: Path) -> None:

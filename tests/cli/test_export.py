@@ -22,6 +22,8 @@ def test_from_quantize_to_predict(run, tmp_path):
     code, out, err = run("export", str(checkpoint), "--out", str(file), "--guard-images", images, "--check", images)
     assert code == 0, err
     assert "unknown below" in out
+    assert "of 16 images (embedded:digits-calibration" in out
+    assert "GEN" in out, "what the scores were compared by"
     assert "equal predictions" in out
     assert ("x64quantprecision" in out) == saturates()
     code, out, err = run("evaluate", str(file), "--id", "embedded:digits-test?n=40&seed=0", "--json", "-", "--no-cache")

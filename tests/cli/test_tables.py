@@ -28,6 +28,32 @@ def test_a_result_as_tables() -> None:
         assert part in text
 
 
+def test_shifted_images_as_tables() -> None:
+    """Each set where they are few; of many corruptions the means alone."""
+    asked = {"v2": "embedded:digits-test[30:50]", "corrupt": ["fog:1,3"]}
+    model, sets = quantized(FakeModel(), "W3A3"), {"letters": "embedded:letters[0:20]"}
+    found = evaluate(model, "embedded:digits-test[0:30]", sets, shift=asked, scores=["msp"])
+    text = text_of(result_tables(found))
+    assert "Under shift (Δ: quantized − FP32)" in text
+    mean, before = (part["shift_mean"]["corruptions"] for part in (found.to_dict(), found.fp32))
+    line = next(line for line in text.splitlines() if line.startswith("│ mean, corruptions"))
+    change = 100 * (mean["top1"] - before["top1"])
+    assert f"{100 * mean['top1']:.2f}" in line
+    assert f"{change:+.2f}" in line
+    assert (
+        f"mean corruption error: mCE % {100 * mean['mce']:.2f}, mCE of FP32's % {100 * mean['relative_mce']:.2f}"
+        in text
+    )
+    assert "Full-spectrum OOD detection" in text
+    assert f"{100 * found.full_spectrum_mean['far']['msp']['auroc']:.2f}" in text
+    assert "│ fog:1" in text
+    many = evaluate(model, "embedded:digits-test[0:3]", shift={"corrupt": "all:1"}, reference=False)
+    text = text_of(result_tables(many))
+    assert "mean, severity 1" in text
+    assert "│ fog:1" not in text
+    assert "Δ" not in text
+
+
 def test_means_as_a_table() -> None:
     far = "ood_mean.far.msp.aupr_out"
     means = [

@@ -121,7 +121,7 @@ def test_the_threshold_keeps_its_share_in_the_runtime(ending, digits, tmp_path):
     """However the images come, and though codes fall to other sides than in the simulation."""
     images = digits["images"][:150]
     qmodel = ql.quantize(digits["model"], digits["calibration"], method="minmax", bits="W8A8", target="openvino-cpu")
-    artefact = _opened(qmodel, ending, tmp_path, guard_images=images)
+    artefact = _opened(qmodel, ending, tmp_path, guard_images=images, guard="energy")
     value, found = artefact.guard["threshold"]["value"], images.numpy()
     for size in (1, 7, 150):
         scores = np.concatenate([artefact.run(found[n : n + size])[1] for n in range(0, 150, size)])

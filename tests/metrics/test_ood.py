@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from quantlens import metrics
 from quantlens.errors import QuantlensError
-from quantlens.metrics import change, mean_over_sets, ood_metrics, score_histograms
+from quantlens.metrics import change, mean_over_sets, ood_metrics, score_histograms, threshold_keeping
 
 FIGURES = ("aupr_out", "aupr_in", "auroc", "fpr95_id", "fpr95_ood")
 
@@ -259,3 +259,42 @@ def test_histogram_of_nearly_constant_scores_and_bad_input() -> None:
     assert sum(got["id"]) == 2
     with pytest.raises(QuantlensError, match="scores of OOD set 'far' of image 0 hold NaN"):
         score_histograms([1.0], {"far": [np.nan]})
+
+
+# ---- a threshold that keeps what it promises -------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=60), st.integers(1, 100))
+def test_a_threshold_keeps_at_least_its_share_and_a_higher_one_does_not(levels: list[int], percent: int) -> None:
+    scores = np.array(levels) / 7
+    threshold = threshold_keeping(scores, percent / 100)
+    assert threshold in scores
+    assert 100 * int((scores >= threshold).sum()) >= percent * len(scores)  # in whole numbers: nothing rounds
+    higher = scores[scores > threshold]
+    assert higher.size == 0 or 100 * higher.size < percent * len(scores)
+
+
+def test_the_threshold_of_150_images_keeps_143_and_not_142() -> None:
+    scores = np.random.default_rng(0).normal(size=150)
+    assert (scores >= threshold_keeping(scores, 0.95)).sum() == 143
+    hundred = scores[:100]
+    assert [(hundred >= threshold_keeping(hundred, k / 100)).sum() for k in range(1, 101)] == [*range(1, 101)]
+
+
+def test_equal_scores_are_kept_together() -> None:
+    assert threshold_keeping([0.0, 1.0, 1.0, 1.0], 0.25) == 1.0
+    assert threshold_keeping([2.0, 2.0], 1.0) == 2.0
+    narrow = np.array([0.1, 0.2, 0.3], np.float32)
+    assert (narrow >= threshold_keeping(narrow, 1.0)).all()
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan")])
+def test_a_share_out_of_range_is_refused(share: float) -> None:
+    with pytest.raises(QuantlensError, match="share to keep"):
+        threshold_keeping([1.0], share)
+
+
+def test_a_threshold_of_nothing_is_refused() -> None:
+    with pytest.raises(QuantlensError, match="no scores"):
+        threshold_keeping([], 0.95)

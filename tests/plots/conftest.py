@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from report_fakes import attention_store, full_store, make
 
+from quantlens.evaluation.shift import shift_means
 from quantlens.sensitivity import Inspection
 from quantlens.sensitivity.alone import Effect
 from quantlens.sensitivity.inspection import Part
@@ -53,7 +54,7 @@ def rich(attention_store, tmp_path) -> Path:
     folder = tmp_path / "study"
     with Store(folder) as store:
         for cell in attention_store.cells():
-            store.put(cell.key, cell.spec, "done", cell.result)
+            store.put(cell.key, cell.spec, "done", cell.result | under_shift(cell.result))
         store.put("mixed", last.spec | {"bits": "MP4"}, "done", last.result | {"bits": "MP4", "allocation": ALLOCATION})
         store.put(f"{INSPECTION}x", {"model": "deit", "inspects": True}, "done", {"inspection": found.to_dict()})
         files = [facts("fast.onnx"), facts("slow.onnx")]
@@ -63,6 +64,18 @@ def rich(attention_store, tmp_path) -> Path:
             put_artefact(store, one, {"checkpoint_sha256": "c", "ood": {}, **measured})
         put_timings(store, [timing("fast.onnx", 5.0), timing("slow.onnx", 9.0)], files, {"cpu": "a processor"})
     return folder
+
+
+def under_shift(result: dict[str, Any]) -> dict[str, Any]:
+    """What a made-up result has of shifted images."""
+    top1, nll, ece = (result["id"][name] for name in ("top1", "nll", "ece"))
+    amounts = {"v2": 0.05, "fog:1": 0.1, "fog:3": 0.3, "snow:3": 0.4}
+    sets = {
+        name: {"n": 400, "top1": top1 * (1 - amount), "top5": top1, "nll": nll + amount, "ece": ece, "brier": nll}
+        for name, amount in amounts.items()
+    }
+    means = {"shift_mean": shift_means(sets), "full_spectrum_mean": result["ood_mean"]}
+    return {"shift": sets, "full_spectrum": result["ood"], **means}
 
 
 def facts(name: str) -> dict[str, Any]:

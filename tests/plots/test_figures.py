@@ -193,7 +193,9 @@ def test_mixed_precision_layers_and_latency(rich):
 
 
 def test_unknown_names_and_missing_data_say_what_there_is(board, tmp_path):
-    with pytest.raises(QuantlensError, match="unknown figure 'nothing'; choose one of aupr, changes, drift"):
+    with pytest.raises(
+        QuantlensError, match="unknown figure 'nothing'; choose one of aupr, changes, corruptions, drift"
+    ):
         draw(board, "nothing")
     with pytest.raises(QuantlensError, match="this study holds no data for the figure 'widths'"):
         draw(board, "widths")

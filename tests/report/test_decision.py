@@ -78,7 +78,8 @@ def test_a_store_of_files_alone_becomes_a_page(tmp_path):
     guard = {
         "score": "energy",
         "keep": 0.95,
-        "threshold": {"value": 7.5, "n": 200},
+        "threshold": {"value": 7.5, "n": 200, "kept": 0.955, "images": "mine:pictures"},
+        "separation": {"energy": {"shuffled": 0.9, "noise": 0.8}, "gen": {"shuffled": 0.7, "noise": 0.9}},
         "id": {"n": 400, "kept": 0.9375},
         "ood": {"far": {"n": 100, "flagged": 0.5, "balanced_accuracy": 0.71875}},
     }
@@ -104,7 +105,8 @@ def test_a_store_of_files_alone_becomes_a_page(tmp_path):
     assert found["elsewhere.xml"][2] == "not weighed"
     assert found["new.xml"][5:8] == ["not evaluated"] * 3
     assert found["new.xml"][11] == "no file"
-    assert "93.8" in html.split("How often the guards are right")[-1]
+    told = html.split("How often the guards are right")[-1]
+    assert all(text in told for text in ("93.8", "200 images (mine:pictures)", "Energy 85.0; GEN 80.0"))
     assert "a &lt;fast&gt; processor" in html
     assert "<fast>" not in html
     assert html.count('class="chart decision"') == 2

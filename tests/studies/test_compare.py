@@ -12,15 +12,8 @@ from study_fakes import FakeBackend, FakeModel, config, quantized
 
 from quantlens.errors import QuantlensError, StorageError, UnknownNameError
 from quantlens.evaluation import outputs as kept
-from quantlens.evaluation.compare import (
-    ID_METRICS,
-    NOT_SIGNIFICANT,
-    OOD_METRICS,
-    SIGNIFICANT,
-    UNCORRECTED,
-    Wanted,
-    point,
-)
+from quantlens.evaluation.compare import ID_METRICS, OOD_METRICS, Wanted, point
+from quantlens.evaluation.differences import NOT_SIGNIFICANT, SIGNIFICANT, UNCORRECTED
 from quantlens.evaluation.run import evaluate
 from quantlens.studies.compare import compare, match, open_side
 from quantlens.studies.runner import run_study

@@ -82,7 +82,8 @@ def test_cells_whose_outputs_are_gone_have_no_marks_and_the_report_says_so(store
     page = write_report(store).read_text()
     assert "1 row has no marks" in page
     kept.path_of(store, damaged).write_bytes(b"")
-    (store / "outputs" / "significance.json").unlink()
+    for answers in ("significance", "operating"):
+        (store / "outputs" / f"{answers}.json").unlink()
     page = write_report(store).read_text()
     assert "No change is marked" in page
     assert "○" not in page

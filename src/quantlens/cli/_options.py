@@ -37,6 +37,18 @@ CalibrationCount = Annotated[
 OodSets = Annotated[
     list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An out-of-distribution set; may be repeated.")
 ]
+ShiftedSets = Annotated[
+    list[str] | None,
+    typer.Option("--shift", metavar="NAME=SOURCE", help="Further labelled images of the classes; may be repeated."),
+]
+Corruptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--corrupt",
+        metavar="NAME[:SEVERITY]",
+        help="Measure on corruptions of the ID images, too: fog:3, fog (1 to 5) or all; may be repeated.",
+    ),
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and say how many.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Do not keep decoded images on disk.")]
 

@@ -11,6 +11,8 @@ from quantlens.errors import QuantlensError
 from quantlens.files import check_writable, write_whole
 
 CHANGE = "quantized − FP32"
+SHOWN_CORRUPTIONS = 8
+"""With more corrupted sets than this, their means alone are printed."""
 
 
 HELP = """Measure a model on labelled in-distribution images and on out-of-distribution sets.
@@ -23,6 +25,9 @@ which needs no --id (docs/foreign.md).
 
 Scores that need statistics (KNN, ViM, Mahalanobis, ReAct …) are fitted on the images of --fit, which must not be among
 those evaluated.
+
+--shift and --corrupt measure a classifier under shift: on other images of the same classes, and on corruptions of the
+ID images (those of ImageNet-C), with OOD detection that counts all of them as in-distribution.
 
 What is measured depends on what the model is for (--task): accuracy and calibration of a classifier, AUROC and average
 precision of a binary or multi-label one, k-NN and linear-probe accuracy of features (both fitted on --fit), mAP,
@@ -40,6 +45,9 @@ calibration and drift of boxes of a detector (on images with boxes, such as coco
     quantlens evaluate deit_tiny_patch16_224 --weights deit_tiny.safetensors \\
       --id imagenet:val --ood dtd=images:dtd/images \\
       --ood ninco=images:ninco --near ninco
+
+    quantlens evaluate deit_tiny_patch16_224 --id imagenet:val?n=1000 \
+      --shift v2=imagenet:imagenetv2 --corrupt fog:3 --corrupt jpeg_compression
 
     quantlens evaluate nncf.xml --reference deit_tiny_patch16_224 \
       --weights deit_tiny.safetensors --id imagenet:val
@@ -62,6 +70,8 @@ def evaluate(
     fit: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="ID images, not evaluated, that scores are fitted on.")
     ] = None,
+    shift: _options.ShiftedSets = None,
+    corrupt: _options.Corruptions = None,
     scores: _options.Scores = None,
     task: _options.Task = None,
     text_embeddings: _options.TextEmbeddings = None,
@@ -92,20 +102,27 @@ def evaluate(
     checkpoint = _check_card(model) if card else None
     sets, groups = _common.pairs(ood, "--ood"), dict.fromkeys(_common.names(near), "near")
     measured, float_model = open_models(model, weights, device, input_size, reference=reference, letterbox=letterbox)
-    if store is not None and not hasattr(measured, "facts"):
-        raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
+    _check_store(store, measured)
     settings = {"fit": fit, "reference": float_model, "scores": _common.names(scores) or None, "groups": groups}
-    settings |= {"task": task, "text_embeddings": text_embeddings}
-    kept = keep is not None or (card and "scores")
-    settings |= {"batch_size": batch_size, "device": device, "n_bins": bins, "keep": kept}
+    settings |= {"task": task, "text_embeddings": text_embeddings, "shift": _shift_of(shift, corrupt)}
+    settings |= {"batch_size": batch_size, "device": device, "n_bins": bins}
+    settings["keep"] = keep is not None or (card and "scores")
     with _common.stages(quiet) as step:
         result = measure(measured, id, sets or None, progress=step, **settings, **_common.reading(skip_bad, no_cache))
     written = list(_write(result, keep, checkpoint))
-    if store is not None:
-        _keep(store, measured.facts(), result.to_dict())
+    _keep(store, measured, result)
     _common.show(tables(result), result.to_dict(), json, "the result")
     if json != "-":
         print("".join(f"written: {file}\n" for file in written), end="")
+
+
+def _shift_of(shift: list[str] | None, corrupt: list[str] | None) -> dict[str, Any]:
+    return _common.pairs(shift, "--shift") | ({"corrupt": corrupt} if corrupt else {})
+
+
+def _check_store(store: Path | None, measured: Any) -> None:
+    if store is not None and not hasattr(measured, "facts"):
+        raise QuantlensError("--store keeps results of exported files (.onnx, .xml); a study measures models into it")
 
 
 def _check(model: str, id: str | None, files: Iterable[str | Path | None]) -> None:
@@ -141,13 +158,14 @@ def _write(result: Any, keep: Path | None, checkpoint: Path | None) -> Iterator[
         yield checkpoint.with_name(README)
 
 
-def _keep(directory: Path, facts: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    """Record the result of an exported file in a study's store."""
+def _keep(directory: Path | None, measured: Any, result: Any) -> None:
+    """Record the result of an exported file in a study's store, where one is named."""
     from quantlens.studies.benchmarks import put_artefact
     from quantlens.studies.store import Store
 
-    with Store(directory) as store:
-        put_artefact(store, facts, result)
+    if directory is not None:
+        with Store(directory) as store:
+            put_artefact(store, measured.facts(), result.to_dict())
 
 
 def tables(result: Any) -> Iterator[Any]:
@@ -165,6 +183,8 @@ def tables(result: Any) -> Iterator[Any]:
     ]
     if rows:
         yield _common.table(heads, rows, right=heads[1:], title="In distribution")
+    if result.shift:
+        yield from _shift_tables(result)
     if result.ood:
         yield from _ood_tables(result, METRICS["aupr_out"])
     if result.guard is not None:
@@ -194,6 +214,46 @@ def _ood_tables(result: Any, aupr: Any) -> Iterator[Any]:
         row = [aupr.text(entry.get(score, {}).get("aupr_out"), "+") for entry in changes.values()]
         title = f"Change of {aupr.title} by {score_label(score)}, {aupr.change_unit} ({CHANGE}) {aupr.arrow}"
         yield _common.table(list(changes), [row], right=changes, title=title)
+
+
+def _shift_tables(result: Any) -> Iterator[Any]:
+    """The metrics of the shifted sets (of corruptions the means, where they are many), and full-spectrum detection."""
+    from quantlens.evaluation.shift import corruption_of
+    from quantlens.metrics import METRICS
+
+    many = sum(corruption_of(name) is not None for name in result.shift) > SHOWN_CORRUPTIONS
+    chosen = {name: ("shift", name) for name in result.shift if not many or corruption_of(name) is None}
+    chosen |= {f"mean, {name.replace('_', ' ')}": ("shift_mean", name) for name in result.shift_mean}
+
+    def entries(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        return [found["id"], *(found[part][name] for part, name in chosen.values())]
+
+    metrics = [METRICS[name] for name in ("top1", "nll", "ece")]
+    heads, rows = [metric.heading for metric in metrics], [["ID images"], *([name] for name in chosen)]
+    for found, sign in ((vars(result), ""), (result.change, "+")):
+        for row, entry in zip(rows, entries(found) if found else (), strict=bool(found)):
+            row += [metric.text(entry.get(metric.name), sign) for metric in metrics]
+    if result.change:
+        heads += [f"Δ {metric.title}" for metric in metrics]
+    title = "Under shift" + (f" (Δ: {CHANGE})" if result.change else "")
+    yield _common.table(["images", *heads], rows, right=heads, title=title)
+    means = result.shift_mean.get("corruptions", {})
+    known = [(METRICS[name], means[name]) for name in ("mce", "relative_mce") if name in means]
+    if known:
+        yield "mean corruption error: " + ", ".join(f"{metric.label} {metric.text(value)}" for metric, value in known)
+    if result.full_spectrum_mean:
+        yield _spectrum_table(result, METRICS["aupr_out"], METRICS["auroc"])
+
+
+def _spectrum_table(result: Any, *metrics: Any) -> Any:
+    groups = {group: means for group, means in result.full_spectrum_mean.items() if group != "all"}
+    heads = [f"mean {group} {metric.label}" for group in groups for metric in metrics]
+    rows = [
+        [score, *(m.text(means.get(score, {}).get(m.name)) for means in groups.values() for m in metrics)]
+        for score in result.histograms
+    ]
+    title = "Full-spectrum OOD detection (shifted images are in-distribution) ↑"
+    return _common.table(["score", *heads], rows, right=heads, title=title)
 
 
 def _guard_table(guard: Mapping[str, Any], metrics: list[Any]) -> Any:

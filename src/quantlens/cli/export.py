@@ -17,7 +17,7 @@ of ONNX operator set 21. Runtimes have integer kernels for uniform formats of 8 
 with --target to stay inside them.
 
 The file of a classifier also gives an out-of-distribution score, and with --guard-images the threshold below which an
-image looks unknown.
+image looks unknown; which score is then chosen by how it tells these images from OOD-like ones made of them.
 
 [bold]Examples[/bold]
 
@@ -42,7 +42,14 @@ def export(
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Keep formats without integer kernels as float operations.")
     ] = False,
-    guard: Annotated[str, typer.Option(help="OOD score in the file: energy, msp or maxlogit.")] = "energy",
+    guard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="OOD score in the file: msp, energy, maxlogit, gen, mahalanobis or none; by default the one that best "
+            "separates --guard-images from OOD-like images made of them.",
+        ),
+    ] = None,
     guard_images: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="In-distribution images that set the threshold.")
     ] = None,
@@ -80,9 +87,9 @@ def export(
 
 def _summary(exported: Any) -> str:
     """Name, bits, size, and of a classifier the OOD score with its threshold."""
+    from quantlens.export.guards import guard_sentences
+
     file = f"{exported.name} {exported.bits}, {exported.size_mb:.2f} MB"
     if exported.task != "classify":
         return f"{file}; its task is {exported.task}"
-    threshold = exported.guard["threshold"]
-    said = "no threshold (give --guard-images)" if threshold is None else f"unknown below {threshold['value']:.3f}"
-    return f"{file}; {exported.guard['score']} score, {said}"
+    return f"{file}; " + "\n".join(guard_sentences(exported.guard))

@@ -146,9 +146,9 @@ def _labels(model: Any, images: list[Path], found: dict[Path, Any]) -> tuple[lis
             str(image),
             p.name or str(p.label),
             f"{100 * p.probability:.1f} %",
-            f"{p.score:.3f}",
+            "–" if p.score is None else f"{p.score:.3f}",
             "–" if p.unknown is None else "unknown" if p.unknown else "known",
         )
         for image, p in ((image, found[image]) for image in images)
     ]
-    return ["image", "label", "probability", f"{model.guard['score']} score", "looks"], rows
+    return ["image", "label", "probability", f"{model.guard['score'] or 'no'} score", "looks"], rows

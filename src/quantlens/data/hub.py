@@ -33,7 +33,7 @@ class HubSource(Source):
     def describe(self, index: int) -> str:
         return f"{self.name}, row {self.row[index]}"
 
-    def fingerprint(self) -> str:
+    def clean_fingerprint(self) -> str:
         """Hash of the data set's own fingerprint (of its files and what was done to them) and of the rows."""
         lines = (line + mark for line, mark in zip(self.identity(), self.label_marks(), strict=True))
         return sha256_of(sorted(lines))[:FINGERPRINT_DIGITS]

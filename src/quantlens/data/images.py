@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from PIL import Image
 
 from quantlens import _moved
+from quantlens._version import __version__
 from quantlens.boxes import Boxes
 from quantlens.data import cache
+from quantlens.data.corruptions import check_corruption, corrupt, corrupted_fingerprint, picture_seeds
 from quantlens.data.preprocess import Preprocess
 from quantlens.data.sources import FINGERPRINT_DIGITS, Source, open_source
 from quantlens.errors import BadImageError, QuantlensError, QuantlensWarning
@@ -97,6 +100,38 @@ class ImageSet:
             fingerprint=chosen[:FINGERPRINT_DIGITS],
         )
 
+    def corrupted(self, name: str, severity: int, *, seed: int = 0, cache_dir: CacheDir = None) -> ImageSet:
+        """The same images after a corruption (`corruptions.CORRUPTIONS`), whose random numbers come from each picture
+        and the seed. They are kept in memory, what is large in a temporary file (as `cache.Rows` keeps rows).
+
+        Raises UnknownNameError or QuantlensError where there is no such corruption, and for tensors.
+        """
+        name, severity = check_corruption(name, severity)
+        given = self.pixels
+        if given is None or self.preprocess is None:
+            raise QuantlensError(
+                f"{self.source} holds tensors, and {name} is for pictures; give PIL images or a SOURCE such as "
+                "imagenet:DIR"
+            )
+        grey, bgr = given.shape[1] == 1, self.preprocess.channels == "bgr"
+
+        def change(start: int) -> np.ndarray:
+            pixels = given[start : start + CORRUPTED_TOGETHER].transpose(0, 2, 3, 1)
+            colours = np.repeat(pixels, 3, axis=3) if grey else pixels[..., ::-1] if bgr else pixels
+            found = corrupt(colours, name, severity, seeds=picture_seeds(colours, seed))
+            if grey:
+                found = np.stack([np.asarray(Image.fromarray(one).convert("L")) for one in found])[..., None]
+            return (found[..., ::-1] if bgr else found).transpose(0, 3, 1, 2)
+
+        rows, threads = cache.Rows(cache_dir), _threads()
+        with ThreadPoolExecutor(threads, thread_name_prefix="quantlens-corrupt") as pool:
+            for first in range(0, len(self), CORRUPTED_TOGETHER * threads):
+                last = min(first + CORRUPTED_TOGETHER * threads, len(self))
+                for found in pool.map(change, range(first, last, CORRUPTED_TOGETHER)):
+                    rows.append(found)
+        fingerprint = corrupted_fingerprint(self.fingerprint, (name, severity, seed))
+        return replace(self, pixels=rows.whole(), fingerprint=fingerprint)
+
     def with_boxes(self, boxes: Boxes, sizes: Any = None) -> ImageSet:
         """The same with boxes, and the sizes [N, 2] of the pictures whose pixels they are in (by default the images'
         own). Raises QuantlensError where they are of other images."""
@@ -165,6 +200,9 @@ class ImageSet:
         return f"<ImageSet {self.source}: {len(self)} images, {labels}, {len(self.skipped)} skipped>"
 
 
+CORRUPTED_TOGETHER = 16
+"""Pictures that one thread corrupts at a time."""
+
 TOLD: WeakKeyDictionary[ImageSet, set[str]] = WeakKeyDictionary()
 """What has been said of a set, which is said once."""
 
@@ -189,12 +227,15 @@ def load_images(
     skip_bad: bool = False,
     progress: Progress | None = None,
     workers: int | None = None,
+    keep_corrupted: bool = False,
 ) -> ImageSet:
     """Decode, resize and crop the images of `source`, or take them from the on-disk cache.
 
     `cache_dir` is a folder, None for the default one (`quantlens.data.cache`), or False for no cache: then N*3*H*W
-    bytes are held in memory. Embedded sets are never cached on disk. `progress(done, total)` is called after each
-    decoded image. `workers` threads decode (as many as there are processors by default).
+    bytes are held in memory. Embedded sets are never cached on disk; of corrupted images the clean ones are, and the
+    corruption is done anew (:meth:`ImageSet.corrupted`) unless `keep_corrupted` has them cached too.
+    `progress(done, total)` is called after each decoded image. `workers` threads decode (as many as there are
+    processors by default).
 
     Raises BadImageError, naming the file, for an image that cannot be read; with `skip_bad` it is left out
     and recorded in `skipped`. Raises StorageError where the cache cannot be written: the disk is full, or a
@@ -217,11 +258,11 @@ def load_images(
             f"none of the {len(skipped)} images of {source.spec} can be read; the first is "
             f"{skipped[0][0]}: {skipped[0][1]}"
         )
-    return ImageSet(
+    found = ImageSet(
         names=list(source.names),
         labels=source.labels,
         source=source.spec,
-        fingerprint=source.fingerprint(),
+        fingerprint=source.clean_fingerprint(),
         preprocess=preprocess,
         pixels=pixels,
         class_names=source.class_names,
@@ -230,6 +271,26 @@ def load_images(
         boxes=source.boxes,
         sizes=source.sizes,
     )
+    if source.corruption is None:
+        return found
+    return _corrupted(found, source, cache_dir, identity if keep_corrupted else None)
+
+
+def _corrupted(images: ImageSet, source: Source, cache_dir: CacheDir, identity: list[str] | None) -> ImageSet:
+    """The images of a source as its corruption leaves them. identity: its own, where they are kept in the cache."""
+    assert source.corruption is not None
+    assert images.preprocess is not None
+    name, severity, seed = source.corruption
+    if identity is None:
+        return images.corrupted(name, severity, seed=seed, cache_dir=cache_dir)
+
+    def made() -> Iterator[np.ndarray]:
+        yield from images.corrupted(name, severity, seed=seed, cache_dir=cache_dir).pixels  # type: ignore[misc]
+
+    preprocess = images.preprocess
+    key = cache.cache_key([*identity, f"{source.corruption} {__version__}"], preprocess.image_key())
+    pixels, _ = _entry(made(), [], len(images), preprocess.input_size, cache_dir, key)
+    return replace(images, pixels=pixels, fingerprint=source.fingerprint())
 
 
 def _entry(
@@ -270,8 +331,7 @@ def _decoded(
     Without `skip_bad` the first bad image raises BadImageError.
     """
     total = len(source)
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = workers or min(16, processors)
+    threads = workers or _threads()
 
     def decode(k: int) -> np.ndarray | str:
         try:
@@ -291,6 +351,11 @@ def _decoded(
                     raise _bad_image(source, k, result)
                 if progress is not None:
                     progress(k + 1, total)
+
+
+def _threads() -> int:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, processors)
 
 
 def _bad_image(source: Source, position: int, reason: str) -> BadImageError:

@@ -4,6 +4,7 @@
     KIND:PATH[a:b]               images a to b (b excluded) in sorted order, as in Python: ends may be open or negative
     KIND:PATH[a:b:s]             every s-th of them: [::2] and [1::2] are two halves that share no image
     KIND:PATH?n=200&seed=0       a random sample of 200 (seed 0 where none is given), from the slice if there is one
+    KIND:PATH?corrupt=fog:3      every picture corrupted as in ImageNet-C, NAME:SEVERITY (`corruptions.CORRUPTIONS`)
     KIND:PATH?key=value          what a kind has keys for (`KINDS`): ?split=test&n=200
     KIND:PATH/                   a file or folder whose name ends like one of these: what stands before a slash is its
                                  name, images:im[0:4]/ and images:why?/[0:4]
@@ -27,6 +28,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from quantlens.boxes import Boxes
+from quantlens.data.corruptions import check_corruption, corrupted_fingerprint, parse_corruption
 from quantlens.errors import BadImageError, QuantlensError, UnknownNameError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
@@ -37,7 +39,8 @@ CALIBRATION_IMAGES = 32
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """A parsed SOURCE: `sample` images drawn with `seed` from a slice of `rows`, and options of the kind."""
+    """A parsed SOURCE: `sample` images drawn with `seed` from a slice of `rows`, and options of the kind, from the
+    text `query`. corruption: its name and severity."""
 
     text: str
     kind: str
@@ -46,6 +49,8 @@ class SourceSpec:
     sample: int | None
     seed: int
     options: dict[str, str]
+    query: str = ""
+    corruption: tuple[str, int] | None = None
 
 
 def parse_spec(text: str) -> SourceSpec:
@@ -77,8 +82,9 @@ def parse_spec(text: str) -> SourceSpec:
         path = path[: bracket.start()]
     if not path:
         raise QuantlensError(f"source {text!r} names no {KINDS[kind].what}; write {kind}:{KINDS[kind].what.upper()}")
-    sample, seed = given.pop("n", None), given.pop("seed", "0")
-    return SourceSpec(text, kind, path, rows, None if sample is None else int(sample), int(seed), given)
+    seed, sample, corrupt = int(given.pop("seed", "0")), given.pop("n", None), given.pop("corrupt", None)
+    corruption = None if corrupt is None else parse_corruption(corrupt)
+    return SourceSpec(text, kind, path, rows, None if sample is None else int(sample), seed, given, query, corruption)
 
 
 def _query(text: str, query: str, options: Iterable[str]) -> dict[str, str]:
@@ -91,22 +97,38 @@ def _query(text: str, query: str, options: Iterable[str]) -> dict[str, str]:
         raise QuantlensError(f"source {text!r} ends in '?' without a query; write ?n=200&seed=0 or leave it out")
     given = dict(pairs)
     for key in given:
-        if key not in ("n", "seed", *options):
-            raise UnknownNameError(f"query key in source {text!r}:", key, ["n", "seed", *options])
+        if key not in (known := ("n", "seed", "corrupt", *options)):
+            raise UnknownNameError(f"query key in source {text!r}:", key, known)
     if len(given) < len(pairs):
         raise QuantlensError(f"source {text!r} gives a key twice; give it once")
     for key, least in (("n", 1), ("seed", 0)):
         value = given.get(key, "1")
         if not re.fullmatch(r"\d+", value) or int(value) < least:
             raise QuantlensError(f"source {text!r}: {key}={value!r} must be a whole number, at least {least}")
-    if "seed" in given and "n" not in given:
+    if "seed" in given and "n" not in given and "corrupt" not in given:
         raise QuantlensError(f"source {text!r} gives a seed but no number of images; write ?n=200&seed={given['seed']}")
     return given
 
 
 def with_sample(text: str, n: int, seed: int) -> str:
     """The SOURCE of `n` images that `seed` draws from the SOURCE `text`, which must not draw a sample itself."""
-    return f"{text}{'&' if parse_spec(text).options else '?'}n={n}&seed={seed}"
+    return _with(text, n=n, seed=seed)
+
+
+def with_corruption(text: str, name: str, severity: int) -> str:
+    """The SOURCE of the images of the SOURCE `text`, each corrupted. Raises QuantlensError where they are already, or
+    there is no such corruption."""
+    if parse_spec(text).corruption is not None:
+        raise QuantlensError(f"source {text!r} is corrupted already; give the source of clean images")
+    name, severity = check_corruption(name, severity)
+    return _with(text, corrupt=f"{name}:{severity}")
+
+
+def _with(text: str, **added: Any) -> str:
+    """A SOURCE with these keys in its query, in place of what it has of them."""
+    query = parse_spec(text).query
+    kept = [part for part in query.split("&") if part and part.partition("=")[0] not in added]
+    return f"{text.removesuffix(f'?{query}')}?{'&'.join([*kept, *(f'{key}={value}' for key, value in added.items())])}"
 
 
 def open_calibration(text: str, n: int | None = None, seed: int = 0) -> "Source":
@@ -120,6 +142,7 @@ def open_calibration(text: str, n: int | None = None, seed: int = 0) -> "Source"
         n = min(CALIBRATION_IMAGES, len(source)) if n is None else n
         source = source.select(_drawn(text, np.arange(len(source)), n, seed))
         source.spec = with_sample(text, n, seed)
+        source.corruption = source.corruption and (*source.corruption[:2], seed)
     return source
 
 
@@ -131,6 +154,7 @@ class Source(ABC):
     `labels` is int64 [N] or None, `class_names` is a list that `labels` index, or None. `group` is "id",
     "near" or "far" for embedded sets and None for the rest. `boxes` are those of objects, None where nothing is known
     of any; `sizes` int64 [N, 2], (height, width), of the pictures that they are of. Every array has one row per image.
+    `corruption` is (name, severity, seed) of what `load_images` does to them, or None.
     """
 
     spec: str
@@ -142,17 +166,22 @@ class Source(ABC):
     group: str | None = None
     boxes: Boxes | None = field(default=None, kw_only=True)
     sizes: np.ndarray | None = field(default=None, kw_only=True)
+    corruption: tuple[str, int, int] | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.names)
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """Image `index` in RGB. Raises BadImageError with the reason; `describe(index)` names the image."""
+        """Image `index` in RGB, not corrupted. Raises BadImageError with the reason; `describe(index)` names it."""
+
+    def fingerprint(self) -> str:
+        """Short hash that changes when the images change, or what corrupts them."""
+        return corrupted_fingerprint(self.clean_fingerprint(), self.corruption)
 
     @abstractmethod
-    def fingerprint(self) -> str:
-        """Short hash that changes when the images change (see the kinds)."""
+    def clean_fingerprint(self) -> str:
+        """The same of the images as they are (see the kinds)."""
 
     @abstractmethod
     def identity(self) -> list[str] | None:
@@ -195,7 +224,7 @@ class FileSource(Source):
     def describe(self, index: int) -> str:
         return str(self.root / self.names[index])
 
-    def fingerprint(self) -> str:
+    def clean_fingerprint(self) -> str:
         """Hash of the sorted relative names and file sizes: the same wherever the folder lies."""
         marks = self.label_marks() if self.listed else [""] * len(self)
         lines = (f"{name}\0{size}{mark}" for (name, size, _), mark in zip(self._files(), marks, strict=True))
@@ -228,7 +257,7 @@ class ArraySource(Source):
     def image(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index])
 
-    def fingerprint(self) -> str:
+    def clean_fingerprint(self) -> str:
         """Hash of the sorted names and of each image's pixels."""
         digests = (hashlib.sha256(np.ascontiguousarray(p).tobytes()).hexdigest() for p in self.pixels)
         lines = sorted(f"{name}\0{digest}" for name, digest in zip(self.names, digests, strict=True))
@@ -254,6 +283,7 @@ def open_source(spec: str) -> Source:
 
     parsed = parse_spec(spec)
     source = KINDS[parsed.kind].open(parsed)
+    source.corruption = parsed.corruption and (*parsed.corruption, parsed.seed)
     if not len(source):
         raise QuantlensError(f"source {spec!r} holds no images")
     if parsed.rows == slice(None) and parsed.sample is None:
@@ -351,15 +381,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image
 
 
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURN = Image.Transpose
+_TURNS = dict(
+    enumerate((_TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM, _TURN.TRANSPOSE, _TURN.ROTATE_270), 2)
+) | {7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}
 """EXIF orientation -> what puts the picture upright."""
 
 

@@ -87,7 +87,7 @@ class ParquetSource(Source):
     def describe(self, index: int) -> str:
         return f"{self.files[self.file[index]]}, row {self.row[index]}"
 
-    def fingerprint(self) -> str:
+    def clean_fingerprint(self) -> str:
         """Hash of the files' names and footers (sizes and statistics of every column), and of the rows."""
         marks = {file: sha256_of([self.files[file].name, _footer(self.files[file])]) for file in set(self.file)}
         rows = zip(self.file, self.row, self.label_marks(), strict=True)

@@ -45,7 +45,7 @@ class TarSource(Source):
     def describe(self, index: int) -> str:
         return f"{self.shards[self.shard[index]]}, {self.names[index]}"
 
-    def fingerprint(self) -> str:
+    def clean_fingerprint(self) -> str:
         """Hash of the sorted names, sizes and places of the members."""
         lines = zip(self._lines([shard.name for shard in self.shards]), self.label_marks(), strict=True)
         return sha256_of(sorted(line + mark for line, mark in lines))[:FINGERPRINT_DIGITS]

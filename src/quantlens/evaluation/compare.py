@@ -18,21 +18,24 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from quantlens import _moved
 from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.evaluation import outputs as kept
+from quantlens.evaluation.differences import LEVEL, Difference, corrected, differences_of
+from quantlens.evaluation.operating import ClassLoss, Flips, Shipped, flips_csv
 from quantlens.evaluation.outputs import Outputs
+from quantlens.evaluation.shift import common_shift, resampled_shift, shift_sizes, shift_values
 from quantlens.metrics import TASKS, first_score, metrics_of, names_of
-from quantlens.metrics.bootstrap import ID, Array, Resamples, classification, differences, holm, interval, ranking
+from quantlens.metrics.bootstrap import ID, Array, Resamples, classification, ranking
 from quantlens.metrics.detection import resampled_detections
 from quantlens.metrics.labels import resampled_labels
+from quantlens.metrics.operating import Promise
 
 BASELINE = "FP32"
 TRAITS = ("model", "method", "bits", "seed")
 ID_METRICS = metrics_of("classify", resampled=True)
 OOD_METRICS = names_of("ood", resampled=True)
-LEVEL = 0.95
 RESAMPLES = 10_000
-SIGNIFICANT, UNCORRECTED, NOT_SIGNIFICANT = "significant", "significant before correction", "not significant"
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,23 +93,6 @@ class Match:
 
 
 @dataclass
-class Difference:
-    """One metric: means over seeds of A and B, their difference (B less A), its 95 % interval, the two-sided p-value,
-    the same corrected for the number of metrics, and the verdict (SIGNIFICANT, UNCORRECTED or NOT_SIGNIFICANT). The
-    last five are None where no per-image outputs were kept."""
-
-    path: str
-    a: float
-    b: float
-    difference: float
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    p_holm: float | None = None
-    verdict: str | None = None
-
-
-@dataclass
 class Compared:
     """The metrics of cells that differ in nothing but what is compared, over all their seeds."""
 
@@ -116,7 +102,15 @@ class Compared:
     n_id: int | None
     metrics: list[Difference]
     without_interval: str = ""
-    """why there are no intervals"""
+    """why there are no intervals, and nothing of what follows"""
+    set_on: str = "A"
+    """the side whose thresholds are the same on both: FP32, where one is"""
+    thresholds: list[dict[str, Any]] = field(default_factory=list)
+    """of every pair, {"a": {"confidence": the cut, score: threshold}, "b": …}"""
+    operating: list[Difference] = field(default_factory=list)
+    """what the thresholds do, by path: "operating.same.id.coverage" …"""
+    flips: list[Flips] = field(default_factory=list)
+    classes: list[ClassLoss] = field(default_factory=list)
 
 
 @dataclass
@@ -130,10 +124,15 @@ class Comparison:
     groups: list[Compared]
     unpaired: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    promise: Promise = field(default_factory=Promise)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that is valid JSON; metrics are fractions, not percent."""
         return {**asdict(self), "level": LEVEL}
+
+    def flips_csv(self) -> str:
+        """Every image whose answer flips as CSV text, a row for each pair of cells."""
+        return flips_csv((group.title, flips) for group in self.groups for flips in group.flips)
 
 
 def compare_matches(
@@ -143,6 +142,7 @@ def compare_matches(
     b: str,
     unpaired: Sequence[str] = (),
     scores: Sequence[str] | None = None,
+    promise: Promise | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
@@ -150,53 +150,68 @@ def compare_matches(
     """Compare entries that answer to each other.
 
     a, b: names of the two sides; unpaired: what was left over, in words. scores: OOD scores whose metrics are compared;
-    None is MSP (or the first there is), ["all"] every one. resamples: bootstrap resamples; seed: of their draw.
-    progress: called with (what, done, in all).
+    None is MSP (or the first there is), ["all"] every one. promise: what thresholds are set to. resamples: bootstrap
+    resamples; seed: of their draw. progress: called with (what, done, in all).
 
     Raises QuantlensError for entries that share no images, StorageError for damaged files.
     """
     if resamples < 100:
         raise QuantlensError(f"resamples is {resamples}; give at least 100, as an interval is read off their tails")
-    drawn = Resamples(resamples, seed)
+    drawn, promise = Resamples(resamples, seed), promise or Promise()
     groups, notes = [], []
     for i, one in enumerate(matches):
-        group, told = _compared(one, scores, drawn)
+        group, told = _compared(one, scores, promise, drawn)
         groups.append(group)
         notes += told
         if progress is not None:
             progress("comparing", i + 1, len(matches))
-    notes += _corrected(groups, resamples)
-    return Comparison(a, b, resamples, seed, groups, list(unpaired), list(dict.fromkeys(notes)))
+    notes += corrected([one for group in groups for one in group.metrics], resamples)
+    notes += corrected([one for group in groups for one in group.operating], resamples)
+    return Comparison(a, b, resamples, seed, groups, list(unpaired), list(dict.fromkeys(notes)), promise)
 
 
-def _compared(one: Match, scores: Sequence[str] | None, resamples: Resamples) -> tuple[Compared, list[str]]:
+def _compared(
+    one: Match, scores: Sequence[str] | None, promise: Promise, resamples: Resamples
+) -> tuple[Compared, list[str]]:
     sets, notes = _common_sets(one)
     common = _common_scores(one, scores) if sets else []
-    wanted = Wanted(sets if common else [], common)
+    shifted, told = common_shift([entry.result or entry.outputs.about for entry in one.entries])
+    notes += told
+    wanted = Wanted(sets if common else [], common, shift=shifted)
     groups = _groups(one, wanted.sets)
     without = _without_interval(one)
     replicas = cache(lambda entry: replicate(entry.outputs, wanted, resamples))
     measured: dict[str, list[tuple[float, float]]] = {}
     drawn: dict[str, list[tuple[Array, Array]]] = {}
+    shipped, base = Shipped(promise, wanted.sets, wanted.scores, groups, resamples), _base(one)
     n = None
     for first, second in one.pairs:
         _add_common(measured, _values(first, wanted, groups), _values(second, wanted, groups))
         if not without:
             n = _check_same_images(first, second, wanted.sets)
             _add_common(drawn, replicas(first), replicas(second))
+            shipped.add(first.outputs, second.outputs, (first.seed, second.seed), base=base)
             second.forget()
     for entry in one.entries:
         entry.forget()
-    metrics = []
-    for path, pairs in measured.items():
-        a, b = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
-        metrics.append(Difference(path, a, b, b - a))
-        if path in drawn:
-            found = interval(differences(drawn[path], resamples), LEVEL)
-            metrics[-1].low, metrics[-1].high, metrics[-1].p = found
-            metrics[-1].verdict = UNCORRECTED if found.excludes_zero else NOT_SIGNIFICANT
-    seeds = [[first.seed, second.seed] for first, second in one.pairs]
-    return Compared(one.title, seeds, n, metrics, without), notes
+    return Compared(
+        one.title,
+        [[first.seed, second.seed] for first, second in one.pairs],
+        n,
+        differences_of(measured, drawn, resamples),
+        without,
+        "B" if base else "A",
+        shipped.thresholds,
+        differences_of(shipped.measured, shipped.drawn, resamples),
+        shipped.flips,
+        shipped.classes(),
+    ), notes
+
+
+def _base(one: Match) -> int:
+    """Which side the thresholds are set on: FP32 where it is one of them, else A."""
+    first, second = one.pairs[0]
+    return int(second.baseline and not first.baseline)
 
 
 def _add_common(pairs: dict[str, list[tuple[Any, Any]]], first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
@@ -213,8 +228,9 @@ def _without_interval(one: Match) -> str:
         return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"no intervals: the per-image outputs of {', '.join(names[:3])}{more} were not kept; a study keeps them unless "
-        "it says `outputs: false`, and `quantlens evaluate` does with --keep FILE.npz"
+        f"no intervals, operating point, flips or classes: the per-image outputs of {', '.join(names[:3])}{more} were "
+        "not kept; a study keeps them unless it says `outputs: false`, and `quantlens evaluate` does with --keep "
+        "FILE.npz"
     )
 
 
@@ -272,7 +288,9 @@ def _values(entry: Entry, wanted: "Wanted", groups: Mapping[str, Sequence[str]])
             for name in wanted.sets:
                 found = entry.result["ood"][name].get(score, {})
                 known |= {f"ood.{name}.{score}.{metric}": found.get(metric) for metric in OOD_METRICS}
-    values = {path: v for path, v in known.items() if v is not None and not path.startswith("ood_mean.")}
+        known |= shift_values(entry.result, wanted.sets, wanted.scores) if wanted.shift else {}
+    left_out = ("ood_mean.", "shift_mean.severity")
+    values = {path: v for path, v in known.items() if v is not None and not path.startswith(left_out)}
     for group, names in groups.items():
         for tail in (f"{score}.{metric}" for score in wanted.scores for metric in OOD_METRICS):
             parts = [values[f"ood.{name}.{tail}"] for name in names if f"ood.{name}.{tail}" in values]
@@ -294,35 +312,20 @@ def _check_same_images(first: Entry, second: Entry, sets: Sequence[str]) -> int:
     return len(one.labels)
 
 
-def _corrected(groups: Sequence[Compared], resamples: int) -> list[str]:
-    """Put Holm's p-values and the verdicts into the metrics; a note where there are too few resamples for so many."""
-    every = [one for group in groups for one in group.metrics]
-    tested = {i: one.p for i, one in enumerate(every) if one.p is not None}
-    for i, p in holm(tested).items():
-        every[i].p_holm = p
-        if p < 1 - LEVEL:
-            every[i].verdict = SIGNIFICANT
-    needed = round(2 * len(tested) / (1 - LEVEL))
-    if needed <= resamples:
-        return []
-    return [
-        f"{len(tested)} metrics are compared, and after correction for so many none can be significant on {resamples} "
-        f"resamples: give --resamples {2 * needed}, or compare fewer"
-    ]
-
-
 # ---- metrics under resampling of the images, by their path in a result -----------------------------------------------
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which metrics are resampled: OOD sets and scores by name, and metrics by name (those that a task has)."""
+    """Which metrics are resampled: OOD sets and scores by name, and metrics by name (those that a task has). shift: the
+    shifted sets, all or none."""
 
     sets: Sequence[str]
     scores: Sequence[str]
     metrics: Collection[str] = tuple(
         dict.fromkeys(name for f in (*TASKS.values(), "ood") for name in names_of(f, resampled=True))
     )
+    shift: tuple[str, ...] = ()
 
 
 def point(outputs: Outputs, wanted: Wanted) -> dict[str, float]:
@@ -346,7 +349,8 @@ def replicate(outputs: Outputs, wanted: Wanted, resamples: Resamples) -> dict[st
 
 def _sizes(outputs: Outputs, sets: Sequence[str]) -> dict[str, int]:
     """Images by set, the ID images first."""
-    return {ID: len(outputs.labels), **{s: next(iter(outputs.ood_scores[s].values())).size for s in sets}}
+    of_sets = {s: next(iter(outputs.ood_scores[s].values())).size for s in sets}
+    return {ID: len(outputs.labels), **of_sets, **shift_sizes(outputs)}
 
 
 def _metrics(outputs: Outputs, wanted: Wanted, counts: Mapping[str, Array]) -> dict[str, Array]:
@@ -366,7 +370,7 @@ def _metrics(outputs: Outputs, wanted: Wanted, counts: Mapping[str, Array]) -> d
             for metric in by_set[members[0]] if members else ():
                 mean = sum(by_set[name][metric] for name in members) / len(members)
                 found[f"ood_mean.{group}.{score}.{metric}"] = np.asarray(mean)
-    return found
+    return found | (resampled_shift(outputs, wanted.sets, wanted.scores, counts) if wanted.shift else {})
 
 
 def _of_ids(outputs: Outputs, drawn: Array, wanted: Collection[str]) -> dict[str, Array]:
@@ -382,3 +386,6 @@ def _of_ids(outputs: Outputs, drawn: Array, wanted: Collection[str]) -> dict[str
         return resampled_detections(matches, drawn, n_bins=n_bins, wanted=wanted, ratios=ratios)
     vectors = (outputs.rank, outputs.confidence, outputs.nll, outputs.brier)
     return classification(*vectors, drawn, n_bins=n_bins, wanted=wanted)
+
+
+__getattr__ = _moved.finder(__name__)

@@ -1,8 +1,8 @@
 """Image sets for an evaluation: opened once, checked against the model's classes and against each other."""
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -16,12 +16,21 @@ ImageProgress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class EvaluationImages:
     """The images of one evaluation, opened and checked: labelled ID images, OOD sets with their groups
-    ("far" or "near"), and the images that scores are fitted on, or None."""
+    ("far" or "near"), and the images that scores are fitted on, or None. shift: what opens each shifted set, one after
+    the other, as there may be a hundred of them."""
 
     id: Any
     ood: dict[str, Any]
     fit: Any
     groups: dict[str, str]
+    shift: dict[str, Callable[[], Any]] = field(default_factory=dict)
+
+    def shifted(self, model: Any) -> Iterator[tuple[str, Any]]:
+        """(name, images) of every shifted set. Raises QuantlensError for labels that are none of the model's."""
+        for name, open_set in self.shift.items():
+            images = open_set()
+            images.check_labels(model.num_classes)
+            yield name, images
 
     @classmethod
     def open(
@@ -34,6 +43,7 @@ class EvaluationImages:
         progress: ImageProgress | None,
         task: str = "classify",
         *,
+        shift: Mapping[str, Any] | None = None,
         pixels: bool = False,
         **reading: Any,
     ) -> "EvaluationImages":
@@ -43,16 +53,19 @@ class EvaluationImages:
         from quantlens.data import as_image_set
         from quantlens.data.shared import warn_shared
         from quantlens.evaluation.foreign import refuse_unprepared
+        from quantlens.evaluation.shift import check_shift, corrupted_images, shifted_sets
         from quantlens.evaluation.tasks import check_labels, check_same_classes
 
         groups_of(ood or {}, groups)  # a mistake there is told before images are read
 
         def opened(value: Any, name: str) -> Any:
+            value = value() if isinstance(value, partial) else value  # of a study
             told = None if progress is None else partial(progress, f"decoding {name}")
             refuse_unprepared(model, value)
             images = as_image_set(value, model.preprocess, name, progress=told, **reading)
             return images.in_classes_of(getattr(model, "class_names", None))
 
+        check_shift(shift, task, model)
         if hasattr(model, "open_sets"):
             found: EvaluationImages = model.open_sets(id, ood, fit, groups, pixels, task, opened)
             return found
@@ -69,6 +82,7 @@ class EvaluationImages:
             _refuse_boxes(id_images, model, task)
             check_labels(id_images, task, model.num_classes)
         ood_images = {str(name): opened(value, f"OOD set {name}") for name, value in (ood or {}).items()}
+        sets = shifted_sets(shift, partial(corrupted_images, id_images, reading.get("cache_dir")))
         fit_images = None if fit is None else opened(fit, "the fit set")
         if fit_images is not None:
             if task == "features":
@@ -77,7 +91,24 @@ class EvaluationImages:
             for name, images in ood_images.items():
                 refuse_overlap(fit_images, "the fit set", images, f"OOD set {name}")
         warn_shared(id_images, ood_images, fit_images, getattr(model, "calibration", None), model.preprocess)
-        return cls(id_images, ood_images, fit_images, groups_of(ood_images, groups))
+        opening = _opening(sets, opened, model.num_classes, fit_images)
+        return cls(id_images, ood_images, fit_images, groups_of(ood_images, groups), opening)
+
+
+def _opening(
+    sets: Mapping[str, Any], opened: Callable[[Any, str], Any], classes: int, fit: Any
+) -> dict[str, Callable[[], Any]]:
+    """What opens each shifted set; those that are not made of other images are opened, and checked, at once."""
+    opening: dict[str, Callable[[], Any]] = {}
+    for name, value in sets.items():
+        opening[name] = partial(opened, value, what := f"shifted set {name}")
+        if not isinstance(value, partial):
+            images = opening[name]()
+            images.check_labels(classes)
+            opening[name] = partial(lambda found: found, images)
+            if fit is not None:
+                refuse_overlap(fit, "the fit set", images, what)
+    return opening
 
 
 def _refuse_boxes(images: Any, model: Any, task: str) -> None:

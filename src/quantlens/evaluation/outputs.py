@@ -11,19 +11,23 @@ images, which AUPR, AUROC and FPR@95 depend on, is exact.
 #     confidence, nll, brier       float64 [N]  as in `metrics.classification.PerImage`
 #     logits                       float16 [N, K] of the ID images (float32 where float16 would overflow); optional
 #     narrow, wide                 float32, float64 [scores, N + sum of M]: the OOD scores, ID images first
-#     about                        JSON: what was measured on which images, and the names of the scores and sets
+#     names                        UTF-8: names of the ID images, a zero byte between them; not in older files
+#     about                        JSON: what was measured on which images, the names of the scores and sets, and those
+#                                  of the classes that are true or predicted
 # Other tasks than one label of several have no vectors from `predicted` to `brier` (format 2): `binary` and
 # `multilabel` have labels uint8 [N, L] and always logits float32 [N, L]; `features` has, of what was measured, `knn1`
 # and `linear1` (whether the image got its label) and `cosine` (to the FP32 model's features), float64 [N]; `detect` has
 # labels of -1, the columns of all detections (`found.boxes` float32 [M, 4], …) and of all annotated boxes (`truth.…`),
 # and numerators and denominators of the metrics of drift by image (`drift.lost` float64 [2, N], …).
+# Where shifted images were measured (format 3), `shift.labels`, `shift.rank`, … hold the vectors of those of all sets,
+# one after the other, and the rows of `narrow` and `wide` end in their scores, where there are any.
 
 import io
 import json
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +38,7 @@ import numpy as np
 from quantlens.boxes import Boxes, Detections
 from quantlens.errors import QuantlensError, StorageError
 
-FORMAT = 2
+FORMAT = 3
 FOLDER = "outputs"
 
 VECTORS = {
@@ -49,6 +53,8 @@ ABOUT = ("model", "method", "bits", "seed", "n_bins", "id", "ood")
 OF_FEATURES = ("knn1", "linear1", "cosine")
 DAMAGED = (zipfile.BadZipFile, zlib.error, QuantlensError)
 OF_DETECTORS = ("found", "truth", "drift")
+SHIFT = "shift."
+"""Before names of shifted sets among those of OOD sets, and of their vectors."""
 
 
 def vectors_of(task: str | None) -> dict[str, Any]:
@@ -63,7 +69,8 @@ class Outputs:
     """Per-image outputs of one model (see above). `id_scores[score]` is [N], `ood_scores[set][score]` is [M], both
     float64; `about` has "model", "method", "bits", "seed", "n_bins", "id" and "ood" (fingerprint and group by set), and
     "task" unless it is one label of several. `hits`: the vectors of features, by metric. Of detectors: `detections`,
-    the annotated boxes `truth`, both with the model's numbers of classes, and `drift` as of `metrics.box_drift`."""
+    the annotated boxes `truth`, both with the model's numbers of classes, and `drift` as of `metrics.box_drift`.
+    `names`: of the ID images, None in older files; `classes`: names of those that are true or predicted, by number."""
 
     labels: np.ndarray
     id_scores: dict[str, np.ndarray]
@@ -75,10 +82,16 @@ class Outputs:
     nll: Any = None
     brier: Any = None
     logits: np.ndarray | None = None
+    shift: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """the same vectors [S] by name, of the images of every shifted set (`about` has "shift", their fingerprints)"""
+    shift_scores: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """as `ood_scores`, where there are scores"""
     hits: dict[str, np.ndarray] = field(default_factory=dict)
     detections: Detections | None = None
     truth: Boxes | None = None
     drift: dict[str, Any] = field(default_factory=dict)
+    names: list[str] | None = None
+    classes: dict[int, str] = field(default_factory=dict)
 
     @cached_property
     def matches(self) -> Any:
@@ -102,19 +115,23 @@ class Outputs:
         return {name: str(entry.get("group") or "far") for name, entry in self.about["ood"].items()}
 
 
-def of_images(logits: np.ndarray, labels: np.ndarray, keep: bool | str) -> dict[str, Any]:
+def of_images(
+    logits: np.ndarray, labels: np.ndarray, keep: bool | str, class_names: Sequence[str] | None = None
+) -> dict[str, Any]:
     """The fields of `Outputs` that logits [N, K] and labels [N] give; `logits` is None unless `keep` is True. With
-    labels [N, K] those of a sigmoid per label."""
+    labels [N, K] those of a sigmoid per label. class_names [K]: None where nobody knows them."""
     from quantlens.metrics.classification import per_image
 
     if np.ndim(labels) == 2:
         return {"labels": np.asarray(labels).astype(np.uint8), "logits": logits.astype(np.float32)}
     images = per_image(logits, labels)
+    seen = [] if class_names is None else np.union1d(images.predicted, labels).tolist()
     fits = np.abs(logits).max(initial=0) <= np.finfo(np.float16).max
     return {
         **{name: getattr(images, name).astype(dtype) for name, dtype in VECTORS.items() if name != "labels"},
         "labels": np.asarray(labels).astype(np.int32),
         "logits": logits.astype(np.float16 if fits else np.float32) if keep is True else None,
+        "classes": {k: str(class_names[k]) for k in seen} if class_names is not None else {},
     }
 
 
@@ -148,18 +165,21 @@ def path_of(directory: str | os.PathLike[str], key: str) -> Path:
 
 def pack(outputs: Outputs) -> bytes:
     """The content of the file."""
-    sizes = [(name, next(iter(scores.values())).size) for name, scores in outputs.ood_scores.items()]
+    others = {**outputs.ood_scores, **{f"{SHIFT}{name}": found for name, found in outputs.shift_scores.items()}}
+    sizes = [(name, next(iter(scores.values())).size) for name, scores in others.items()]
     total = len(outputs.labels) + sum(size for _, size in sizes)
     rows: dict[str, dict[str, np.ndarray]] = {"narrow": {}, "wide": {}}
     for name, ids in outputs.id_scores.items():
-        row = np.concatenate([ids, *(scores[name] for scores in outputs.ood_scores.values())])
+        row = np.concatenate([ids, *(scores[name] for scores in others.values())])
         rows["narrow" if _apart_in_float32(row) else "wide"][name] = row
     about = {
         **outputs.about,
-        "format": 1 if vectors_of(outputs.task) is VECTORS else FORMAT,
+        "format": FORMAT if outputs.shift else 1 if vectors_of(outputs.task) is VECTORS else 2,
+        **({"shifted": [(name, len(one["labels"])) for name, one in outputs.shift.items()]} if outputs.shift else {}),
         "sets": sizes,
         "scores": {kind: list(found) for kind, found in rows.items()},
         "order": list(outputs.id_scores),
+        "classes": outputs.classes,
     }
     arrays = {name: getattr(outputs, name).astype(dtype) for name, dtype in vectors_of(outputs.task).items()}
     arrays |= {name: values.astype(np.float64) for name, values in outputs.hits.items()}
@@ -167,11 +187,17 @@ def pack(outputs: Outputs) -> bytes:
     arrays["wide"] = np.array(list(rows["wide"].values()), np.float64).reshape(-1, total)
     if outputs.logits is not None and "logits" not in arrays:
         arrays["logits"] = outputs.logits
+    if outputs.shift:
+        vectors = {name: np.concatenate([one[name] for one in outputs.shift.values()]) for name in VECTORS}
+        arrays |= {f"{SHIFT}{name}": values.astype(VECTORS[name]) for name, values in vectors.items()}
     for kind, boxes in (("found", outputs.detections), ("truth", outputs.truth)):
         columns = {} if boxes is None else vars(boxes)
         arrays |= {f"{kind}.{name}": values for name, values in columns.items() if isinstance(values, np.ndarray)}
     arrays |= {name: arrays[name].astype(np.float32) for name in ("found.boxes", "found.scores") if name in arrays}
     arrays |= {f"drift.{name}": np.stack(ratio).astype(np.float64) for name, ratio in outputs.drift.items()}
+    if outputs.names is not None:
+        joined = "\0".join(outputs.names).encode("utf-8", "surrogateescape")
+        arrays["names"] = np.frombuffer(joined, np.uint8)
     text = json.dumps(about, sort_keys=True, allow_nan=False).encode()
     stream = io.BytesIO()
     np.savez_compressed(stream, allow_pickle=False, about=np.frombuffer(text, np.uint8), **arrays)
@@ -200,8 +226,9 @@ def read(path: str | os.PathLike[str] | bytes, *, logits: bool = False) -> Outpu
                     f"one reads {FORMAT}); install that version"
                 )
             wanted = {*vectors_of(about.get("task")), "narrow", "wide"}
-            wanted |= {name for name in (*OF_FEATURES, *(["logits"] if logits else [])) if name in file.files}
+            wanted |= {name for name in (*OF_FEATURES, "names", *(["logits"] if logits else [])) if name in file.files}
             wanted |= {name for name in file.files if name.partition(".")[0] in OF_DETECTORS}
+            wanted |= {f"{SHIFT}{name}" for name in VECTORS} if "shifted" in about else set()
             return _unpacked(about, {name: file[name] for name in wanted})
     except FileNotFoundError:
         raise StorageError(
@@ -227,6 +254,16 @@ def read(path: str | os.PathLike[str] | bytes, *, logits: bool = False) -> Outpu
         ) from error
 
 
+def _of_shift(sizes: Sequence[Sequence[Any]], arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """The vectors of every shifted set; ValueError where they do not belong together."""
+    ends = np.cumsum([0, *(int(size) for _, size in sizes)])
+    vectors = {name: arrays[f"{SHIFT}{name}"] for name in VECTORS if sizes}
+    if any(values.shape != (ends[-1],) or not np.isfinite(values).all() for values in vectors.values()):
+        raise ValueError("what is kept of shifted images does not hold as many numbers as there are images")
+    parts = {name: np.split(values, ends[1:-1]) for name, values in vectors.items()}
+    return {str(name): {key: part[i] for key, part in parts.items()} for i, (name, _) in enumerate(sizes)}
+
+
 def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Outputs:
     """Checked outputs; ValueError where shapes, types or values do not belong together."""
     vectors, n = vectors_of(about.get("task")), len(arrays["labels"])
@@ -240,24 +277,37 @@ def _unpacked(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Output
     for name, shape in shapes.items():
         if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
             raise ValueError(f"{name} does not hold {shape} numbers")
-    if 0 in (n, *(size for _, size in sizes)) or set(about["ood"]) != {name for name, _ in sizes}:
+    oods = [name for name, _ in sizes if not name.startswith(SHIFT)]
+    if 0 in (n, *(size for _, size in sizes)) or set(about["ood"]) != set(oods):
         raise ValueError("the image sets are not those of the scores, or one is empty")
     logits = arrays.get("logits")
     if logits is not None and len(logits) != n:
         raise ValueError("the logits do not fit the images")
+    named = _named(arrays.get("names"))
+    if named is not None and len(named) != n:
+        raise ValueError("the names do not fit the images")
     rows: dict[str, np.ndarray] = {}
     for kind, names in about["scores"].items():
         rows |= dict(zip(names, arrays[kind].astype(np.float64), strict=True))
     parts = {name: np.split(rows[name], ends[:-1]) for name in about["order"]}
+    scores = {name: {score: part[i + 1] for score, part in parts.items()} for i, (name, _) in enumerate(sizes)}
     return Outputs(
         **{name: arrays[name] for name in vectors if name != "logits"},  # type: ignore[arg-type]
         id_scores={name: part[0] for name, part in parts.items()},
-        ood_scores={name: {score: part[i + 1] for score, part in parts.items()} for i, (name, _) in enumerate(sizes)},
-        about={key: about[key] for key in (*ABOUT, *({"task"} & about.keys()))},
+        ood_scores={name: scores[name] for name in oods},
+        about={key: about[key] for key in (*ABOUT, *({"task", "shift"} & about.keys()))},
+        shift=_of_shift(about.get("shifted", ()), arrays),
+        shift_scores={name.removeprefix(SHIFT): scores[name] for name in scores if name.startswith(SHIFT)},
         logits=logits,
         hits={name: arrays[name] for name in hits},
+        names=named,
+        classes={int(number): str(name) for number, name in about.get("classes", {}).items()},
         **detected,
     )
+
+
+def _named(packed: np.ndarray | None) -> list[str] | None:
+    return None if packed is None else packed.tobytes().decode("utf-8", "surrogateescape").split("\0")
 
 
 def _of_detector(arrays: Mapping[str, np.ndarray], n: int) -> dict[str, Any]:

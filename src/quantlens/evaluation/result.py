@@ -19,6 +19,12 @@ from quantlens.metrics import change, metric_of, metrics_of, names_of
 
 NOT_STORED = frozenset({"extra", "outputs"})
 """Fields of a Result that are no keys of its dictionary."""
+OF_SHIFT = ("shift", "shift_mean", "full_spectrum", "full_spectrum_mean")
+"""Fields that are keys of its dictionary where shifted images were measured."""
+CORRUPT = "corrupt"
+"""The key of `shift` that stands for corruptions of the ID images; every other one names a set."""
+CORRUPTED = "corruptions"
+"""The part of `shift_mean` that is over all corruptions."""
 COMPUTED = frozenset({"change", "delta", "detection"})
 """Keys that are computed and never read: `delta` had the opposite sign (FP32 - quantized) in earlier releases."""
 
@@ -47,6 +53,13 @@ class Result:
     fit: dict[str, Any] | None = None
     ood: dict[str, dict[str, Any]] = field(default_factory=dict)
     ood_mean: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shift: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The metrics of every shifted in-distribution set, by name."""
+    shift_mean: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Their means over corruptions, with `mce` (`evaluation.shift.shift_means`)."""
+    full_spectrum: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """As `ood`, the shifted images being in-distribution too."""
+    full_spectrum_mean: dict[str, dict[str, Any]] = field(default_factory=dict)
     histograms: dict[str, dict[str, Any]] = field(default_factory=dict)
     scores_unavailable: dict[str, str] = field(default_factory=dict)
     task: str = "classify"
@@ -65,7 +78,7 @@ class Result:
 
     @property
     def change(self) -> dict[str, Any] | None:
-        """Each metric less the same metric at FP32, {"id", "ood", "ood_mean"}; None without an FP32 model."""
+        """Each metric less the same metric at FP32, as `metrics_only` has them; None without an FP32 model."""
         return None if self.fp32 is None else change(metrics_only(vars(self)), self.fp32)
 
     @property
@@ -90,6 +103,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that is valid JSON: numbers are Python's, and a metric that is not finite is null."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in NOT_STORED]
+        names = [name for name in names if name not in OF_SHIFT or getattr(self, name)]
         told = {**self.extra, **{name: getattr(self, name) for name in names}, "change": self.change}
         if self.task == "detect":
             told["detection"] = {name: self.id.get(name) for name in ("n", *metrics_of("detect"))}
@@ -109,9 +123,16 @@ class Result:
     def compare(self, reference: "Result") -> None:
         """Set `fp32` from the FP32 Result on the same images. Raises QuantlensError for one of other
         images, or of a quantized model."""
-        check_same_images(reference, self.id, self.ood)
+        check_same_images(reference, self.id, self.ood, self.shift)
         check_same_task(reference, self.task)
-        self.fp32 = metrics_only(vars(reference))
+        self.take_fp32(metrics_only(vars(reference)))
+
+    def take_fp32(self, metrics: dict[str, Any]) -> None:
+        """Set `fp32`, and the mean corruption error as a ratio to the FP32 model's."""
+        self.fp32 = metrics
+        before = ((metrics.get("shift_mean") or {}).get(CORRUPTED) or {}).get("mce")
+        if before and CORRUPTED in self.shift_mean:
+            self.shift_mean[CORRUPTED]["relative_mce"] = self.shift_mean[CORRUPTED]["mce"] / before
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame of one row: what the model is, then every number under its path ("id.top1", …). Raises
@@ -149,15 +170,28 @@ def summary(result: Result) -> list[str]:
 def title_of(path: str) -> str:
     """A metric by its path in a result: "ood_mean.far.msp.auroc" -> "AUROC % ↑, mean far, msp"."""
     heading, parts = metric_of(path).heading, path.split(".")
+    if parts[0] in OF_SHIFT[:2]:
+        of = ".".join(parts[1:-1])
+        return f"{heading}, {of}" if parts[0] == "shift" else f"{heading}, mean {of.replace('_', ' ')}"
+    if parts[0] in OF_SHIFT[2:]:
+        return title_of(path.replace("full_spectrum", "ood", 1)).replace(", ", ", full spectrum, ", 1)
     if parts[0] == "guard":
         return f"{heading}, {'.'.join(parts[2:-1]) or 'ID'}"
+    if parts[0] == "operating":  # operating.same.ood.textures.msp.misses, operating.same.id.msp.false_alarms
+        return ", ".join([heading, *parts[3:-1]]) if parts[2] == "id" else title_of(".".join(parts[2:]))
     if parts[0] not in ("ood", "ood_mean"):
         return heading
     return f"{heading}, {'mean ' if parts[0] == 'ood_mean' else ''}{'.'.join(parts[1:-2])}, {parts[-2]}"
 
 
 def metrics_only(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of which the change by quantization is taken: {"id", "ood", "ood_mean"}, no counts, no tables."""
+    """The metrics of which the change by quantization is taken: {"id", "ood", "ood_mean"}, and of what there is under
+    shift the same keys as in the result; no counts, no tables."""
+
+    def of_shift(part: str) -> dict[str, Any]:
+        names = (*metrics_of(result.get("task")), "mce")
+        sets = {name: chosen(entry, names) for name, entry in result[part].items()}
+        return sets if part in ("shift", "shift_mean") else by_score(part)
 
     def chosen(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         return {name: entry[name] for name in names if name in entry}
@@ -174,12 +208,15 @@ def metrics_only(result: Mapping[str, Any]) -> dict[str, Any]:
         "id": chosen(result.get("id") or {}, metrics_of(result.get("task"), fitted=True)),
         "ood": by_score("ood"),
         "ood_mean": by_score("ood_mean"),
+        **{part: of_shift(part) for part in OF_SHIFT if result.get(part)},
     }
 
 
-def check_same_images(reference: Result, id_part: Mapping[str, Any], ood_part: Mapping[str, Any]) -> None:
+def check_same_images(
+    reference: Result, id_part: Mapping[str, Any], ood_part: Mapping[str, Any], shift: Mapping[str, Any] | None = None
+) -> None:
     """Raise QuantlensError unless a reference Result is of the FP32 model, and of the images that `images.describe`
-    describes here: those of the ID set, and of every OOD set by name."""
+    describes here: those of the ID set, and of every OOD set and shifted set by name."""
     if reference.method != "fp32":
         raise QuantlensError(
             f"the reference is a result of {reference.method} at {reference.bits}; give the result of the FP32 model"
@@ -189,11 +226,13 @@ def check_same_images(reference: Result, id_part: Mapping[str, Any], ood_part: M
             f"the reference was measured on other ID images ({reference.id.get('source')}) than "
             f"{id_part.get('source')}; measure the FP32 model on the same images"
         )
-    for name, part in ood_part.items():
-        if reference.ood.get(name, {}).get("fingerprint") != part.get("fingerprint"):
+    others = [("OOD", reference.ood, name, part) for name, part in ood_part.items()]
+    others += [("shifted", reference.shift, name, part) for name, part in (shift or {}).items()]
+    for kind, known, name, part in others:
+        if known.get(name, {}).get("fingerprint") != part.get("fingerprint"):
             raise QuantlensError(
-                f"the reference was not measured on the images of OOD set {name} ({part.get('source')}); measure the "
-                "FP32 model on the same images"
+                f"the reference was not measured on the images of {kind} set {name} ({part.get('source')}); measure "
+                "the FP32 model on the same images"
             )
 
 

@@ -22,6 +22,7 @@ from quantlens.evaluation.images import EvaluationImages, ImageProgress, describ
 from quantlens.evaluation.open_models import measurable
 from quantlens.evaluation.outputs import Outputs, about_of, of_images
 from quantlens.evaluation.result import Result, check_same_images, check_same_task, metrics_only, plain
+from quantlens.evaluation.shift import Shifted
 from quantlens.evaluation.tasks import ONE_LABEL, check_labels, embedding, feature_hits, id_metrics, same_axes, task_of
 from quantlens.evaluation.zero_shot import TextEmbeddings, ZeroShot
 from quantlens.export.export import guard_metrics, looks_unknown
@@ -49,6 +50,7 @@ def evaluate(
     ood: Mapping[str, Any] | None = None,
     *,
     fit: Any = None,
+    shift: Mapping[str, Any] | None = None,
     reference: Any = None,
     task: str | None = None,
     text_embeddings: Any = None,
@@ -68,6 +70,7 @@ def evaluate(
     id, ood (name -> images), fit: anything that `data.as_image_set` accepts (a SOURCE string, an ImageSet, a float
         tensor [N, 3, H, W] already normalised, a pair (images, labels), of a detector (images, Boxes), or batches).
         fit: ID images, not among those evaluated, for scores, k-NN and linear probe; without it these are unavailable.
+    shift: other images of the classes by name; under "corrupt" which corruptions of the ID images ("fog:3", "all:1,5").
     reference: the FP32 model, or its Result on the same images; by default a quantized model's own `.reference`, False
         leaves it out. scores: names of OOD scores (None: the usual ones). groups: OOD set -> "far" or "near".
     task: of `metrics.TASKS`; None: the model's own. text_embeddings: for "zero-shot", see `zero_shot.TextEmbeddings`.
@@ -86,21 +89,18 @@ def evaluate(
     if isinstance(reference, str | Path) or (reference is None and model.method != "fp32"):
         reference = model.reference
     read = {"cache_dir": cache_dir, "skip_bad": skip_bad, "pixels": _looks(reference)}
-    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, task, **read)
-    if isinstance(reference, Result):
-        check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
-        check_same_task(reference, task)
-    measured = run.measure(model, sets, keep)
+    sets = EvaluationImages.open(model, id, ood, fit, groups, progress, task, shift=shift, **read)
+    _check_reference(reference, sets, task)
     result = Result(
+        **run.measure(model, sets, keep),
         **_facts(model),
         fit=None if sets.fit is None else {"source": sets.fit.source, "n": len(sets.fit)},
         text_embeddings=None if texts is None else texts.describe(),
         seconds=_seconds(model, started),
         extra={"foreign": plain(model.foreign)} if hasattr(model, "foreign") else {},
-        **measured,
     )
     if reference is not None and reference is not False:
-        result.fp32 = run.fp32(model, reference, sets, device)
+        run.compare(result, model, reference, sets, device)
     _compare_outputs(result, run)
     return result
 
@@ -116,6 +116,13 @@ def _run_of(task: str) -> type["Run"]:
 def _check_keep(keep: Any) -> None:
     if keep not in (True, False, "scores"):
         raise QuantlensError(f"outputs to keep are {keep!r}; write true, false, or scores (everything but the logits)")
+
+
+def _check_reference(reference: Any, sets: EvaluationImages, task: str) -> None:
+    """Raise QuantlensError where a Result is of other images or another task, before anything is run."""
+    if isinstance(reference, Result):
+        check_same_images(reference, describe(sets.id), {name: describe(images) for name, images in sets.ood.items()})
+        check_same_task(reference, task)
 
 
 def _looks(reference: Any) -> bool:
@@ -193,15 +200,22 @@ class Run:
     """the same of detections; for the task "detect" """
     same_axes: bool = True
     """whether the embeddings are comparable one by one"""
+    said: dict[str, np.ndarray | None] = field(default_factory=dict)
+    """an exported file's own scores [N] of the images that were measured last, by what these are"""
 
     def classifying(self, model: Any) -> Any:
         """A model as a classifier of the texts, where there are any."""
         return model if self.texts is None else ZeroShot(model, self.texts)
 
-    def fp32(self, model: Any, reference: Any, sets: EvaluationImages, device: str | None) -> dict[str, Any]:
-        """The metrics of the FP32 model that a model was made from, or of its Result."""
+    def compare(self, result: Result, model: Any, reference: Any, sets: EvaluationImages, device: str | None) -> None:
+        """Take the metrics of the FP32 model that a model was made from, or of its Result, into the model's."""
         if isinstance(reference, Result):
-            return metrics_only(vars(reference))
+            result.compare(reference)
+        else:
+            result.take_fp32(self.fp32(model, reference, sets, device))
+
+    def fp32(self, model: Any, reference: Any, sets: EvaluationImages, device: str | None) -> dict[str, Any]:
+        """The metrics of the FP32 model that a model was made from."""
         reference = measurable(reference, device)
         _check_same_preprocess(reference, model)
         self.same_axes = same_axes(model, reference)
@@ -218,31 +232,38 @@ class Run:
 
     def measure(self, model: Any, sets: EvaluationImages, keep: bool | str = False) -> dict[str, Any]:
         """{"task", "id", "ood", "ood_mean", "histograms", "scores_unavailable", "metrics_unavailable", "guard",
-        "outputs"} of a result."""
+        "outputs"} of a result, and what `Shifted` has of one."""
         logits, features = self.forward(model, sets.id, "the ID set")
         data = self.fit_data(model, features is not None, sets)
         metrics, images, lacking = self.of_ids(model, sets, logits, features, data, keep)
         id_part = {**describe(sets.id), **metrics}
         guard = getattr(model, "guard", None) if self.task in ONE_LABEL else None
-        known, unknown = looks_unknown(guard, logits), {}
+        known, unknown = looks_unknown(guard, logits, self.said.get("the ID set")), {}
         scorers, unavailable = self.fit(model, features is not None, data) if sets.ood else ({}, {})
         id_scores = _scored(scorers, logits, features)
         del logits, features
+        shifted = Shifted(id_scores)
+        for name, others in sets.shifted(model):
+            logits, features = self.forward(model, others, f"shifted set {name}")
+            shifted.add(name, describe(others), logits, others.labels, _scored(scorers, logits, features), self.n_bins)
+            del logits, features
         ood_part: dict[str, dict[str, Any]] = {}
         ood_scores = {}
         for name, others in sets.ood.items():
             logits, features = self.forward(model, others, f"OOD set {name}")
             found = _scored(scorers, logits, features)
             ood_scores[name] = found
+            shifted.against(name, found, sets.groups[name])
             by_score = {score: ood_metrics(id_scores[score], values) for score, values in found.items()}
             ood_part[name] = {**describe(others), "group": sets.groups[name], **by_score}
-            unknown[name] = looks_unknown(guard, logits)
+            unknown[name] = looks_unknown(guard, logits, self.said.get(f"OOD set {name}"))
             del logits, features
         outputs = None
         if keep:
             sets_scored = ood_scores if id_scores else {}
             about = about_of(model, id_part, {name: ood_part[name] for name in sets_scored}, self.n_bins, self.task)
-            outputs = Outputs(**images, id_scores=id_scores, ood_scores=sets_scored, about=about)
+            names = getattr(sets.id, "names", None)
+            outputs = Outputs(**images, names=names, id_scores=id_scores, ood_scores=sets_scored, about=about)
         return {
             "task": self.task,
             "id": plain(id_part),
@@ -255,7 +276,8 @@ class Run:
             "scores_unavailable": unavailable,
             "metrics_unavailable": lacking,
             "guard": plain(guard_metrics(guard, known, unknown)),
-            "outputs": outputs,
+            "outputs": shifted.within(outputs),
+            **shifted.parts(),
         }
 
     def of_ids(
@@ -269,7 +291,7 @@ class Run:
             metrics = id_metrics(self.task, logits, labels, n_bins=self.n_bins, names=names)
             if data is not None and data.logits is not None and data.labels is not None:
                 metrics |= temperature_metrics(logits, labels, temperature(data.logits, data.labels), self.n_bins)
-            return metrics, of_images(logits, labels, keep) if keep else {}, {}
+            return metrics, of_images(logits, labels, keep, names) if keep else {}, {}
         self.embeddings.append(features)
         hits, lacking = feature_hits(features, labels, data)
         metrics = {"num_features": features.shape[1], **{name: float(hit.mean()) for name, hit in hits.items()}}
@@ -322,6 +344,7 @@ class Run:
     def run(self, model: Any, images: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
         """The same of a model that has to see the images."""
         kept: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+        said: list[np.ndarray] = []
         for place, pixels in self.batches(model, images, what):
             outputs = model.outputs(pixels)
             found = embedding(model, outputs) if self.task == "features" else outputs.logits
@@ -331,7 +354,10 @@ class Run:
             for rows, values in zip(kept, (found, more), strict=True):
                 if rows is not None and values is not None:
                     rows[place] = values.float().cpu().numpy()
+            if getattr(outputs, "score", None) is not None:
+                said.append(outputs.score.numpy())
         logits, features = kept
+        self.said[what] = np.concatenate(said) if said else None
         return logits, features  # type: ignore[return-value]
 
     def batches(self, model: Any, images: Any, what: str) -> Iterator[tuple[slice, torch.Tensor]]:

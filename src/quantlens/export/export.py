@@ -29,15 +29,22 @@ from quantlens.errors import (
     UnsupportedError,
     first_line,
 )
+from quantlens.export.guards import (
+    GUARDS,
+    MAHALANOBIS,
+    NONE,
+    OFFERED,
+    Gaussians,
+    fit_gaussians,
+    guard_images as images_of,
+    guarded,
+    write_score,
+)
 from quantlens.export.onnx_file import Initializer, check, pieces
 from quantlens.export.onnx_values import Size
 from quantlens.files import write_whole
 from quantlens.graph.structure import paths_of
-from quantlens.metrics.ood_scores import energy, maxlogit, msp
 from quantlens.qmodel import QuantizedModel, float_model
-
-GUARDS = {"msp": msp, "energy": energy, "maxlogit": maxlogit}
-"""Scores that a file can carry; larger means more in-distribution."""
 
 CLASSIFIED = ("classify", "binary", "multilabel")
 """Tasks whose measured output is called "logits"; that of the others is called "features"."""
@@ -52,7 +59,7 @@ def export(
     path: str | Path,
     *,
     simulate: bool = False,
-    guard: str = "energy",
+    guard: str | None = None,
     guard_images: Any = None,
     keep: float = KEEP,
 ) -> Path:
@@ -64,14 +71,54 @@ def export(
     the module returns; of a detector ``logits`` [batch, Q, C], ``boxes`` [batch, Q, 4] and ``scores`` alone.
 
     model: quantized or float. simulate: write formats without integer kernels as float operations that reproduce them.
-    guard: the score, one of :data:`GUARDS`. guard_images: in-distribution images (a SOURCE, an image set, a tensor)
-    whose scores give the threshold that keeps the share ``keep`` of them; without them there is no threshold.
+    guard: the OOD score, of :data:`~quantlens.export.guards.OFFERED`; None is the one that best separates guard images
+    from OOD-like images made of them, without any "energy". guard_images: in-distribution images (a SOURCE, an image
+    set, a tensor) whose scores in the file give the threshold that keeps the share ``keep`` of them.
     Raises UnsupportedError for formats that the file cannot hold, StorageError where it cannot be written.
     """
     path = Path(path)
     qmodel: QuantizedModel = float_model(model)
-    if guard not in GUARDS:
-        raise UnknownNameError("guard score", guard, GUARDS)
+    _check(qmodel, path, guard, guard_images, keep)
+    images = None if guard_images is None else images_of(guard_images, qmodel.preprocess)
+    said: dict[str, Any] = {"score": None if guard == NONE else guard or "energy", "keep": keep, "threshold": None}
+    record = {  # what the file says of itself
+        "quantlens": __version__,
+        "plan": json.dumps({**qmodel.plan.info, "rewrites": qmodel.plan.rewrites}),
+        "preprocess": json.dumps(qmodel.preprocess.to_dict()),
+        "task": qmodel.task,
+        "num_parameters": str(qmodel.num_parameters),
+        "saturating": json.dumps(any(quantizer.bits > 7 for _, quantizer in qmodel.weight_edges())),
+    }
+    gaussians = None
+    if images is not None and (guard == MAHALANOBIS or (guard is None and path.suffix != ".pt2")):
+        try:
+            gaussians = fit_gaussians(qmodel, images)
+        except UnsupportedError:  # it is not offered
+            if guard is not None:
+                raise
+
+    @functools.cache
+    def made(score: str | None) -> Any:
+        return _made(qmodel, score, gaussians if score == MAHALANOBIS else None, path.suffix, simulate)
+
+    def written(said: dict[str, Any], path: Path) -> Path:
+        score = said["score"] if path.suffix != ".pt2" or said["score"] == MAHALANOBIS else None
+        return _write(made(score), {**record, "guard": json.dumps(said)}, path)
+
+    if images is not None:
+        from quantlens.export.exported import Artefact
+
+        with _folder_beside(path) as folder:
+            said = guarded(
+                said, guard is None, images, gaussians, lambda said: Artefact(written(said, folder / path.name))
+            )
+    return written(said, path)
+
+
+def _check(qmodel: QuantizedModel, path: Path, guard: str | None, guard_images: Any, keep: float) -> None:
+    """Raises QuantlensError for what cannot be exported so."""
+    if guard is not None and guard not in OFFERED:
+        raise UnknownNameError("guard score", guard, OFFERED)
     if not 0 < keep < 1:
         raise QuantlensError(f"keep={keep}: give the share of in-distribution images to keep, such as 0.95")
     if path.suffix not in (".onnx", ".xml", ".pt2"):
@@ -81,38 +128,30 @@ def export(
             f"{qmodel.name} has the task {qmodel.task!r}, and a guard is for classifiers of several classes: export it "
             "without guard images"
         )
-    record = {  # what the file says of itself
-        "quantlens": __version__,
-        "plan": json.dumps({**qmodel.plan.info, "rewrites": qmodel.plan.rewrites}),
-        "preprocess": json.dumps(qmodel.preprocess.to_dict()),
-        "guard": json.dumps({"score": guard, "keep": keep, "threshold": None}),
-        "task": qmodel.task,
-        "num_parameters": str(qmodel.num_parameters),
-        "saturating": json.dumps(any(quantizer.bits > 7 for _, quantizer in qmodel.weight_edges())),
-    }
-    if path.suffix == ".pt2":
-        from quantlens.export.pt2 import pt2_program
+    if guard_images is not None and guard == NONE:
+        raise QuantlensError('guard images set the threshold of a score: leave them out with guard="none"')
+    if guard_images is None and guard == MAHALANOBIS:
+        raise QuantlensError(f'the score "{MAHALANOBIS}" is fitted on in-distribution images: give guard images')
 
-        made: Any = pt2_program(qmodel, simulate=simulate)
-        record |= {"inputs": json.dumps(input_names(qmodel.graph)), "outputs": json.dumps(_names_given(qmodel))}
-    else:
-        made = onnx_model(qmodel, guard, simulate=simulate)
-    if guard_images is not None:
-        from quantlens.export.exported import Artefact, guard_threshold
 
-        with _folder_beside(path) as folder:
-            tried = Artefact(_write(made, record, folder / path.name))
-            threshold = guard_threshold(tried, guard_images, keep)
-        record["guard"] = json.dumps({"score": guard, "keep": keep, "threshold": threshold})
-    return _write(made, record, path)
+def _made(qmodel: QuantizedModel, score: str | None, gaussians: Gaussians | None, suffix: str, simulate: bool) -> Any:
+    """Program and names of inputs and outputs of a .pt2 file; ModelProto and initializers of the others."""
+    if suffix != ".pt2":
+        return onnx_model(qmodel, score, simulate=simulate, gaussians=gaussians)
+    from quantlens.export.pt2 import pt2_program
+
+    outputs = [*_names_given(qmodel), *([] if gaussians is None else ["score"])]
+    names = {"inputs": json.dumps(input_names(qmodel.graph)), "outputs": json.dumps(outputs)}
+    return pt2_program(qmodel, simulate=simulate, gaussians=gaussians), names
 
 
 def _write(made: Any, record: dict[str, str], path: Path) -> Path:
-    """The file, with what it says of itself. made: a program of torch, or a ModelProto and its initializers."""
+    """The file, with what it says of itself. made: what :func:`_made` gives."""
     if path.suffix == ".pt2":
         from quantlens.export.pt2 import write_pt2
 
-        return write_pt2(made, record, path)
+        program, names = made
+        return write_pt2(program, {**record, **names}, path)
     from onnx import helper
 
     proto, initializers = made
@@ -135,7 +174,9 @@ def _folder_beside(path: Path) -> Iterator[Path]:
         raise StorageError(f"cannot write {path}: {error}; free some room or choose another place") from error
 
 
-def onnx_model(qmodel: QuantizedModel, guard: str, *, simulate: bool) -> tuple[Any, list[Initializer]]:
+def onnx_model(
+    qmodel: QuantizedModel, guard: str | None, *, simulate: bool, gaussians: Gaussians | None = None
+) -> tuple[Any, list[Initializer]]:
     """The checked ONNX ModelProto without its initializers, and these."""
     _need("onnx")
     from onnx import helper
@@ -155,7 +196,7 @@ def onnx_model(qmodel: QuantizedModel, guard: str, *, simulate: bool) -> tuple[A
     if qmodel.task == "detect":
         outputs = write_detections(emitter, qmodel, given)
     else:
-        outputs = _write_outputs(emitter, qmodel, given, guard)
+        outputs = _write_outputs(emitter, qmodel, given, guard if has_guard(qmodel) else None, gaussians)
     inputs = [emitter.info(name, *emitter.values[node]) for node, name in zip(graph.inputs, taken, strict=True)]
     proto = helper.make_model(
         helper.make_graph(emitter.nodes, qmodel.name, inputs, outputs),
@@ -169,7 +210,9 @@ def onnx_model(qmodel: QuantizedModel, guard: str, *, simulate: bool) -> tuple[A
     return proto, initializers
 
 
-def _write_outputs(emitter: Any, qmodel: QuantizedModel, given: Mapping[Any, str], guard: str) -> list[Any]:
+def _write_outputs(
+    emitter: Any, qmodel: QuantizedModel, given: Mapping[Any, str], guard: str | None, gaussians: Gaussians | None
+) -> list[Any]:
     """What a file gives of a model that is no detector: what is measured, the guard's score, what else the module
     returns. given: outputs of the graph -> their values. Returns what the file says of each."""
     graph = qmodel.graph
@@ -181,13 +224,9 @@ def _write_outputs(emitter: Any, qmodel: QuantizedModel, given: Mapping[Any, str
     measured = emitter.op("Identity", primary, out=first)
     width = shape[1] if len(shape) == 4 else shape[-1]
     outputs = [emitter.info(first, "float", (Size(1), width))]
-    if has_guard(qmodel):
+    if guard is not None:
         outputs.append(emitter.info("score", "float", (Size(1),)))
-        if guard == "energy":
-            emitter.op("ReduceLogSumExp", measured, [1], out="score", keepdims=0)
-        else:
-            scored = emitter.op("Softmax", measured, axis=1) if guard == "msp" else measured
-            emitter.op("ReduceMax", scored, [1], out="score", keepdims=0)
+        write_score(emitter, guard, measured, gaussians)
     for node, name in output_names(graph).items():
         if node is not graph.output or len(shape) > 2:
             emitter.op("Identity", given[node], out=name)
@@ -292,23 +331,23 @@ def _need(package: str) -> Any:
         ) from None
 
 
-# ---- the guard: how its threshold is chosen, and how often it is right -----------------------------------------------
+# ---- the guard: how often it is right -----------------------------------------------
 
 
-def _threshold(scores: np.ndarray, keep: float) -> float:
-    """The largest of the scores [n] that at least the share ``keep`` of them reaches."""
-    return float(np.sort(scores)[min(int(len(scores) * (1 - keep)), len(scores) - 1)])
-
-
-def looks_unknown(guard: Mapping[str, Any] | None, logits: np.ndarray) -> np.ndarray | None:
-    """Which images [n] a file's guard calls unknown, from its logits [n, K]; None without a threshold.
+def looks_unknown(
+    guard: Mapping[str, Any] | None, logits: np.ndarray, scores: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Which images [n] a file's guard calls unknown, from its logits [n, K], or from scores
+    [n] of its own where they are of something else; None without a threshold.
 
     guard: ``{"score", "keep", "threshold": {"value", "n"} or None}``, as the file's metadata holds it.
     """
     threshold = (guard or {}).get("threshold")
     if guard is None or not threshold:
         return None
-    return GUARDS[guard["score"]](logits) < float(threshold["value"])
+    if guard["score"] in GUARDS:
+        scores = GUARDS[guard["score"]](logits)
+    return None if scores is None else scores < float(threshold["value"])
 
 
 def guard_metrics(

@@ -16,23 +16,23 @@ from scipy.special import softmax
 
 from quantlens import _moved
 from quantlens.arguments import checked
-from quantlens.calibration import Calibration
 from quantlens.data import Preprocess, as_rgb, decode_image
 from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError
-from quantlens.export.export import GUARDS, _need, _threshold, has_guard, openvino_core, refused
+from quantlens.export.export import _need, has_guard, openvino_core, refused
+from quantlens.export.guards import GUARDS
 from quantlens.files import mistaken
 from quantlens.models.detection import DetectionHead
 from quantlens.qmodel import Outputs
 
 
 class Prediction(NamedTuple):
-    """What an artefact says of one image: class index, class name (if known), probability, guard score, and whether
-    the image looks unknown (score below the threshold; None without a threshold)."""
+    """What an artefact says of one image: class index, class name (if known), probability, guard score (None in a file
+    without a guard), and whether the image looks unknown (score below the threshold; None without a threshold)."""
 
     label: int
     name: str | None
     probability: float
-    score: float
+    score: float | None
     unknown: bool | None
 
 
@@ -78,7 +78,7 @@ class Artefact:
         found = self.values(images, **others)
         measured = found["logits"] if "logits" in found else found["features"]
         score = found.get("score")
-        if score is None and self.path.suffix == ".pt2" and has_guard(self):  # which holds the module's outputs alone
+        if score is None and has_guard(self) and self.guard["score"] in GUARDS:  # a .pt2 gives what the module gives
             score = GUARDS[self.guard["score"]](measured)
         return measured, np.full(len(measured), np.nan, np.float32) if score is None else score
 
@@ -97,11 +97,10 @@ class Artefact:
         logits, scores = self.run(self.preprocess.normalize(pixels).numpy())
         threshold = (self.guard.get("threshold") or {}).get("value")
         probabilities, names = softmax(logits, axis=1), self.class_names
-        rows = zip(logits.argmax(1).tolist(), probabilities.max(1).tolist(), scores.tolist(), strict=True)
-        return [
-            Prediction(k, names[k] if names else None, share, score, None if threshold is None else score < threshold)
-            for k, share, score in rows
-        ]
+        unknown = [None if threshold is None else score < threshold for score in scores.tolist()]
+        said = [None if np.isnan(score) else score for score in scores.tolist()]
+        rows = zip(logits.argmax(1).tolist(), probabilities.max(1).tolist(), said, unknown, strict=True)
+        return [Prediction(k, names[k] if names else None, share, *rest) for k, share, *rest in rows]
 
     def pixels(self, image: Any) -> np.ndarray:
         """uint8 [C, H, W] of a picture, a path or a PIL image. Raises BadImageError that names it."""
@@ -112,9 +111,12 @@ class Artefact:
 
     # -- what `evaluate` asks of a model ------------------------------------------------------------------------------
     def outputs(self, images: Any) -> Any:
-        """Logits of a tensor of images, and boxes of a detector; no features (scores of them are left out)."""
+        """Logits of a tensor of images, boxes of a detector, the file's own score; no features (scores of them are left
+        out)."""
         found = {name: torch.from_numpy(value) for name, value in self.values(images.cpu().numpy()).items()}
-        return Outputs(found["logits"] if "logits" in found else found["features"], None, found.get("boxes"))
+        made = Outputs(found["logits"] if "logits" in found else found["features"], None, found.get("boxes"))
+        made.score = found.get("score")
+        return made
 
     def __call__(self, images: Any) -> Any:
         """images [B, 3, H, W] tensor -> logits [B, K] tensor."""
@@ -353,19 +355,6 @@ def _torch(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
 
 
 _RUNTIMES = {".onnx": _onnxruntime, ".xml": _openvino, ".pt2": _torch}
-
-
-def guard_threshold(artefact: Artefact, images: Any, keep: float) -> dict[str, Any]:
-    """{"value", "n"}: the score that at least the share ``keep`` of the in-distribution images reaches, in the runtime,
-    whether they come together or one by one (sums differ in their last bits, and codes with them)."""
-    found, score = [], GUARDS[artefact.guard["score"]]
-    for batch in Calibration.of(images, artefact.preprocess):
-        together = batch.cpu().numpy()
-        alone = [artefact.run(image) for image in np.split(together, len(together))]
-        runs = [artefact.run(together), tuple(np.concatenate(part) for part in zip(*alone, strict=True))]
-        found.append(np.min([scores for logits, said in runs for scores in (said, score(logits))], axis=0))
-    scores = np.concatenate(found)
-    return {"value": _threshold(scores, keep), "n": len(scores)}
 
 
 __getattr__ = _moved.finder(__name__)

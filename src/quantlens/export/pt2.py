@@ -27,6 +27,7 @@ from quantlens.errors import BadWeightsError, UnsupportedError
 from quantlens.export.detectors import measured_outputs
 from quantlens.export.export import refused
 from quantlens.export.exported import Opened, Port
+from quantlens.export.guards import Gaussians, add_score
 from quantlens.export.onnx_graph import is_integer
 from quantlens.files import write_whole
 from quantlens.formats import Uniform
@@ -55,14 +56,17 @@ DAMAGED = (
 """What reading a damaged file raises."""
 
 
-def pt2_program(qmodel: QuantizedModel, *, simulate: bool) -> torch.export.ExportedProgram:
-    """The program of a .pt2 file. simulate: allow formats without standard operators, as float operations.
+def pt2_program(
+    qmodel: QuantizedModel, *, simulate: bool, gaussians: Gaussians | None = None
+) -> torch.export.ExportedProgram:
+    """The program of a .pt2 file. simulate: allow formats without standard operators, as float operations. gaussians:
+    their Mahalanobis score becomes one more output.
 
     Raises UnsupportedError for such formats otherwise.
     """
     import torch.ao.quantization.fx._decomposed
 
-    module = _standard(qmodel, simulate)
+    module = _standard(qmodel, simulate, gaussians)
     batch = torch.export.Dim("batch", min=1, max=4096)
     given, dynamic = [], []
     for node in qmodel.graph.inputs:
@@ -132,7 +136,7 @@ def _check_plain(parts: zipfile.ZipFile) -> None:
             raise pickle.UnpicklingError(f"{name} holds other objects than tensors")
 
 
-def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
+def _standard(qmodel: QuantizedModel, simulate: bool, gaussians: Gaussians | None) -> nn.Module:
     """The simulation, of which the outputs of the module are given (one, or a tuple), with the standard operators in
     the place of the quantizers that they can be."""
     quantizers: dict[str, Any] = dict(qmodel.plan.quantizers)
@@ -157,9 +161,12 @@ def _standard(qmodel: QuantizedModel, simulate: bool) -> nn.Module:
                 node.replace_all_uses_with(module.graph.call_module(f"codes.{edge.key}"))
             module.graph.erase_node(node)
     output = next(node for node in module.graph.nodes if node.op == "output")
-    outputs = output.args[0][2]
+    _, features, outputs = output.args[0]
     if qmodel.task == "detect":
         outputs = _detections(module.graph, output, qmodel, outputs)
+    elif gaussians is not None:
+        with module.graph.inserting_before(output):
+            outputs = (*outputs, add_score(module.graph, module, features, gaussians))
     output.args = (outputs[0] if len(outputs) == 1 else outputs,)
     module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     return fx.GraphModule(module, module.graph)

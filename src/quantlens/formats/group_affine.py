@@ -61,12 +61,12 @@ class GroupAffine(Grouped):
 
     def _error(self, groups: Tensor, exponents: Tensor, zeros: Tensor) -> Tensor:
         """Squared error of every group [..., G, 1], in units of its values."""
-        return self._value(groups, self.scales(exponents), zeros).sub_(groups).square_().sum(-1, keepdim=True)
+        return self._rounded(groups, self.scales(exponents), zeros).sub_(groups).square_().sum(-1, keepdim=True)
 
     def _codes(self, groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         return (groups * scales.reciprocal()).round_().add_(zeros).clamp_(0, self.qmax)
 
-    def _value(self, groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    def _rounded(self, groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         return self._codes(groups, scales, zeros).sub_(zeros).mul_(scales)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class GroupAffine(Grouped):
         with torch.no_grad():
             exponents, zeros = self.terms(groups)
             scales = self.scales(exponents)
-            value = self._value(groups, scales, zeros)
+            value = self._rounded(groups, scales, zeros)
         if needs_grad(x):
             through = torch.minimum(torch.maximum(groups, -zeros * scales), (self.qmax - zeros) * scales)
             value = value + (through - through.detach())

@@ -10,7 +10,7 @@ values that are as often negative as positive. After the OCP Microscaling format
 and whose groups have 32 values.
 """
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class Grouped(Quantizer):
     keys [..., C, N] of an attention; −3 as in the maps [B, C, H, W] of a convolution.
     """
 
-    settings, dynamic = ("group_size",), True
+    settings: ClassVar[tuple[str, ...]] = ("group_size",)
+    dynamic = True
 
     def __init__(self, scale: Tensor | float, bits: int, group_size: int, *, signed: bool, axis: int):
         super().__init__(bits, signed=signed, granularity="group", axis=axis)

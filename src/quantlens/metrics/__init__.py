@@ -14,7 +14,7 @@ from quantlens.metrics.classification import (
 from quantlens.metrics.detection import Boxes, Detections, box_drift, detection_metrics
 from quantlens.metrics.embeddings import cosines, knn_classes, linear_cka, linear_classes, similarity
 from quantlens.metrics.labels import label_metrics
-from quantlens.metrics.ood import change, mean_over_sets, ood_metrics, score_histograms
+from quantlens.metrics.ood import change, mean_over_sets, ood_metrics, score_histograms, threshold_keeping
 from quantlens.metrics.ood_scores import (
     FitData,
     ScoreInfo,
@@ -76,6 +76,7 @@ __all__ = [
     "summary_of",
     "temperature",
     "temperature_metrics",
+    "threshold_keeping",
 ]
 
 

@@ -91,15 +91,15 @@ def ranking(
 ) -> dict[str, dict[str, Array]]:
     """{set: {metric: [resamples]}} of one score of the ID images [N] and of those of every OOD set [M], for counts
     [images, resamples] of every set, `ID` among them. Scores are sorted once for all resamples."""
-    order, ids, starts = _sorted(ids)
-    taken = _running(counts[ID][order])
+    order, ids, starts = sorted_scores(ids)
+    taken = running_sums(counts[ID][order])
     n = len(ids)
     found = {}
     for name, values in oods.items():
-        order, ranked, distinct = _sorted(values)
+        order, ranked, distinct = sorted_scores(values)
         drawn = np.add.reduceat(counts[name][order], distinct, axis=0)  # [U, R] for U distinct scores
         m, columns = len(ranked), np.arange(drawn.shape[1])
-        caught = _running(drawn)
+        caught = running_sums(drawn)
         below, upto = (np.searchsorted(ids, ranked[distinct], side) for side in ("left", "right"))
         metrics: dict[str, Array] = {}
         if "aupr_out" in wanted:
@@ -119,14 +119,14 @@ def ranking(
     return found
 
 
-def _sorted(values: Array) -> tuple[Array, Array, Array]:
+def sorted_scores(values: Array) -> tuple[Array, Array, Array]:
     """The order of scores, the scores in it, and where each distinct one of them begins."""
     order = np.argsort(values, kind="stable")
     ranked = values[order]
     return order, ranked, np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
 
 
-def _running(counts: Array, block: int = 32) -> Array:
+def running_sums(counts: Array, block: int = 32) -> Array:
     """Running sums [n + 1, R] down the rows of counts [n, R], from a row of zeros.
 
     Sums within blocks of rows are a product with a triangle of ones, which is several times as fast as numpy's cumsum

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import ArrayLike
 
+from quantlens.errors import QuantlensError
 from quantlens.metrics._arrays import Float, Int, as_vector
 
 COUNTS = frozenset({"n", "n_id", "n_ood", "n_sets", "skipped", "num_classes"})
@@ -56,6 +57,27 @@ def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, Any]:
         "n_id": n,
         "n_ood": m,
     }
+
+
+def threshold_keeping(scores: ArrayLike, share: float) -> float:
+    """The largest threshold that keeps at least the share `share` (above 0, at most 1) of these scores [N].
+
+    A score is kept where it reaches the threshold (score >= threshold). The threshold is one of the scores: nothing is
+    interpolated, so that the promise holds on the images that it was set on. Equal scores are kept together: without
+    ties ceil(share · N) are kept, with ties perhaps more, never fewer.
+    Raises QuantlensError for a share out of range, no scores, and scores that are NaN or infinite.
+    """
+    values = as_vector(scores, "scores")
+    if not 0 < share <= 1:
+        raise QuantlensError(f"the share to keep is {share!r}; give a number above 0 and at most 1, such as 0.95")
+    k = least_kept(values.size, share)
+    return float(np.partition(values, -k)[-k])
+
+
+def least_kept(n: int, share: float) -> int:
+    """The least number of n images that is at least the share of them."""
+    counts = np.arange(1, n + 1)
+    return int(np.argmax(counts / n >= share)) + 1  # a quotient, as share · n may round up: 0.07 · 100 > 7
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

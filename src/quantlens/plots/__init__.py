@@ -7,7 +7,7 @@ from typing import Any
 
 from quantlens.arguments import checked
 from quantlens.errors import QuantlensError, UnknownNameError
-from quantlens.plots import cells, points, precisions
+from quantlens.plots import cells, points, precisions, shift
 from quantlens.plots.style import Figure as Figure, PanelRow, composed, finished
 from quantlens.studies.board import Board, board_of
 
@@ -17,6 +17,8 @@ FIGURES: dict[str, tuple[str, Callable[[Board], list[PanelRow]]]] = {
     "changes": ("what quantization changed, ranked", precisions.changes),
     "histograms": ("OOD scores of ID and OOD images", cells.histograms),
     "reliability": ("accuracy against confidence", cells.reliability),
+    "shift": ("accuracy, calibration and OOD detection under shift by precision", shift.shift),
+    "corruptions": ("change of top-1 under each corruption", shift.corruptions),
     "drift": ("drift of attention against bits", precisions.drift),
     "drift-aupr": ("change of AUPR-out against drift of attention", points.association),
     "widths": ("widths that mixed precision chose", points.widths),

@@ -36,6 +36,8 @@ class Outputs(_Pair):
     [B, Q, 4]: centre x, centre y, width, height in fractions of the input."""
 
     boxes: Tensor | None
+    score: Tensor | None = None
+    """Of an exported file: the score [B] of its guard."""
 
     def __new__(cls, logits: Tensor, features: Tensor | None, boxes: Tensor | None = None) -> "Outputs":
         made = super().__new__(cls, logits, features)

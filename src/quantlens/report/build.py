@@ -37,14 +37,14 @@ def write_report(
     if target.is_dir():
         target = target / "report.html"
     mark(board, folder, progress)
-    return write_whole(target, render(board, title=title), what="the report")
+    return write_whole(target, render(board, title=title, progress=progress), what="the report")
 
 
-def render(board: Any, *, title: str | None = None) -> str:
+def render(board: Any, *, title: str | None = None, progress: Callable[[str, int, int], None] | None = None) -> str:
     """The HTML text of a board."""
     from quantlens.report import page
 
-    context = page_context(board)
+    context = page_context(board, progress)
     return page.render(
         "report.html.j2",
         shown=(board.score or "", board.lowest or ""),
@@ -54,17 +54,18 @@ def render(board: Any, *, title: str | None = None) -> str:
     )
 
 
-def page_context(board: Any) -> dict[str, Any]:
+def page_context(board: Any, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
     """Every table, figure and sentence of the page, by its name in the templates."""
     from quantlens.plots import FIGURES
     from quantlens.plots.precisions import GroupLines
     from quantlens.plots.style import GLYPHS
-    from quantlens.report import attention, boxes, frontier, inspection, runinfo, summary, tables
+    from quantlens.report import attention, boxes, frontier, inspection, operating, runinfo, summary, tables
     from quantlens.report.decision import decision
+    from quantlens.report.shift import shift
     from quantlens.studies import text
 
     rows = tables.set_rows(board)
-    shipped = decision(board)
+    shipped, point = decision(board), operating.section(board, progress)
     return {
         "board": board,
         "figures": {name: make(board) for name, (_, make) in FIGURES.items()},
@@ -80,8 +81,10 @@ def page_context(board: Any) -> dict[str, Any]:
         "table_1": tables.table_1(board),
         "table_2": tables.table_2(board),
         "widths": frontier.widths(board),
+        "operating": point,
         "layers": inspection.layers(board),
         "boxes": boxes.boxes(board),
+        "shift": shift(board),
         "attention": attention.attention(board),
         "link_columns": attention.LINK_COLUMNS,
         "deltas": tables.delta_table(board),
@@ -93,7 +96,7 @@ def page_context(board: Any) -> dict[str, Any]:
             for i in (5, 3, 2, 0, 1)
             if len({r[i] for r in rows}) > 1
         ],
-        "class_tables": tables.class_tables(board),
+        "class_tables": tables.class_tables(board, point["losses"] if point else {}),
         "group_names": [g.name for g in board.groups],
         "first_group": "0" if len(board.groups) > MANY_GROUPS else "",
         "facts": runinfo.study_facts(board),

@@ -4,6 +4,7 @@ often their guards are right."""
 from collections.abc import Sequence
 from typing import Any
 
+from quantlens.export.guards import separation_means
 from quantlens.metrics import METRICS
 from quantlens.plots.points import latency
 from quantlens.report.runinfo import Listing
@@ -84,7 +85,8 @@ def _row(place: int, choice: Choice, best: int | None, judged: tuple[str, str]) 
 
 
 def guards(board: Board) -> Listing | None:
-    """Shares of ID images kept and of OOD images flagged by the files that have a threshold; None without any."""
+    """Shares of ID images kept and of OOD images flagged by the files that have a threshold, what it was set on and why
+    its score was chosen; None without any."""
     having = [(facts, result["guard"]) for facts, result in board.artefacts if result.get("guard")]
     if not having:
         return None
@@ -96,6 +98,15 @@ def guards(board: Board) -> Listing | None:
     for facts, guard in having:
         row = [str(facts.get("file")), str(facts.get("runtime")), score_label(guard["score"])]
         row += [fixed(number(dig(guard, ("threshold", "value"))), 3), percent(number(guard.get("keep")))]
-        rows.append([*row, *(percent(number(dig(guard, path))) for path in (("id", "kept"), *ood))])
-    caption = "How often the guards are right: ID images kept, OOD images flagged, and the mean of the two"
-    return Listing(caption, columns, rows, frozenset(range(3, len(columns))))
+        row += [percent(number(dig(guard, path))) for path in (("id", "kept"), *ood)]
+        means = separation_means(guard)
+        named = "; ".join(f"{score_label(name)} {percent(value)}" for name, value in means.items())
+        images = dig(guard, ("threshold", "images"))
+        set_on = "not said" if images is None else f"{guard['threshold']['n']} images ({images})"
+        rows.append([*row, set_on, named or "not compared"])
+    caption = (
+        "How often the guards are right: ID images kept, OOD images flagged, and the mean of the two; what the "
+        "threshold was set on, and how the scores offered told these images from OOD-like ones made of them"
+    )
+    numbers = frozenset(range(3, len(columns)))
+    return Listing(caption, [*columns, "Set on", "Scores offered, AUROC %"], rows, numbers)

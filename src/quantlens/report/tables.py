@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from quantlens.evaluation.operating import ClassLoss
 from quantlens.metrics import METRICS, names_of
 from quantlens.studies.board import Board, Group, Path, dig
 from quantlens.studies.significance import SIGN
@@ -241,9 +242,10 @@ def set_rows(board: Board) -> list[list[str]]:
     return rows
 
 
-def class_tables(board: Board) -> list[dict[str, Any]]:
+def class_tables(board: Board, losses: Mapping[Any, Mapping[int, ClassLoss]] | None = None) -> list[dict[str, Any]]:
     """Top-1 (of detectors AP) per class (mean over seeds) at every precision, a table per group, worst first: columns
-    after class, name and n are precisions, then the delta at the lowest."""
+    after class, name and n are precisions, then the delta at the lowest, and its interval where `losses` (by number of
+    the group and precision, then by class) has the group."""
     tables = []
     for group in board.groups:
         found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
@@ -254,12 +256,17 @@ def class_tables(board: Board) -> list[dict[str, Any]]:
         precisions = [b for b in board.precisions if any(b in entries for entries in found.values())]
         if precisions:
             rows = sorted((_class_row(*item, precisions) for item in found.items()), key=lambda row: row[0])
+            intervals = (losses or {}).get((group.index, precisions[-1]))
+            if intervals is not None:
+                for _, _, texts in rows:
+                    texts.append(interval_text(intervals.get(int(texts[0])) if texts[0].isdigit() else None))
             sizes = sorted(n for _, n, _ in rows)
             keep = max(20, CLASS_ROWS // len(board.groups))
             tables.append(
                 {
                     "group": group,
                     "precisions": precisions,
+                    "intervals": intervals is not None,
                     "rows": [texts for _, _, texts in rows[:keep]],
                     "total": len(rows),
                     "median_n": int(sizes[len(sizes) // 2]),
@@ -281,6 +288,13 @@ def _class_row(
     order = (2.0 if last is None else last, delta or 0.0, -(n or 0))
     texts = [key, str(named.get("name") or ""), fixed(n, 0), *map(percent, values), percent(delta, sign=True)]
     return order, n or 0.0, texts
+
+
+def interval_text(one: ClassLoss | None) -> str:
+    """The interval of what a class lost, in points."""
+    if one is None:
+        return MISSING
+    return f"{percent(one.low, sign=True)} to {percent(one.high, sign=True)}{' (few images)' if one.few else ''}"
 
 
 def mean_of(stat: Stat | None) -> float | None:

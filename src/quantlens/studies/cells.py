@@ -2,13 +2,15 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from math import prod
 from typing import Any
 
-from quantlens.data import open_source
+from quantlens.data import open_source, with_corruption
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.images import fingerprint, groups_of, refuse_overlap, source_name
+from quantlens.evaluation.shift import shifted_sets
 from quantlens.plugins import load_all
 from quantlens.studies.backend import Backend, MethodChoice
 from quantlens.studies.config import ModelSpec, StudyConfig
@@ -22,6 +24,12 @@ LENS_FORMAT = 2
 
 INSPECTION_FORMAT = 1
 """Part of the keys of inspections: raised when their metrics change on unchanged inputs."""
+
+SHIFT_FORMAT = 1
+"""Part of the keys of cells with shifted images: raised when corruptions or the metrics of shift change."""
+
+KEPT_BYTES = 16 << 30
+"""Shifted images of a study are kept on disk up to this size; beyond it every cell makes them again."""
 
 FP32 = "FP32"
 
@@ -120,12 +128,14 @@ class StudyImages:
     calibration: dict[int, Any]
     groups: dict[str, str]
     inspected: Any = None
+    shift: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def named(self) -> dict[str, Any]:
         """Every source by what it is for."""
         sources = {"the ID set": self.id, "the fit set": self.fit, "the inspected images": self.inspected}
         sources |= {f"OOD set {name}": source for name, source in self.ood.items()}
+        sources |= {f"shifted set {name}": source for name, source in self.shift.items()}
         sources |= {f"the calibration images of seed {seed}": source for seed, source in self.calibration.items()}
         return {name: source for name, source in sources.items() if source is not None}
 
@@ -138,12 +148,20 @@ class StudyImages:
         """The fingerprint of one of these sources; None of None."""
         return next((self.marks[name] for name, one in self.named.items() if one is source), None)
 
+    def keeps_shift(self, config: StudyConfig, preprocess: Mapping[str, Any]) -> bool:
+        """Whether the shifted images are kept for all cells and models, decoded and corrupted, in the cache."""
+        size = sum(map(len, self.shift.values())) * prod(preprocess["input_size"])
+        return config.cache is not False and size <= KEPT_BYTES
+
     @staticmethod
     def open(config: StudyConfig) -> "StudyImages":
         """Open every source; calibration and fit images must not be among those evaluated."""
         evaluated = {"the ID set": open_source(config.id)}
         ood = {name: open_source(spec.source) for name, spec in config.ood.items()}
         evaluated |= {f"OOD set {name}": source for name, source in ood.items()}
+        shifted = shifted_sets(config.shift, partial(with_corruption, config.id))
+        shift = {name: open_source(source) for name, source in shifted.items()}
+        evaluated |= {f"shifted set {name}": source for name, source in shift.items() if name in config.shift}
         fit = None if config.fit is None else open_source(config.fit)
         calibration: dict[int, Any] = {}
         learnt = {} if fit is None else {"the fit set": fit}
@@ -160,7 +178,7 @@ class StudyImages:
             drawn = config.inspected()
             _enough(drawn.source, drawn.n, "inspect", "images")
             inspected = open_source(drawn.drawn(config.inspect.seed))
-        return StudyImages(evaluated["the ID set"], ood, fit, calibration, groups, inspected)
+        return StudyImages(evaluated["the ID set"], ood, fit, calibration, groups, inspected, shift)
 
 
 def _enough(spec: str, count: int, what: str, key: str) -> Any:
@@ -194,6 +212,7 @@ def spec_of(cell: PlannedCell, config: StudyConfig, images: StudyImages) -> dict
         "scores": None if config.scores is None else list(config.scores),
         "format": CELL_FORMAT,
         **({} if config.attention is None else {"attention": config.attention.model_dump()}),
+        **({"shift": {name: listed(one) for name, one in images.shift.items()}} if images.shift else {}),
     }
 
 
@@ -231,6 +250,9 @@ def _determinants(cell: PlannedCell, config: StudyConfig, images: StudyImages) -
         return common | {"inspection": INSPECTION_FORMAT, "images": images.mark(images.inspected)}
     if config.attention is not None:
         common["attention"] = [LENS_FORMAT, *config.attention.model_dump().values()]
+    if images.shift:
+        marks = [[name, images.mark(images.shift[name])] for name in sorted(images.shift)]
+        common["shift"] = [SHIFT_FORMAT, marks]
     if cell.bits.startswith("MP"):
         from quantlens.allocation.allocation import VERSION
 

@@ -14,6 +14,7 @@ from quantlens.evaluation.logits_files import is_logits
 from quantlens.evaluation.open_models import measurable
 from quantlens.evaluation.result import Result
 from quantlens.evaluation.run import evaluate
+from quantlens.metrics.operating import KEEP, Promise
 from quantlens.studies.store import Store
 
 FOREIGN = (".onnx", ".xml", ".npz", ".csv")
@@ -34,6 +35,9 @@ def compare(
     id: Any = None,
     ood: Mapping[str, Any] | None = None,
     scores: Sequence[str] | None = None,
+    coverage: float | None = None,
+    accuracy: float | None = None,
+    keep: float = KEEP,
     resamples: int = RESAMPLES,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
@@ -43,11 +47,13 @@ def compare(
 
     With `id` (and `ood`), the images, a side may also be a model, or a file or name of one, as `evaluate` takes it: it
     is measured on them first. A float model on one side is the one that a foreign model on the other came from.
-    evaluating: further arguments of `evaluate` (fit, reference, batch_size …). The other arguments are those of
-    `evaluation.compare.compare_matches`.
+    coverage or accuracy, keep: what thresholds are set to, on FP32 where it is one side, else on A (see
+    `metrics.operating.Promise`). evaluating: further arguments of `evaluate` (fit, reference, batch_size …). The other
+    arguments are those of `evaluation.compare.compare_matches`.
 
     Raises QuantlensError for sides that cannot be read or share no images, StorageError for damaged files.
     """
+    promise = Promise(coverage, accuracy, keep)
     if id is not None:
         evaluating |= {"scores": None if scores is None or list(scores) == ["all"] else scores, "progress": progress}
         a, b = _measured(a, b, id, ood, **evaluating)
@@ -61,6 +67,7 @@ def compare(
         b=second.name,
         unpaired=unpaired,
         scores=scores,
+        promise=promise,
         resamples=resamples,
         seed=seed,
         progress=progress,

@@ -26,6 +26,7 @@ from pydantic import (
 
 from quantlens._moved import ARGUMENTS, arguments_apart
 from quantlens.errors import QuantlensError
+from quantlens.metrics.operating import KEEP, Promise
 
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
 
@@ -211,6 +212,23 @@ class InspectSpec(_Strict):
         return value
 
 
+class OperatingSpec(_Strict):
+    """What thresholds are set to on FP32 (`metrics.operating.Promise`): a confidence cut by coverage or by selective
+    accuracy, and the share of ID images that an OOD threshold keeps. No cell depends on it."""
+
+    coverage: float | None = None
+    accuracy: float | None = None
+    keep: float = KEEP
+
+    @model_validator(mode="after")
+    def _promises(self) -> "OperatingSpec":
+        try:
+            Promise(**self.model_dump())
+        except QuantlensError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
 class ResourcesSpec(_Strict):
     """What each worker asks a Ray cluster for: processors (its threads) and GPUs, a part of one (0.25: four workers
     share it) or whole ones. None: see docs/scaling.md. No metric depends on it."""
@@ -237,6 +255,8 @@ class StudyConfig(_Strict):
     calibration: CalibrationSpec | None = None
     id: Source
     ood: dict[str, OodSpec] = {}
+    shift: dict[str, Source | tuple[str, ...]] = {}
+    """Shifted ID sets by name; "corrupt": which corruptions of the ID images (`evaluation.shift.corruptions`)."""
     fit: Source | None = None
     scores: tuple[str, ...] | None = None
     attention: AttentionSpec | None = None
@@ -248,11 +268,23 @@ class StudyConfig(_Strict):
     skip_bad: bool = False
     cache: bool | Annotated[str, AfterValidator(_path)] = True
     outputs: bool | Literal["scores"] = True
+    operating: OperatingSpec = OperatingSpec()
 
     @field_validator("attention", "inspect", mode="before")
     @classmethod
     def _asked_for(cls, value: Any) -> Any:
         return ({} if value else None) if isinstance(value, bool) else value
+
+    @field_validator("shift", mode="before")
+    @classmethod
+    def _corruptions(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        wrong = next((name for name, one in value.items() if name != "corrupt" and not isinstance(one, str)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} is {value[wrong]!r}; give the SOURCE of its images")
+        asked = value.get("corrupt", ())
+        return {**value, "corrupt": [asked]} if isinstance(asked, str) else value  # a list, which no SOURCE is
 
     @field_validator("bits", "seeds")
     @classmethod

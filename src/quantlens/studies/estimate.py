@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from quantlens.ambient import isolated
+from quantlens.data import load_images
 from quantlens.evaluation.environment import choose_device, cores
 from quantlens.studies.backend import Backend
 from quantlens.studies.cells import PlannedCell, StudyImages, cell_key, plan_study
@@ -20,8 +21,8 @@ from quantlens.studies.measuring import ModelWork, Outcome, reason
 from quantlens.studies.progress import Quiet, display, duration
 from quantlens.studies.store import Store, packed
 
-CALIBRATED, EVALUATED = 8, 32
-"""Images that a pilot is calibrated and evaluated on."""
+CALIBRATED, EVALUATED, MADE = 8, 32, 2
+"""Images that a pilot is calibrated and evaluated on, and of each shifted set that are made."""
 
 BYTES_OF_A_LOGIT = 14
 """Memory that an evaluation takes for each image and class, working copies of the scores included (docs/scaling.md)."""
@@ -110,8 +111,10 @@ class _Pilots:
         if config.attention is not None:
             attention = config.attention.model_copy(update={"images": len(self.few.id)})
             self.small = self.small.model_copy(update={"attention": attention})
-        self.evaluated = sum(map(len, (images.id, *images.ood.values(), images.fit or ())))
+        self.evaluated = sum(map(len, (images.id, *images.ood.values(), images.fit or (), *images.shift.values())))
         self.decoded = self.evaluated + sum(map(len, images.calibration.values()))
+        self.made: set[str] = set()
+        """preprocessings whose shifted images will be in the cache"""
 
     def run(self, spec: ModelSpec, cells: list[PlannedCell], directory: str | Path) -> None:
         """The pilots of one model."""
@@ -122,22 +125,40 @@ class _Pilots:
         work.evaluated()
         decoding = time.perf_counter() - loaded
         first = work.attempt(cells[0])  # captures the model
-        cost = ModelCost(time.perf_counter() - started - decoding, decoding / len(self.few.id) * self.decoded)
+        unshifted = self.decoded - sum(map(len, self.images.shift.values()))
+        cost = ModelCost(time.perf_counter() - started - decoding, decoding / len(self.few.id) * unshifted)
         self.found.models[spec.label] = cost
         keys = [cell_key(c, self.config, self.images, str(work.checkpoint_sha256), work.preprocess) for c in cells]
         with Store(directory) as store:
             finished = store.statuses(keys) if store.path.is_file() else {}
         left = [cell for cell, key in zip(cells, keys, strict=True) if key not in finished]
         self.found.finished += len(cells) - len(left)
+        cost.decoding += self._making(work, sum(not cell.inspects for cell in left))
         for kind in dict.fromkeys(cell.kind for cell in left):
             self._kind(work, cost, kind.replace("fp32", "FP32"), [cell for cell in left if cell.kind == kind])
         if self.config.cache:
-            self.found.disk += self.decoded * prod(work.model.preprocess.input_size)
+            kept = self.images.keeps_shift(self.config, work.preprocess)
+            decoded = self.decoded - (0 if kept else sum(map(len, self.images.shift.values())))
+            self.found.disk += decoded * prod(work.model.preprocess.input_size)
         largest = max(map(len, (self.images.id, *self.images.ood.values())))
         logits = 0 if first.result is None else BYTES_OF_A_LOGIT * largest * int(first.result["id"]["num_classes"])
         self.found.memory = max(self.found.memory, psutil.Process().memory_info().rss + logits)
         del work
         self.backend.free(at_once=True)
+
+    def _making(self, work: ModelWork, cells: int) -> float:
+        """Seconds in which the shifted images of a model are made, from two of each set: once for all models that see
+        the same pictures, or without a cache for every cell."""
+        key, kept = str(work.model.preprocess.image_key()), self.images.keeps_shift(self.config, work.preprocess)
+        if not cells or (kept and key in self.made):
+            return 0.0
+        self.made.add(key)
+        seconds = 0.0
+        for source in self.images.shift.values():
+            few, started = source.select(range(min(MADE, len(source)))), time.perf_counter()
+            load_images(few, work.model.preprocess, cache_dir=False, skip_bad=True)
+            seconds += (time.perf_counter() - started) / len(few) * len(source)
+        return seconds * (1 if kept else cells)
 
     def _kind(self, work: ModelWork, cost: ModelCost, kind: str, cells: list[PlannedCell]) -> None:
         """The pilot of FP32, of the inspection, or of a method at its lowest precision."""

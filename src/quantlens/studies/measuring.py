@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class ModelWork:
         self.checkpoint_sha256: str | None = self.model.checkpoint_sha256
         self.preprocess: dict[str, Any] = self.model.preprocess.to_dict()
         self._loaded: dict[str, Any] = {}
+        self.keeps_shift = images.keeps_shift(config, self.preprocess)
 
     def load(self, what: str) -> Any:
         """The decoded images of a source, by its name in `StudyImages.named`."""
@@ -68,6 +70,7 @@ class ModelWork:
                 self.model.preprocess,
                 cache_dir=None if self.config.cache is True else self.config.cache,
                 skip_bad=self.config.skip_bad,
+                keep_corrupted=self.keeps_shift,
                 progress=lambda done, total: self.shown.step(f"decoding {what}", done, total),
             )
         return self._loaded[what]
@@ -75,7 +78,23 @@ class ModelWork:
     def evaluated(self) -> tuple[Any, dict[str, Any], Any]:
         """The ID set, the OOD sets and the fit set; what reading them raises, every cell would raise."""
         ood = {name: self.load(f"OOD set {name}") for name in self.images.ood}
+        if self.keeps_shift:
+            for done, name in enumerate(self.images.shift):
+                self.shown.step("making shifted images", done, len(self.images.shift))
+                self.load(f"shifted set {name}")
         return self.load("the ID set"), ood, None if self.images.fit is None else self.load("the fit set")
+
+    def shifted(self) -> dict[str, Any]:
+        """What opens each shifted set. Where they are not kept, each is made again by every cell, as all of them
+        together would fill the memory."""
+
+        def opened(what: str) -> Any:
+            images = self.load(what)
+            if not self.keeps_shift:
+                del self._loaded[what]
+            return images
+
+        return {name: partial(opened, f"shifted set {name}") for name in self.images.shift}
 
     def calibration(self, seed: int) -> Any:
         """The decoded calibration images of a seed."""
@@ -113,6 +132,7 @@ class ModelWork:
                 id,
                 ood,
                 fit=fit,
+                **({"shift": self.shifted()} if self.images.shift else {}),
                 reference=False,
                 scores=config.scores,
                 groups=self.images.groups,

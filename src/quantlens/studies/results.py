@@ -9,10 +9,13 @@ from typing import Any
 
 from quantlens.arguments import checked
 from quantlens.errors import QuantlensError, UnsupportedError
+from quantlens.evaluation.differences import Difference
 from quantlens.evaluation.result import columns, frame, row
 from quantlens.files import write_whole
 from quantlens.metrics import Spread, first_score, summary_of
-from quantlens.studies.board import dig
+from quantlens.metrics.operating import Promise
+from quantlens.studies.board import board_of, dig
+from quantlens.studies.operating import WITHOUT, Row, operating
 from quantlens.studies.store import Store
 
 SHOWN = ("ood_mean.far.{score}.aupr_out", "ood_mean.near.{score}.aupr_out", "size_mb")
@@ -33,7 +36,8 @@ class Mean:
 class Results:
     """The finished cells of a study, in the order of the store. Failed cells are left out."""
 
-    def __init__(self, cells: Iterable[Any]):
+    def __init__(self, cells: Iterable[Any], directory: Path | None = None):
+        self.directory = directory
         self.cells = [cell for cell in cells if cell.status == "done" and cell.result is not None]
 
     def __len__(self) -> int:
@@ -63,6 +67,24 @@ class Results:
         tasks = dict.fromkeys(cell.result.get("task") for cell in self.cells) or {None: None}
         ids = dict.fromkeys(f"id.{name}" for task in tasks for name in summary_of(task)[:2])
         return [*ids, *(path.format(score=score) for path in SHOWN)]
+
+    def operating(
+        self, *, coverage: float | None = None, accuracy: float | None = None, keep: float | None = None
+    ) -> list[dict[str, Any]]:
+        """What the thresholds of FP32 do at every precision, a row for each model, method, precision, thresholds
+        ("same" as FP32's, or set "again"), image set, score and metric: fractions, means over seeds; `change` is
+        quantized less FP32, from `low` to `high` its 95 % interval by a paired bootstrap (1000 resamples).
+
+        The promises are those of `metrics.operating.Promise`; without any they are the study's. Raises QuantlensError
+        where no per-image outputs are kept.
+        """
+        given = {"coverage": coverage, "accuracy": accuracy, "keep": keep}
+        asked = {name: value for name, value in given.items() if value is not None}
+        promise = Promise(**asked) if asked else None
+        rows = [] if self.directory is None else operating(board_of(self.directory), promise).rows
+        if not rows:
+            raise QuantlensError(f"there is no operating point: {WITHOUT}")
+        return [_operated(row, one) for row in rows for one in row.metrics.values()]
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame of `rows`. Raises QuantlensError without cells, UnsupportedError without pandas."""
@@ -104,12 +126,32 @@ class Results:
         return rows
 
 
+def _operated(row: Row, one: Difference) -> dict[str, Any]:
+    _, how, part, *rest, metric = one.path.split(".")  # operating.same.ood.textures.msp.misses
+    name, score = ".".join(rest[:-1]), rest[-1] if rest else ""
+    return {
+        "model": row.group.model,
+        "method": row.group.method,
+        "bits": row.bits,
+        "seeds": len(row.seeds),
+        "thresholds": how,
+        "set": {"id": "id", "ood_mean": f"mean {name}"}.get(part, name),
+        "score": score,
+        "metric": metric,
+        "fp32": one.a,
+        "quantized": one.b,
+        "change": one.difference,
+        "low": one.low,
+        "high": one.high,
+    }
+
+
 @checked
 def results(directory: str | Path) -> Results:
     """The results of the study in `directory`, the --out of `quantlens study`. Raises StorageError where there is none
     or its store is damaged."""
     with Store(directory) as store:
-        return Results(store.cells())
+        return Results(store.cells(), Path(directory))
 
 
 def write_csv(directory: str | Path, target: str | Path) -> Path:

@@ -6,10 +6,11 @@ cells alone, whose keys name them; the file can be deleted at any time.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from quantlens.errors import StorageError
 from quantlens.evaluation import outputs as kept
@@ -31,51 +32,47 @@ def asked_of(task: str) -> tuple[str, ...]:
     return (*summary_of(task), "aupr_out")
 
 
-class Significance:
-    """Answers for the store in `directory`; call `save` when all has been asked."""
+class Answers:
+    """What is computed from the per-image outputs of cells of the store in `directory`, and kept in `outputs/NAME` by
+    the keys of the cells; call `save` when all has been asked. `marks` stand for what else an answer depends on."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.file = directory / kept.FOLDER / "significance.json"
+    def __init__(self, directory: Path, name: str, *marks: str):
+        self.directory, self.marks = directory, marks
+        self.file = directory / kept.FOLDER / name
         self.resamples = Resamples(RESAMPLES)
         self.known = self._read()
-        self.asked: dict[str, list[str]] = {}
-        self._baseline = lru_cache(maxsize=1)(kept.read)
-        self._before = lru_cache(maxsize=4)(lambda outputs, wanted: replicate(outputs, wanted, self.resamples))
+        self.asked: dict[str, Any] = {}
+        self.baseline = lru_cache(maxsize=1)(lambda key: kept.read(kept.path_of(directory, key)))
 
-    def not_significant(self, baseline: str, keys: Sequence[str]) -> frozenset[str] | None:
-        """Paths of the metrics ("id.top1", "ood_mean.far.msp.aupr_out", …) in which the cells `keys` (the seeds of one
-        precision) do not differ from the FP32 cell `baseline`; None where not all outputs are kept and whole."""
+    def answer(self, baseline: str, keys: Sequence[str]) -> Any:
+        """What `measured` gives of the cells `keys` (the seeds of one precision) and the FP32 cell `baseline`; None
+        where not all outputs are kept and whole."""
         if not all(kept.path_of(self.directory, key).is_file() for key in (baseline, *keys)):
             return None
-        name = hashlib.sha256(" ".join([str(VERSION), str(RESAMPLES), baseline, *keys]).encode()).hexdigest()
+        name = hashlib.sha256(" ".join([*self.marks, str(RESAMPLES), baseline, *keys]).encode()).hexdigest()
         if name not in self.known:
             try:
-                self.known[name] = self._measured(baseline, keys)
+                self.known[name] = self.measured(baseline, keys)
             except StorageError:
                 return None
         self.asked[name] = self.known[name]
-        return frozenset(self.asked[name])
+        return self.asked[name]
 
-    def _measured(self, baseline: str, keys: Sequence[str]) -> list[str]:
-        first = self._baseline(kept.path_of(self.directory, baseline))
-        drawn: dict[str, list[tuple[Array, Array]]] = {}
+    def measured(self, baseline: str, keys: Sequence[str]) -> Any:
+        """The answer as plain data, anew."""
+        raise NotImplementedError
+
+    def beside(self, baseline: str, keys: Sequence[str]) -> Iterator[tuple[kept.Outputs, kept.Outputs]]:
+        """The outputs of the baseline with those of every cell. Raises StorageError where they are not of one set of
+        images."""
+        first = self.baseline(baseline)
         for key in keys:
             second = kept.read(kept.path_of(self.directory, key))
             if first.labels.tolist() != second.labels.tolist():
                 raise StorageError(f"the per-image outputs {key} are not of the images of {baseline}")
-            sets = tuple(s for s in first.ood_scores if s in second.ood_scores)
-            wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), asked_of(first.task))
-            before = self._before(first, wanted)
-            for path, after in replicate(second, wanted, self.resamples).items():
-                drawn.setdefault(path, []).append((before[path], after))
-        return [
-            path
-            for path, pairs in drawn.items()
-            if len(pairs) == len(keys) and not interval(differences(pairs, self.resamples)).excludes_zero
-        ]
+            yield first, second
 
-    def _read(self) -> dict[str, list[str]]:
+    def _read(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self.file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -86,6 +83,34 @@ class Significance:
         if self.asked and self._read() != self.asked:
             with suppress(StorageError):
                 write_whole(self.file, json.dumps(self.asked, sort_keys=True))
+
+
+class Significance(Answers):
+    """Which changes are not significant, for the store in `directory`."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory, "significance.json", str(VERSION))
+        self._before = lru_cache(maxsize=4)(lambda outputs, wanted: replicate(outputs, wanted, self.resamples))
+
+    def not_significant(self, baseline: str, keys: Sequence[str]) -> frozenset[str] | None:
+        """Paths of the metrics ("id.top1", "ood_mean.far.msp.aupr_out", …) in which the cells `keys` (the seeds of one
+        precision) do not differ from the FP32 cell `baseline`; None where not all outputs are kept and whole."""
+        found = self.answer(baseline, keys)
+        return None if found is None else frozenset(found)
+
+    def measured(self, baseline: str, keys: Sequence[str]) -> list[str]:
+        drawn: dict[str, list[tuple[Array, Array]]] = {}
+        for first, second in self.beside(baseline, keys):
+            sets = tuple(s for s in first.ood_scores if s in second.ood_scores)
+            wanted = Wanted(sets, tuple(s for s in first.id_scores if s in second.id_scores), asked_of(first.task))
+            before = self._before(first, wanted)
+            for path, after in replicate(second, wanted, self.resamples).items():
+                drawn.setdefault(path, []).append((before[path], after))
+        return [
+            path
+            for path, pairs in drawn.items()
+            if len(pairs) == len(keys) and not interval(differences(pairs, self.resamples)).excludes_zero
+        ]
 
 
 def mark(board: Board, directory: Path | None, progress: Callable[[str, int, int], None] | None = None) -> None:

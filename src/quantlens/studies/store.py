@@ -384,6 +384,8 @@ def relabelled(result: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, 
     changed = {**result, **{name: spec[name] for name in labels}}
     changed["id"] = {**result["id"], "source": spec["id"]["source"]}
     changed["ood"] = {name: {**entry, "source": spec["ood"][name]["source"]} for name, entry in result["ood"].items()}
+    for name, entry in (result.get("shift") or {}).items():
+        changed["shift"] = {**changed["shift"], name: {**entry, "source": spec["shift"][name]["source"]}}
     if result.get("fit") and spec.get("fit"):
         changed["fit"] = {**result["fit"], "source": spec["fit"]["source"]}
     return changed
