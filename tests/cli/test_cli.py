@@ -161,6 +161,7 @@ def test_messages_are_one_line(run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("sources")[2] == "error: two lines\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{sys.executable} -m quantlens models --filter '*' | head -n 1; exit ${{PIPESTATUS[0]}}"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

@@ -51,6 +51,7 @@ def test_runs_are_interleaved():
     assert len({tuple(counted[i : i + 3]) for i in range(0, 60, 3)}) > 2, "the order is drawn anew"
 
 
+@pytest.mark.slow
 def test_files_and_the_float_model(tmp_path):
     pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
     from quantlens.export.export import export

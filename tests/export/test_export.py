@@ -166,6 +166,7 @@ def test_targets_keep_methods_inside(loaded, pictures):
     assert all(t.summary for t in TARGETS.values())
 
 
+@pytest.mark.slow
 def test_pytorch_runs_it_without_quantlens(loaded, pictures, tmp_path):
     """The .pt2 file, loaded in a process that never imports quantlens, gives the simulation's logits."""
     import subprocess

@@ -105,8 +105,6 @@ def test_narrow_activations_of_a_detector_have_ranges_by_group(tmp_path):
     assert {narrow[key].axis for key in grouped} == {-1, -2, -3}
     assert said["W4A4"].plan.rewrites == ["means taken out of 3 keys"]
     assert "rotated" in said["W4A8"].plan.rewrites[0]
-    kept = ql.quantize(module, images, method="fast", bits="W4A4", subtract_mean="none")
-    assert not kept.plan.rewrites
     assert not any(quantizer.kind == "group-affine" for quantizer in said["W4A8"].plan.quantizers.values())
 
 

@@ -170,6 +170,7 @@ def test_best_goes_on_where_fast_ends(digits):
     assert not torch.equal(q(digits["images"]), fast(digits["images"]))
 
 
+@pytest.mark.slow
 def test_best_trains_norms_and_biases_and_sees_views_where_asked(digits):
     def vectors(method, **options):
         q = ql.quantize(digits["model"], digits["calibration"][:8], method=method, bits="W4A4", **options)

@@ -56,6 +56,7 @@ def test_saved_and_read_back_the_figures_are_equal(digits, tmp_path):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_real_weights_with_dead_channels(shared_data, tmp_path):
     """The DeiT-Tiny weights have LayerNorm channels of weight 0, on which RepQ-ViT's own code divides by zero."""
     name = "deit_tiny_patch16_224"

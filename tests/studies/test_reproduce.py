@@ -68,6 +68,7 @@ def test_a_number_that_was_changed_does_not_agree(directory, tmp_path) -> None:
     assert run(["reproduce", str(file), "--quiet"]) == 1
 
 
+@pytest.mark.slow
 def test_a_result_file_is_made_again(tmp_path) -> None:
     model = ql.load_model("digits-vit")
     source = "embedded:digits-calibration?n=8&seed=0"
