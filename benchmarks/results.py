@@ -1,0 +1,110 @@
+"""The rows of a set in docs/results.json, from the store of a study: means and standard deviations over seeds.
+
+    python -m benchmarks.results DIR --set validation
+
+DIR is the --out of `quantlens study`, which may still be running: there is a row for what is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import quantlens as ql
+from quantlens.methods import registry
+from quantlens.metrics import Spread
+
+FILE = Path(__file__).resolve().parents[1] / "docs" / "results.json"
+NAMES = {"deit_tiny_patch16_224": "DeiT-Tiny", "vit_tiny_patch16_224": "ViT-Tiny"}
+"""Architecture -> what the tables call it."""
+SCORE = "msp"
+
+
+def own_options(spec: dict[str, Any]) -> dict[str, Any]:
+    """What a cell's method was given beside its defaults."""
+    info = registry.get(spec["method_name"]).info
+    usual = {name: option.default for name, option in info.options.items()}
+    usual["outlier_channels"] = info.arguments.get("outlier_channels", "keep")
+    return {name: value for name, value in spec["options"].items() if name in usual and value != usual[name]}
+
+
+def number(values: list[float], digits: int) -> Any:
+    """A number, or [mean, standard deviation] of several."""
+    spread = Spread.of(values)
+    assert spread is not None
+    rounded = [round(spread.mean, digits), round(spread.std or 0.0, digits)]
+    return rounded if len(values) > 1 else rounded[0]
+
+
+def rows(directory: Path, key: str) -> list[dict[str, Any]]:
+    """A row for each model, method and precision of the store, FP32 first."""
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for cell in ql.results(directory).cells:
+        groups.setdefault((cell.spec["model"], cell.spec["method"], cell.spec["bits"]), []).append(cell)
+    found = []
+    for cells in groups.values():
+        spec, results = cells[0].spec, [cell.result for cell in cells]
+        plain = spec["bits"] == "FP32"
+        row = {
+            "set": key,
+            "model": NAMES.get(spec["architecture"].partition(".")[0], spec["model"]),
+            "method": None if plain else spec["method_name"],
+            "options": {} if plain else own_options(spec),
+            "bits": spec["bits"],
+            "seeds": len(cells),
+            "date": max(cell.created for cell in cells)[:10],
+            "top1": number([100 * one["id"]["top1"] for one in results], 1),
+            "nll": number([one["id"]["nll"] for one in results], 2),
+            "size_mb": round(results[0]["size_mb"], 1),
+        }
+        sets = {name: [100 * one["ood"][name][SCORE]["aupr_out"] for one in results] for name in results[0]["ood"]}
+        found.append(row | ({"aupr_out": {name: number(v, 1) for name, v in sets.items()}} if sets else {}))
+    order = list(dict.fromkeys(_setting(row) for row in found))
+    return sorted(
+        found, key=lambda row: (row["model"], row["method"] is not None, order.index(_setting(row)), _widths(row))
+    )
+
+
+def _setting(row: dict[str, Any]) -> str:
+    return f"{row['method']} {row['options']}"
+
+
+def _widths(row: dict[str, Any]) -> list[int]:
+    """Precisions from wide to narrow."""
+    return [-int(width) for width in re.findall(r"\d+", row["bits"])]
+
+
+def written(data: dict[str, Any]) -> str:
+    """The file's text, a line for each set and row."""
+
+    def line(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    sets = ",\n".join(f"  {line(name)}: {line(about)}" for name, about in data["sets"].items())
+    lists = [
+        f' "{key}": [\n' + ",\n".join(f"  {line(row)}" for row in data[key]) + "\n ]" for key in ("rows", "published")
+    ]
+    return f'{{\n "sets": {{\n{sets}\n }},\n' + ",\n".join(lists) + "\n}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
+    parser.add_argument("directory", type=Path, help="the --out of the study")
+    parser.add_argument("--set", required=True, help="the set of docs/results.json")
+    arguments = parser.parse_args()
+    data = json.loads(FILE.read_text(encoding="utf-8"))
+    if arguments.set not in data["sets"]:
+        parser.error(f"docs/results.json has no set {arguments.set!r}; describe it there first, under `sets`")
+    new = rows(arguments.directory, arguments.set)
+    first = next((i for i, row in enumerate(data["rows"]) if row["set"] == arguments.set), 0)
+    others = [row for row in data["rows"] if row["set"] != arguments.set]
+    data["rows"] = [*others[:first], *new, *others[first:]]
+    FILE.write_text(written(data), encoding="utf-8")
+    print(f"{len(new)} rows of {arguments.set}")
+
+
+if __name__ == "__main__":
+    main()
