@@ -1,0 +1,102 @@
+"""What calibration images matter: top-1 and NLL of methods calibrated on noise, on flowers, and on 1 to 256 training
+images, on official validation images.
+
+    python -m benchmarks.calibration_images --out curve.jsonl            # goes on where it was stopped
+    python -m benchmarks.calibration_images --out curve.jsonl --table    # what there is, as a table in Markdown
+
+Needs the folder of weights and images that the project's tests use ($QUANTLENS_DATA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+SHARED = Path(os.environ.get("QUANTLENS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+MODELS = {"DeiT-Tiny": "deit_tiny_patch16_224", "ViT-Tiny": "vit_tiny_patch16_224.augreg_in21k_ft_in1k"}
+METHODS = ("quantlens-fast", "repq-vit", "minmax", "percentile", "erq", "ptq4vit", "vt-ptq")
+IMAGES = ("noise", "flowers", 1, 4, 16, 32, 256)
+BITS = ("W4A4", "W8A8")
+SEED = 0
+
+
+def calibration(images: str | int) -> Any:
+    """The calibration images: 32 of uniform noise, 32 flowers, or so many training images."""
+    import numpy as np
+    from PIL import Image
+
+    if images == "noise":
+        pixels = np.random.default_rng(SEED).integers(0, 256, (32, 224, 224, 3), dtype=np.uint8)
+        return [Image.fromarray(one) for one in pixels]
+    if images == "flowers":
+        return f"images:{SHARED}/ood/flowers?n=32&seed={SEED}"
+    return f"imagenet:{SHARED}/imagenet[1::2]?n={images}&seed={SEED}"
+
+
+def measure(out: Path) -> None:
+    """Every cell that `out` lacks, FP32 first; a line of JSON for each as it comes."""
+    import quantlens as ql
+
+    done = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+    known = {(one["model"], one["method"], one["bits"], one["images"]) for one in done}
+    cells: list[tuple[str, str | None, str, Any]] = [(model, None, "FP32", None) for model in MODELS]
+    cells += [(model, name, bits, n) for bits in BITS for name in METHODS for n in IMAGES for model in MODELS]
+    left, models, start = [cell for cell in cells if cell not in known], dict[str, Any](), time.time()
+    for number, (model, method, bits, images) in enumerate(left):
+        if model not in models:
+            models[model] = ql.load_model(
+                MODELS[model], weights=str(SHARED / "weights" / f"{MODELS[model]}.safetensors")
+            )
+        one: Any = models[model]
+        if method is not None:
+            one = ql.quantize(one, calibration(images), method=method, bits=bits, seed=SEED)
+        result = ql.evaluate(one, id=f"imagenet:{SHARED}/imagenet_val[1::2]", reference=False).to_dict()["id"]
+        row = {
+            "model": model,
+            "method": method,
+            "bits": bits,
+            "images": images,
+            "top1": result["top1"],
+            "nll": result["nll"],
+        }
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        hours = (time.time() - start) / (number + 1) * (len(left) - number - 1) / 3600
+        print(f"{number + 1}/{len(left)} {row} about {hours:.1f} h left", flush=True)
+
+
+def table(out: Path) -> str:
+    """Top-1 in % by model, precision and method, a column for each kind and number of images."""
+    cells = {(one["model"], one["method"], one["bits"], one["images"]): one for one in map(json.loads, out.open())}
+
+    def shown(one: dict[str, Any] | None) -> str:
+        return "pending" if one is None else f"{100 * one['top1']:.1f}"
+
+    lines = ["| model | bits | method | " + " | ".join(map(str, IMAGES)) + " |", "| --- " * (3 + len(IMAGES)) + "|"]
+    for model in MODELS:
+        fp32 = shown(cells.get((model, None, "FP32", None)))
+        for bits in BITS:
+            for method in METHODS:
+                found = [shown(cells.get((model, method, bits, images))) for images in IMAGES]
+                if set(found) != {"pending"}:
+                    lines.append(f"| {model} (FP32 {fp32}) | {bits} | `{method}` | " + " | ".join(found) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration_images", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the file of results, a line for each")
+    parser.add_argument("--table", action="store_true", help="print the table")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.out))
+    else:
+        measure(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
