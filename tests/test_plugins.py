@@ -258,8 +258,8 @@ def test_the_workers_of_a_study_load_its_plugins(write, tmp_path):
     run_study(study, tmp_path / "out", workers=2, progress=False, backend=FakeBackend(tmp_path / "log"))
     for name in ("here", "named"):
         pids = set((tmp_path / name).read_text().split())
-        assert len(pids) == 3, name
-        assert str(os.getpid()) in pids
+        # a worker that starts late finds no cell left, and need not start
+        assert {str(os.getpid())} < pids, name
     forget()
     Worker(study, FakeBackend(tmp_path / "log"), 1, {}).start()
     assert plugins.given() == [str(tmp_path / "named.py")]
