@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+
 IMAGES = ("--calibration", "embedded:digits-calibration", "--n", "8")
 
 
@@ -40,6 +42,7 @@ def test_from_allocation_to_checkpoint(run, tmp_path) -> None:
     assert "minmax MP4" in out
 
 
+@pytest.mark.slow
 def test_budgets(run, tmp_path) -> None:
     file = str(tmp_path / "a.json")
     base = ("allocate", "digits-vit", *IMAGES, "--sensitivity", "random", "--out", file)

@@ -65,6 +65,7 @@ def test_pictures_figures_and_a_table(run, tmp_path):
         assert kept["letters/W3A3/maps"].shape[0] == 8
 
 
+@pytest.mark.slow
 def test_checkpoints_and_gradient_maps(run, tmp_path):
     model = ql.load_model("digits-vit", "pretrained")
     path = tmp_path / "q.safetensors"

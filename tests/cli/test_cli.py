@@ -300,6 +300,7 @@ def test_quantize_evaluate(run, tmp_path: Path) -> None:
     assert code == 2
 
 
+@pytest.mark.slow
 def test_python_and_the_command_line_draw_the_same_images(run, tmp_path: Path) -> None:
     import quantlens as ql
 

@@ -12,6 +12,7 @@ from quantlens.export.exported import saturates
 pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
 
 
+@pytest.mark.slow
 def test_from_quantize_to_predict(run, tmp_path):
     checkpoint, file, pictures = tmp_path / "d.safetensors", tmp_path / "d.onnx", []
     images = "embedded:digits-calibration?n=16&seed=0"

@@ -93,6 +93,7 @@ def test_every_method_runs_on_the_detectors_that_ship(name, method):
     assert all(torch.isfinite(value).all() for value in (found.logits, found.boxes))
 
 
+@pytest.mark.slow
 def test_narrow_activations_of_a_detector_have_ranges_by_group(tmp_path):
     """Also those of convolutions; and no rotations come before them, only means of keys, which softmax does not see."""
     pytest.importorskip("transformers")

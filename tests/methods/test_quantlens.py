@@ -152,6 +152,7 @@ def test_what_is_rotated_behind_a_norm_leaves_the_function(loaded, architecture,
     assert any("residual stream" in sentence for sentence in said) == (streams and not turned)
 
 
+@pytest.mark.slow
 def test_best_goes_on_where_fast_ends(digits):
     """Without a step it is quantlens-fast; with some, a block is kept where its own loss fell."""
     fast, none, q = (
@@ -295,6 +296,7 @@ def test_a_layer_without_its_massive_channel_is_rotated_too(small_models, pictur
     torch.testing.assert_close(q.graph(pictures), model(pictures), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_coarse_values_alone_are_rotated_at_run_time(digits):
     def rotated(bits, **options):
         q = ql.quantize(digits["model"], digits["calibration"][:2], method="fast", bits=bits, **options)

@@ -111,6 +111,7 @@ def test_few_cells_give_no_correlation(store):
     assert "too few cells" in FIGURES["drift-aupr"][1](board)[0].panels[0].detail
 
 
+@pytest.mark.slow
 def test_models_without_the_lens_say_why(store):
     for cell in store.cells():
         if cell.spec["model"] == MODELS[1]:

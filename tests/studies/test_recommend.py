@@ -93,6 +93,7 @@ def test_files_are_timed_and_the_fastest_is_one_of_them(tmp_path) -> None:
     assert np.isfinite(found["fastest"]["change"])
 
 
+@pytest.mark.slow
 def test_too_few_images_and_images_of_the_calibration_are_refused() -> None:
     with pytest.raises(QuantlensError, match="fewer than 30"):
         ql.recommend("digits-vit", f"{ID}[:40]", target=None, methods=["minmax"])
@@ -197,6 +198,7 @@ def test_a_detector_that_finds_nothing_is_told_of() -> None:
 # --- what is refused ---
 
 
+@pytest.mark.slow
 def test_a_setting_that_is_refused_is_noted_and_the_search_goes_on(monkeypatch) -> None:
     from quantlens.studies import recommend as module
 

@@ -139,6 +139,7 @@ def test_every_row_of_a_report_has_a_command_that_works(directory) -> None:
         assert open_side(row).entries
 
 
+@pytest.mark.slow
 def test_other_images_are_not_compared(directory, tmp_path) -> None:
     with Store(directory) as store:
         result = next(c for c in store.cells() if c.spec["bits"] == "FP32").result
