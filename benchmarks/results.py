@@ -2,7 +2,8 @@
 
     python -m benchmarks.results DIR --set validation
 
-DIR is the --out of `quantlens study`, which may still be running: there is a row for what is finished.
+DIR is the --out of `quantlens study`, which may still be running: there is a row for what is finished, whichever part
+of the study ran last.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import quantlens as ql
 from quantlens.methods import registry
 from quantlens.metrics import Spread
+from quantlens.studies.store import Store
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "results.json"
 NAMES = {"deit_tiny_patch16_224": "DeiT-Tiny", "vit_tiny_patch16_224": "ViT-Tiny"}
@@ -42,7 +43,9 @@ def number(values: list[float], digits: int) -> Any:
 def rows(directory: Path, key: str) -> list[dict[str, Any]]:
     """A row for each model, method and precision of the store, FP32 first."""
     groups: dict[tuple[str, str, str], list[Any]] = {}
-    for cell in ql.results(directory).cells:
+    with Store(directory) as store:
+        done = [cell for cell in store.cells(everything=True) if cell.result is not None]
+    for cell in done:
         groups.setdefault((cell.spec["model"], cell.spec["method"], cell.spec["bits"]), []).append(cell)
     found = []
     for cells in groups.values():
