@@ -25,6 +25,16 @@ ROOT = DOCS.parent
 BESIDE = ("research/*.md", "examples/*.yaml", "benchmarks/README.md", "benchmarks/quality/README.md")
 SINGLE = ("CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE")
 METRICS = {"top1": "top-1 %", "nll": "NLL", "kl": "KL", "aupr": "Δ AUPR-out", "size_mb": "MB"}
+UNDER_CORRUPTION = {
+    "mce": "mean corruption error %",
+    "relative_mce": "÷ FP32's",
+    "severities": "top-1 at severities 1, 3, 5",
+    "nll_corrupted": "NLL, corrupted",
+    "ece_corrupted": "ECE %, corrupted",
+    "auroc": "AUROC %",
+    "auroc_full": "AUROC %, full spectrum",
+}
+"""Columns of rows that were measured on corrupted images, too: a value with the ends of its interval, or a list."""
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -54,6 +64,14 @@ def number(value: Any, sign: bool = False) -> str:
     mean, *spread = value if isinstance(value, list) else [value]
     shown = f"{mean:+}" if sign else str(mean)
     return "\u00a0±\u00a0".join([shown.replace("-", "−"), *map(str, spread)])  # never broken between lines
+
+
+def with_interval(row: dict[str, Any], column: str) -> str:
+    """A value (with the ends of its 95 % interval), or several values."""
+    value, *ends = [str(one) for one in row.get(column) or ["–"]]
+    if column == "severities":
+        return ", ".join([value, *ends])
+    return value if not ends else f"{value} ({ends[0]} to {ends[1]})"
 
 
 def unbroken(text: str) -> str:
@@ -88,11 +106,14 @@ def result_table(rows: list[dict[str, Any]], every: list[dict[str, Any]], link: 
     columns = [key for key in METRICS if any(key in r or (key == "aupr" and "aupr_out_change" in r) for r in rows)]
     if sets and "aupr" not in columns:
         columns.append("aupr")
+    under = [key for key in UNDER_CORRUPTION if any(key in r for r in rows)]
     calibrated = any("calibration" in r for r in rows)
     head = ["model", "method", "bits", *(["calibrated on"] if calibrated else []), *(METRICS[c] for c in columns)]
+    head += [UNDER_CORRUPTION[c] for c in under]
     lines = []
     for row in rows:
         values = [aupr_change(row, every) if c == "aupr" else number(row.get(c)) for c in columns]
+        values += [with_interval(row, c) for c in under]
         values += [number(row.get("aupr_out", {}).get(name)) for name in sets]
         first = [unbroken(row["model"]), setting(row, link), row["bits"], *([row["calibration"]] if calibrated else [])]
         lines.append([*first, *values, str(row["seeds"]), unbroken(row["date"])])

@@ -16,6 +16,7 @@ from quantlens.metrics import (
     available_scores,
     calibration_error,
     choose_scores,
+    first_score,
     make_scorer,
     ood_metrics,
     temperature,
@@ -240,3 +241,11 @@ def test_those_near_chance_on_transformers_warn() -> None:
         choose_scores(["ash_ss"])
     with pytest.raises(UnsupportedError, match="does not fit the task 'multilabel'"):
         choose_scores(["she"], "multilabel")
+
+
+def test_no_score_with_a_warning_stands_for_all_where_there_is_another():
+    assert first_score(["ash_s", "dice", "gen", "knn"]) == "gen"
+    assert first_score(["ash_s", "msp"]) == "msp"
+    assert first_score(["scale", "ash_s"]) == "scale"
+    assert first_score(["ash_s", "somebody's"]) == "somebody's"
+    assert first_score([]) == "msp"

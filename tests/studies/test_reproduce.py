@@ -73,11 +73,16 @@ def test_a_result_file_is_made_again(tmp_path) -> None:
     model = ql.load_model("digits-vit")
     source = "embedded:digits-calibration?n=8&seed=0"
     made = ql.quantize(model, source, method="minmax", bits="W4A8", seed=0, patch_bits=4)
-    result = ql.evaluate(made, "embedded:digits-test[:50]", {"letters": "embedded:letters[:30]"}, scores=["msp"])
+    sets = {
+        "ood": {"letters": "embedded:letters[:30]"},
+        "shift": {"corrupt": "fog:3", "more": "embedded:digits-fit[:9]"},
+    }
+    result = ql.evaluate(made, "embedded:digits-test[:50]", **sets, scores=["msp"])
     file = tmp_path / "result.json"
     file.write_text(json.dumps(result.to_dict()))
     (found,) = ql.reproduce(file, progress=False)
     assert found.identical
+    assert {"shift.fog:3.nll", "shift.more.top1", "ood.letters.msp.auroc"} <= {metric.path for metric in found.metrics}
 
 
 @pytest.mark.slow

@@ -38,6 +38,8 @@ from quantlens.studies.store import Store
 NOISE = 1e-6
 """Relative size of the noise on calibration images, as large as rounding in float32 makes differences."""
 DEVIATIONS = 4.0
+SETS = {"ood": "OOD", "shift": "shifted"}
+"""Parts of a result that hold sets of images beside the ID images, and what a set of each is called."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,7 @@ def _study_of(entry: Entry) -> StudyConfig:
     model = {"name": entry.model, "options": options}
     study: dict[str, Any] = {"models": [model], "id": result["id"]["source"], "ood": sets, "bits": [entry.bits]}
     study |= {"fit": (result.get("fit") or {}).get("source"), "outputs": False}
+    study["shift"] = {name: part["source"] for name, part in (result.get("shift") or {}).items()}
     if entry.method.startswith("foreign:"):
         raise QuantlensError(f"{entry} was measured from a file that a result does not have; evaluate that file again")
     if not entry.baseline:
@@ -273,7 +276,7 @@ def _measured(study: StudyConfig, backend: Backend, progress: bool | Quiet) -> d
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    return {path: value for path, value in numbers(metrics_only(result)) if path.partition(".")[0] in ("id", "ood")}
+    return {path: value for path, value in numbers(metrics_only(result)) if path.partition(".")[0] in ("id", *SETS)}
 
 
 def _one_image(result: Mapping[str, Any], path: str) -> float:
@@ -281,7 +284,7 @@ def _one_image(result: Mapping[str, Any], path: str) -> float:
     part, name, *_ = path.split(".")
     if path.rpartition(".")[2] in ("nll", "brier", "ece", "ece_adaptive"):
         return 1e-4
-    sizes = [int(result["id"]["n"]), *([int(result["ood"][name]["n"])] if part == "ood" else [])]
+    sizes = [int(result["id"]["n"]), *([int(result[part][name]["n"])] if part in SETS else [])]
     return 1 / max(1, min(sizes))
 
 
@@ -291,7 +294,9 @@ def _differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
     if kept.get("checkpoint_sha256") != now.get("checkpoint_sha256"):
         others.append("the checkpoint is another one")
     named = {"the ID set": (kept["id"], now["id"])}
-    named |= {f"OOD set {name}": (part, now["ood"].get(name) or {}) for name, part in (kept.get("ood") or {}).items()}
+    for part, what in SETS.items():
+        sets = now.get(part) or {}
+        named |= {f"the {what} set {name}": (one, sets.get(name) or {}) for name, one in (kept.get(part) or {}).items()}
     for name, (before, today) in named.items():
         if before["fingerprint"] != today.get("fingerprint"):
             others.append(f"{name} is not the one that was measured ({before['n']} images then, {today.get('n')} now)")

@@ -212,9 +212,12 @@ def score_label(name: str) -> str:
 
 def first_score(names: Iterable[str]) -> str:
     """Which of several scores stands for all where one is shown: MSP, of detectors the largest confidence, else the
-    first; "msp" of none."""
+    first that asks for no caution, else the first; "msp" of none."""
     known = list(names)
-    return next((name for name in ("msp", "max_confidence") if name in known), known[0] if known else "msp")
+    infos = {name: _SCORES.find(name) for name in known}
+    plain = (name for name, found in infos.items() if found is None or not found[0].caution)
+    usual = (name for name in ("msp", "max_confidence") if name in known)
+    return next((name for some in (usual, plain, known) for name in some), "msp")
 
 
 def make_scorer(name: str, fit: FitData | None = None) -> Scorer:
