@@ -103,6 +103,27 @@ def test_quantile_mse_takes_the_best_candidate(bits):
     torch.testing.assert_close(chosen, candidates.amin(0))
 
 
+def test_a_sample_does_not_prefer_narrow_ranges(monkeypatch):
+    """Ranges judged on an eighth of the values are those judged on all of them, for rows with a few far-out values."""
+    rows = _rows(5, 64, 16_000)
+    rows[:, ::1000] *= 6
+    whole = quantile_mse(Observation.of(rows, tail=0.001), 6)
+    monkeypatch.setattr(module, "VALUES", rows.numel() // 8)
+    observer = Observer(axis=0, tail=0.001)
+    observer.update(rows)
+    seen = observer.result()
+    assert seen.values.shape[1] < seen.count
+    for found, expected in zip(quantile_mse(seen, 6), whole, strict=True):
+        assert float((found == expected).double().mean()) > 0.9
+        assert float((found.abs() / expected.abs()).log().mean().abs()) < 0.01
+    probs = (rows[:1].abs() + 1e-6) / 20
+    observer = Observer(tail=0.001)
+    monkeypatch.setattr(module, "VALUES", 500)
+    observer.update(probs)
+    chosen, best = (float(log_by_quantile(one, 8).delta) for one in (observer.result(), Observation.of(probs, 0.001)))
+    assert chosen == best
+
+
 def test_mse_beats_minmax_and_matches_a_plain_search():
     rows = _rows(4, 3, 2000)
     low, high = mse(Observation.of(rows), 4)

@@ -3,7 +3,7 @@
 Every rule takes G rows and gives G results; nothing here knows of models or sites.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -46,7 +46,7 @@ def mse(seen: Observation, bits: int, *, steps: int = 90, shrink: float = 0.01) 
     """
     factors = 1.0 - shrink * torch.arange(steps, device=seen.low.device)
     lows, highs = seen.low * factors[:, None], seen.high * factors[:, None]
-    return _least_error(seen.values, lows, highs, bits)
+    return _least_error(seen, lows, highs, bits)
 
 
 def clipping(seen: Observation, bits: int, *, steps: int = 90, shrink: float = 0.01) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def clipping(seen: Observation, bits: int, *, steps: int = 90, shrink: float = 0
     """
     top = torch.maximum(seen.low.abs(), seen.high.abs())
     ends = top * (1.0 - shrink * torch.arange(steps, device=top.device))[:, None]
-    return _least_error(seen.values, torch.maximum(seen.low, -ends), torch.minimum(seen.high, ends), bits)
+    return _least_error(seen, torch.maximum(seen.low, -ends), torch.minimum(seen.high, ends), bits)
 
 
 def quantile_mse(seen: Observation, bits: int, quantiles: Sequence[float] = REPQ_QUANTILES) -> tuple[Tensor, Tensor]:
@@ -67,13 +67,29 @@ def quantile_mse(seen: Observation, bits: int, quantiles: Sequence[float] = REPQ
     """
     lows = torch.stack([seen.quantile(1.0 - p) for p in quantiles])
     highs = torch.stack([seen.quantile(p) for p in quantiles])
-    return _least_error(seen.values, lows, highs, bits)
+    return _least_error(seen, lows, highs, bits)
 
 
-def _least_error(values: Tensor, lows: Tensor, highs: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """values [G, m]; lows, highs [candidates, G] -> the best low and high of each row."""
-    best = squared_errors(values, *affine_parameters(lows, highs, bits), bits).argmin(dim=0, keepdim=True)
+def _least_error(seen: Observation, lows: Tensor, highs: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """lows, highs [candidates, G] -> the best low and high of each row."""
+    parameters = affine_parameters(lows, highs, bits)
+    best = _of_all(seen, lambda rows: squared_errors(rows, *parameters, bits)).argmin(dim=0, keepdim=True)
     return lows.gather(0, best)[0], highs.gather(0, best)[0]
+
+
+def _of_all(seen: Observation, errors: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean errors of all that was seen. errors: rows [G, m] -> mean error of each row.
+
+    A sample holds few of a row's extreme values, most often too few, and so prefers ranges that clip them. Here it
+    tells the error of values clamped to the inner ends of the tails; what the tails add to that is exact.
+    """
+    if seen.values.shape[1] == seen.count:
+        return errors(seen.values)
+    ends = [tail[:, -1:] for tail in (seen.lower, seen.upper)]
+    total = errors(seen.values.clamp(*ends))
+    for tail, end in zip((seen.lower, seen.upper), ends, strict=True):
+        total += (errors(tail) - errors(end)) * (tail.shape[1] / seen.count)
+    return total
 
 
 def squared_errors(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -181,7 +197,9 @@ def log_by_quantile(
     """
     deltas = torch.stack([seen.quantile(p)[0] for p in quantiles])
     deltas = torch.where(deltas > 0, deltas, torch.ones_like(deltas))
-    return closest((Log(delta, bits, steps=steps) for delta in deltas), seen.values[0])
+    formats = [Log(delta, bits, steps=steps) for delta in deltas]
+    errors = _of_all(seen, lambda x: torch.stack([(q(x) - x).double().square().mean(1) for q in formats]))
+    return formats[int(errors[:, 0].argmin())]
 
 
 # -- power-of-two factors ------------------------------------------------------------------------------------------
