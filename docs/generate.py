@@ -218,6 +218,7 @@ def method_page(name: str) -> str:
         lines.append(table(["setting", "here", "in the paper", "what"], rows))
     if info["readings"]:
         lines += ["## Where the paper leaves a choice", "", *(f"- {reading}" for reading in info["readings"]), ""]
+    lines += beside_the_authors(name)
     lines += ["## Measured", ""]
     data = results()
     for key, about in data["sets"].items():
@@ -235,6 +236,32 @@ def method_page(name: str) -> str:
     if lines[-1] == "":
         lines.append("No results yet.")
     return "\n".join(lines) + "\n"
+
+
+def beside_the_authors(name: str) -> list[str]:
+    """Scales of six layers and those of the authors' code, of the methods that docs/fidelity.yaml has."""
+    told = yaml.safe_load((DOCS / "fidelity.yaml").read_text(encoding="utf-8")).get(name)
+    if told is None:
+        return []
+    lines = ["## Beside the authors' code", "", told["text"], ""]
+    numbers = {why: number for number, why in enumerate(told["reasons"], 1)}
+    for case in told["cases"]:
+        rows = [
+            [
+                f"`{row}`",
+                f"{ours:.4g}",
+                f"{theirs:.4g}",
+                f"{100 * (ours / theirs - 1):+.1f}\u00a0%",
+                *map(str, map(numbers.get, why)),
+            ]
+            for row, (ours, theirs, *why) in case["rows"].items()
+        ]
+        lines += [
+            f"{case['title']}:",
+            "",
+            table(["scale of", "here", "theirs", "difference", "why"], [[*row, ""][:5] for row in rows]),
+        ]
+    return [*lines, "Why they differ:", "", *(f"{numbers[why]}. {text}" for why, text in told["reasons"].items()), ""]
 
 
 def module_doc(method: Any) -> str:

@@ -1,6 +1,6 @@
 """Measure and compare: ``python -m benchmarks.quality [NAME …]``.
 
-A NAME is a case, or what its name begins with (``fast``, ``floor/repq``); all of them by default.
+A NAME is a case, or what its name begins with (``fast``, ``gap/repq``); all of them by default.
 """
 
 from __future__ import annotations

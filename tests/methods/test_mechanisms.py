@@ -173,7 +173,9 @@ def test_errors_count_by_their_gradient(fresh, pictures):
 
     model, name = changed(fresh("vit"), patches_apart), "blocks.1.mlp.fc1"
     options = {"variant": "paper", "candidates": 40, "rounds": 1}
-    scale = ql.quantize(model, pictures, method="ptq4vit", bits="W8A4", **options).plan.quantizers[f"{name}.input"].scale
+    scale = (
+        ql.quantize(model, pictures, method="ptq4vit", bits="W8A4", **options).plan.quantizers[f"{name}.input"].scale
+    )
     x, weight = values(graph_of(model), pictures)[f"{name}.input"], graph_of(model).tensor(f"{name}.weight")
 
     def error(scale, tokens):
@@ -257,7 +259,10 @@ def test_layernorm_and_softmax_run_on_shifts(variant, fresh, pictures):
     def uneven(tensors):
         for name in ("pos_embed", "cls_token"):
             tensors[name] *= factor
-        for name in ("patch_embed.proj", *(f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn.proj", "mlp.fc2"))):
+        for name in (
+            "patch_embed.proj",
+            *(f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn.proj", "mlp.fc2")),
+        ):
             tensors[f"{name}.weight"] *= factor.reshape(-1, *[1] * (tensors[f"{name}.weight"].dim() - 1))
             tensors[f"{name}.bias"] *= factor
 
@@ -323,7 +328,9 @@ def test_columns_take_up_the_error_of_those_before(method, fresh, pictures):
     seen, ratios = values(q.graph, pictures), {}
     for name in LAYERS:
         x, weight = rows_of(seen[f"{name}.input"]), graph_of(model).tensor(f"{name}.weight")
-        errors = [got - weight for got in (q.graph.tensor(f"{name}.weight"), q.plan.quantizers[f"{name}.weight"](weight))]
+        errors = [
+            got - weight for got in (q.graph.tensor(f"{name}.weight"), q.plan.quantizers[f"{name}.weight"](weight))
+        ]
         moments = [(x - x.mean(0) if method == "quantlens-fast" else x) @ error.T for error in errors]
         ratios[name] = energy(moments[0]) / energy(moments[1])
     assert max(ratios.values()) < 0.8, ratios
@@ -344,7 +351,10 @@ def test_the_base_follows_the_attention(fresh, pictures):
     seen = values(graph_of(model), pictures)
     bases = []
     for block in ("blocks.0", "blocks.1"):
-        found, probs, v = plan[f"{block}.attn.probs.output"], *(seen[f"{block}.attn.context.{e}"] for e in ("probs", "v"))
+        found, probs, v = (
+            plan[f"{block}.attn.probs.output"],
+            *(seen[f"{block}.attn.context.{e}"] for e in ("probs", "v")),
+        )
         assert isinstance(found, AdaLog)
         bases.append(found.numerator)
         error = energy((found(probs) - probs) @ v)

@@ -50,8 +50,8 @@ def last_block(loss, error):
 
 @pytest.mark.parametrize("method", ["fima-q", "aphq-vit"])
 def test_losses_know_what_the_output_depends_on(method, loaded, pictures, told):
-    """After the last block the class token alone is read: errors of other tokens cost next to nothing. fima-q's matrix is
-    more than its diagonal: errors of two elements at once cost more than each of them alone."""
+    """After the last block the class token alone is read: errors of other tokens cost next to nothing. fima-q's matrix
+    is more than its diagonal: errors of two elements at once cost more than each of them alone."""
     ql.quantize(loaded["vit"], pictures, method=method, bits="W4A4", iterations=0)
     loss = told[0].loss
     classes, patches = torch.zeros(2, 8, 17, 32).unbind(0)
@@ -96,7 +96,9 @@ def test_small_probabilities_keep_levels_and_weights_are_smoothed(fresh, picture
     smooth, quantized = told
     assert (smooth.optimise, smooth.float_weights, smooth.inputs) == (("weights",), True, "float")
     assert (quantized.optimise, quantized.float_weights, quantized.inputs) == (("weights",), False, "quantized")
-    gains = [unit["after"] / unit["before"] for unit in q.plan.info["reconstruction"]["smooth"] if "blocks" in unit["unit"]]
+    gains = [
+        unit["after"] / unit["before"] for unit in q.plan.info["reconstruction"]["smooth"] if "blocks" in unit["unit"]
+    ]
     assert max(gains) < 1
     assert min(gains) < 0.9
 

@@ -26,10 +26,6 @@ SLOW = ("adalog", *QUICK)
 """Methods that take seconds where others take tenths: tested on the hardest architecture and the outermost widths."""
 ARCHITECTURES = ("vit", "deit-distilled", "deit3", "swin", "torchvision", "plain")
 WIDTHS = ("W2A2", "W2A10", "W10A2", "W3A5", "W10A10", "W4A32", "W32A4")
-"""dB of the logits at W8A8. log√2 codes have steps of 41 % at any width: the attention of a tiny random model cannot be
-finer than that, and log2 codes (fq-ptq, i-and-s-vit) are coarser still. ptq4vit has one scale per weight tensor; 20
-for the others."""
-"""dB between 6 and 4 bits: its softmax exponents are whole numbers, as coarse at any width."""
 
 
 def _holds_what_its_plan_says(model, qmodel, images) -> None:

@@ -110,7 +110,7 @@ class AOCQ(Method):
         "block loss per token",
         readings=READINGS,
         aliases=("adaptive-outlier-correction",),
-        version=2,
+        version=3,
         arguments={"outlier_channels": "split"},
         options={
             "operator": Option(True, "level one: LN_α and Add_α balance the channels", (True, False)),

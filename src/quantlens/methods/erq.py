@@ -45,7 +45,7 @@ class ERQ(Method):
         year=2024,
         url="https://arxiv.org/abs/2407.06794",
         quantizes=MATMUL_OPERANDS,
-        version=3,
+        version=4,
         summary="weights by ridge regression on quantized inputs, rounded half by half, the rest taking up the error",
         departures=(
             IMAGE,

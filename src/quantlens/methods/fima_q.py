@@ -33,6 +33,7 @@ class FIMAQ(Method):
         year=2025,
         url="https://arxiv.org/abs/2506.11543",
         quantizes=MATMUL_OPERANDS,
+        version=2,
         summary="block reconstruction with random dropping; the loss a diagonal plus low-rank Fisher matrix",
         departures=DEPARTURES,
         readings=(

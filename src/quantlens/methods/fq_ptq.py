@@ -81,6 +81,9 @@ class FQViT(Method):
         readings=(
             "calibration images: as many as are given, theirs 10 batches of 100; ranges are the whole ones (min-max), "
             "as for the paper's FQ-ViT",
+            "all ranges are those of the float model; in the authors' last calibration batch the softmax already puts "
+            "out powers of two, and the ranges after it are those of a model with such a softmax",
+            "the last LayerNorm's output is quantized with all its tokens; theirs is the class token alone",
             "errors of exponents are measured on samples of all images, not on the last batch",
             "zero is taken into every range, where theirs clamps zero points and cuts off values; not at the softmax's "
             "input, whose zero point cancels",

@@ -29,7 +29,7 @@ class GPTQ(Method):
         year=2023,
         url="https://arxiv.org/abs/2210.17323",
         quantizes=MATMUL_OPERANDS,
-        version=3,
+        version=4,
         summary="weights column by column, each one's error taken up by the rest; activations as repq-vit",
         departures=(
             Departure(

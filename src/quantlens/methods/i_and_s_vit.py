@@ -42,6 +42,7 @@ class IAndSViT(Method):
         year=2023,
         url="https://arxiv.org/abs/2311.10126",
         quantizes=MATMUL_OPERANDS,
+        version=2,
         summary="shift-uniform-log2 softmax; float weights trained first for channel-wise, then for layer-wise "
         "quantized activations and quantized weights",
         departures=(
