@@ -81,7 +81,8 @@ class RepQViT(Method):
             "the layer-wise zero point is the rounded mean of the channels', an integer that is a code; theirs is not",
             "a layer is rewritten when it is reached; theirs calibrate once more in a second pass",
             "log√2: zero is one of the 2^b codes, where theirs has 2^b + 1",
-            "candidate ranges of large tensors are judged on 2^19 of the values and on all extreme ones; theirs on all",
+            "candidate ranges of large tensors are judged on 2^19 of the values and on all extreme ones, those of "
+            "softmax outputs on the former alone; theirs on all values",
             "a channel that is constant (LayerNorm weight 0), where theirs divides by zero, is represented exactly and "
             "does not take part in the mean scale",
             "the products' operands are quantized wherever the model scales them; theirs scales Swin's q before",

@@ -3,7 +3,7 @@
 Every rule takes G rows and gives G results; nothing here knows of models or sites.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -72,23 +72,23 @@ def quantile_mse(seen: Observation, bits: int, quantiles: Sequence[float] = REPQ
 
 def _least_error(seen: Observation, lows: Tensor, highs: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """lows, highs [candidates, G] -> the best low and high of each row."""
-    parameters = affine_parameters(lows, highs, bits)
-    best = _of_all(seen, lambda rows: squared_errors(rows, *parameters, bits)).argmin(dim=0, keepdim=True)
+    best = _errors(seen, *affine_parameters(lows, highs, bits), bits).argmin(dim=0, keepdim=True)
     return lows.gather(0, best)[0], highs.gather(0, best)[0]
 
 
-def _of_all(seen: Observation, errors: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean errors of all that was seen. errors: rows [G, m] -> mean error of each row.
+def _errors(seen: Observation, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """:func:`squared_errors` of all that was seen.
 
     A sample holds few of a row's extreme values, most often too few, and so prefers ranges that clip them. Here it
     tells the error of values clamped to the inner ends of the tails; what the tails add to that is exact.
     """
     if seen.values.shape[1] == seen.count:
-        return errors(seen.values)
+        return squared_errors(seen.values, scale, zero, bits)
     ends = [tail[:, -1:] for tail in (seen.lower, seen.upper)]
-    total = errors(seen.values.clamp(*ends))
+    total = squared_errors(seen.values.clamp(*ends), scale, zero, bits)
     for tail, end in zip((seen.lower, seen.upper), ends, strict=True):
-        total += (errors(tail) - errors(end)) * (tail.shape[1] / seen.count)
+        added = squared_errors(tail, scale, zero, bits) - squared_errors(end, scale, zero, bits)
+        total += added * (tail.shape[1] / seen.count)
     return total
 
 
@@ -197,9 +197,7 @@ def log_by_quantile(
     """
     deltas = torch.stack([seen.quantile(p)[0] for p in quantiles])
     deltas = torch.where(deltas > 0, deltas, torch.ones_like(deltas))
-    formats = [Log(delta, bits, steps=steps) for delta in deltas]
-    errors = _of_all(seen, lambda x: torch.stack([(q(x) - x).double().square().mean(1) for q in formats]))
-    return formats[int(errors[:, 0].argmin())]
+    return closest((Log(delta, bits, steps=steps) for delta in deltas), seen.values[0])
 
 
 # -- power-of-two factors ------------------------------------------------------------------------------------------
