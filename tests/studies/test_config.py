@@ -73,7 +73,7 @@ def test_a_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("seeds: [0, 13]", "seeds: []", "`seeds`"),
         ("seeds: [0, 13]", "seeds: [-1]", "greater than or equal to 0"),
         ("id: imagenet:data/val", "", "the key `id` is missing"),
-        ("calibration: imagenet:data/train[0:200]", "", "`calibration` is missing"),
+        ("calibration: imagenet:data/train[0:200]", "", "name a source of images, or `none`, and some are made"),
         ("calibration: imagenet:data/train[0:200]", "calibration: {source: 'images:x', m: 3}", "unknown key 'm'"),
         ("data/train[0:200]", "data/train?n=3", "write the number of images as `n`"),
         ("label: ViT-T", "label: deit_tiny_patch16_224", "its own `label`"),
@@ -89,6 +89,15 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new
     message = problem(tmp_path, GOOD.replace(old, new, 1))
     assert said in message
     assert "my-study.yaml" in message
+
+
+@pytest.mark.parametrize("text", ["none", "{source: none, n: 32}", "made:dead-leaves"])
+def test_a_study_without_calibration_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("PICTURES", "/pics")
+    config = load_config(write(tmp_path, GOOD.replace("imagenet:data/train[0:200]", text)))
+    assert config.calibration is not None
+    assert config.calibration.drawn(5) == "made:dead-leaves?n=32&seed=5"
+    assert parse_config(config.to_dict()) == config
 
 
 def test_defaults_of_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Calibration inputs that are more than images: whole calls of the model, with all that it takes."""
 
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -37,9 +38,15 @@ def called(calibration: Any, module: nn.Module) -> Any:
     """:class:`Calls`, where ``calibration`` is a call of the module or holds several: dictionaries of its arguments, or
     (arguments, keyword arguments); anything else as it is, to be read as images. Labels are left out.
 
-    Raises QuantlensError where calls do not fit each other.
+    Raises QuantlensError where calls do not fit each other, and where images are to be made (None) for a module that
+    takes more than images.
     """
     names = [name for name, _ in parameters_of(module.forward)]
+    if calibration is None and (more := _wanted(module)[1:]):
+        raise QuantlensError(
+            f"{type(module).__name__} takes {' and '.join(more)} beside images, and only images can be made; give "
+            "whole calls as calibration inputs, such as dictionaries of its arguments"
+        )
     if calibration is None or isinstance(calibration, str | Tensor | Source | ImageSet) or is_map_style(calibration):
         return calibration
     if _as_call(calibration, names) is not None:
@@ -54,6 +61,14 @@ def called(calibration: Any, module: nn.Module) -> Any:
         first = [item for item in [next(iterator, None)] if item is not None]
         items = chain(first, iterator)
     return _joined(items, names) if first and _as_call(first[0], names) is not None else items
+
+
+def _wanted(module: nn.Module) -> list[str]:
+    """The arguments that a module cannot be called without."""
+    taken = inspect.signature(module.forward).parameters.values()
+    return [
+        one.name for one in taken if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ]
 
 
 def _as_call(item: Any, names: list[str]) -> Call | None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from quantlens.data import ImageSet, as_image_set
 from quantlens.data.given import check_values, drawn
 from quantlens.data.shared import content_digests
-from quantlens.data.sources import open_calibration
+from quantlens.data.sources import NO_IMAGES, open_calibration
 from quantlens.errors import QuantlensError
 from quantlens.graph import VIEWS, Graph, op_name
 
@@ -54,16 +54,17 @@ class Calibration:
     def of(
         cls, images: Any, preprocess: Any, *, device: torch.device | str = "cpu", seed: int | None = None
     ) -> "Calibration":
-        """From whatever `data.as_image_set` accepts. seed: draws 32 images of a SOURCE text (unless it says how many)
-        or of a map-style data set; None takes all. Of an iterable, :data:`MOST` images are read.
+        """From whatever `data.as_image_set` accepts; from None (or "none") images that are made. seed: draws 32 images
+        of a SOURCE text (unless it says how many) or of a map-style data set; None takes all. Of an iterable,
+        :data:`MOST` images are read.
 
         Raises QuantlensError: no images, wrong shape, values that are not finite.
         """
         device = torch.device(device)
         if isinstance(images, Calibration):
             return images
-        if isinstance(images, str) and seed is not None:
-            images = open_calibration(images, seed=seed)
+        if images is None or (isinstance(images, str) and (seed is not None or images == NO_IMAGES)):
+            images = open_calibration(images, seed=seed or 0)
         elif seed is not None:
             images = drawn(images, seed)
         size = tuple(preprocess.input_size)
@@ -87,7 +88,9 @@ class Calibration:
         elif len(images):
             source, fingerprint = str(images.source), images.fingerprint
         if len(images) == 0:
-            raise QuantlensError("no calibration images: give at least one, 32 is the usual number")
+            raise QuantlensError(
+                "no calibration images: give at least one (32 is the usual number), or None for made ones"
+            )
         calibration = cls(images, len(images), source=source, fingerprint=fingerprint, device=device)
         calibration.content = "".join(content_digests(images, preprocess, DIGESTS))
         return calibration

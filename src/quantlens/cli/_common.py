@@ -240,10 +240,12 @@ def open_run(
     """(float model, calibration images as it reads them) of a command line: what the commands that quantize begin with.
     step: of :func:`stages`. reading: of :func:`reading`."""
     from quantlens.data import as_image_set
-    from quantlens.data.sources import open_calibration
+    from quantlens.data.sources import NO_IMAGES, open_calibration
     from quantlens.evaluation.open_models import open_float
 
     images = open_calibration(source, n, seed)
+    if source == NO_IMAGES:
+        print(f"no calibration images: {len(images)} are made, {images.spec}")
     loaded = open_float(model, weights, device, input_size, task, letterbox)
     told = partial(step, "decoding calibration images")
     return loaded, as_image_set(images, loaded.preprocess, progress=told, **reading)

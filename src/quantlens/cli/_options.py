@@ -30,7 +30,10 @@ Letterbox = Annotated[
 ]
 
 # -- images
-CalibrationSource = Annotated[str, typer.Option(metavar="SOURCE", help="Calibration images (`quantlens sources`).")]
+CalibrationSource = Annotated[
+    str,
+    typer.Option(metavar="SOURCE", help="Calibration images (`quantlens sources`); none: made ones, if you have none."),
+]
 CalibrationCount = Annotated[
     int | None, typer.Option("--n", min=1, help="How many calibration images the seed draws (default: 32).")
 ]

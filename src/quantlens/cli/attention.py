@@ -107,7 +107,9 @@ def _check(model: str, checkpoint: bool, weights: str | None, bits: str | None, 
     if checkpoint and weights is None:
         raise QuantlensError(f"drift is measured from FP32: name the checkpoint {model} was made from, --weights W")
     if not checkpoint and calibration is None:
-        raise QuantlensError("quantizing takes calibration images: give --calibration SOURCE (`quantlens sources`)")
+        raise QuantlensError(
+            "quantizing takes calibration images: give --calibration SOURCE (`quantlens sources`), or none: made ones"
+        )
 
 
 def _quantized(reference: Any, images: Any, bits: str, step: Any, **how: Any) -> dict[str, Any]:

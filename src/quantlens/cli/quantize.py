@@ -28,6 +28,8 @@ quantlens.
 
     quantlens quantize digits-vit --method easyquant --bits MP6 \\
       --calibration embedded:digits-calibration
+
+    quantlens quantize digits-vit --bits W4A4 --calibration none
 """
 
 

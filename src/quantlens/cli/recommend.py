@@ -47,7 +47,9 @@ def recommend(
     ood: _options.OodSets = None,
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Calibration images (default: 32 of --id, then not measured on)."),
+        typer.Option(
+            metavar="SOURCE", help="Calibration images (default: 32 of --id, then not measured on; none: made ones)."
+        ),
     ] = None,
     target: Annotated[
         str,

@@ -232,8 +232,8 @@ def load_images(
     """Decode, resize and crop the images of `source`, or take them from the on-disk cache.
 
     `cache_dir` is a folder, None for the default one (`quantlens.data.cache`), or False for no cache: then N*3*H*W
-    bytes are held in memory. Embedded sets are never cached on disk; of corrupted images the clean ones are, and the
-    corruption is done anew (:meth:`ImageSet.corrupted`) unless `keep_corrupted` has them cached too.
+    bytes are held in memory. Sets that ship or are made are never cached on disk; of corrupted images the clean ones
+    are, and the corruption is done anew (:meth:`ImageSet.corrupted`) unless `keep_corrupted` has them cached too.
     `progress(done, total)` is called after each decoded image. `workers` threads decode (as many as there are
     processors by default).
 
@@ -335,7 +335,7 @@ def _decoded(
 
     def decode(k: int) -> np.ndarray | str:
         try:
-            return preprocess.resize_crop(source.image(k))
+            return source.prepared(k, preprocess)
         except BadImageError as error:
             return str(error)
 

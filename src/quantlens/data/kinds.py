@@ -5,6 +5,7 @@ from quantlens.data.coco import open_coco
 from quantlens.data.embedded import open_embedded
 from quantlens.data.folders import open_imagefolder, open_imagenet, open_images
 from quantlens.data.hub import open_hub
+from quantlens.data.made import open_made
 from quantlens.data.sources import SourceKind
 from quantlens.data.tables import open_parquet
 from quantlens.data.tars import open_webdataset
@@ -37,4 +38,5 @@ KINDS = {
     "cifar100": SourceKind("dir", "CIFAR-100 test images, fine labels (?split=train)", open_cifar, ("split",)),
     "coco": SourceKind("dir", "images and boxes of a COCO instances file (?split=val2017)", open_coco, ("split",)),
     "embedded": SourceKind("name", "a set that ships with the package, no download", open_embedded),
+    "made": SourceKind("name", "images made by code, for calibration without any: dead-leaves or noise", open_made),
 }

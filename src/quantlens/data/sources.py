@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -31,10 +31,14 @@ from quantlens.boxes import Boxes
 from quantlens.data.corruptions import check_corruption, corrupted_fingerprint, parse_corruption
 from quantlens.errors import BadImageError, QuantlensError, UnknownNameError
 
+if TYPE_CHECKING:
+    from quantlens.data.preprocess import Preprocess
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 FINGERPRINT_DIGITS = 16
 CALIBRATION_IMAGES = 32
 """The usual number of calibration images."""
+NO_IMAGES, MADE_IMAGES = "none", "made:dead-leaves"  # what is written where there are none, and the SOURCE taken then
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,7 @@ class SourceSpec:
 
 
 def parse_spec(text: str) -> SourceSpec:
-    """Read `KIND:PATH[a:b]?n=200&seed=0`. Raises UnknownNameError (kind, query key) or QuantlensError (the
-    rest).
-    """
+    """Read `KIND:PATH[a:b]?n=200&seed=0`. Raises UnknownNameError (kind, query key) or QuantlensError (the rest)."""
     from quantlens.data.kinds import KINDS  # the kinds need the classes below
 
     kind, colon, rest = text.partition(":")
@@ -131,9 +133,11 @@ def _with(text: str, **added: Any) -> str:
     return f"{text.removesuffix(f'?{query}')}?{'&'.join([*kept, *(f'{key}={value}' for key, value in added.items())])}"
 
 
-def open_calibration(text: str, n: int | None = None, seed: int = 0) -> "Source":
-    """The calibration images of a SOURCE: `n` that `seed` draws (by default 32, or all where there are fewer), unless
-    it draws a sample itself. Raises QuantlensError where both say how many and differ, and as :func:`open_source`."""
+def open_calibration(text: str | None, n: int | None = None, seed: int = 0) -> "Source":
+    """The calibration images of a SOURCE (:data:`MADE_IMAGES` for None and "none"): `n` that `seed` draws (by default
+    32, or all where there are fewer), unless it draws a sample itself. Raises QuantlensError where both say how many
+    and differ, and as :func:`open_source`."""
+    text = MADE_IMAGES if text in (None, NO_IMAGES) else text
     sample = parse_spec(text).sample
     if sample is not None and n not in (None, sample):
         raise QuantlensError(f"--n {n} and {text!r} ask for different numbers of images; leave one of them out")
@@ -175,6 +179,10 @@ class Source(ABC):
     def image(self, index: int) -> Image.Image:
         """Image `index` in RGB, not corrupted. Raises BadImageError with the reason; `describe(index)` names it."""
 
+    def prepared(self, index: int, preprocess: "Preprocess") -> np.ndarray:
+        """Image `index` as a model gets it, uint8 [C, H, W]. Raises as :meth:`image`."""
+        return preprocess.resize_crop(self.image(index))
+
     def fingerprint(self) -> str:
         """Short hash that changes when the images change, or what corrupts them."""
         return corrupted_fingerprint(self.clean_fingerprint(), self.corruption)
@@ -185,9 +193,7 @@ class Source(ABC):
 
     @abstractmethod
     def identity(self) -> list[str] | None:
-        """One line per image that changes when the image's bytes may have changed; None: never cached on
-        disk.
-        """
+        """One line per image that changes when the image's bytes may have changed; None: never cached on disk."""
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Self:
         """The same kind of source with only these images, in this order."""
@@ -247,9 +253,7 @@ class FileSource(Source):
 
 @dataclass(repr=False, eq=False)
 class ArraySource(Source):
-    """Small images held in memory: `pixels` uint8 [N,H,W,3]. `origin` identifies the file they came from, if
-    any.
-    """
+    """Small images held in memory: `pixels` uint8 [N,H,W,3]. `origin` identifies the file they came from, if any."""
 
     pixels: np.ndarray = field(kw_only=True)
     origin: str | None = None

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from quantlens._moved import ARGUMENTS, arguments_apart
+from quantlens.data.sources import MADE_IMAGES, NO_IMAGES, with_sample
 from quantlens.errors import QuantlensError
 from quantlens.metrics.operating import KEEP, Promise
 
@@ -48,11 +49,12 @@ def _path(text: str, info: ValidationInfo) -> str:
 
 
 def _source(text: str, info: ValidationInfo) -> str:
-    """A SOURCE with variables replaced and such a path; `embedded:` names stay as they are."""
+    """A SOURCE with variables replaced and such a path; names of sets that ship or are made stay as they are."""
     if info.context is None:
         return text
     kind, colon, rest = _VARIABLE.sub(_value, text).partition(":")
-    return f"{kind}:{info.context / Path(rest).expanduser()}" if colon and kind != "embedded" else kind + colon + rest
+    named = not colon or kind in ("embedded", "made")
+    return kind + colon + rest if named else f"{kind}:{info.context / Path(rest).expanduser()}"
 
 
 def _weights(text: str, info: ValidationInfo) -> str:
@@ -64,10 +66,10 @@ def _plugin(text: str, info: ValidationInfo) -> str:
 
 
 def _not_sampled(count: str, source: str) -> str:
-    """Refuse a source that draws a sample, which the key `count` is for."""
+    """Refuse a source that draws a sample, which the key `count` is for; "none" is that of made images."""
     if re.search(r"[?&](n|seed)=", source):
         raise ValueError(f"must not draw a sample itself: write the number of images as `{count}`")
-    return source
+    return MADE_IMAGES if source == NO_IMAGES else source
 
 
 def _bits(text: str) -> str:
@@ -164,7 +166,7 @@ class MethodSpec(_Strict):
 
 
 class CalibrationSpec(_Strict):
-    """Where calibration images come from, and how many of them each seed draws."""
+    """Where calibration images come from (none: they are made), and how many of them each seed draws."""
 
     _short = "source"
     source: Annotated[Source, AfterValidator(partial(_not_sampled, "n"))]
@@ -172,8 +174,6 @@ class CalibrationSpec(_Strict):
 
     def drawn(self, seed: int) -> str:
         """The source of the images that this seed draws."""
-        from quantlens.data.sources import with_sample
-
         return with_sample(self.source, self.n, seed)
 
 
@@ -303,7 +303,7 @@ class StudyConfig(_Strict):
             if not self.methods:
                 raise ValueError("`methods` is missing: name at least one method for the quantized precisions")
             if self.calibration is None:
-                raise ValueError("`calibration` is missing: name the source of the calibration images")
+                raise ValueError("`calibration` is missing: name a source of images, or `none`, and some are made")
         if self.inspect is not None and self.inspect.source is None and self.calibration is None:
             raise ValueError("`inspect` has no images: give it a `source`, or the study `calibration`")
         return self
