@@ -1,5 +1,5 @@
-"""What calibration images matter: top-1 and NLL of methods calibrated on noise, on flowers, and on 1 to 256 training
-images, on official validation images.
+"""What calibration images matter: top-1 and NLL of methods calibrated on white noise, on made images, on flowers, and
+on 1 to 256 training images, on official validation images.
 
     python -m benchmarks.calibration_images --out curve.jsonl            # goes on where it was stopped
     python -m benchmarks.calibration_images --out curve.jsonl --table    # what there is, as a table in Markdown
@@ -18,20 +18,27 @@ from typing import Any
 
 SHARED = Path(os.environ.get("QUANTLENS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 MODELS = {"DeiT-Tiny": "deit_tiny_patch16_224", "ViT-Tiny": "vit_tiny_patch16_224.augreg_in21k_ft_in1k"}
-METHODS = ("quantlens-fast", "repq-vit", "minmax", "percentile", "erq", "ptq4vit", "vt-ptq")
-IMAGES = ("noise", "flowers", 1, 4, 16, 32, 256)
+METHODS: dict[str, dict[str, Any]] = {
+    "quantlens-fast": {},
+    "quantlens-fast in groups": {"activation_granularity": "group"},
+    **{name: {} for name in ("repq-vit", "minmax", "percentile", "erq", "ptq4vit", "vt-ptq")},
+}
+"""Label -> options; a label begins with the method's name."""
+IMAGES = ("noise", "made:noise", "made:dead-leaves", "flowers", 1, 4, 16, 32, 256)
 BITS = ("W4A4", "W8A8")
 SEED = 0
 
 
 def calibration(images: str | int) -> Any:
-    """The calibration images: 32 of uniform noise, 32 flowers, or so many training images."""
+    """The calibration images: 32 of uniform noise, 32 that are made, 32 flowers, or so many training images."""
     import numpy as np
     from PIL import Image
 
     if images == "noise":
         pixels = np.random.default_rng(SEED).integers(0, 256, (32, 224, 224, 3), dtype=np.uint8)
         return [Image.fromarray(one) for one in pixels]
+    if isinstance(images, str) and images.startswith("made:"):
+        return f"{images}?n=32&seed={SEED}"
     if images == "flowers":
         return f"images:{SHARED}/ood/flowers?n=32&seed={SEED}"
     return f"imagenet:{SHARED}/imagenet[1::2]?n={images}&seed={SEED}"
@@ -53,7 +60,8 @@ def measure(out: Path) -> None:
             )
         one: Any = models[model]
         if method is not None:
-            one = ql.quantize(one, calibration(images), method=method, bits=bits, seed=SEED)
+            name, options = method.split()[0], METHODS[method]
+            one = ql.quantize(one, calibration(images), method=name, bits=bits, seed=SEED, **options)
         result = ql.evaluate(one, id=f"imagenet:{SHARED}/imagenet_val[1::2]", reference=False).to_dict()["id"]
         row = {
             "model": model,
