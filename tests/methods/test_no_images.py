@@ -74,6 +74,7 @@ def test_models_of_other_inputs_work_or_are_refused() -> None:
         ql.quantize(Captioned().eval(), None, method="minmax")
 
 
+@pytest.mark.slow
 def test_a_detector_is_quantized_without_images() -> None:
     quantized = ql.quantize(ql.load_model("scenes-yolos"), None, method="minmax", bits="W8A8")
     assert quantized.provenance.calibration["source"].startswith("made:")
