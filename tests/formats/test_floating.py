@@ -143,6 +143,12 @@ def test_mx_blocks_are_those_of_the_standard(name, count):
     assert elements.shape == x.shape
     assert scales.tolist() == [codes for _, codes in expected]
     assert int(elements.max()) < 1 << q.bits
+    fixed = q.fitted(x)
+    assert same(fixed(x), q(x))
+    assert torch.equal(fixed.encode(x), elements)
+    assert same(fixed.decode(elements), q(x))
+    assert not fixed.dynamic
+    assert torch.equal(restore(fixed.config(), fixed.tensors())(x / 3), fixed(x / 3))
     exact = torch.exp2(scales.double() - 127).repeat_interleave(32, 1)[:, :count]
     decoded = torch.tensor([[value_of(int(c), MX[name]) for c in row] for row in elements], dtype=torch.float64)
     assert torch.equal((decoded * exact).float(), q(x))
@@ -349,3 +355,21 @@ def test_gradients_pass_where_nothing_saturates(name):
     assert set(x.grad.unique().tolist()) <= {0.0, 1.0}
     if name.startswith("FP8"):
         assert torch.equal(x.grad == 0, x.detach().abs() > x.detach().abs().max() / 3)
+
+
+@pytest.mark.parametrize("name", [*MX, "NVFP4"])
+def test_static_scales_are_those_of_one_tensor(name):
+    weight = sample(13, 5, 3, 4, 4, spread=1)
+    q = floating_format(name, weight.abs().amax(), axis=1, search=True)
+    fixed = q.fitted(weight)
+    value = fixed(weight)
+    assert torch.equal(value, q(weight))
+    assert torch.equal(fixed(value), value)
+    assert torch.equal(fixed(value / 2)[value == 0], value[value == 0])
+    codes = fixed.encode(weight)
+    assert codes.shape == weight.shape
+    assert torch.equal(fixed.decode(codes), value)
+    held = sum(t.numel() for key, t in fixed.tensors().items() if key == "scale_codes")
+    assert held == 5 * -(-48 // q.group_size)
+    steps = fixed.each_scale(weight)
+    assert torch.equal(ELEMENTS[q.element].round(weight / steps) * steps, value)

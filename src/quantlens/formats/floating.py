@@ -1,5 +1,5 @@
-"""Floating-point formats: FP8 with a static scale, and formats whose blocks of values share a scale, found when values
-are quantized (OCP Microscaling formats, version 1.0, 2023; NVIDIA's NVFP4, 2025).
+"""Floating-point formats: FP8 with a static scale, and formats whose blocks of values share a scale (OCP Microscaling
+formats, version 1.0, 2023; NVIDIA's NVFP4, 2025), found when values are quantized, or once, for a weight.
 
 FP8      x̂ = s·e,         s static, per tensor or channel (1: a plain cast), e in E4M3 or E5M2
 MX       x̂ = 2ᵗ·e,        blocks of 32, t = max(floor(log₂ max|x|) − emax, −127): 8 bits, E8M0
@@ -56,29 +56,37 @@ class FloatingPoint(Quantizer):
 
 
 class Blocks(Quantizer):
-    """What formats have in common whose blocks of values share a scale of 8 bits, found when values are quantized.
+    """What formats have in common whose blocks of values share a scale of 8 bits.
 
     axis: the dimension along which the blocks lie: −1; −2 as in the keys [..., C, N] of an attention; −3 as in the maps
     [B, C, H, W] of a convolution; 1 of a convolution's weight [out, in, h, w]: all that it sums over, in this order.
-    search: whether a block looks for its scale.
+    search: whether a block looks for its scale. scale_codes: uint8 [..., ⌈C/group_size⌉, 1], static scales of one
+    tensor (:meth:`fitted`); ``None``: dynamic.
 
-    ``encode`` gives, for C values along the axis, C + ⌈C/group_size⌉ integers, uint8: bit patterns of the elements in
-    the low bits, then of the scales. Of a convolution's weight they are [out, …].
+    ``encode`` gives bit patterns of the elements in the low bits of uint8; with dynamic scales, for C values along the
+    axis, C + ⌈C/group_size⌉ of them: then those of the scales.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("group_size", "search")
-    dynamic = True
     group_size: ClassVar[int]
     steps: ClassVar[tuple[int, ...]]
     """What is added to the code of the standard's scale in a search."""
     undefined: ClassVar[int]
     """The code of a scale that is NaN."""
 
-    def __init__(self, element: str, *, axis: int, search: bool):
+    def __init__(self, element: str, *, axis: int, search: bool, scale_codes: Tensor | None):
         if axis not in (-1, -2, -3, 1):
             raise ValueError(f"axis {axis}: blocks lie along one of the last three dimensions, or 1 of a weight")
         super().__init__(ELEMENTS[element].bits, signed=False, granularity="group", axis=axis)
         self.element, self._element, self.search = element, ELEMENTS[element], search
+        self.dynamic = scale_codes is None
+        self._hold(scale_codes=None if scale_codes is None else scale_codes.detach().to(torch.uint8).clone())
+
+    def fitted(self, x: Tensor) -> Self:
+        """The format with the scales that the blocks of ``x`` get, static: for a weight, whose values change with
+        rounding and whose scales must not."""
+        codes = self.chosen(self.groups(x)).to(torch.uint8)
+        return type(self).restore(self.config(), {**self.tensors(), "scale_codes": codes}).to(x.device)
 
     @abstractmethod
     def standard(self, largest: Tensor) -> Tensor:
@@ -106,6 +114,8 @@ class Blocks(Quantizer):
 
     def chosen(self, groups: Tensor) -> Tensor:
         """int32 codes [..., G, 1] of the scales of blocks [..., G, group_size]."""
+        if not self.dynamic:
+            return self.scale_codes.int()
         found = self.standard(groups.abs().amax(-1, keepdim=True))
         if not self.search:
             return found
@@ -143,28 +153,33 @@ class Blocks(Quantizer):
             groups = self.groups(x)
             scales = self.chosen(groups)
             units = self._units(groups, scales).masked_fill_(scales == self.undefined, 0.0)
-            like = x.flatten(1) if self.axis == 1 else x
-            parts = [self.whole(self._element.encode(units), like), self._turned(scales.to(torch.uint8).squeeze(-1))]
-            return torch.cat(parts, self.axis)  # type: ignore[arg-type]
+            elements = self.whole(self._element.encode(units), x)
+            if not self.dynamic:
+                return elements
+            flat = elements.flatten(1) if self.axis == 1 else elements
+            return torch.cat([flat, scales.to(torch.uint8).squeeze(-1).movedim(-1, self.axis)], self.axis)  # type: ignore[arg-type]
 
     def decode(self, codes: Tensor) -> Tensor:
-        elements, scales = (codes.movedim(self.axis, -1) for codes in self.planes(codes))  # type: ignore[arg-type]
-        shared = self.scales(scales.int()).repeat_interleave(self.group_size, -1)[..., : elements.shape[-1]]
-        return self._turned(self._element.decode(elements).mul_(shared))
-
-    def _turned(self, x: Tensor) -> Tensor:
-        return x.movedim(-1, self.axis)  # type: ignore[arg-type]
+        elements, scales = (codes, self.scale_codes) if not self.dynamic else self.planes(codes)
+        if self.dynamic:
+            scales = scales.movedim(self.axis, -1).unsqueeze(-1)  # type: ignore[arg-type]
+        return self.whole(self._element.decode(self.groups(elements)).mul_(self.scales(scales.int())), elements)
 
     def planes(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """What :meth:`encode` gives, in two: elements and scales."""
+        """What :meth:`encode` gives with dynamic scales, in two: elements and scales."""
         both = codes.shape[self.axis]  # type: ignore[index]
         count = -(-both // (self.group_size + 1))
         elements, scales = codes.split([both - count, count], self.axis)  # type: ignore[arg-type]
         return elements, scales
 
+    def each_scale(self, x: Tensor) -> Tensor:
+        """The scale of every value of ``x``, in its shape."""
+        groups = self.groups(x)
+        return self.whole(self.scales(self.chosen(groups)).expand_as(groups), x)
+
 
 class MicroScaled(Blocks):
-    """The OCP Microscaling formats: blocks of 32 with a scale that is a power of two. They have no parameters.
+    """The OCP Microscaling formats: blocks of 32 with a scale that is a power of two. They need no calibration.
 
     ``MicroScaled("E2M1")`` is MXFP4, E2M3 and E3M2 MXFP6, E4M3 and E5M2 MXFP8, INT8 MXINT8. A search tries
     twice the standard's scale too, at which no element saturates.
@@ -173,8 +188,8 @@ class MicroScaled(Blocks):
     kind, settings = "mx", (*Blocks.settings, "element")
     group_size, steps, undefined = 32, (1,), 255
 
-    def __init__(self, element: str, *, axis: int = -1, search: bool = False):
-        super().__init__(element, axis=axis, search=search)
+    def __init__(self, element: str, *, axis: int = -1, search: bool = False, scale_codes: Tensor | None = None):
+        super().__init__(element, axis=axis, search=search, scale_codes=scale_codes)
         powers = torch.exp2(torch.arange(-127, 128, dtype=torch.float64))
         self._hold(derived=True, powers=torch.cat([powers, powers.new_tensor([math.nan])]).float())
 
@@ -191,16 +206,23 @@ class NVFP4(Blocks):
 
     ``NVFP4(scale)``; ``NVFP4.of(x)`` is that of a tensor.
 
-    scale: float32 [], positive and finite. Blocks beyond 448·6 of it saturate. A block whose scale rounds to 0 is 0. A
-    search tries the scales at which the largest element is about 4, not 6 (1.5 times the standard's, as in "Four over
-    six", 2025), and the one below the standard's.
+    scale: float32 [], positive and finite, always static. Blocks beyond 448·6 of it saturate. A block whose scale
+    rounds to 0 is 0. A search tries the scales at which the largest element is about 4, not 6 (1.5 times the
+    standard's, as in "Four over six", 2025), and the one below the standard's.
     """
 
     kind = "nvfp4"
     group_size, steps, undefined = 16, (4, 5, -1), 0x7F
 
-    def __init__(self, scale: Tensor | float = 1.0, *, axis: int = -1, search: bool = False):
-        super().__init__("E2M1", axis=axis, search=search)
+    def __init__(
+        self,
+        scale: Tensor | float = 1.0,
+        *,
+        axis: int = -1,
+        search: bool = False,
+        scale_codes: Tensor | None = None,
+    ):
+        super().__init__("E2M1", axis=axis, search=search, scale_codes=scale_codes)
         self._hold(scale=parameter("scale", scale))
         self._e4m3 = ELEMENTS["E4M3"]
 
