@@ -175,7 +175,7 @@ class Allocation:
 def parse_target(text: str | int) -> int:
     """The width that ``MP6``, ``W6A6`` or ``6`` names. Raises QuantlensError for anything else."""
     if floating_name(text):
-        raise QuantlensError(f"target {text!r}: widths are chosen among integers, not floating-point formats: write MP6")
+        raise QuantlensError(f"target {text!r}: a floating-point format has one width; write MP6, for integers")
     match = re.fullmatch(r"(?:MP|W(?=(\d+)A\1$))?(\d+)(?:A\d+)?", str(text).strip().upper())
     if match is None or ("A" in str(text).upper() and match[1] is None):
         raise QuantlensError(

@@ -13,6 +13,9 @@
    convolutions; rotations and means, which fit one range to all channels, are left out then, but for means of keys.
 3. Weights, layer by layer in closed form: fitted to the float output on quantized inputs, then rounded column by column
    (GPTQ); the bias takes up the mean error of the output.
+
+With floating-point formats (``bits="MXFP4"``) the transforms are those of integers of the same width; blocks search
+their scales, those of weights once, before their columns are rounded.
 """
 
 from collections.abc import Callable
