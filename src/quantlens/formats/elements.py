@@ -65,9 +65,10 @@ class Element:
         value = self.round(x)
         if not self.exponent:
             return value.mul_(2.0**self.mantissa).nan_to_num_(0.0).to(torch.int8).view(torch.uint8)
-        positive = self.table(x.device)[: 1 << (self.bits - 1)]
-        finite = positive[positive <= self.largest]  # ascending, as their codes are
-        code = torch.bucketize(value.abs().contiguous(), finite, out_int32=True)
+        size, bits = value.abs(), value.view(torch.int32) & 0x7FFFFFFF
+        normal = (bits >> (23 - self.mantissa)) - ((127 - self.bias) << self.mantissa)
+        below = (size.clamp_max(2.0**self.least) * 2.0 ** (self.mantissa - self.least)).to(torch.int32)
+        code = torch.where(size >= 2.0**self.least, normal, below)
         code = torch.where(value.isnan(), self.not_a_number, code)
         negative = torch.signbit(value) & (~value.isnan() | bool(self.not_a_number))
         return (code | (negative.int() << (self.bits - 1))).to(torch.uint8)

@@ -224,7 +224,7 @@ class NVFP4(Blocks):
     ):
         super().__init__("E2M1", axis=axis, search=search, scale_codes=scale_codes)
         self._hold(scale=parameter("scale", scale))
-        self._e4m3 = ELEMENTS["E4M3"]
+        self._hold(derived=True, values=ELEMENTS["E4M3"].table(self.scale.device).clone())
 
     @classmethod
     def of(cls, x: Tensor, *, axis: int = -1, search: bool = False) -> Self:
@@ -239,11 +239,11 @@ class NVFP4(Blocks):
         return cls(torch.where(scale > 0, torch.maximum(scale, least), 1.0), axis=axis, search=search)
 
     def standard(self, largest: Tensor) -> Tensor:
-        codes = self._e4m3.encode(largest / 6.0 / self.scale).int()
+        codes = ELEMENTS["E4M3"].encode(largest / 6.0 / self.scale).int()
         return torch.where(torch.isfinite(largest), codes, self.undefined)
 
     def scales(self, codes: Tensor) -> Tensor:
-        return self._e4m3.decode(codes) * self.scale
+        return self.values[codes.long()] * self.scale
 
 
 # -- by name -------------------------------------------------------------------------------------------------------
