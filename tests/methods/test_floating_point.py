@@ -166,6 +166,7 @@ def test_columns_take_up_each_others_errors(bits, site, model, pictures):
     assert all(torch.equal(scales[0][name], scales[1][name]) for name in scales[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_convolutions_and_windows(method, loaded, pictures, tmp_path):
     """Swin: attention in windows, merged patches, maps."""
