@@ -43,10 +43,11 @@ def quantize(
     calibration: float images [N, 3, H, W] prepared as the model wants them; PIL images, which are prepared so; a list,
     DataLoader or other iterable of either, with labels or not; a SOURCE or map-style data set, of which ``seed`` draws
     32 (``?n=64``: 64), as on the command line; None: images are made (:mod:`quantlens.data.made`). bits:
-    ``W4A8``-style or ``FP32``; for mixed precision a mapping from module names to widths with a "default", ``MP6``
-    (widths chosen by :func:`allocate` for the size of W6A6), an Allocation, or the .json file of one. patch_bits,
-    head_bits, outlier_channels, image, target: :data:`quantlens.methods.base.SHARED_OPTIONS`; None is the method's
-    default. options: the method's own (``quantlens methods`` lists them).
+    ``W4A8``-style or ``FP32``; a floating-point format (``MXFP4``) or two (``WMXFP4AMXFP8``); for mixed precision a
+    mapping from module names to widths with a "default", ``MP6`` (widths chosen by :func:`allocate` for the size of
+    W6A6), an Allocation, or the .json file of one. patch_bits, head_bits, outlier_channels, image, target:
+    :data:`quantlens.methods.base.SHARED_OPTIONS`; None is the method's default. options: the method's own (``quantlens
+    methods`` lists them).
 
     Returns a :class:`~quantlens.qmodel.QuantizedModel`. Raises QuantlensError subclasses on anything the caller
     can mend.

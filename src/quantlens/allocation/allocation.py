@@ -11,6 +11,7 @@ from typing import Any
 from quantlens import _moved
 from quantlens.errors import QuantlensError
 from quantlens.files import write_whole
+from quantlens.formats import floating_name
 from quantlens.qmodel import Bits
 
 FORMAT = 1
@@ -173,6 +174,8 @@ class Allocation:
 # -- targets ----------------------------------------------------------------------------------------------------------
 def parse_target(text: str | int) -> int:
     """The width that ``MP6``, ``W6A6`` or ``6`` names. Raises QuantlensError for anything else."""
+    if floating_name(text):
+        raise QuantlensError(f"target {text!r}: a floating-point format has one width; write MP6, for integers")
     match = re.fullmatch(r"(?:MP|W(?=(\d+)A\1$))?(\d+)(?:A\d+)?", str(text).strip().upper())
     if match is None or ("A" in str(text).upper() and match[1] is None):
         raise QuantlensError(

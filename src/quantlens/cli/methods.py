@@ -53,7 +53,7 @@ def _show(info: Any, place: str) -> None:
     print(f"paper: {info.citation} {info.url}".rstrip())
     if place:
         print(f"plugin: {place}")
-    print(f"quantizes: {info.quantizes}")
+    print(f"quantizes: {info.quantizes}{', to floating-point formats too' * info.floating}")
     print(info.summary)
     for departure in info.departures:
         values = f"{departure.setting}={departure.ours}, the paper's form {departure.paper}"

@@ -43,7 +43,11 @@ def quantize(
     n: _options.CalibrationCount = None,
     method: _options.MethodName = "quantlens-fast",
     bits: Annotated[
-        str, typer.Option(help="W4A8 is 4-bit weights and 8-bit activations; MP6 or a file of `quantlens allocate`.")
+        str,
+        typer.Option(
+            help="W4A8 is 4-bit weights and 8-bit activations; MXFP4, NVFP4, FP8 or WMXFP4AMXFP8; MP6 or a file of "
+            "`quantlens allocate`."
+        ),
     ] = "W8A8",
     seed: _options.Seed = 0,
     out: Annotated[Path | None, typer.Option(help="The file to write (default: MODEL-BITS.safetensors).")] = None,

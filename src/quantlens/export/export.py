@@ -43,6 +43,7 @@ from quantlens.export.guards import (
 from quantlens.export.onnx_file import Initializer, check, pieces
 from quantlens.export.onnx_values import Size
 from quantlens.files import write_whole
+from quantlens.formats import Blocks, FloatingPoint
 from quantlens.graph.structure import paths_of
 from quantlens.qmodel import QuantizedModel, float_model
 
@@ -189,6 +190,13 @@ def onnx_model(
         raise UnsupportedError(
             f"the model computes {len(qmodel.plan.operators)} LayerNorms or softmaxes in integer arithmetic of its "
             "own, which runtimes have no operators for; quantize for a runtime (--target) to export"
+        )
+    edges = qmodel.graph.sites.edges
+    small = [k for k, q in qmodel.plan.quantizers.items() if isinstance(q, Blocks | FloatingPoint)]
+    if not all(edges[key].is_weight for key in small):
+        raise UnsupportedError(
+            f"{qmodel.bits}: floating-point formats of activations cannot be written as ONNX operations; export to "
+            ".pt2 with --simulate, or give activations a width (WMXFP4A8)"
         )
     graph, emitter = qmodel.graph, Emitter(qmodel.graph, qmodel.plan.quantizers, simulate=simulate)
     taken = input_names(graph)

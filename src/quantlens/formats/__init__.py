@@ -1,6 +1,17 @@
-"""Number formats: x → integer codes → x̂, as value objects with their parameters."""
+"""Number formats: x → codes → x̂, as value objects with their parameters; `cast` gives x̂ by a format's name."""
 
 from quantlens.formats.base import Operator, Quantizer, bounded_, restore, round_ste
+from quantlens.formats.floating import (
+    FLOATING,
+    NVFP4,
+    Blocks,
+    FloatingPoint,
+    MicroScaled,
+    cast,
+    floating_bits,
+    floating_format,
+    floating_name,
+)
 from quantlens.formats.group_affine import GroupAffine
 from quantlens.formats.group_scaled import LEAST, MOST, PARTS, Grouped, GroupScaled, SqrtSoftmax
 from quantlens.formats.integer_ops import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax
@@ -18,13 +29,17 @@ from quantlens.formats.uniform import (
 )
 
 __all__ = [
+    "FLOATING",
     "LEAST",
     "MAX_ZERO_POINT",
     "MOST",
+    "NVFP4",
     "PARTS",
     "RESOLUTION",
     "AdaLog",
     "Affine",
+    "Blocks",
+    "FloatingPoint",
     "GroupAffine",
     "GroupScaled",
     "Grouped",
@@ -32,6 +47,7 @@ __all__ = [
     "Log",
     "LogIntSoftmax",
     "MaskedSoftmax",
+    "MicroScaled",
     "Operator",
     "PowerOfTwo",
     "Quantizer",
@@ -41,6 +57,10 @@ __all__ = [
     "Uniform",
     "affine_parameters",
     "bounded_",
+    "cast",
+    "floating_bits",
+    "floating_format",
+    "floating_name",
     "is_constant",
     "pixel_codes",
     "restore",

@@ -80,7 +80,7 @@ class Quantizer(Described):
         index; ``None`` for granularity "tensor".
     """
 
-    dynamic: ClassVar[bool] = False
+    dynamic: bool = False
     narrowest: ClassVar[int] = 1
 
     def __init__(self, bits: int, *, signed: bool, granularity: str = "tensor", axis: int | None = None):

@@ -111,12 +111,17 @@ def current_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+LATER = {"variant": "ours", "block_scale": "absmax"}
+"""Options that came later: with these values, a method does what it did before."""
+
+
 def former_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All ``options`` of a method as keys of cells spell them, so that a change of names runs no cell again: with names
     and options of the release before they changed."""
     found = {**FIXED.get(method, {}), **options}
     for old, new in RENAMED_ARGUMENTS.items():
         found[old] = found.pop(new)
-    if found.get("variant") == "ours":
-        del found["variant"]
+    for later, usual in LATER.items():
+        if found.get(later) == usual:
+            del found[later]
     return found

@@ -35,6 +35,7 @@ from quantlens.calibration import (
 )
 from quantlens.formats import MAX_ZERO_POINT, PowerOfTwo, Quantizer, Uniform, bounded_
 from quantlens.graph.graph import VIEWS, op_name
+from quantlens.methods._everything import everything_edges
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, steps, train, weight_quantizers
 from quantlens.methods.base import (
     EVERYTHING,
@@ -47,7 +48,6 @@ from quantlens.methods.base import (
     Plan,
     Run,
     Widths,
-    everything_edges,
     readers,
 )
 from quantlens.reconstruction import Settings

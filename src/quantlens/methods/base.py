@@ -19,9 +19,9 @@ from torch import Tensor, fx
 
 from quantlens.ambient import isolated
 from quantlens.calibration import Calibration, ObservationCache, affine, read_as_pixels, split_outlier_channels
-from quantlens.errors import QuantlensError, UnknownNameError
+from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.formats import Uniform, pixel_codes
-from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, coordinates, graph_of, op_name, walk
+from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, graph_of, op_name, walk
 from quantlens.methods._former_options import current_options
 from quantlens.qmodel import FLOAT, TARGETS, Bits, Plan, Provenance, QuantizedModel, Target, float_copy, target_named
 from quantlens.transforms import fold_layer_scale
@@ -87,7 +87,7 @@ class MethodInfo:
     has any gets the option ``variant``, which undoes them all; because: why it does not by default. readings: what was
     chosen where the paper is silent or leaves a choice, or the authors' code does something else; a sentence each.
     arguments: defaults of :data:`SHARED_OPTIONS` that are not the usual ones. version: part of every result's identity;
-    raise it when the method's numbers change.
+    raise it when the method's numbers change. floating: whether it knows floating-point formats.
     """
 
     name: str
@@ -105,6 +105,7 @@ class MethodInfo:
     readings: tuple[str, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
     because: str = "the better one"
+    floating: bool = False
 
     def __post_init__(self) -> None:
         if self.departures and "variant" not in self.options:
@@ -191,6 +192,7 @@ class Method(ABC):
         asked, settings = Bits.parse(bits), self.options(options)
         if not isinstance(seed, Integral) or not abs(seed) < 2**63:
             raise QuantlensError(f"seed is {seed!r}; give a whole number, such as 0")
+        self._check_formats(asked)
         widths = Widths(asked, settings)
         images = Calibration.of(calibration, model.preprocess, device=model.device, seed=seed)
         if asked.is_float:
@@ -228,6 +230,17 @@ class Method(ABC):
         )
         # formats whose parameters follow from their bits alone are made on the CPU
         return QuantizedModel(graph, plan, preprocess=model.preprocess, reference=model).to(images.device)
+
+    def _check_formats(self, asked: Bits) -> None:
+        """Raises UnsupportedError for floating-point formats of a method that has integers alone."""
+        if asked.floating and not self.info.floating:
+            from quantlens.methods.registry import available
+
+            known = [name for name, info in available().items() if info.floating]
+            raise UnsupportedError(
+                f"{self.info.name} quantizes to integers, not to {asked.floating[0]}: choose {', '.join(known[:-1])} "
+                f"or {known[-1]}, or widths such as W8A8"
+            )
 
     def _rewritten(
         self, graph: Graph, model: Any, images: Calibration, settings: Mapping[str, Any]
@@ -305,18 +318,32 @@ class Widths:
     def of(self, graph: Graph, edge: Edge) -> int:
         """Width of an edge; 32 means that it stays in float. Raises UnsupportedError for a width that the target (an
         option) has no kernels for."""
-        site, head, widths = graph.sites[edge.site], self.options["head_bits"], self.bits.of(edge.site)
-        width = widths.weights if edge.is_weight else widths.activations
-        if head is not None and any(site.name == h.name for h in graph.sites.head):
-            width = int(head)
-        elif width != FLOAT and not edge.is_weight and site.kind == "conv" and graph.is_image(edge.value):
-            width = int(self.options["patch_bits"])
+        site, (width, name) = graph.sites[edge.site], self._asked(graph, edge)
         if self.target is None or width == FLOAT:
             return width
+        if name:
+            raise UnsupportedError(
+                f"{self.target.name} has no kernels for {name}: choose widths such as W8A8, or leave the target out to "
+                "simulate"
+            )
         if (site.kind, edge.name) not in self.target.edges:
             return FLOAT
         self.target.check_width(width, weight=edge.is_weight)
         return width
+
+    def format_of(self, graph: Graph, edge: Edge) -> str:
+        """The floating-point format of an edge; "" where it has integers, or stays in float."""
+        return self._asked(graph, edge)[1]
+
+    def _asked(self, graph: Graph, edge: Edge) -> tuple[int, str]:
+        """Width and floating-point format of an edge, before the target is looked at."""
+        site, head, widths = graph.sites[edge.site], self.options["head_bits"], self.bits.of(edge.site)
+        width = widths.weights if edge.is_weight else widths.activations
+        if head is not None and any(site.name == h.name for h in graph.sites.head):
+            return int(head), ""
+        if width != FLOAT and not edge.is_weight and site.kind == "conv" and graph.is_image(edge.value):
+            return int(self.options["patch_bits"]), ""
+        return width, widths.formats[0 if edge.is_weight else 1]
 
     def weights(self, low: Tensor, high: Tensor, width: int) -> Uniform:
         """The grid of a weight's rows [out] over [low, high]: asymmetric, or what the target (an option) makes of it,
@@ -352,43 +379,6 @@ def matmul_operand_edges(graph: Graph) -> list[Edge]:
 def quantized_edges(graph: Graph, bits: Widths) -> list[Edge]:
     """:func:`matmul_operand_edges` that do not stay in float."""
     return [edge for edge in matmul_operand_edges(graph) if bits.of(graph, edge) != FLOAT]
-
-
-def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
-    """What a fully quantized method quantizes besides weights, in graph order: groups of edges that carry one tensor
-    and so share one quantizer.
-
-    Every value is quantized where it is made: at the ``output`` edge of the site that made it, and from there through
-    operations that move values or multiply them by one number. What no site made (pixels, the sum with the position
-    embedding, a concatenation, pooled tokens) is quantized at the edges that read it, which form one group. A softmax
-    reads its own ``input`` edge, after bias and mask; where neither stands between it and the scores, that edge
-    alone is quantized, the scores being the same tensor up to one number. Channels that are chosen out of a tensor (a
-    layer split in two) are quantized where they are read. A classifier's output counts too, `coordinates` do not.
-    """
-    by_node, places = graph.sites.by_node, coordinates(graph)
-    softmaxes = graph.sites.of_kind("probs")
-    passed_on = {_origin(s.edges["input"].value) for s in softmaxes} & {s.node for s in graph.sites.of_kind("scores")}
-    groups: dict[Any, list[Edge]] = {}
-    for site in graph.sites:
-        chosen = set(map(op_name, site.node.users)) <= {"aten.index_select.default"}
-        for edge in (edge for edge in site.edges.values() if not (edge.is_weight or edge.key in places)):
-            if edge.position is None:
-                if site.node not in passed_on and not chosen:
-                    groups.setdefault(site.node, []).append(edge)
-            elif site.kind == "probs":
-                groups[edge.key] = [edge]
-            elif _origin(edge.value) not in by_node:
-                groups.setdefault(_origin(edge.value, scalings=False), []).append(edge)
-    return [tuple(edges) for edges in groups.values()]
-
-
-def _origin(value: fx.Node, *, scalings: bool = True) -> fx.Node:
-    """Where a value comes from, through operations that only move it or (``scalings``) multiply it by one number."""
-    while op_name(value) in VIEWS or (
-        scalings and op_name(value) in SCALINGS and len(value.args) == 2 and isinstance(value.args[1], int | float)
-    ):
-        value = value.args[0]  # type: ignore[assignment]
-    return value
 
 
 def readers(graph: Graph, node: fx.Node, through: Collection[str] = VIEWS | SCALINGS) -> list[tuple[fx.Node, fx.Node]]:

@@ -13,6 +13,9 @@
    convolutions; rotations and means, which fit one range to all channels, are left out then, but for means of keys.
 3. Weights, layer by layer in closed form: fitted to the float output on quantized inputs, then rounded column by column
    (GPTQ); the bias takes up the mean error of the output.
+
+With floating-point formats (``bits="MXFP4"``) the transforms are those of integers of the same width; blocks search
+their scales, those of weights once, before their columns are rounded.
 """
 
 from collections.abc import Callable
@@ -37,6 +40,7 @@ from quantlens.calibration import (
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, SqrtSoftmax
 from quantlens.graph import Edge, Graph, Site
+from quantlens.methods._floating import floating_activation, floating_weight
 from quantlens.methods.base import (
     FLOAT,
     MATMUL_OPERANDS,
@@ -49,7 +53,7 @@ from quantlens.methods.base import (
     quantized_edges,
 )
 from quantlens.methods.composition import Fitted, Layer, RangeRule, fit_layers
-from quantlens.reconstruction.closed_form import Factor, Grid, Moments, output_shift, ridge, round_columns
+from quantlens.reconstruction.closed_form import Factor, Moments, grid_of, output_shift, ridge, round_columns
 from quantlens.transforms import (
     alone,
     ensure_bias,
@@ -188,10 +192,11 @@ class WeightFit:
         told = moments.count >= len(gram) and getattr(layer.own, "granularity", "") != "group"
         if self.fit is True or (self.fit == AUTO and told):
             target = ridge(target, moments, self.damping, factor if layer.free else None)
-        quantizer = grid(target)
+        quantizer = grid(target.reshape(layer.stored.shape))
+        levels = grid_of(quantizer, layer.stored)
         if not self.columns:
-            return target, quantizer, Grid.of(quantizer).round(target)
-        return target, quantizer, round_columns(target, gram, Grid.of(quantizer), damping=self.damping, factor=factor)
+            return target, quantizer, levels.round(target)
+        return target, quantizer, round_columns(target, gram, levels, damping=self.damping, factor=factor)
 
 
 def activation_quantizer(
@@ -228,6 +233,7 @@ class QuantlensFast(Method):
         version=10,
         summary="exact rotations, clipped ranges, weights fitted and rounded in closed form on quantized inputs",
         aliases=("fast",),
+        floating=True,
         arguments={"outlier_channels": "split"},
         options={
             "rotate": Option(ALL, "rotations: all (as the next two options say) or none", (ALL, NONE)),
@@ -306,19 +312,30 @@ class QuantlensFast(Method):
 
         def fit(layer: Layer) -> Fitted:
             def grid(weight: Tensor) -> Quantizer:
+                edge = layer.site.edges["weight"]
+                name = bits.format_of(graph, edge)
+                if name:
+                    return floating_weight(name, layer.site, edge, weight, search=True)
+                weight = weight.flatten(1)
                 return bits.weights(*mse(Observation.of(weight), layer.width), layer.width)
 
             # a weight that two layers share is left as it is
             moments = layer.moments(network=False) if names.count(layer.site.weight) == 1 else None
             if moments is None:
-                return Fitted(grid(layer.weight))
+                return Fitted(grid(layer.stored))
             target, quantizer, value = fit_weight(layer, moments, grid)
             if layer.free:  # at once: the layers after it see it
                 bias, shift = ensure_bias(graph, layer.site), output_shift(layer.weight, value, moments)
                 graph.set_tensor(bias, (graph.tensor(bias).double() - shift).to(value.dtype))
             return Fitted(quantizer, value, stored=None if rounded else target)
 
-        fit_layers(graph, calibration, bits, plan, fit, run, sequential=True, ranges=self.ranges(graph, run))
+        rule = self.ranges(graph, run)
+
+        def ranges(site: Site, edge: Edge, view: EdgeView, width: int) -> Quantizer:
+            name = bits.format_of(graph, edge)
+            return floating_activation(name, site, edge, view, search=True) if name else rule(site, edge, view, width)
+
+        fit_layers(graph, calibration, bits, plan, fit, run, sequential=True, ranges=ranges)
         kinds = [plan.quantizers[e.key].granularity for e in quantized_edges(graph, bits) if not e.is_weight]
         plan.notes["activations"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 

@@ -7,13 +7,22 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
 
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
-from quantlens.formats import Operator, Quantizer, Uniform, affine_parameters, symmetric_parameters
+from quantlens.formats import (
+    FLOATING,
+    Operator,
+    Quantizer,
+    Uniform,
+    affine_parameters,
+    floating_bits,
+    floating_name,
+    symmetric_parameters,
+)
 from quantlens.graph import Graph
 from quantlens.models.detection import DetectionHead
 
@@ -118,7 +127,8 @@ class Plan:
 
 # -- bit widths ----------------------------------------------------------------------------------------------------
 # Bit widths as people write them: ``W4A8`` is 4-bit weights and 8-bit activations, ``FP32`` leaves everything in
-# float; a mapping gives single modules widths of their own (mixed precision).
+# float; a mapping gives single modules widths of their own (mixed precision). The name of a floating-point format
+# stands for both (``MXFP4``), or in place of a width (``WMXFP4AMXFP8``, ``WMXFP4A8``).
 
 
 FLOAT = 32
@@ -129,10 +139,13 @@ class Bits:
     """Widths of weights and activations; 32 means float.
 
     modules: (name, widths) of the modules or sites that differ; the longest name that a site's name starts with (at a
-    dot) counts. name: what a mixed-precision setting is called (``MP6``).
+    dot) counts. name: what a mixed-precision setting is called (``MP6``). formats: names of floating-point formats of
+    weights and activations, whose elements have these widths; "": integers.
 
     >>> Bits.parse("w4a8")
-    Bits(weights=4, activations=8, modules=(), name='')
+    Bits(weights=4, activations=8, modules=(), name='', formats=('', ''))
+    >>> str(Bits.parse("WMX-FP4AMX-FP8")), str(Bits.parse("WMXFP4AMXFP4"))
+    ('WMXFP4AMXFP8', 'MXFP4')
     >>> str(Bits(4, 8))
     'W4A8'
     >>> str(Bits.parse({"default": "W6A6", "blocks.0.attn": "W8A8"}).of("blocks.0.attn.qkv"))
@@ -143,6 +156,7 @@ class Bits:
     activations: int
     modules: tuple[tuple[str, Bits], ...] = ()
     name: str = ""
+    formats: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
         for what, value in (("weights", self.weights), ("activations", self.activations)):
@@ -154,8 +168,9 @@ class Bits:
 
     @classmethod
     def parse(cls, text: str | Bits | Mapping[str, Any]) -> Bits:
-        """Read ``W<n>A<m>`` (any case), ``FP32``, or a mapping {"default": "W6A6", module or site name: "W8A8" or a
-        number for both}. Raises QuantlensError for anything else."""
+        """Read ``W<n>A<m>`` (any case), ``FP32``, a floating-point format (of :data:`~quantlens.formats.FLOATING`) or
+        two, ``WMXFP4AMXFP8``, or a mapping {"default": "W6A6", module or site name: "W8A8" or a number for both}.
+        Raises QuantlensError for anything else."""
         if isinstance(text, Bits):
             return text
         if isinstance(text, Mapping):
@@ -163,13 +178,19 @@ class Bits:
         clean = str(text).strip().upper()
         if clean in ("FP32", "FLOAT32", "FLOAT", "W32A32"):
             return cls(FLOAT, FLOAT)
-        match = re.fullmatch(r"W(\d+)A(\d+)", clean)
-        if match is None:
+        match = re.fullmatch(r"W([^A]+)A([^A]+)", clean)
+        sides = [clean, clean] if floating_name(clean) else list(match.groups()) if match else []
+        names = [floating_name(side) or "" for side in sides]
+        if not sides or not all(name or re.fullmatch(r"\d+", side) for side, name in zip(sides, names, strict=True)):
             raise QuantlensError(
-                f"bits {text!r} not understood: write W4A8 (weights 4, activations 8) or FP32, or give a mapping from "
-                'module names to such widths with a "default"'
+                f"bits {text!r} not understood: write W4A8 (weights 4, activations 8), FP32 or a floating-point format "
+                f"({', '.join(FLOATING)}; of each: WMXFP4AMXFP8), or give a mapping from module names to such widths "
+                'with a "default"'
             )
-        return cls(int(match[1]), int(match[2]))
+        weights, activations = (
+            floating_bits(name) if name else int(side) for side, name in zip(sides, names, strict=True)
+        )
+        return cls(weights, activations, formats=(names[0], names[1]))
 
     @classmethod
     def _from_mapping(cls, mapping: Mapping[str, Any]) -> Bits:
@@ -180,17 +201,28 @@ class Bits:
             raise QuantlensError('mixed precision needs a "default" for the modules that it does not name: W8A8')
         default = one(mapping["default"])
         rest = [(str(k), one(v)) for k, v in mapping.items() if k not in ("default", "name")]
-        return cls(default.weights, default.activations, tuple(sorted(rest)), str(mapping.get("name", "")))
+        return replace(default, modules=tuple(sorted(rest)), name=str(mapping.get("name", "")))
 
     def to_mapping(self) -> dict[str, str]:
         """The inverse of parsing a mapping."""
         named = {"name": self.name} if self.name else {}
-        return {**named, "default": str(Bits(self.weights, self.activations)), **{k: str(b) for k, b in self.modules}}
+        return {**named, "default": str(self._plain), **{k: str(b) for k, b in self.modules}}
 
     def of(self, site: str) -> Bits:
         """Widths of a site."""
         fitting = [(len(k), b) for k, b in self.modules if site == k or site.startswith(f"{k}.")]
-        return max(fitting, key=lambda found: found[0])[1] if fitting else Bits(self.weights, self.activations)
+        return max(fitting, key=lambda found: found[0])[1] if fitting else self._plain
+
+    @property
+    def _plain(self) -> Bits:
+        """Widths of what no module of its own has."""
+        return replace(self, modules=(), name="")
+
+    @property
+    def floating(self) -> tuple[str, ...]:
+        """The floating-point formats, each once."""
+        named = (name for one in (self, *(b for _, b in self.modules)) for name in one.formats if name)
+        return tuple(dict.fromkeys(named))
 
     @property
     def is_float(self) -> bool:
@@ -206,7 +238,12 @@ class Bits:
                 return self.name
             text = json.dumps(self.to_mapping(), sort_keys=True)
             return f"MP-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        return "FP32" if self.is_float else f"W{self.weights}A{self.activations}"
+        if self.is_float:
+            return "FP32"
+        weights, activations = self.formats
+        if weights and weights == activations:
+            return weights
+        return f"W{weights or self.weights}A{activations or self.activations}"
 
 
 # -- runtime targets -----------------------------------------------------------------------------------------------

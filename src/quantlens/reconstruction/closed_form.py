@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from quantlens.errors import UnsupportedError
-from quantlens.formats import Quantizer, Uniform, bounded_
+from quantlens.formats import Blocks, FloatingPoint, Quantizer, Uniform, bounded_
+from quantlens.formats.elements import ELEMENTS, Element
 
 BLOCK = 64
 """Columns whose errors reach the columns after them in one product."""
@@ -155,6 +156,42 @@ class Grid:
         """The nearest values on the grid, [out, k]."""
         return self.levels(weight).mul_(self.scale)
 
+    def column(self, values: Tensor, place: int, out: Tensor) -> None:
+        """What is nearest to a column [out], in units of the scale, into ``out``. place: which column it is."""
+        bounded_(torch.round(values, out=out), self.low[:, 0], self.high[:, 0])
+
+
+@dataclass(frozen=True)
+class FloatGrid:
+    """The values of a weight in a floating-point format with static scales: those of an element times ``steps`` [out,
+    in]. scale: [out, 1], the unit of columns: 1."""
+
+    element: Element
+    steps: Tensor
+    scale: Tensor
+
+    def round(self, weight: Tensor) -> Tensor:
+        """The nearest values on the grid, [out, in]."""
+        return self._nearest(weight, self.steps)
+
+    def column(self, values: Tensor, place: int, out: Tensor) -> None:
+        """What is nearest to a column [out], into ``out``. place: which column it is."""
+        out.copy_(self._nearest(values, self.steps[:, place]))
+
+    def _nearest(self, values: Tensor, steps: Tensor) -> Tensor:
+        return self.element.round(values / torch.where(steps == 0, torch.inf, steps)).mul_(steps)
+
+
+def grid_of(quantizer: Quantizer, weight: Tensor) -> Grid | FloatGrid:
+    """The grid of a weight [out, …], rows by output channel. Raises UnsupportedError for a format that has none."""
+    if isinstance(quantizer, FloatingPoint) and quantizer.axis in (0, None):
+        steps = quantizer.scale.reshape(-1, 1).expand_as(weight.flatten(1))
+    elif isinstance(quantizer, Blocks) and not quantizer.dynamic:
+        steps = quantizer.each_scale(weight).flatten(1)
+    else:
+        return Grid.of(quantizer)
+    return FloatGrid(ELEMENTS[quantizer.element], steps, torch.ones_like(steps[:, :1]))
+
 
 # -- the matrices -------------------------------------------------------------------------------------------------
 def _amount(diagonal: Tensor, damping: float) -> Tensor:
@@ -231,7 +268,7 @@ def output_shift(weight: Tensor, fitted: Tensor, moments: Moments) -> Tensor:
 def round_columns(
     weight: Tensor,
     gram: Tensor,
-    grid: Grid,
+    grid: Grid | FloatGrid,
     *,
     damping: float,
     order: Tensor | None = None,
@@ -248,15 +285,14 @@ def round_columns(
     factor = Factor.of(gram, damping, order) if factor is None else factor
     feedback, places = factor.feedback(weight.dtype), factor.places.flip(0)
     # columns are rows here, in units of the scale
-    wanted = (weight * (1.0 / grid.scale)).T[places]
-    low, high = grid.low[:, 0], grid.high[:, 0]
+    wanted, columns = (weight * (1.0 / grid.scale)).T[places], places.tolist()
     levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
     for start in range(0, len(wanted), block):
         stop = min(start + block, len(wanted))
         local = torch.addmm(wanted[start:stop], feedback[:start, start:stop].T, errors[:start])
         for i in range(stop - start):
             level, error = levels[start + i], errors[start + i]
-            bounded_(torch.round(local[i], out=level), low, high)
+            grid.column(local[i], columns[start + i], level)
             torch.sub(wanted[start + i], level, out=error)
             local[i + 1 :].addr_(feedback[start + i, start + i + 1 : stop], error)
     return torch.empty_like(levels).index_copy_(0, places, levels).T * grid.scale

@@ -207,8 +207,8 @@ class InspectSpec(_Strict):
     @field_validator("bits")
     @classmethod
     def _widths(cls, value: str) -> str:
-        if not value.startswith("W"):
-            raise ValueError(f"{value} is no pair of widths; give bits such as W8A8 or W4A4")
+        if value == "FP32" or value.startswith("MP"):
+            raise ValueError(f"{value} is no pair of widths; give bits such as W8A8, W4A4 or MXFP4")
         return value
 
 

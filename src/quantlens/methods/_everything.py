@@ -1,0 +1,44 @@
+"""The edges that a fully quantized method quantizes."""
+
+from typing import Any
+
+from torch import fx
+
+from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, coordinates, op_name
+
+
+def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
+    """What a fully quantized method quantizes besides weights, in graph order: groups of edges that carry one tensor
+    and so share one quantizer.
+
+    Every value is quantized where it is made: at the ``output`` edge of the site that made it, and from there through
+    operations that move values or multiply them by one number. What no site made (pixels, the sum with the position
+    embedding, a concatenation, pooled tokens) is quantized at the edges that read it, which form one group. A softmax
+    reads its own ``input`` edge, after bias and mask; where neither stands between it and the scores, that edge
+    alone is quantized, the scores being the same tensor up to one number. Channels that are chosen out of a tensor (a
+    layer split in two) are quantized where they are read. A classifier's output counts too, `coordinates` do not.
+    """
+    by_node, places = graph.sites.by_node, coordinates(graph)
+    softmaxes = graph.sites.of_kind("probs")
+    passed_on = {_origin(s.edges["input"].value) for s in softmaxes} & {s.node for s in graph.sites.of_kind("scores")}
+    groups: dict[Any, list[Edge]] = {}
+    for site in graph.sites:
+        chosen = set(map(op_name, site.node.users)) <= {"aten.index_select.default"}
+        for edge in (edge for edge in site.edges.values() if not (edge.is_weight or edge.key in places)):
+            if edge.position is None:
+                if site.node not in passed_on and not chosen:
+                    groups.setdefault(site.node, []).append(edge)
+            elif site.kind == "probs":
+                groups[edge.key] = [edge]
+            elif _origin(edge.value) not in by_node:
+                groups.setdefault(_origin(edge.value, scalings=False), []).append(edge)
+    return [tuple(edges) for edges in groups.values()]
+
+
+def _origin(value: fx.Node, *, scalings: bool = True) -> fx.Node:
+    """Where a value comes from, through operations that only move it or (``scalings``) multiply it by one number."""
+    while op_name(value) in VIEWS or (
+        scalings and op_name(value) in SCALINGS and len(value.args) == 2 and isinstance(value.args[1], int | float)
+    ):
+        value = value.args[0]  # type: ignore[assignment]
+    return value
