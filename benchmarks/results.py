@@ -16,7 +16,7 @@ from typing import Any
 
 from quantlens.methods import registry
 from quantlens.metrics import Spread
-from quantlens.studies.board import board_of
+from quantlens.studies.board import collect
 from quantlens.studies.robustness import RATIO, has_shift, robustness
 from quantlens.studies.store import Store
 
@@ -42,9 +42,10 @@ def number(values: list[float], digits: int) -> Any:
     return rounded if len(values) > 1 else rounded[0]
 
 
-def shift_of(directory: Path) -> dict[str, dict[str, Any]]:
+def shift_of(directory: Path, cells: list[Any]) -> dict[str, dict[str, Any]]:
     """Of every cell by its key: what was measured under corruption, with 95 % intervals where outputs are kept."""
-    board = board_of(directory)
+    board = collect(cells, None)
+    board.directory = directory
     found: dict[str, dict[str, Any]] = {}
     for (index, bits), one in (robustness(board) if has_shift(board) else {}).items():
         paths = {
@@ -77,7 +78,7 @@ def rows(directory: Path, key: str) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str, str], list[Any]] = {}
     with Store(directory) as store:
         done = [cell for cell in store.cells(everything=True) if cell.result is not None]
-    corrupted = shift_of(directory)
+    corrupted = shift_of(directory, done)
     for cell in done:
         groups.setdefault((cell.spec["model"], cell.spec["method"], cell.spec["bits"]), []).append(cell)
     found = []
