@@ -128,6 +128,7 @@ def test_all_of_it_as_json():
 def test_arguments_of_quantize(loaded, pictures):
     q = ql.quantize(loaded["vit"], pictures, "minmax", "W4A4", head_bits=8, patch_bits=32, outlier_channels="split")
     assert q.options == {
+        "block_scale": "absmax",
         "patch_bits": 32,
         "head_bits": 8,
         "outlier_channels": "split",
