@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import quantlens as ql
 
 
+@pytest.mark.slow
 def test_quantize_says_what_was_made(run, tmp_path: Path) -> None:
     file = tmp_path / "q.safetensors"
     words = ("quantize", "digits-vit", "--method", "minmax", "--seed", "2", "--out", str(file))

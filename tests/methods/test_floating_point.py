@@ -175,6 +175,7 @@ def test_convolutions_and_windows(method, loaded, pictures, tmp_path):
     assert torch.equal(again(pictures), qmodel(pictures))
 
 
+@pytest.mark.slow
 def test_maps_of_a_convolution_have_blocks_of_channels(pictures):
     net = torch.nn.Sequential(
         torch.nn.Conv2d(3, 40, 3), torch.nn.ReLU(), torch.nn.Conv2d(40, 8, 3, stride=2), torch.nn.Flatten(1)

@@ -16,6 +16,7 @@ from quantlens.errors import QuantlensError
 SOURCE = "made:dead-leaves?n=32&seed=3"
 
 
+@pytest.mark.slow
 def test_what_was_made_is_in_the_checkpoint_and_can_be_made_again(tmp_path: Path) -> None:
     model = ql.load_model("digits-vit")
     made = ql.quantize(model, None, method="minmax", bits="W4A8", seed=3)
