@@ -15,11 +15,11 @@ def test_quantize_says_what_was_made(run, tmp_path: Path) -> None:
     words = ("quantize", "digits-vit", "--method", "minmax", "--seed", "2", "--out", str(file))
     code, out, err = run(*words, "--calibration", "none", "--n", "8")
     assert code == 0, err
-    assert "no calibration images: 8 are made, made:dead-leaves?n=8&seed=2" in out
+    assert "no calibration images: 8 are made, made:dead-leaves?n=8&seed=2" in err
     assert ql.load(file).provenance.calibration["source"] == "made:dead-leaves?n=8&seed=2"
-    code, out, err = run(*words, "--calibration", "made:noise", "--n", "8")
+    code, _, err = run(*words, "--calibration", "made:noise", "--n", "8")
     assert code == 0, err
-    assert "no calibration images" not in out
+    assert "no calibration images" not in err
 
 
 def test_help_and_errors_say_that_it_exists(run) -> None:

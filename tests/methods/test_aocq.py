@@ -11,8 +11,8 @@ from quantlens.errors import QuantlensError
 from quantlens.formats import PowerOfTwo, Uniform
 from quantlens.graph import graph_of
 from quantlens.methods import registry
-from quantlens.methods._everything import everything_edges
 from quantlens.methods.aocq import add_alpha, residual_edges, shift_axis
+from quantlens.methods.base import everything_edges
 from quantlens.zoo.detectors import RtDetr
 
 SHORT = {"iterations": 16, "scale_iterations": 8, "batch_size": 16}

@@ -11,8 +11,7 @@ from quantlens.calibration.ranges import affine
 from quantlens.errors import QuantlensError
 from quantlens.formats import IntegerLayerNorm, LogIntSoftmax, MaskedSoftmax, PowerOfTwo, Uniform
 from quantlens.methods import registry
-from quantlens.methods._everything import everything_edges
-from quantlens.methods.base import EVERYTHING
+from quantlens.methods.base import EVERYTHING, everything_edges
 from quantlens.methods.fq_ptq import softmax_input, symmetric_weight
 from quantlens.qmodel import float_model
 

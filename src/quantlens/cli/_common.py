@@ -245,7 +245,7 @@ def open_run(
 
     images = open_calibration(source, n, seed)
     if source == NO_IMAGES:
-        print(f"no calibration images: {len(images)} are made, {images.spec}")
+        print(f"no calibration images: {len(images)} are made, {images.spec}", file=sys.stderr)
     loaded = open_float(model, weights, device, input_size, task, letterbox)
     told = partial(step, "decoding calibration images")
     return loaded, as_image_set(images, loaded.preprocess, progress=told, **reading)

@@ -1,4 +1,4 @@
-"""`quantlens plot`: the figures of a study as files."""
+"""`quantlens plot`: the plots of a study as files."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,5 +1,5 @@
-"""Floating-point formats: FP8 with a static scale, and formats whose blocks of values share a scale (OCP Microscaling
-formats, version 1.0, 2023; NVIDIA's NVFP4, 2025), found when values are quantized, or once, for a weight.
+"""Floating-point formats: FP8 with a static scale, and formats whose blocks of values share a scale (OCP MX 1.0,
+section 5; NVIDIA's NVFP4), found when values are quantized, or once, for a weight.
 
 FP8      x̂ = s·e,         s static, per tensor or channel (1: a plain cast), e in E4M3 or E5M2
 MX       x̂ = 2ᵗ·e,        blocks of 32, t = max(floor(log₂ max|x|) − emax, −127): 8 bits, E8M0

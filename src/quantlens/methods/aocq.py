@@ -8,7 +8,7 @@ tokens differ too much in size for one scale, is corrected at three levels:
   two optimises the direction in which weights are rounded, with the imbalance moved into the weights;
 * loss level: the block-wise reconstruction loss has a token norm that suppresses extreme tokens.
 
-Of the paper, the abstract, figures and tables alone are public: the formulas are derived here (docs/aocq.md).
+Of the paper, the abstract, plots and tables alone are public: the formulas are derived here (docs/aocq.md).
 """
 
 import math
@@ -35,7 +35,6 @@ from quantlens.calibration import (
 )
 from quantlens.formats import MAX_ZERO_POINT, PowerOfTwo, Quantizer, Uniform, bounded_
 from quantlens.graph.graph import VIEWS, op_name
-from quantlens.methods._everything import everything_edges
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, steps, train, weight_quantizers
 from quantlens.methods.base import (
     EVERYTHING,
@@ -48,6 +47,7 @@ from quantlens.methods.base import (
     Plan,
     Run,
     Widths,
+    everything_edges,
     readers,
 )
 from quantlens.reconstruction import Settings

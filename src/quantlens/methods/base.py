@@ -22,6 +22,7 @@ from quantlens.calibration import Calibration, ObservationCache, affine, read_as
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.formats import Uniform, pixel_codes
 from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, graph_of, op_name, walk
+from quantlens.methods._everything import everything_edges as everything_edges
 from quantlens.methods._former_options import current_options
 from quantlens.qmodel import FLOAT, TARGETS, Bits, Plan, Provenance, QuantizedModel, Target, float_copy, target_named
 from quantlens.transforms import fold_layer_scale

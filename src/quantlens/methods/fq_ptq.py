@@ -33,7 +33,6 @@ from quantlens.formats import (
     Uniform,
 )
 from quantlens.graph import SCALINGS, VIEWS, Site, argument, axes_of_last, op_name
-from quantlens.methods._everything import everything_edges
 from quantlens.methods.base import (
     EVERYTHING,
     FLOAT,
@@ -46,6 +45,7 @@ from quantlens.methods.base import (
     Plan,
     Run,
     Widths,
+    everything_edges,
     readers,
 )
 

@@ -1,21 +1,14 @@
 """quantlens-fast: quantlens' own method of calibration and closed form alone, without training.
 
-1. Exact transforms. Outlier channels after an activation function get a linear layer of their own. Coarse activations
-   (6 bits or fewer) that layers read after a LayerNorm or a GELU are multiplied at run time by Hadamard matrices of 64
-   channels with random signs (QuaRot, Ashkboos et al., NeurIPS 2024), which the layer's weight undoes; with more bits
-   the residual stream is rotated instead, at no cost, by a matrix that keeps the vector of ones and so commutes with
-   LayerNorm. q with k, and v with the layer after it, are rotated in every head. Means of channels are taken out of all
-   that a bias can give them back to.
-2. Ranges. Activations are clipped where the squared error is least, on what the quantized layers before make of them.
-   Softmax outputs are squares of integers, every row by its own peak and sum. Activations of 3 bits or fewer are
-   quantized dynamically, per token and group of 64 channels, where that has the smaller squared error. In a detector,
-   whose boxes are regressed, those of 7 bits or fewer have ranges by token and group of 8 channels, also in
-   convolutions; rotations and means, which fit one range to all channels, are left out then, but for means of keys.
+1. Exact transforms: outlier channels split off; coarse inputs of layers multiplied at run time by Hadamard matrices
+   with random signs (QuaRot, Ashkboos et al., NeurIPS 2024), with more bits the residual stream rotated instead, at no
+   cost; q with k, and v, rotated in every head; means of channels taken out. A detector at few bits keeps the means of
+   keys alone: its boxes need ranges by token and small groups of channels, in convolutions too.
+2. Ranges clipped where the squared error is least, on what the quantized layers before make; softmax outputs as squares
+   of integers. Few bits get scales by token and group of channels, found at run time; blocks of a floating-point format
+   search theirs.
 3. Weights, layer by layer in closed form: fitted to the float output on quantized inputs, then rounded column by column
    (GPTQ); the bias takes up the mean error of the output.
-
-With floating-point formats (``bits="MXFP4"``) the transforms are those of integers of the same width; blocks search
-their scales, those of weights once, before their columns are rounded.
 """
 
 from collections.abc import Callable

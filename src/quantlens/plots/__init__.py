@@ -1,4 +1,4 @@
-"""Results -> figures, drawn by Altair (Vega-Lite): in the report, and as PDF, PNG and SVG. Nothing is computed here
+"""Results -> plots, drawn by Altair (Vega-Lite): in the report, and as PDF, PNG and SVG. Nothing is computed here
 that is not in the results but shares of stored counts."""
 
 from collections.abc import Callable
@@ -61,5 +61,5 @@ def check_figure(name: str) -> Callable[[Board], list[PanelRow]]:
 
 
 def available(board: Board) -> dict[str, str]:
-    """Name -> what it shows, of the figures that a study has the data for."""
+    """Name -> what it shows, of the plots that a study has the data for."""
     return {name: title for name, (title, make) in FIGURES.items() if any(row.panels for row in make(board))}

@@ -1,4 +1,4 @@
-"""The one style of all figures, how panels are arranged, and a figure as a file."""
+"""The one style of all plots, how panels are arranged, and a plot as a file."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,5 +1,5 @@
 """A page: one self-contained HTML file. Style and scripts are inlined and pinned by hash in a strict content policy.
-Vega draws the figures of `plots` in the browser, from a compressed block that holds it and every chart's data."""
+Vega draws the charts of `plots` in the browser, from a compressed block that holds it and every chart's data."""
 
 import base64
 import gzip
