@@ -13,7 +13,7 @@ import quantlens as ql
 def test_quantize_says_what_was_made(run, tmp_path: Path) -> None:
     file = tmp_path / "q.safetensors"
     words = ("quantize", "digits-vit", "--method", "minmax", "--seed", "2", "--out", str(file))
-    code, out, err = run(*words, "--calibration", "none", "--n", "8")
+    code, _, err = run(*words, "--calibration", "none", "--n", "8")
     assert code == 0, err
     assert "no calibration images: 8 are made, made:dead-leaves?n=8&seed=2" in err
     assert ql.load(file).provenance.calibration["source"] == "made:dead-leaves?n=8&seed=2"

@@ -85,7 +85,7 @@ def test_small_probabilities_keep_levels_and_weights_are_smoothed(fresh, picture
         tensors["blocks.0.attn.qkv.weight"][:32] *= 4
 
     model = changed(fresh("vit"), peaked)
-    q = ql.quantize(model, pictures, method="i-and-s-vit", bits="W4A4", iterations=16)
+    q = ql.quantize(model, pictures, method="i-and-s-vit", bits="W4A4", iterations=48)
     probs, found = (
         values(graph_of(model), pictures)["blocks.0.attn.probs.output"],
         q.plan.quantizers["blocks.0.attn.probs.output"],
@@ -99,8 +99,9 @@ def test_small_probabilities_keep_levels_and_weights_are_smoothed(fresh, picture
     gains = [
         unit["after"] / unit["before"] for unit in q.plan.info["reconstruction"]["smooth"] if "blocks" in unit["unit"]
     ]
-    assert max(gains) < 1
+    assert max(gains) <= 1, "the best of a block's steps is kept"
     assert min(gains) < 0.9
+    assert sum(gains) < 0.95 * len(gains)
 
 
 def test_blocks_are_trained_by_what_the_output_depends_on(loaded, pictures, told):
