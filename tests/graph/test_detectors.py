@@ -16,9 +16,13 @@ FAST = "detr"
 
 @lru_cache
 def captured(name: str):
-    """(a detector, images, its graph), captured before it was ever called."""
+    """(a detector, images, its graph), captured before it was ever called.
+
+    In double precision, as small detectors of drawn weights make a rounding error a hundred times larger; but DAB-DETR,
+    whose own code has float32 constants.
+    """
     pytest.importorskip("transformers")
-    module, images = small(name)
+    module, images = (part.to(torch.float32 if name == "dab-detr" else torch.float64) for part in small(name))
     return module, images, capture(module, images)
 
 
@@ -28,13 +32,14 @@ IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize("name", [n if n == FAST else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGURATIONS])
 def test_a_detector_is_captured(name):
     module, images, graph = captured(name)
+    near = 1e-9 if images.dtype == torch.float64 else 1e-4
     with torch.no_grad():
         for batch in (images, images[:1]):
             expected, found = module(batch), graph(batch)
             assert type(found) is type(expected)
             assert list(found) == list(expected)
             for key in ("logits", "pred_boxes"):
-                torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(found[key], expected[key], rtol=near, atol=near)
     assert float(module(images).logits.std(0).mean()) > 1e-2  # it looks at its images
     assert graph.boxes is not None
     assert not any("batch_norm" in op_name(node) for node in graph.fx.nodes)
