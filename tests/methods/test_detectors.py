@@ -11,7 +11,7 @@ import quantlens as ql
 from quantlens.methods import registry
 from quantlens.metrics.divergence import BOX_WEIGHT, box_error, box_shift, objects_of
 
-SETTINGS = {"iterations": 4, "steps": 4}
+SETTINGS = {"iterations": 4, "steps": 4, "views_per_image": 1}
 
 
 class Boxes(nn.Module):
