@@ -100,8 +100,10 @@ def setting(row: dict[str, Any], link: str = "") -> str:
     return " ".join([name, *(f"`{key}={str(value).lower()}`" for key, value in row["options"].items())])
 
 
-def result_table(rows: list[dict[str, Any]], every: list[dict[str, Any]], link: str = "") -> str:
-    """rows: those shown; every: of the same set, FP32 among them."""
+def result_table(
+    rows: list[dict[str, Any]], every: list[dict[str, Any]], link: str = "", of_one_model: bool = False
+) -> str:
+    """rows: those shown; every: of the same set, FP32 among them; of_one_model: without a column of its name."""
     sets = next((list(r["aupr_out"]) for r in rows if "aupr_out" in r), [])
     columns = [key for key in METRICS if any(key in r or (key == "aupr" and "aupr_out_change" in r) for r in rows)]
     if sets and "aupr" not in columns:
@@ -117,7 +119,8 @@ def result_table(rows: list[dict[str, Any]], every: list[dict[str, Any]], link: 
         values += [number(row.get("aupr_out", {}).get(name)) for name in sets]
         first = [unbroken(row["model"]), setting(row, link), row["bits"], *([row["calibration"]] if calibrated else [])]
         lines.append([*first, *values, str(row["seeds"]), unbroken(row["date"])])
-    return table([*head, *(f"AUPR-out: {name}" for name in sets), "seeds", "date"], lines)
+    head += [*(f"AUPR-out: {name}" for name in sets), "seeds", "date"]
+    return table(head[of_one_model:], [line[of_one_model:] for line in lines])
 
 
 def results_tables() -> str:
@@ -125,7 +128,10 @@ def results_tables() -> str:
     for key, about in data["sets"].items():
         rows = [row for row in data["rows"] if row["set"] == key]
         parts.append(f"## {about['title']}\n\nImages: {about['images']} {about['note']}\n")
-        parts.append(f"Study: [{about['study']}](../{about['study']})\n\n" + result_table(rows, rows, "methods/"))
+        parts.append(f"Study: [{about['study']}](../{about['study']})\n")
+        for model in dict.fromkeys(row["model"] for row in rows):
+            mine = [row for row in rows if row["model"] == model]
+            parts.append(f"**{model}**\n\n" + result_table(mine, rows, "methods/", of_one_model=True))
     return "\n".join(parts)
 
 
