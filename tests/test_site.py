@@ -166,8 +166,9 @@ def test_results_say_what_they_are(generate):
 def test_the_tables_show_the_results(generate):
     shown = generate.filled((DOCS / "results.md").read_text(encoding="utf-8"))
     shown = shown.replace("\u00a0", " ").replace("\u2011", "-")
-    assert "| DeiT-Tiny | [`repq-vit`](methods/repq-vit.md) | W4A4 | 59.8 ± 1.2 | 2.18 ± 0.04 | −10.5 | 3.3 |" in shown
-    assert "| DeiT-Tiny | FP32 | FP32 | 76.75 |" in shown
+    of_deit = [part.partition("\n\n")[0] for part in shown.split("**DeiT-Tiny**\n\n")[1:]]
+    assert any("| [`repq-vit`](methods/repq-vit.md) | W4A4 | 59.8 ± 1.2 | 2.18 ± 0.04 | −10.5 | 3.3 |" in table for table in of_deit)
+    assert any("| FP32 | FP32 | 76.75 |" in table for table in of_deit)
     assert shown.count("\n## ") == len(generate.results()["sets"]) + 2
     rows = [{"model": "m", "method": None, "aupr_out": {"a": 50.0, "b": 60.0}}]
     row = {"model": "m", "method": "x", "aupr_out": {"a": [49.0, 1.0], "b": 58.0}}
