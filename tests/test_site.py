@@ -167,7 +167,10 @@ def test_the_tables_show_the_results(generate):
     shown = generate.filled((DOCS / "results.md").read_text(encoding="utf-8"))
     shown = shown.replace("\u00a0", " ").replace("\u2011", "-")
     of_deit = [part.partition("\n\n")[0] for part in shown.split("**DeiT-Tiny**\n\n")[1:]]
-    assert any("| [`repq-vit`](methods/repq-vit.md) | W4A4 | 59.8 ± 1.2 | 2.18 ± 0.04 | −10.5 | 3.3 |" in table for table in of_deit)
+    assert any(
+        "| [`repq-vit`](methods/repq-vit.md) | W4A4 | 59.8 ± 1.2 | 2.18 ± 0.04 | −10.5 | 3.3 |" in table
+        for table in of_deit
+    )
     assert any("| FP32 | FP32 | 76.75 |" in table for table in of_deit)
     assert shown.count("\n## ") == len(generate.results()["sets"]) + 2
     rows = [{"model": "m", "method": None, "aupr_out": {"a": 50.0, "b": 60.0}}]
