@@ -1,0 +1,206 @@
+"""What factors do to an outcome: experiments with two levels of each factor, made again with several seeds.
+
+The model of one outcome is y(seed, cell) = seed + cell + noise, the noise being of one size: a cell is one setting of
+the factors, and seeds are blocks (Box, Hunter and Hunter, Statistics for Experimenters, 2nd edition, 2005, chapters 4
+and 5). An effect is a contrast, a weighted sum of cells, taken within every seed, so that it is paired by seed. A main
+effect is the mean at the high level less the mean at the low one; the interaction of two factors is half the difference
+between the effects that one has at the two levels of the other.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+from quantlens.errors import QuantlensError
+from quantlens.metrics.bootstrap import holm
+
+Array = NDArray[Any]
+Verdict = Literal["effect", "without effect", "not decided"]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A contrast as it was estimated, in the unit of the outcome.
+
+    low, high: its confidence interval. p: two-sided, of "there is none"; p_holm: corrected for the other effects of its
+    family. spread: the standard deviation of one run over seeds. verdict: :func:`verdict`.
+    """
+
+    name: str
+    estimate: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    spread: float
+    verdict: Verdict
+
+    @property
+    def size(self) -> float:
+        """The estimate in standard deviations of one run over seeds; infinite where runs do not differ."""
+        if self.spread or not self.estimate:
+            return self.estimate / (self.spread or 1.0)
+        return math.copysign(math.inf, self.estimate)
+
+
+class Design(NamedTuple):
+    """Runs in a table: values of the outcome [seeds, cells], and the level of every factor in every cell, -1 or 1
+    [cells, factors]."""
+
+    values: Array
+    levels: Array
+
+
+def tabulate(levels: Any, seeds: Sequence[Any], values: Any) -> Design:
+    """Runs as a :class:`Design`: levels [runs, factors], each factor with two values (the smaller one is the low
+    level), seeds [runs] and values [runs].
+
+    Raises QuantlensError for a factor that has not two levels, a cell that a seed lacks or has twice, and a value that
+    is not finite.
+    """
+    given, outcome = np.asarray(levels), np.asarray(values, dtype=np.float64)
+    if given.ndim != 2 or not len(given) == len(seeds) == len(outcome):
+        raise QuantlensError(
+            f"levels {given.shape}, {len(seeds)} seeds and {len(outcome)} values do not fit together; give levels "
+            "[runs, factors] and one seed and one value for each run"
+        )
+    if not np.isfinite(outcome).all():
+        raise QuantlensError(
+            f"the value of run {int(np.argmin(np.isfinite(outcome)))} is not finite; leave its seed out"
+        )
+    signs = np.empty(given.shape)
+    for place, column in enumerate(given.T):
+        both = np.unique(column)
+        if len(both) != 2:
+            raise QuantlensError(f"factor {place} has {len(both)} levels ({', '.join(map(str, both))}); give it two")
+        signs[:, place] = np.where(column == both[1], 1, -1)
+    cells, cell = np.unique(signs, axis=0, return_inverse=True)
+    named, seed = np.unique(np.asarray(seeds), return_inverse=True)
+    counts = np.zeros((len(named), len(cells)), dtype=int)
+    np.add.at(counts, (seed.ravel(), cell.ravel()), 1)
+    if (counts != 1).any():
+        row, column = (int(one) for one in np.argwhere(counts != 1)[0])
+        raise QuantlensError(
+            f"seed {named[row]} has {counts[row, column]} runs of the cell {cells[column].astype(int).tolist()}; every "
+            "seed needs one run of each cell"
+        )
+    table = np.empty(counts.shape)
+    table[seed.ravel(), cell.ravel()] = outcome
+    return Design(table, cells)
+
+
+def factorial_effects(
+    design: Design, names: Sequence[str], bound: float, *, level: float = 0.95, covariate: Any = None
+) -> list[Effect]:
+    """Main effects, then interactions of two factors, of a balanced two-level design, whole or a fraction.
+
+    bound, level, covariate: as :func:`effects` has them; p-values are corrected over the main effects, and over the
+    interactions. Effects that a fraction cannot tell apart are one, their names joined by "=" ("= -": with the opposite
+    sign). Raises QuantlensError where names or a factor are missing, or factors are not balanced against each other.
+    """
+    signs, k = design.levels, len(names)
+    if signs.shape[1] != k:
+        raise QuantlensError(f"there are {k} names of {signs.shape[1]} factors; give one for each")
+    if signs.sum(axis=0).any() or (signs.T @ signs != len(signs) * np.eye(k)).any():
+        raise QuantlensError("the cells are not balanced: give every pair of levels of two factors as many cells")
+    pairs = list(combinations(range(k), 2))
+    columns = [*signs.T, *(signs[:, i] * signs[:, j] for i, j in pairs)]
+    titles: list[str] = []
+    kept: list[Array] = []
+    for title, column in zip([*names, *(f"{names[i]} x {names[j]}" for i, j in pairs)], columns, strict=True):
+        along = [int(np.sign(column @ other)) if abs(column @ other) == len(signs) else 0 for other in kept]
+        if not any(along):
+            titles.append(title)
+            kept.append(column)
+            continue
+        place = int(np.argmax(np.abs(along)))
+        titles[place] += f" = {'-' * (along[place] < 0)}{title}"
+    scaled = [column * (2 / len(signs)) for column in kept]
+    families = (dict(zip(titles[:k], scaled[:k], strict=True)), dict(zip(titles[k:], scaled[k:], strict=True)))
+    settings: dict[str, Any] = {"level": level, "covariate": covariate}
+    return [effect for family in families if family for effect in effects(design.values, family, bound, **settings)]
+
+
+def effects(
+    values: Any, contrasts: Mapping[str, Any], bound: float, *, level: float = 0.95, covariate: Any = None
+) -> list[Effect]:
+    """Contrasts {name: weights [cells], which sum to 0} of an outcome [seeds, cells], with Student's intervals.
+
+    The noise is that of all cells, what is left of them without the means of seed and cell: (seeds - 1)(cells - 1)
+    degrees of freedom; with two cells it is the paired t-test. bound: the smallest effect of interest. level: of the
+    intervals, and of the verdicts (a Holm-corrected p below 1 - level). covariate [seeds, cells]: effects at an equal
+    value of it (analysis of covariance, its slope being that of the noise). Raises QuantlensError for arrays that do
+    not fit together, a bound that is not positive, and fewer than two seeds or cells.
+    """
+    y = np.asarray(values, dtype=np.float64)
+    weights = np.array(list(contrasts.values()), dtype=np.float64)
+    _check(y, weights, bound, level)
+    noise, means, n = _interaction(y), y.mean(axis=0), len(y)
+    freedom, squares = (n - 1) * (y.shape[1] - 1), float((noise**2).sum())
+    estimates, factor = weights @ means, (weights**2).sum(axis=1) / n
+    if covariate is not None:
+        x = np.asarray(covariate, dtype=np.float64)
+        if x.shape != y.shape or not np.isfinite(x).all():
+            raise QuantlensError(
+                f"the covariate {x.shape} must be finite, and of the same shape as the values {y.shape}"
+            )
+        moved, of_noise = weights @ x.mean(axis=0), _interaction(x)
+        total, freedom = float((of_noise**2).sum()), freedom - 1
+        if total <= 1e-24 * max(1.0, float((x**2).sum())) or not freedom:
+            raise QuantlensError(
+                "the covariate does not vary between runs of a cell, or runs are too few; leave it out"
+            )
+        slope = float((of_noise * noise).sum()) / total
+        squares = max(0.0, squares - slope**2 * total)
+        estimates, factor = estimates - slope * moved, factor + moved**2 / total
+    spread = np.sqrt(squares / freedom)
+    errors = spread * np.sqrt(factor)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = np.nan_to_num(2 * student.sf(np.abs(estimates) / errors, freedom), nan=1.0)
+    corrected = holm(dict(zip(contrasts, p.tolist(), strict=True)))
+    width = student.ppf((1 + level) / 2, freedom) * errors
+    return [
+        Effect(
+            name,
+            float(estimates[i]),
+            low := float(estimates[i] - width[i]),
+            high := float(estimates[i] + width[i]),
+            float(p[i]),
+            corrected[name],
+            float(spread),
+            verdict(low, high, corrected[name], bound, 1 - level),
+        )
+        for i, name in enumerate(contrasts)
+    ]
+
+
+def verdict(low: float, high: float, p: float, bound: float, alpha: float = 0.05) -> Verdict:
+    """ "without effect" where the interval lies inside -bound to bound, else "effect" where p is below alpha, else "not
+    decided": that an effect was not found does not mean that there is none."""
+    if -bound < low and high < bound:
+        return "without effect"
+    return "effect" if p < alpha else "not decided"
+
+
+def _interaction(table: Array) -> Array:
+    """What the means of rows and columns do not explain of a table."""
+    return table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
+
+
+def _check(values: Array, weights: Array, bound: float, level: float) -> None:
+    if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all():
+        raise QuantlensError(
+            f"values {values.shape} must be finite and [seeds, cells], with two seeds and two cells at least"
+        )
+    if weights.ndim != 2 or weights.shape[1] != values.shape[1]:
+        raise QuantlensError(f"contrasts {weights.shape} do not fit {values.shape[1]} cells; give a weight for each")
+    if not np.allclose(weights.sum(axis=1), 0) or not weights.any(axis=1).all():
+        raise QuantlensError("the weights of a contrast must sum to 0, and not all be 0")
+    if not (0 < bound < np.inf and 0 < level < 1):
+        raise QuantlensError(f"the bound {bound} must be positive and the level {level} between 0 and 1")
