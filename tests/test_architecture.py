@@ -34,7 +34,7 @@ ORDER = (
     "cli",
 )
 """Packages, and one module: `api`, with which people quantize, and for which `attention` and all above it may ask."""
-BELOW_ALL = {"ambient", "arguments", "boxes", "errors", "files", "plugins", "_version", "_moved"}
+BELOW_ALL = {"ambient", "arguments", "boxes", "errors", "files", "plugins", "_version", "_moved", "yaml_files"}
 THROUGH_THE_REGISTRY = {("models", "zoo")}
 """`zoo` holds the models and images that ship, and is built on `data` and `metrics`. `models` looks names up
 in it, inside a function, when a person names one of them; nothing else of it is used there."""

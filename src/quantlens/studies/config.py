@@ -6,19 +6,13 @@ Every mistake a person can make in the file raises `QuantlensError` with one sen
 
 import os
 import re
-from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -28,41 +22,17 @@ from quantlens._moved import ARGUMENTS, arguments_apart
 from quantlens.data.sources import MADE_IMAGES, NO_IMAGES, with_sample
 from quantlens.errors import QuantlensError
 from quantlens.metrics.operating import KEEP, Promise
-
-_VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
-
+from quantlens.yaml_files import Source, Strict, checked, read_yaml, whole_path
 
 # ---- paths, sources and precisions -----------------------------------------------------------------------------------
 
 
-def _value(match: re.Match[str]) -> str:
-    """What a variable stands for."""
-    found = os.environ.get(match["name"]) or match["default"]
-    if found is None:
-        raise ValueError(f"uses {match[0]}, which is not set; run `export {match['name']}=…` first")
-    return found
-
-
-def _path(text: str, info: ValidationInfo) -> str:
-    """A path with variables replaced, relative to the directory that the validation is given (if it is)."""
-    return text if info.context is None else str(info.context / Path(_VARIABLE.sub(_value, text)).expanduser())
-
-
-def _source(text: str, info: ValidationInfo) -> str:
-    """A SOURCE with variables replaced and such a path; names of sets that ship or are made stay as they are."""
-    if info.context is None:
-        return text
-    kind, colon, rest = _VARIABLE.sub(_value, text).partition(":")
-    named = not colon or kind in ("embedded", "made")
-    return kind + colon + rest if named else f"{kind}:{info.context / Path(rest).expanduser()}"
-
-
 def _weights(text: str, info: ValidationInfo) -> str:
-    return text if text in ("pretrained", "random") else _path(text, info)
+    return text if text in ("pretrained", "random") else whole_path(text, info)
 
 
 def _plugin(text: str, info: ValidationInfo) -> str:
-    return _path(text, info) if "/" in text or text.endswith(".py") else text
+    return whole_path(text, info) if "/" in text or text.endswith(".py") else text
 
 
 def _not_sampled(count: str, source: str) -> str:
@@ -83,17 +53,15 @@ def _bits(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
-Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
 Precision = Annotated[str, AfterValidator(_bits)]
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 
-class _Strict(BaseModel):
+class _Strict(Strict):
     """Has no keys but those declared. A bare string stands for {`_short`: string}, and a label is the name at first."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     _short: ClassVar[str] = "name"
 
     @model_validator(mode="before")
@@ -110,7 +78,7 @@ class ForeignSpec(_Strict):
     Its label stands where methods' do (by default its name); bits: where they are known."""
 
     _short = "file"
-    file: Annotated[str, AfterValidator(_path)]
+    file: Annotated[str, AfterValidator(whole_path)]
     label: str = ""
     bits: Precision | None = None
 
@@ -134,7 +102,7 @@ class ModelSpec(_Strict):
     name: str = Field(min_length=1)
     weights: Annotated[str, AfterValidator(_weights)] | None = None
     label: str = ""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({})
     foreign: tuple[ForeignSpec, ...] = ()
 
 
@@ -143,7 +111,7 @@ class MethodSpec(_Strict):
     label for tables."""
 
     name: str = Field(min_length=1)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({})
     label: str = ""
     patch_bits: int | None = None
     head_bits: int | None = None
@@ -254,8 +222,8 @@ class StudyConfig(_Strict):
     seeds: tuple[Annotated[int, Field(ge=0, le=2**63 - 1)], ...] = Field(default=(0,), min_length=1)
     calibration: CalibrationSpec | None = None
     id: Source
-    ood: dict[str, OodSpec] = {}
-    shift: dict[str, Source | tuple[str, ...]] = {}
+    ood: dict[str, OodSpec] = Field({})
+    shift: dict[str, Source | tuple[str, ...]] = Field({})
     """Shifted ID sets by name; "corrupt": which corruptions of the ID images (`evaluation.shift.corruptions`)."""
     fit: Source | None = None
     scores: tuple[str, ...] | None = None
@@ -266,7 +234,7 @@ class StudyConfig(_Strict):
     device: str = "auto"
     batch_size: int = Field(default=64, ge=1)
     skip_bad: bool = False
-    cache: bool | Annotated[str, AfterValidator(_path)] = True
+    cache: bool | Annotated[str, AfterValidator(whole_path)] = True
     outputs: bool | Literal["scores"] = True
     operating: OperatingSpec = OperatingSpec()
 
@@ -323,78 +291,12 @@ def load_config(path: str | os.PathLike[str]) -> StudyConfig:
     """Read a study file (YAML, safe tags only)."""
     path = Path(path)
     where = f"study file {path}"
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise QuantlensError(f"{where} does not exist; see examples/ for files to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise QuantlensError(f"{where} cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f" at line {mark.line + 1}" if mark is not None else ""
-        raise QuantlensError(f"{where} is not valid YAML{at}: {getattr(error, 'problem', None) or error}") from error
+    data = read_yaml(path, where, "see examples/ for files to start from")
     return parse_config(data, base=path.parent, where=where, name=path.stem)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice (YAML would silently keep the last)."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [(self.construct_object(key, deep=True), key.start_mark) for key, _ in node.value]
-        for i, (key, mark) in enumerate(keys):
-            if any(key == before for before, _ in keys[:i]):
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", mark)
-        return super().construct_mapping(node, deep)
 
 
 def parse_config(data: Any, *, base: Path | None = None, where: str = "the study", name: str = "study") -> StudyConfig:
     """A checked study from plain data; paths are resolved against `base` (None: the working directory)."""
     if not isinstance(data, dict):
         raise QuantlensError(f"{where} must hold keys such as `models:` and `bits:`, not {type(data).__name__}")
-    try:
-        return StudyConfig.model_validate({"name": name, **data}, context=(base or Path()).resolve())
-    except ValidationError as error:
-        raise QuantlensError(f"{where}: {_first_problem(error)}") from None
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
-
-
-def _first_problem(error: ValidationError) -> str:
-    """The first mistake in a study file as a sentence."""
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
-    # A misspelt key is most likely the reason of a missing one.
-    problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
-    *place, key = location = problem["loc"] or ("",)
-    if problem["type"] == "extra_forbidden":
-        known = _keys_at(place)
-        close = get_close_matches(str(key), known, n=1, cutoff=0.5)
-        at = f" in `{_spell(place)}`" if place else ""
-        return f"unknown key {key!r}{at}; " + (
-            f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}"
-        )
-    if problem["type"] == "missing":
-        return f"the key `{_spell(location)}` is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"`{_spell(location)}`: {message.replace('Input', 'input', 1)}" if problem["loc"] else message
-
-
-def _spell(location: Sequence[Any]) -> str:
-    """("models", 0, "name") -> models[0].name"""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
-
-
-def _keys_at(location: Sequence[Any]) -> list[str]:
-    """The keys that may stand at a place of the study file."""
-    here: Any = StudyConfig
-    for part in location:  # an index of a list and a name in a mapping lead to no other model
-        if part in here.model_fields:
-            here = _model_in(here.model_fields[part].annotation) or here
-    return list(here.model_fields)
-
-
-def _model_in(annotation: Any) -> Any:
-    """The pydantic model inside `tuple[Model, ...]`, `dict[str, Model]` or `Model | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
+    return checked(StudyConfig, {"name": name, **data}, base=base or Path(), where=where)
