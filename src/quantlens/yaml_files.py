@@ -43,17 +43,20 @@ def whole_path(text: str, info: ValidationInfo) -> str:
     return text if info.context is None else str(info.context / Path(_VARIABLE.sub(_value, text)).expanduser())
 
 
-def whole_source(text: str, info: ValidationInfo) -> str:
-    """A SOURCE with variables replaced and such a path; names of sets that ship or are made stay as they are."""
-    if info.context is None:
-        return text
+def source_from(text: str, base: Path) -> str:
+    """A SOURCE with variables replaced and its path relative to `base`; names of sets that ship or are made stay as
+    they are. Raises ValueError for a variable that is not set."""
     kind, colon, rest = _VARIABLE.sub(_value, text).partition(":")
     named = not colon or kind in ("embedded", "made")
-    return kind + colon + rest if named else f"{kind}:{info.context / Path(rest).expanduser()}"
+    return kind + colon + rest if named else f"{kind}:{base / Path(rest).expanduser()}"
 
 
-Source = Annotated[str, Field(min_length=1), AfterValidator(whole_source)]
-"""A SOURCE of images."""
+def _whole_source(text: str, info: ValidationInfo) -> str:
+    return text if info.context is None else source_from(text, info.context)
+
+
+Source = Annotated[str, Field(min_length=1), AfterValidator(_whole_source)]
+"""A SOURCE of images, its path relative to the directory that the validation is given (if it is)."""
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class ModelSpec(_Strict):
     name: str = Field(min_length=1)
     weights: Annotated[str, AfterValidator(_weights)] | None = None
     label: str = ""
-    options: dict[str, Any] = Field({})
+    options: dict[str, Any] = Field(default={})
     foreign: tuple[ForeignSpec, ...] = ()
 
 
@@ -111,7 +111,7 @@ class MethodSpec(_Strict):
     label for tables."""
 
     name: str = Field(min_length=1)
-    options: dict[str, Any] = Field({})
+    options: dict[str, Any] = Field(default={})
     label: str = ""
     patch_bits: int | None = None
     head_bits: int | None = None
@@ -222,8 +222,8 @@ class StudyConfig(_Strict):
     seeds: tuple[Annotated[int, Field(ge=0, le=2**63 - 1)], ...] = Field(default=(0,), min_length=1)
     calibration: CalibrationSpec | None = None
     id: Source
-    ood: dict[str, OodSpec] = Field({})
-    shift: dict[str, Source | tuple[str, ...]] = Field({})
+    ood: dict[str, OodSpec] = Field(default={})
+    shift: dict[str, Source | tuple[str, ...]] = Field(default={})
     """Shifted ID sets by name; "corrupt": which corruptions of the ID images (`evaluation.shift.corruptions`)."""
     fit: Source | None = None
     scores: tuple[str, ...] | None = None

@@ -6,6 +6,9 @@ measured on the embedded sets) to the package's own `zoo/weights`, or to the fol
 How the models are trained is plain data, a recipe, and one function that follows it: Adam with a linear warm-up and a
 cosine decay. `python -m quantlens.zoo.train scenes-yolos --device cuda --minutes 7` trains a detector; stopped, it goes
 on from its last minute when called again. Recipe and loop of detectors are in `detector_training`.
+
+`python -m quantlens.zoo.train RECIPE.yaml --out DIR` follows a recipe of one's own (docs/training.md; `recipes`,
+`training`), and goes on where it was stopped.
 """
 
 import argparse
@@ -14,7 +17,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +35,7 @@ from quantlens import zoo
 from quantlens._version import __version__
 from quantlens.ambient import isolated
 from quantlens.data import Preprocess, load_images
+from quantlens.errors import QuantlensError
 from quantlens.files import write_whole
 from quantlens.metrics import classification_metrics, make_scorer, ood_metrics
 from quantlens.zoo.detector_training import DETECTOR_RECIPES, DetectorRecipe, follow, measure_detector
@@ -97,6 +102,7 @@ DIGITS_VIT = Recipe(
 )
 
 RECIPES = {DIGITS_VIT.name: DIGITS_VIT}
+SUFFIXES = (".yaml", ".yml")
 
 
 @isolated
@@ -228,19 +234,23 @@ def write(
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `python -m quantlens.zoo.train`."""
     parser = argparse.ArgumentParser(prog="python -m quantlens.zoo.train", description="train a model of the zoo again")
-    parser.add_argument("model", choices=[*RECIPES, *DETECTOR_RECIPES])
-    parser.add_argument("--out", type=Path, help="folder for the weights and the card (default: the package's own)")
+    parser.add_argument("model", type=_named, help=f"a recipe (.yaml), or {', '.join([*RECIPES, *DETECTOR_RECIPES])}")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the weights (default: the package's own; of a recipe NAME)"
+    )
+    parser.add_argument("--device", default="cpu", help="of recipes and detectors")
+    parser.add_argument("--seed", type=int, help="of recipes and detectors: other than the recipe's")
     parser.add_argument("--epochs", type=int, help="digits-vit: fewer epochs than the recipe's, for a trial")
     detectors = parser.add_argument_group("detectors")
-    detectors.add_argument("--device", default="cpu")
     detectors.add_argument("--steps", type=int, help="other than the recipe's")
     detectors.add_argument("--minutes", type=float, help="end the schedule by the clock")
     detectors.add_argument("--batch-size", type=int, help="other than the recipe's")
     detectors.add_argument("--learning-rate", type=float, help="other than the recipe's")
-    detectors.add_argument("--seed", type=int, help="other than the recipe's")
     detectors.add_argument("--state", type=Path, help="file to go on from (default: beside the weights)")
     detectors.add_argument("--trained", type=Path, help="no training: measure and write what training left in a folder")
     given = parser.parse_args(arguments)
+    if given.model.endswith(SUFFIXES):
+        return _follow_recipe(given, parser)
     out = given.out or zoo.WEIGHTS
     if given.model in RECIPES:
         _train_classifier(RECIPES[given.model], out, given.epochs)
@@ -248,6 +258,45 @@ def main(arguments: list[str] | None = None) -> None:
         names = ("steps", "batch_size", "learning_rate", "seed")
         changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
         _train_detector(replace(DETECTOR_RECIPES[given.model], **changes), out, given)
+    return None
+
+
+def _named(text: str) -> str:
+    names = [*RECIPES, *DETECTOR_RECIPES]
+    if text in names or text.endswith(SUFFIXES):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is no recipe (.yaml) and no name (choose from {', '.join(names)})")
+
+
+def _follow_recipe(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Train as a recipe's file says, with a bar that shows how far it is."""
+    from quantlens.zoo.recipes import load_recipe, parse_recipe
+    from quantlens.zoo.training import WEIGHTS, train as follow_recipe
+
+    try:
+        recipe = load_recipe(given.model)
+        if given.seed is not None:
+            recipe = parse_recipe(recipe.to_dict() | {"seed": given.seed}, base=Path(given.model).parent)
+        out = given.out or Path(recipe.name)
+        with step_bar(recipe.name) as report:
+            follow_recipe(recipe, out, device=given.device, report=report)
+    except QuantlensError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(out / f"{WEIGHTS}.safetensors")
+
+
+@contextmanager
+def step_bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A progress bar on stderr; what it gives is called with steps done, steps in all, and the loss."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total, loss: bar.update(
+            task, completed=done, total=total, description=f"{title}  loss {loss:.3f}"
+        )
 
 
 def _train_classifier(recipe: Recipe, out: Path, epochs: int | None) -> None:
