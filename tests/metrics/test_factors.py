@@ -10,7 +10,7 @@ from scipy import stats
 
 from quantlens.errors import QuantlensError
 from quantlens.metrics.bootstrap import holm
-from quantlens.metrics.factors import Design, Effect, effects, factorial_effects, tabulate, verdict
+from quantlens.metrics.factors import Effect, effects, factorial_effects, verdict
 
 CELLS = np.array(list(product([-1.0, 1.0], repeat=3)))
 NAMES = ("data", "augment", "rate")
@@ -27,7 +27,7 @@ TRUTH = {"data": 4, "augment": 0, "rate": -1, "data x augment": 0, "data x rate"
 
 
 def test_known_effects_are_found_whatever_the_seeds_are():
-    found = factorial_effects(Design(runs(3, 0.0, np.random.default_rng(0)), CELLS), NAMES, bound=1.5)
+    found = factorial_effects(runs(3, 0.0, np.random.default_rng(0)), CELLS, NAMES, bound=1.5)
     assert [e.name for e in found] == list(TRUTH)
     np.testing.assert_allclose([e.estimate for e in found], list(TRUTH.values()), atol=1e-9)
     assert [e.verdict for e in found] == ["effect", *["without effect"] * 3, "effect", "without effect"]
@@ -38,7 +38,7 @@ def test_intervals_cover_what_they_say(cell_noise, off):
     rng, held, spreads = np.random.default_rng(1), [], []
     truth = np.array(list(TRUTH.values()))
     for _ in range(250):
-        found = factorial_effects(Design(runs(3, 1.0, rng, cell_noise=cell_noise), CELLS), NAMES, bound=1.0)
+        found = factorial_effects(runs(3, 1.0, rng, cell_noise=cell_noise), CELLS, NAMES, bound=1.0)
         low, high = np.array([(e.low, e.high) for e in found]).T
         held.append((low < truth) & (truth < high))
         spreads.append(found[0].spread ** 2)
@@ -67,14 +67,14 @@ def test_as_least_squares_with_seeds_and_cells(with_covariate):
     freedom = y.size - matrix.shape[1]
     weights = np.concatenate([np.zeros(3), CELLS[:, 1] / 4, [0.0] * with_covariate])
     error = np.sqrt(residual[0] / freedom * weights @ np.linalg.inv(matrix.T @ matrix) @ weights)
-    found = factorial_effects(Design(y, CELLS), NAMES, bound=1.0, covariate=x if with_covariate else None)[1]
+    found = factorial_effects(y, CELLS, NAMES, bound=1.0, covariate=x if with_covariate else None)[1]
     assert found.estimate == pytest.approx(weights @ beta)
     assert found.high - found.estimate == pytest.approx(stats.t.ppf(0.975, freedom) * error)
     assert found.spread == pytest.approx(np.sqrt(residual[0] / freedom))
 
 
 def test_p_values_are_corrected_in_two_families():
-    found = factorial_effects(Design(runs(3, 2.0, np.random.default_rng(4)), CELLS), NAMES, bound=1.0)
+    found = factorial_effects(runs(3, 2.0, np.random.default_rng(4)), CELLS, NAMES, bound=1.0)
     for family in (found[:3], found[3:]):
         smallest = sorted(e.p for e in family)
         by_hand = np.minimum(1, np.maximum.accumulate([smallest[0] * 3, smallest[1] * 2, smallest[2]]))
@@ -92,7 +92,7 @@ def test_a_verdict_needs_an_interval_inside_the_bound_to_deny_an_effect():
 
 
 def test_wide_intervals_are_not_decided_and_no_noise_is_no_fault():
-    wide = factorial_effects(Design(runs(2, 20.0, np.random.default_rng(5)), CELLS), NAMES, bound=1.0)
+    wide = factorial_effects(runs(2, 20.0, np.random.default_rng(5)), CELLS, NAMES, bound=1.0)
     assert {e.verdict for e in wide} == {"not decided"}
     flat = effects(np.ones((3, 2)), {"none": [-1, 1]}, bound=1.0)
     assert flat[0].estimate == 0 == flat[0].high == flat[0].size
@@ -100,41 +100,23 @@ def test_wide_intervals_are_not_decided_and_no_noise_is_no_fault():
     assert Effect("a", 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, "effect").size == np.inf
 
 
-def test_runs_are_put_in_a_table_whatever_their_order():
-    rng = np.random.default_rng(6)
-    y = runs(3, 1.0, rng)
-    rows = [(cell.tolist(), seed, y[seed, i]) for seed in range(3) for i, cell in enumerate(CELLS)]
-    rows = [rows[i] for i in rng.permutation(len(rows))]
-    levels, seeds, values = zip(*rows, strict=True)
-    found = tabulate([[3.0 + one for one in level] for level in levels], [f"s{s}" for s in seeds], values)
-    np.testing.assert_array_equal(found.values, y)
-    np.testing.assert_array_equal(found.levels, CELLS)
-    with pytest.raises(QuantlensError, match=r"seed s\d has 0 runs of the cell \[.*every seed needs one"):
-        tabulate(levels[1:], [f"s{s}" for s in seeds[1:]], values[1:])
-    with pytest.raises(QuantlensError, match="factor 0 has 1 level"):
-        tabulate([[0], [0]], [0, 1], [1.0, 2.0])
-    with pytest.raises(QuantlensError, match="value of run 1 is not finite"):
-        tabulate([[0], [1]], [0, 0], [1.0, float("nan")])
-    with pytest.raises(QuantlensError, match="do not fit together"):
-        tabulate([[0], [1]], [0], [1.0, 2.0])
-
-
 def test_effects_that_a_fraction_confounds_are_told_as_one():
     half = np.array([[*row, np.prod(row)] for row in CELLS])  # resolution IV: D = ABC
     y = np.random.default_rng(7).normal(size=(3, 1)) + half[:, 0] + 0.5 * half[:, 0] * half[:, 1]
-    found = {e.name: e.estimate for e in factorial_effects(Design(np.asarray(y), half), tuple("ABCD"), bound=0.1)}
+    found = {e.name: e.estimate for e in factorial_effects(np.asarray(y), half, tuple("ABCD"), bound=0.1)}
     assert list(found) == ["A", "B", "C", "D", "A x B = C x D", "A x C = B x D", "A x D = B x C"]
     assert list(found.values()) == pytest.approx([2, 0, 0, 0, 1, 0, 0])
     third = np.array([[a, b, -a * b] for a, b in product([-1.0, 1.0], repeat=2)])  # resolution III
-    names = [e.name for e in factorial_effects(Design(y[:, :4], third), tuple("ABC"), bound=0.1)]
+    names = [e.name for e in factorial_effects(y[:, :4], third, tuple("ABC"), bound=0.1)]
     assert names == ["A = -B x C", "B = -A x C", "C = -A x B"]
 
 
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda y: factorial_effects(Design(y, CELLS), NAMES[:2], 1.0), "2 names of 3 factors"),
-        (lambda y: factorial_effects(Design(y[:, 1:], CELLS[1:]), NAMES, 1.0), "not balanced"),
+        (lambda y: factorial_effects(y, CELLS, NAMES[:2], 1.0), "of the 2 factors named"),
+        (lambda y: factorial_effects(y, CELLS + 1, NAMES, 1.0), "must be -1 or 1"),
+        (lambda y: factorial_effects(y[:, 1:], CELLS[1:], NAMES, 1.0), "not balanced"),
         (lambda y: effects(y[:1], {"a": CELLS[:, 0]}, 1.0), "two seeds"),
         (lambda y: effects(y, {"a": [1, -1]}, 1.0), "do not fit 8 cells"),
         (lambda y: effects(y, {"a": np.eye(8)[0]}, 1.0), "sum to 0"),

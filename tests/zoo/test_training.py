@@ -83,7 +83,7 @@ schedule: {shape: wsd, rate: 0.001, warmup: 5, end: 0.1}
     assert again.to_dict() == found.to_dict()
     assert "${SOMEWHERE}" in again.images.source, "the same recipe on every machine"
     monkeypatch.delenv("SOMEWHERE")
-    with pytest.raises(QuantlensError, match=r"recipe small.*SOMEWHERE.*export"):
+    with pytest.raises(QuantlensError, match=r"SOMEWHERE.*not set; run `export"):
         found.source(found.images)
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,64 +49,19 @@ class Effect:
         return math.copysign(math.inf, self.estimate)
 
 
-class Design(NamedTuple):
-    """Runs in a table: values of the outcome [seeds, cells], and the level of every factor in every cell, -1 or 1
-    [cells, factors]."""
-
-    values: Array
-    levels: Array
-
-
-def tabulate(levels: Any, seeds: Sequence[Any], values: Any) -> Design:
-    """Runs as a :class:`Design`: levels [runs, factors], each factor with two values (the smaller one is the low
-    level), seeds [runs] and values [runs].
-
-    Raises QuantlensError for a factor that has not two levels, a cell that a seed lacks or has twice, and a value that
-    is not finite.
-    """
-    given, outcome = np.asarray(levels), np.asarray(values, dtype=np.float64)
-    if given.ndim != 2 or not len(given) == len(seeds) == len(outcome):
-        raise QuantlensError(
-            f"levels {given.shape}, {len(seeds)} seeds and {len(outcome)} values do not fit together; give levels "
-            "[runs, factors] and one seed and one value for each run"
-        )
-    if not np.isfinite(outcome).all():
-        raise QuantlensError(
-            f"the value of run {int(np.argmin(np.isfinite(outcome)))} is not finite; leave its seed out"
-        )
-    signs = np.empty(given.shape)
-    for place, column in enumerate(given.T):
-        both = np.unique(column)
-        if len(both) != 2:
-            raise QuantlensError(f"factor {place} has {len(both)} levels ({', '.join(map(str, both))}); give it two")
-        signs[:, place] = np.where(column == both[1], 1, -1)
-    cells, cell = np.unique(signs, axis=0, return_inverse=True)
-    named, seed = np.unique(np.asarray(seeds), return_inverse=True)
-    counts = np.zeros((len(named), len(cells)), dtype=int)
-    np.add.at(counts, (seed.ravel(), cell.ravel()), 1)
-    if (counts != 1).any():
-        row, column = (int(one) for one in np.argwhere(counts != 1)[0])
-        raise QuantlensError(
-            f"seed {named[row]} has {counts[row, column]} runs of the cell {cells[column].astype(int).tolist()}; every "
-            "seed needs one run of each cell"
-        )
-    table = np.empty(counts.shape)
-    table[seed.ravel(), cell.ravel()] = outcome
-    return Design(table, cells)
-
-
 def factorial_effects(
-    design: Design, names: Sequence[str], bound: float, *, level: float = 0.95, covariate: Any = None
+    values: Any, levels: Any, names: Sequence[str], bound: float, *, level: float = 0.95, covariate: Any = None
 ) -> list[Effect]:
     """Main effects, then interactions of two factors, of a balanced two-level design, whole or a fraction.
 
-    bound, level, covariate: as :func:`effects` has them; p-values are corrected over the main effects, and over the
+    values: of the outcome [seeds, cells]. levels: of every factor in every cell, -1 or 1 [cells, factors]. bound,
+    level, covariate: as :func:`effects` has them; p-values are corrected over the main effects, and over the
     interactions. Effects that a fraction cannot tell apart are one, their names joined by "=" ("= -": with the opposite
-    sign). Raises QuantlensError where names or a factor are missing, or factors are not balanced against each other.
+    sign). Raises QuantlensError where arrays do not fit together, or factors are not balanced against each other.
     """
-    signs, k = design.levels, len(names)
-    if signs.shape[1] != k:
-        raise QuantlensError(f"there are {k} names of {signs.shape[1]} factors; give one for each")
+    signs, k = np.asarray(levels, dtype=np.float64), len(names)
+    if signs.ndim != 2 or signs.shape[1] != k or (np.abs(signs) != 1).any():
+        raise QuantlensError(f"levels {signs.shape} must be -1 or 1, and [cells, factors] of the {k} factors named")
     if signs.sum(axis=0).any() or (signs.T @ signs != len(signs) * np.eye(k)).any():
         raise QuantlensError("the cells are not balanced: give every pair of levels of two factors as many cells")
     pairs = list(combinations(range(k), 2))
@@ -124,7 +79,7 @@ def factorial_effects(
     scaled = [column * (2 / len(signs)) for column in kept]
     families = (dict(zip(titles[:k], scaled[:k], strict=True)), dict(zip(titles[k:], scaled[k:], strict=True)))
     settings: dict[str, Any] = {"level": level, "covariate": covariate}
-    return [effect for family in families if family for effect in effects(design.values, family, bound, **settings)]
+    return [effect for family in families if family for effect in effects(values, family, bound, **settings)]
 
 
 def effects(

@@ -61,12 +61,20 @@ def _source(text: str) -> str:
 
 
 class Images(Strict):
-    """Labelled training images. classes: those that are learnt, by name (by number where the set names none), in this
-    order; None: all. share: of the images of each class, drawn with the recipe's seed."""
+    """Labelled images. classes: those that are taken, by name (by number where the set names none), in this order;
+    None: all. share: of the images of each class, drawn with the recipe's seed."""
 
     source: Annotated[str, AfterValidator(_source)]
     classes: tuple[str | int, ...] | None = Field(default=None, min_length=2)
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    def whole(self, base: Path) -> str:
+        """The SOURCE on this machine: variables are replaced, paths are relative to `base`. Raises QuantlensError for a
+        variable that is not set."""
+        try:
+            return source_from(self.source, base.resolve())
+        except ValueError as error:
+            raise QuantlensError(f"source {self.source!r} {error}") from None
 
 
 class Pretraining(Strict):
@@ -167,12 +175,8 @@ class Recipe(Strict):
         return Preprocess((3, self.size, self.size), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
 
     def source(self, images: Images) -> str:
-        """The SOURCE of images on this machine: variables are replaced, paths are relative to the recipe's file. Raises
-        QuantlensError for a variable that is not set."""
-        try:
-            return source_from(images.source, self._base.resolve())
-        except ValueError as error:
-            raise QuantlensError(f"recipe {self.name}: source {images.source!r} {error}") from None
+        """The SOURCE of images on this machine."""
+        return images.whole(self._base)
 
     def build(self, num_classes: int) -> "nn.Module":
         """The untrained model."""

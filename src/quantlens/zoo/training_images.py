@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from quantlens.data import ImageSet, load_images
+from quantlens.data import ImageSet, Preprocess, load_images
 from quantlens.errors import QuantlensError
 from quantlens.zoo.recipes import Images, Recipe
 
@@ -33,18 +33,24 @@ def of_classes(images: ImageSet, classes: Sequence[str | int] | None) -> ImageSe
     return replace(images.select(rows), labels=labels[rows], class_names=wanted)
 
 
+def chosen(given: Images, source: str, preprocess: Preprocess, seed: int, cache_dir: Any = None) -> ImageSet:
+    """The images of the SOURCE `source` that `given` asks for; seed: of the draw of a share."""
+    images = of_classes(load_images(source, preprocess, cache_dir=cache_dir), given.classes)
+    if given.share == 1:
+        return images
+    assert images.labels is not None
+    shuffled = np.random.default_rng([seed, 1]).permutation(len(images))
+    labels = images.labels[shuffled]
+    order = np.argsort(labels, kind="stable")  # by class, shuffled within
+    counts = np.bincount(labels)
+    within = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    kept = within < np.maximum(1, np.round(counts * given.share))[labels[order]]
+    return images.select(np.sort(shuffled[order][kept]))
+
+
 def training_images(given: Images, recipe: Recipe, cache_dir: Any = None) -> ImageSet:
     """The images that a recipe's phase learns from. Raises QuantlensError where they are fewer than a batch."""
-    images = of_classes(load_images(recipe.source(given), recipe.preprocess, cache_dir=cache_dir), given.classes)
-    if given.share < 1:
-        assert images.labels is not None
-        shuffled = np.random.default_rng([recipe.seed, 1]).permutation(len(images))
-        labels = images.labels[shuffled]
-        order = np.argsort(labels, kind="stable")  # by class, shuffled within
-        counts = np.bincount(labels)
-        within = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-        kept = within < np.maximum(1, np.round(counts * given.share))[labels[order]]
-        images = images.select(np.sort(shuffled[order][kept]))
+    images = chosen(given, recipe.source(given), recipe.preprocess, recipe.seed, cache_dir)
     if len(images) < recipe.batch_size:
         raise QuantlensError(
             f"{given.source} gives {len(images)} images, and batch_size is {recipe.batch_size}; make batches smaller"
