@@ -22,7 +22,13 @@ from docstrings import as_markdown
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-BESIDE = ("research/*.md", "examples/*.yaml", "benchmarks/README.md", "benchmarks/quality/README.md")
+BESIDE = (
+    "research/*.md",
+    "research/*/*.yaml",
+    "examples/*.yaml",
+    "benchmarks/README.md",
+    "benchmarks/quality/README.md",
+)
 SINGLE = ("CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE")
 METRICS = {"top1": "top-1 %", "nll": "NLL", "kl": "KL", "aupr": "Δ AUPR-out", "size_mb": "MB"}
 UNDER_CORRUPTION = {
