@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantlens.api import quantize
 from quantlens.errors import CaptureError
 from quantlens.graph import capture
 
@@ -96,3 +97,41 @@ def test_images_one_by_one_are_refused():
 
     with pytest.raises(CaptureError, match="one batch size only"):
         capture(Loop().eval(), torch.randn(3, 4, 3, 3))
+
+
+class Clipped(nn.Module):
+    """An attention whose rows are stretched and cut off, or only stretched."""
+
+    def __init__(self, cut: bool):
+        super().__init__()
+        self.qkv, self.cut = nn.Linear(4, 12), cut
+
+    def forward(self, x):
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)[:, :N]).chunk(3, dim=-1)
+        rows = (q @ k.mT).softmax(-1) * 1.2 - 0.1
+        return (rows.clamp(0, 1) if self.cut else rows) @ v
+
+
+def test_a_clipped_softmax_is_quantized_where_it_is_cut_off():
+    torch.manual_seed(0)
+    sites = capture(Clipped(True), torch.randn(2, 4, 3, 3)).sites
+    assert [site.kind for site in sites] == ["linear", "scores", "probs", "context"]
+    probs, context = sites.of_kind("probs")[0], sites.of_kind("context")[0]
+    assert probs.edges["output"].node is context.edges["probs"].value
+    assert probs.edges["input"].node is probs.node is not probs.edges["output"].node
+    stretched = capture(Clipped(False), torch.randn(2, 4, 3, 3)).sites
+    assert [site.kind for site in stretched] == ["linear", "scores", "probs", "matmul"], "rows that are no attention"
+
+
+def test_a_quantized_clipped_softmax_gives_rows_of_few_values():
+    torch.manual_seed(0)
+    module, x = Clipped(True), torch.randn(8, 4, 3, 3)
+    plan = quantize(module, x, method="minmax", bits="W4A2").plan
+    assert "probs.output" in plan.quantizers
+    assert not any("matmul" in key for key in plan.quantizers)
+    quantizer = plan.quantizers["probs.output"]
+    assert len(quantizer(torch.linspace(0, 1, 100)).unique()) == 4
+    whole = quantize(module, x, method="fq-ptq", bits="W8A8").plan
+    assert "probs.output" in whole.quantizers
+    assert "context.probs" not in whole.quantizers
+    assert not any("probs" in site for site in whole.operators), "an integer softmax would leave the clipping out"

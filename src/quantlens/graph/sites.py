@@ -9,7 +9,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -21,13 +21,14 @@ ADDS = {"aten.add.Tensor", "aten.add_.Tensor"}
 ROTATION = "_rotation"
 """How the names of constants end that values are rotated by."""
 
+CLAMPS = {"aten.clamp.default", "aten.clamp_.default", "aten.hardtanh.default"}
 SCALINGS = {"aten.mul.Tensor", "aten.div.Tensor", "aten.mul.Scalar", "aten.div.Scalar"}
 
 
 @dataclass(frozen=True)
 class Edge:
     """Where a quantizer can sit: ``key`` = site name + edge name; ``position`` = argument index, ``None`` for the
-    output."""
+    output, ``node`` being the site's (of a clipped softmax the clipping)."""
 
     key: str
     site: str
@@ -146,7 +147,7 @@ def choices(graph: Graph) -> list[fx.Node]:
 def find_sites(graph: Graph) -> SiteMap:
     """Read the sites and blocks off a graph. Cheap; called through :attr:`Graph.sites`."""
     dynamic = dynamic_nodes(graph)
-    attentions = _find_attentions(graph, dynamic)
+    attentions, clipped = _find_attentions(graph, dynamic)
     described = {node: _describe(graph, node, dynamic, attentions) for node in graph.fx.nodes if node in dynamic}
     found = [(node, *kind_and_name) for node, kind_and_name in described.items() if kind_and_name is not None]
     blocks = _find_blocks(graph, dynamic, attentions)
@@ -157,24 +158,45 @@ def find_sites(graph: Graph) -> SiteMap:
     for name, (node, kind, _) in zip(names, found, strict=True):
         positions = {**{edge: position for position, edge in enumerate(EDGES[kind])}, "output": None}
         edges = {edge: Edge(f"{name}.{edge}", name, edge, node, position) for edge, position in positions.items()}
+        if node in clipped:
+            edges["output"] = replace(edges["output"], node=clipped[node])
         sites.append(Site(name, kind, node, owner.get(node), edges))
     former = dict(zip(_numbered(rows, former=True), names, strict=True))
     return SiteMap(sites, blocks, _head(graph, dynamic), former)
 
 
-def _find_attentions(graph: Graph, dynamic: set[fx.Node]) -> dict[fx.Node, tuple[str, fx.Node]]:
+def _find_attentions(
+    graph: Graph, dynamic: set[fx.Node]
+) -> tuple[dict[fx.Node, tuple[str, fx.Node]], dict[fx.Node, fx.Node]]:
     """What the operations of attentions are, with the node whose module names them: q·kᵀ "scores", the softmax over
-    these "probs", its product with v "context"."""
+    these "probs", its product with v "context". And of softmaxes that are stretched and clipped what comes of that,
+    which is then the output of "probs"."""
     found: dict[fx.Node, tuple[str, fx.Node]] = {}
+    clipped: dict[fx.Node, fx.Node] = {}
     for softmax in graph.fx.nodes:
         scores = _scores_of(softmax) if softmax in dynamic and op_name(softmax) == "aten.softmax.int" else None
         if scores is None:
             continue
         found |= {scores: ("scores", scores), softmax: ("probs", scores)}
-        context = _first_product(softmax.users, lambda n: n.users if op_name(n) in VIEWS else ())
+        end = _clipped(softmax)
+        if end is not softmax:
+            clipped[softmax] = end
+        context = _first_product(end.users, lambda n: n.users if op_name(n) in VIEWS else ())
         if context is not None:
             found[context] = ("context", context)
-    return found
+    return found, clipped
+
+
+def _clipped(softmax: fx.Node) -> fx.Node:
+    """What a softmax's rows are after numbers are multiplied, added and cut off (a clipped softmax); itself where none
+    are cut off."""
+    node, end = softmax, softmax
+    while len(node.users) == 1:
+        (node,) = node.users
+        if op_name(node) not in SCALINGS | ADDS | CLAMPS | {"aten.sub.Tensor"} or len(node.all_input_nodes) > 1:
+            break
+        end = node if op_name(node) in CLAMPS else end
+    return end
 
 
 def _numbered(found: list[tuple[str, str]], *, former: bool = False) -> list[str]:

@@ -18,7 +18,7 @@ def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
     alone is quantized, the scores being the same tensor up to one number. Channels that are chosen out of a tensor (a
     layer split in two) are quantized where they are read. A classifier's output counts too, `coordinates` do not.
     """
-    by_node, places = graph.sites.by_node, coordinates(graph)
+    made, places = {site.edges["output"].node for site in graph.sites}, coordinates(graph)
     softmaxes = graph.sites.of_kind("probs")
     passed_on = {_origin(s.edges["input"].value) for s in softmaxes} & {s.node for s in graph.sites.of_kind("scores")}
     groups: dict[Any, list[Edge]] = {}
@@ -30,7 +30,7 @@ def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
                     groups.setdefault(site.node, []).append(edge)
             elif site.kind == "probs":
                 groups[edge.key] = [edge]
-            elif _origin(edge.value) not in by_node:
+            elif _origin(edge.value) not in made:
                 groups.setdefault(_origin(edge.value, scalings=False), []).append(edge)
     return [tuple(edges) for edges in groups.values()]
 

@@ -219,9 +219,10 @@ def integer_operators(
 
 
 def integer_softmax(site: Site, quantizers: dict[str, Quantizer], *, masked: bool) -> Operator | None:
-    """The operator in a softmax's place; None where its input or output is not quantized, or nothing is special."""
+    """The operator in a softmax's place; None where its input or output is not quantized, or nothing is special, and
+    for a clipped softmax."""
     source, output = quantizers.get(f"{site.name}.input"), quantizers.get(f"{site.name}.output")
-    if not isinstance(source, Uniform) or output is None:
+    if not isinstance(source, Uniform) or output is None or site.edges["output"].node is not site.node:
         return None
     lowest = source.decode(torch.zeros((), dtype=torch.int32, device=source.scale.device)) if masked else None
     if isinstance(output, Log):
