@@ -144,6 +144,7 @@ CALLS = {
     "pt2": exported_to_torch,
     "save": saved,
     "load": loaded,
+    "verify": lambda place: ql.verify(place.exported, place.quantized).equal,
     "bench": timed,
     "study": studied,
     "train": trained,

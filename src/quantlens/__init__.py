@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quantlens.evaluation.foreign import open_foreign
     from quantlens.evaluation.run import evaluate
     from quantlens.export.exported import Artefact
+    from quantlens.export.verify import verify
     from quantlens.models import Model, load_model
     from quantlens.plots import plot
     from quantlens.plugins import load_plugin
@@ -67,6 +68,7 @@ __all__ = [
     "results",
     "save",
     "transforms",
+    "verify",
 ]
 
 _HOMES = {
@@ -80,6 +82,7 @@ _HOMES = {
     "QuantizedModel": "quantlens.qmodel",
     "save": "quantlens.qmodel.checkpoint",
     "Artefact": "quantlens.export.exported",
+    "verify": "quantlens.export.verify",
     "load": "quantlens.qmodel.checkpoint",
     "evaluate": "quantlens.evaluation.run",
     "open_foreign": "quantlens.evaluation.foreign",

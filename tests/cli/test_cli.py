@@ -16,7 +16,7 @@ from quantlens.data import load_images
 from quantlens.errors import QuantlensError
 
 COMMANDS = (
-    *("demo", "quantize", "allocate", "evaluate", "attention", "export", "predict", "bench"),
+    *("demo", "quantize", "allocate", "evaluate", "attention", "export", "verify", "predict", "bench"),
     *("study", "report", "methods", "models", "sources"),
 )
 

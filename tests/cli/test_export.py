@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from PIL import Image
 
+import quantlens as ql
 from quantlens.export.exported import saturates
 
 pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
@@ -101,3 +103,25 @@ def test_mistakes_are_told_in_one_line(run, tmp_path):
     assert (code, ".onnx or .xml" in err) == (2, True)
     code, _, err = run("bench", str(tmp_path / "absent.xml"))
     assert (code, "no exported model" in err) == (2, True)
+
+
+def test_a_file_is_verified(run, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="the deploy extra is not installed")
+    model = ql.load_model("digits-vit")
+    images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).sin().reshape(2, 3, 32, 32)
+    qmodel = ql.quantize(model, images, method="minmax", bits="W8A8", target="openvino-cpu")
+    checkpoint, file = str(qmodel.save(tmp_path / "d.safetensors")), str(ql.export(qmodel, tmp_path / "d.onnx"))
+    code, out, err = run("verify", file, checkpoint)
+    assert (code, err) == (0, "")
+    assert "26 of 26 sites" in out
+    proto = onnx.load(file)
+    codes = next(one for one in proto.graph.initializer if one.name == "blocks.2.attn.proj.weight.codes")
+    codes.raw_data = bytes([codes.raw_data[0] ^ 1]) + codes.raw_data[1:]
+    onnx.save(proto, file)
+    code, out, _ = run("verify", file, checkpoint)
+    assert code == 1
+    assert "first difference: blocks.2.attn.proj.weight: code [0, 0] is" in " ".join(out.split())
+    code, out, _ = run("verify", file, checkpoint, "--json")
+    assert (code, [one["site"] for one in json.loads(out)["different"]]) == (1, ["blocks.2.attn.proj"])
+    code, _, err = run("predict", file, "a.png")
+    assert (code, "does not match the digest" in err) == (2, True), "and such a file is not run"

@@ -14,6 +14,7 @@ from quantlens.errors import BadWeightsError, QuantlensError, UnknownNameError, 
 from quantlens.export.export import GUARDS, export, guard_metrics, looks_unknown
 from quantlens.export.exported import Artefact
 from quantlens.export.parity import parity
+from quantlens.export.verify import verify
 from quantlens.formats import GroupScaled, Uniform
 from quantlens.metrics import METRICS
 from quantlens.qmodel import float_model
@@ -49,6 +50,9 @@ def test_integers_are_those_that_were_measured(ending, architecture, loaded, pic
     _need(ending)
     qmodel = ql.quantize(loaded[architecture], pictures, method="minmax", bits="W8A8", target=TARGET)
     artefact = Artefact(export(qmodel, tmp_path / f"m{ending}"), threads=1)
+    found = verify(artefact.path, qmodel)
+    assert found.ok, found.sentences()
+    assert set(found.equal) == {key.rpartition(".")[0] for key in qmodel.plan.quantizers}
     assert _sqnr(qmodel(pictures), artefact(pictures)) > 35
     assert _sqnr(qmodel(pictures), artefact(pictures)) > _sqnr(loaded[architecture](pictures), artefact(pictures)) + 3
 

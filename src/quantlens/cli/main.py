@@ -37,6 +37,7 @@ from quantlens.cli import (
     reproduce,
     sources,
     study,
+    verify,
 )
 from quantlens.cli._common import Stopped, add_command
 from quantlens.errors import QuantlensError, QuantlensWarning, debugging
@@ -62,6 +63,7 @@ COMMANDS = (
     evaluate,
     attention,
     export,
+    verify,
     predict,
     bench,
     study,

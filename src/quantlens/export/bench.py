@@ -190,6 +190,10 @@ def peers(model: Any, calibration: np.ndarray, folder: Path) -> list[Contender]:
     return found
 
 
+OF_THE_FILE = ("sha256", "plan_sha256")
+"""What another tool's file does not take over of the metadata of the float file that it is made of."""
+
+
 def _ort_static(model: Any, calibration: np.ndarray, folder: Path) -> Contender:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
@@ -204,7 +208,7 @@ def _ort_static(model: Any, calibration: np.ndarray, folder: Path) -> Contender:
     source, target = export(model, folder / "peer-fp32.onnx"), folder / "onnxruntime-static.onnx"
     quantize_static(source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
     made = onnx.load(target)
-    record = {p.key: p.value for p in onnx.load(source).metadata_props}
+    record = {p.key: p.value for p in onnx.load(source).metadata_props if p.key not in OF_THE_FILE}
     record["saturating"] = "true"
     onnx.helper.set_model_props(made, record | {"plan": _peer_plan(record["plan"], "onnxruntime-static", calibration)})
     onnx.save(made, target)
@@ -220,7 +224,8 @@ def _nncf(model: Any, calibration: np.ndarray, folder: Path) -> Contender:
     quantized = nncf.quantize(source, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration))
     plan = source.get_rt_info(["quantlens", "plan"]).value
     quantized.set_rt_info(_peer_plan(plan, "nncf-transformer", calibration), ["quantlens", "plan"])
-    quantized.set_rt_info("true", ["quantlens", "saturating"])
+    for key, value in {"saturating": "true", **dict.fromkeys(OF_THE_FILE, "")}.items():
+        quantized.set_rt_info(value, ["quantlens", key])
     target = folder / "nncf.xml"
     openvino.save_model(quantized, target, compress_to_fp16=False)
     return contender(target, "NNCF int8 (transformer)")

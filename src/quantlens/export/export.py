@@ -29,6 +29,7 @@ from quantlens.errors import (
     UnsupportedError,
     first_line,
 )
+from quantlens.export.digest import KEY, NOTHING, seal
 from quantlens.export.guards import (
     GUARDS,
     MAHALANOBIS,
@@ -46,6 +47,7 @@ from quantlens.files import write_whole
 from quantlens.formats import Blocks, FloatingPoint
 from quantlens.graph.structure import paths_of
 from quantlens.qmodel import QuantizedModel, float_model
+from quantlens.qmodel.checkpoint import plan_digest
 
 CLASSIFIED = ("classify", "binary", "multilabel")
 """Tasks whose measured output is called "logits"; that of the others is called "features"."""
@@ -89,6 +91,7 @@ def export(
         "task": qmodel.task,
         "num_parameters": str(qmodel.num_parameters),
         "saturating": json.dumps(any(quantizer.bits > 7 for _, quantizer in qmodel.weight_edges())),
+        "plan_sha256": plan_digest(qmodel),
     }
     gaussians = None
     if images is not None and (guard == MAHALANOBIS or (guard is None and path.suffix != ".pt2")):
@@ -160,7 +163,10 @@ def _write(made: Any, record: dict[str, str], path: Path) -> Path:
     del proto.metadata_props[:]
     helper.set_model_props(proto, record)
     if path.suffix == ".onnx":
-        return write_whole(path, pieces(proto, initializers))
+        with _folder_beside(path) as folder:
+            seal(write_whole(folder / path.name, pieces(proto, initializers)))
+            os.replace(folder / path.name, path)
+        return path
     return _openvino(proto, initializers, record, path)
 
 
@@ -282,7 +288,7 @@ def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str
         except RuntimeError as error:
             raise UnsupportedError(f"OpenVINO cannot read {path.stem}: {first_line(error)}; export to .onnx") from error
         _fold_biases(model)
-        for key, value in record.items():
+        for key, value in {**record, KEY: NOTHING}.items():
             model.set_rt_info(value, ["quantlens", key])
         # else OpenVINO quantizes float activations to 8 bits before layers with integer weights, unasked
         model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
@@ -290,6 +296,7 @@ def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str
             openvino.save_model(model, folder / path.name, compress_to_fp16=False)
         except RuntimeError as error:
             raise StorageError(f"cannot write {path}: {error}; free some room or choose another place") from error
+        seal(folder / path.name)
         os.replace(folder / path.with_suffix(".bin").name, path.with_suffix(".bin"))
         os.replace(folder / path.name, path)
     return path

@@ -18,6 +18,7 @@ from quantlens import _moved
 from quantlens.arguments import checked
 from quantlens.data import Preprocess, as_rgb, decode_image
 from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError
+from quantlens.export.digest import check_content
 from quantlens.export.export import _need, has_guard, openvino_core, refused
 from quantlens.export.guards import GUARDS
 from quantlens.files import mistaken
@@ -246,6 +247,7 @@ def open_file(path: Path, threads: int | None = None, inner: Sequence[str] = ())
     for file in filter(Path.is_file, files_of(path)):
         if what := mistaken(file):
             raise BadWeightsError(f"{file} cannot be run: it is {what}")
+    check_content(path)
     return _RUNTIMES[path.suffix](path, threads, inner)
 
 

@@ -84,9 +84,9 @@ def write_pt2(program: torch.export.ExportedProgram, record: Mapping[str, str], 
     return write_whole(path, buffer.getvalue())
 
 
-def open_pt2(path: Path, threads: int | None) -> Opened:
-    """A file of ours, in PyTorch on the CPU. Raises BadWeightsError for one of another tool, of which nothing is
-    unpickled, a damaged one, and one with other objects than tensors."""
+def open_program(path: Path) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+    """The program of a file of ours, and what the file says of itself. Raises BadWeightsError for one of another tool,
+    of which nothing is unpickled, a damaged one, and one with other objects than tensors."""
     import torch.ao.quantization.fx._decomposed
 
     record: dict[str, Any] = {RECORD: ""}
@@ -96,7 +96,7 @@ def open_pt2(path: Path, threads: int | None) -> Opened:
             if ours:
                 _check_plain(parts)
         program = torch.export.load(path, extra_files=record) if ours else None
-        record = json.loads(record[RECORD] or "{}")
+        said = json.loads(record[RECORD] or "{}")
     except DAMAGED as error:
         raise refused(path, "PyTorch", error) from error
     if program is None:
@@ -104,6 +104,12 @@ def open_pt2(path: Path, threads: int | None) -> Opened:
             f"{path} was not written by `quantlens export` (or by an earlier release); in Python give "
             "torch.export.load(…).module() in its place"
         )
+    return program, said
+
+
+def open_pt2(path: Path, threads: int | None) -> Opened:
+    """A file of ours, in PyTorch on the CPU. Raises BadWeightsError as :func:`open_program` does."""
+    program, record = open_program(path)
     module, inputs, names = program.module(), json.loads(record["inputs"]), json.loads(record["outputs"])
 
     def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -110,6 +110,27 @@ def digest_of(header: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def plan_digest(qmodel: QuantizedModel) -> str:
+    """SHA-256, in hexadecimal, of a plan and the numbers that it is about: quantizers and operators with their
+    parameters, quantized weights, and the tensors that stay in float. It is that of the checkpoint, too, and says
+    nothing of how or when the model was made. One tensor is in memory at a time."""
+    graph, plan, uses = qmodel.graph, qmodel.plan, qmodel.weight_uses()
+    digest = hashlib.sha256()
+
+    def add(name: str, tensors: dict[str, Tensor], config: Any = None) -> None:
+        digest.update(digest_of(f"{name} {json.dumps(config, sort_keys=True)}", tensors).encode())
+
+    parts: dict[str, Any] = {**plan.quantizers, **{f"operator {name}": one for name, one in plan.operators.items()}}
+    for name, part in sorted(parts.items()):
+        add(name, part.tensors(), part.config())
+    with torch.no_grad():
+        for name in sorted(graph.tensors()):
+            value = graph.tensor(name)
+            for key, quantizer in uses.get(name, [("", None)]):
+                add(f"{name} {key}", {"": value if quantizer is None else quantizer(value) + 0.0})  # -0.0 is 0.0
+    return digest.hexdigest()
+
+
 def _as_bytes(tensor: Tensor) -> Tensor:
     """A tensor on the CPU as uint8 [bytes]."""
     return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)

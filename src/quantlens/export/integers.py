@@ -1,0 +1,274 @@
+"""The integers that an exported file holds, read from its own constants and from the operations that use them."""
+
+import math
+import mmap
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+
+from quantlens.errors import BadWeightsError, first_line
+from quantlens.export.export import _need
+
+
+class Held(NamedTuple):
+    """A quantizer in a file. kind: the type of its codes, "int8". scale, zero_point: one-dimensional; codes: of a
+    weight, as the layer of the model has it, int32; None of an activation. axis: of the weight that has a scale per
+    index. wrong: what in the file contradicts the rest, in words."""
+
+    kind: str
+    scale: np.ndarray
+    zero_point: np.ndarray
+    codes: np.ndarray | None = None
+    axis: int | None = None
+    wrong: str = ""
+
+
+class Contents(NamedTuple):
+    """What was read. held: quantizers, of weights by the names of their edges; inputs: of a layer with such a weight,
+    the name of the quantizer of what it multiplies (None: it is float). metadata: what the file says of itself."""
+
+    held: dict[str, Held]
+    inputs: dict[str, str | None]
+    metadata: dict[str, str]
+
+
+def damaged(path: Path, error: Exception) -> BadWeightsError:
+    return BadWeightsError(f"{path} cannot be read: {first_line(error)}; copy or export it again")
+
+
+def _turned(held: Held) -> Held:
+    """A weight of a product x @ W, [in, out], as the layer has it, [out, in]."""
+    assert held.codes is not None
+    codes, axis = np.swapaxes(held.codes, -1, -2), held.axis
+    return held._replace(codes=codes, axis=None if axis is None else 1 - axis)
+
+
+# ---- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+def read_onnx(path: Path) -> Contents:
+    """Raises BadWeightsError for a file that is damaged, or none."""
+    onnx = _need("onnx")
+    try:
+        model = onnx.load(str(path))
+        constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        return _of_onnx(model, lambda name: onnx.numpy_helper.to_array(constants[name]), constants)
+    except Exception as error:  # of protobuf, of onnx, of NumPy: they share no base
+        raise damaged(path, error) from error
+
+
+def _of_onnx(model: Any, array: Any, constants: Any) -> Contents:
+    from onnx import TensorProto, helper
+
+    makers = {name: node for node in model.graph.node for name in node.output}
+    readers: dict[str, list[Any]] = defaultdict(list)
+    for node in model.graph.node:
+        for name in node.input:
+            readers[name].append(node)
+
+    def parameters(node: Any) -> tuple[np.ndarray, np.ndarray, str]:
+        """Scale, zero point and type of codes of a QuantizeLinear or DequantizeLinear."""
+        scale, given = array(node.input[1]), node.input[2] if len(node.input) > 2 else ""
+        coded = given or (node.input[0] if node.input[0] in constants else "")
+        kind = TensorProto.DataType.Name(constants[coded].data_type).lower() if coded else "uint8"
+        zero = array(given).astype(np.int32) if given else np.zeros(scale.shape, np.int32)
+        return scale.reshape(-1), zero.reshape(-1), kind
+
+    held, inputs = {}, {}
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear":
+            continue
+        name, source, own = node.output[0].removesuffix(".value"), node.input[0], parameters(node)
+        if source not in constants:
+            wrong = ""
+            if source not in makers or makers[source].op_type != "QuantizeLinear":
+                wrong = "its codes are made by no QuantizeLinear"
+            elif not _same(own, parameters(makers[source])):
+                wrong = "the file quantizes and dequantizes it by different numbers"
+            held[name] = Held(own[2], own[0], own[1], wrong=wrong)
+            continue
+        axes = [helper.get_attribute_value(one) for one in node.attribute if one.name == "axis"]
+        codes = array(source).astype(np.int32)
+        axis = (axes[0] if axes else 1) % max(codes.ndim, 1) if len(own[0]) > 1 else None
+        found, reader = Held(own[2], own[0], own[1], codes, axis), next(iter(readers[node.output[0]]), None)
+        held[name] = _turned(found) if reader is not None and reader.op_type == "MatMul" else found
+        maker = None if reader is None else makers.get(reader.input[0])
+        passed = maker is not None and maker.op_type == "DequantizeLinear"
+        inputs[name] = maker.output[0].removesuffix(".value") if maker is not None and passed else None
+    return Contents(held, inputs, {entry.key: entry.value for entry in model.metadata_props})
+
+
+def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# ---- OpenVINO --------------------------------------------------------------------------------------------------------
+
+KINDS = {"i8": "int8", "u8": "uint8", "i4": "int4", "u4": "uint4"}
+"""OpenVINO's names of the types of codes."""
+
+NUMBERS = {"i8": "i1", "u8": "u1", "i4": "i1", "u4": "u1", "i32": "<i4", "i64": "<i8", "f32": "<f4", "f16": "<f2"}
+
+
+class _Layer(NamedTuple):
+    name: str
+    type: str
+    data: dict[str, str]
+    inputs: list[str]
+    readers: list[str]
+
+
+def read_openvino(path: Path) -> Contents:
+    """From the .xml and the .bin themselves. Raises BadWeightsError for files that are damaged."""
+    try:
+        root = ElementTree.parse(path).getroot()
+        with path.with_suffix(".bin").open("rb") as stream:
+            weights = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        metadata = {one.tag: one.get("value", "") for one in root.findall("rt_info/quantlens/*")}
+        return _Network(root, weights).contents(metadata)
+    except (ElementTree.ParseError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise damaged(path, error) from error
+
+
+class _Network:
+    """The layers of an .xml by their numbers, with the .bin."""
+
+    def __init__(self, root: Any, weights: Any):
+        self.weights = weights
+        self.layers: dict[str, _Layer] = {}
+        for layer in root.findall("layers/layer"):
+            data = layer.find("data")
+            told = {} if data is None else dict(data.attrib)
+            self.layers[layer.get("id")] = _Layer(layer.get("name"), layer.get("type"), told, [], [])
+        edges = [[int(edge.get(end)) for end in ("to-layer", "to-port")] for edge in root.findall("edges/edge")]
+        for _, edge in sorted(zip(edges, root.findall("edges/edge"), strict=True), key=lambda pair: pair[0]):
+            self.layers[edge.get("to-layer")].inputs.append(edge.get("from-layer"))
+            self.layers[edge.get("from-layer")].readers.append(edge.get("to-layer"))
+
+    def maker(self, layer: _Layer, place: int) -> _Layer:
+        return self.layers[layer.inputs[place]]
+
+    def constant(self, layer: _Layer) -> np.ndarray | None:
+        """The values of a layer that is constant, as they are stored or reshaped; None of another."""
+        if layer.type in ("Convert", "Reshape"):
+            value = self.constant(self.maker(layer, 0))
+            shape = self.constant(self.maker(layer, 1)) if layer.type == "Reshape" else None
+            return value if value is None or shape is None else value.reshape([int(size) for size in shape])
+        if layer.type != "Const":
+            return None
+        kind, start, size = layer.data["element_type"], int(layer.data["offset"]), int(layer.data["size"])
+        shape = [int(one) for one in layer.data.get("shape", "").split(",") if one.strip()]
+        raw = np.frombuffer(self.weights[start : start + size], NUMBERS[kind])
+        if kind in ("i4", "u4"):
+            raw = np.stack([raw & 0xF, raw >> 4 & 0xF], 1).reshape(-1)[: math.prod(shape)]
+            raw = raw - 16 * (raw > 7) if kind == "i4" else raw
+        return raw.reshape(shape)
+
+    def contents(self, metadata: dict[str, str]) -> Contents:
+        held, inputs = {}, {}
+        for layer in self.layers.values():
+            found = self.dequantized(layer)
+            if found is None:
+                continue
+            name, reader = _name(layer), self.reader(layer)
+            if found.codes is not None:
+                product = reader is not None and reader.type == "MatMul"
+                turned = product and reader.data.get("transpose_b") != "true"  # type: ignore[union-attr]
+                found = _turned(found) if turned else found
+                source = None if reader is None else self.maker(reader, 0)
+                passed = source is not None and self.dequantized(source) is not None
+                inputs[name] = _name(source) if source is not None and passed else None
+            held[name] = found
+        return Contents(held, inputs, metadata)
+
+    def reader(self, layer: _Layer) -> _Layer | None:
+        """The first layer that reads a value, past changes of its sizes."""
+        found = next((self.layers[number] for number in layer.readers), None)
+        return self.reader(found) if found is not None and found.type == "Reshape" else found
+
+    def dequantized(self, layer: _Layer) -> Held | None:
+        """What a product (codes - zero point) · scale says; None of another layer."""
+        if layer.type != "Multiply":
+            return None
+        scale, inner = self.constant(self.maker(layer, 1)), self.maker(layer, 0)
+        shifted = inner.type == "Subtract"
+        zero = self.constant(self.maker(inner, 1)) if shifted else None
+        inner = self.maker(inner, 0) if shifted else inner
+        if scale is None or inner.type != "Convert" or (shifted and zero is None):
+            return None
+        coded = self.maker(inner, 0)
+        kind = KINDS.get(coded.data.get("element_type" if coded.type == "Const" else "destination_type", ""))
+        if kind is None:
+            return None
+        flat = np.zeros(scale.size, np.int32) if zero is None else zero.astype(np.int32).reshape(-1)
+        found = Held(kind, scale.reshape(-1), flat)
+        codes = self.constant(coded)
+        if codes is None:
+            return found._replace(wrong=self.contradiction(self.maker(coded, 0), found))
+        wide = [axis for axis, size in enumerate(scale.shape) if size > 1]
+        axis = wide[0] + codes.ndim - scale.ndim if wide else None
+        return found._replace(codes=codes.astype(np.int32), axis=axis)
+
+    def contradiction(self, layer: _Layer, found: Held) -> str:
+        """What is wrong with the range of values that a FakeQuantize puts into codes."""
+        if layer.type != "FakeQuantize":
+            return "its codes are made by no FakeQuantize"
+        ends = [self.constant(self.maker(layer, place)) for place in (1, 2, 3, 4)]
+        if any(end is None for end in ends):
+            return "its range is no constant"
+        low, high, first, last = (np.asarray(end, np.float64).reshape(-1) for end in ends)
+        bits, scale = int(found.kind.lstrip("uint")), found.scale.astype(np.float64)
+        least = -(2 ** (bits - 1)) if found.kind.startswith("i") else 0
+        step, wanted = (high - low) / (2**bits - 1), (least - found.zero_point) * scale
+        fits = np.allclose(step, scale, rtol=1e-5, atol=0) and np.allclose(low, wanted, rtol=0, atol=1e-3 * scale.min())
+        if fits and (first == least).all() and (last == least + 2**bits - 1).all():
+            return ""
+        return "the file quantizes and dequantizes it by different numbers"
+
+
+def _name(layer: _Layer) -> str:
+    return layer.name.removesuffix(".op").removesuffix(".value")
+
+
+# ---- PyTorch ---------------------------------------------------------------------------------------------------------
+
+
+def read_pt2(path: Path, activations: Sequence[str]) -> Contents:
+    """activations: names of the edges whose quantizers the program calls by their number, in order. Raises
+    BadWeightsError for a file that is damaged, or none of ours."""
+    from quantlens.export.pt2 import open_program
+
+    program, metadata = open_program(path)
+    stored = {**program.constants, **program.state_dict}
+    buffers = program.graph_signature.inputs_to_buffers
+
+    def value(argument: Any) -> np.ndarray:
+        tensor = stored[buffers[argument.name]].numpy() if hasattr(argument, "name") else np.asarray(argument)
+        return tensor.reshape(-1).astype(np.float32 if tensor.dtype.kind == "f" else np.int32)
+
+    held: dict[str, Held] = {}
+    names: dict[Any, str] = {}
+    for node in program.graph.nodes:
+        if "quantized_decomposed.dequantize_per" not in str(node.target):
+            continue
+        source, (scale, zero, *axis, _, _, kind) = node.args[0], node.args[1:]
+        found = Held(str(kind).removeprefix("torch."), value(scale), value(zero), axis=axis[0] if axis else None)
+        if source.name in buffers:
+            name = buffers[source.name].removeprefix("codes.").removesuffix(".codes")
+            found = found._replace(codes=stored[buffers[source.name]].numpy().astype(np.int32))
+        else:
+            number = [*node.meta["nn_module_stack"].values()][-1][0].removeprefix("operators.")
+            name = activations[int(number)] if number.isdigit() and int(number) < len(activations) else number
+            if source.args[1:] != node.args[1:]:
+                found = found._replace(wrong="the file quantizes and dequantizes it by different numbers")
+        names[node], held[name] = name, found
+    inputs = {}
+    for node, name in names.items():
+        reader = next(iter(node.users), None)
+        if held[name].codes is not None and reader is not None:
+            inputs[name] = names.get(reader.args[0])
+    return Contents(held, inputs, metadata)

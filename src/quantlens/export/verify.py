@@ -1,0 +1,206 @@
+"""Whether an exported file holds the integers of a checkpoint: codes, scales and zero points, site by site."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from quantlens.ambient import isolated
+from quantlens.errors import BadWeightsError
+from quantlens.export.digest import DAMAGED, matches
+from quantlens.export.integers import Contents, Held, read_onnx, read_openvino, read_pt2
+from quantlens.export.onnx_graph import CODE_TYPES, WEIGHT_TYPES, is_integer
+from quantlens.files import mistaken
+from quantlens.qmodel import QuantizedModel, float_model
+from quantlens.qmodel.checkpoint import load, plan_digest
+
+SHOWN = 4
+"""Names of sites in a sentence, at most."""
+
+
+class Difference(NamedTuple):
+    """A site at which a file and a checkpoint differ: the edge, and what is different, in words."""
+
+    site: str
+    edge: str
+    what: str
+
+
+class Verification(NamedTuple):
+    """What :func:`verify` found. equal: sites whose integers, scales and zero points are the same. different: those
+    that are not, in the order of the model. in_float: sites without integers in the file; simulated: those of them
+    that the checkpoint quantizes, which the file computes in float operations. digest: of the plan, as the file and
+    the checkpoint say it; None: the file does not. intact: whether the file is as it was written (None: not known)."""
+
+    file: str
+    checkpoint: str
+    equal: list[str]
+    different: list[Difference]
+    in_float: list[str]
+    simulated: list[str]
+    digest: dict[str, str | None]
+    intact: bool | None
+
+    @property
+    def ok(self) -> bool:
+        return not self.different and self.intact is not False and not self.another
+
+    @property
+    def another(self) -> bool:
+        """Whether the file says that it was exported from another checkpoint."""
+        return self.digest["file"] not in (None, self.digest["checkpoint"])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, **self._asdict(), "different": [one._asdict() for one in self.different]}
+
+    def sentences(self) -> list[str]:
+        """What was found, for a person; first what is wrong."""
+        said, all_sites = [], len(self.equal) + len(self.different)
+        if self.another:
+            own, other = (str(self.digest[name])[:12] for name in ("file", "checkpoint"))
+            said.append(
+                f"{self.file} was exported from another checkpoint than {self.checkpoint}: its plan's digest is "
+                f"{own}…, not {other}…"
+            )
+        if self.intact is False:
+            said.append(f"{self.file} is not as it was written: {DAMAGED}")
+        if self.different:
+            first = self.different[0]
+            said.append(f"first difference: {first.edge}: {first.what}")
+        same = f"{len(self.equal)} of {all_sites} sites with integers agree in codes, scales and zero points"
+        said.append(same if all_sites else "no site has integers that could be compared")
+        plain = [name for name in self.in_float if name not in self.simulated]
+        for what, names in (("quantized, but written as float operations", self.simulated), ("in float", plain)):
+            if names:
+                shown = f"{', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''}"
+                said.append(f"{what}: {len(names)} site{'s' * (len(names) > 1)} ({shown})")
+        if self.digest["file"] is None:
+            said.append("the file has no digest of its plan: an earlier release wrote it, or another tool")
+        return said
+
+
+@isolated
+def verify(file: str | Path, model: Any) -> Verification:
+    """Compare what a file (.onnx, .xml, .pt2) holds with a checkpoint: codes of weights, scales, zero points, and the
+    types of codes. They are read from the file's constants and from the operations that use them.
+
+    model: the checkpoint, or the model (quantized or float). Raises BadWeightsError for a file or a checkpoint that
+    cannot be read, and for a file of another tool that has none of the model's sites.
+    """
+    path = Path(file)
+    known = isinstance(model, str | Path)
+    qmodel: QuantizedModel = load(model) if known else float_model(model)
+    contents = _read(path, qmodel)
+    if "plan" not in contents.metadata and not contents.held.keys() & qmodel.plan.quantizers.keys():
+        raise BadWeightsError(
+            f"{path} was not written by `quantlens export`: it has no plan, and integers at none of the model's sites"
+        )
+    equal, different, in_float, simulated = [], [], [], []
+    used: set[str] = set()
+    for site in qmodel.graph.sites:
+        edges = [edge.key for edge in site.edges.values() if edge.key in qmodel.plan.quantizers]
+        found = {key: _held(qmodel, contents, key, used) for key in edges}
+        wrong = [(key, _difference(qmodel, key, held, path.suffix)) for key, held in found.items()]
+        wrong = [(key, what) for key, what in wrong if what]
+        if wrong:
+            different.append(Difference(site.name, *wrong[0]))
+        elif any(held is not None for held in found.values()):
+            equal.append(site.name)
+        else:
+            in_float.append(site.name)
+            simulated += [site.name] * bool(edges)
+    for name in sorted(contents.held.keys() - used - {one.edge for one in different}):
+        different.append(Difference(name, name, "the file has integers there, the checkpoint has none"))
+    digest = {"file": contents.metadata.get("plan_sha256") or None, "checkpoint": plan_digest(qmodel)}
+    called = str(model) if known else qmodel.name
+    return Verification(str(path), called, equal, different, in_float, simulated, digest, matches(path))
+
+
+def _read(path: Path, qmodel: QuantizedModel) -> Contents:
+    if not path.is_file():
+        raise BadWeightsError(f"no exported model at {path}")
+    if what := mistaken(path):
+        raise BadWeightsError(f"{path} cannot be read: it is {what}")
+    if path.suffix == ".onnx":
+        matches(path)  # which says why a file that is cut off cannot be read
+        return read_onnx(path)
+    if path.suffix == ".xml":
+        return read_openvino(path)
+    if path.suffix != ".pt2":
+        raise BadWeightsError(f"{path}: exported models end in .onnx, .xml or .pt2")
+    edges = qmodel.graph.sites.edges
+    calls = [key for key in qmodel.plan.quantizers if not edges[key].is_weight and _has_integers(qmodel, key, ".pt2")]
+    return read_pt2(path, sorted(calls, key=lambda key: edges[key].position is None))
+
+
+def _held(qmodel: QuantizedModel, contents: Contents, key: str, used: set[str]) -> Held | None:
+    """The quantizer that the file has at an edge. What a layer with integers reads is looked for where it reads it, as
+    several layers may share it; elsewhere by name, or under that of an edge of the same value."""
+    edges = qmodel.graph.sites.edges
+    edge = edges[key]
+    weight = f"{edge.site}.weight"
+    if edge.name == "input" and weight in contents.inputs:
+        name = contents.inputs[weight]
+    elif key in contents.held:
+        name = key
+    else:
+        name = next((k for k in contents.held if k in edges and edges[k].value is edge.value), None)
+    if name is None or name not in contents.held:
+        return None
+    used.add(name)
+    return contents.held[name]
+
+
+def _has_integers(qmodel: QuantizedModel, key: str, suffix: str) -> bool:
+    """Whether a kind of file holds the integers of an edge's format."""
+    edge, quantizer = qmodel.graph.sites.edges[key], qmodel.plan.quantizers[key]
+    if suffix == ".pt2":
+        from quantlens.export.pt2 import STANDARD
+
+        return is_integer(quantizer, STANDARD)
+    if edge.is_weight and qmodel.graph.tensor(str(edge.value.target)).dim() == 1:
+        return False
+    return is_integer(quantizer, WEIGHT_TYPES if edge.is_weight else CODE_TYPES)
+
+
+def _difference(qmodel: QuantizedModel, key: str, held: Held | None, suffix: str) -> str:
+    """How what a file holds differs from the plan's quantizer; empty where it does not."""
+    quantizer: Any = qmodel.plan.quantizers[key]
+    if not _has_integers(qmodel, key, suffix):
+        return "" if held is None else f"the file has integers there, the format {quantizer.kind} has none"
+    if held is None:
+        return "the checkpoint has integers there, the file computes it in float"
+    if held.wrong:
+        return held.wrong
+    edge = qmodel.graph.sites.edges[key]
+    types: Mapping[Any, str] = WEIGHT_TYPES if edge.is_weight else CODE_TYPES
+    wanted = types.get((quantizer.bits, quantizer.signed), "").lower() if suffix != ".pt2" else ""
+    wanted = wanted or str(quantizer.code_dtype).removeprefix("torch.")
+    if held.kind != wanted:
+        return f"the codes are {held.kind} in the file, {wanted} in the checkpoint"
+    own = {"scale": quantizer.scale, "zero point": quantizer.zero_point}
+    found = {"scale": held.scale, "zero point": held.zero_point}
+    pairs = [(name, found[name], tensor.detach().cpu().numpy().reshape(-1)) for name, tensor in own.items()]
+    if edge.is_weight:
+        weight = qmodel.graph.tensor(str(edge.value.target))
+        axis = None if quantizer.axis is None or quantizer.scale.numel() == 1 else quantizer.axis % weight.dim()
+        if held.codes is None:
+            return "the checkpoint has integer codes there, the file computes the weight"
+        if held.axis != axis and held.scale.size > 1:
+            return f"the scales are those of axis {held.axis} in the file, of {axis} in the checkpoint"
+        pairs.append(("code", held.codes, quantizer.encode(weight).cpu().numpy().astype(np.int32)))
+    return next((said for name, a, b in pairs if (said := _compared(name, a, b))), "")
+
+
+def _compared(name: str, found: np.ndarray, own: np.ndarray) -> str:
+    """The first number that differs, and how many do."""
+    if found.shape != own.shape:
+        return f"the {name}s are {list(found.shape)} in the file, {list(own.shape)} in the checkpoint"
+    places = np.argwhere(found != own)
+    if not len(places):
+        return ""
+    at = tuple(places[0])
+    where = f" {[int(place) for place in at]}" if own.size > 1 else ""
+    count = f" ({len(places)} of {own.size} differ)" if own.size > 1 else ""
+    return f"{name}{where} is {found[at]} in the file, {own[at]} in the checkpoint{count}"
