@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from quantlens.report.hub import push_to_hub
     from quantlens.report.huggingface import QuantlensConfig
     from quantlens.sensitivity import Inspection
+    from quantlens.studies.bench import bench
     from quantlens.studies.compare import compare
     from quantlens.studies.recommend import recommend
     from quantlens.studies.reproduce import reproduce
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "allocate",
     "attention",
+    "bench",
     "calibration",
     "card",
     "compare",
@@ -86,6 +88,7 @@ _HOMES = {
     "load": "quantlens.qmodel.checkpoint",
     "evaluate": "quantlens.evaluation.run",
     "open_foreign": "quantlens.evaluation.foreign",
+    "bench": "quantlens.studies.bench",
     "compare": "quantlens.studies.compare",
     "recommend": "quantlens.studies.recommend",
     "reproduce": "quantlens.studies.reproduce",

@@ -53,29 +53,23 @@ def bench(
     quiet: _options.Quiet = False,
 ) -> None:
     """See HELP."""
-    from quantlens.evaluation.environment import environment
-    from quantlens.evaluation.open_models import open_float
-    from quantlens.export.bench import race
-    from quantlens.studies.benchmarks import put_timings
-    from quantlens.studies.store import Store
+    from quantlens.studies.bench import bench as time_files
 
     check_writable(json)
-    check_writable(store and store / "store.sqlite")
     with _common.stages(quiet) as step:
-        found, facts = race(
+        found = time_files(
             artefacts,
-            fp32=None if fp32 is None else open_float(fp32, weights),
-            with_peers=peers,
-            peer_images=calibration,
-            folder=files,
-            batches=_common.whole_numbers(batch, "--batch") or [1],
-            threads=_common.whole_numbers(threads, "--threads") or [1],
+            batch=_common.whole_numbers(batch, "--batch") or 1,
+            threads=_common.whole_numbers(threads, "--threads") or 1,
             rounds=rounds,
+            fp32=fp32,
+            weights=weights,
+            peers=peers,
+            calibration=calibration,
+            folder=files,
+            store=store,
             progress=partial(step, "timing"),
-        )
-    if store is not None:
-        with Store(store) as kept:
-            put_timings(kept, found, facts, environment())
+        ).timings
     _common.show([_table(found)], found, json, "the timings")
     if store is not None:
         print(f"kept in {store}; `quantlens report {store}` shows them")

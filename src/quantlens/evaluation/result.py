@@ -296,12 +296,13 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for one in rows for key in (*FIRST, *sorted(set(one) - set(FIRST)))))
 
 
-def frame(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """A pandas DataFrame of rows. Raises UnsupportedError where pandas is not installed."""
+def frame(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> Any:
+    """A pandas DataFrame of rows. names: its columns (None: :func:`columns`). Raises UnsupportedError where pandas is
+    not installed."""
     try:
         import pandas
     except ImportError as error:
         raise UnsupportedError(
             "a DataFrame needs pandas: run `pip install 'quantlens[pandas]'`, or take to_dict() instead"
         ) from error
-    return pandas.DataFrame(list(rows), columns=columns(rows))
+    return pandas.DataFrame(list(rows), columns=list(names or columns(rows)))

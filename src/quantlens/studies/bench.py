@@ -1,0 +1,99 @@
+"""Latency of exported files, in one call: the files of one model against each other, against the float model and what
+the runtimes' own tools make of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantlens.arguments import checked
+from quantlens.errors import QuantlensError
+from quantlens.evaluation.environment import environment
+from quantlens.evaluation.open_models import open_float
+from quantlens.evaluation.result import frame
+from quantlens.export.bench import race
+from quantlens.files import check_writable
+from quantlens.models import Model, load_model
+from quantlens.studies.benchmarks import put_timings
+from quantlens.studies.store import Store
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What :func:`bench` measured. timings: of every contender at every batch size and thread count, as
+    :func:`quantlens.export.bench.bench` gives them; contenders: what each is (`Artefact.facts`), the baseline of the
+    ratios first; machine: processor and versions."""
+
+    timings: list[dict[str, Any]]
+    contenders: list[dict[str, Any]]
+    machine: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"timings": [{"label", "batch", "threads", "median_ms", "p10_ms", "p90_ms", "images_per_second", "size_mb",
+        "memory_mb", "speedup", …}], "contenders", "machine"}."""
+        return {"timings": self.timings, "contenders": self.contenders, "machine": self.machine}
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame, a row per timing, with model, method and bits of what was timed. Raises UnsupportedError
+        where pandas is not installed."""
+        known = {one["fingerprint"]: {key: one[key] for key in ("model", "method", "bits")} for one in self.contenders}
+        rows = [{**timing, **known[timing["fingerprint"]]} for timing in self.timings]
+        return frame(rows, list(rows[0]))
+
+
+@checked
+def bench(
+    files: str | Path | Sequence[str | Path],
+    *,
+    batch: int | Sequence[int] = 1,
+    threads: int | Sequence[int] = 1,
+    rounds: int = 30,
+    fp32: Any = None,
+    weights: str | None = None,
+    peers: bool = False,
+    calibration: Any = None,
+    folder: str | Path | None = None,
+    store: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Timings:
+    """Time exported files (.onnx, .xml, .pt2) of one model, in one process with interleaved runs.
+
+    batch, threads: sizes of batches, numbers of CPU threads. rounds: counted runs of each. fp32: the float model (its
+    name, with ``weights`` as for `load_model`; what that gives; an nn.Module), which becomes the baseline of the
+    ratios, followed by its files in the runtimes that are installed. peers: also the runtimes' own int8, quantized
+    with ``calibration`` (as for `quantize`; None: noise). folder: where the float and the peers' files are kept. store:
+    a study's folder, in which the timings are kept. progress: called with (rounds done, in all).
+
+    Raises QuantlensError for no files, files that cannot be run, and files of different sizes of image.
+    """
+    counts = {"batch": _several(batch), "threads": _several(threads), "rounds": [rounds]}
+    for name, values in counts.items():
+        if not values or min(values) < 1:
+            raise QuantlensError(f"{name} is {values}; give whole numbers from 1 on")
+    if weights is not None and not isinstance(fp32, str):
+        raise QuantlensError("weights are those of a float model's name: give it as fp32 (--fp32 MODEL), too")
+    check_writable(None if store is None else Path(store) / "store.sqlite")
+    if isinstance(fp32, str):
+        fp32 = open_float(fp32, weights)
+    elif not isinstance(fp32, Model | None):
+        fp32 = load_model(fp32)
+    found, facts = race(
+        [files] if isinstance(files, str | Path) else list(files),
+        fp32=fp32,
+        with_peers=peers,
+        peer_images=calibration,
+        folder=folder,
+        batches=counts["batch"],
+        threads=counts["threads"],
+        rounds=rounds,
+        progress=progress,
+    )
+    machine = environment()
+    if store is not None:
+        with Store(Path(store)) as kept:
+            put_timings(kept, found, facts, machine)
+    return Timings(found, facts, machine)
+
+
+def _several(given: int | Sequence[int]) -> list[int]:
+    return [given] if isinstance(given, int) else list(given)
