@@ -10,8 +10,8 @@ from torch import Tensor
 
 from quantlens.errors import BadWeightsError, UnsupportedError, first_line
 from quantlens.evaluation.foreign import Foreign
-from quantlens.export.export import _need
 from quantlens.export.exported import Opened, open_file
+from quantlens.export.runtimes import need
 
 KINDS = {".onnx": "onnx", ".xml": "openvino"}
 
@@ -107,7 +107,7 @@ def files_of(path: Path) -> list[Path]:
     if path.suffix == ".xml":
         weights = path.with_suffix(".bin")
         return [path, *([weights] if weights.is_file() else [])]
-    graph = _need("onnx").load(str(path), load_external_data=False).graph
+    graph = need("onnx").load(str(path), load_external_data=False).graph
     places = (entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location")
     return [path, *(path.parent / place for place in dict.fromkeys(places))]
 

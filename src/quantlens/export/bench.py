@@ -18,8 +18,9 @@ import numpy as np
 from quantlens.ambient import isolated
 from quantlens.data import as_image_set
 from quantlens.errors import QuantlensError
-from quantlens.export.export import export, openvino_core
+from quantlens.export.export import export
 from quantlens.export.exported import Artefact
+from quantlens.export.runtimes import openvino_core
 
 
 @dataclass(frozen=True)
@@ -239,8 +240,9 @@ def _peer_plan(plan: str, method: str, calibration: np.ndarray) -> str:
 
 _MEMORY = """
 import sys, numpy, psutil
-from quantlens.export.exported import Artefact, _need
-_need("onnxruntime" if sys.argv[1].endswith(".onnx") else "openvino")
+from quantlens.export.exported import Artefact
+from quantlens.export.runtimes import need
+need("onnxruntime" if sys.argv[1].endswith(".onnx") else "openvino")
 before = psutil.Process().memory_full_info().uss
 artefact = Artefact(sys.argv[1], threads=1)
 artefact.run(numpy.zeros((1, *artefact.preprocess.input_size), numpy.float32))

@@ -71,7 +71,8 @@ def check_content(path: Path) -> None:
             raise BadWeightsError(
                 f"{path} and {path.with_suffix('.bin').name} are no pair, or one is damaged: {DAMAGED}"
             )
-        raise BadWeightsError(f"{path} is damaged: {DAMAGED}")
+        why = "a checksum in it does not match; copy or export it again" if path.suffix == ".pt2" else DAMAGED
+        raise BadWeightsError(f"{path} is damaged: {why}")
 
 
 def matches(path: Path) -> bool | None:
@@ -94,12 +95,14 @@ def matches(path: Path) -> bool | None:
                 own = _read(stream, said.content, said.end - said.content)[len(ENTRY) :]
                 return own == _fields_digest(stream, fields).encode()
         except ValueError as error:
-            raise BadWeightsError(f"{path} cannot be run: {error}; copy or make it again") from None
+            raise BadWeightsError(f"{path} cannot be run by ONNX Runtime: {error}; copy or make it again") from None
     text = path.read_bytes()
+    if b"<net" not in text[:4096]:
+        raise BadWeightsError(f"{path} cannot be run: it is XML, and no model of OpenVINO")
     if not path.with_suffix(".bin").is_file():
         if b'type="Const"' not in text:
             return None
-        raise BadWeightsError(f"{path} has its weights in {path.with_suffix('.bin').name}: put that file beside it")
+        raise BadWeightsError(f"{path} has its weights in the bin file {path.stem}.bin: put that beside it")
     written = IN_XML.search(text)
     if written is None or b"<nncf>" in text:
         return None
@@ -152,7 +155,7 @@ def _fields(stream: BinaryIO, start: int, stop: int) -> Iterator[Field]:
     while start < stop:
         head = _read(stream, start, min(HEAD, stop - start))
         tag, at = number(head, 0)
-        wire, size = tag & 7, FIXED.get(tag & 7, 0)
+        wire, size = tag & 7 if tag >> 3 else None, FIXED.get(tag & 7, 0)
         if wire in (0, 2):
             value, at = number(head, at)
             size = value if wire == 2 else 0

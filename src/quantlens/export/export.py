@@ -9,11 +9,9 @@ given share of in-distribution images.
 import functools
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ import numpy as np
 from quantlens._version import __version__
 from quantlens.ambient import isolated
 from quantlens.errors import (
-    BadWeightsError,
     QuantlensError,
     StorageError,
     UnknownNameError,
@@ -43,6 +40,8 @@ from quantlens.export.guards import (
 )
 from quantlens.export.onnx_file import Initializer, check, pieces
 from quantlens.export.onnx_values import Size
+from quantlens.export.record import has_guard
+from quantlens.export.runtimes import need, openvino_core
 from quantlens.files import write_whole
 from quantlens.formats import Blocks, FloatingPoint
 from quantlens.graph.structure import paths_of
@@ -185,7 +184,7 @@ def onnx_model(
     qmodel: QuantizedModel, guard: str | None, *, simulate: bool, gaussians: Gaussians | None = None
 ) -> tuple[Any, list[Initializer]]:
     """The checked ONNX ModelProto without its initializers, and these."""
-    _need("onnx")
+    need("onnx")
     from onnx import helper
 
     from quantlens.export.detectors import write_detections
@@ -257,11 +256,6 @@ def _names_given(qmodel: QuantizedModel) -> list[str]:
     return [named[node] for node in qmodel.graph.outputs]
 
 
-def has_guard(qmodel: Any) -> bool:
-    """Whether a model's outputs are the logits of one label of several: what a guard's scores are of."""
-    return qmodel.task == "classify" and int(qmodel.num_classes) > 1
-
-
 def input_names(graph: Any) -> list[str]:
     """Names of a file's inputs: ``images``, and others as the module calls them."""
     names = graph.structure.input_names
@@ -279,7 +273,7 @@ def output_names(graph: Any) -> dict[Any, str]:
 
 
 def _openvino(proto: Any, initializers: list[Initializer], record: dict[str, str], path: Path) -> Path:
-    openvino = _need("openvino")
+    openvino = need("openvino")
     with _folder_beside(path) as folder:
         source = folder / "model.onnx"
         write_whole(source, pieces(proto, initializers))
@@ -316,34 +310,6 @@ def _fold_biases(model: Any) -> None:
             folded = operators.constant(source.get_data().reshape(list(shape.to_shape())))
             for reader in list(node.output(0).get_target_inputs()):
                 reader.replace_source_output(folded.output(0))
-
-
-@functools.cache
-def openvino_core() -> Any:
-    """The one core of OpenVINO in a process. Each gives the main thread a stack for signals and takes it back when it
-    ends; of two that end as they began, one leaves a freed one behind, and the next Ctrl-C is a segmentation fault."""
-    return _need("openvino").Core()
-
-
-def refused(path: Path, runtime: str, error: Exception) -> BadWeightsError:
-    """Why a runtime cannot run a file, from what it raised."""
-    reason, own = first_line(error), re.search(r"([\w.]+:\w+)\(-?\d+\) is not a registered function", str(error))
-    if own is not None:
-        reason = (
-            f"it has no operator {own[1]}; open the file with the library of its maker, and give "
-            "quantlens.open_foreign a function of images that runs it"
-        )
-    return BadWeightsError(f"{path} cannot be run by {runtime}: {reason}")
-
-
-def _need(package: str) -> Any:
-    """A package of the ``deploy`` extra. Raises QuantlensError saying how to get it."""
-    try:
-        return import_module(package)
-    except ImportError:
-        raise QuantlensError(
-            f"the package {package} is not installed: pip install 'quantlens[deploy]' (with the project's constraints)"
-        ) from None
 
 
 # ---- the guard: how often it is right -----------------------------------------------

@@ -16,11 +16,12 @@ from scipy.special import softmax
 
 from quantlens import _moved
 from quantlens.arguments import checked
-from quantlens.data import Preprocess, as_rgb, decode_image
-from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError
+from quantlens.data import as_rgb, decode_image
+from quantlens.errors import BadImageError, BadWeightsError, QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.export.digest import check_content
-from quantlens.export.export import _need, has_guard, openvino_core, refused
 from quantlens.export.guards import GUARDS
+from quantlens.export.record import has_guard, read_record
+from quantlens.export.runtimes import need, openvino_core, reason_of, refused
 from quantlens.files import mistaken
 from quantlens.models.detection import DetectionHead
 from quantlens.qmodel import Outputs
@@ -52,25 +53,43 @@ class Artefact:
         self.path = Path(path)
         opened = open_file(self.path, threads) if opened is None else opened
         self._run, self._record, self.runtime = opened.run, opened.metadata, opened.runtime
-        try:
-            info = json.loads(self._record["plan"])
-            self.preprocess = Preprocess.from_dict(json.loads(self._record["preprocess"]))
-            self.guard: dict[str, Any] = json.loads(self._record["guard"])
-            self.num_parameters = int(self._record["num_parameters"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise BadWeightsError(f"{self.path} was not written by `quantlens export`: {error}") from error
-        self.detection_head = DetectionHead.from_dict(head) if (head := info.get("detection_head")) else None
-        self.num_classes = len(head["labels"]) if head else int((opened.outputs[0].shape or ())[-1] or 0)
+        info, self.preprocess, self.guard, self.num_parameters, self.task = read_record(self.path, self._record)
+        self.detection_head = self._head(info.get("detection_head"))
+        self.num_classes = int((opened.outputs[0].shape or ())[-1] or 0)
+        if self.detection_head is not None:
+            self.num_classes = len(self.detection_head.labels)
         self.info: dict[str, Any] = info
-        self.task = self._record.get("task", "classify")
-        self.name, self.method = str(info.get("model", self.path.stem)), str(info.get("method", "custom"))
-        self.bits, self.seed = str(info.get("bits", "")), int(info.get("seed") or 0)
+        self.name, self.method = str(info.get("model") or self.path.stem), str(info.get("method") or "custom")
+        self.bits, self.seed = str(info.get("bits") or ""), int(info.get("seed") or 0)
         self.options: dict[str, Any] = dict(info.get("options") or {})
         self.calibration: dict[str, Any] | None = info.get("calibration")
         self.checkpoint_sha256: str | None = info.get("checkpoint_sha256")
         self.class_names: list[str] | None = info.get("class_names")
+        self._check_outputs(opened)
         self.size_mb = sum(file.stat().st_size for file in files_of(self.path)) / 1e6
-        self.size_ratio = self.size_mb * 1e6 / (4 * self.num_parameters)
+        self.size_ratio = self.size_mb * 1e6 / (4 * self.num_parameters) if self.num_parameters else None
+
+    def _head(self, said: dict[str, Any] | None) -> DetectionHead | None:
+        try:
+            return DetectionHead.from_dict(said) if said else None
+        except (TypeError, ValueError, KeyError, QuantlensError) as error:
+            raise BadWeightsError(
+                f"{self.path} is damaged: what it says of its boxes cannot be read ({error}); export it again"
+            ) from error
+
+    def _check_outputs(self, opened: "Opened") -> None:
+        """Raises BadWeightsError for a graph that does not give what the record is about."""
+        names, classes = [port.name for port in opened.outputs], len(self.class_names or ())
+        self._failures = opened.failures
+        if not {"logits", "features"} & set(names) or (self.detection_head is not None and "boxes" not in names):
+            raise BadWeightsError(
+                f"{self.path} is damaged: it gives {', '.join(names) or 'nothing'} in place of logits, features or "
+                "boxes; export it again"
+            )
+        if self.task == "classify" and 0 < classes < self.num_classes:
+            raise BadWeightsError(
+                f"{self.path} is damaged: it names {classes} classes and gives {self.num_classes}; export it again"
+            )
 
     # -- running ------------------------------------------------------------------------------------------------------
     def run(self, images: np.ndarray, **others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +104,12 @@ class Artefact:
 
     def values(self, images: np.ndarray, **others: np.ndarray) -> dict[str, np.ndarray]:
         """Everything that the model returns, by the names of the file's outputs."""
-        return self._run({"images": np.ascontiguousarray(images, dtype=np.float32), **others})
+        try:
+            return self._run({"images": np.ascontiguousarray(images, dtype=np.float32), **others})
+        except self._failures as error:
+            raise BadWeightsError(
+                f"{self.path} cannot be run on images {list(images.shape)}: {reason_of(error)}"
+            ) from error
 
     def predict(self, images: Sequence[Any]) -> list[Prediction]:
         """Predictions for pictures: paths or PIL images, or what :meth:`pixels` made of them."""
@@ -252,7 +276,7 @@ def open_file(path: Path, threads: int | None = None, inner: Sequence[str] = ())
 
 
 def _onnxruntime(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
-    ort = _need("onnxruntime")
+    ort = need("onnxruntime")
     named: list[Any] = list(vars(ort.capi.onnxruntime_pybind11_state).values())
     failures: tuple[type[Exception], ...] = (RuntimeError,)
     failures += tuple(kind for kind in named if isinstance(kind, type) and issubclass(kind, Exception))
@@ -291,7 +315,7 @@ def _onnxruntime(path: Path, threads: int | None, inner: Sequence[str]) -> Opene
 
 def _with_outputs(path: Path, inner: Sequence[str]) -> bytes:
     """An ONNX file with tensors inside its graph as further outputs."""
-    onnx = _need("onnx")
+    onnx = need("onnx")
     model = onnx.load(str(path))
     known = [name for node in model.graph.node for name in node.output]
     for name in inner:
@@ -302,7 +326,7 @@ def _with_outputs(path: Path, inner: Sequence[str]) -> bytes:
 
 
 def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
-    openvino = _need("openvino")
+    openvino = need("openvino")
     # float32 where the model is float: some CPUs would take bfloat16 by default, which is not what was measured
     # and no 8-bit activations that nobody measured, which it makes itself before layers with integer weights
     settings: dict[str, Any] = {
@@ -327,7 +351,7 @@ def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
         raise refused(path, "OpenVINO", error) from error
     info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
     metadata = {key: str(getattr(value, "value", value)) for key, value in info.items()}
-    written = json.loads(metadata.get("outputs", '["logits", "score"]')) if "plan" in metadata else []
+    written = _names(metadata.get("outputs", '["logits", "score"]')) if "plan" in metadata else []
 
     def port(value: Any, place: int, wanted: Sequence[str]) -> Port:  # OpenVINO calls a tensor by several names
         shape, names = value.partial_shape, [name for name in wanted if name in value.names]
@@ -348,6 +372,14 @@ def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
 
     version = openvino.__version__.split("-")[0]
     return Opened(run, inputs, outputs, metadata, f"openvino {version}", (RuntimeError,))
+
+
+def _names(text: str) -> list[str]:
+    """Names of outputs (JSON); none where the text is damaged."""
+    try:
+        return [str(name) for name in json.loads(text)]
+    except (ValueError, TypeError):
+        return []
 
 
 def _torch(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:

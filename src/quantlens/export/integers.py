@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from quantlens.errors import BadWeightsError, first_line
-from quantlens.export.export import _need
+from quantlens.export.runtimes import need
 
 
 class Held(NamedTuple):
@@ -37,7 +37,10 @@ class Contents(NamedTuple):
 
 
 def damaged(path: Path, error: Exception) -> BadWeightsError:
-    return BadWeightsError(f"{path} cannot be read: {first_line(error)}; copy or export it again")
+    what = (
+        f"it and {path.with_suffix('.bin').name} are damaged, or no pair" if path.suffix == ".xml" else "it is damaged"
+    )
+    return BadWeightsError(f"{path} cannot be read: {what} ({first_line(error)}); copy or export it again")
 
 
 def _turned(held: Held) -> Held:
@@ -52,7 +55,7 @@ def _turned(held: Held) -> Held:
 
 def read_onnx(path: Path) -> Contents:
     """Raises BadWeightsError for a file that is damaged, or none."""
-    onnx = _need("onnx")
+    onnx = need("onnx")
     try:
         model = onnx.load(str(path))
         constants = {tensor.name: tensor for tensor in model.graph.initializer}

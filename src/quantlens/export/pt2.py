@@ -12,9 +12,11 @@ become float operations of the same values.
 
 import io
 import json
+import logging
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,10 @@ from torch import Tensor, fx, nn
 from quantlens.ambient import isolation
 from quantlens.errors import BadWeightsError, UnsupportedError
 from quantlens.export.detectors import measured_outputs
-from quantlens.export.export import refused
 from quantlens.export.exported import Opened, Port
 from quantlens.export.guards import Gaussians, add_score
 from quantlens.export.onnx_graph import is_integer
+from quantlens.export.runtimes import refused
 from quantlens.files import write_whole
 from quantlens.formats import Uniform
 from quantlens.qmodel import QuantizedModel
@@ -95,8 +97,11 @@ def open_program(path: Path) -> tuple[torch.export.ExportedProgram, dict[str, An
             ours = any(name.endswith(f"/{RECORD}") for name in parts.namelist())
             if ours:
                 _check_plain(parts)
-        program = torch.export.load(path, extra_files=record) if ours else None
+        with _quiet():
+            program = torch.export.load(path, extra_files=record) if ours else None
         said = json.loads(record[RECORD] or "{}")
+        if ours and not all(isinstance(json.loads(said[name]), list) for name in ("inputs", "outputs")):
+            raise ValueError("it does not say what goes in and comes out")
     except DAMAGED as error:
         raise refused(path, "PyTorch", error) from error
     if program is None:
@@ -105,6 +110,18 @@ def open_program(path: Path) -> tuple[torch.export.ExportedProgram, dict[str, An
             "torch.export.load(…).module() in its place"
         )
     return program, said
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the traceback that torch logs of a file that it cannot read."""
+    logger = logging.getLogger("torch.export")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def open_pt2(path: Path, threads: int | None) -> Opened:

@@ -8,7 +8,8 @@ import numpy as np
 
 from quantlens.ambient import isolated
 from quantlens.errors import BadWeightsError
-from quantlens.export.digest import DAMAGED, matches
+from quantlens.export.digest import DAMAGED, check_content, matches
+from quantlens.export.exported import files_of
 from quantlens.export.integers import Contents, Held, read_onnx, read_openvino, read_pt2
 from quantlens.export.onnx_graph import CODE_TYPES, WEIGHT_TYPES, is_integer
 from quantlens.files import mistaken
@@ -91,7 +92,7 @@ def verify(file: str | Path, model: Any) -> Verification:
     path = Path(file)
     known = isinstance(model, str | Path)
     qmodel: QuantizedModel = load(model) if known else float_model(model)
-    contents = _read(path, qmodel)
+    contents, intact = _read(path, qmodel)
     if "plan" not in contents.metadata and not contents.held.keys() & qmodel.plan.quantizers.keys():
         raise BadWeightsError(
             f"{path} was not written by `quantlens export`: it has no plan, and integers at none of the model's sites"
@@ -114,24 +115,29 @@ def verify(file: str | Path, model: Any) -> Verification:
         different.append(Difference(name, name, "the file has integers there, the checkpoint has none"))
     digest = {"file": contents.metadata.get("plan_sha256") or None, "checkpoint": plan_digest(qmodel)}
     called = str(model) if known else qmodel.name
-    return Verification(str(path), called, equal, different, in_float, simulated, digest, matches(path))
+    return Verification(str(path), called, equal, different, in_float, simulated, digest, intact)
 
 
-def _read(path: Path, qmodel: QuantizedModel) -> Contents:
+def _read(path: Path, qmodel: QuantizedModel) -> tuple[Contents, bool | None]:
+    """What a file holds, and whether it is as it was written. Raises BadWeightsError for one that cannot be read."""
     if not path.is_file():
         raise BadWeightsError(f"no exported model at {path}")
-    if what := mistaken(path):
-        raise BadWeightsError(f"{path} cannot be read: it is {what}")
-    if path.suffix == ".onnx":
-        matches(path)  # which says why a file that is cut off cannot be read
-        return read_onnx(path)
-    if path.suffix == ".xml":
-        return read_openvino(path)
-    if path.suffix != ".pt2":
+    if path.suffix not in (".onnx", ".xml", ".pt2"):
         raise BadWeightsError(f"{path}: exported models end in .onnx, .xml or .pt2")
-    edges = qmodel.graph.sites.edges
-    calls = [key for key in qmodel.plan.quantizers if not edges[key].is_weight and _has_integers(qmodel, key, ".pt2")]
-    return read_pt2(path, sorted(calls, key=lambda key: edges[key].position is None))
+    for file in filter(Path.is_file, files_of(path)):
+        if what := mistaken(file):
+            raise BadWeightsError(f"{file} cannot be read: it is {what}")
+    intact = matches(path)
+    try:
+        if path.suffix == ".pt2":
+            edges = qmodel.graph.sites.edges
+            known = [key for key in qmodel.plan.quantizers if _has_integers(qmodel, key, ".pt2")]
+            calls = [key for key in known if not edges[key].is_weight]
+            return read_pt2(path, sorted(calls, key=lambda key: edges[key].position is None)), intact
+        return (read_onnx if path.suffix == ".onnx" else read_openvino)(path), intact
+    except BadWeightsError:
+        check_content(path)  # which says why, where the file has a digest
+        raise
 
 
 def _held(qmodel: QuantizedModel, contents: Contents, key: str, used: set[str]) -> Held | None:
