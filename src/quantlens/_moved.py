@@ -251,8 +251,8 @@ def find(package: str, name: str) -> Any:
         raise ImportError(f"quantlens: {old}: {REMOVED[old]}")
     place, _, renamed = RENAMED.get(old, "").rpartition(".")
     places = (place,) if place else PACKAGES.get(package, ())
-    for module in map(import_module, places):
-        if not name.startswith("_") and hasattr(module, renamed or name):
+    for module in map(import_module, () if name.startswith("_") else places):
+        if hasattr(module, renamed or name):
             _tell(old, f"{module.__name__}.{renamed or name}")
             return getattr(module, renamed or name)
     raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -79,6 +79,10 @@ for _command in COMMANDS:
     add_command(app, _command, plugins=_command not in (plot, models, sources))
 
 
+WANTED = ("torch", "torchvision", "timm", "scipy", "sklearn", "safetensors", "pydantic", "yaml")
+"""Packages that a small machine need not have, which runs exported files."""
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"quantlens {__version__}")
@@ -157,6 +161,11 @@ def _sentence(error: Exception) -> str | None:
     """What is said of an error that a person can mend, or that a plugin's code raised; None for any other."""
     if isinstance(error, QuantlensError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in WANTED:
+        return (
+            f"the package {error.name} is not installed, and without it only classifiers in .onnx and .xml files are "
+            "run (`predict`, `bench`): pip install quantlens, with its dependencies"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" ({error.filename})" if error.filename else ""
         return f"the disk is full{where}; free some space and run the same command again"

@@ -190,10 +190,21 @@ class Preprocess:
         """uint8 [...,3,H,W] -> float32: (x / 255 - mean) / std, in the order of ToTensor and Normalize."""
         import torch
 
-        x = torch.from_numpy(np.array(pixels, copy=True)) if isinstance(pixels, np.ndarray) else pixels
+        if isinstance(pixels, np.ndarray):
+            return torch.from_numpy(self.normalized(pixels))
+        x = pixels
         mean = torch.tensor(self.mean, dtype=torch.float32, device=x.device).view(-1, 1, 1)
         std = torch.tensor(self.std, dtype=torch.float32, device=x.device).view(-1, 1, 1)
         return x.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    def normalized(self, pixels: np.ndarray) -> np.ndarray:
+        """The same, bit for bit, as an array, without torch."""
+        mean, std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        found = pixels.astype(np.float32)
+        found /= np.float32(255)
+        found -= mean
+        found /= std
+        return found
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Image (any PIL mode) -> normalised float32 [channels,H,W], upright (see `sources.as_rgb`)."""

@@ -15,12 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from quantlens.ambient import isolated
 from quantlens.data import as_image_set
 from quantlens.errors import QuantlensError
-from quantlens.export.export import export
 from quantlens.export.exported import Artefact
-from quantlens.export.runtimes import openvino_core
+from quantlens.export.runtimes import isolated, openvino_core
 
 
 @dataclass(frozen=True)
@@ -174,6 +172,8 @@ def _pixels(images: Any, model: Any) -> np.ndarray:
 
 def float_files(model: Any, folder: Path) -> list[Contender]:
     """The float model in ONNX Runtime and in OpenVINO, exported into ``folder``; what is not installed is left out."""
+    from quantlens.export.export import export
+
     found = []
     for name, label in (("fp32.onnx", "ONNX Runtime FP32"), ("fp32.xml", "OpenVINO FP32")):
         with suppress(QuantlensError):
@@ -199,6 +199,8 @@ def _ort_static(model: Any, calibration: np.ndarray, folder: Path) -> Contender:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
+    from quantlens.export.export import export
+
     images = iter(calibration)
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -219,6 +221,8 @@ def _ort_static(model: Any, calibration: np.ndarray, folder: Path) -> Contender:
 def _nncf(model: Any, calibration: np.ndarray, folder: Path) -> Contender:
     import nncf
     import openvino
+
+    from quantlens.export.export import export
 
     source = openvino_core().read_model(export(model, folder / "peer-fp32.xml"))
     data = nncf.Dataset([image[None] for image in calibration])

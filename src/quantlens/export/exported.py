@@ -3,28 +3,22 @@ model."""
 
 import functools
 import hashlib
-import json
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from scipy.special import softmax
 
 from quantlens import _moved
 from quantlens.arguments import checked
 from quantlens.data import as_rgb, decode_image
-from quantlens.errors import BadImageError, BadWeightsError, QuantlensError, UnknownNameError, UnsupportedError
+from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError
 from quantlens.export.digest import check_content
-from quantlens.export.guards import GUARDS
-from quantlens.export.record import has_guard, read_record
+from quantlens.export.record import check_outputs, has_guard, names_in, read_head, read_record
 from quantlens.export.runtimes import need, openvino_core, reason_of, refused
 from quantlens.files import mistaken
-from quantlens.models.detection import DetectionHead
-from quantlens.qmodel import Outputs
 
 
 class Prediction(NamedTuple):
@@ -54,7 +48,7 @@ class Artefact:
         opened = open_file(self.path, threads) if opened is None else opened
         self._run, self._record, self.runtime = opened.run, opened.metadata, opened.runtime
         info, self.preprocess, self.guard, self.num_parameters, self.task = read_record(self.path, self._record)
-        self.detection_head = self._head(info.get("detection_head"))
+        self.detection_head = read_head(self.path, info.get("detection_head"))
         self.num_classes = int((opened.outputs[0].shape or ())[-1] or 0)
         if self.detection_head is not None:
             self.num_classes = len(self.detection_head.labels)
@@ -65,31 +59,10 @@ class Artefact:
         self.calibration: dict[str, Any] | None = info.get("calibration")
         self.checkpoint_sha256: str | None = info.get("checkpoint_sha256")
         self.class_names: list[str] | None = info.get("class_names")
-        self._check_outputs(opened)
+        self._failures = opened.failures
+        check_outputs(self, [port.name for port in opened.outputs])
         self.size_mb = sum(file.stat().st_size for file in files_of(self.path)) / 1e6
         self.size_ratio = self.size_mb * 1e6 / (4 * self.num_parameters) if self.num_parameters else None
-
-    def _head(self, said: dict[str, Any] | None) -> DetectionHead | None:
-        try:
-            return DetectionHead.from_dict(said) if said else None
-        except (TypeError, ValueError, KeyError, QuantlensError) as error:
-            raise BadWeightsError(
-                f"{self.path} is damaged: what it says of its boxes cannot be read ({error}); export it again"
-            ) from error
-
-    def _check_outputs(self, opened: "Opened") -> None:
-        """Raises BadWeightsError for a graph that does not give what the record is about."""
-        names, classes = [port.name for port in opened.outputs], len(self.class_names or ())
-        self._failures = opened.failures
-        if not {"logits", "features"} & set(names) or (self.detection_head is not None and "boxes" not in names):
-            raise BadWeightsError(
-                f"{self.path} is damaged: it gives {', '.join(names) or 'nothing'} in place of logits, features or "
-                "boxes; export it again"
-            )
-        if self.task == "classify" and 0 < classes < self.num_classes:
-            raise BadWeightsError(
-                f"{self.path} is damaged: it names {classes} classes and gives {self.num_classes}; export it again"
-            )
 
     # -- running ------------------------------------------------------------------------------------------------------
     def run(self, images: np.ndarray, **others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -98,8 +71,10 @@ class Artefact:
         found = self.values(images, **others)
         measured = found["logits"] if "logits" in found else found["features"]
         score = found.get("score")
-        if score is None and has_guard(self) and self.guard["score"] in GUARDS:  # a .pt2 gives what the module gives
-            score = GUARDS[self.guard["score"]](measured)
+        if score is None and self.path.suffix == ".pt2" and has_guard(self):  # it gives what the module gives
+            from quantlens.export.guards import GUARDS
+
+            score = GUARDS[self.guard["score"]](measured) if self.guard["score"] in GUARDS else None
         return measured, np.full(len(measured), np.nan, np.float32) if score is None else score
 
     def values(self, images: np.ndarray, **others: np.ndarray) -> dict[str, np.ndarray]:
@@ -119,9 +94,10 @@ class Artefact:
                 "Artefact.run gives its outputs"
             )
         pixels = np.stack([image if isinstance(image, np.ndarray) else self.pixels(image) for image in images])
-        logits, scores = self.run(self.preprocess.normalize(pixels).numpy())
+        logits, scores = self.run(self.preprocess.normalized(pixels))
         threshold = (self.guard.get("threshold") or {}).get("value")
-        probabilities, names = softmax(logits, axis=1), self.class_names
+        shares, names = np.exp(logits - logits.max(axis=1, keepdims=True)), self.class_names
+        probabilities = shares / shares.sum(axis=1, keepdims=True)
         unknown = [None if threshold is None else score < threshold for score in scores.tolist()]
         said = [None if np.isnan(score) else score for score in scores.tolist()]
         rows = zip(logits.argmax(1).tolist(), probabilities.max(1).tolist(), said, unknown, strict=True)
@@ -138,6 +114,10 @@ class Artefact:
     def outputs(self, images: Any) -> Any:
         """Logits of a tensor of images, boxes of a detector, the file's own score; no features (scores of them are left
         out)."""
+        import torch
+
+        from quantlens.qmodel import Outputs
+
         found = {name: torch.from_numpy(value) for name, value in self.values(images.cpu().numpy()).items()}
         made = Outputs(found["logits"] if "logits" in found else found["features"], None, found.get("boxes"))
         made.score = found.get("score")
@@ -351,7 +331,7 @@ def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
         raise refused(path, "OpenVINO", error) from error
     info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
     metadata = {key: str(getattr(value, "value", value)) for key, value in info.items()}
-    written = _names(metadata.get("outputs", '["logits", "score"]')) if "plan" in metadata else []
+    written = names_in(metadata.get("outputs", '["logits", "score"]')) if "plan" in metadata else []
 
     def port(value: Any, place: int, wanted: Sequence[str]) -> Port:  # OpenVINO calls a tensor by several names
         shape, names = value.partial_shape, [name for name in wanted if name in value.names]
@@ -372,14 +352,6 @@ def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
 
     version = openvino.__version__.split("-")[0]
     return Opened(run, inputs, outputs, metadata, f"openvino {version}", (RuntimeError,))
-
-
-def _names(text: str) -> list[str]:
-    """Names of outputs (JSON); none where the text is damaged."""
-    try:
-        return [str(name) for name in json.loads(text)]
-    except (ValueError, TypeError):
-        return []
 
 
 def _torch(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:

@@ -4,10 +4,13 @@ import json
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantlens.data.preprocess import Preprocess
 from quantlens.errors import BadWeightsError, QuantlensError
+
+if TYPE_CHECKING:
+    from quantlens.models.detection import DetectionHead
 
 TASKS = ("classify", "binary", "multilabel", "features", "zero-shot", "detect")
 
@@ -62,6 +65,42 @@ def read_record(path: Path, metadata: Mapping[str, str]) -> Record:
     except (ValueError, TypeError, AttributeError, QuantlensError) as error:
         raise BadWeightsError(f"{path} is damaged: its metadata cannot be read ({error}); export it again") from error
     return Record(info, preprocess, guard, count, task)
+
+
+def read_head(path: Path, said: dict[str, Any] | None) -> "DetectionHead | None":
+    """What a detector's outputs mean; None of another model. Raises BadWeightsError for what cannot be read."""
+    if not said:
+        return None
+    from quantlens.models.detection import DetectionHead
+
+    try:
+        return DetectionHead.from_dict(said)
+    except (TypeError, ValueError, KeyError, QuantlensError) as error:
+        raise BadWeightsError(
+            f"{path} is damaged: what it says of its boxes cannot be read ({error}); export it again"
+        ) from error
+
+
+def check_outputs(artefact: Any, names: list[str]) -> None:
+    """Raises BadWeightsError for a file whose graph does not give what its record is about. names: of its outputs."""
+    if not {"logits", "features"} & set(names) or (artefact.detection_head is not None and "boxes" not in names):
+        raise BadWeightsError(
+            f"{artefact.path} is damaged: it gives {', '.join(names) or 'nothing'} in place of logits, features or "
+            "boxes; export it again"
+        )
+    classes, columns = len(artefact.class_names or ()), artefact.num_classes
+    if artefact.task == "classify" and 0 < classes < columns:
+        raise BadWeightsError(
+            f"{artefact.path} is damaged: it names {classes} classes and gives {columns}; export it again"
+        )
+
+
+def names_in(text: str) -> list[str]:
+    """Names of outputs (JSON); none where the text is damaged."""
+    try:
+        return [str(name) for name in json.loads(text)]
+    except (ValueError, TypeError):
+        return []
 
 
 def _mapping(metadata: Mapping[str, str], name: str) -> dict[str, Any]:

@@ -2,11 +2,18 @@
 
 import functools
 import re
+import sys
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+from quantlens.arguments import checked
 from quantlens.errors import BadWeightsError, QuantlensError, first_line
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 OLDEST = {"onnx": "1.17", "onnxruntime": "1.20", "openvino": "2024.6"}
 """The first versions that have what the files need (operator set 21 with its 4-bit integers)."""
@@ -39,6 +46,22 @@ def openvino_core() -> Any:
     """The one core of OpenVINO in a process. Each gives the main thread a stack for signals and takes it back when it
     ends; of two that end as they began, one leaves a freed one behind, and the next Ctrl-C is a segmentation fault."""
     return need("openvino").Core()
+
+
+def isolated(function: Callable[Given, Found]) -> Callable[Given, Found]:
+    """As :func:`quantlens.ambient.isolated`, in a process that may do without torch: where it is not imported, nothing
+    of it is set."""
+
+    @wraps(function)
+    def inside(*args: Given.args, **kwargs: Given.kwargs) -> Found:
+        if "torch" not in sys.modules:
+            return function(*args, **kwargs)
+        from quantlens.ambient import isolation
+
+        with isolation():
+            return function(*args, **kwargs)
+
+    return checked(inside)
 
 
 PLACES = (

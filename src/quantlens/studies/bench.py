@@ -9,13 +9,8 @@ from typing import Any
 from quantlens.arguments import checked
 from quantlens.errors import QuantlensError
 from quantlens.evaluation.environment import environment
-from quantlens.evaluation.open_models import open_float
-from quantlens.evaluation.result import frame
 from quantlens.export.bench import race
 from quantlens.files import check_writable
-from quantlens.models import Model, load_model
-from quantlens.studies.benchmarks import put_timings
-from quantlens.studies.store import Store
 
 
 @dataclass(frozen=True)
@@ -36,6 +31,8 @@ class Timings:
     def to_pandas(self) -> Any:
         """A pandas DataFrame, a row per timing, with model, method and bits of what was timed. Raises UnsupportedError
         where pandas is not installed."""
+        from quantlens.evaluation.result import frame
+
         known = {one["fingerprint"]: {key: one[key] for key in ("model", "method", "bits")} for one in self.contenders}
         rows = [{**timing, **known[timing["fingerprint"]]} for timing in self.timings]
         return frame(rows, list(rows[0]))
@@ -73,10 +70,7 @@ def bench(
     if weights is not None and not isinstance(fp32, str):
         raise QuantlensError("weights are those of a float model's name: give it as fp32 (--fp32 MODEL), too")
     check_writable(None if store is None else Path(store) / "store.sqlite")
-    if isinstance(fp32, str):
-        fp32 = open_float(fp32, weights)
-    elif not isinstance(fp32, Model | None):
-        fp32 = load_model(fp32)
+    fp32 = None if fp32 is None else _float(fp32, weights)
     found, facts = race(
         [files] if isinstance(files, str | Path) else list(files),
         fp32=fp32,
@@ -90,9 +84,21 @@ def bench(
     )
     machine = environment()
     if store is not None:
+        from quantlens.studies.benchmarks import put_timings
+        from quantlens.studies.store import Store
+
         with Store(Path(store)) as kept:
             put_timings(kept, found, facts, machine)
     return Timings(found, facts, machine)
+
+
+def _float(model: Any, weights: str | None) -> Any:
+    from quantlens.evaluation.open_models import open_float
+    from quantlens.models import Model, load_model
+
+    if isinstance(model, str):
+        return open_float(model, weights)
+    return model if isinstance(model, Model) else load_model(model)
 
 
 def _several(given: int | Sequence[int]) -> list[int]:
