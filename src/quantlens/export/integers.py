@@ -159,8 +159,8 @@ class _Network:
         """The values of a layer that is constant, as they are stored or reshaped; None of another."""
         if layer.type in ("Convert", "Reshape"):
             value = self.constant(self.maker(layer, 0))
-            shape = self.constant(self.maker(layer, 1)) if layer.type == "Reshape" else None
-            return value if value is None or shape is None else value.reshape([int(size) for size in shape])
+            sizes = self.constant(self.maker(layer, 1)) if layer.type == "Reshape" else None
+            return value if value is None or sizes is None else value.reshape([int(size) for size in sizes])
         if layer.type != "Const":
             return None
         kind, start, size = layer.data["element_type"], int(layer.data["offset"]), int(layer.data["size"])
