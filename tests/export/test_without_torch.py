@@ -61,13 +61,17 @@ def made(loaded, tmp_path_factory):
 
 def test_predictions_and_timings(made):
     path, picture = made
-    expected = ql.Artefact(path).predict([picture])[0]
+    artefact = ql.Artefact(path)
+    expected = artefact.predict([picture])[0]
+    logits = artefact(artefact.preprocess.normalize(artefact.pixels(picture)[None]))
+    assert expected.probability == pytest.approx(float(logits.softmax(1).max()), rel=1e-5)
     codes, out, err = _run(("predict", path, picture, "--json"), ("bench", path, "--rounds", "3", "--json", "-", "-q"))
     assert codes == [0, 0], err
     decoder = json.JSONDecoder()
     (found,), end = decoder.raw_decode(out)
     (timing,) = decoder.raw_decode(out[end:].lstrip())[0]
     assert found["label"] == expected.label
+    assert found["probability"] == pytest.approx(expected.probability, rel=1e-5)
     assert found["score"] == pytest.approx(expected.score, rel=1e-5)
     assert found["unknown"] is expected.unknown
     assert timing["median_ms"] > 0
