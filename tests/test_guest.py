@@ -251,7 +251,12 @@ def changed(before):
     return {name for name, value in before.items() if after[name] != value}
 
 
-@pytest.mark.parametrize("call", CALLS)
+LONG = ("pt2", "openvino")
+
+
+@pytest.mark.parametrize(
+    "call", [pytest.param(call, marks=pytest.mark.slow) if call in LONG else call for call in CALLS]
+)
 def test_what_is_set_around_a_call_changes_nothing_and_stays(call, place, usual):
     check(call, all_at_once, place, usual)
 

@@ -324,6 +324,7 @@ def test_the_names_of_scores_are_in_the_help(run) -> None:
     assert [name for name in available_scores(own=True) if not re.search(rf"\b{name}\b", out)] == []
 
 
+@pytest.mark.slow
 def test_demo_in_small(run, tmp_path: Path) -> None:
     out_dir = tmp_path / "demo"
     arguments = ("demo", "--out", str(out_dir), "--methods", "minmax", "--bits", "W4A4", "--seeds", "0,1",

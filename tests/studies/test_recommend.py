@@ -59,6 +59,7 @@ def test_without_calibration_images_some_of_the_id_set_are_set_aside() -> None:
     assert "--n 32" in found.smallest.command
 
 
+@pytest.mark.slow
 def test_time_that_is_up_ends_the_search_with_what_there_is() -> None:
     found = ql.recommend("digits-vit", ID, calibration=CALIBRATION, target=None, methods=["minmax"], minutes=0)
     assert found.smallest is None
@@ -81,6 +82,7 @@ def test_a_loss_is_read(text: str, value: float) -> None:
     assert read_loss(text) == pytest.approx(value)
 
 
+@pytest.mark.slow
 def test_files_are_timed_and_the_fastest_is_one_of_them(tmp_path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
@@ -107,12 +109,14 @@ def test_too_few_images_and_images_of_the_calibration_are_refused() -> None:
         ql.recommend("digits-vit", ID, target=None, methods=[])
 
 
+@pytest.mark.slow
 def test_an_interval_that_reaches_below_the_budget_is_told() -> None:
     found = ql.recommend("digits-vit", f"{ID}[:40]", calibration=CALIBRATION, target=None, methods=["minmax"])
     assert found.smallest.low < -found.max_loss
     assert any("more images" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own_gets_the_call_in_python() -> None:
     module = ql.load_model("digits-vit").module
     model = ql.load_model(module, preprocess=ql.load_model("digits-vit").preprocess)

@@ -43,11 +43,13 @@ def test_a_cell_comes_out_identical(directory) -> None:
     assert {"id.top1", "id.nll", "ood.letters.msp.aupr_out"} <= {metric.path for metric in found.metrics}
 
 
+@pytest.mark.slow
 def test_fp32_comes_out_identical(directory) -> None:
     (found,) = ql.reproduce(f"{directory}:bits=FP32", progress=False)
     assert found.identical
 
 
+@pytest.mark.slow
 def test_a_selection_of_several_cells_is_measured_cell_by_cell(directory) -> None:
     found = ql.reproduce(f"{directory}:method=minmax", progress=False)
     assert [one.title for one in found] == [f"digits-vit minmax W4A4 seed {seed}" for seed in (0, 3)]
