@@ -46,14 +46,6 @@ def recipe(**changes) -> Recipe:
     return parse_recipe(tiny(**changes))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {path.stem: load_file(str(path)) for path in sorted(folder.glob("*.safetensors"))}
 

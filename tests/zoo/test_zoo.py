@@ -18,14 +18,6 @@ from quantlens.data import load_images
 from quantlens.zoo.train import DIGITS_VIT, RECIPES, Recipe, augment, main, measure, train
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def digits_vit() -> torch.nn.Module:
     entry = zoo.available()["digits-vit"]

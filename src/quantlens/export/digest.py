@@ -43,7 +43,7 @@ DAMAGED = (
 
 
 class Field(NamedTuple):
-    """A field of a protobuf message: its number, the places of its first byte, of its content and behind its end."""
+    """A field of a protobuf message: its number, the places of its first byte, of its content and after its end."""
 
     number: int
     start: int
@@ -146,7 +146,7 @@ def _fields(stream: BinaryIO, start: int, stop: int) -> Iterator[Field]:
     """The fields of a protobuf message. Raises ValueError for what is none, or is cut off."""
 
     def number(head: bytes, at: int) -> tuple[int, int]:
-        """A number in base 128, and the place behind it."""
+        """A number in base 128, and the place after it."""
         end = next((k for k in range(at, len(head)) if head[k] < 0x80), None)
         if end is None:
             raise ValueError(CUT)
