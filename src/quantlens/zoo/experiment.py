@@ -139,7 +139,8 @@ class Laboratory:
                     return False
                 left -= 1
                 with step_bar(run.name) as bar:
-                    train(run.recipe, self.out / run.name, device=self.device, cache_dir=self.cache_dir, report=bar)
+                    settings: dict[str, Any] = {"device": self.device, "cache_dir": self.cache_dir, "report": bar}
+                    train(run.recipe, self.out / run.name, pretrained=self.out / "pretrained", **settings)
             for one in missing:
                 if left < 1:
                     return False
