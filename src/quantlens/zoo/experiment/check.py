@@ -40,7 +40,7 @@ def trained_again(laboratory: Laboratory, rows: Rows, run: Run, within: float) -
     settings = [(FP32, "FP32"), *experiment.judged_settings]
     asked = [(path, *setting) for setting in settings for path in experiment.primary]
     before = [outcome(experiment, rows, run, *one, READOUT) for one in asked]
-    spreads = [spread(table(experiment, rows, path, (*setting, READOUT))) for path, *setting in asked]  # type: ignore[arg-type]
+    spreads = [spread(table(experiment, rows, path, (method, bits, READOUT))) for path, method, bits in asked]
     with tempfile.TemporaryDirectory() as folder:
         again = Laboratory(experiment, Path(folder), laboratory.device, laboratory.cache_dir)
         found = _measured(again, run, settings)
