@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import altair as alt
 import numpy as np
 
 from quantlens.errors import QuantlensError
+from quantlens.metrics.factors import Effect, Mediation
 from quantlens.plots.style import (
     FAINT,
     MUTED,
@@ -51,22 +54,60 @@ OUTCOMES = {
     "ood_mean.near.msp.auroc": "AUROC, near OOD",
     "ood_mean.far.msp.auroc": "AUROC, far OOD",
 }
+Setting = tuple[str, str]
+"""Method and precision."""
+Course = tuple[str, str, float, float]
+"""Factor, level and setting in words, share of the steps of the last phase, change."""
+Table = tuple[list[str], list[list[str]]]
 EXPECTED = {-1: "−", 0: "none", 1: "+"}
 READOUT = "weights"
 
 
+@dataclass(frozen=True)
+class Finding:
+    """An experiment with its results and what they say: effects by outcome and setting, what mediators carry of those
+    on the first outcome, and the way there."""
+
+    experiment: Experiment
+    rows: Rows
+    effects: dict[tuple[str, Setting], list[Effect]]
+    mediations: dict[Setting, list[Mediation]]
+    courses: list[Course]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the settings, in words."""
+        return [f"{method} {bits}" for method, bits in self.experiment.judged_settings]
+
+
 @cache
-def finding(folder: Path = FOLDER) -> tuple[Experiment, Rows] | None:
-    """The experiment and its results; None where the factorial is not measured, and judged, as a whole."""
+def finding(folder: Path = FOLDER) -> Finding | None:
+    """What is in a folder; None where the factorial is not measured as a whole."""
     experiment = load_experiment(folder / "experiment.yaml")
-    rows = Results(folder / "results.jsonl").rows
+    rows, judged = Results(folder / "results.jsonl").rows, experiment.judged_settings
     try:
-        for setting in experiment.judged_settings:
-            mediations_on(experiment, rows, experiment.primary[0], (*setting, READOUT))
-        list(courses(experiment, rows))
+        effects = {
+            (path, setting): effects_on(experiment, rows, path, (*setting, READOUT))
+            for path, setting in product(experiment.primary, judged)
+        }
+        carried = {one: mediations_on(experiment, rows, experiment.primary[0], (*one, READOUT)) for one in judged}
+        return Finding(experiment, rows, effects, carried, list(courses(experiment, rows)))
     except QuantlensError:
         return None
-    return experiment, rows
+
+
+def courses(experiment: Experiment, rows: Rows) -> Iterator[Course]:
+    """The change of the first outcome at every checkpoint, means over all trainings of a level."""
+    path, way = experiment.primary[0], experiment.trajectory
+    assert way is not None
+    runs = [run for run in experiment.runs() if not run.cell.family]
+    for method, bits in way.settings:
+        for place, (step, _) in enumerate(on_the_way(runs[0].recipe)):
+            found = [outcome(experiment, rows, run, path, method, bits, READOUT, place) for run in runs]
+            for factor, levels in experiment.factors.items():
+                for level in levels:
+                    of = [v for v, run in zip(found, runs, strict=True) if run.cell.levels[factor] == level]
+                    yield factor, f"{level}, {method} {bits}", step / runs[0].recipe.steps, float(np.mean(of))
 
 
 def points(value: float) -> str:
@@ -79,72 +120,60 @@ def estimated(one: Any) -> str:
     return f"**{words}**" if one.verdict == "effect" else f"{words}, {one.verdict}"
 
 
-def titled(name: str) -> str:
+def in_words(name: str) -> str:
     return name.removeprefix("screening.").replace("_", " ")
+
+
+def called(path: str) -> str:
+    return OUTCOMES.get(path, path)
 
 
 # -- tables: heads and rows
 
 
-def cells(experiment: Experiment, rows: Rows) -> tuple[list[str], list[list[str]]]:
+def cells(found: Finding) -> Table:
     """Every cell: outcomes of FP32 in percent and their changes in points, means and standard deviations over seeds."""
-    settings = [(FP32, "FP32"), *experiment.judged_settings]
-    head = ["trained", *(f"{OUTCOMES.get(p, p)}, {name(s)}" for p in experiment.primary for s in settings)]
-    columns = [values_of(experiment, rows, p, (*s, READOUT)) for p in experiment.primary for s in settings]
+    experiment, settings = found.experiment, [(FP32, "FP32"), *found.experiment.judged_settings]
+    heads = ["FP32", *(f"change by {one}" for one in found.names)]
+    head = ["trained", *(f"{called(path)}, {one}" for path in experiment.primary for one in heads)]
+    columns = [values_of(experiment, found.rows, p, (*s, READOUT)) for p in experiment.primary for s in settings]
     by_cell = 100 * np.stack(columns, axis=2).transpose(1, 2, 0)  # [cells, columns, seeds]
-    found = []
+    lines = []
     for cell, values in zip(factorial(experiment), by_cell, strict=True):
         told = [f"{v.mean():.1f} ± {v.std(ddof=1):.1f}".replace("-", "−") for v in values]
-        found.append([cell.name.replace("-", ", "), *told])
-    return head, found
+        lines.append([cell.name.replace("-", ", "), *told])
+    return head, lines
 
 
-def name(setting: tuple[str, str]) -> str:
-    return "FP32" if setting[0] == FP32 else f"change by `{setting[0]}` {setting[1]}"
-
-
-def factors(experiment: Experiment, rows: Rows) -> tuple[list[str], list[list[str]]]:
+def factors(found: Finding) -> Table:
     """Main effects, and what was expected of them."""
+    experiment, lines = found.experiment, []
     expected = {(h.factor, h.outcome): EXPECTED[h.sign] for h in experiment.hypotheses}
-    found = []
-    for factor in experiment.factors:
+    for place, factor in enumerate(experiment.factors):
         for path in experiment.primary:
-            told = [_effect(experiment, rows, path, setting, factor) for setting in experiment.judged_settings]
-            found.append([factor.replace("_", " "), OUTCOMES.get(path, path), expected.get((factor, path), "–"), *told])
-    return ["factor", "outcome", "expected", *_settings(experiment)], found
+            told = [estimated(found.effects[path, setting][place]) for setting in experiment.judged_settings]
+            lines.append([in_words(factor), called(path), expected.get((factor, path), "–"), *told])
+    return ["factor", "outcome", "expected", *found.names], lines
 
 
-def _effect(experiment: Experiment, rows: Rows, path: str, setting: tuple[str, str], factor: str) -> str:
-    found = effects_on(experiment, rows, path, (*setting, READOUT))
-    return estimated(next(one for one in found if one.name.split(" = ")[0] == factor))
-
-
-def arms(experiment: Experiment, rows: Rows) -> tuple[list[str], list[list[str]]]:
+def arms(found: Finding) -> Table:
     """Every arm that is measured against the cell that it is like."""
-    found: dict[str, list[str]] = {}
-    for path in experiment.primary:
-        for setting in experiment.judged_settings:
-            for one in effects_on(experiment, rows, path, (*setting, READOUT)):
-                if " (like " in one.name:
-                    found.setdefault(titled(one.name), []).append(estimated(one))
-    heads = [f"{OUTCOMES.get(p, p)}, {s}" for p in experiment.primary for s in _settings(experiment)]
-    return ["arm", *heads], [[arm, *told] for arm, told in found.items()]
+    lines: dict[str, list[str]] = {}
+    for one in (one for every in found.effects.values() for one in every if " (like " in one.name):
+        lines.setdefault(in_words(one.name), []).append(estimated(one))
+    heads = [f"{called(path)}, {one}" for path in found.experiment.primary for one in found.names]
+    return ["arm", *heads], [[arm, *told] for arm, told in lines.items()]
 
 
-def carried(experiment: Experiment, rows: Rows) -> tuple[list[str], list[list[str]]]:
+def carried(found: Finding) -> Table:
     """What mediators carry of each factor's effect on the first of the primary outcomes."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for setting in experiment.judged_settings:
-        for one in mediations_on(experiment, rows, experiment.primary[0], (*setting, READOUT)):
-            found.setdefault((one.factor.replace("_", " "), one.mediator), []).append(estimated(one))
-    return ["factor", "mediator", *_settings(experiment)], [[*key, *told] for key, told in found.items()]
+    lines: dict[tuple[str, str], list[str]] = {}
+    for one in (one for every in found.mediations.values() for one in every):
+        lines.setdefault((in_words(one.factor), one.mediator), []).append(estimated(one))
+    return ["factor", "mediator", *found.names], [[*key, *told] for key, told in lines.items()]
 
 
-def _settings(experiment: Experiment) -> list[str]:
-    return [f"`{method}` {bits}" for method, bits in experiment.judged_settings]
-
-
-TABLES: dict[str, Callable[[Experiment, Rows], tuple[list[str], list[list[str]]]]] = {
+TABLES: dict[str, Callable[[Finding], Table]] = {
     "training-cells": cells,
     "training-effects": factors,
     "training-arms": arms,
@@ -155,10 +184,10 @@ TABLES: dict[str, Callable[[Experiment, Rows], tuple[list[str], list[list[str]]]
 # -- figures
 
 
-def forest(experiment: Experiment, rows: list[dict[str, Any]], caption: str) -> Panel:
+def forest(found: Finding, rows: list[dict[str, Any]], caption: str) -> Panel:
     """Estimates with intervals, a line each, methods side by side; what lies in the bound is shaded."""
-    looks = {line: Look(i, i) for i, line in enumerate(_settings(experiment))}
-    bound = 100 * experiment.bound
+    looks = {line: Look(i, i) for i, line in enumerate(found.names)}
+    bound = 100 * found.experiment.bound
     y = alt.Y("what:N", sort=None, title=None, axis=alt.Axis(labelLimit=260, labelAngle=0))
     offset = alt.YOffset("line:N", scale=alt.Scale(domain=list(looks)))
     x = alt.X("x:Q", title="points")
@@ -178,55 +207,37 @@ def interval(line: str, what: str, one: Any) -> dict[str, Any]:
     return {"line": line, "what": what, "said": f"{what}: {estimated(one).strip('*')}", **ends}
 
 
-def effects_figure(experiment: Experiment, rows: Rows) -> list[Panel]:
+def effects_figure(found: Finding) -> list[Panel]:
     """Main effects on every primary outcome."""
-    panels = []
+    experiment, panels = found.experiment, []
     for path in experiment.primary:
-        found = []
-        for line, setting in zip(_settings(experiment), experiment.judged_settings, strict=True):
-            every = effects_on(experiment, rows, path, (*setting, READOUT))[: len(experiment.factors)]
-            found += [interval(line, one.name.replace("_", " "), one) for one in every]
-        panels.append(forest(experiment, found, f"Effect on the change of {OUTCOMES.get(path, path)}"))
+        rows = [
+            interval(line, in_words(one.name), one)
+            for line, setting in zip(found.names, experiment.judged_settings, strict=True)
+            for one in found.effects[path, setting][: len(experiment.factors)]
+        ]
+        panels.append(forest(found, rows, f"Effect on the change of {called(path)}"))
     return panels
 
 
-def mediators_figure(experiment: Experiment, rows: Rows) -> list[Panel]:
+def mediators_figure(found: Finding) -> list[Panel]:
     """What mediators carry, a panel per factor."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for line, setting in zip(_settings(experiment), experiment.judged_settings, strict=True):
-        for one in mediations_on(experiment, rows, experiment.primary[0], (*setting, READOUT)):
-            found.setdefault(one.factor, []).append(interval(line, one.mediator, one))
-    first = OUTCOMES.get(experiment.primary[0], experiment.primary[0])
-    return [
-        forest(experiment, of, f"Carried of the effect of {factor.replace('_', ' ')} on {first}")
-        for factor, of in found.items()
-    ]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line, every in zip(found.names, found.mediations.values(), strict=True):
+        for one in every:
+            rows.setdefault(in_words(one.factor), []).append(interval(line, one.mediator, one))
+    first = called(found.experiment.primary[0])
+    return [forest(found, of, f"Carried of the effect of {factor} on {first}") for factor, of in rows.items()]
 
 
-def courses(experiment: Experiment, rows: Rows) -> Iterator[tuple[str, str, str, float, float]]:
-    """(factor, level, method, share of the last phase, change of the first primary outcome) at every checkpoint, means
-    over all trainings of a level."""
-    path, way = experiment.primary[0], experiment.trajectory
-    assert way is not None
-    runs = [run for run in experiment.runs() if not run.cell.family]
-    for method, bits in way.settings:
-        for place, (step, _) in enumerate(on_the_way(runs[0].recipe)):
-            found = [outcome(experiment, rows, run, path, method, bits, READOUT, place) for run in runs]
-            for factor, levels in experiment.factors.items():
-                for level in levels:
-                    of = [v for v, run in zip(found, runs, strict=True) if run.cell.levels[factor] == level]
-                    yield factor, level, f"`{method}` {bits}", step / runs[0].recipe.steps, float(np.mean(of))
-
-
-def trajectory_figure(experiment: Experiment, rows: Rows) -> list[Panel]:
+def trajectory_figure(found: Finding) -> list[Panel]:
     """The change on the way, a panel per factor."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for factor, level, setting, share, value in courses(experiment, rows):
-        said = f"{level}, {setting}, {100 * share:.0f} % of the steps: {points(value)} points"
-        row = {"line": f"{level}, {setting}", "x": 100 * share, "y": 100 * value, "said": said}
-        found.setdefault(factor, []).append(row)
-    first = OUTCOMES.get(experiment.primary[0], experiment.primary[0])
-    return [_course(of, f"Change of {first} by {factor.replace('_', ' ')}") for factor, of in found.items()]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for factor, line, share, value in found.courses:
+        said = f"{line}, {100 * share:.0f} % of the steps: {points(value)} points"
+        rows.setdefault(factor, []).append({"line": line, "x": 100 * share, "y": 100 * value, "said": said})
+    first = called(found.experiment.primary[0])
+    return [_course(of, f"Change of {first} by {in_words(factor)}") for factor, of in rows.items()]
 
 
 def _course(rows: list[dict[str, Any]], caption: str) -> Panel:
@@ -243,7 +254,7 @@ def _course(rows: list[dict[str, Any]], caption: str) -> Panel:
     return Panel(alt.layer(lines, dots).properties(height=230), rows, caption)
 
 
-FIGURES: dict[str, tuple[str, Callable[[Experiment, Rows], list[Panel]]]] = {
+FIGURES: dict[str, tuple[str, Callable[[Finding], list[Panel]]]] = {
     "training-effects-figure": ("Effects of the factors on what four bits change", effects_figure),
     "training-trajectory-figure": ("What four bits change along the training", trajectory_figure),
     "training-mediators-figure": ("What mediators carry of the effects", mediators_figure),
@@ -260,8 +271,8 @@ def image(mark: str) -> str:
 def marks(table: Callable[[list[str], list[list[str]]], str]) -> dict[str, Callable[[], str]]:
     """Mark of the page -> what stands there; table: makes Markdown of a head and rows."""
 
-    def filled(of: Callable[[Experiment, Rows], tuple[list[str], list[list[str]]]]) -> Callable[[], str]:
-        return lambda: "" if (found := finding()) is None else table(*of(*found))
+    def filled(of: Callable[[Finding], Table]) -> Callable[[], str]:
+        return lambda: "" if (found := finding()) is None else table(*of(found))
 
     def shown(mark: str) -> Callable[[], str]:
         return lambda: "" if finding() is None else f"![{FIGURES[mark][0]}](images/{image(mark)})\n"
@@ -275,7 +286,7 @@ def draw(folder: Path = FOLDER, images: Path = IMAGES) -> Sequence[Path]:
     found = finding(folder)
     if found is None:
         return []
-    drawn = {m: Figure(finished(composed([PanelRow("", make(*found))]))) for m, (_, make) in FIGURES.items()}
+    drawn = {m: Figure(finished(composed([PanelRow("", make(found))]))) for m, (_, make) in FIGURES.items()}
     return [figure.save(images / image(mark)) for mark, figure in drawn.items()]
 
 

@@ -69,9 +69,13 @@ def test_without_results_the_command_is_told(finding, folder, tmp_path):
     assert "`python -m quantlens.zoo.experiment research/training-factors/experiment.yaml" in finding.MISSING
 
 
+@pytest.fixture(scope="module")
+def made(finding, folder):
+    return finding.finding(folder)
+
+
 @pytest.fixture
-def marks(finding, folder, monkeypatch):
-    made = finding.finding(folder)
+def marks(finding, made, monkeypatch):
     monkeypatch.setattr(finding, "finding", lambda folder=None: made)
     return finding.marks(table)
 
