@@ -37,7 +37,7 @@ class Measurement:
         """A hash of all that it depends on."""
         common = {"id", "fit"} | ({"mediators"} if self.method == MEDIATORS else {"ood", "scores"})
         common |= {"shift"} if self.step is None and self.method != MEDIATORS else set()
-        told = {
+        told: dict[str, Any] = {
             "recipe": self.run.recipe.to_dict(),
             **experiment.model_dump(mode="json", include=common),
             **self.named(),
@@ -51,7 +51,7 @@ class Measurement:
 
     def named(self) -> dict[str, Any]:
         """What a line of the results says that it is of."""
-        about = {"run": self.run.name, "cell": self.run.cell.name, "levels": dict(self.run.cell.levels)}
+        about: dict[str, Any] = {"run": self.run.name, "cell": self.run.cell.name, "levels": dict(self.run.cell.levels)}
         about |= {"seed": self.run.seed, "readout": self.readout, "method": self.method, "bits": self.bits}
         about |= {"calibration_seed": self.calibration_seed}
         return about if self.step is None else about | {"step": self.step}
@@ -70,10 +70,10 @@ def measurements(experiment: Experiment, run: Run) -> Iterator[Measurement]:
             yield Measurement(run, readout, MEDIATORS, "FP32", 0)
     if experiment.trajectory is None or screening:
         return
-    for step, readout in on_the_way(run.recipe):
-        yield Measurement(run, readout, FP32, "FP32", 0, step)
+    for step, name in on_the_way(run.recipe):
+        yield Measurement(run, name, FP32, "FP32", 0, step)
         for method, bits in experiment.trajectory.settings:
-            yield Measurement(run, readout, method, bits, seeds[0], step)
+            yield Measurement(run, name, method, bits, seeds[0], step)
 
 
 def on_the_way(recipe: Recipe) -> list[tuple[int, str]]:
