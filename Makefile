@@ -8,7 +8,7 @@ JOBS   ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --durations=20
 SELECT ?= not slow and not process and not browser
 
-.PHONY: help install dev demo docs test test-rest test-all test-processors test-oldest test-newest lint types zoo bench quality clean
+.PHONY: help install dev demo docs test test-rest test-all test-processors test-oldest test-newest lint types zoo bench quality finding clean
 .DEFAULT_GOAL := help
 
 help:            ## show this list
@@ -78,6 +78,9 @@ bench: dev       ## timed comparisons, as ratios (benchmarks/README.md)
 
 quality: dev     ## what methods are worth, medians over seeds against bounds (benchmarks/quality/README.md)
 	$(BIN)/python -m benchmarks.quality
+
+finding: dev     ## draw the figures of docs/training-factors.md and print its page, from the committed results
+	$(BIN)/python docs/finding.py
 
 clean:           ## remove what make made
 	rm -rf $(VENV) .venv-oldest .venv-newest quantlens-demo site build dist .pytest_cache .mypy_cache .ruff_cache

@@ -17,6 +17,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import finding
 import yaml
 from docstrings import as_markdown
 
@@ -335,6 +336,7 @@ GENERATED = {
     "sources-table": lambda: sources_table(),
     "corruptions-table": lambda: corruptions_table(),
     "shared-arguments": lambda: shared_arguments(),
+    **finding.marks(table),
 }
 
 
@@ -372,6 +374,9 @@ def filled(markdown: str) -> str:
 def on_config(config: Any) -> Any:
     pages = [{name: f"methods/{name}.md"} for name in in_words()]
     config.nav = [{"Methods": ["methods.md", *pages]} if "Methods" in entry else entry for entry in config.nav]
+    if finding.finding() is not None:
+        guides = next(entry["Guides"] for entry in config.nav if "Guides" in entry)
+        guides.append({"What in training decides": "training-factors.md"})
     return config
 
 

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -188,6 +189,17 @@ def test_the_readme_shows_results_of_the_file(generate):
         if row["bits"] == "W4A4" and row["seeds"] == 3 and "outlier_channels" not in row["options"]:
             change = generate.aupr_change(row, rows)
             assert f"{generate.number(row['top1'])} | {change} |".replace("\u00a0", " ") in table, row
+
+
+@pytest.mark.parametrize("there", [None, object()])
+def test_the_finding_is_in_the_navigation_once_it_has_results(generate, monkeypatch, there):
+    monkeypatch.setattr(generate.finding, "finding", lambda: there)
+    config = SimpleNamespace(nav=[{"Home": "index.md"}, {"Guides": [{"One": "one.md"}]}, {"Methods": "methods.md"}])
+    guides = generate.on_config(config).nav[1]["Guides"]
+    assert [page for one in guides for page in one.values()] == [
+        "one.md",
+        *["training-factors.md"][: there is not None],
+    ]
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)

@@ -16,6 +16,7 @@ from quantlens.data import load_images
 from quantlens.errors import QuantlensError, StorageError
 from quantlens.zoo.architecture import ClippedSoftmax, ConvStem
 from quantlens.zoo.augmentation import coloured, erased, mixing, prepared, shifted
+from quantlens.zoo.designs import merged
 from quantlens.zoo.recipes import Augmentation, Recipe, Schedule, load_recipe, parse_recipe
 from quantlens.zoo.train import main
 from quantlens.zoo.training import STATE, Run, rate_at, train, trained
@@ -314,6 +315,40 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, stop):
     assert logs[0] == logs[1]
     assert [line["step"] for line in logs[0]] == [4, 10]
     assert not (tmp_path / "parts" / STATE).exists()
+
+
+def test_recipes_that_share_their_pretraining_share_its_steps(tmp_path):
+    schedule = {"rate": 2e-3, "warmup": 1}
+    given = {**EVERYTHING, "pretraining": {**EVERYTHING["pretraining"], "schedule": schedule}}
+    first, second = recipe(**given), recipe(**given, schedule={"end": 0.5}, steps=5)
+    assert first.pretrained == second.pretrained
+    others = [{"seed": 1}, {"augmentation": {"crop": 1}}, {"averages": {"ema": 0.5}}, {"pretraining": {"steps": 3}}]
+    others += [{"pretraining": {"schedule": {"rate": 1e-3, "warmup": 1}}}]
+    changed = [parse_recipe(merged(tiny(**given), change)).pretrained for change in others]
+    assert len({first.pretrained, *changed}) == 1 + len(others)
+    shared, steps = tmp_path / "shared", []
+    train(first, tmp_path / "first", pretrained=shared)
+    train(second, tmp_path / "second", pretrained=shared, report=lambda done, *_: steps.append(done))
+    assert steps == [5, 6, 7, 8, 9]
+    assert [path.stem for path in shared.iterdir()] == [first.pretrained]
+    train(second, tmp_path / "whole")
+    whole, parts = files(tmp_path / "whole"), files(tmp_path / "second")
+    assert whole.keys() == parts.keys()
+    assert all(same(whole[name], parts[name]) for name in whole)
+    assert not same(files(tmp_path / "first")["weights"], whole["weights"])
+    logs = [json.loads((tmp_path / name / "log.json").read_text())["log"] for name in ("whole", "second")]
+    assert logs[0] == logs[1]
+
+
+def test_a_schedule_of_pretraining_is_its_own():
+    own = {"images": {"source": SOURCE}, "steps": 3, "schedule": {"rate": 1e-3, "end": 0.2}}
+    told = recipe(schedule={"end": 0.5}, pretraining=own)
+    assert [(steps, schedule.end) for _, steps, schedule in told.phases] == [(3, 0.2), (6, 0.5)]
+    del own["schedule"]
+    told = recipe(schedule={"end": 0.5}, pretraining=own)
+    assert [(steps, schedule.end) for _, steps, schedule in told.phases] == [(3, 0.5), (6, 0.5)]
+    with pytest.raises(QuantlensError, match="the warmup of 2 steps leaves nothing of 1; shorten it"):
+        recipe(pretraining={**own, "steps": 1})
 
 
 def test_an_interrupted_training_keeps_its_state(tmp_path):

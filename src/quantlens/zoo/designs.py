@@ -12,9 +12,10 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from quantlens.errors import QuantlensError
 from quantlens.yaml_files import Strict, checked, read_yaml
-from quantlens.zoo.recipes import Images, Recipe, parse_recipe
+from quantlens.zoo.recipes import Count, Images, Positive, Recipe, parse_recipe
 
 Changes = dict[str, Any]
+SCREENING = "screening"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*$")]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
@@ -24,6 +25,13 @@ class Arm(Strict):
 
     like: dict[Name, Name]
     changes: Changes
+
+
+class Screening(Strict):
+    """Arms that change one thing each of the cell `like`: {name: changes}. They are measured at what is `judged`."""
+
+    like: dict[Name, Name]
+    changes: dict[Name, Changes]
 
 
 class OodImages(Images):
@@ -39,6 +47,42 @@ class CalibrationImages(Strict):
     seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
 
 
+class Settings(Strict):
+    """Methods, each at all of these precisions."""
+
+    methods: tuple[str, ...] = Field(min_length=1)
+    bits: tuple[str, ...] = Field(min_length=1)
+
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        """(method, precision) of each."""
+        return list(product(self.methods, self.bits))
+
+
+class Trajectory(Settings):
+    """What is measured of every checkpoint and of the last weights, on so many of the ID images (drawn with seed 0)
+    and at most as many of each OOD set; without shift, and with the first seed of calibration."""
+
+    images: Count = 1000
+
+
+class MediatorImages(Strict):
+    """images: so many of the ID images, drawn with seed 0. probes: of the Hessian's trace, on every 32 of them."""
+
+    images: Count = 256
+    probes: Count = 8
+
+
+class Costs(Strict):
+    """Seconds, from which `--list` takes hours: of a step of the shared recipe, of a measurement on all images, of one
+    of the trajectory, and of the mediators."""
+
+    step: Positive
+    measurement: Positive
+    trajectory: Positive
+    mediators: Positive
+
+
 class Hypothesis(Strict):
     """What is expected of a factor before any run: the sign of its effect (high less low) on the change of an outcome,
     0 for none."""
@@ -49,21 +93,23 @@ class Hypothesis(Strict):
     why: str
 
 
-class Experiment(Strict):
+class Experiment(Settings):
     """recipe: what all recipes share. factors: name -> two levels (the low one first) -> changes of the recipe. seeds:
     of training. readouts: which of a training's weights are measured. fit: of OOD scores and calibration; of an image
     set a share is drawn with seed 0. shift: corruptions of `id`. bound: the smallest effect of interest, as a fraction.
-    primary: the outcomes that are judged, as paths in a result."""
+    primary: the outcomes that are judged, as paths in a result; judged: at which methods and precisions (all)."""
 
     name: str
     recipe: Changes
     factors: dict[Name, dict[Name, Changes]] = Field(default={})
     arms: dict[Name, Arm] = Field(default={})
+    screening: Screening | None = None
     seeds: tuple[Seed, ...] = Field(min_length=1)
     readouts: tuple[Literal["weights", "ema", "average"], ...] = Field(default=("weights",), min_length=1)
-    methods: tuple[str, ...] = Field(min_length=1)
-    bits: tuple[str, ...] = Field(min_length=1)
     calibration: CalibrationImages = CalibrationImages()
+    trajectory: Trajectory | None = None
+    mediators: MediatorImages | None = None
+    costs: Costs | None = None
     id: Images
     fit: Images
     ood: dict[Name, OodImages] = Field(default={})
@@ -71,6 +117,7 @@ class Experiment(Strict):
     scores: tuple[str, ...] = ("msp", "energy", "rmahalanobis")
     bound: Annotated[float, Field(gt=0)] = 0.03
     primary: tuple[str, ...] = ("id.top1", "ood_mean.near.msp.auroc", "ood_mean.far.msp.auroc")
+    judged: Settings | None = None
     hypotheses: tuple[Hypothesis, ...] = ()
     _base: Path = PrivateAttr(default_factory=Path)
 
@@ -83,16 +130,19 @@ class Experiment(Strict):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"two levels are called {twice!r}; give each level a name of its own")
-        for name, arm in self.arms.items():
+        for name, arm in self.all_arms.items():
             if arm.like.keys() != self.factors.keys():
                 raise ValueError(f"arm {name} is like a level of {list(arm.like)}; give one of each factor")
             lacking = next((f for f, level in arm.like.items() if level not in self.factors[f]), None)
             if lacking is not None:
                 known = ", ".join(self.factors[lacking])
                 raise ValueError(f"arm {name}: {lacking} has no level {arm.like[lacking]!r}; they are {known}")
-        wrong = next((h.factor for h in self.hypotheses if h.factor not in (*self.factors, *self.arms)), None)
+        wrong = next((h.factor for h in self.hypotheses if h.factor not in (*self.factors, *self.all_arms)), None)
         if wrong is not None:
             raise ValueError(f"a hypothesis is of {wrong!r}, which is no factor and no arm")
+        for part in (self.judged, self.trajectory):
+            if part is not None and not ({*part.methods} <= {*self.methods} and {*part.bits} <= {*self.bits}):
+                raise ValueError("what is judged and what is measured on the way must be among methods and bits")
         return self
 
     @property
@@ -100,12 +150,25 @@ class Experiment(Strict):
         """What paths are relative to."""
         return self._base
 
+    @property
+    def all_arms(self) -> dict[str, Arm]:
+        """The arms, and those of the screening, "screening.NAME"."""
+        if self.screening is None:
+            return self.arms
+        like, changes = self.screening.like, self.screening.changes
+        return self.arms | {f"{SCREENING}.{name}": Arm(like=like, changes=one) for name, one in changes.items()}
+
+    @property
+    def judged_settings(self) -> list[tuple[str, str]]:
+        """(method, precision) of all that is judged."""
+        return (self.judged or self).settings
+
     def cells(self) -> "Iterator[Cell]":
-        """The cells of the factorial, then the arms."""
+        """The cells of the factorial, then the arms, then the screening."""
         for levels in product(*self.factors.values()):
             setting = dict(zip(self.factors, levels, strict=True))
             yield Cell("-".join(levels) or "base", setting, [self.factors[f][level] for f, level in setting.items()])
-        for name, arm in self.arms.items():
+        for name, arm in self.all_arms.items():
             changes = [self.factors[factor][level] for factor, level in arm.like.items()]
             yield Cell(name, arm.like, [*changes, arm.changes], arm=name)
 
@@ -132,6 +195,13 @@ class Cell:
     levels: Mapping[str, str]
     changes: list[Changes]
     arm: str | None = None
+
+    @property
+    def family(self) -> str:
+        """ "" for the factorial, "arms", or SCREENING."""
+        if self.arm is None:
+            return ""
+        return SCREENING if self.arm.startswith(f"{SCREENING}.") else "arms"
 
 
 @dataclass(frozen=True)

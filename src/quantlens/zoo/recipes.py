@@ -2,6 +2,8 @@
 key). It is read and checked here, and its model is built; `training` follows it.
 """
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -77,14 +79,6 @@ class Images(Strict):
             raise QuantlensError(f"source {self.source!r} {error}") from None
 
 
-class Pretraining(Strict):
-    """Steps on other images, before the classifier is replaced and the recipe's own images are trained on. The schedule
-    of the learning rate, the optimizer and the averages begin anew then."""
-
-    images: Images
-    steps: Count
-
-
 class Schedule(Strict):
     """The learning rate: `warmup` steps of a line up to `rate`, then half a cosine down to `end` (a share of rate), a
     constant, or a constant with a line down to `end` over the last share `decay` of the steps (wsd)."""
@@ -94,6 +88,16 @@ class Schedule(Strict):
     warmup: Number = 0
     end: Share = 0.0
     decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+
+
+class Pretraining(Strict):
+    """Steps on other images, before the classifier is replaced and the recipe's own images are trained on. The schedule
+    of the learning rate, the optimizer and the averages begin anew then. schedule: of these steps; None: the recipe's.
+    """
+
+    images: Images
+    steps: Count
+    schedule: Schedule | None = None
 
 
 class Optimizer(Strict):
@@ -149,9 +153,9 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
-        shortest = min(phase[1] for phase in self.phases)
-        if self.schedule.warmup >= shortest:
-            raise ValueError(f"the warmup of {self.schedule.warmup} steps leaves nothing of {shortest}; shorten it")
+        for _, steps, schedule in self.phases:
+            if schedule.warmup >= steps:
+                raise ValueError(f"the warmup of {schedule.warmup} steps leaves nothing of {steps}; shorten it")
         if self.size % self.model.patch:
             raise ValueError(f"size {self.size} is no multiple of patch {self.model.patch}; change one of them")
         mixed = self.augmentation.mixup or self.augmentation.cutmix
@@ -164,10 +168,23 @@ class Recipe(Strict):
         return self
 
     @property
-    def phases(self) -> list[tuple[Images, int]]:
-        """Images and steps of pretraining, if there is any, and of training."""
-        first = [] if self.pretraining is None else [(self.pretraining.images, self.pretraining.steps)]
-        return [*first, (self.images, self.steps)]
+    def phases(self) -> list[tuple[Images, int, Schedule]]:
+        """Images, steps and schedule of pretraining, if there is any, and of training."""
+        given = self.pretraining
+        first = [] if given is None else [(given.images, given.steps, given.schedule or self.schedule)]
+        return [*first, (self.images, self.steps, self.schedule)]
+
+    @property
+    def pretrained(self) -> str:
+        """A hash of all that the weights depend on when pretraining ends: recipes that share it share these weights."""
+        after = {"name", "images", "steps", "schedule", "checkpoints"}
+        told = self.model_dump(mode="json", exclude=after) | {"schedule": self.phases[0][2].model_dump(mode="json")}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def checkpoint_steps(self) -> list[int]:
+        """After which steps weights are kept."""
+        return [self.steps * k // (self.checkpoints + 1) for k in range(1, self.checkpoints + 1)]
 
     @property
     def preprocess(self) -> Preprocess:

@@ -88,12 +88,12 @@ class Run:
     @property
     def done(self) -> int:
         """Steps done, in all phases."""
-        return self.step + sum(steps for _, steps in self.recipe.phases[: self.phase])
+        return self.step + sum(steps for _, steps, _ in self.recipe.phases[: self.phase])
 
     def _enter(self, phase: int) -> None:
         """Begin a phase: its images, a classifier of its classes, an optimizer and averages."""
         self.phase, self.step, recipe = phase, 0, self.recipe
-        given, steps = recipe.phases[phase]
+        given, steps, self.schedule = recipe.phases[phase]
         images = training_images(given, recipe, self.cache_dir)
         assert images.pixels is not None
         assert images.labels is not None
@@ -108,7 +108,7 @@ class Run:
         self.model = self.model.to(self.device).train()
         optimizer, averages = recipe.optimizer, recipe.averages
         self.optimizer = create_optimizer_v2(
-            self.model, optimizer.name, lr=recipe.schedule.rate, weight_decay=optimizer.weight_decay
+            self.model, optimizer.name, lr=self.schedule.rate, weight_decay=optimizer.weight_decay
         )
         self.ema = None if averages.ema is None else ModelEmaV3(self.model, averages.ema, use_warmup=True)
         self.average = AveragedModel(self.model, use_buffers=True) if averages.last else None
@@ -140,7 +140,7 @@ class Run:
         images = prepared(pixels, recipe.augmentation, recipe.preprocess)
         if self.mix is not None:
             images, target = self.mix(images, target)
-        rate = rate_at(recipe.schedule, self.step, self.images.steps)
+        rate = rate_at(self.schedule, self.step, self.images.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = F.cross_entropy(self.model(images), target, label_smoothing=recipe.label_smoothing)
@@ -173,10 +173,13 @@ class Run:
     @property
     def checkpoint(self) -> str | None:
         """The name of the checkpoint that the last step made, if it did."""
-        steps, marks = self.images.steps, self.recipe.checkpoints
         last = self.phase == len(self.recipe.phases) - 1
-        on_the_way = last and self.step in [steps * k // (marks + 1) for k in range(1, marks + 1)]
-        return f"step-{self.step:06d}" if on_the_way else None
+        return checkpoint_name(self.step) if last and self.step in self.recipe.checkpoint_steps else None
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the last step was that of pretraining."""
+        return self.phase < len(self.recipe.phases) - 1 and self.step == self.images.steps
 
     def averaged(self) -> Iterator[tuple[str, nn.Module]]:
         """The averaged models by the name of their files."""
@@ -193,17 +196,19 @@ class Run:
         return save({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, header)
 
     def state(self) -> dict[str, Any]:
-        """Everything that goes on depends on."""
+        """Everything that goes on depends on; when pretraining ends, for all recipes that share it."""
         models = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema, "average": self.average}
         return {
             "recipe": json.dumps(self.recipe.to_dict(), sort_keys=True),
+            "pretrained": self.recipe.pretrained if self.pretrained else None,
             **{name: None if part is None else part.state_dict() for name, part in models.items()},
             **{name: getattr(self, name) for name in ("phase", "step", "total", "log", "seconds")},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state` of the same recipe. Raises QuantlensError for another one."""
-        if state["recipe"] != json.dumps(self.recipe.to_dict(), sort_keys=True):
+        same = state["recipe"] == json.dumps(self.recipe.to_dict(), sort_keys=True)
+        if not same and state.get("pretrained") != self.recipe.pretrained:
             raise QuantlensError("it is of another recipe: take another folder, or delete it to begin anew")
         for phase in range(1, state["phase"] + 1):
             self._enter(phase)
@@ -223,6 +228,7 @@ def train(
     *,
     device: str = "cpu",
     stop: int | None = None,
+    pretrained: Path | None = None,
     save_seconds: float = 60.0,
     cache_dir: Any = None,
     report: Report | None = None,
@@ -231,8 +237,9 @@ def train(
 
     Written are WEIGHTS.safetensors (last, so that it is there where everything is), `ema` and `average` beside it where
     the recipe has them, checkpoints, and log.json; meanwhile STATE, every save_seconds and where the training is
-    interrupted. device: "cpu", "cuda", …. stop: after so many steps in all. Raises QuantlensError where `out` holds
-    another recipe, images do not fit, or the loss is not finite.
+    interrupted. device: "cpu", "cuda", …. stop: after so many steps in all. pretrained: a folder of what pretraining
+    left, from which a recipe goes on that shares it with one before. Raises QuantlensError where `out` holds another
+    recipe, images do not fit, or the loss is not finite.
     """
     check_device(device)
     weights = out / f"{WEIGHTS}.safetensors"
@@ -242,10 +249,12 @@ def train(
     check_writable(weights, what="the weights")
     with _deterministic(torch.device(device)):
         run = Run(recipe, torch.device(device), cache_dir)
-        if (out / STATE).exists():
-            _restore(run, out / STATE)
-        total = sum(steps for _, steps in recipe.phases)
-        _advance(run, min(total, total if stop is None else stop), out, save_seconds, report)
+        kept = None if pretrained is None else pretrained / f"{recipe.pretrained}.pt"
+        start = next((path for path in (out / STATE, kept) if path is not None and path.exists()), None)
+        if start is not None:
+            _restore(run, start)
+        total = sum(steps for _, steps, _ in recipe.phases)
+        _advance(run, min(total, total if stop is None else stop), out, kept, save_seconds, report)
     if run.done < total:
         return False
     for name, model in run.averaged():
@@ -256,16 +265,19 @@ def train(
     return True
 
 
-def _advance(run: Run, last: int, out: Path, save_seconds: float, report: Report | None) -> None:
-    """Steps until `last`; the state is kept now and then, where it is interrupted, and at an end before the last."""
-    before, saved, total = run.seconds, 0.0, sum(steps for _, steps in run.recipe.phases)
+def _advance(
+    run: Run, last: int, out: Path, pretrained: Path | None, save_seconds: float, report: Report | None
+) -> None:
+    """Steps until `last`; the state is kept now and then, where it is interrupted, at an end before the last, and in
+    `pretrained` when pretraining ends."""
+    before, saved, total = run.seconds, 0.0, sum(steps for _, steps, _ in run.recipe.phases)
     started = time.monotonic()
 
-    def keep() -> None:
+    def keep(path: Path = out / STATE) -> None:
         run.seconds = before + time.monotonic() - started
         buffer = io.BytesIO()
         torch.save(run.state(), buffer)
-        write_whole(out / STATE, buffer.getvalue(), what="the state of the training")
+        write_whole(path, buffer.getvalue(), what="the state of the training")
 
     whole = True
     try:
@@ -275,6 +287,8 @@ def _advance(run: Run, last: int, out: Path, save_seconds: float, report: Report
             whole = True
             if run.checkpoint is not None:
                 write_whole(out / f"{run.checkpoint}.safetensors", run.packed(run.model))
+            if run.pretrained and pretrained is not None:
+                keep(pretrained)
             if report is not None:
                 report(run.done, total, run.log[-1]["loss"] if run.log else math.nan)
             if time.monotonic() - started - saved >= save_seconds:
@@ -312,6 +326,11 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the weights that are kept after a step."""
+    return f"step-{step:06d}"
 
 
 # ---- what was trained ------------------------------------------------------------------------------------------------

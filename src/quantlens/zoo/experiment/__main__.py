@@ -1,0 +1,5 @@
+"""`python -m quantlens.zoo.experiment`."""
+
+from quantlens.zoo.experiment.command import main
+
+main()
