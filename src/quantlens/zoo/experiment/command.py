@@ -114,8 +114,7 @@ def totals(laboratory: Laboratory, results: Results, runs: Sequence[Run]) -> Ite
 
 
 def _work(recipe: Recipe) -> float:
-    """What a step costs, up to a factor: about as the width, as matrices of small models are not computed at full speed
-    (research/2026-11-30-training-factors.md)."""
+    """What a step costs, up to a factor: about as the width, as matrices of small models are not computed at full speed."""
     return recipe.batch_size * recipe.model.depth * recipe.model.width * (recipe.size // recipe.model.patch) ** 2
 
 
