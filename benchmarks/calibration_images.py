@@ -23,9 +23,9 @@ METHODS: dict[tuple[str, str], dict[str, Any]] = {
     ("quantlens-fast", "W4A4"): {},
     ("quantlens-fast in groups", "W4A4"): {"activation_granularity": "group"},
     ("repq-vit", "W4A4"): {},
-    ("erq", "W4A4"): {},
     ("minmax", "W8A8"): {},
     ("percentile", "W8A8"): {},
+    ("erq", "W4A4"): {},
 }
 """(label, bits) -> options; a label begins with the method's name. minmax is at chance at W4A4, whatever the images."""
 IMAGES = ("noise", "made:noise", "made:dead-leaves", "flowers", 1, 4, 16, 32, 256)
