@@ -17,6 +17,7 @@ from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.export.export import export
 from quantlens.export.exported import Artefact
 from quantlens.export.verify import verify
+from quantlens.qmodel.in_float import said_in_float
 
 onnx = pytest.importorskip("onnx", reason="the deploy extra is not installed")
 pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")
@@ -160,7 +161,7 @@ def test_operators_are_of_the_list(files):
 
 
 def test_every_operator_of_an_npu_is_between_pairs(files):
-    _, file, _ = files["qnn"]
+    qmodel, file, _ = files["qnn"]
     seen = 0
     for node in file.of("MatMul", "Conv", "LayerNormalization", "Gelu", "Softmax"):
         given = [name for name in node.input if name not in file.constants]
@@ -168,6 +169,7 @@ def test_every_operator_of_an_npu_is_between_pairs(files):
         assert file.ends(node.output[0]) <= {"QuantizeLinear"}, node.name
         seen += 1
     assert seen == 10 + 4 + 5 + 2 + 2
+    assert "layers" not in said_in_float(qmodel)
     sums = [n for n in file.of("Add") if not any(name in file.constants for name in n.input)]
     assert len(sums) == 4
     assert all(file.sources(name) == {"DequantizeLinear"} for node in sums for name in node.input)
