@@ -143,7 +143,7 @@ RENAMED: dict[str, str] = {
     "quantlens.quantizers.rows.SquaredRows": "quantlens.formats.SqrtSoftmax",
     "quantlens.quantizers.restore_operator": "quantlens.formats.restore",
     "quantlens.quantizers.operators.restore_operator": "quantlens.formats.restore",
-    "quantlens.deploy.guard.guard_figures": "quantlens.export.export.guard_metrics",
+    "quantlens.deploy.guard.guard_figures": "quantlens.export.guards.guard_metrics",
     "quantlens.export.exported.guard_threshold": "quantlens.export.guards.guard_threshold",
     "quantlens.metrics.classification_figures": "quantlens.metrics.classification.classification_metrics",
     "quantlens.metrics.ood_figures": "quantlens.metrics.ood.ood_metrics",

@@ -125,3 +125,18 @@ def test_a_file_is_verified(run, tmp_path):
     assert (code, [one["site"] for one in json.loads(out)["different"]]) == (1, ["blocks.2.attn.proj"])
     code, _, err = run("predict", file, "a.png")
     assert (code, "does not match the digest" in err) == (2, True), "and such a file is not run"
+
+
+@pytest.mark.slow
+def test_a_file_that_nothing_runs_is_read_back(run, loaded, pictures, tmp_path):
+    pytest.importorskip("onnx", minversion="1.19", reason="onnx has no NVFP4")
+    qmodel = ql.quantize(loaded["vit"], pictures, method="minmax", bits="WNVFP4A8")
+    checkpoint, file = str(qmodel.save(tmp_path / "q.safetensors")), str(tmp_path / "m.onnx")
+    code, _, err = run("export", checkpoint, "--out", file)
+    assert (code, "--opset 23" in err) == (2, True), err
+    code, out, err = run("export", checkpoint, "--out", file, "--opset", "23")
+    assert code == 0, err
+    assert "float4e2m1 in" in out
+    if "not run" in out:
+        assert "not run: ONNX Runtime: " in out
+        assert "16 of 16 sites that are quantized agree" in out, out

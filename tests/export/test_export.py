@@ -11,8 +11,9 @@ import torch
 import quantlens as ql
 from quantlens.data import load_images, open_source
 from quantlens.errors import BadWeightsError, QuantlensError, UnknownNameError, UnsupportedError
-from quantlens.export.export import GUARDS, export, guard_metrics, looks_unknown
+from quantlens.export.export import export
 from quantlens.export.exported import Artefact
+from quantlens.export.guards import GUARDS, guard_metrics, looks_unknown
 from quantlens.export.parity import parity
 from quantlens.export.verify import verify
 from quantlens.formats import GroupScaled, Uniform

@@ -73,7 +73,7 @@ ARGUMENTS = {
         str | None, typer.Option(metavar="range|pixels", help="Codes of an 8-bit image; pixels is exact.")
     ],
     "target": Annotated[
-        str | None, typer.Option(help="Stay inside a runtime's integers: openvino-cpu, onnxruntime-cpu or tensorrt.")
+        str | None, typer.Option(help="Stay inside a runtime's integers: openvino-cpu, onnxruntime-cpu, tensorrt, qnn.")
     ],
 }
 """What every method takes."""

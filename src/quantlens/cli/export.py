@@ -13,8 +13,9 @@ HELP = """Write a model for a runtime: ONNX (.onnx), OpenVINO IR (.xml with its 
 
 MODEL is a quantized checkpoint (.safetensors) that `quantize` wrote, or the name of a model, which is exported in
 float. What is written are the codes, scales and zero points that were measured, as QuantizeLinear and DequantizeLinear
-of ONNX operator set 21. Runtimes have integer kernels for uniform formats of 8 bits (weights of 4 bits too): quantize
-with --target to stay inside them.
+of ONNX operator set 21, or a later one that --opset names: weights of 2 bits need 25, MXFP4 and MXFP8 24, NVFP4 23.
+Runtimes have integer kernels for uniform formats of 8 bits (weights of 4 bits too): quantize with --target to stay
+inside them.
 
 The file of a classifier also gives an out-of-distribution score, and with --guard-images the threshold below which an
 image looks unknown; which score is then chosen by how it tells these images from OOD-like ones made of them.
@@ -29,6 +30,17 @@ image looks unknown; which score is then chosen by how it tells these images fro
 
     quantlens export d.safetensors --out digits.xml
 """
+
+
+Opset = Annotated[
+    int | None, typer.Option(metavar="N", help="ONNX operator set of an .onnx file: 21 (the default) to 26.")
+]
+GuardImages = Annotated[
+    str | None, typer.Option(metavar="SOURCE", help="In-distribution images that set the threshold.")
+]
+Half = Annotated[
+    bool, typer.Option("--half", help="Compute what is float in float16, but LayerNorm (.onnx; for TensorRT).")
+]
 
 
 def export(
@@ -50,10 +62,10 @@ def export(
             "separates --guard-images from OOD-like images made of them.",
         ),
     ] = None,
-    guard_images: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="In-distribution images that set the threshold.")
-    ] = None,
+    guard_images: GuardImages = None,
     keep: Annotated[float, typer.Option(help="Share of in-distribution images that the threshold keeps.")] = 0.95,
+    opset: Opset = None,
+    half: Half = False,
     check: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Compare the file with the simulation on these images.")
     ] = None,
@@ -61,10 +73,12 @@ def export(
 ) -> None:
     """See HELP."""
     from quantlens.data import as_image_set, open_source
+    from quantlens.errors import BadWeightsError
     from quantlens.evaluation.open_models import open_models
     from quantlens.export.export import export as write
     from quantlens.export.exported import Artefact
     from quantlens.export.parity import parity
+    from quantlens.export.told import unrun, untried, weights_sentence
     from quantlens.qmodel.in_float import said_in_float
 
     check_writable(out)
@@ -75,8 +89,14 @@ def export(
             name: as_image_set(source, measured.preprocess, progress=partial(step, f"decoding {name} images"))
             for name, source in sources.items()
         }
-        path = write(measured, out, simulate=simulate, guard=guard, guard_images=images.get("guard"), keep=keep)
-        exported, said = Artefact(path), []
+        writing = partial(write, guard=guard, guard_images=images.get("guard"), keep=keep, simulate=simulate)
+        path = writing(measured, out, opset=opset, half=half)
+        said = [weights_sentence(measured, path, opset, half=half), *untried(measured).values()]
+        try:
+            exported = Artefact(path)
+        except BadWeightsError as error:
+            print("\n".join([*unrun(path, measured, error), *said]))
+            return
         if exported.options.get("target"):
             said.append(said_in_float(measured))
         if "check" in images:

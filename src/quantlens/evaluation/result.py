@@ -69,7 +69,7 @@ class Result:
     """Of the task "zero-shot": how many texts there are, their scale, bias and fingerprint."""
     fp32: dict[str, Any] | None = None
     guard: dict[str, Any] | None = None
-    """How often the OOD threshold of an exported file is right (`export.export.guard_metrics`); None without one."""
+    """How often the OOD threshold of an exported file is right (`export.guards.guard_metrics`); None without one."""
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     """Keys of a newer quantlens, kept as they are."""

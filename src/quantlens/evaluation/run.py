@@ -25,7 +25,7 @@ from quantlens.evaluation.result import Result, check_same_images, check_same_ta
 from quantlens.evaluation.shift import Shifted
 from quantlens.evaluation.tasks import ONE_LABEL, check_labels, embedding, feature_hits, id_metrics, same_axes, task_of
 from quantlens.evaluation.zero_shot import TextEmbeddings, ZeroShot
-from quantlens.export.export import guard_metrics, looks_unknown
+from quantlens.export.guards import guard_metrics, looks_unknown
 from quantlens.metrics import (
     FitData,
     ScoreInfo,

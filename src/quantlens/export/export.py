@@ -20,6 +20,7 @@ import numpy as np
 from quantlens._version import __version__
 from quantlens.ambient import isolated
 from quantlens.errors import (
+    BadWeightsError,
     QuantlensError,
     StorageError,
     UnknownNameError,
@@ -28,7 +29,6 @@ from quantlens.errors import (
 )
 from quantlens.export.digest import KEY, NOTHING, seal
 from quantlens.export.guards import (
-    GUARDS,
     MAHALANOBIS,
     NONE,
     OFFERED,
@@ -36,12 +36,15 @@ from quantlens.export.guards import (
     fit_gaussians,
     guard_images as images_of,
     guarded,
+    sources,
     write_score,
 )
+from quantlens.export.onnx_codes import OPSET, OPSETS, held_types
 from quantlens.export.onnx_file import Initializer, check, pieces
 from quantlens.export.onnx_values import Size
 from quantlens.export.record import has_guard
-from quantlens.export.runtimes import need, openvino_core
+from quantlens.export.runtimes import INSTALL, need, openvino_core
+from quantlens.export.told import cannot_run, untried
 from quantlens.files import write_whole
 from quantlens.formats import Blocks, FloatingPoint
 from quantlens.graph.structure import paths_of
@@ -64,34 +67,31 @@ def export(
     guard: str | None = None,
     guard_images: Any = None,
     keep: float = KEEP,
+    opset: int | None = None,
+    half: bool = False,
 ) -> Path:
-    """Write a model for a runtime; the ending chooses: ``.onnx`` (operator set 21), ``.xml`` (OpenVINO IR, weights in
-    the ``.bin`` beside it) or ``.pt2`` (PyTorch's own; outputs as the module's, see :mod:`quantlens.export.pt2`).
+    """Write a model for a runtime; the ending chooses: ``.onnx``, ``.xml`` (OpenVINO IR, weights in the ``.bin`` beside
+    it) or ``.pt2`` (PyTorch's own; outputs as the module's, see :mod:`quantlens.export.pt2`).
 
     Inputs: ``images`` float32 [batch, C, H, W], normalised, and what else the module takes, by its names. Outputs:
     ``logits`` [batch, K] and ``score`` [batch] (``features`` [batch, D] of a model without a classifier), and what else
     the module returns; of a detector ``logits`` [batch, Q, C], ``boxes`` [batch, Q, 4] and ``scores`` alone.
 
-    model: quantized or float. simulate: write formats without integer kernels as float operations that reproduce them.
-    guard: the OOD score, of :data:`~quantlens.export.guards.OFFERED`; None is the one that best separates guard images
-    from OOD-like images made of them, without any "energy". guard_images: in-distribution images (a SOURCE, an image
-    set, a tensor) whose scores in the file give the threshold that keeps the share ``keep`` of them.
+    model: quantized or float. simulate: write formats that the file cannot hold as float operations that reproduce
+    them. guard: the OOD score, of :data:`~quantlens.export.guards.OFFERED`; None is the one that best separates guard
+    images from OOD-like images made of them, without any "energy". guard_images: in-distribution images (a SOURCE, an
+    image set, a tensor) whose scores in the file give the threshold that keeps the share ``keep`` of them. opset: ONNX
+    operator set of an .onnx, 21 (None) to 26; codes of 2 bits and blocks of floating-point numbers need 23 to 25. half:
+    compute what is float in float16, LayerNorm apart (:mod:`quantlens.export.onnx_half`), between float32 ends.
     Raises UnsupportedError for formats that the file cannot hold, StorageError where it cannot be written.
     """
     path = Path(path)
     qmodel: QuantizedModel = float_model(model)
     _check(qmodel, path, guard, guard_images, keep)
+    opset = _opset(path, opset, half)
     images = None if guard_images is None else images_of(guard_images, qmodel.preprocess)
     said: dict[str, Any] = {"score": None if guard == NONE else guard or "energy", "keep": keep, "threshold": None}
-    record = {  # what the file says of itself
-        "quantlens": __version__,
-        "plan": json.dumps({**qmodel.plan.info, "rewrites": qmodel.plan.rewrites}),
-        "preprocess": json.dumps(qmodel.preprocess.to_dict()),
-        "task": qmodel.task,
-        "num_parameters": str(qmodel.num_parameters),
-        "saturating": json.dumps(any(quantizer.bits > 7 for _, quantizer in qmodel.weight_edges())),
-        "plan_sha256": plan_digest(qmodel),
-    }
+    record = _record(qmodel)
     gaussians = None
     if images is not None and (guard == MAHALANOBIS or (guard is None and path.suffix != ".pt2")):
         try:
@@ -102,20 +102,31 @@ def export(
 
     @functools.cache
     def made(score: str | None) -> Any:
-        return _made(qmodel, score, gaussians if score == MAHALANOBIS else None, path.suffix, simulate)
+        return _made(qmodel, score, gaussians if score == MAHALANOBIS else None, path.suffix, opset, simulate, half)
 
     def written(said: dict[str, Any], path: Path) -> Path:
         score = said["score"] if path.suffix != ".pt2" or said["score"] == MAHALANOBIS else None
         return _write(made(score), {**record, "guard": json.dumps(said)}, path)
 
     if images is not None:
-        from quantlens.export.exported import Artefact
-
         with _folder_beside(path) as folder:
             said = guarded(
-                said, guard is None, images, gaussians, lambda said: Artefact(written(said, folder / path.name))
+                said, guard is None, images, gaussians, lambda said: _opened(written(said, folder / path.name))
             )
     return written(said, path)
+
+
+def _opened(path: Path) -> Any:
+    """A file in its runtime. Raises UnsupportedError where none runs it."""
+    from quantlens.export.exported import Artefact
+
+    try:
+        return Artefact(path)
+    except BadWeightsError as error:
+        raise UnsupportedError(
+            f"the threshold of guard images is set by running the file, and it cannot be run by {cannot_run(error)}: "
+            "leave them out"
+        ) from error
 
 
 def _check(qmodel: QuantizedModel, path: Path, guard: str | None, guard_images: Any, keep: float) -> None:
@@ -137,10 +148,48 @@ def _check(qmodel: QuantizedModel, path: Path, guard: str | None, guard_images: 
         raise QuantlensError(f'the score "{MAHALANOBIS}" is fitted on in-distribution images: give guard images')
 
 
-def _made(qmodel: QuantizedModel, score: str | None, gaussians: Gaussians | None, suffix: str, simulate: bool) -> Any:
+def _record(qmodel: QuantizedModel) -> dict[str, str]:
+    """What the file says of itself."""
+    return {
+        "quantlens": __version__,
+        "plan": json.dumps({**qmodel.plan.info, "rewrites": qmodel.plan.rewrites}),
+        "preprocess": json.dumps(qmodel.preprocess.to_dict()),
+        "task": qmodel.task,
+        "num_parameters": str(qmodel.num_parameters),
+        "saturating": json.dumps(any(quantizer.bits > 7 for _, quantizer in qmodel.weight_edges())),
+        "plan_sha256": plan_digest(qmodel),
+        **untried(qmodel),
+    }
+
+
+def _opset(path: Path, opset: int | None, half: bool) -> int | None:
+    """The operator set of an .onnx file; None of another. Raises QuantlensError for what cannot be written."""
+    if path.suffix != ".onnx":
+        if opset is not None or half:
+            what = f"opset={opset}" if opset is not None else "half"
+            raise QuantlensError(f"{what} is for .onnx files, {path.name} is none: leave it out")
+        return None
+    opset = OPSET if opset is None else opset
+    if type(opset) is not int or opset not in OPSETS:
+        raise QuantlensError(f"opset={opset}: ONNX operator sets {OPSETS[0]} to {OPSETS[-1]} are written")
+    onnx = need("onnx")
+    if opset > (known := onnx.defs.onnx_opset_version()):
+        raise QuantlensError(f"opset={opset}: onnx {onnx.__version__} ends at operator set {known}: {INSTALL}")
+    return opset
+
+
+def _made(
+    qmodel: QuantizedModel,
+    score: str | None,
+    gaussians: Gaussians | None,
+    suffix: str,
+    opset: int | None,
+    simulate: bool,
+    half: bool,
+) -> Any:
     """Program and names of inputs and outputs of a .pt2 file; ModelProto and initializers of the others."""
     if suffix != ".pt2":
-        return onnx_model(qmodel, score, simulate=simulate, gaussians=gaussians)
+        return onnx_model(qmodel, score, simulate=simulate, gaussians=gaussians, opset=opset, half=half)
     from quantlens.export.pt2 import pt2_program
 
     outputs = [*_names_given(qmodel), *([] if gaussians is None else ["score"])]
@@ -181,14 +230,20 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 
 
 def onnx_model(
-    qmodel: QuantizedModel, guard: str | None, *, simulate: bool, gaussians: Gaussians | None = None
+    qmodel: QuantizedModel,
+    guard: str | None,
+    *,
+    simulate: bool,
+    gaussians: Gaussians | None = None,
+    opset: int | None = OPSET,
+    half: bool = False,
 ) -> tuple[Any, list[Initializer]]:
-    """The checked ONNX ModelProto without its initializers, and these."""
-    need("onnx")
+    """The checked ONNX ModelProto without its initializers, and these. opset: None: for OpenVINO to read."""
+    onnx = need("onnx")
     from onnx import helper
 
     from quantlens.export.detectors import write_detections
-    from quantlens.export.onnx_graph import IR_VERSION, OPSET, Emitter
+    from quantlens.export.onnx_graph import Emitter
     from quantlens.export.onnx_operations import write_graph
 
     if qmodel.plan.operators:
@@ -196,31 +251,60 @@ def onnx_model(
             f"the model computes {len(qmodel.plan.operators)} LayerNorms or softmaxes in integer arithmetic of its "
             "own, which runtimes have no operators for; quantize for a runtime (--target) to export"
         )
-    edges = qmodel.graph.sites.edges
-    small = [k for k, q in qmodel.plan.quantizers.items() if isinstance(q, Blocks | FloatingPoint)]
-    if not all(edges[key].is_weight for key in small):
-        raise UnsupportedError(
-            f"{qmodel.bits}: floating-point formats of activations cannot be written as ONNX operations; export to "
-            ".pt2 with --simulate, or give activations a width (WMXFP4A8)"
-        )
-    graph, emitter = qmodel.graph, Emitter(qmodel.graph, qmodel.plan.quantizers, simulate=simulate)
+    _check_activations(qmodel, opset)
+    graph, emitter = qmodel.graph, Emitter(qmodel.graph, qmodel.plan.quantizers, simulate=simulate, opset=opset)
+    emitter.moves = opset is None or not untried(qmodel)
     taken = input_names(graph)
     given = dict(zip(graph.outputs, write_graph(emitter, taken), strict=True))
+    if half:
+        given = _halved(emitter, taken, given, [] if gaussians is None else sources(graph))
     if qmodel.task == "detect":
         outputs = write_detections(emitter, qmodel, given)
     else:
         outputs = _write_outputs(emitter, qmodel, given, guard if has_guard(qmodel) else None, gaussians)
     inputs = [emitter.info(name, *emitter.values[node]) for node, name in zip(graph.inputs, taken, strict=True)]
+    operators = [helper.make_opsetid("", opset or OPSET)]
     proto = helper.make_model(
         helper.make_graph(emitter.nodes, qmodel.name, inputs, outputs),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
+        opset_imports=operators,
+        ir_version=helper.find_min_ir_version_for(operators),
         producer_name="quantlens",
         producer_version=__version__,
     )
     initializers = list(emitter.constants.values())
-    check(proto, initializers)
+    try:
+        check(proto, initializers)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        if not half:
+            raise
+        raise UnsupportedError(
+            f"the model cannot be computed in float16 ({first_line(error)}): leave --half out"
+        ) from error
     return proto, initializers
+
+
+def _check_activations(qmodel: QuantizedModel, opset: int | None) -> None:
+    """Raises UnsupportedError for floating-point formats of activations that the file cannot hold."""
+    edges = qmodel.graph.sites.edges
+    floating = [k for k, q in qmodel.plan.quantizers.items() if isinstance(q, Blocks | FloatingPoint)]
+    if any(not edges[k].is_weight and not held_types(qmodel.plan.quantizers[k], opset, weight=False) for k in floating):
+        why = "OpenVINO files have none" if opset is None else "ONNX finds no scales as the model runs"
+        other = "export FP8 to .onnx" if opset is None else "give activations FP8 (WMXFP4AFP8)"
+        raise UnsupportedError(
+            f"{qmodel.bits}: activations cannot be written in this floating-point format: {why}; {other} or a width "
+            "(WMXFP4A8), or export to .pt2 with --simulate"
+        )
+
+
+def _halved(emitter: Any, inputs: list[str], given: Mapping[Any, str], read: list[Any]) -> dict[Any, str]:
+    """The graph in float16; what is written after it reads float32, of its nodes ``read``. given, returned: outputs ->
+    their values."""
+    from quantlens.export.onnx_half import to_half
+
+    kinds = zip(inputs, (emitter.values[node].kind for node in emitter.graph.inputs), strict=True)
+    single = to_half(emitter, [name for name, kind in kinds if kind == "float"])
+    emitter.names |= {node: single(emitter.names[node]) for node in read if node in emitter.names}
+    return {node: single(name) if emitter.values[node].kind == "float" else name for node, name in given.items()}
 
 
 def _write_outputs(
@@ -310,42 +394,3 @@ def _fold_biases(model: Any) -> None:
             folded = operators.constant(source.get_data().reshape(list(shape.to_shape())))
             for reader in list(node.output(0).get_target_inputs()):
                 reader.replace_source_output(folded.output(0))
-
-
-# ---- the guard: how often it is right -----------------------------------------------
-
-
-def looks_unknown(
-    guard: Mapping[str, Any] | None, logits: np.ndarray, scores: np.ndarray | None = None
-) -> np.ndarray | None:
-    """Which images [n] a file's guard calls unknown, from its logits [n, K], or from scores
-    [n] of its own where they are of something else; None without a threshold.
-
-    guard: ``{"score", "keep", "threshold": {"value", "n"} or None}``, as the file's metadata holds it.
-    """
-    threshold = (guard or {}).get("threshold")
-    if guard is None or not threshold:
-        return None
-    if guard["score"] in GUARDS:
-        scores = GUARDS[guard["score"]](logits)
-    return None if scores is None else scores < float(threshold["value"])
-
-
-def guard_metrics(
-    guard: Mapping[str, Any] | None, known: np.ndarray | None, others: Mapping[str, np.ndarray | None]
-) -> dict[str, Any] | None:
-    """How often a guard is right on images that it was not set on; None for a guard without a threshold.
-
-    known: :func:`looks_unknown` of the in-distribution images; others: that of every OOD set.
-    Returns the guard itself with ``"id": {"n", "kept"}`` (share of ID images that look known) and for every OOD set
-    ``{"n", "flagged", "balanced_accuracy"}`` (share that looks unknown; mean of kept and flagged).
-    """
-    if guard is None or known is None:
-        return None
-    kept = float((~known).mean())
-    sets: dict[str, Any] = {}
-    for name, unknown in others.items():
-        if unknown is not None:
-            flagged = float(unknown.mean())
-            sets[name] = {"n": len(unknown), "flagged": flagged, "balanced_accuracy": (kept + flagged) / 2}
-    return {**guard, "id": {"n": len(known), "kept": kept}, "ood": sets}

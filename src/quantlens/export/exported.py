@@ -59,7 +59,7 @@ class Artefact:
         self.calibration: dict[str, Any] | None = info.get("calibration")
         self.checkpoint_sha256: str | None = info.get("checkpoint_sha256")
         self.class_names: list[str] | None = info.get("class_names")
-        self._failures = opened.failures
+        self._failures, self._entry = opened.failures, opened.entry
         check_outputs(self, [port.name for port in opened.outputs])
         self.size_mb = sum(file.stat().st_size for file in files_of(self.path)) / 1e6
         self.size_ratio = self.size_mb * 1e6 / (4 * self.num_parameters) if self.num_parameters else None
@@ -143,11 +143,16 @@ class Artefact:
                 "OpenVINO computes float operations in bfloat16 on processors that have it; the file cannot say "
                 'otherwise, so compile it with {"INFERENCE_PRECISION_HINT": "f32"} (quantlens.Artefact does)'
             )
-        if self.path.suffix != ".pt2" and saturates() and may_saturate(self._record) and self.bits != "FP32":
+        if self._entry == UNFUSED:
+            said.append(
+                f'ONNX Runtime runs these codes as float operations: set the session entry "{UNFUSED}" to "1", without '
+                "which it refuses the file (quantlens.Artefact does)"
+            )
+        elif self.path.suffix != ".pt2" and saturates() and may_saturate(self._record) and self.bits != "FP32":
             setting = (
                 'compile it with {"LP_TRANSFORMS_MODE": False}, which is right and no faster than FP32'
                 if self.path.suffix == ".xml"
-                else 'set the session entry "session.x64quantprecision" to "1"'
+                else f'set the session entry "{PRECISE}" to "1"'
             )
             said.append(
                 f"this processor's 8-bit sums saturate (no VNNI): {setting} (quantlens.Artefact does); "
@@ -178,6 +183,9 @@ class Artefact:
             "size_mb": self.size_mb,
         }
 
+
+UNFUSED, PRECISE = "session.disable_quant_qdq", "session.x64quantprecision"
+"""Entries of a session of ONNX Runtime: leave quantized operations as they are written; add without saturation."""
 
 EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 """Linux's names of the instructions that add in 32 bits."""
@@ -226,7 +234,7 @@ class Port(NamedTuple):
 
 class Opened(NamedTuple):
     """A file in its runtime. run: inputs -> outputs, by name. runtime: name and version of what runs it. failures: what
-    `run` raises of an input that does not fit."""
+    `run` raises of an input that does not fit. entry: of ONNX Runtime's session, which it needed."""
 
     run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
     inputs: list[Port]
@@ -234,6 +242,7 @@ class Opened(NamedTuple):
     metadata: dict[str, str]
     runtime: str
     failures: tuple[type[Exception], ...]
+    entry: str = ""
 
     @property
     def ours(self) -> bool:
@@ -262,11 +271,11 @@ def _onnxruntime(path: Path, threads: int | None, inner: Sequence[str]) -> Opene
     failures += tuple(kind for kind in named if isinstance(kind, type) and issubclass(kind, Exception))
     source = _with_outputs(path, inner) if inner else path
 
-    def opened(*, precise: bool) -> Any:
+    def opened(entry: str = "") -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        if precise:  # weights as unsigned codes, whose products ONNX Runtime adds without saturation
-            options.add_session_config_entry("session.x64quantprecision", "1")
+        if entry:
+            options.add_session_config_entry(entry, "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
@@ -274,10 +283,15 @@ def _onnxruntime(path: Path, threads: int | None, inner: Sequence[str]) -> Opene
         except failures as error:
             raise refused(path, "ONNX Runtime", error) from error
 
-    session = opened(precise=False)
+    entry = ""
+    try:
+        session = opened()
+    except BadWeightsError:  # it makes integer operators of codes of other types too, and then refuses them
+        session, entry = opened(UNFUSED), UNFUSED
     metadata = dict(session.get_modelmeta().custom_metadata_map)
-    if saturates() and may_saturate(metadata):  # known only once it is open
-        session = opened(precise=True)
+    if not entry and saturates() and may_saturate(metadata):  # known only once it is open
+        # weights as unsigned codes, whose products ONNX Runtime adds without saturation
+        session, entry = opened(PRECISE), PRECISE
 
     def port(value: Any) -> Port:
         kind = value.type.removeprefix("tensor(").removesuffix(")")
@@ -290,7 +304,7 @@ def _onnxruntime(path: Path, threads: int | None, inner: Sequence[str]) -> Opene
     def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(names, session.run(names, values), strict=True))
 
-    return Opened(run, inputs, outputs, metadata, f"onnxruntime {ort.__version__}", failures)
+    return Opened(run, inputs, outputs, metadata, f"onnxruntime {ort.__version__}", failures, entry)
 
 
 def _with_outputs(path: Path, inner: Sequence[str]) -> bytes:

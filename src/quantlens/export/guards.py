@@ -118,7 +118,7 @@ def write_score(e: Any, guard: str, logits: str, gaussians: Gaussians | None) ->
     elif guard == "gen":
         _write_gen(e, logits)
     elif gaussians is not None:
-        read = [e.read(source) for source in _sources(e.graph)]
+        read = [e.read(source) for source in sources(e.graph)]
         features = read[0] if len(read) == 1 else e.op("Concat", *read, axis=1)
         white = e.op("MatMul", e.op("Sub", features, gaussians.centre), gaussians.matrix)
         white, means = e.op("Add", white, gaussians.shift), gaussians.means
@@ -169,7 +169,7 @@ def add_score(graph: fx.Graph, root: torch.nn.Module, features: fx.Node, gaussia
     return call(aten.neg.default, call(aten.sum.dim_IntList, call(aten.square.default, away), [1]))
 
 
-def _sources(graph: Any) -> list[fx.Node]:
+def sources(graph: Any) -> list[fx.Node]:
     """What the classifier's linear layers read, as :meth:`QuantizedModel.outputs` has it."""
     return list(dict.fromkeys(node.args[0] for node, _ in classifier_terms(graph) or ()))  # type: ignore[misc]
 
@@ -252,3 +252,42 @@ def guard_threshold(artefact: Any, images: Any, keep: float) -> dict[str, Any]:
     scores = np.concatenate(found)
     value = threshold_keeping(scores, keep)
     return {"value": value, "n": len(scores), "kept": float((scores >= value).mean()), "images": str(images.source)}
+
+
+# ---- how often it is right ----------------------------------------------------------------------------------------
+
+
+def looks_unknown(
+    guard: Mapping[str, Any] | None, logits: np.ndarray, scores: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Which images [n] a file's guard calls unknown, from its logits [n, K], or from scores
+    [n] of its own where they are of something else; None without a threshold.
+
+    guard: ``{"score", "keep", "threshold": {"value", "n"} or None}``, as the file's metadata holds it.
+    """
+    threshold = (guard or {}).get("threshold")
+    if guard is None or not threshold:
+        return None
+    if guard["score"] in GUARDS:
+        scores = GUARDS[guard["score"]](logits)
+    return None if scores is None else scores < float(threshold["value"])
+
+
+def guard_metrics(
+    guard: Mapping[str, Any] | None, known: np.ndarray | None, others: Mapping[str, np.ndarray | None]
+) -> dict[str, Any] | None:
+    """How often a guard is right on images that it was not set on; None for a guard without a threshold.
+
+    known: :func:`looks_unknown` of the in-distribution images; others: that of every OOD set.
+    Returns the guard itself with ``"id": {"n", "kept"}`` (share of ID images that look known) and for every OOD set
+    ``{"n", "flagged", "balanced_accuracy"}`` (share that looks unknown; mean of kept and flagged).
+    """
+    if guard is None or known is None:
+        return None
+    kept = float((~known).mean())
+    sets: dict[str, Any] = {}
+    for name, unknown in others.items():
+        if unknown is not None:
+            flagged = float(unknown.mean())
+            sets[name] = {"n": len(unknown), "flagged": flagged, "balanced_accuracy": (kept + flagged) / 2}
+    return {**guard, "id": {"n": len(known), "kept": kept}, "ood": sets}

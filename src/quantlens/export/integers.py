@@ -1,4 +1,5 @@
-"""The integers that an exported file holds, read from its own constants and from the operations that use them."""
+"""The codes that an exported file holds, integers and small floating-point numbers, read from its own constants and
+from the operations that use them."""
 
 import math
 import mmap
@@ -11,29 +12,35 @@ from xml.etree import ElementTree
 import numpy as np
 
 from quantlens.errors import BadWeightsError, first_line
+from quantlens.export.onnx_codes import unpacked
 from quantlens.export.runtimes import need
 
 
 class Held(NamedTuple):
     """A quantizer in a file. kind: the type of its codes, "int8". scale, zero_point: one-dimensional; codes: of a
     weight, as the layer of the model has it, int32; None of an activation. axis: of the weight that has a scale per
-    index. wrong: what in the file contradicts the rest, in words."""
+    index. blocks: codes of the scales of a weight's blocks, [out, n], int32, each of ``group_size`` values. wrong: what
+    in the file contradicts the rest, in words. The codes of floating-point formats are bit patterns."""
 
     kind: str
     scale: np.ndarray
     zero_point: np.ndarray
     codes: np.ndarray | None = None
     axis: int | None = None
+    blocks: np.ndarray | None = None
+    group_size: int | None = None
     wrong: str = ""
 
 
 class Contents(NamedTuple):
     """What was read. held: quantizers, of weights by the names of their edges; inputs: of a layer with such a weight,
-    the name of the quantizer of what it multiplies (None: it is float). metadata: what the file says of itself."""
+    the name of the quantizer of what it multiplies (None: it is float). metadata: what the file says of itself. opset:
+    ONNX operator set; None of other files."""
 
     held: dict[str, Held]
     inputs: dict[str, str | None]
     metadata: dict[str, str]
+    opset: int | None = None
 
 
 def damaged(path: Path, error: Exception) -> BadWeightsError:
@@ -47,7 +54,8 @@ def _turned(held: Held) -> Held:
     """A weight of a product x @ W, [in, out], as the layer has it, [out, in]."""
     assert held.codes is not None
     codes, axis = np.swapaxes(held.codes, -1, -2), held.axis
-    return held._replace(codes=codes, axis=None if axis is None else 1 - axis)
+    blocks = None if held.blocks is None else held.blocks.T
+    return held._replace(codes=codes, axis=None if axis is None else 1 - axis, blocks=blocks)
 
 
 # ---- ONNX ------------------------------------------------------------------------------------------------------------
@@ -58,51 +66,82 @@ def read_onnx(path: Path) -> Contents:
     onnx = need("onnx")
     try:
         model = onnx.load(str(path))
-        constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        return _of_onnx(model, lambda name: onnx.numpy_helper.to_array(constants[name]), constants)
+        return _Graph(onnx, model).contents()
     except Exception as error:  # of protobuf, of onnx, of NumPy: they share no base
         raise damaged(path, error) from error
 
 
-def _of_onnx(model: Any, array: Any, constants: Any) -> Contents:
-    from onnx import TensorProto, helper
+class _Graph:
+    """The nodes and constants of an ONNX model by their names."""
 
-    makers = {name: node for node in model.graph.node for name in node.output}
-    readers: dict[str, list[Any]] = defaultdict(list)
-    for node in model.graph.node:
-        for name in node.input:
-            readers[name].append(node)
+    def __init__(self, onnx: Any, model: Any):
+        self.onnx, self.model = onnx, model
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.makers = {name: node for node in model.graph.node for name in node.output}
+        self.readers: dict[str, list[Any]] = defaultdict(list)
+        for node in model.graph.node:
+            for name in node.input:
+                self.readers[name].append(node)
 
-    def parameters(node: Any) -> tuple[np.ndarray, np.ndarray, str]:
-        """Scale, zero point and type of codes of a QuantizeLinear or DequantizeLinear."""
-        scale, given = array(node.input[1]), node.input[2] if len(node.input) > 2 else ""
-        coded = given or (node.input[0] if node.input[0] in constants else "")
-        kind = TensorProto.DataType.Name(constants[coded].data_type).lower() if coded else "uint8"
-        zero = array(given).astype(np.int32) if given else np.zeros(scale.shape, np.int32)
-        return scale.reshape(-1), zero.reshape(-1), kind
+    def kind(self, name: str) -> str:
+        return str(self.onnx.TensorProto.DataType.Name(self.constants[name].data_type))
 
-    held, inputs = {}, {}
-    for node in model.graph.node:
-        if node.op_type != "DequantizeLinear":
-            continue
-        name, source, own = node.output[0].removesuffix(".value"), node.input[0], parameters(node)
-        if source not in constants:
-            wrong = ""
-            if source not in makers or makers[source].op_type != "QuantizeLinear":
-                wrong = "its codes are made by no QuantizeLinear"
-            elif not _same(own, parameters(makers[source])):
-                wrong = "the file quantizes and dequantizes it by different numbers"
-            held[name] = Held(own[2], own[0], own[1], wrong=wrong)
-            continue
-        axes = [helper.get_attribute_value(one) for one in node.attribute if one.name == "axis"]
-        codes = array(source).astype(np.int32)
-        axis = (axes[0] if axes else 1) % max(codes.ndim, 1) if len(own[0]) > 1 else None
-        found, reader = Held(own[2], own[0], own[1], codes, axis), next(iter(readers[node.output[0]]), None)
-        held[name] = _turned(found) if reader is not None and reader.op_type == "MatMul" else found
-        maker = None if reader is None else makers.get(reader.input[0])
-        passed = maker is not None and maker.op_type == "DequantizeLinear"
-        inputs[name] = maker.output[0].removesuffix(".value") if maker is not None and passed else None
-    return Contents(held, inputs, {entry.key: entry.value for entry in model.metadata_props})
+    def codes(self, name: str) -> np.ndarray:
+        """Integers of a constant, or the bit patterns of floating-point numbers; int32."""
+        tensor, kind = self.constants[name], self.kind(name)
+        if kind.startswith(("FLOAT8", "FLOAT4")):
+            return unpacked(tensor.raw_data, kind, tuple(tensor.dims)).astype(np.int32)
+        return np.asarray(self.onnx.numpy_helper.to_array(tensor)).astype(np.int32)
+
+    def parameters(self, node: Any) -> tuple[np.ndarray, np.ndarray, str, np.ndarray | None]:
+        """Scale, zero point, type of codes and codes of scales of a QuantizeLinear or DequantizeLinear."""
+        scaled, given = node.input[1], node.input[2] if len(node.input) > 2 else ""
+        coded = given or (node.input[0] if node.input[0] in self.constants else "")
+        kind, blocks = self.kind(coded).lower() if coded else "uint8", None
+        scale = np.ones(1, np.float32)
+        if scaled in self.constants and self.kind(scaled) == "FLOAT8E8M0":
+            blocks = self.codes(scaled)
+        elif scaled not in self.constants:
+            scale, _, _, _ = self.parameters(self.makers[scaled])
+            blocks = self.codes(self.makers[scaled].input[0])
+        else:
+            scale = self.onnx.numpy_helper.to_array(self.constants[scaled])
+        zero = self.codes(given) if given else np.zeros(scale.shape, np.int32)
+        return scale.reshape(-1), zero.reshape(-1), kind, blocks
+
+    def reader(self, name: str) -> Any:
+        """The first node that reads a value, past changes of its sizes; None where there is none."""
+        found = next(iter(self.readers[name]), None)
+        return self.reader(found.output[0]) if found is not None and found.op_type == "Reshape" else found
+
+    def contents(self) -> Contents:
+        held: dict[str, Held] = {}
+        inputs: dict[str, str | None] = {}
+        for node in self.model.graph.node:
+            scales = any(one.op_type == "DequantizeLinear" for one in self.readers[node.output[0]])
+            if node.op_type != "DequantizeLinear" or scales:
+                continue
+            name, source = node.output[0].removesuffix(".value"), node.input[0]
+            scale, zero, kind, blocks = own = self.parameters(node)
+            if source not in self.constants:
+                maker, wrong = self.makers.get(source), ""
+                if maker is None or maker.op_type != "QuantizeLinear":
+                    wrong = "its codes are made by no QuantizeLinear"
+                elif not _same(own, self.parameters(maker)):
+                    wrong = "the file quantizes and dequantizes it by different numbers"
+                held[name] = Held(kind, scale, zero, wrong=wrong)
+                continue
+            told = {one.name: self.onnx.helper.get_attribute_value(one) for one in node.attribute}
+            codes, reader = self.codes(source), self.reader(node.output[0])
+            axis = told.get("axis", 1) % max(codes.ndim, 1) if len(scale) > 1 else None
+            found = Held(kind, scale, zero, codes, axis, blocks, told.get("block_size"))
+            held[name] = _turned(found) if reader is not None and reader.op_type == "MatMul" else found
+            maker = None if reader is None else self.makers.get(reader.input[0])
+            passed = maker is not None and maker.op_type == "DequantizeLinear"
+            inputs[name] = maker.output[0].removesuffix(".value") if maker is not None and passed else None
+        metadata = {entry.key: entry.value for entry in self.model.metadata_props}
+        opset = next((one.version for one in self.model.opset_import if not one.domain), None)
+        return Contents(held, inputs, metadata, opset)
 
 
 def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:

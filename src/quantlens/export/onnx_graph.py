@@ -6,47 +6,45 @@ pairs into integer kernels. Formats without such operators can be written as flo
 (``simulate``).
 """
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx
 
 from quantlens.errors import UnsupportedError
+from quantlens.export.onnx_codes import OPSET, code_types, first_opset, held_types, packed
 from quantlens.export.onnx_file import Initializer
+from quantlens.export.onnx_formats import simulated
 from quantlens.export.onnx_values import Size, constants, described, fixed, kind_of, values
-from quantlens.formats import LEAST, MOST, PARTS, AdaLog, GroupAffine, Grouped, Log, Quantizer, SqrtSoftmax, Uniform
+from quantlens.formats import NVFP4, Blocks, FloatingPoint, Quantizer, floating_name_of
 from quantlens.graph import Graph
 from quantlens.graph.graph import op_name
-
-OPSET = 21
-"""ONNX operator set written: the first with 4-bit weights in DequantizeLinear."""
-
-IR_VERSION = 10
-
-CODE_TYPES = {(8, True): "INT8", (8, False): "UINT8", (4, True): "INT4", (4, False): "UINT4"}
-"""Width of codes and whether they are signed -> the type that Quantize- and DequantizeLinear have for them (16 bits are
-no use to kernels)."""
-
-WEIGHT_TYPES = CODE_TYPES | {(bits, True): "INT8" for bits in (5, 6, 7)}
-"""The same for weights: codes of 5 to 7 bits are codes of 8. An activation's would have to be clipped apart."""
 
 KINDS: dict[str, tuple[Any, int]] = {"float": (np.float32, 1), "int": (np.int64, 7), "bool": (np.bool_, 9)}
 """Kind of a value -> its type in NumPy and ONNX's number of it. A file has no others: half precision is computed in
 float32."""
 
-TINY = float(np.finfo(np.float32).tiny)
 LOWEST = float(np.finfo(np.float32).min)
 
 
 class Emitter:
     """Writes nodes and constants of one ONNX graph.
 
-    simulate: formats that ONNX cannot hold as integers become float operations instead of an error.
+    simulate: formats that the file cannot hold become float operations instead of an error. opset: the operator set;
+    None: the file is for OpenVINO, see :func:`~quantlens.export.onnx_codes.held_types`.
     """
 
-    def __init__(self, graph: Graph, quantizers: dict[str, Quantizer], *, simulate: bool = False):
-        self.graph, self.quantizers, self.simulate = graph, quantizers, simulate
+    def __init__(
+        self,
+        graph: Graph,
+        quantizers: dict[str, Quantizer],
+        *,
+        simulate: bool = False,
+        opset: int | None = OPSET,
+    ):
+        self.graph, self.quantizers, self.simulate, self.opset = graph, quantizers, simulate, opset
         self.nodes: list[Any] = []
         self.constants: dict[str, Initializer] = {}
         self.names: dict[fx.Node, Any] = {}
@@ -54,6 +52,8 @@ class Emitter:
         self.values = values(graph, self.folded)
         self.fixed = fixed(graph)
         self.edges = graph.sites.edges_by_node
+        self.moves = True
+        """Whether what reads the file moves quantizers to where they are wrong, as OpenVINO does: see :meth:`apart`."""
         self.grouped: set[str] = set()
         """Results of grouped convolutions that are computed in float."""
         self._count = 0
@@ -102,17 +102,13 @@ class Emitter:
         self.constants.setdefault(name, Initializer.of(name, array))
         return name
 
-    def codes(self, codes: Tensor, quantizer: Uniform, name: str) -> str:
-        """An initializer of integer codes; 4-bit ones are packed two to a byte."""
+    def codes(self, codes: Tensor, kind: str, name: str) -> str:
+        """An initializer of codes in one of ONNX's types for them, packed where a byte holds several."""
         from onnx import TensorProto
 
-        kind, values = WEIGHT_TYPES[quantizer.bits, quantizer.signed], codes.cpu().numpy()
-        raw = values.astype(np.int8 if quantizer.signed else np.uint8)
-        if quantizer.bits == 4:
-            flat = np.pad(raw.reshape(-1), (0, raw.size % 2)).astype(np.uint8) & 0xF
-            raw = flat[0::2] | (flat[1::2] << 4)
-        proto = TensorProto(name=name, data_type=getattr(TensorProto, kind), dims=values.shape)
-        self.constants[name] = Initializer(proto, raw.nbytes, raw.tobytes)
+        raw = packed(codes.cpu().numpy(), kind)
+        proto = TensorProto(name=name, data_type=getattr(TensorProto, kind), dims=codes.shape)
+        self.constants[name] = Initializer(proto, len(raw), lambda: raw)
         return name
 
     def info(self, name: str, kind: str, sizes: Sequence[Any]) -> Any:
@@ -178,20 +174,21 @@ class Emitter:
         quantizer = self.quantizers[key]
         mark = (source, _identity(quantizer))
         if mark not in self._placed:
-            if is_integer(quantizer, CODE_TYPES):
-                scale, zero, axis = self._parameters(quantizer, key)  # type: ignore[arg-type]
-                if self._movable(source, len(read.meta.get("shape") or ())):
+            rank = len(read.meta.get("shape") or ())
+            if types := held_types(quantizer, self.opset, weight=False):
+                scale, zero, axis = self._parameters(quantizer, key, types[0])
+                if self._movable(source, rank):
                     source = self.apart(source)
                 codes = self.op("QuantizeLinear", source, scale, zero, out=f"{key}.codes", **axis)
                 self._placed[mark] = self.op("DequantizeLinear", codes, scale, zero, out=f"{key}.value", **axis)
             else:
-                self._check_simulated(key, quantizer)
-                self._placed[mark] = self._simulated(quantizer, source, len(read.meta.get("shape") or ()))
+                self._check_simulated(key, quantizer, weight=False)
+                self._placed[mark] = simulated(self, quantizer, source, rank)
         return self._placed[mark]
 
     def apart(self, name: str) -> str:
         """The same value behind an operator that OpenVINO moves nothing across (other identities are removed)."""
-        return self.op("Max", name, LOWEST)
+        return self.op("Max", name, LOWEST) if self.moves else name
 
     def _movable(self, name: str, rank: int) -> bool:
         """Whether OpenVINO's passes make the quantizer of a value one of what the value is made of, and wrongly: of the
@@ -231,114 +228,65 @@ class Emitter:
         quantizer: Any = self.quantizers[key]
         if weight.dim() == 1:  # of a product with a vector, which no kernel takes as codes
             return self.constant(quantizer(weight), f"{key}.value")
-        if not is_integer(quantizer, WEIGHT_TYPES):
-            self._check_simulated(key, quantizer)
+        types = held_types(quantizer, self.opset, weight=True)
+        if not types:
+            self._check_simulated(key, quantizer, weight=True)
             return self.constant(turned(quantizer(weight)), f"{key}.value")
-        codes = self.codes(turned(quantizer.encode(weight)), quantizer, f"{key}.codes")
-        scale, zero, axis = self._parameters(quantizer, key)
+        if isinstance(quantizer, Blocks):
+            return self._blocks(quantizer, weight, key, types, transpose=transpose)
+        codes = self.codes(turned(quantizer.encode(weight)), types[0], f"{key}.codes")
+        scale, zero, axis = self._parameters(quantizer, key, types[0])
         if transpose:
             axis = {name: 1 - where % 2 for name, where in axis.items()}
         return self.op("DequantizeLinear", codes, scale, zero, out=f"{key}.value", **axis)
 
     # -- quantizers ---------------------------------------------------------------------------------------------------
-    def _parameters(self, quantizer: Uniform, key: str) -> tuple[str, str, dict[str, Any]]:
+    def _parameters(self, quantizer: Any, key: str, kind: str) -> tuple[str, str, dict[str, Any]]:
         """Names of scale and zero point, and the attribute that says of which axis they are."""
-        zero = self.codes(quantizer.zero_point, quantizer, f"{key}.zero_point")
+        floating = isinstance(quantizer, FloatingPoint)
+        zero = torch.zeros_like(quantizer.scale, dtype=torch.uint8) if floating else quantizer.zero_point
         axis = {} if quantizer.axis is None else {"axis": quantizer.axis}
-        return self.constant(quantizer.scale, f"{key}.scale"), zero, axis
+        return self.constant(quantizer.scale, f"{key}.scale"), self.codes(zero, kind, f"{key}.zero_point"), axis
 
-    def _check_simulated(self, key: str, quantizer: Quantizer) -> None:
-        """Raise UnsupportedError for a format that no runtime computes in, unless it is to be simulated."""
-        if not self.simulate:
+    def _blocks(self, quantizer: Any, weight: Tensor, key: str, types: Sequence[str], *, transpose: bool) -> str:
+        """A weight whose blocks of inputs have scales of their own: of MX powers of two, of NVFP4 codes of a second
+        DequantizeLinear, by the tensor's scale."""
+        codes, scales = quantizer.encode(weight).flatten(1), quantizer.scale_codes.squeeze(-1)  # [out, in], [out, G]
+        codes, scales = (codes.T, scales.T) if transpose else (codes, scales)
+        how: dict[str, Any] = {"axis": int(not transpose), "block_size": quantizer.group_size}
+        scale = self.codes(scales, types[1], f"{key}.block_scale")
+        if isinstance(quantizer, NVFP4):
+            whole = self.constant(quantizer.scale, f"{key}.scale")
+            scale = self.op("DequantizeLinear", scale, whole, out=f"{key}.block_scale.value")
+        else:
+            how["output_dtype"] = KINDS["float"][1]
+        codes = self.codes(codes, types[0], f"{key}.codes")
+        value = self.op("DequantizeLinear", codes, scale, out=f"{key}.value", **how)
+        return value if weight.dim() == 2 else self.op("Reshape", value, list(weight.shape))
+
+    def _check_simulated(self, key: str, quantizer: Quantizer, *, weight: bool) -> None:
+        """Raise UnsupportedError for a format that the file cannot hold, unless it is to be simulated."""
+        if self.simulate:
+            return
+        name, types = floating_name_of(quantizer), code_types(quantizer, weight=weight)
+        if types and self.opset is not None:
+            later = first_opset(types)
             raise UnsupportedError(
-                f"{key} has the format {quantizer.kind}, {quantizer.bits} bits, which ONNX has no integers for: "
-                "uniform formats of 8 or 4 bits are exported, of weights also 5 to 7. Quantize for a runtime "
-                "(`quantlens quantize --target openvino-cpu`), or export with --simulate, as float operations"
+                f"{key} has {name or f'codes of {quantizer.bits} bits'}, which ONNX has from operator set {later} on: "
+                f"give --opset {later}, or --simulate, which writes float operations"
             )
-
-    def _simulated(self, quantizer: Quantizer, source: str, dims: int) -> str:
-        """A quantizer as float operations that give its values."""
-        if isinstance(quantizer, Uniform):
-            low, high = quantizer.bounds(dims)
-            levels = self.op("Round", self.op("Mul", source, quantizer.spread(quantizer.inverse, dims)))
-            levels = self.op("Min", self.op("Max", levels, low), high)
-            return self.op("Mul", levels, quantizer.spread(quantizer.scale, dims))
-        if isinstance(quantizer, SqrtSoftmax):
-            return self._rows(quantizer, source)
-        if isinstance(quantizer, Grouped):
-            return self._grouped(quantizer, source, dims)
-        if isinstance(quantizer, AdaLog) and bool(quantizer.shift != 0):
-            shift = self.constant(quantizer.shift)
-            return self.op("Sub", self._logarithmic(quantizer, self.op("Add", source, shift)), shift)
-        if isinstance(quantizer, Log):
-            return self._logarithmic(quantizer, source)
-        raise UnsupportedError(f"the format {quantizer.kind!r} cannot be written as ONNX operations yet")
-
-    def _rows(self, quantizer: SqrtSoftmax, source: str) -> str:
-        roots = self.op("Sqrt", self.op("Max", source, 0.0))
-        peak = self.op("Max", self.op("ReduceMax", roots, [-1]), TINY)
-        k = self.op("Round", self.op("Mul", roots, self.op("Div", float(quantizer.qmax), peak)))
-        squares = self.op("Mul", k, k)
-        return self.op("Div", squares, self.op("Max", self.op("ReduceSum", squares, [-1]), 1.0))
-
-    def _grouped(self, quantizer: Grouped, source: str, dims: int) -> str:
-        """Groups of channels with scales of their own, as the format finds them."""
-        channels = dims + (quantizer.axis or 0)
-        last = [*(d for d in range(dims) if d != channels), channels]
-        turned = source if quantizer.axis == -1 else self.op("Transpose", source, perm=last)
-        x = self.op("Reshape", turned, [0] * (dims - 1) + [-1, quantizer.group_size])
-        value = self._affine_groups(quantizer, x) if isinstance(quantizer, GroupAffine) else self._scaled(quantizer, x)
-        value = self.op("Reshape", value, [0] * (dims - 1) + [-1])
-        back = [last.index(d) for d in range(dims)]
-        return value if quantizer.axis == -1 else self.op("Transpose", value, perm=back)
-
-    def _exponents(self, quantizer: Grouped, size: str) -> str:
-        octaves = self.op("Log", self.op("Mul", size, quantizer.scale))
-        parts = self.op("Round", self.op("Mul", octaves, PARTS / np.log(2.0)))
-        return self.op("Clip", parts, float(LEAST), float(MOST))
-
-    def _scales(self, quantizer: Grouped, exponents: str) -> str:
-        return self.op("Gather", quantizer.powers, self.op("Cast", self.op("Sub", exponents, float(LEAST)), to=7))
-
-    def _scaled(self, quantizer: Grouped, x: str) -> str:
-        size = self.op("Sqrt", self.op("ReduceMean", self.op("Mul", x, x), [-1]))
-        scale = self._scales(quantizer, self._exponents(quantizer, size))
-        units = self.op("Mul", x, self.op("Reciprocal", scale))  # as the format does: a quotient has other last bits
-        ends = float(quantizer.qmin), float(quantizer.qmax)
-        levels = self.op("Clip", self.op("Round", self.op("Sub", units, 0.5)), *ends)
-        return self.op("Mul", self.op("Add", levels, 0.5), scale)
-
-    def _affine_groups(self, quantizer: GroupAffine, x: str) -> str:
-        low, high = (self.op(name, self.op(f"Reduce{name}", x, [-1]), 0.0) for name in ("Min", "Max"))
-        largest = self._exponents(quantizer, self.op("Sub", high, low))
-        middle = self.op("Mul", self.op("Add", low, high), -0.5)
-        ends, value, least = (0.0, float(quantizer.qmax)), "", ""
-        for smaller in range(quantizer.tries):
-            exponents = self.op("Max", self.op("Sub", largest, float(smaller)), float(LEAST)) if smaller else largest
-            scale = self._scales(quantizer, exponents)
-            inverse = self.op("Reciprocal", scale)
-            units, centre = self.op("Mul", x, inverse), self.op("Mul", middle, inverse)
-            zero = self.op("Clip", self.op("Round", self.op("Add", centre, 0.5 * quantizer.qmax)), *ends)
-            codes = self.op("Clip", self.op("Add", self.op("Round", units), zero), *ends)
-            other = self.op("Mul", self.op("Sub", codes, zero), scale)
-            if quantizer.tries == 1:
-                return other
-            off = self.op("Sub", other, x)
-            error = self.op("ReduceSum", self.op("Mul", off, off), [-1])
-            better = self.op("Less", error, least) if value else ""
-            value, least = (
-                (self.op("Where", better, other, value), self.op("Min", error, least)) if value else (other, error)
+        where, widths = ("ONNX", "8, 4 or 2") if self.opset is not None else ("an OpenVINO file", "8 or 4")
+        if name:
+            held = "FP8, FP8-E5M2, MXFP8, MXFP8-E5M2, MXFP4 or NVFP4" if self.opset is not None else "integers"
+            raise UnsupportedError(
+                f"{key} has the format {name}, which {where} has no type for: quantize weights to {held}, or export "
+                "with --simulate, as float operations"
             )
-        return value
-
-    def _logarithmic(self, quantizer: Log, source: str) -> str:
-        """Values of a log format, before an AdaLog's shift."""
-        octaves = self.op("Mul", self.op("Log", self.op("Max", source, 1e-38)), -quantizer.steps / np.log(2.0))
-        k = self.op("Add", octaves, float(quantizer.offset))
-        last = float(quantizer.qmax - 1)
-        nearest = self.op("Clip", self.op("Round", k), 0.0, last)
-        code = self.op("Where", self.op("Greater", k, last + quantizer.steps), last + 1, nearest)
-        return self.op("Gather", quantizer.levels, self.op("Cast", code, to=7))
+        raise UnsupportedError(
+            f"{key} has the format {quantizer.kind}, {quantizer.bits} bits, which {where} has no integers for: "
+            f"uniform formats of {widths} bits are exported, of weights also 5 to 7. Quantize for a runtime "
+            "(`quantlens quantize --target openvino-cpu`), or export with --simulate, as float operations"
+        )
 
     # -- shapes -------------------------------------------------------------------------------------------------------
     def shape(self, sizes: Sequence[Any]) -> str:
@@ -378,14 +326,6 @@ class Emitter:
         if "batch" not in {n.output[0] for n in self.nodes}:
             self.op("Shape", "images", out="batch", start=0, end=1)
         return "batch"
-
-
-def is_integer(quantizer: Quantizer, known: Container[tuple[int, bool]]) -> bool:
-    """Whether runtimes have integers for a format: uniform, of a known width and sign, zero points that are codes."""
-    if type(quantizer) is not Uniform or (quantizer.bits, quantizer.signed) not in known:
-        return False
-    zero = quantizer.zero_point
-    return bool(((zero >= quantizer.qmin) & (zero <= quantizer.qmax)).all())
 
 
 def _identity(quantizer: Quantizer) -> str:

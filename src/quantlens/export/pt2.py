@@ -29,7 +29,7 @@ from quantlens.errors import BadWeightsError, UnsupportedError
 from quantlens.export.detectors import measured_outputs
 from quantlens.export.exported import Opened, Port
 from quantlens.export.guards import Gaussians, add_score
-from quantlens.export.onnx_graph import is_integer
+from quantlens.export.onnx_codes import is_integer
 from quantlens.export.runtimes import refused
 from quantlens.files import write_whole
 from quantlens.formats import Uniform

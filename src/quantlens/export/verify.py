@@ -1,6 +1,5 @@
 """Whether an exported file holds the integers of a checkpoint: codes, scales and zero points, site by site."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +10,9 @@ from quantlens.errors import BadWeightsError
 from quantlens.export.digest import DAMAGED, check_content, matches
 from quantlens.export.exported import files_of
 from quantlens.export.integers import Contents, Held, read_onnx, read_openvino, read_pt2
-from quantlens.export.onnx_graph import CODE_TYPES, WEIGHT_TYPES, is_integer
+from quantlens.export.onnx_codes import held_types, is_integer
 from quantlens.files import mistaken
+from quantlens.formats import Blocks
 from quantlens.qmodel import QuantizedModel, float_model
 from quantlens.qmodel.checkpoint import load, plan_digest
 
@@ -69,8 +69,8 @@ class Verification(NamedTuple):
         if self.different:
             first = self.different[0]
             said.append(f"first difference: {first.edge}: {first.what}")
-        same = f"{len(self.equal)} of {all_sites} sites with integers agree in codes, scales and zero points"
-        said.append(same if all_sites else "no site has integers that could be compared")
+        same = f"{len(self.equal)} of {all_sites} sites that are quantized agree in codes, scales and zero points"
+        said.append(same if all_sites else "no site has codes that could be compared")
         plain = [name for name in self.in_float if name not in self.simulated]
         for what, names in (("quantized, but written as float operations", self.simulated), ("in float", plain)):
             if names:
@@ -102,7 +102,8 @@ def verify(file: str | Path, model: Any) -> Verification:
     for site in qmodel.graph.sites:
         edges = [edge.key for edge in site.edges.values() if edge.key in qmodel.plan.quantizers]
         found = {key: _held(qmodel, contents, key, used) for key in edges}
-        wrong = [(key, _difference(qmodel, key, held, path.suffix)) for key, held in found.items()]
+        kinds = {key: _kind(qmodel, key, path.suffix, contents.opset) for key in edges}
+        wrong = [(key, _difference(qmodel, key, held, kinds[key])) for key, held in found.items()]
         wrong = [(key, what) for key, what in wrong if what]
         if wrong:
             different.append(Difference(site.name, *wrong[0]))
@@ -131,7 +132,7 @@ def _read(path: Path, qmodel: QuantizedModel) -> tuple[Contents, bool | None]:
     try:
         if path.suffix == ".pt2":
             edges = qmodel.graph.sites.edges
-            known = [key for key in qmodel.plan.quantizers if _has_integers(qmodel, key, ".pt2")]
+            known = [key for key in qmodel.plan.quantizers if _kind(qmodel, key, ".pt2", None)]
             calls = [key for key in known if not edges[key].is_weight]
             return read_pt2(path, sorted(calls, key=lambda key: edges[key].position is None)), intact
         return (read_onnx if path.suffix == ".onnx" else read_openvino)(path), intact
@@ -158,45 +159,57 @@ def _held(qmodel: QuantizedModel, contents: Contents, key: str, used: set[str]) 
     return contents.held[name]
 
 
-def _has_integers(qmodel: QuantizedModel, key: str, suffix: str) -> bool:
-    """Whether a kind of file holds the integers of an edge's format."""
+def _kind(qmodel: QuantizedModel, key: str, suffix: str, opset: int | None) -> str:
+    """The type of an edge's codes in a kind of file, "int8"; "" where the file computes the format in float."""
     edge, quantizer = qmodel.graph.sites.edges[key], qmodel.plan.quantizers[key]
     if suffix == ".pt2":
         from quantlens.export.pt2 import STANDARD
 
-        return is_integer(quantizer, STANDARD)
+        return str(quantizer.code_dtype).removeprefix("torch.") if is_integer(quantizer, STANDARD) else ""
     if edge.is_weight and qmodel.graph.tensor(str(edge.value.target)).dim() == 1:
-        return False
-    return is_integer(quantizer, WEIGHT_TYPES if edge.is_weight else CODE_TYPES)
+        return ""
+    return next((name.lower() for name in held_types(quantizer, opset, weight=edge.is_weight)), "")
 
 
-def _difference(qmodel: QuantizedModel, key: str, held: Held | None, suffix: str) -> str:
-    """How what a file holds differs from the plan's quantizer; empty where it does not."""
+def _difference(qmodel: QuantizedModel, key: str, held: Held | None, kind: str) -> str:
+    """How what a file holds differs from the plan's quantizer; empty where it does not. kind: of the codes that the
+    file must have (:func:`_kind`)."""
     quantizer: Any = qmodel.plan.quantizers[key]
-    if not _has_integers(qmodel, key, suffix):
+    if not kind:
         return "" if held is None else f"the file has integers there, the format {quantizer.kind} has none"
     if held is None:
-        return "the checkpoint has integers there, the file computes it in float"
+        return f"the checkpoint has {_sort(kind)} codes there, the file computes it in float"
     if held.wrong:
         return held.wrong
-    edge = qmodel.graph.sites.edges[key]
-    types: Mapping[Any, str] = WEIGHT_TYPES if edge.is_weight else CODE_TYPES
-    wanted = types.get((quantizer.bits, quantizer.signed), "").lower() if suffix != ".pt2" else ""
-    wanted = wanted or str(quantizer.code_dtype).removeprefix("torch.")
-    if held.kind != wanted:
-        return f"the codes are {held.kind} in the file, {wanted} in the checkpoint"
-    own = {"scale": quantizer.scale, "zero point": quantizer.zero_point}
-    found = {"scale": held.scale, "zero point": held.zero_point}
-    pairs = [(name, found[name], tensor.detach().cpu().numpy().reshape(-1)) for name, tensor in own.items()]
+    if held.kind != kind:
+        return f"the codes are {held.kind} in the file, {kind} in the checkpoint"
+    edge, own = qmodel.graph.sites.edges[key], {k: _array(t) for k, t in quantizer.tensors().items()}
+    pairs: list[tuple[str, np.ndarray, np.ndarray]] = [("scale", held.scale, own.get("scale", np.ones(1)).reshape(-1))]
+    pairs.append(("zero point", held.zero_point, own.get("zero_point", 0 * held.zero_point).reshape(-1)))
     if edge.is_weight:
-        weight = qmodel.graph.tensor(str(edge.value.target))
-        axis = None if quantizer.axis is None or quantizer.scale.numel() == 1 else quantizer.axis % weight.dim()
+        weight, blocks = qmodel.graph.tensor(str(edge.value.target)), isinstance(quantizer, Blocks)
+        codes = _array(quantizer.encode(weight)).astype(np.int32)
+        per_axis = not blocks and quantizer.axis is not None and quantizer.scale.numel() > 1
+        axis = quantizer.axis % weight.dim() if per_axis else None
         if held.codes is None:
-            return "the checkpoint has integer codes there, the file computes the weight"
+            return f"the checkpoint has {_sort(kind)} codes there, the file computes the weight"
         if held.axis != axis and held.scale.size > 1:
             return f"the scales are those of axis {held.axis} in the file, of {axis} in the checkpoint"
-        pairs.append(("code", held.codes, quantizer.encode(weight).cpu().numpy().astype(np.int32)))
+        if blocks:
+            if held.blocks is None or held.group_size != quantizer.group_size:
+                return f"the checkpoint has blocks of {quantizer.group_size} there, the file of {held.group_size}"
+            pairs.append(("scale of a block", held.blocks, own["scale_codes"].squeeze(-1)))
+            codes = codes.reshape(len(codes), -1)
+        pairs.append(("code", held.codes, codes))
     return next((said for name, a, b in pairs if (said := _compared(name, a, b))), "")
+
+
+def _array(tensor: Any) -> np.ndarray:
+    return np.asarray(tensor.detach().cpu().numpy())
+
+
+def _sort(kind: str) -> str:
+    return "floating-point" if kind.startswith("float") else "integer"
 
 
 def _compared(name: str, found: np.ndarray, own: np.ndarray) -> str:

@@ -11,6 +11,7 @@ from quantlens.formats.floating import (
     floating_bits,
     floating_format,
     floating_name,
+    floating_name_of,
 )
 from quantlens.formats.group_affine import GroupAffine
 from quantlens.formats.group_scaled import LEAST, MOST, PARTS, Grouped, GroupScaled, SqrtSoftmax
@@ -61,6 +62,7 @@ __all__ = [
     "floating_bits",
     "floating_format",
     "floating_name",
+    "floating_name_of",
     "is_constant",
     "pixel_codes",
     "restore",

@@ -276,6 +276,14 @@ def floating_name(name: object) -> str | None:
     return _NAMES.get(_key(name))
 
 
+def floating_name_of(quantizer: object) -> str:
+    """The name of the floating-point format that a quantizer is; "" of another."""
+    families = {"float": "FP8", "mx": "MX", "nvfp4": "NVFP4"}
+    family = families.get(getattr(quantizer, "kind", ""), "-")
+    element = getattr(quantizer, "element", "")
+    return next((name for name, one in _ELEMENT_OF.items() if name.startswith(family) and one == element), "")
+
+
 def checked_name(name: object) -> str:
     """The same. Raises UnsupportedError, which lists the formats, for another name."""
     found = floating_name(name)

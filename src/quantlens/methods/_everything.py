@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import fx
 
+from quantlens.calibration import Calibration, CalibrationPass, EdgeView, affine
+from quantlens.formats import Quantizer
 from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, coordinates, op_name
 
 
@@ -33,6 +35,21 @@ def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
             elif _origin(edge.value) not in made:
                 groups.setdefault(_origin(edge.value, scalings=False), []).append(edge)
     return [tuple(edges) for edges in groups.values()]
+
+
+def quantized_tensors(graph: Graph, calibration: Calibration, bits: int, seed: int) -> dict[str, Quantizer]:
+    """Asymmetric quantizers of all of :func:`everything_edges`, by key, and of queries that are scaled before their
+    product: over the whole range seen, with zero in it."""
+    queries = [site.edges["q"] for site in graph.sites.of_kind("scores")]
+    scaled = [(q,) for q in queries if op_name(_origin(q.value, scalings=False)) in SCALINGS]
+    groups = {group[0]: group for group in (*everything_edges(graph), *scaled)}
+
+    def on_edge(edge: Edge, view: EdgeView) -> Quantizer:
+        seen = view(tail=0.0, sample=False)
+        return affine(seen.low.clamp_max(0.0), seen.high.clamp_min(0.0), bits)
+
+    made = CalibrationPass(graph, calibration, sequential=False, seed=seed).run(list(groups), on_edge)
+    return {edge.key: made[first] for first, group in groups.items() for edge in group}
 
 
 def _origin(value: fx.Node, *, scalings: bool = True) -> fx.Node:

@@ -22,10 +22,10 @@ from quantlens.calibration import Calibration, ObservationCache, affine, read_as
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.formats import Uniform, pixel_codes
 from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, graph_of, op_name, walk
-from quantlens.methods._everything import everything_edges as everything_edges
+from quantlens.methods._everything import everything_edges as everything_edges, quantized_tensors
 from quantlens.methods._former_options import current_options
 from quantlens.qmodel import FLOAT, TARGETS, Bits, Plan, Provenance, QuantizedModel, Target, float_copy, target_named
-from quantlens.transforms import fold_layer_scale
+from quantlens.transforms import fold_layer_scale, scale_queries
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) steps."""
@@ -157,9 +157,6 @@ SHARED_OPTIONS = {
 }
 """What every method takes, as arguments of ``quantize``: they explain many differences between published results."""
 
-FOR_TARGETS = {"outlier_channels": "split", "image": "pixels"}
-"""Shared options that a target has by default: exact rewrites that every method gains from, at next to no cost."""
-
 
 class Method(ABC):
     """One published method. Subclasses set :attr:`info` and write :meth:`build`."""
@@ -212,7 +209,7 @@ class Method(ABC):
         if not isinstance(plan, Plan):
             raise QuantlensError(f"the method {self.info.name} gave {type(plan).__name__}; its `build` returns a Plan")
         graph.invalidate()
-        widths.conform(graph, plan)
+        widths.conform(graph, plan, images, seed)
         plan.share_weights(graph)
         plan.quantizers |= {key: pixel_codes(images.device) for key in pixels if key in plan.quantizers}
         order = {key: place for place, key in enumerate(graph.sites.edges)}
@@ -251,14 +248,18 @@ class Method(ABC):
         done = [f"LayerScale folded into {len(folded)} linear layers"] if folded else []
         split = split_outlier_channels(graph, images) if settings["outlier_channels"] == "split" else []
         pixels: list[str] = []
-        if settings["image"] == "pixels" and settings["patch_bits"] == 8 and self.info.quantizes != EVERYTHING:
+        target = target_named(settings["target"])
+        signed = target is not None and target.symmetric_activations  # codes of pixels are not
+        own = settings["patch_bits"] == 8 and self.info.quantizes != EVERYTHING and not signed
+        if settings["image"] == "pixels" and own:
             pixels = read_as_pixels(graph, model.preprocess, images)
+        done += scale_queries(graph) if target is not None and target.untried else []
         done += [*split, *(["the image is read as pixel/255, whose codes are exact"] if pixels else [])]
         return done, split, pixels
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options with their values, shared ones too: defaults (those of the variant; with a target also
-        :data:`FOR_TARGETS`) overridden by ``given``, but for shared ones that are None. Raises on unknown or removed
+        :attr:`Target.options`) overridden by ``given``, but for shared ones that are None. Raises on unknown or removed
         names and values not allowed; old names get a DeprecationWarning."""
         given = {name: value for name, value in given.items() if value is not None or name not in SHARED_OPTIONS}
         given = current_options(self.info.name, given)
@@ -274,7 +275,8 @@ class Method(ABC):
                 raise QuantlensError(f"{self.info.name}: option {name}={value!r}; {wanted}")
         usual = {name: option.default for name, option in known.items()}
         usual |= {name: value for name, value in self.settings({**usual, **given}).items() if name in known}
-        return {**usual, **(FOR_TARGETS if given.get("target") is not None else {}), **given}
+        target = target_named(given.get("target"))
+        return {**usual, **({} if target is None else target.options), **given}
 
     def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that departures are about, with the values of the variant in ``options``."""
@@ -354,13 +356,19 @@ class Widths:
             return made
         return self.target.symmetric(torch.maximum(low.abs(), high.abs()), made)
 
-    def conform(self, graph: Graph, plan: Plan) -> None:
-        """Bring a plan's quantizers inside the target (an option)."""
-        if self.target is not None:
-            for key, quantizer in plan.quantizers.items():
-                edge = graph.sites.edges[key]
-                weight = graph.tensor(str(edge.value.target)) if edge.is_weight else None
-                plan.quantizers[key] = self.target.conform(key, quantizer, weight)
+    def conform(self, graph: Graph, plan: Plan, images: Calibration, seed: int) -> None:
+        """Bring a plan's quantizers inside the target (an option); where that quantizes every tensor, those of
+        activations are chosen here, whatever the method has chosen."""
+        if self.target is None:
+            return
+        if self.target.everything:
+            plan.quantizers = {k: q for k, q in plan.quantizers.items() if graph.sites.edges[k].is_weight}
+        for key, quantizer in plan.quantizers.items():
+            edge = graph.sites.edges[key]
+            weight = graph.tensor(str(edge.value.target)) if edge.is_weight else None
+            plan.quantizers[key] = self.target.conform(key, quantizer, weight)
+        if self.target.everything:
+            plan.quantizers |= quantized_tensors(graph, images, self.target.activations[0], seed)
 
 
 def matmul_operand_edges(graph: Graph) -> list[Edge]:

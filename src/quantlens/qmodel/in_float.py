@@ -1,8 +1,9 @@
 """What a quantized model still computes in float, in words: for a person who ships it."""
 
 from collections import Counter
+from typing import Any
 
-from quantlens.graph import op_name, walk
+from quantlens.graph import VIEWS, Site, op_name, walk
 from quantlens.qmodel.model import QuantizedModel
 
 LAYERS = {"linear": "linear layers", "conv": "convolutions"}
@@ -39,11 +40,20 @@ def in_float(qmodel: QuantizedModel) -> dict[str, int]:
             continue
         quantized = [] if site is None else [name for name, edge in site.edges.items() if edge.key in plan.quantizers]
         if site is not None and kind in LAYERS:
-            if not {"input", "weight"} <= set(quantized):
+            if "weight" not in quantized or not ("input" in quantized or _made_quantized(qmodel, site)):
                 found[f"{LAYERS[kind]} ({site.name})"] += 1
         elif not quantized and (site is None or site.name not in plan.operators):
             found[WORDS[kind]] += 1
     return dict(found)
+
+
+def _made_quantized(qmodel: QuantizedModel, layer: Site) -> bool:
+    """Whether what a layer reads is quantized where a site makes it."""
+    value: Any = layer.edges["input"].value
+    while op_name(value) in VIEWS:
+        value = value.args[0]
+    site = qmodel.graph.sites.by_node.get(value)
+    return site is not None and site.edges["output"].key in qmodel.plan.quantizers
 
 
 def said_in_float(qmodel: QuantizedModel) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
@@ -160,9 +161,9 @@ class Bits:
 
     def __post_init__(self) -> None:
         for what, value in (("weights", self.weights), ("activations", self.activations)):
-            if value != FLOAT and not 2 <= value <= 10:
+            if value not in (16, FLOAT) and not 2 <= value <= 10:
                 raise QuantlensError(
-                    f"{value} bits for {what}: choose 2 to 10, or {FLOAT} for float "
+                    f"{value} bits for {what}: choose 2 to 10 or 16, or {FLOAT} for float "
                     f"(for example W4A8, W8A{FLOAT} or FP32)"
                 )
 
@@ -261,7 +262,10 @@ class Target:
 
     edges: (site kind, edge) pairs that it computes in integers. weights, activations: widths it has kernels for;
     weights of 5 to 7 bits are stored and multiplied as 8 (with 7 or fewer, a sum of two products fits 16 bits:
-    :func:`quantlens.export.exported.saturates`). symmetric_weights: whether weights must have zero point 0.
+    :func:`quantlens.export.exported.saturates`). symmetric_weights, symmetric_activations: whether they must have
+    signed codes and zero point 0. half_scales: whether scales must be numbers of float16. everything: whether each
+    tensor is quantized, at the only width of activations. options: shared options of methods that it has by default.
+    untried: the machine that its files have never been run on; "" where they have.
     """
 
     name: str
@@ -270,6 +274,11 @@ class Target:
     weights: tuple[int, ...] = (8, 7, 6, 5, 4)
     activations: tuple[int, ...] = (8,)
     symmetric_weights: bool = True
+    symmetric_activations: bool = False
+    half_scales: bool = False
+    everything: bool = False
+    options: Mapping[str, Any] = field(default_factory=lambda: {"outlier_channels": "split", "image": "pixels"})
+    untried: str = ""
 
     def check_width(self, width: int, *, weight: bool) -> None:
         """Raises UnsupportedError for a width without kernels."""
@@ -277,9 +286,10 @@ class Target:
         if width not in (*allowed, 32):
             what = "weights" if weight else "activations"
             choices = ", ".join(map(str, allowed[:-1])) + " or " * (len(allowed) > 1) + str(allowed[-1])
+            example = f"W8A{self.activations[0]}{', W4A8' if 4 in self.weights else ''}"
             raise UnsupportedError(
-                f"{self.name} has no kernels for {width}-bit {what}: choose {choices} "
-                f"(for example W8A8{', W4A8' if 4 in self.weights else ''}), or leave the target out to simulate"
+                f"{self.name} has no kernels for {width}-bit {what}: choose {choices} (for example {example}), or "
+                "leave the target out to simulate"
             )
 
     def conform(self, key: str, quantizer: Quantizer, weight: Tensor | None = None) -> Quantizer:
@@ -295,7 +305,7 @@ class Target:
                 "uniform formats (`quantlens methods`), or leave the target out to simulate"
             )
         if weight is not None:
-            if not self.symmetric_weights or quantizer.symmetric:
+            if not self.symmetric_weights or (quantizer.symmetric and self._holds(quantizer.scale)):
                 return quantizer
             values = quantizer(weight).abs()
             rows = values[None] if quantizer.axis is None else values.movedim(quantizer.axis, 0)
@@ -308,18 +318,28 @@ class Target:
                 f"{key} has one scale per {quantizer.granularity}, {self.name} one per tensor; choose another method "
                 "or option, or leave the target out to simulate"
             )
+        if self.symmetric_activations:
+            return self.symmetric(torch.maximum(low.abs(), high.abs()), quantizer)
         if quantizer.qmin <= int(quantizer.zero_point) <= quantizer.qmax and not quantizer.signed:
             return quantizer
         scale, zero = affine_parameters(low.clamp_max(0), high.clamp_min(0), quantizer.bits)
         return Uniform(scale, zero, quantizer.bits, signed=False)
 
     def symmetric(self, largest: Tensor, like: Uniform) -> Uniform:
-        """Weights in ±largest ([] or [n]), with the granularity of another quantizer."""
+        """Codes for ±largest ([] or [n]), with the granularity of another quantizer."""
         scale = symmetric_parameters(largest, like.bits)
+        if not self._holds(scale):  # the next number above that float16 has, so that the range is covered
+            scale = (scale * (1 + 2.0**-11)).clamp_min(2.0**-24).half().float()
         return Uniform(scale, None, like.bits, signed=True, granularity=like.granularity, axis=like.axis)
+
+    def _holds(self, scale: Tensor) -> bool:
+        """Whether scales are of the target's type."""
+        return not self.half_scales or torch.equal(scale.half().float(), scale)
 
 
 LINEAR = frozenset({("linear", "input"), ("linear", "weight"), ("conv", "input"), ("conv", "weight")})
+
+ATTENTION = frozenset({("scores", "q"), ("scores", "k"), ("probs", "output"), ("context", "v")})
 
 TARGETS = {
     t.name: t
@@ -328,9 +348,23 @@ TARGETS = {
         Target("onnxruntime-cpu", "ONNX Runtime on x86 CPUs: the same placement", LINEAR),
         Target(
             "tensorrt",
-            "TensorRT: linear and conv layers and the attention's products, symmetric weights",
-            LINEAR | {("scores", "q"), ("scores", "k"), ("probs", "output"), ("context", "v")},
+            "TensorRT: linear and conv layers and the attention's products, signed and symmetric",
+            LINEAR | ATTENTION,
             weights=(8,),
+            symmetric_activations=True,
+            half_scales=True,
+            options={"outlier_channels": "split"},
+            untried="TensorRT",
+        ),
+        Target(
+            "qnn",
+            "NPUs by ONNX Runtime's QNN: every tensor in 16 bits, int8 weights per output channel",
+            LINEAR | ATTENTION,
+            weights=(8,),
+            activations=(16,),
+            everything=True,
+            options={"patch_bits": 16},
+            untried="an NPU",
         ),
     )
 }

@@ -15,6 +15,7 @@ from quantlens.transforms.heads import (
     rescale_values,
     rotate_scores,
     rotate_values,
+    scale_queries,
 )
 from quantlens.transforms.layers import (
     alone,
@@ -65,6 +66,7 @@ __all__ = [
     "rescale_values",
     "rotate_scores",
     "rotate_values",
+    "scale_queries",
     "smooth_factors",
     "split_linear",
 ]

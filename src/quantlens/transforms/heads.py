@@ -77,6 +77,25 @@ def find_value_pairs(graph: Graph) -> list[ValuePair]:
     return pairs
 
 
+def scale_queries(graph: Graph) -> list[str]:
+    """Multiply queries by the number that their products with keys are multiplied by, so that nothing stands between
+    the product and its mask or softmax. Returns a sentence, where that was done."""
+    done = 0
+    for scores in graph.sites.of_kind("scores"):
+        users = list(scores.node.users)
+        scaling = users[0] if len(users) == 1 and op_name(users[0]) in SCALINGS else None
+        if scaling is None or scaling.args[0] is not scores.node or not isinstance(scaling.args[1], int | float):
+            continue
+        query: Any = scores.node.args[0]
+        scaled = graph.insert(scores.node, scaling.target, (query, scaling.args[1]), query.meta["shape"])
+        scores.node.replace_input_with(query, scaled)
+        scaling.replace_all_uses_with(scores.node)
+        graph.fx.erase_node(scaling)
+        done += 1
+    graph.invalidate()
+    return [f"queries of {done} attentions are scaled before their product with the keys"] if done else []
+
+
 def find_score_pairs(graph: Graph) -> list[ScorePair]:
     """The attentions where the graph proves that one rotation of q and k per head is exact: both come from linear
     layers through moves and multiplications by numbers alone, and nothing else reads their channels."""
