@@ -114,7 +114,7 @@ def totals(laboratory: Laboratory, results: Results, runs: Sequence[Run]) -> Ite
 
 
 def _work(recipe: Recipe) -> float:
-    """What a step costs, up to a factor: about as the width, as matrices of small models are not computed at full speed."""
+    """What a step costs, up to a factor: as the width, not its square, as small matrices are slow for their size."""
     return recipe.batch_size * recipe.model.depth * recipe.model.width * (recipe.size // recipe.model.patch) ** 2
 
 
