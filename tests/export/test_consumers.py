@@ -201,6 +201,11 @@ def test_a_file_says_that_it_is_untried(files, loaded, pictures, tmp_path):
     assert "untried" not in {one.key for one in onnx.load(export(qmodel, tmp_path / "m.onnx")).metadata_props}
 
 
+def test_sums_of_16_bit_activations_do_not_saturate(files):
+    said = {target: {one.key: one.value for one in files[target][1].proto.metadata_props} for target in files}
+    assert (said["tensorrt"]["saturating"], said["qnn"]["saturating"]) == ("true", "false")
+
+
 def test_scales_of_another_target_are_none_of_float16(loaded, pictures, tmp_path):
     qmodel = ql.quantize(loaded["vit"], pictures, method="minmax", bits="W8A8", target="openvino-cpu")
     with pytest.raises(UnsupportedError, match=r"that float16 does not have.*--target tensorrt"):

@@ -44,7 +44,7 @@ from quantlens.export.onnx_file import Initializer, check, pieces
 from quantlens.export.onnx_values import Size
 from quantlens.export.record import has_guard
 from quantlens.export.runtimes import INSTALL, need, openvino_core
-from quantlens.export.told import cannot_run, untried
+from quantlens.export.told import cannot_run, multiplies_bytes, untried
 from quantlens.files import write_whole
 from quantlens.formats import Blocks, FloatingPoint
 from quantlens.graph.structure import paths_of
@@ -156,7 +156,7 @@ def _record(qmodel: QuantizedModel) -> dict[str, str]:
         "preprocess": json.dumps(qmodel.preprocess.to_dict()),
         "task": qmodel.task,
         "num_parameters": str(qmodel.num_parameters),
-        "saturating": json.dumps(any(quantizer.bits > 7 for _, quantizer in qmodel.weight_edges())),
+        "saturating": json.dumps(multiplies_bytes(qmodel)),
         "plan_sha256": plan_digest(qmodel),
         **untried(qmodel),
     }

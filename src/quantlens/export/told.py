@@ -94,3 +94,9 @@ def untried(qmodel: QuantizedModel) -> dict[str, str]:
         "untried": f"never run on {target.untried}; checked by ONNX's checker and shape inference, by ONNX Runtime on "
         "a CPU, and by tests of what the documentation asks for"
     }
+
+
+def multiplies_bytes(qmodel: QuantizedModel) -> bool:
+    """Whether weights of 8 bits meet activations of 8 bits or fewer."""
+    inputs = [q for key, q in qmodel.plan.quantizers.items() if not qmodel.graph.sites.edges[key].is_weight]
+    return any(q.bits > 7 for _, q in qmodel.weight_edges()) and any(q.bits <= 8 for q in inputs)
