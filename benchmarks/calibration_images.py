@@ -2,7 +2,7 @@
 on 1 to 256 training images, on official validation images.
 
     python -m benchmarks.calibration_images --out curve.jsonl            # goes on where it was stopped
-    python -m benchmarks.calibration_images --out curve.jsonl --table    # what there is, as a table in Markdown
+    python -m benchmarks.calibration_images --out curve.jsonl --publish    # what there is, into docs/results.json
     python -m benchmarks.calibration_images --out curve.jsonl --model ViT-Tiny    # one process for each model
 
 Needs the folder of weights and images that the project's tests use ($QUANTLENS_DATA).
@@ -17,6 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import altair as alt
+
+from benchmarks.results import FILE, written
+from quantlens.plots.style import MUTED, Figure, Look, Panel, PanelRow, composed, encodings, finished
+
+FIGURE = FILE.parent / "images" / "calibration-images.svg"
 SHARED = Path(os.environ.get("QUANTLENS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 MODELS = {"DeiT-Tiny": "deit_tiny_patch16_224", "ViT-Tiny": "vit_tiny_patch16_224.augreg_in21k_ft_in1k"}
 METHODS: dict[tuple[str, str], dict[str, Any]] = {
@@ -29,6 +35,8 @@ METHODS: dict[tuple[str, str], dict[str, Any]] = {
 }
 """(label, bits) -> options; a label begins with the method's name. minmax is at chance at W4A4, whatever the images."""
 IMAGES = ("noise", "made:noise", "made:dead-leaves", "flowers", 1, 4, 16, 32, 256)
+NAMES = {"noise": "white noise", 1: "1 image"} | {n: f"{n} images" for n in (4, 16, 32, 256)}
+"""What the docs call them, where that is not the source."""
 SEED = 0
 
 
@@ -80,31 +88,52 @@ def measure(out: Path, chosen: list[str]) -> None:
         print(f"{number + 1}/{len(left)} {row} about {hours:.1f} h left", flush=True)
 
 
-def table(out: Path) -> str:
-    """Top-1 in % by model, precision and method, a column for each kind and number of images."""
-    cells = {(one["model"], one["method"], one["bits"], one["images"]): one for one in map(json.loads, out.open())}
+def publish(file: Path) -> None:
+    """Put the measured cells into docs/results.json, under "calibration_images", and draw them."""
+    data = json.loads(FILE.read_text(encoding="utf-8"))
+    data["calibration_images"] = [
+        {
+            "model": one["model"],
+            "method": one["method"],
+            "bits": one["bits"],
+            "images": NAMES.get(one["images"], str(one["images"])),
+            "top1": round(100 * one["top1"], 1),
+            "nll": round(one["nll"], 2),
+        }
+        for one in map(json.loads, file.open())
+    ]
+    FILE.write_text(written(data), encoding="utf-8")
+    figure(data["calibration_images"]).save(FIGURE)
 
-    def shown(one: dict[str, Any] | None) -> str:
-        return "pending" if one is None else f"{100 * one['top1']:.1f}"
 
-    lines = ["| model | bits | method | " + " | ".join(map(str, IMAGES)) + " |", "| --- " * (3 + len(IMAGES)) + "|"]
-    for model in MODELS:
-        fp32 = shown(cells.get((model, None, "FP32", None)))
-        for method, bits in METHODS:
-            found = [shown(cells.get((model, method, bits, images))) for images in IMAGES]
-            if set(found) != {"pending"}:
-                lines.append(f"| {model} (FP32 {fp32}) | {bits} | `{method}` | " + " | ".join(found) + " |")
-    return "\n".join(lines)
+def figure(rows: list[dict[str, Any]]) -> Figure:
+    """Top-1 in % over the calibration images, a panel for each model, a line for each method."""
+    lines = [f"{method}, {bits}" for method, bits in METHODS]
+    looks = {line: Look(place, place // 3) for place, line in enumerate(lines)}
+    panels = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model and row["method"]]
+        fp32 = next(row["top1"] for row in rows if row["model"] == model and not row["method"])
+        shown = [{"line": f"{r['method']}, {r['bits']}", "images": r["images"], "y": r["top1"]} for r in mine]
+        x = alt.X("images:N", sort=None, title="calibrated on", axis=alt.Axis(labelAngle=-40))
+        base = alt.Chart().encode(x=x, y=alt.Y("y:Q", title="top-1, %", scale=alt.Scale(domain=[0, 90])))
+        used = encodings({line: look for line, look in looks.items() if any(one["line"] == line for one in shown)})
+        curve = base.mark_line(strokeWidth=1.5).encode(color=used["color"], strokeDash=used["strokeDash"])
+        dots = base.mark_point(filled=True, opacity=1, size=40).encode(color=used["color"], shape=used["shape"])
+        whole = alt.Chart(alt.Data(values=[{"fp32": fp32}])).mark_rule(color=MUTED, strokeDash=[2, 3])
+        whole = whole.encode(y="fp32:Q")
+        panels.append(Panel(alt.layer(whole, curve, dots).properties(height=260), shown, f"{model} (FP32 {fp32})"))
+    return Figure(finished(composed([PanelRow("", panels)])))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration_images", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the file of results, a line for each")
     parser.add_argument("--model", choices=list(MODELS), action="append", help="this model alone (default: both)")
-    parser.add_argument("--table", action="store_true", help="print the table")
+    parser.add_argument("--publish", action="store_true", help="write what there is into docs/, and its figure")
     arguments = parser.parse_args()
-    if arguments.table:
-        print(table(arguments.out))
+    if arguments.publish:
+        publish(arguments.out)
     else:
         measure(arguments.out, arguments.model or list(MODELS))
 

@@ -139,7 +139,7 @@ def written(data: dict[str, Any]) -> str:
 
     sets = ",\n".join(f"  {line(name)}: {line(about)}" for name, about in data["sets"].items())
     lists = [
-        f' "{key}": [\n' + ",\n".join(f"  {line(row)}" for row in data[key]) + "\n ]" for key in ("rows", "published")
+        f' "{key}": [\n' + ",\n".join(f"  {line(row)}" for row in data[key]) + "\n ]" for key in data if key != "sets"
     ]
     return f'{{\n "sets": {{\n{sets}\n }},\n' + ",\n".join(lists) + "\n}\n"
 

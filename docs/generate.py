@@ -116,15 +116,14 @@ def result_table(
     if sets and "aupr" not in columns:
         columns.append("aupr")
     under = [key for key in UNDER_CORRUPTION if any(key in r for r in rows)]
-    calibrated = any("calibration" in r for r in rows)
-    head = ["model", "method", "bits", *(["calibrated on"] if calibrated else []), *(METRICS[c] for c in columns)]
+    head = ["model", "method", "bits", *(METRICS[c] for c in columns)]
     head += [UNDER_CORRUPTION[c] for c in under]
     lines = []
     for row in rows:
         values = [aupr_change(row, every) if c == "aupr" else number(row.get(c)) for c in columns]
         values += [with_interval(row, c) for c in under]
         values += [number(row.get("aupr_out", {}).get(name)) for name in sets]
-        first = [unbroken(row["model"]), setting(row, link), row["bits"], *([row["calibration"]] if calibrated else [])]
+        first = [unbroken(row["model"]), setting(row, link), row["bits"]]
         lines.append([*first, *values, str(row["seeds"]), unbroken(row["date"])])
     head += [*(f"AUPR-out: {name}" for name in sets), "seeds", "date"]
     return table(head[of_one_model:], [line[of_one_model:] for line in lines])
@@ -139,6 +138,22 @@ def results_tables() -> str:
         for model in dict.fromkeys(row["model"] for row in rows):
             mine = [row for row in rows if row["model"] == model]
             parts.append(f"**{model}**\n\n" + result_table(mine, rows, "methods/", of_one_model=True))
+    return "\n".join(parts)
+
+
+def calibration_images_table() -> str:
+    """A row for each method and precision, a column for each kind and number of calibration images."""
+    found, parts = results()["calibration_images"], []
+    kinds = list(dict.fromkeys(row["images"] for row in found if row["method"]))
+    for model in dict.fromkeys(row["model"] for row in found):
+        mine = [row for row in found if row["model"] == model]
+        fp32 = next(row["top1"] for row in mine if row["method"] is None)
+        lines = {}
+        for row in mine:
+            if row["method"] is not None:
+                lines.setdefault((f"`{row['method']}`", row["bits"]), {})[row["images"]] = row["top1"]
+        body = [[*key, *(str(of.get(kind, "–")) for kind in kinds)] for key, of in lines.items()]
+        parts.append(f"**{model}** (FP32 {fp32})\n\n" + table(["method", "bits", *map(unbroken, kinds)], body))
     return "\n".join(parts)
 
 
@@ -331,6 +346,7 @@ GENERATED = {
     "methods-table": methods_table,
     "formats-table": formats_table,
     "results-tables": results_tables,
+    "calibration-images": calibration_images_table,
     "published-table": published_table,
     "commands": command_page,
     "sources-table": lambda: sources_table(),
