@@ -173,10 +173,21 @@ def test_the_tables_show_the_results(generate):
         for table in of_deit
     )
     assert any("| FP32 | FP32 | 76.75 |" in table for table in of_deit)
-    assert shown.count("\n## ") == len(generate.results()["sets"]) + 2
+    assert shown.count("\n## ") == len(generate.results()["sets"]) + 3
     rows = [{"model": "m", "method": None, "aupr_out": {"a": 50.0, "b": 60.0}}]
     row = {"model": "m", "method": "x", "aupr_out": {"a": [49.0, 1.0], "b": 58.0}}
     assert generate.aupr_change(row, rows) == "−1.5"
+
+
+def test_a_top1_has_a_place_for_its_model_method_and_calibration_images(generate):
+    shown = generate.calibration_images_table().replace("\u2011", "-")
+    for row in generate.results()["calibration_images"]:
+        head, *lines = [one for one in shown.partition(f"**{row['model']}**")[2].partition("**")[0].splitlines() if one]
+        assert row["method"] or f"(FP32 {row['top1']})" in head
+        cells = {tuple(one.split(" | ")[:2]): one.strip("| ").split(" | ") for one in lines}
+        if row["method"]:
+            place = lines[0].strip("| ").split(" | ").index(row["images"])
+            assert cells[f"| `{row['method']}`", row["bits"]][place] == str(row["top1"])
 
 
 def test_the_readme_shows_results_of_the_file(generate):
