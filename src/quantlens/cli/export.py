@@ -79,6 +79,7 @@ def export(
     from quantlens.export.exported import Artefact
     from quantlens.export.parity import parity
     from quantlens.export.told import unrun, untried, weights_sentence
+    from quantlens.qmodel import float_model
     from quantlens.qmodel.in_float import said_in_float
 
     check_writable(out)
@@ -90,15 +91,16 @@ def export(
             for name, source in sources.items()
         }
         writing = partial(write, guard=guard, guard_images=images.get("guard"), keep=keep, simulate=simulate)
-        path = writing(measured, out, opset=opset, half=half)
-        said = [weights_sentence(measured, path, opset, half=half), *untried(measured).values()]
+        held = float_model(measured)
+        path = writing(held, out, opset=opset, half=half)
+        said = [weights_sentence(held, path, opset, half=half), *untried(held).values()]
         try:
             exported = Artefact(path)
         except BadWeightsError as error:
-            print("\n".join([*unrun(path, measured, error), *said]))
+            print("\n".join([*unrun(path, held, error), *said]))
             return
         if exported.options.get("target"):
-            said.append(said_in_float(measured))
+            said.append(said_in_float(held))
         if "check" in images:
             found = parity(measured, exported, images["check"], progress=partial(step, "checking"))
             said.append(found.sentence(exported.runtime))
