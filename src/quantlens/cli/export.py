@@ -84,23 +84,21 @@ def export(
 
     check_writable(out)
     sources = {name: open_source(spec) for name, spec in (("guard", guard_images), ("check", check)) if spec}
-    measured, _ = open_models(model, weights, input_size=input_size, letterbox=letterbox)
+    measured = float_model(open_models(model, weights, input_size=input_size, letterbox=letterbox)[0])
     with _common.stages(quiet) as step:
         images = {
             name: as_image_set(source, measured.preprocess, progress=partial(step, f"decoding {name} images"))
             for name, source in sources.items()
         }
         writing = partial(write, guard=guard, guard_images=images.get("guard"), keep=keep, simulate=simulate)
-        held = float_model(measured)
-        path = writing(held, out, opset=opset, half=half)
-        said = [weights_sentence(held, path, opset, half=half), *untried(held).values()]
+        path = writing(measured, out, opset=opset, half=half)
+        said = [weights_sentence(measured, path, opset, half=half), *untried(measured).values()]
         try:
             exported = Artefact(path)
         except BadWeightsError as error:
-            print("\n".join([*unrun(path, held, error), *said]))
+            print("\n".join([*unrun(path, measured, error), *said]))
             return
-        if exported.options.get("target"):
-            said.append(said_in_float(held))
+        said += [said_in_float(measured)] if exported.options.get("target") else []
         if "check" in images:
             found = parity(measured, exported, images["check"], progress=partial(step, "checking"))
             said.append(found.sentence(exported.runtime))
