@@ -17,6 +17,7 @@ from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.export.export import export
 from quantlens.export.exported import Artefact
 from quantlens.export.verify import verify
+from quantlens.methods import registry
 from quantlens.qmodel.in_float import said_in_float
 
 onnx = pytest.importorskip("onnx", reason="the deploy extra is not installed")
@@ -199,6 +200,15 @@ def test_a_file_says_that_it_is_untried(files, loaded, pictures, tmp_path):
         assert said["untried"].startswith(f"never run on {machine};")
     qmodel = ql.quantize(loaded["vit"], pictures, method="minmax", bits="W8A8", target="openvino-cpu")
     assert "untried" not in {one.key for one in onnx.load(export(qmodel, tmp_path / "m.onnx")).metadata_props}
+
+
+@pytest.mark.parametrize("method", ["quantlens-fast", "repq-vit"])
+def test_softmax_is_uniform_for_tensorrt_unless_one_asks_for_more(method):
+    made = registry.get(method)
+    assert made.options({"target": "tensorrt"})["softmax"] == "uniform"
+    assert made.options({})["softmax"] != "uniform"
+    asked = made.options({})["softmax"]
+    assert made.options({"target": "tensorrt", "softmax": asked})["softmax"] == asked
 
 
 def test_sums_of_16_bit_activations_do_not_saturate(files):

@@ -276,7 +276,8 @@ class Method(ABC):
         usual = {name: option.default for name, option in known.items()}
         usual |= {name: value for name, value in self.settings({**usual, **given}).items() if name in known}
         target = target_named(given.get("target"))
-        return {**usual, **({} if target is None else target.options), **given}
+        of_target = {} if target is None else {k: v for k, v in target.options.items() if k in known}
+        return {**usual, **of_target, **given}
 
     def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that departures are about, with the values of the variant in ``options``."""

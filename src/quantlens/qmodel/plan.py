@@ -264,8 +264,8 @@ class Target:
     weights of 5 to 7 bits are stored and multiplied as 8 (with 7 or fewer, a sum of two products fits 16 bits:
     :func:`quantlens.export.exported.saturates`). symmetric_weights, symmetric_activations: whether they must have
     signed codes and zero point 0. half_scales: whether scales must be numbers of float16. everything: whether each
-    tensor is quantized, at the only width of activations. options: shared options of methods that it has by default.
-    untried: the machine that its files have never been run on; "" where they have.
+    tensor is quantized, at the only width of activations. options: of methods, where they have them,
+    that it has by default. untried: the machine that its files have never been run on; "" where they have.
     """
 
     name: str
@@ -353,7 +353,7 @@ TARGETS = {
             weights=(8,),
             symmetric_activations=True,
             half_scales=True,
-            options={"outlier_channels": "split"},
+            options={"outlier_channels": "split", "softmax": "uniform"},
             untried="TensorRT",
         ),
         Target(
