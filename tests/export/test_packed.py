@@ -13,7 +13,7 @@ from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.export.export import export
 from quantlens.export.exported import Artefact
 from quantlens.export.onnx_codes import OPSETS, packed, unpacked
-from quantlens.export.told import weight_rooms
+from quantlens.export.told import weight_sizes
 from quantlens.export.verify import verify
 
 onnx = pytest.importorskip("onnx", reason="the deploy extra is not installed")
@@ -109,10 +109,10 @@ def test_weights_decode_to_what_was_simulated(bits, opset, made, tmp_path):
     assert {key.rpartition(".")[0] for key in qmodel.plan.quantizers} == set(found.equal)
     keys = tuple(f"{edge.key}." for edge, _ in qmodel.weight_edges())
     stored = sum(len(one.raw_data) for one in proto.graph.initializer if one.name.startswith(keys))
-    rooms = weight_rooms(qmodel, path, opset)
-    (kind,) = rooms.keys() - {"float32"}
-    assert rooms[kind].size == stored
-    assert rooms[kind].values == sum(qmodel.graph.tensor(str(e.value.target)).numel() for e, _ in qmodel.weight_edges())
+    sizes = weight_sizes(qmodel, path, opset)
+    (kind,) = sizes.keys() - {"float32"}
+    assert sizes[kind].size == stored
+    assert sizes[kind].values == sum(qmodel.graph.tensor(str(e.value.target)).numel() for e, _ in qmodel.weight_edges())
 
 
 @pytest.mark.parametrize(("bits", "opset"), FORMATS)

@@ -13,17 +13,17 @@ from quantlens.qmodel import QuantizedModel
 from quantlens.qmodel.plan import target_named
 
 
-class Room(NamedTuple):
+class Stored(NamedTuple):
     """What the weights of one kind take: how many values, and bytes with their scales and zero points."""
 
     values: int
     size: int
 
 
-def weight_rooms(
+def weight_sizes(
     qmodel: QuantizedModel, path: Path, opset: int | None = None, *, half: bool = False
-) -> dict[str, Room]:
-    """Type of the codes in a file ("int4") -> :class:`Room`; "float32" and "float16" of all that is no code. opset,
+) -> dict[str, Stored]:
+    """Type of the codes in a file ("int4") -> :class:`Stored`; "float32" and "float16" of all that is no code. opset,
     half: as it was exported with."""
     values, sizes, coded = Counter[str](), Counter[str](), set()
     for edge, quantizer in qmodel.weight_edges():
@@ -41,7 +41,7 @@ def weight_rooms(
             kind, each = ("float16", 2) if half and name not in norms else ("float32", 4)
             values[kind] += tensor.numel()
             sizes[kind] += each * tensor.numel()
-    return {kind: Room(values[kind], sizes[kind]) for kind in values}
+    return {kind: Stored(values[kind], sizes[kind]) for kind in values}
 
 
 def _parameter_bytes(quantizer: Quantizer, width: int, *, half: bool) -> int:
@@ -54,9 +54,9 @@ def _parameter_bytes(quantizer: Quantizer, width: int, *, half: bool) -> int:
 def weights_sentence(qmodel: QuantizedModel, path: Path, opset: int | None = None, *, half: bool = False) -> str:
     """One sentence of the same."""
     said = [
-        f"{room.values} {kind} in {room.size / 1e6:.3f} MB ({room.size / room.values:.2f} bytes each)"
-        for kind, room in weight_rooms(qmodel, path, opset, half=half).items()
-        if room.values
+        f"{one.values} {kind} in {one.size / 1e6:.3f} MB ({one.size / one.values:.2f} bytes each)"
+        for kind, one in weight_sizes(qmodel, path, opset, half=half).items()
+        if one.values
     ]
     return f"weights: {', '.join(said)}"
 
