@@ -16,7 +16,7 @@ from quantlens.export.exported import Artefact
 from quantlens.export.guards import GUARDS, guard_metrics, looks_unknown
 from quantlens.export.parity import parity
 from quantlens.export.verify import verify
-from quantlens.formats import GroupScaled, Uniform
+from quantlens.formats import GroupAffine, Uniform
 from quantlens.metrics import METRICS
 from quantlens.qmodel import float_model
 from quantlens.qmodel.plan import TARGETS, target_named
@@ -141,7 +141,7 @@ def test_other_formats_are_refused_or_simulated(loaded, pictures, tmp_path, meth
 def test_blocks_of_channels_are_simulated(loaded, pictures, tmp_path, key):
     """One at a time: at 3 bits the last bit of one sum moves codes all over a network that was never trained."""
     qmodel = ql.quantize(loaded["vit"], pictures, method="quantlens-fast", bits="W8A3")
-    assert isinstance(qmodel.plan.quantizers[key], GroupScaled)
+    assert isinstance(qmodel.plan.quantizers[key], GroupAffine)
     for other in list(qmodel.plan.quantizers):
         if other != key:
             del qmodel.plan.quantizers[other]

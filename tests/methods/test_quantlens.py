@@ -7,7 +7,7 @@ import torch
 
 import quantlens as ql
 from quantlens.errors import QuantlensError
-from quantlens.formats import GroupScaled, SqrtSoftmax, Uniform
+from quantlens.formats import GroupAffine, SqrtSoftmax, Uniform
 from quantlens.graph import graph_of
 from quantlens.methods.quantlens_fast import (
     QuantlensFast,
@@ -46,11 +46,12 @@ def _fast(digits, bits="W3A3", model=None, method=None, **options):
 
 
 def test_each_step_on_weights_can_be_left_out(digits):
-    """Neither: weights rounded to nearest. Rounding alone: other codes of the same scale. The fit: other scales too."""
+    """Neither: weights rounded to nearest. Rounding alone: other codes of the same scale. The fit: other scales too, as
+    has the choice among them."""
     graph = graph_of(digits["model"])
 
-    def fitted_by(**settings):
-        return _fast(digits, method=Ablated(WeightFit(**settings)), **OFF)
+    def fitted_by(scales=(1.0,), **settings):
+        return _fast(digits, method=Ablated(WeightFit(scales=scales, **settings)), **OFF)
 
     neither = fitted_by(fit=False, columns=False)
     for edge, quantizer in neither.weight_edges():
@@ -66,6 +67,10 @@ def test_each_step_on_weights_can_be_left_out(digits):
     )
     assert all(torch.equal(scale, start[key]) for key, scale in scales.items())
     assert not any(torch.equal(scale, start[key]) for key, scale in fit_scales.items())
+    for edge, quantizer in fitted_by(scales=(1.0, 0.9), fit=False).weight_edges():
+        shares = quantizer.scale / start[edge.key]
+        torch.testing.assert_close(shares, torch.where(shares < 0.95, 0.9, 1.0))
+        assert 0 < int((shares < 0.95).sum()) < len(shares), "some rows are better with a smaller one"
     told = fitted_by(columns=False)
     same = {e.key for e, quantizer in told.weight_edges() if torch.equal(quantizer.scale, start[e.key])}
     assert same == {"head.weight"}, "fitted, but for the one that reads fewer rows (8 images) than it has inputs"
@@ -242,7 +247,7 @@ def test_what_they_use_can_be_shipped(digits):
 def test_narrow_activations_find_their_scales_at_run_time(digits):
     def groups(bits, **options):
         q = ql.quantize(digits["model"], digits["calibration"][:8], method="fast", bits=bits, **options)
-        found = {key: f for key, f in q.plan.quantizers.items() if isinstance(f, GroupScaled)}
+        found = {key: f for key, f in q.plan.quantizers.items() if isinstance(f, GroupAffine)}
         inputs = {k for k, f in q.plan.quantizers.items() if not k.endswith((".weight", ".probs.output"))}
         assert found.keys() <= inputs - {"patch_embed.proj.input"}, "not the image, weights or softmax outputs"
         said = q.plan.info["activations"]
@@ -254,7 +259,7 @@ def test_narrow_activations_find_their_scales_at_run_time(digits):
     assert all(f.axis == (-2 if key.endswith("scores.k") else -1) for key, f in narrow.items())
     assert groups("W3A4")[0] == groups("W3A3", activation_granularity="tensor")[0] == {}
     assert len(groups("W4A4", activation_granularity="group")[0]) > 0.8 * len(narrow)
-    assert {f.group_size for f in groups("W4A3", group_size=16)[0].values()} == {16}
+    assert {f.group_size for f in groups("W4A3", group_size=32)[0].values()} == {32}
     for wrong in (4, 24, "all"):
         with pytest.raises(QuantlensError, match=r"power of two|whole number"):
             groups("W4A3", group_size=wrong)
@@ -267,7 +272,7 @@ def test_scales_found_at_run_time_depend_on_the_token_alone(digits):
     block, tensor = (
         _fast(digits, "W4A4", activation_granularity=which).plan.quantizers for which in ("group", "tensor")
     )
-    found = {key: q for key, q in block.items() if isinstance(q, GroupScaled) and q.axis == -1}
+    found = {key: q for key, q in block.items() if isinstance(q, GroupAffine) and q.axis == -1}
     assert len(found) > 8
     for key, quantizer in found.items():
         tokens = torch.randn(2, 5, 64, generator=generator)

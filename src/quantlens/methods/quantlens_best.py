@@ -31,7 +31,7 @@ from quantlens.methods.base import (
     Widths,
     matmul_operand_edges,
 )
-from quantlens.methods.quantlens_fast import QuantlensFast
+from quantlens.methods.quantlens_fast import QuantlensFast, with_crops
 from quantlens.reconstruction import DetectionLoss, MetricLoss, Settings, perturbation_metrics
 
 FITTED = 64
@@ -59,7 +59,7 @@ class QuantlensBest(Method):
         summary="quantlens-fast, then every block trained for a short time, on the images and views of them",
         aliases=("best",),
         arguments=QuantlensFast.info.arguments,
-        version=12,
+        version=13,
         options={
             "activation_granularity": FAST["activation_granularity"],
             "softmax": FAST["softmax"],
@@ -109,7 +109,7 @@ class QuantlensBest(Method):
         original = graph.clone(share=True)
         blocks = iterations > 0 and not whole
         metrics = perturbation_metrics(graph, fitted, seed=run.seed, sigmoid=run.sigmoid) if blocks else {}
-        fast.calibrate(graph, fitted, bits, plan, start, rounded=not blocks)
+        fast.calibrate(graph, with_crops(graph, fitted, run.seed), bits, plan, start, rounded=not blocks)
         if iterations:
             settings = (
                 self.whole(run, iterations) if whole else self.blocks(run, iterations, MetricLoss(metrics, run.sigmoid))

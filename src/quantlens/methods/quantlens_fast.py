@@ -8,10 +8,11 @@
    of integers. Few bits get scales by token and group of channels, found at run time; blocks of a floating-point format
    search theirs.
 3. Weights, layer by layer in closed form: fitted to the float output on quantized inputs, then rounded column by column
-   (GPTQ); the bias takes up the mean error of the output.
+   (GPTQ), at the scale that leaves the least error; the bias takes up the mean error of the output. Where images are
+   few, crops of them are fitted on as well.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,13 +24,13 @@ from quantlens.calibration import (
     EdgeView,
     Observation,
     affine,
-    block_scaled,
     clipping,
     closest,
     group_affine,
     mse,
     subtract_means,
 )
+from quantlens.calibration.images import cropped, with_views
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, SqrtSoftmax
 from quantlens.graph import Edge, Graph, Site
@@ -46,7 +47,16 @@ from quantlens.methods.base import (
     quantized_edges,
 )
 from quantlens.methods.composition import Fitted, Layer, RangeRule, fit_layers
-from quantlens.reconstruction.closed_form import Factor, Moments, grid_of, output_shift, ridge, round_columns
+from quantlens.reconstruction.closed_form import (
+    Factor,
+    Grid,
+    Moments,
+    grid_of,
+    output_shift,
+    ridge,
+    round_columns,
+    round_scaled,
+)
 from quantlens.transforms import (
     alone,
     ensure_bias,
@@ -57,12 +67,13 @@ from quantlens.transforms import (
     rotate_values,
 )
 from quantlens.transforms.rotation import (
-    LARGEST,
     SMALLEST,
     find_residuals,
     hadamard,
     layers_after_activations,
     mean_keeping,
+    mixed_blocks,
+    mixing,
     rotate_input,
     rotate_residual,
     rotation_size,
@@ -72,11 +83,17 @@ COARSE, NARROW, NARROW_BOXES = 6, 3, 7
 """Bits of an activation at which a rotation at run time is worth its product; and at which it is quantized dynamically,
 by default; and the same in a detector."""
 
-GROUP_BOXES = 8
-"""Channels of a group in a detector."""
+GROUP, GROUP_BOXES = 16, 8
+"""Channels of a group, and in a detector."""
 
 SAMPLE = 8
 """Images that the step of groups is found on."""
+
+IMAGES, CROPS = 128, 3
+"""Images that weights are fitted on, filled up with crops of the calibration images; and at most so many of each."""
+
+SCALES = (1.0, 0.8, 0.87, 0.94, 1.07, 1.15)
+"""Scales of a weight's row that its columns are rounded with, in units of that of the least squared error."""
 
 AUTO, ALL, NONE = "auto", "all", "none"
 CHOICES = (AUTO, ALL, NONE)
@@ -151,17 +168,26 @@ def subtract_channel_means(work: Work) -> list[str]:
 
 
 def rotate_inputs(work: Work) -> list[str]:
-    """Rotate inputs of layers at run time, by Hadamard matrices with random signs."""
+    """Rotate inputs of layers at run time, by Hadamard matrices with random signs, and mix what these have rotated."""
     chosen = {"an activation function": work.after_activations(), "a LayerNorm": work.after_norms()}
     rotations: dict[int, Tensor] = {}
+    mixes: dict[int, Tensor] = {}
     for site in (site for sites in chosen.values() for site in sites):
         size = rotation_size(work.graph, site)
+        blocks = mixed_blocks(work.graph, site, size)
         if size not in rotations:
             rotations[size] = hadamard(size, work.generator)
-        rotate_input(work.graph, site, rotations[size], work.means.get(f"{site.name}.input"))
+        if blocks > 1 and blocks not in mixes:
+            mixes[blocks] = mixing(blocks, work.generator)
+        mean = work.means.get(f"{site.name}.input")
+        rotate_input(work.graph, site, rotations[size], mean, mixes.get(blocks))
     return [
         f"inputs of {len(sites)} layers after {where} rotated at run time" for where, sites in chosen.items() if sites
     ]
+
+
+WeightGrid = Callable[[Tensor], Callable[[float | Tensor], Quantizer]]
+"""weight -> (scale of its rows [] or [out], in units of the best -> its quantizer)."""
 
 
 @dataclass(frozen=True)
@@ -169,27 +195,32 @@ class WeightFit:
     """Weights in closed form from second moments of the layer's inputs: fitted to the float output on quantized inputs,
     then rounded column by column, errors taken up by later columns (GPTQ). damping: λ of both, in units of the mean
     squared input. fit: True, False, or auto (where the layer's input has one scale, and there are as many rows as
-    inputs: fewer say more of their own noise than of the layer's error). columns: False rounds to nearest.
+    inputs: fewer say more of their own noise than of the layer's error). columns: False rounds to nearest. scales: of
+    each row, to choose from.
     """
 
     damping: float = 0.1
     fit: bool | str = AUTO
     columns: bool = True
+    scales: Sequence[float] = SCALES
 
-    def __call__(
-        self, layer: Layer, moments: Moments, grid: Callable[[Tensor], Quantizer]
-    ) -> tuple[Tensor, Quantizer, Tensor]:
-        """(the weight [out, in] before rounding, its quantizer, its values on that). grid: weight -> its quantizer."""
+    def __call__(self, layer: Layer, moments: Moments, grid: "WeightGrid") -> tuple[Tensor, Quantizer, Tensor]:
+        """(the weight [out, in] before rounding, its quantizer, its values on that)."""
         target, gram = layer.weight, moments.gram if layer.free else moments.second
         factor = Factor.of(gram, self.damping, gram.diagonal().argsort(descending=True))
         told = moments.count >= len(gram) and getattr(layer.own, "granularity", "") != "group"
         if self.fit is True or (self.fit == AUTO and told):
             target = ridge(target, moments, self.damping, factor if layer.free else None)
-        quantizer = grid(target.reshape(layer.stored.shape))
+        scaled = grid(target.reshape(layer.stored.shape))
+        quantizer = scaled(1.0)
         levels = grid_of(quantizer, layer.stored)
         if not self.columns:
             return target, quantizer, levels.round(target)
-        return target, quantizer, round_columns(target, gram, levels, damping=self.damping, factor=factor)
+        if not isinstance(levels, Grid):
+            return target, quantizer, round_columns(target, gram, levels, damping=self.damping, factor=factor)
+        grids = [Grid.of(scaled(scale)) for scale in self.scales]
+        value, which = round_scaled(target, gram, grids, damping=self.damping, factor=factor)
+        return target, scaled(torch.tensor(self.scales, device=which.device)[which]), value
 
 
 def activation_quantizer(
@@ -208,10 +239,10 @@ def activation_quantizer(
     axis = -3 if site.kind == "conv" else -2 if edge.name == "k" else -1
     values = view.tensors()[0][:SAMPLE]
     channels = values.shape[axis]
-    size = min(run["group_size"] or (GROUP_BOXES if boxes else LARGEST), channels & -channels)
+    size = min(run["group_size"] or (GROUP_BOXES if boxes else GROUP), channels & -channels)
     if size < SMALLEST:
         return uniform
-    return closest((uniform, (group_affine if boxes else block_scaled)(values, width, size, axis=axis)), values)
+    return closest((uniform, group_affine(values, width, size, axis=axis)), values)
 
 
 class QuantlensFast(Method):
@@ -223,7 +254,7 @@ class QuantlensFast(Method):
         year=2026,
         url="docs/methods.md",
         quantizes=MATMUL_OPERANDS,
-        version=10,
+        version=11,
         summary="exact rotations, clipped ranges, weights fitted and rounded in closed form on quantized inputs",
         aliases=("fast",),
         floating=True,
@@ -256,7 +287,7 @@ class QuantlensFast(Method):
             ),
             "group_size": Option(
                 None,
-                f"channels of a group, at most: a power of two (None: {LARGEST}, in a detector {GROUP_BOXES})",
+                f"channels of a group, at most: a power of two (None: {GROUP}, in a detector {GROUP_BOXES})",
                 type="int",
                 least=SMALLEST,
             ),
@@ -304,18 +335,19 @@ class QuantlensFast(Method):
         fit_weight, names = self.weight_fit(run), [site.weight for site in graph.sites.of_kind("linear", "conv")]
 
         def fit(layer: Layer) -> Fitted:
-            def grid(weight: Tensor) -> Quantizer:
+            def grid(weight: Tensor) -> Callable[[float | Tensor], Quantizer]:
                 edge = layer.site.edges["weight"]
                 name = bits.format_of(graph, edge)
                 if name:
-                    return floating_weight(name, layer.site, edge, weight, search=True)
-                weight = weight.flatten(1)
-                return bits.weights(*mse(Observation.of(weight), layer.width), layer.width)
+                    quantizer = floating_weight(name, layer.site, edge, weight, search=True)
+                    return lambda scale: quantizer
+                low, high = mse(Observation.of(weight.flatten(1)), layer.width)
+                return lambda scale: bits.weights(low * scale, high * scale, layer.width)
 
             # a weight that two layers share is left as it is
             moments = layer.moments(network=False) if names.count(layer.site.weight) == 1 else None
             if moments is None:
-                return Fitted(grid(layer.stored))
+                return Fitted(grid(layer.stored)(1.0))
             target, quantizer, value = fit_weight(layer, moments, grid)
             if layer.free:  # at once: the layers after it see it
                 bias, shift = ensure_bias(graph, layer.site), output_shift(layer.weight, value, moments)
@@ -333,11 +365,20 @@ class QuantlensFast(Method):
         plan.notes["activations"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
-        size = run["group_size"] or LARGEST
+        size = run["group_size"] or GROUP
         if size & (size - 1):
             raise QuantlensError(
-                f"quantlens-fast: group_size={size}; give a power of two from {SMALLEST} on, such as {LARGEST}"
+                f"quantlens-fast: group_size={size}; give a power of two from {SMALLEST} on, such as {GROUP}"
             )
         plan = Plan({}, self.rewrite(graph, calibration, bits, run))
-        self.calibrate(graph, calibration, bits, plan, run)
+        self.calibrate(graph, with_crops(graph, calibration, run.seed), bits, plan, run)
         return plan
+
+
+def with_crops(graph: Graph, calibration: Calibration, seed: int) -> Calibration:
+    """The calibration images, and crops of them where they are few. A detector sees its images alone, as does a model
+    that takes something else beside them."""
+    if graph.boxes is not None or calibration.others:
+        return calibration
+    crops = min(IMAGES - calibration.count, CROPS * calibration.count)
+    return with_views(calibration, crops, seed, cropped)
