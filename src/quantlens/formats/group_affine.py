@@ -36,16 +36,26 @@ class GroupAffine(Grouped):
             raise ValueError(f"scales to choose from: {tries}; at least 1")
         self.tries = tries
 
-    def terms(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """e and z of every group [..., G, group_size]: float32 integers [..., G, 1] each."""
-        low, high = groups.amin(-1, keepdim=True).clamp_max_(0.0), groups.amax(-1, keepdim=True).clamp_min_(0.0)
+    # in here a group's channels are the first dimension: reductions over a short last one are slow
+    def groups(self, x: Tensor) -> Tensor:
+        """x [..., C, ...] as [group_size, ..., G, ...]."""
+        return x.unflatten(self.axis, (-1, self.group_size)).movedim(self.axis, 0).contiguous()
+
+    def whole(self, groups: Tensor) -> Tensor:
+        """The inverse of :meth:`groups`."""
+        return groups.movedim(0, self.axis).flatten(self.axis - 1, self.axis)  # type: ignore[operator]
+
+    def terms(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """e, z and s of every group [group_size, ..., G, ...]: float32 [..., G, ...] each, e and z integers."""
+        low, high = groups.amin(0).clamp_max_(0.0), groups.amax(0).clamp_min_(0.0)
         largest = exponents_of((high - low).mul_(self.scale))
         middle = low.add_(high).mul_(-0.5)
 
-        def candidate(smaller: int) -> tuple[Tensor, Tensor]:
-            exponents = (largest - smaller).clamp_(LEAST, MOST)
-            zeros = (middle * self.scales(exponents).reciprocal()).add_(0.5 * self.qmax).round_()
-            return exponents, zeros.clamp_(0, self.qmax).nan_to_num_(0.0)
+        def candidate(smaller: int) -> tuple[Tensor, Tensor, Tensor]:
+            exponents = (largest - smaller).clamp_(LEAST, MOST) if smaller else largest
+            scales = self.scales(exponents)
+            zeros = (middle * scales.reciprocal()).add_(0.5 * self.qmax).round_()
+            return exponents, zeros.clamp_(0, self.qmax).nan_to_num_(0.0), scales
 
         found = candidate(0)
         if self.tries == 1:
@@ -56,25 +66,24 @@ class GroupAffine(Grouped):
             error = self._error(groups, *other)
             better = error < least
             least = torch.where(better, error, least)
-            found = torch.where(better, other[0], found[0]), torch.where(better, other[1], found[1])
+            found = tuple(torch.where(better, new, old) for new, old in zip(other, found, strict=True))
         return found
 
-    def _error(self, groups: Tensor, exponents: Tensor, zeros: Tensor) -> Tensor:
-        """Squared error of every group [..., G, 1], in units of its values."""
-        return self._rounded(groups, self.scales(exponents), zeros).sub_(groups).square_().sum(-1, keepdim=True)
+    def _error(self, groups: Tensor, exponents: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
+        """Squared error of every group [..., G, ...], in units of its values."""
+        return self._rounded(groups, zeros, scales).sub_(groups).square_().sum(0)
 
-    def _codes(self, groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    def _codes(self, groups: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
         return (groups * scales.reciprocal()).round_().add_(zeros).clamp_(0, self.qmax)
 
-    def _rounded(self, groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-        return self._codes(groups, scales, zeros).sub_(zeros).mul_(scales)
+    def _rounded(self, groups: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
+        return self._codes(groups, zeros, scales).sub_(zeros).mul_(scales)
 
     def forward(self, x: Tensor) -> Tensor:
         groups = self.groups(x)
         with torch.no_grad():
-            exponents, zeros = self.terms(groups)
-            scales = self.scales(exponents)
-            value = self._rounded(groups, scales, zeros)
+            _, zeros, scales = self.terms(groups)
+            value = self._rounded(groups, zeros, scales)
         if needs_grad(x):
             through = torch.minimum(torch.maximum(groups, -zeros * scales), (self.qmax - zeros) * scales)
             value = value + (through - through.detach())
@@ -83,9 +92,12 @@ class GroupAffine(Grouped):
     def encode(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             groups = self.groups(x)
-            exponents, zeros = self.terms(groups)
-            return self._joined(self._codes(groups, self.scales(exponents), zeros), exponents - LEAST, zeros)
+            exponents, zeros, scales = self.terms(groups)
+            codes = self.whole(self._codes(groups, zeros, scales))
+            return torch.cat([codes, exponents - LEAST, zeros], self.axis).to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
-        levels, exponents, zeros = self._apart(codes, 2)
-        return self.whole((levels - zeros).mul_(self.scales(exponents + LEAST)))
+        count = codes.shape[self.axis] // (self.group_size + 2)
+        parts = codes.float().split([count * self.group_size, count, count], self.axis)
+        levels, exponents, zeros = self.groups(parts[0]), parts[1] + LEAST, parts[2]
+        return self.whole(levels.sub_(zeros).mul_(self.scales(exponents)))
