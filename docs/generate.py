@@ -157,6 +157,23 @@ def calibration_images_table() -> str:
     return "\n".join(parts)
 
 
+def floating_formats_table() -> str:
+    """A row for each format and method, of each model; changes of AUPR-out are against FP32's."""
+    found, parts = results().get("floating_formats", []), []
+    head = ["format", "method", "top-1 %", "NLL", "ECE %", "Δ AUPR-out", "top-1 %, corrupted", "MB"]
+    for model in dict.fromkeys(row["model"] for row in found):
+        mine = [row for row in found if row["model"] == model]
+        fp32 = next(row for row in mine if row["method"] == "")
+        lines = []
+        for row in mine:
+            change = "–" if row is fp32 else number(round(row["aupr_out"] - fp32["aupr_out"], 1), sign=True)
+            values = [str(row["top1"]), str(row["nll"]), str(row["ece"]), change]
+            method = f"[`{row['method']}`](methods/{row['method']}.md)" if row["method"] else "–"
+            lines.append([row["format"], method, *values, str(row["corrupted"]), str(row["size_mb"])])
+        parts.append(f"**{model}**\n\n" + table(head, lines))
+    return "\n".join(parts)
+
+
 def published_table() -> str:
     rows = results()["published"]
     head = [key.replace("deit_tiny_", "DeiT-Tiny ").replace("deit_small_", "DeiT-Small ") for key in rows[0]]
@@ -347,6 +364,7 @@ GENERATED = {
     "formats-table": formats_table,
     "results-tables": results_tables,
     "calibration-images": calibration_images_table,
+    "floating-formats": floating_formats_table,
     "published-table": published_table,
     "commands": command_page,
     "sources-table": lambda: sources_table(),

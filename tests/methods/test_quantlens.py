@@ -6,16 +6,20 @@ import pytest
 import torch
 
 import quantlens as ql
+from quantlens.calibration import Calibration
 from quantlens.errors import QuantlensError
 from quantlens.formats import GroupAffine, SqrtSoftmax, Uniform
 from quantlens.graph import graph_of
+from quantlens.methods.base import Run, Widths
 from quantlens.methods.quantlens_fast import (
     QuantlensFast,
     WeightFit,
     rotate_heads,
     rotate_inputs,
     rotate_residuals,
+    with_crops,
 )
+from quantlens.qmodel import Bits
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +131,6 @@ def test_rotations_even_out_uneven_channels(digits):
 @pytest.mark.parametrize("norms", ["none", "all", "auto"])
 def test_what_is_rotated_behind_a_norm_leaves_the_function(loaded, architecture, pictures, norms):
     """At run time, or with the residual stream, and never both."""
-    from quantlens.calibration import Calibration
-    from quantlens.graph import graph_of
-    from quantlens.methods.base import Run, Widths
-    from quantlens.qmodel import Bits
     from quantlens.transforms import find_norm_groups, fold_layer_scale
     from quantlens.transforms.layers import alone
     from quantlens.transforms.rotation import find_residuals, rotation_size
@@ -263,6 +263,27 @@ def test_narrow_activations_find_their_scales_at_run_time(digits):
     for wrong in (4, 24, "all"):
         with pytest.raises(QuantlensError, match=r"power of two|whole number"):
             groups("W4A3", group_size=wrong)
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "one_scale"),
+    [("W4A4", {}, True), ("W4A4", {"activation_granularity": "group"}, False), ("W3A3", {}, False)],
+)
+def test_where_channels_have_one_scale_blocks_are_mixed_and_crops_fitted_on(digits, bits, options, one_scale):
+    """Three crops of each of few images, the same for a seed; none where scales are by group."""
+    method, images = QuantlensFast(), Calibration.of(digits["calibration"][:8], digits["model"].preprocess)
+    graph, settings = graph_of(digits["model"]).clone(), method.options(options)
+    widths, run = Widths(Bits.parse(bits), settings), Run(settings, 3)
+    found = with_crops(graph, images, widths, run)
+    assert found.count == (32 if one_scale else 8)
+    assert torch.equal(found.chunk(0), with_crops(graph, images, widths, run).chunk(0))
+    assert torch.equal(found.chunk(0)[:8], images.chunk(0))
+    many = Calibration.of(digits["calibration"][:1].expand(200, -1, -1, -1), digits["model"].preprocess)
+    assert with_crops(graph, many, widths, run) is many
+    method.rewrite(graph, images, widths, run)
+    rotated = [name for name in graph.tensors() if name.endswith("_rotation")]
+    assert rotated
+    assert any(name.startswith("mixed") for name in rotated) == one_scale
 
 
 def test_scales_found_at_run_time_depend_on_the_token_alone(digits):

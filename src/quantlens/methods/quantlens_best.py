@@ -109,7 +109,7 @@ class QuantlensBest(Method):
         original = graph.clone(share=True)
         blocks = iterations > 0 and not whole
         metrics = perturbation_metrics(graph, fitted, seed=run.seed, sigmoid=run.sigmoid) if blocks else {}
-        fast.calibrate(graph, with_crops(graph, fitted, run.seed), bits, plan, start, rounded=not blocks)
+        fast.calibrate(graph, with_crops(graph, fitted, bits, start), bits, plan, start, rounded=not blocks)
         if iterations:
             settings = (
                 self.whole(run, iterations) if whole else self.blocks(run, iterations, MetricLoss(metrics, run.sigmoid))

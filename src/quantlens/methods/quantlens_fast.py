@@ -130,6 +130,18 @@ class Work:
         return self.rotated(layers_after_activations(self.graph), self.run["rotate_mlp_hidden"])
 
 
+def is_dynamic(run: Run, width: int, *, boxes: bool) -> bool:
+    """Whether activations of a width have scales by group, found at run time. boxes: of a detector."""
+    granularity = run["activation_granularity"]
+    return granularity == "group" or (granularity == AUTO and width <= (NARROW_BOXES if boxes else NARROW))
+
+
+def has_one_scale(graph: Graph, bits: Widths, run: Run, edge: Edge) -> bool:
+    """Whether an activation is quantized with one scale."""
+    boxes = graph.boxes is not None
+    return not bits.format_of(graph, edge) and not is_dynamic(run, bits.of(graph, edge), boxes=boxes)
+
+
 ExactTransform = Callable[[Work], list[str]]
 """Rewrites the graph of a :class:`Work` exactly; returns sentences of what it did."""
 
@@ -168,13 +180,15 @@ def subtract_channel_means(work: Work) -> list[str]:
 
 
 def rotate_inputs(work: Work) -> list[str]:
-    """Rotate inputs of layers at run time, by Hadamard matrices with random signs, and mix what these have rotated."""
+    """Rotate inputs of layers at run time, by Hadamard matrices with random signs; where all channels have one scale,
+    mix what these have rotated."""
     chosen = {"an activation function": work.after_activations(), "a LayerNorm": work.after_norms()}
     rotations: dict[int, Tensor] = {}
     mixes: dict[int, Tensor] = {}
     for site in (site for sites in chosen.values() for site in sites):
         size = rotation_size(work.graph, site)
-        blocks = mixed_blocks(work.graph, site, size)
+        one_scale = has_one_scale(work.graph, work.bits, work.run, site.edges["input"])
+        blocks = mixed_blocks(work.graph, site, size) if one_scale else 1
         if size not in rotations:
             rotations[size] = hadamard(size, work.generator)
         if blocks > 1 and blocks not in mixes:
@@ -228,12 +242,11 @@ def activation_quantizer(
 ) -> Quantizer:
     """Softmax outputs as squares, others clipped where the squared error is least: per tensor, or dynamically per token
     and group of channels where that error is smaller. boxes: whether the model is a detector."""
-    is_softmax, granularity = edge.key.endswith(".probs.output"), run["activation_granularity"]
+    is_softmax = edge.key.endswith(".probs.output")
     if is_softmax and run["softmax"] == "sqrt":
         return SqrtSoftmax(width)
     uniform = affine(*clipping(view(), width), width)
-    dynamic = granularity == "group" or (granularity == AUTO and width <= (NARROW_BOXES if boxes else NARROW))
-    if is_softmax or not dynamic or (site.kind == "conv" and not boxes):
+    if is_softmax or not is_dynamic(run, width, boxes=boxes) or (site.kind == "conv" and not boxes):
         return uniform
     # a product sums over the first dimension of its second operand: keys are [..., channels, tokens]
     axis = -3 if site.kind == "conv" else -2 if edge.name == "k" else -1
@@ -371,14 +384,17 @@ class QuantlensFast(Method):
                 f"quantlens-fast: group_size={size}; give a power of two from {SMALLEST} on, such as {GROUP}"
             )
         plan = Plan({}, self.rewrite(graph, calibration, bits, run))
-        self.calibrate(graph, with_crops(graph, calibration, run.seed), bits, plan, run)
+        self.calibrate(graph, with_crops(graph, calibration, bits, run), bits, plan, run)
         return plan
 
 
-def with_crops(graph: Graph, calibration: Calibration, seed: int) -> Calibration:
-    """The calibration images, and crops of them where they are few. A detector sees its images alone, as does a model
-    that takes something else beside them."""
-    if graph.boxes is not None or calibration.others:
+def with_crops(graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Calibration:
+    """The calibration images, and crops of them where they are few and weights are fitted to inputs with one scale. A
+    detector sees its images alone, as does a model that takes something else beside them."""
+    linear = {site.edges["input"].key for site in graph.sites.of_kind("linear")}
+    inputs = [edge for edge in quantized_edges(graph, bits) if edge.key in linear]
+    one_scale = any(has_one_scale(graph, bits, run, edge) for edge in inputs)
+    if graph.boxes is not None or calibration.others or not one_scale:
         return calibration
     crops = min(IMAGES - calibration.count, CROPS * calibration.count)
-    return with_views(calibration, crops, seed, cropped)
+    return with_views(calibration, crops, run.seed, cropped)
