@@ -19,7 +19,6 @@ from quantlens.reconstruction.closed_form import (
     ridge,
     round_columns,
     round_halves,
-    round_scaled,
 )
 
 
@@ -174,19 +173,6 @@ def test_an_order_is_a_permutation_of_the_problem():
     found = round_columns(weight, gram, grid, damping=0.01, order=order)
     expected = round_columns(weight[:, order], gram[order][:, order], grid, damping=0.01)
     assert torch.equal(found[:, order], expected)
-
-
-def test_every_row_is_on_its_best_grid():
-    inputs, _, weight = _problem(out=20)
-    grid, gram = _grid(weight), _second(inputs)
-    grids = [Grid(scale * grid.scale, grid.low, grid.high) for scale in (1.0, 0.7, 1.2)]
-    found, which = round_scaled(weight, gram, grids, damping=0.01, factor=Factor.of(gram, 0.01))
-    alone = torch.stack([round_columns(weight, gram, one, damping=0.01) for one in grids])
-    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
-    errors = torch.stack([_error(weight, one, damped) for one in alone])
-    assert torch.equal(which, errors.argmin(0))
-    assert len(which.unique()) > 1
-    assert torch.equal(found, alone[which, torch.arange(len(weight))])
 
 
 @pytest.mark.parametrize("how", [round_columns, round_halves])

@@ -31,7 +31,7 @@ from quantlens.methods.base import (
     Widths,
     matmul_operand_edges,
 )
-from quantlens.methods.quantlens_fast import QuantlensFast, with_crops
+from quantlens.methods.quantlens_fast import QuantlensFast
 from quantlens.reconstruction import DetectionLoss, MetricLoss, Settings, perturbation_metrics
 
 FITTED = 64
@@ -109,7 +109,7 @@ class QuantlensBest(Method):
         original = graph.clone(share=True)
         blocks = iterations > 0 and not whole
         metrics = perturbation_metrics(graph, fitted, seed=run.seed, sigmoid=run.sigmoid) if blocks else {}
-        fast.calibrate(graph, with_crops(graph, fitted, bits, start), bits, plan, start, rounded=not blocks)
+        fast.calibrate(graph, fitted, bits, plan, start, rounded=not blocks)
         if iterations:
             settings = (
                 self.whole(run, iterations) if whole else self.blocks(run, iterations, MetricLoss(metrics, run.sigmoid))

@@ -8,11 +8,10 @@
    of integers. Few bits get scales by token and group of channels, found at run time; blocks of a floating-point format
    search theirs.
 3. Weights, layer by layer in closed form: fitted to the float output on quantized inputs, then rounded column by column
-   (GPTQ), at the scale that leaves the least error; the bias takes up the mean error of the output. Where images are
-   few, crops of them are fitted on as well.
+   (GPTQ); the bias takes up the mean error of the output.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -30,7 +29,6 @@ from quantlens.calibration import (
     mse,
     subtract_means,
 )
-from quantlens.calibration.images import cropped, with_views
 from quantlens.errors import QuantlensError
 from quantlens.formats import Quantizer, SqrtSoftmax
 from quantlens.graph import Edge, Graph, Site
@@ -47,16 +45,7 @@ from quantlens.methods.base import (
     quantized_edges,
 )
 from quantlens.methods.composition import Fitted, Layer, RangeRule, fit_layers
-from quantlens.reconstruction.closed_form import (
-    Factor,
-    Grid,
-    Moments,
-    grid_of,
-    output_shift,
-    ridge,
-    round_columns,
-    round_scaled,
-)
+from quantlens.reconstruction.closed_form import Factor, Moments, grid_of, output_shift, ridge, round_columns
 from quantlens.transforms import (
     alone,
     ensure_bias,
@@ -88,12 +77,6 @@ GROUP, GROUP_BOXES = 16, 8
 
 SAMPLE = 8
 """Images that the step of groups is found on."""
-
-IMAGES, CROPS = 128, 3
-"""Images that weights are fitted on, filled up with crops of the calibration images; and at most so many of each."""
-
-SCALES = (1.0, 0.8, 0.87, 0.94, 1.07, 1.15)
-"""Scales of a weight's row that its columns are rounded with, in units of that of the least squared error."""
 
 AUTO, ALL, NONE = "auto", "all", "none"
 CHOICES = (AUTO, ALL, NONE)
@@ -200,41 +183,32 @@ def rotate_inputs(work: Work) -> list[str]:
     ]
 
 
-WeightGrid = Callable[[Tensor], Callable[[float | Tensor], Quantizer]]
-"""weight -> (scale of its rows [] or [out], in units of the best -> its quantizer)."""
-
-
 @dataclass(frozen=True)
 class WeightFit:
     """Weights in closed form from second moments of the layer's inputs: fitted to the float output on quantized inputs,
     then rounded column by column, errors taken up by later columns (GPTQ). damping: λ of both, in units of the mean
     squared input. fit: True, False, or auto (where the layer's input has one scale, and there are as many rows as
-    inputs: fewer say more of their own noise than of the layer's error). columns: False rounds to nearest. scales: of
-    each row, to choose from.
+    inputs: fewer say more of their own noise than of the layer's error). columns: False rounds to nearest.
     """
 
     damping: float = 0.1
     fit: bool | str = AUTO
     columns: bool = True
-    scales: Sequence[float] = SCALES
 
-    def __call__(self, layer: Layer, moments: Moments, grid: "WeightGrid") -> tuple[Tensor, Quantizer, Tensor]:
-        """(the weight [out, in] before rounding, its quantizer, its values on that)."""
+    def __call__(
+        self, layer: Layer, moments: Moments, grid: Callable[[Tensor], Quantizer]
+    ) -> tuple[Tensor, Quantizer, Tensor]:
+        """(the weight [out, in] before rounding, its quantizer, its values on that). grid: weight -> its quantizer."""
         target, gram = layer.weight, moments.gram if layer.free else moments.second
         factor = Factor.of(gram, self.damping, gram.diagonal().argsort(descending=True))
         told = moments.count >= len(gram) and getattr(layer.own, "granularity", "") != "group"
         if self.fit is True or (self.fit == AUTO and told):
             target = ridge(target, moments, self.damping, factor if layer.free else None)
-        scaled = grid(target.reshape(layer.stored.shape))
-        quantizer = scaled(1.0)
+        quantizer = grid(target.reshape(layer.stored.shape))
         levels = grid_of(quantizer, layer.stored)
         if not self.columns:
             return target, quantizer, levels.round(target)
-        if not isinstance(levels, Grid):
-            return target, quantizer, round_columns(target, gram, levels, damping=self.damping, factor=factor)
-        grids = [Grid.of(scaled(scale)) for scale in self.scales]
-        value, which = round_scaled(target, gram, grids, damping=self.damping, factor=factor)
-        return target, scaled(torch.tensor(self.scales, device=which.device)[which]), value
+        return target, quantizer, round_columns(target, gram, levels, damping=self.damping, factor=factor)
 
 
 def activation_quantizer(
@@ -348,19 +322,18 @@ class QuantlensFast(Method):
         fit_weight, names = self.weight_fit(run), [site.weight for site in graph.sites.of_kind("linear", "conv")]
 
         def fit(layer: Layer) -> Fitted:
-            def grid(weight: Tensor) -> Callable[[float | Tensor], Quantizer]:
+            def grid(weight: Tensor) -> Quantizer:
                 edge = layer.site.edges["weight"]
                 name = bits.format_of(graph, edge)
                 if name:
-                    quantizer = floating_weight(name, layer.site, edge, weight, search=True)
-                    return lambda scale: quantizer
-                low, high = mse(Observation.of(weight.flatten(1)), layer.width)
-                return lambda scale: bits.weights(low * scale, high * scale, layer.width)
+                    return floating_weight(name, layer.site, edge, weight, search=True)
+                weight = weight.flatten(1)
+                return bits.weights(*mse(Observation.of(weight), layer.width), layer.width)
 
             # a weight that two layers share is left as it is
             moments = layer.moments(network=False) if names.count(layer.site.weight) == 1 else None
             if moments is None:
-                return Fitted(grid(layer.stored)(1.0))
+                return Fitted(grid(layer.stored))
             target, quantizer, value = fit_weight(layer, moments, grid)
             if layer.free:  # at once: the layers after it see it
                 bias, shift = ensure_bias(graph, layer.site), output_shift(layer.weight, value, moments)
@@ -384,17 +357,5 @@ class QuantlensFast(Method):
                 f"quantlens-fast: group_size={size}; give a power of two from {SMALLEST} on, such as {GROUP}"
             )
         plan = Plan({}, self.rewrite(graph, calibration, bits, run))
-        self.calibrate(graph, with_crops(graph, calibration, bits, run), bits, plan, run)
+        self.calibrate(graph, calibration, bits, plan, run)
         return plan
-
-
-def with_crops(graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Calibration:
-    """The calibration images, and crops of them where they are few and weights are fitted to inputs with one scale. A
-    detector sees its images alone, as does a model that takes something else beside them."""
-    linear = {site.edges["input"].key for site in graph.sites.of_kind("linear")}
-    inputs = [edge for edge in quantized_edges(graph, bits) if edge.key in linear]
-    one_scale = any(has_one_scale(graph, bits, run, edge) for edge in inputs)
-    if graph.boxes is not None or calibration.others or not one_scale:
-        return calibration
-    crops = min(IMAGES - calibration.count, CROPS * calibration.count)
-    return with_views(calibration, crops, run.seed, cropped)

@@ -4,14 +4,13 @@ A layer is y = W·x with x its float input and x̄ what it reads once quantized.
 
 * :func:`ridge`: the weights W' with the least ‖W'·X̄ − W·X‖² + λ‖W' − W‖². With X̄ = X they are W.
 * :func:`round_columns`: column by column, the error of each taken up by later ones (Frantar et al., GPTQ, section 3).
-* :func:`round_scaled`: the same with several scales, of which each row takes the best.
 * :func:`round_halves`: the first half of what remains at a time, improved by flips (Zhong et al., ERQ, section 4.2).
 
 All use one Cholesky factorisation, :class:`Factor`: X̄ᵀX̄ + λI = VVᵀ with V upper triangular, and treat all rows of W
 at once. λ is ``damping`` times the mean of X̄ᵀX̄'s diagonal: it means the same for every layer and number of rows.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -297,21 +296,6 @@ def round_columns(
             torch.sub(wanted[start + i], level, out=error)
             local[i + 1 :].addr_(feedback[start + i, start + i + 1 : stop], error)
     return torch.empty_like(levels).index_copy_(0, places, levels).T * grid.scale
-
-
-def round_scaled(
-    weight: Tensor, gram: Tensor, grids: Sequence[Grid], *, damping: float, factor: Factor
-) -> tuple[Tensor, Tensor]:
-    """(Ŵ [out, in], int64 [out]: the grid that each row is on): rounded by :func:`round_columns` on every grid, and of
-    these each row's with the least δ·(gram + λI)·δ. Arguments as there."""
-    whole = Grid(*(torch.cat([getattr(grid, name) for grid in grids]) for name in ("scale", "low", "high")))
-    rounded = round_columns(weight.repeat(len(grids), 1), gram, whole, damping=damping, factor=factor)
-    rounded = rounded.view(len(grids), *weight.shape)
-    errors = rounded - weight
-    matrix = gram.to(weight)
-    matrix.diagonal().add_(_amount(matrix.diagonal().clone(), damping))
-    best = (errors @ matrix).mul_(errors).sum(-1).argmin(0)
-    return rounded[best, torch.arange(len(weight), device=weight.device)], best
 
 
 def round_halves(
