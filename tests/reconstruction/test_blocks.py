@@ -13,6 +13,7 @@ from quantlens.formats import Uniform
 from quantlens.graph import choices
 from quantlens.qmodel import Plan, QuantizedModel
 from quantlens.reconstruction import Context, Settings, find_units, mse, reconstruct, token_norm
+from quantlens.reconstruction.scales import AdaRound
 
 
 def _start(model, images, bits="W3A8", method="minmax"):
@@ -164,6 +165,20 @@ def test_a_quantizer_that_edges_share_stays_shared(small, pictures):
     a, b = plan.quantizers.values()
     assert a is b
     assert not torch.equal(a.scale, shared.scale)
+
+
+def test_soft_rounding_is_decided_in_the_end(small, pictures, monkeypatch):
+    """Rounding that is hardened while it is still open changes the block that was trained."""
+    decided, harden = [], AdaRound.harden
+
+    def spy(rounding):
+        decided.append((rounding.h() - 0.5).abs().flatten() > 0.45)
+        return harden(rounding)
+
+    monkeypatch.setattr(AdaRound, "harden", spy)
+    settings = Settings(("rounding",), iterations=60, batch_size=4, lr_rounding=0.5, guarded=False)
+    _run(_start(small["vit"], pictures, "W4A32"), settings)
+    assert float(torch.cat(decided).double().mean()) > 0.9
 
 
 # -- never worse, the same twice, the same after a kill --------------------------------------------------------------

@@ -60,6 +60,9 @@ HOURS = "which takes minutes on a CPU; the paper's steps take hours"
 READINGS = (
     "the images are those that are given; the papers take 1024",
     "learning rates of scales are relative to the scale; their gradient has LSQ's factor",
+    "ranges of softmax outputs at the start count what a row's sum loses, besides the squared error",
+    "soft rounding's regulariser weighs 0.005 for every weight beside a loss that starts at 1, as in the code of "
+    "FIMA-Q and APHQ-ViT",
 )
 
 LR_SCALES, DROP = 0.01, 0.5

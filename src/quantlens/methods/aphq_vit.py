@@ -51,7 +51,7 @@ class APHQViT(Method):
         year=2025,
         url="https://arxiv.org/abs/2504.02508",
         quantizes=MATMUL_OPERANDS,
-        version=2,
+        version=3,
         summary="GELU made ReLU and MLPs refitted; block reconstruction with random dropping, weighted by a "
         "perturbation Hessian",
         departures=(*DEPARTURES, Departure("mlp_iterations", 100, 20_000, "steps per MLP")),

@@ -33,7 +33,7 @@ class FIMAQ(Method):
         year=2025,
         url="https://arxiv.org/abs/2506.11543",
         quantizes=MATMUL_OPERANDS,
-        version=2,
+        version=3,
         summary="block reconstruction with random dropping; the loss a diagonal plus low-rank Fisher matrix",
         departures=DEPARTURES,
         readings=(
@@ -43,7 +43,7 @@ class FIMAQ(Method):
             "the inverted matrix of the low-rank part is damped: rows of magnitudes are nearly parallel",
             "rank is 5, as in their configurations; the paper names 15 for some",
             "one scale per tensor, and one per head in attention; their configurations, but not the paper, have one "
-            "for every token position",
+            "for every token position, and of v for every channel of a head",
             "ranges at the start have the least squared error; theirs the least error of each layer's output",
         ),
         because=HOURS,

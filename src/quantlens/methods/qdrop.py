@@ -35,7 +35,7 @@ class QDrop(Method):
         year=2022,
         url="https://arxiv.org/abs/2203.05740",
         quantizes=MATMUL_OPERANDS,
-        version=2,
+        version=3,
         summary="block reconstruction with activation quantization dropped at random; learned rounding and scales",
         departures=(
             *DEPARTURES,

@@ -35,6 +35,10 @@ from quantlens.reconstruction.settings import (
 from quantlens.reconstruction.trainer import Group, Latent, Learners, Vector, train
 from quantlens.reconstruction.units import Outputs, Streams, Unit, find_units, frozen_hook, run_unit, whole_network
 
+STRENGTH = 0.005
+"""Weight of soft rounding's regulariser, a sum over the weights, beside a loss that starts at 1: the code of FIMA-Q and
+APHQ-ViT has 0.01 beside one that starts at 2."""
+
 
 def reconstruct(
     graph: Graph,
@@ -190,7 +194,6 @@ class _UnitTraining:
         settings, batches = self.settings, self._batches()
         hook = self.learners.hook(self.graph, self.unit, self.quantizers, settings.drop, self.generator)
         soft = [m for m in self.learners.modules() if isinstance(m, AdaRound) and not m.straight_through]
-        weights = sum(m.alpha.numel() for m in soft)
 
         def loss(share: float) -> Tensor:
             images = next(batches)
@@ -204,7 +207,7 @@ class _UnitTraining:
             total = total / start
             beta = annealed_beta(share)
             if soft and beta is not None:
-                total = total + sum(m.regulariser(beta) for m in soft) / weights
+                total = total + STRENGTH * sum(m.regulariser(beta) for m in soft)
             return total
 
         train(self._groups(factor), last - first, loss, lambda done: tell(first + done))

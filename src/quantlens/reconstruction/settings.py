@@ -174,7 +174,7 @@ class Settings:
     lr_vectors: float = 0.003
     """In units of their root mean square."""
     straight_through: bool = False
-    """See :class:`.rounding.AdaRound`; without it, its regulariser's mean over the weights is added to the loss."""
+    """See :class:`.rounding.AdaRound`; without it, its regulariser, weighted, is added to the loss."""
     float_weights: bool = False
     """With "weights": those that are not quantized are trained, too."""
     guarded: bool = True
@@ -244,7 +244,7 @@ class Result:
 # Finished units on disk, so that a killed reconstruction goes on where it was.
 
 
-VERSION = 2
+VERSION = 3
 """Part of every checkpoint's fingerprint; raise it when results change."""
 
 
