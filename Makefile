@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --durations=20
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=20
 SELECT ?= not slow and not process and not browser
 
 .PHONY: help install dev demo docs test test-rest test-all test-processors test-oldest test-newest lint types zoo bench quality finding clean
@@ -42,10 +42,10 @@ test-processors: dev  ## make test's selection under lower instruction sets and 
 	$(BIN)/python -m benchmarks.processors --jobs $(JOBS)
 
 test-oldest: .venv-oldest/.installed  ## make test's selection with the oldest versions pyproject.toml allows
-	.venv-oldest/bin/python -m pytest -n $(JOBS) -m "$(SELECT)"
+	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist worksteal -m "$(SELECT)"
 
 test-newest: .venv-newest/.installed  ## make test's selection with the newest versions there are, not the pinned ones
-	.venv-newest/bin/python -m pytest -n $(JOBS) -m "$(SELECT)"
+	.venv-newest/bin/python -m pytest -n $(JOBS) --dist worksteal -m "$(SELECT)"
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

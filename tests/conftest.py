@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
+from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -139,6 +142,55 @@ def make_model(kind: str, seed: int = 0) -> nn.Module:
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def _told_in_full(module: nn.Module) -> bool:
+    """Whether a fingerprint says all of a module: of tensors in a list and functions that remember values it does
+    not."""
+    own = ("_parameters", "_buffers", "_modules")
+    kept = [v for part in module.modules() for k, v in vars(part).items() if k not in own and not isinstance(v, Tensor)]
+    leaves = torch.utils._pytree.tree_leaves(kept)
+    return not any(isinstance(v, Tensor | partial) or getattr(v, "__closure__", None) for v in leaves)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def captured_once():
+    """A capture takes seconds, and many tests make equal models: those share one, as the loads of a named model do."""
+    from quantlens.errors import QuantlensWarning
+    from quantlens.graph import reuse
+
+    capturing = sys.modules["quantlens.graph.capture"]
+    known: OrderedDict[tuple, object] = OrderedDict()
+
+    def captured(owner, module, inputs, make):
+        if not _told_in_full(module):
+            return reuse.captured(owner, module, inputs, make)
+        kinds = tuple(type(part) for part in module.modules())  # classes of one name may differ
+        sizes = torch.utils._pytree.tree_map(lambda x: x.shape if isinstance(x, Tensor) else x, inputs)
+        key = (reuse.fingerprint(module, str(sizes)), kinds)
+        if key in known:
+            known.move_to_end(key)
+            return reuse.clothed(known[key], module)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            graph = make()
+        for one in told:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        if not any(issubclass(one.category, QuantlensWarning) for one in told):  # that must be told again
+            known[key] = reuse.bare(graph, module)
+            while len(known) > 64:
+                known.popitem(last=False)
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capturing, "captured", captured)
+        yield
+
+
+@pytest.fixture
+def captured_anew(captured_once, monkeypatch):
+    """Every model is captured, also where an equal one was before."""
+    monkeypatch.setattr(sys.modules["quantlens.graph.capture"], "captured", lambda owner, module, inputs, make: make())
 
 
 @pytest.fixture(scope="session")

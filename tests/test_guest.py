@@ -257,6 +257,7 @@ LONG = ("pt2", "openvino")
 @pytest.mark.parametrize(
     "call", [pytest.param(call, marks=pytest.mark.slow) if call in LONG else call for call in CALLS]
 )
+@pytest.mark.usefixtures("captured_anew")
 def test_what_is_set_around_a_call_changes_nothing_and_stays(call, place, usual):
     check(call, all_at_once, place, usual)
 
@@ -264,6 +265,7 @@ def test_what_is_set_around_a_call_changes_nothing_and_stays(call, place, usual)
 @pytest.mark.slow
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("call", CALLS)
+@pytest.mark.usefixtures("captured_anew")
 def test_each_setting_alone_changes_nothing_and_stays(call, state, place, usual):
     check(call, STATES[state], place, usual)
 

@@ -14,18 +14,18 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 def test_the_python_in_the_readme_runs(tmp_path, pictures):
     """The calls of the README's Python block, on the shipped model."""
-    entry_images = "embedded:digits-test"
+    entry_images, letters = "embedded:digits-test[0:100]", "embedded:letters[0:60]"
     model = ql.load_model("digits-vit")
     qmodel = ql.quantize(model, "embedded:digits-calibration?n=32&seed=0", method="repq-vit", bits="W4A4", seed=0)
     path = qmodel.save(tmp_path / "digits-w4a4.safetensors")
     again = ql.load(path)
     assert torch.equal(again(pictures), qmodel(pictures))
-    result = ql.evaluate(again, id=entry_images, ood={"letters": "embedded:letters"}, cache_dir=False).to_dict()
+    result = ql.evaluate(again, id=entry_images, ood={"letters": letters}, cache_dir=False).to_dict()
     assert 0 < result["id"]["top1"] <= 1
     assert 0 < result["ood"]["letters"]["msp"]["aupr_out"] <= 1
     assert result["fp32"] is None
     assert "knn" in result["scores_unavailable"]
-    known = ql.evaluate(qmodel, id=entry_images, ood={"letters": "embedded:letters"}, cache_dir=False).to_dict()
+    known = ql.evaluate(qmodel, id=entry_images, ood={"letters": letters}, cache_dir=False).to_dict()
     assert known["id"] == result["id"], "a reloaded model measures the same"
     assert known["change"]["id"]["top1"] == known["id"]["top1"] - known["fp32"]["id"]["top1"]
 

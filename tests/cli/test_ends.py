@@ -46,6 +46,10 @@ def test_what_cannot_be_written_is_refused_before_anything_is_computed(
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+SELDOM = (("models", "| head -0"), ("models", ">&- 2>&-"))
+"""What a help ends like, and a table in another way of not being read."""
+
+
 def piped(command: str, tail: str, **environment: str) -> subprocess.CompletedProcess[str]:
     text = f"{sys.executable} -m quantlens {command} {tail}; exit ${{PIPESTATUS[0]}}"
     encoding = environment.get("PYTHONIOENCODING", "utf-8")
@@ -54,8 +58,14 @@ def piped(command: str, tail: str, **environment: str) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize("tail", ["| head -1", "| head -0", ">&-", ">&- 2>&-"])
-@pytest.mark.parametrize("command", ["--help", "models"])
+@pytest.mark.parametrize(
+    ("command", "tail"),
+    [
+        pytest.param(command, tail, marks=pytest.mark.slow if (command, tail) in SELDOM else ())
+        for command in ("--help", "models")
+        for tail in ("| head -1", "| head -0", ">&-", ">&- 2>&-")
+    ],
+)
 def test_nobody_reads(command: str, tail: str) -> None:
     """Of a help or a table: exit code 0, and nothing on stderr."""
     done = piped(command, tail)
@@ -72,7 +82,11 @@ def test_a_result_that_goes_nowhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "encoding"),
-    [("methods", "ascii"), ("methods", "cp1252"), ("sources", "ascii"), ("--help", "ascii"), ("study --help", "ascii")],
+    [
+        pytest.param("methods", "ascii", marks=pytest.mark.slow),  # which takes seconds to import
+        pytest.param("methods", "cp1252", marks=pytest.mark.slow),
+        *(("sources", "ascii"), ("--help", "ascii"), ("study --help", "ascii"), ("--help", "cp1252")),
+    ],
 )
 def test_what_an_encoding_cannot_say_is_replaced(command: str, encoding: str) -> None:
     done = piped(command, "", PYTHONIOENCODING=encoding)
@@ -81,9 +95,9 @@ def test_what_an_encoding_cannot_say_is_replaced(command: str, encoding: str) ->
 
 
 def test_mistakes_in_ascii() -> None:
-    done = piped("methods ünknown", "", PYTHONIOENCODING="ascii")
+    done = piped("ünknown", "", PYTHONIOENCODING="ascii")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown method '?")
+    assert done.stderr.startswith("error: No such command '?")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -117,6 +118,7 @@ def _digits(count):
     return _tensor(f"embedded:digits-calibration?n={count}&seed=0")
 
 
+@cache
 def _tensor(source):
     from quantlens.data import load_images, open_source
 

@@ -12,8 +12,10 @@ from quantlens.models import load_model
 
 
 @pytest.fixture(scope="module")
-def graphs(small_models, pictures) -> dict[str, Graph]:
-    return {kind: capture(model, pictures[:1]) for kind, model in small_models.items()}
+def graphs(loaded, small_models, pictures) -> dict[str, Graph]:
+    """Those of the loaded models, which many tests share; one is of a single image."""
+    found = {kind: graph_of(model) for kind, model in loaded.items()}
+    return found | {"vit": capture(small_models["vit"], pictures[:1])}
 
 
 def test_same_function_at_any_batch_size(architecture, network, graphs, pictures):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exact_models import SHARED, SIZE, Conv, Net, Vit, drawn, nets, vits
-from hypothesis import HealthCheck, Phase, example, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import Tensor, fx, nn
 
 from quantlens.calibration import CHUNK, Calibration
@@ -319,38 +319,35 @@ def test_what_two_places_share_keeps_its_function(shared):
     check(drawn(kind, 2), 2)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, **QUICK)
 @given(kind=vits(), seed=st.integers(0, 1 << 20))
 def test_transformers_keep_their_function(kind, seed):
     check(drawn(kind, seed), seed)
 
 
-@settings(max_examples=10, **QUICK)
+CONVOLUTIONS = {
+    "stride and BatchNorm": (((8, 3, 2, 1, 1, 1, False, True, False),), False, "gelu", 1),
+    "as convolution, in groups": (
+        ((8, 1, 1, 0, 1, 1, True, False, True), (8, 3, 2, 1, 1, 8, True, False, False)), False, "gelu", 3
+    ),
+    "same padding, dilated": (((8, 3, 1, "same", 2, 1, False, False, False),), False, "relu", 2),
+    "padded after a bias": (
+        ((8, 2, 1, 0, 1, 1, True, False, False), (8, 1, 1, 1, 1, 8, False, False, True)), True, "relu", 74
+    ),
+}  # fmt: skip
+"""Convolutions, whether the MLP has biases, its activation, and the seed."""
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions_of_every_kind_keep_their_function(case):
+    convs, biases, act, seed = CONVOLUTIONS[case]
+    check(drawn(Net(tuple(Conv(*conv) for conv in convs), True, False, True, biases, act), seed), seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=6, **QUICK)
 @given(kind=nets(), seed=st.integers(0, 1 << 20))
-@example(kind=Net((Conv(8, 3, 2, 1, 1, 1, False, True, False),), True, False, True, False, "gelu"), seed=1)
-@example(
-    kind=Net(
-        (Conv(8, 1, 1, 0, 1, 1, True, False, True), Conv(8, 3, 2, 1, 1, 8, True, False, False)),
-        True,
-        False,
-        True,
-        False,
-        "gelu",
-    ),
-    seed=3,
-)
-@example(kind=Net((Conv(8, 3, 1, "same", 2, 1, False, False, False),), True, False, True, False, "relu"), seed=2)
-@example(
-    kind=Net(
-        (Conv(8, 2, 1, 0, 1, 1, True, False, False), Conv(8, 1, 1, 1, 1, 8, False, False, True)),
-        True,
-        False,
-        True,
-        True,
-        "relu",
-    ),
-    seed=74,
-)
 def test_convolutions_keep_their_function(kind, seed):
     check(drawn(kind, seed), seed)
 

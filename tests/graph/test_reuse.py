@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 
 import quantlens as ql
+from quantlens.graph import capture, graph_of, reuse
 
 
 @pytest.fixture
 def captures(monkeypatch):
-    """The modules that were captured."""
+    """The modules that were captured; weights are drawn with one seed."""
+    torch.manual_seed(0)
     found = []
     capturing = importlib.import_module("quantlens.graph.capture")
     real = capturing.capture
+    monkeypatch.setattr(capturing, "captured", reuse.captured)  # not by what the tests keep
+    monkeypatch.setattr(reuse, "_NAMED", OrderedDict())
 
     def counted(model, *args, **kwargs):
         found.append(model)
@@ -90,3 +95,34 @@ def test_a_copy_is_another_module(captures):
     quantized(module, images)
     quantized(copy.deepcopy(module), images)
     assert len(captures) == 2
+
+
+def test_a_model_that_is_loaded_by_its_name_again_is_not_captured_again(captures):
+    first, second = (ql.load_model("test_vit", input_size=32, num_classes=4, seed=seed) for seed in (0, 0))
+    for model in (first, second):
+        images = torch.randn(3, 3, 32, 32)
+        assert torch.allclose(graph_of(model)(images), model(images), atol=1e-5)
+    assert len(captures) == 1
+    own = {value.data_ptr() for value in second.module.state_dict().values()}
+    assert own >= {value.data_ptr() for key, value in graph_of(second).tensors().items() if "folded" not in key}
+
+
+def test_another_model_of_the_name_is_captured_and_few_are_kept(captures, monkeypatch):
+    module, images = Net().eval(), torch.zeros(2, 3, 8, 8)
+    graph, made = capture(module, images), []
+
+    def captured_again(module, name="net"):
+        before = len(made)
+        reuse.captured(name, module, images, lambda: made.append(module) or graph)
+        return len(made) > before
+
+    assert captured_again(module)
+    assert not captured_again(copy.deepcopy(module))
+    assert captured_again(module, "another")
+    forward = Net.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(Net, "forward", lambda self, x: 2 * forward(self, x))
+        assert captured_again(module)
+    module.weight.data.mul_(2)
+    assert captured_again(module)
+    assert len(reuse._NAMED) == reuse.MOST_NAMED == 2

@@ -19,7 +19,8 @@ def model(loaded):
 
 
 def _plan(model, pictures, bits="W4A4", **options):
-    return ql.quantize(model, pictures, method="vt-ptq", bits=bits, **options)
+    """With two rounds of searching scales, which take a tenth of the time of twenty."""
+    return ql.quantize(model, pictures, method="vt-ptq", bits=bits, **{"rounds": 2, **options})
 
 
 def _scales(qmodel) -> dict[str, float]:

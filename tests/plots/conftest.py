@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
-from report_fakes import attention_store, full_store, make
+from report_fakes import attention_cells, attention_store, full_store, make
 
 from quantlens.evaluation.shift import shift_means
 from quantlens.sensitivity import Inspection
@@ -45,15 +46,16 @@ def site(name: str, sqnr: float, kind: str = "linear") -> Part:
     return Part(name, kind, "blocks.0", "W8A8", Effect(sqnr, 0.01 / sqnr, 0.0), (edge,))
 
 
-@pytest.fixture
-def rich(attention_store, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory) -> Path:
     """The directory of a study with attention, mixed precision, an inspection and timed files."""
-    last = attention_store.cells()[-1]
+    cells = pickle.loads(attention_cells())
+    last = cells[-1]
     sites = (site("blocks.0.a", 40.0), site("blocks.0.b", 12.5, "probs"), site("blocks.0.c", 30.0, "norm"))
     found = Inspection("deit", "sha", "minmax", "W8A8", 0, {"site": sites}, {"n": 4})
-    folder = tmp_path / "study"
+    folder = tmp_path_factory.mktemp("study")
     with Store(folder) as store:
-        for cell in attention_store.cells():
+        for cell in cells:
             store.put(cell.key, cell.spec, "done", cell.result | under_shift(cell.result))
         store.put("mixed", last.spec | {"bits": "MP4"}, "done", last.result | {"bits": "MP4", "allocation": ALLOCATION})
         store.put(f"{INSPECTION}x", {"model": "deit", "inspects": True}, "done", {"inspection": found.to_dict()})

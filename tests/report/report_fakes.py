@@ -8,8 +8,10 @@ look as real ones do.
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -277,6 +279,12 @@ def full_store() -> FakeStore:
     return FakeStore(cells)
 
 
+@pytest.fixture(scope="session")
+def small_store() -> FakeStore:
+    """One model, one method, two precisions, one seed: a page of it is made in a fraction of the time."""
+    return FakeStore(make_cells(models=tuple(MODELS)[:1], methods=("minmax",), bits=("FP32", "W4A4"), seeds=(0,)))
+
+
 ATTENTION_BITS = ("FP32", "W8A8", "W6A6", "W4A8", "W8A4", "W4A4")
 
 
@@ -302,9 +310,13 @@ def _example(name: str, ood: bool, index: int, amount: float, rng, fp32: bool) -
 
 
 @pytest.fixture
-def attention_store(make):
+def attention_store():
     """A study with the attention lens: drift for every cell, four images with their maps."""
-    make_cells, _, fake_store = make
+    return FakeStore(pickle.loads(attention_cells()))
+
+
+@cache
+def attention_cells() -> bytes:
     cells = make_cells(methods=("minmax", "repq-vit"), bits=ATTENTION_BITS, seeds=(0, 13), scores=("msp",))
     rng = np.random.default_rng(0)
     for cell in cells:
@@ -320,7 +332,7 @@ def attention_store(make):
             for name, ood in (("id", False), ("textures", True))
             for i in (0, 7)
         ]
-    return fake_store(cells)
+    return pickle.dumps(cells)
 
 
 @pytest.fixture

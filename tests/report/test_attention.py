@@ -27,13 +27,20 @@ def store(attention_store):
     return attention_store
 
 
+@pytest.fixture
+def few(store):
+    """One model, one method, two precisions."""
+    wanted = {"model": MODELS[:1], "bits": ("FP32", "W4A4"), "method": ("fp32", "minmax")}
+    return type(store)([cell for cell in store.cells() if all(cell.spec[key] in of for key, of in wanted.items())])
+
+
 def _section(store):
     board = collect(store.cells(), store.study())
     return board, lens.attention(board)
 
 
-def test_studies_without_attention_have_no_section(full_store):
-    board, section = _section(full_store)
+def test_studies_without_attention_have_no_section(small_store):
+    board, section = _section(small_store)
     assert section is None
     page = render(board)
     assert 'id="attention"' not in page
@@ -48,7 +55,8 @@ def test_a_gallery_for_every_image_and_a_picture_for_every_cell(store):
         "ood-textures-0",
         "ood-textures-7",
     ]
-    classes = re.findall(r'class="table gallery( alt)?"', render(board))
+    page = render(board)
+    classes = re.findall(r'class="table gallery( alt)?"', page)
     assert classes == ["", " alt", " alt", " alt"], "the first is shown, the others can be chosen"
     gallery = section["pictures"]["shown"][0]
     assert {len(shots) for *_, shots in gallery["maps"]} == {len(board.precisions)}
@@ -62,7 +70,6 @@ def test_a_gallery_for_every_image_and_a_picture_for_every_cell(store):
     assert (shot["label"], shot["probability"], shot["changed"]) == ("tench", "90 %", False)
     lowest = gallery["maps"][0][2][-1]
     assert lowest["changed"]
-    page = render(board)
     assert "&lt;b&gt;otter" in page
     assert "<b>otter" not in page
     assert page.count('data-picture="') == 4
@@ -103,10 +110,8 @@ def test_correlation_has_one_point_per_quantized_cell(store):
     assert [len(panel.rows) for panel in row.panels] == [cells] * 4
 
 
-def test_few_cells_give_no_correlation(store):
-    kept = [c for c in store.cells() if c.spec["bits"] in ("FP32", "W4A4") and c.spec["model"] == MODELS[0]
-            and c.spec["method"] in ("fp32", "minmax")]  # fmt: skip
-    board, section = _section(type(store)(kept))
+def test_few_cells_give_no_correlation(few):
+    board, section = _section(few)
     assert section["links"][0][3:] == ["–"] * 4
     assert "too few cells" in FIGURES["drift-aupr"][1](board)[0].panels[0].detail
 
@@ -133,18 +138,18 @@ def test_models_without_the_lens_say_why(store):
         {"norms": {"blocks.1": [float("nan")] * 16}}, {"norms": None}, {"class_name": None, "probability": None},
     ],
 )  # fmt: skip
-def test_damaged_examples_do_no_harm(store, damage):
-    for cell in store.cells():
+def test_damaged_examples_do_no_harm(few, damage):
+    for cell in few.cells():
         for example in cell.result["attention_examples"]:
             example.update(copy.deepcopy(damage))
-    assert 'id="attention"' in render(_section(store)[0])
+    assert 'id="attention"' in render(_section(few)[0])
 
 
-def test_too_many_pictures_are_left_out_and_counted(store, monkeypatch):
-    _, whole = _section(store)
+def test_too_many_pictures_are_left_out_and_counted(few, monkeypatch):
+    _, whole = _section(few)
     first = whole["pictures"]["shown"][0]
     size = sum(len(s["uri"]) for rows in (first["maps"], first["norms"]) for *_, cells in rows for s in cells)
     monkeypatch.setattr(lens, "PICTURE_BYTES", int(2.5 * size))
-    board, section = _section(store)
+    board, section = _section(few)
     assert (len(section["pictures"]["shown"]), section["pictures"]["left_out"]) == (2, 2)
     assert "2 further images" in render(board)

@@ -19,9 +19,9 @@ from quantlens.studies.board import collect
 from quantlens.studies.text import metric_heading
 
 
-def of_detectors(full_store: FakeStore) -> FakeStore:
+def of_detectors(store: FakeStore) -> FakeStore:
     """The cells as if they were of detectors: what they have lost of top-1 they have lost of mAP."""
-    cells = deepcopy(full_store.listed)
+    cells = deepcopy(store.listed)
     for cell in cells:
         if cell.result is None or "id" not in cell.result:
             continue
@@ -32,7 +32,7 @@ def of_detectors(full_store: FakeStore) -> FakeStore:
         found["per_class"] = [{"class": 0, "name": "cat", "n": 7, "ap": top1 / 2, "ap50": top1}]
         cell.result["id"] = {**{k: cell.result["id"][k] for k in ("source", "fingerprint")}, **found}
         cell.result["task"] = "detect"
-    return FakeStore(cells, full_store.config, full_store.name)
+    return FakeStore(cells, store.config, store.name)
 
 
 def test_tables_are_of_map_and_of_what_happens_to_boxes(full_store: FakeStore) -> None:
@@ -51,12 +51,12 @@ def test_tables_are_of_map_and_of_what_happens_to_boxes(full_store: FakeStore) -
     assert class_tables(board)[0]["rows"][0][:3] == ["0", "cat", "7"]
 
 
-def test_the_reliability_of_a_detector_is_of_its_detections(full_store: FakeStore, tmp_path: Path) -> None:
+def test_the_reliability_of_a_detector_is_of_its_detections(small_store: FakeStore, tmp_path: Path) -> None:
     bins = {"confidence": [0.4, 0.8], "accuracy": [0.5, 0.75], "count": [1, 3]}
     group = SimpleNamespace(first=lambda bits: {"id": {"d_ece": 0.125, "reliability": bins}})
     rows = list(reliability_rows(group, "W8A8"))
     assert [(row["ece"], row["share"]) for row in rows] == [("D-ECE W8A8 12.5 %", 25), ("D-ECE W8A8 12.5 %", 75)]
-    html = write_report(of_detectors(full_store), tmp_path / "r.html").read_text(encoding="utf-8")
+    html = write_report(of_detectors(small_store), tmp_path / "r.html").read_text(encoding="utf-8")
     assert "Average precision and calibration by precision" in html
     assert "Accuracy and calibration" not in html
 

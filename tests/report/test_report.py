@@ -353,8 +353,8 @@ def test_size_of_a_usual_report(full_page):
     assert len(full_page.encode()) < 3_000_000
 
 
-def test_write_report_makes_the_file(full_store, tmp_path):
-    out = write_report(full_store, tmp_path / "deep" / "r.html", title="Mine")
+def test_write_report_makes_the_file(small_store, tmp_path):
+    out = write_report(small_store, tmp_path / "deep" / "r.html", title="Mine")
     assert out == tmp_path / "deep" / "r.html"
     assert "<title>Mine · quantlens</title>" in out.read_text(encoding="utf-8")
     assert [p.name for p in out.parent.iterdir()] == ["r.html"], "no temporary file is left"

@@ -101,13 +101,13 @@ def graph_of(model: Any) -> Graph:
         size = model.preprocess.input_size
         images = torch.zeros(2, *size, device=model.device)
         inputs = getattr(model, "example", None) or images  # how the model is called, where an image is not all
-        source = getattr(model, "source", None)  # the person's module that it is a copy of
-        owner = source() if source is not None else None
+        source = getattr(model, "source", None)  # its name, or a reference to the person's module that it is a copy of
+        owner = source() if callable(source) else source
 
         def make() -> Graph:
             return capture(model.module, inputs, share=True)
 
-        model.derived["graph"] = make() if owner is None else captured(owner, model.module, inputs, make)
+        model.derived["graph"] = captured(owner, model.module, inputs, make)
     return model.derived["graph"]
 
 

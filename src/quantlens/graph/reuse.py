@@ -2,6 +2,7 @@
 
 import hashlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
@@ -15,6 +16,10 @@ from quantlens.graph.graph import Graph, copy_graph, tensor_tree
 _CAPTURED: weakref.WeakKeyDictionary[nn.Module, tuple[str, Graph]] = weakref.WeakKeyDictionary()
 """A person's module -> (fingerprint, graph without the module's own tensors): as long as the module lives."""
 
+_NAMED: OrderedDict[str, Graph] = OrderedDict()
+"""Fingerprint -> the graph, likewise, of a model that was loaded by its name: the last that were captured."""
+MOST_NAMED = 2
+
 
 def forget_if_changed(model: Any) -> bool:
     """Drop what was derived from a loaded model whose tensors or settings have changed since; whether they have."""
@@ -26,21 +31,43 @@ def forget_if_changed(model: Any) -> bool:
     return True
 
 
-def captured(owner: nn.Module, module: nn.Module, inputs: Any, make: Callable[[], Graph]) -> Graph:
-    """The graph of ``module``, a copy of a person's module ``owner``: ``make()``, or the one that was made before of an
-    equal copy and inputs of the same sizes, with the tensors of this one."""
-    own = _tensors(module)
+def captured(owner: nn.Module | str | None, module: nn.Module, inputs: Any, make: Callable[[], Graph]) -> Graph:
+    """The graph of ``module``: ``make()``, or the one that was made before of an equal module and inputs of the same
+    sizes, with the tensors of this one. owner: the person's module that ``module`` is a copy of, or the name by which
+    it was loaded; None: it is captured."""
+    if owner is None:
+        return make()
     key = fingerprint(module, str(pytree.tree_map(lambda x: x.shape if isinstance(x, Tensor) else x, inputs)))
-    known = _CAPTURED.get(owner)
-    if known is not None and known[0] == key:
-        graph = known[1]
-        tensors = {k: own[k].detach().contiguous() if t.is_meta else t for k, t in graph.tensors().items()}
-        found = Graph(tensor_tree(tensors), copy_graph(graph.fx), graph.structure)
-        return found.eval()
+    if isinstance(owner, str):
+        key = f"{key} {owner}"
+        known = _NAMED.get(key)
+    else:
+        found = _CAPTURED.get(owner)
+        known = found[1] if found is not None and found[0] == key else None
+    if known is not None:
+        return clothed(known, module)
     graph = make()
-    bare = {k: torch.empty_like(t, device="meta") if k in own else t for k, t in graph.tensors().items()}
-    _CAPTURED[owner] = (key, Graph(tensor_tree(bare), copy_graph(graph.fx), graph.structure))
+    if isinstance(owner, str):
+        _NAMED[key] = bare(graph, module)
+        if len(_NAMED) > MOST_NAMED:
+            _NAMED.popitem(last=False)
+    else:
+        _CAPTURED[owner] = (key, bare(graph, module))
     return graph
+
+
+def bare(graph: Graph, module: nn.Module) -> Graph:
+    """A copy of a module's graph without the tensors that are the module's own."""
+    own = _tensors(module)
+    tensors = {k: torch.empty_like(t, device="meta") if k in own else t for k, t in graph.tensors().items()}
+    return Graph(tensor_tree(tensors), copy_graph(graph.fx), graph.structure)
+
+
+def clothed(graph: Graph, module: nn.Module) -> Graph:
+    """A copy of what :func:`bare` gave, with the tensors of an equal module."""
+    own = _tensors(module)
+    tensors = {k: own[k].detach().contiguous() if t.is_meta else t for k, t in graph.tensors().items()}
+    return Graph(tensor_tree(tensors), copy_graph(graph.fx), graph.structure).eval()
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -49,12 +76,14 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def fingerprint(module: nn.Module, inputs: str = "") -> str:
     """A digest of all that a capture depends on: the tensors' values (a write into ``.data`` leaves no other trace),
-    the parts, their settings and hooks; and the inputs, in words."""
+    the parts, their code, settings and hooks; and the inputs, in words."""
     digest = hashlib.sha256(inputs.encode())
     for name, value in _tensors(module).items():
         _add(digest, name, value)
     for name, part in module.named_modules():
-        digest.update(f"\n{name} {type(part).__module__}.{type(part).__qualname__}".encode())
+        kind = type(part)
+        code = hash(getattr(kind.forward, "__code__", None))  # the same for the same lines in another class
+        digest.update(f"\n{name} {kind.__module__}.{kind.__qualname__} {code}".encode())
         for key, value in vars(part).items():
             if isinstance(value, Tensor):
                 _add(digest, key, value)

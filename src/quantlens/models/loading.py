@@ -122,6 +122,7 @@ def load_model(
     elif isinstance(model, str | Path):
         _refuse(str(model), name=name)
         loaded = _by_name(str(model), None if path else weights, path, num_classes, seed, own)
+        loaded.source = str(model)
     else:
         raise QuantlensError(f"a model is a name or an nn.Module, not {type(model).__name__}")
     if class_names is not None:
