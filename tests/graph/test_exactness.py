@@ -41,8 +41,6 @@ from quantlens.transforms.rotation import (
     find_residuals,
     hadamard,
     mean_keeping,
-    mixed_blocks,
-    mixing,
     orthogonal,
     rotate_input,
     rotate_residual,
@@ -149,9 +147,7 @@ def inputs_rotated(graph: Graph, chance: Chance) -> int:
     for number, site in enumerate(sites):
         size = graph.tensor(site.weight).shape[1]
         matrix = (rotation, hadamard(4, chance.generator), rotation.T)[number % 3]
-        blocks = mixed_blocks(graph, site, len(matrix))
-        mix = mixing(blocks, chance.generator) if number % 4 else None
-        rotate_input(graph, site, matrix, chance.normal(size) if number % 2 else None, mix)
+        rotate_input(graph, site, matrix, chance.normal(size) if number % 2 else None)
     return len(sites)
 
 

@@ -259,20 +259,6 @@ def test_narrow_activations_find_their_scales_at_run_time(digits):
             groups("W4A3", group_size=wrong)
 
 
-@pytest.mark.parametrize(
-    ("bits", "options", "one_scale"),
-    [("W4A4", {}, True), ("W4A4", {"activation_granularity": "group"}, False), ("W3A3", {}, False)],
-)
-def test_where_channels_have_one_scale_rotated_blocks_are_mixed(digits, bits, options, one_scale):
-    method, images = QuantlensFast(), Calibration.of(digits["calibration"][:8], digits["model"].preprocess)
-    graph, settings = graph_of(digits["model"]).clone(), method.options(options)
-    widths, run = Widths(Bits.parse(bits), settings), Run(settings, 3)
-    method.rewrite(graph, images, widths, run)
-    rotated = [name for name in graph.tensors() if name.endswith("_rotation")]
-    assert rotated
-    assert any(name.startswith("mixed") for name in rotated) == one_scale
-
-
 def test_scales_found_at_run_time_depend_on_the_token_alone(digits):
     """A token 32 times as large as anything in calibration: in blocks 32 times the value, other tokens untouched; under
     a scale per tensor it is clipped."""

@@ -14,7 +14,6 @@ from quantlens.transforms.rotation import (
     find_residuals,
     hadamard,
     mean_keeping,
-    mixing,
     orthogonal,
     rotate_input,
     rotate_residual,
@@ -114,35 +113,6 @@ def test_what_a_layer_reads_is_rotated_exactly(loaded, architecture, pictures):
     assert not any(torch.allclose(graph.tensor(site.weight), before[site.name]) for site in layers)
     made = [name for name in graph.tensors() if name.endswith("_rotation")]
     assert len(made) == len({rotation_size(graph, site) for site in layers}), "one constant per size"
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 12, 16])
-def test_blocks_are_mixed_evenly(size):
-    """Orthogonal, and no element of a row is larger than √2 times what all of one size would be."""
-    mix = mixing(size, _generator())
-    torch.testing.assert_close(mix @ mix.T, torch.eye(size, dtype=torch.float64))
-    assert float(mix.abs().max()) <= (2 / size) ** 0.5 + 1e-9
-
-
-@pytest.mark.parametrize("mean", [False, True])
-def test_blocks_are_rotated_then_mixed(loaded, pictures, mean):
-    """What the layer reads is x times M ⊗ R less t, on every M ⊗ R many channels, and the function is the same."""
-    graph = graph_of(loaded["vit"]).clone()
-    layer = next(site for site in graph.sites.of_kind("linear") if site.name.endswith("fc2"))
-    width = graph.tensor(layer.weight).shape[1]
-    assert width % 8 == 0
-    rotation, mix = orthogonal(width // 8, _generator()), mixing(4, _generator())
-    source, expected = layer.node.args[0], graph(pictures)
-    shift = torch.randn(width, generator=_generator()) if mean else None
-    rotate_input(graph, layer, rotation, shift, mix)
-    read = [source, layer.node.args[0]]
-    nodes = [node for node in graph.fx.nodes if node.op in ("call_function", "get_attr")]
-    found = graph.run(nodes, {graph.input: pictures}, keep=[*read, graph.output])
-    before, after = (found[node] for node in read)
-    whole = torch.block_diag(*[torch.kron(mix, rotation.contiguous())] * 2).float()
-    torch.testing.assert_close(after, (before - (0 if shift is None else shift)) @ whole, rtol=1e-3, atol=1e-4)
-    graph.invalidate()
-    torch.testing.assert_close(graph(pictures), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_rotation_that_does_not_fit_gets_channels_of_zeros(loaded, pictures):

@@ -251,8 +251,7 @@ def _describe(
         kind, named_by = attentions[node]
         return kind, _join(named_by.meta.get("module", ""), kind)
     if op == "aten.matmul.default":
-        held = [str(one.target) for one in node.args if graph.constant(one) is not None]  # type: ignore[union-attr]
-        rotation = any(name.endswith(ROTATION) for name in held)
+        rotation = graph.constant(node.args[1]) is not None and str(node.args[1].target).endswith(ROTATION)  # type: ignore[union-attr]
         return None if rotation else ("matmul", _join(module, "matmul"))
     if op == "aten.layer_norm.default":
         return "layer_norm", _by_weight(argument(node, "weight"), module)

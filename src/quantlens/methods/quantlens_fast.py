@@ -61,8 +61,6 @@ from quantlens.transforms.rotation import (
     hadamard,
     layers_after_activations,
     mean_keeping,
-    mixed_blocks,
-    mixing,
     rotate_input,
     rotate_residual,
     rotation_size,
@@ -113,18 +111,6 @@ class Work:
         return self.rotated(layers_after_activations(self.graph), self.run["rotate_mlp_hidden"])
 
 
-def is_dynamic(run: Run, width: int, *, boxes: bool) -> bool:
-    """Whether activations of a width have scales by group, found at run time. boxes: of a detector."""
-    granularity = run["activation_granularity"]
-    return granularity == "group" or (granularity == AUTO and width <= (NARROW_BOXES if boxes else NARROW))
-
-
-def has_one_scale(graph: Graph, bits: Widths, run: Run, edge: Edge) -> bool:
-    """Whether an activation is quantized with one scale."""
-    boxes = graph.boxes is not None
-    return not bits.format_of(graph, edge) and not is_dynamic(run, bits.of(graph, edge), boxes=boxes)
-
-
 ExactTransform = Callable[[Work], list[str]]
 """Rewrites the graph of a :class:`Work` exactly; returns sentences of what it did."""
 
@@ -163,21 +149,14 @@ def subtract_channel_means(work: Work) -> list[str]:
 
 
 def rotate_inputs(work: Work) -> list[str]:
-    """Rotate inputs of layers at run time, by Hadamard matrices with random signs; where all channels have one scale,
-    mix what these have rotated."""
+    """Rotate inputs of layers at run time, by Hadamard matrices with random signs."""
     chosen = {"an activation function": work.after_activations(), "a LayerNorm": work.after_norms()}
     rotations: dict[int, Tensor] = {}
-    mixes: dict[int, Tensor] = {}
     for site in (site for sites in chosen.values() for site in sites):
         size = rotation_size(work.graph, site)
-        one_scale = has_one_scale(work.graph, work.bits, work.run, site.edges["input"])
-        blocks = mixed_blocks(work.graph, site, size) if one_scale else 1
         if size not in rotations:
             rotations[size] = hadamard(size, work.generator)
-        if blocks > 1 and blocks not in mixes:
-            mixes[blocks] = mixing(blocks, work.generator)
-        mean = work.means.get(f"{site.name}.input")
-        rotate_input(work.graph, site, rotations[size], mean, mixes.get(blocks))
+        rotate_input(work.graph, site, rotations[size], work.means.get(f"{site.name}.input"))
     return [
         f"inputs of {len(sites)} layers after {where} rotated at run time" for where, sites in chosen.items() if sites
     ]
@@ -216,11 +195,12 @@ def activation_quantizer(
 ) -> Quantizer:
     """Softmax outputs as squares, others clipped where the squared error is least: per tensor, or dynamically per token
     and group of channels where that error is smaller. boxes: whether the model is a detector."""
-    is_softmax = edge.key.endswith(".probs.output")
+    is_softmax, granularity = edge.key.endswith(".probs.output"), run["activation_granularity"]
     if is_softmax and run["softmax"] == "sqrt":
         return SqrtSoftmax(width)
     uniform = affine(*clipping(view(), width), width)
-    if is_softmax or not is_dynamic(run, width, boxes=boxes) or (site.kind == "conv" and not boxes):
+    dynamic = granularity == "group" or (granularity == AUTO and width <= (NARROW_BOXES if boxes else NARROW))
+    if is_softmax or not dynamic or (site.kind == "conv" and not boxes):
         return uniform
     # a product sums over the first dimension of its second operand: keys are [..., channels, tokens]
     axis = -3 if site.kind == "conv" else -2 if edge.name == "k" else -1

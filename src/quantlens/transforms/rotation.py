@@ -52,9 +52,6 @@ aten = torch.ops.aten
 LARGEST, SMALLEST = 64, 8
 """Input channels of a layer that are rotated together at run time, at most and at least."""
 
-MIXED = 16
-"""Blocks of rotated channels that are mixed after that, at most."""
-
 
 def orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """A random orthogonal matrix [size, size], float64, uniform over all of them."""
@@ -229,32 +226,14 @@ def layers_after_activations(graph: Graph) -> list[Site]:
     return [site for site in graph.sites.of_kind("linear") if after(site.node.args[0]) and alone(graph, site)]
 
 
-def mixing(size: int, generator: torch.Generator) -> Tensor:
-    """An orthogonal matrix with random signs [size, size], float64, of any size, whose elements are alike in size:
-    diag(±1)·(cos + sin)(2π·j·k/size)/√size."""
-    angle = torch.outer(torch.arange(size), torch.arange(size)).double() * (2 * torch.pi / size)
-    signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
-    return signs * (angle.cos() + angle.sin()) / size**0.5
+def rotate_input(graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | None = None) -> None:
+    """Let a linear layer read x·diag(R, R, …) − t and undo it in its weight and bias, exactly: W ← W·diag(R, R, …),
+    bias ← bias + W_new·t.
 
-
-def mixed_blocks(graph: Graph, site: Site, size: int) -> int:
-    """How many blocks of ``size`` input channels of a layer are mixed: the largest divisor of their number up to
-    :data:`MIXED`."""
-    blocks = -(-graph.tensor(str(site.weight)).shape[1] // size)
-    return max(n for n in range(1, MIXED + 1) if blocks % n == 0)
-
-
-def rotate_input(
-    graph: Graph, linear: Site, rotation: Tensor, mean: Tensor | None = None, mix: Tensor | None = None
-) -> None:
-    """Let a linear layer read x·diag(Q, Q, …) − t and undo it in its weight and bias, exactly: W ← W·diag(Q, Q, …),
-    bias ← bias + W_new·t. Q is M ⊗ R.
-
-    rotation: R [n, n], orthogonal. mix: M [g, g], orthogonal (None: 1). Where n does not divide the layer's input
-    channels, channels of zeros are put after them; of the blocks of n, g divides the number. mean: of x, [C]; t is what
-    the rotation makes of it (None: 0). The products are operations of their own in front of the layer, n + g
-    multiplications per channel and token; their constants are one for all layers that get equal matrices. They are no
-    sites: they stay in float. The caller calls :meth:`Graph.invalidate` when all is done.
+    rotation: R [n, n], orthogonal. Where n does not divide the layer's input channels, channels of zeros are put after
+    them. mean: of x, [C]; t is what the rotation makes of it (None: 0). The product is an operation of its own in front
+    of the layer, at n multiplications per channel and token; its constant is one for all layers that get an equal
+    matrix. It is no site: it stays in float. The caller calls :meth:`Graph.invalidate` when all is done.
     """
     node, size, name = linear.node, len(rotation), str(linear.weight)
     source: Any = node.args[0]
@@ -262,33 +241,24 @@ def rotate_input(
     weight = graph.tensor(name)
     missing = -weight.shape[1] % size
     weight = F.pad(weight, (0, missing))
-    channels = weight.shape[1]
-    precise = rotation.to(weight.device, torch.float64).contiguous()
-    if mix is not None:
-        precise = torch.kron(mix.to(precise).contiguous(), precise)
-    turned = (weight.double().unflatten(1, (-1, len(precise))) @ precise).flatten(1)
+    blocks = weight.shape[1] // size
+    held, value = f"hidden_{size}{ROTATION}", rotation.to(weight.device, weight.dtype)
+    if held in graph.tensors() and not torch.equal(graph.tensor(held), value):
+        held = graph.unused(linear.name, ROTATION)
+    precise = rotation.to(weight.device, torch.float64)
+    turned = weight.double().unflatten(1, (blocks, size)) @ precise
     if is_classifier(graph, linear):
         note_input(graph, linear, precise, mean)
-    graph.set_tensor(name, turned.to(weight.dtype))
-
-    def constant(kind: str, matrix: Tensor) -> Any:
-        held, value = f"{kind}_{len(matrix)}{ROTATION}", matrix.to(weight.device, weight.dtype)
-        if held in graph.tensors() and not torch.equal(graph.tensor(held), value):
-            held = graph.unused(linear.name, ROTATION)
-        return graph.insert_tensor(node, held, value)
-
+    graph.set_tensor(name, turned.flatten(1).to(weight.dtype))
     if missing:
-        source = graph.insert(node, aten.constant_pad_nd.default, (source, [0, missing]), (*lead, channels))
-    blocks = [channels // size] if mix is None else [channels // size // len(mix), len(mix)]
-    shape = (*lead, *blocks, size)
-    parts = graph.insert(node, aten.unflatten.int, (source, -1, [*blocks, size]), shape)
-    parts = graph.insert(node, aten.matmul.default, (parts, constant("hidden", rotation)), shape)
-    if mix is not None:
-        parts = graph.insert(node, aten.matmul.default, (constant("mixed", mix.T.contiguous()), parts), shape)
-    joined = graph.insert(node, aten.flatten.using_ints, (parts, -1 - len(blocks), -1), (*lead, channels))
+        source = graph.insert(node, aten.constant_pad_nd.default, (source, [0, missing]), (*lead, weight.shape[1]))
+    constant = graph.insert_tensor(node, held, value)
+    split = graph.insert(node, aten.unflatten.int, (source, -1, [blocks, size]), (*lead, blocks, size))
+    product = graph.insert(node, aten.matmul.default, (split, constant), (*lead, blocks, size))
+    joined = graph.insert(node, aten.flatten.using_ints, (product, -2, -1), (*lead, weight.shape[1]))
     if mean is not None:
         mean = F.pad(mean.to(weight.device, torch.float64), (0, missing))
-        shift = (mean.unflatten(0, (-1, len(precise))) @ precise).flatten()
-        add_to_bias(graph, linear, turned @ shift)
+        shift = (mean.unflatten(0, (blocks, size)) @ precise).flatten()
+        add_to_bias(graph, linear, turned.flatten(1) @ shift)
         joined = with_constant(graph, node, aten.add.Tensor, joined, (linear.name, "_input_mean"), -shift, (-1,))
     replace_argument(node, 0, joined)
