@@ -190,6 +190,19 @@ def test_a_top1_has_a_place_for_its_model_method_and_calibration_images(generate
             assert cells[f"| `{row['method']}`", row["bits"]][place] == str(row["top1"])
 
 
+def test_floating_formats_are_beside_fp32_once_they_are_measured(generate, monkeypatch):
+    fp32 = {"model": "m", "format": "FP32", "method": "", "top1": 78.0, "ece": 2.0, "aupr_out": 89.9, "corrupted": 58.1}
+    fp32 |= {"nll": 0.89, "size_mb": 22.9}
+    row = fp32 | {"format": "MXFP4", "method": "minmax", "top1": 72.5, "aupr_out": 88.4, "size_mb": 3.5}
+    monkeypatch.setattr(generate, "results", lambda: {"floating_formats": [fp32, row]})
+    lines = generate.floating_formats_section().splitlines()
+    assert lines[0].startswith("## ")
+    assert "| MXFP4 | [`minmax`](methods/minmax.md) | 72.5 | 0.89 | 2.0 | −1.5 | 58.1 | 3.5 |" in lines
+    assert "| FP32 | – | 78.0 | 0.89 | 2.0 | – | 58.1 | 22.9 |" in lines
+    monkeypatch.setattr(generate, "results", dict)
+    assert generate.floating_formats_section() == ""
+
+
 def test_the_readme_shows_results_of_the_file(generate):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count("\n") <= 120

@@ -342,7 +342,7 @@ def test_convolutions_of_every_kind_keep_their_function(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=6, **QUICK)
+@settings(max_examples=10, **QUICK)
 @given(kind=nets(), seed=st.integers(0, 1 << 20))
 def test_convolutions_keep_their_function(kind, seed):
     check(drawn(kind, seed), seed)

@@ -116,7 +116,7 @@ def test_single_images_and_any_dtype(dtype: type) -> None:
 few = st.lists(st.integers(-5, 5), min_size=1, max_size=40)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ins=few, outs=few)
 def test_strictly_rising_transforms_change_nothing(ins: list[int], outs: list[int]) -> None:
     a, b = np.array(ins), np.array(outs)
@@ -125,7 +125,7 @@ def test_strictly_rising_transforms_change_nothing(ins: list[int], outs: list[in
         assert ood_metrics(rise(a), rise(b)) == base
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ins=few, outs=few)
 def test_swapping_id_and_ood_mirrors_the_figures(ins: list[int], outs: list[int]) -> None:
     a, b = np.array(ins), np.array(outs)
@@ -142,7 +142,7 @@ def test_swapping_id_and_ood_mirrors_the_figures(ins: list[int], outs: list[int]
     assert one["auroc"] + ood_metrics(b, a)["auroc"] == pytest.approx(1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ins=few, outs=few, seed=st.integers(0, 100))
 def test_order_does_not_matter_and_counting_agrees(ins: list[int], outs: list[int], seed: int) -> None:
     a, b = np.array(ins, float), np.array(outs, float)

@@ -3,7 +3,7 @@
 1. :mod:`quantlens.methods.quantlens_fast` rotates the network, finds ranges and fits the weights in closed form, here
    without rounding them for good, on the first :data:`FITTED` images.
 2. Block after block, the rounding of the weights (AdaRound's parameters, straight through the rounded direction), the
-   scales of the activations, biases and LayerNorms are trained towards the output of the float block, on inputs of
+   static scales of activations, biases and LayerNorms are trained towards the output of the float block, on inputs of
    which half the elements are the quantized network's and half the float one's (QDrop). The loss weighs the squared
    error by the average perturbation Hessian (APHQ-ViT, Wu et al., CVPR 2025, section 3.2); at the classifier it is
    the divergence of the predictions.
