@@ -170,6 +170,29 @@ def test_best_goes_on_where_fast_ends(digits):
     assert not torch.equal(q(digits["images"]), fast(digits["images"]))
 
 
+@pytest.mark.parametrize("harm", [False, True])
+def test_best_is_fast_where_training_harms_images_that_it_did_not_see(harm, loaded, pictures, monkeypatch):
+    from quantlens.methods import quantlens_best
+
+    held = []
+
+    def trained(graph, plan, images, run, settings, *, reference, **_):
+        held.extend(settings.held_out)
+        name = next(name for name in graph.tensors() if name.endswith("fc2.bias"))
+        near = {} if harm else reference.tensors()
+        graph.set_tensor(name, near.get(name, graph.tensor(name) + 20 * (torch.arange(32) % 3)))
+        plan.quantizers = {} if not harm else dict(plan.quantizers)
+        return []
+
+    fast = ql.quantize(loaded["vit"], pictures, "quantlens-fast", "W3A3")(pictures)
+    monkeypatch.setattr(quantlens_best, "train", trained)
+    q = ql.quantize(loaded["vit"], pictures, "quantlens-best", "W3A3", views_per_image=2)
+    assert held == [7, 15, 23]
+    told = q.plan.info["held_out"]
+    assert (told["after"] > told["before"] > 0) == harm
+    assert torch.equal(q(pictures), fast) == harm
+
+
 @pytest.mark.slow
 def test_best_trains_norms_and_biases_and_sees_views_where_asked(digits):
     def vectors(method, **options):

@@ -191,6 +191,43 @@ def test_a_block_that_got_worse_keeps_its_start(small, pictures):
     assert _equal((graph, plan), start)
 
 
+def test_images_that_are_held_out_are_measured_but_not_trained_on(small, pictures):
+    start = _start(small["vit"], pictures, "W3A8")
+    held = (1, 6)
+    settings = Settings(
+        ("rounding",), iterations=4, batch_size=3, straight_through=True, lr_rounding=0.2, held_out=held, guarded=False
+    )
+    graph, plan, report = _run(start, settings)
+    losses = _block_losses(graph, plan, start[0], Calibration.of(pictures[list(held)], small["vit"].preprocess))
+    assert [unit.after for unit in report.units] == pytest.approx(losses, rel=1e-3)
+    other = pictures.clone()
+    other[list(held)] = pictures[list(held)].flip(-1)
+    again = _run((*start[:2], Calibration.of(other, small["vit"].preprocess)), settings)
+    assert [u.after for u in again[2].units] != [u.after for u in report.units]
+    first = {edge.value.target for edge in find_units(graph)[0].edges if edge.is_weight}
+    for name in first:  # later units divide their loss by what it starts from, which the images held out say
+        assert torch.equal(again[0].tensor(str(name)), graph.tensor(str(name)))
+
+
+def test_rounding_is_learned_from_where_the_graph_is(small, pictures):
+    """Weights that are rounded otherwise than to nearest stay so without training, and are trained towards the float
+    ones."""
+    original, plan, calibration = _start(small["vit"], pictures, "W3A32")
+    graph, more = original.clone(), {"reference": original}
+    unrounded = {str(e.value.target): e for e in graph.sites.edges.values() if e.is_weight}
+    more["unrounded"] = {name: original.tensor(name) for name in unrounded}
+    for edge in unrounded.values():
+        name, quantizer = str(edge.value.target), plan.quantizers[edge.key]
+        weight = original.tensor(name)
+        graph.set_tensor(name, quantizer(weight + quantizer.spread(quantizer.scale, weight.dim()) * (weight > 0)))
+    still, _, report = _run((graph, plan, calibration), Settings(("rounding",), iterations=0), **more)
+    assert all(torch.equal(still.tensor(name), graph.tensor(name)) for name in unrounded)
+    settings = Settings(("rounding",), iterations=8, straight_through=True, lr_rounding=0.3, batch_size=8)
+    _, _, trained = _run((graph, plan, calibration), settings, **more)
+    assert trained.units[0].before == report.units[0].before > 0
+    assert sum(u.after < 0.5 * u.before for u in trained.units) >= 2
+
+
 SETTINGS = Settings(iterations=6, rounds=2, batch_size=4, straight_through=True, lr_rounding=0.1, drop=0.5)
 
 
@@ -235,12 +272,12 @@ def test_a_killed_run_goes_on_bit_equal(small, pictures, tmp_path):
     assert _equal(finished, whole)
 
 
-@pytest.mark.parametrize("what", ["seed", "settings", "images", "plan", "damage"])
+@pytest.mark.parametrize("what", ["seed", "settings", "images", "plan", "unrounded", "damage"])
 def test_a_stored_block_is_used_only_for_the_same_run(what, small, pictures, tmp_path):
     start = _start(small["plain"], pictures)
     _run(start, SETTINGS, checkpoint=tmp_path)
     graph, plan, calibration = start
-    settings, seed = SETTINGS, 0
+    settings, seed, more = SETTINGS, 0, {}
     if what == "seed":
         seed = 1
     elif what == "settings":
@@ -250,10 +287,12 @@ def test_a_stored_block_is_used_only_for_the_same_run(what, small, pictures, tmp
     elif what == "plan":
         key = next(iter(plan.quantizers))
         plan = Plan({**plan.quantizers, key: Uniform(torch.tensor(0.123), torch.tensor(3), 8, signed=False)})
+    elif what == "unrounded":
+        more["unrounded"] = {name: t for name, t in graph.tensors().items() if t.dim() > 1}
     else:
         for path in tmp_path.glob("*.safetensors"):
             path.write_bytes(path.read_bytes()[:50])
-    assert _run((graph, plan, calibration), settings, seed=seed, checkpoint=tmp_path)[2].resumed == 0
+    assert _run((graph, plan, calibration), settings, seed=seed, checkpoint=tmp_path, **more)[2].resumed == 0
 
 
 # -- what the unit reads in training, and what is dropped ------------------------------------------------------------

@@ -75,6 +75,29 @@ def test_it_starts_at_the_float_weight():
     assert torch.equal(rounding.harden()[close], quantizer(weight)[close]), "undisturbed, it rounds to nearest"
 
 
+@pytest.mark.parametrize("how", ["asymmetric", "symmetric"])
+def test_it_starts_from_rounded_weights_and_goes_towards_the_float_ones(how):
+    x, weight = _layer(2)
+    quantizer = _quantizer(weight, 4, how)
+    moved = torch.randint(-2, 3, weight.shape, generator=torch.Generator().manual_seed(0)) * quantizer.spread(
+        quantizer.scale, 2
+    )
+    rounded = quantizer(weight + moved)
+    rounding = AdaRound(quantizer, weight, straight_through=True, rounded=rounded)
+    assert torch.equal(rounding.harden(), rounded)
+    assert torch.equal(rounding().detach(), rounded)
+    rounding.quantizer_start = rounded
+    _train(rounding, x, weight, steps=50)
+    hard, step = rounding.harden(), rounding.scale
+    assert not torch.equal(hard, rounded)
+    assert float(((hard - rounded) / step).abs().max()) < 1.001, "to the next level at most"
+    assert bool(((hard - weight).abs() <= (rounded - weight).abs() + 1.001 * step).all())
+    changed = hard != rounded
+    far = changed & ((rounded - weight).abs() > 1.001 * step)
+    assert far.any()
+    assert bool(((hard - weight).abs() < (rounded - weight).abs())[far].all()), "towards the float weight"
+
+
 def test_weights_outside_the_range_are_clipped():
     quantizer = Uniform(torch.tensor(0.1), None, 3)
     hard = AdaRound(quantizer, torch.tensor([[-9.0, 0.04, 9.0]])).harden()

@@ -1,6 +1,7 @@
 """What methods share that optimise block by block: their common options, the quantizers they start from, settings."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -106,13 +107,22 @@ def train(
     reference: Graph | None = None,
     stage: str = "",
     part: tuple[int, int] = (0, 1),
+    unrounded: Mapping[str, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """Reconstruct every block; what was reached, for the plan's notes. stage: folder of the checkpoint, where a method
-    has several. part: of the progress (number, how many)."""
+    has several. part: of the progress (number, how many). unrounded: see :func:`reconstruct`."""
     folder = f"{run['checkpoint']}/{stage}" if stage and run["checkpoint"] else run["checkpoint"]
     told = portion(run.progress, *part)
     report = reconstruct(
-        graph, plan, calibration, settings, seed=run.seed, reference=reference, progress=told, checkpoint=folder
+        graph,
+        plan,
+        calibration,
+        settings,
+        seed=run.seed,
+        reference=reference,
+        progress=told,
+        checkpoint=folder,
+        unrounded=unrounded,
     )
     return report.info()
 

@@ -62,12 +62,11 @@ class Layer:
 @dataclass(frozen=True)
 class Fitted:
     """A layer's weight: its quantizer; its values [out, in] on that grid (``None``: rounded to nearest); what is to be
-    subtracted from the bias [out]; and what the graph stores, where that is not the values."""
+    subtracted from the bias [out]."""
 
     quantizer: Quantizer
     value: Tensor | None = None
     shift: Tensor | None = None
-    stored: Tensor | None = None
 
 
 RangeRule = Callable[[Site, Edge, EdgeView, int], Quantizer]
@@ -114,7 +113,6 @@ def fit_layers(
     edges = quantized_edges(graph, bits)
     CalibrationPass(graph, calibration, sequential=sequential, seed=run.seed).run(edges, on_edge, run.progress)
     for name, (_, fitted) in found.items():
-        stored = fitted.value if fitted.stored is None else fitted.stored
-        graph.set_tensor(name, stored.reshape(graph.tensor(name).shape))  # type: ignore[union-attr]
+        graph.set_tensor(name, fitted.value.reshape(graph.tensor(name).shape))  # type: ignore[union-attr]
     subtract_from_biases(graph, {site: one.shift for site, one in found.values() if one.shift is not None})
     return len(found)

@@ -1,23 +1,31 @@
 """quantlens-best: quantlens-fast, then every block, or the whole of a detector, trained for some hundred steps.
 
-1. :mod:`quantlens.methods.quantlens_fast` rotates the network, finds ranges and fits the weights in closed form, here
-   without rounding them for good, on the first :data:`FITTED` images.
-2. Block after block, the rounding of the weights (AdaRound's parameters, straight through the rounded direction), the
-   static scales of activations, biases and LayerNorms are trained towards the output of the float block, on inputs of
-   which half the elements are the quantized network's and half the float one's (QDrop). The loss weighs the squared
-   error by the average perturbation Hessian (APHQ-ViT, Wu et al., CVPR 2025, section 3.2); at the classifier it is
-   the divergence of the predictions.
+1. :mod:`quantlens.methods.quantlens_fast` rotates the network, finds ranges, fits and rounds the weights in closed
+   form, on the first :data:`FITTED` images.
+2. Block after block, the rounding of the weights (AdaRound's parameters, straight through the rounded direction, from
+   where they are rounded), the static scales of activations, biases and LayerNorms are trained towards the output of
+   the float block, on inputs of which half the elements are the quantized network's and half the float one's (QDrop).
+   The loss weighs the squared error by the average perturbation Hessian (APHQ-ViT, Wu et al., CVPR 2025, section 3.2);
+   at the classifier it is the divergence of the predictions.
 3. Beside every calibration image stand views of it (:mod:`quantlens.calibration.images`): crops, and
    out-of-distribution images made of it. Blocks that see a few hundred images alone overfit them.
+4. One of :data:`HELD` images, with its views, is not trained on. What training made of a block is kept where these gain
+   by it, and what it made of the network where these, too, are predicted more as in float; else it is quantlens-fast's.
 
 A detector is trained as a whole, because it is the error of its boxes that counts, to which every layer adds: the
 weights themselves, straight through their quantizers, from where quantlens-fast has rounded them, towards the float
 model's logits and boxes, on images and compositions of them.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
+from quantlens.calibration import CHUNK
 from quantlens.calibration.images import composed, draw, with_views
+from quantlens.formats import Quantizer
 from quantlens.methods._reconstruction import CHECKPOINT, FULL, portion, steps, train
 from quantlens.methods.base import (
     MATMUL_OPERANDS,
@@ -32,7 +40,9 @@ from quantlens.methods.base import (
     matmul_operand_edges,
 )
 from quantlens.methods.quantlens_fast import QuantlensFast
+from quantlens.metrics.divergence import kl_of_logits
 from quantlens.reconstruction import DetectionLoss, MetricLoss, Settings, perturbation_metrics
+from quantlens.reconstruction.units import frozen_hook, whole_network
 
 FITTED = 64
 """Images that ranges, the closed form and the perturbation Hessian are made on, at most."""
@@ -43,8 +53,20 @@ STEPS, LONG, NARROW = 160, 400, 3
 WHOLE_STEPS, WHOLE_BATCH, WHOLE_IMAGES = 600, 16, 512
 """Steps and images per step of a detector; images and views of them that it is trained on, by default."""
 
+HELD = 8
+"""One of so many images is held out."""
+
 FAST = QuantlensFast.info.options
 """Options of the start; those of them that are no options here have their defaults."""
+
+
+def logits_of(graph: Graph, quantizers: Mapping[str, Quantizer], images: Tensor) -> Tensor:
+    """What the quantized graph makes of images: [N, K]."""
+    unit, end = whole_network(graph), graph.output
+    hook = frozen_hook(graph, unit, quantizers)
+    chunks = images.split(CHUNK)
+    with torch.no_grad():
+        return torch.cat([graph.run(unit.nodes, {graph.input: x}, hook=hook, keep=(end,))[end] for x in chunks])
 
 
 class QuantlensBest(Method):
@@ -59,7 +81,7 @@ class QuantlensBest(Method):
         summary="quantlens-fast, then every block trained for a short time, on the images and views of them",
         aliases=("best",),
         arguments=QuantlensFast.info.arguments,
-        version=13,
+        version=14,
         options={
             "activation_granularity": FAST["activation_granularity"],
             "softmax": FAST["softmax"],
@@ -109,15 +131,30 @@ class QuantlensBest(Method):
         original = graph.clone(share=True)
         blocks = iterations > 0 and not whole
         metrics = perturbation_metrics(graph, fitted, seed=run.seed, sigmoid=run.sigmoid) if blocks else {}
-        fast.calibrate(graph, fitted, bits, plan, start, rounded=not blocks)
-        if iterations:
-            settings = (
-                self.whole(run, iterations) if whole else self.blocks(run, iterations, MetricLoss(metrics, run.sigmoid))
-            )
-            view = composed if whole else lambda seen, generator: draw(seen, run["ood_view_share"], generator)
-            images = with_views(calibration, round(run["views_per_image"] * count), run.seed, view)
-            told = train(graph, plan, images, run, settings, reference=original, part=(1, 2))
-            plan.notes |= {"reconstruction": told, "iterations": iterations}
+        unrounded = fast.calibrate(graph, fitted, bits, plan, start)
+        if not iterations:
+            return plan
+        views = round(run["views_per_image"] * count)
+        held = [] if whole else [n for n in range(count + views) if n % count % HELD == HELD - 1]
+        settings = (
+            self.whole(run, iterations) if whole else self.blocks(run, iterations, MetricLoss(metrics, run.sigmoid))
+        )
+        view = composed if whole else lambda seen, generator: draw(seen, run["ood_view_share"], generator)
+        images = with_views(calibration, views, run.seed, view)
+        settings, begun = replace(settings, held_out=tuple(held)), (graph.clone(share=True), dict(plan.quantizers))
+        told = train(graph, plan, images, run, settings, reference=original, part=(1, 2), unrounded=unrounded)
+        plan.notes |= {"reconstruction": told, "iterations": iterations}
+        if held:
+            networks = ((original, {}), begun, (graph, plan.quantizers))
+            chunks = ([n - i * CHUNK for n in held if n // CHUNK == i] for i in range(images.pieces))
+            seen = torch.cat([images.chunk(i)[numbers] for i, numbers in enumerate(chunks)])
+            expected, *found = (logits_of(*network, seen) for network in networks)
+            before, after = (float(kl_of_logits(expected, logits, "mean")) for logits in found)
+            plan.notes["held_out"] = {"images": len(held), "before": before, "after": after}
+            if not after < before:
+                for name, tensor in begun[0].tensors().items():
+                    graph.set_tensor(name, tensor)
+                plan.quantizers = begun[1]
         return plan
 
     def blocks(self, run: Run, iterations: int, loss: MetricLoss) -> Settings:

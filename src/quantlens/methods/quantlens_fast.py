@@ -296,9 +296,10 @@ class QuantlensFast(Method):
         return done
 
     def calibrate(
-        self, graph: Graph, calibration: Calibration, bits: Widths, plan: Plan, run: Run, *, rounded: bool = True
-    ) -> None:
-        """Ranges and weights in one pass. rounded: put rounded weights into the graph, or as they are before that."""
+        self, graph: Graph, calibration: Calibration, bits: Widths, plan: Plan, run: Run
+    ) -> dict[str, Tensor]:
+        """Ranges and weights in one pass; returns what weights were rounded from, by name."""
+        unrounded: dict[str, Tensor] = {}
         fit_weight, names = self.weight_fit(run), [site.weight for site in graph.sites.of_kind("linear", "conv")]
 
         def fit(layer: Layer) -> Fitted:
@@ -318,7 +319,8 @@ class QuantlensFast(Method):
             if layer.free:  # at once: the layers after it see it
                 bias, shift = ensure_bias(graph, layer.site), output_shift(layer.weight, value, moments)
                 graph.set_tensor(bias, (graph.tensor(bias).double() - shift).to(value.dtype))
-            return Fitted(quantizer, value, stored=None if rounded else target)
+            unrounded[str(layer.site.weight)] = target
+            return Fitted(quantizer, value)
 
         rule = self.ranges(graph, run)
 
@@ -329,6 +331,7 @@ class QuantlensFast(Method):
         fit_layers(graph, calibration, bits, plan, fit, run, sequential=True, ranges=ranges)
         kinds = [plan.quantizers[e.key].granularity for e in quantized_edges(graph, bits) if not e.is_weight]
         plan.notes["activations"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+        return unrounded
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         size = run["group_size"] or GROUP

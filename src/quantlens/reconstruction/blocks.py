@@ -10,13 +10,13 @@ graph and quantizers: rounded weights are written back as the values that their 
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
-from quantlens.calibration import MEMORY, ActivationStore, Calibration, held_memory
+from quantlens.calibration import CHUNK, MEMORY, ActivationStore, Calibration, held_memory
 from quantlens.errors import UnsupportedError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
@@ -51,22 +51,24 @@ def reconstruct(
     progress: Callable[[int, int], None] | None = None,
     checkpoint: Path | str | None = None,
     memory: int = MEMORY,
+    unrounded: Mapping[str, Tensor] | None = None,
 ) -> Report:
     """Reconstruct ``graph`` under ``plan`` unit by unit; changes weights of the graph and quantizers of the plan.
 
     calibration: images, on the graph's device. reference: the float model to come near to where ``graph`` no longer is
     it: a graph with the same units. progress: called with (done, total) steps. checkpoint: a folder for the finished
     units; a later call with equal graph, plan, images, settings and seed goes on after the last of them, bit-equal.
-    memory: bytes of cached activations kept in memory, the rest goes to a temporary file.
+    memory: bytes of cached activations kept in memory, the rest goes to a temporary file. unrounded: by name, what
+    weights of the graph were rounded from; learning to round them starts from the graph's.
 
-    Random numbers come from a CPU generator,
-    seeded per unit. Raises UnsupportedError for a plan with integer operators (train before they are put in).
+    Random numbers come from a CPU generator, seeded per unit. Raises UnsupportedError for a plan with integer operators
+    (train before they are put in).
     """
     settings = settings or Settings()
     units, originals = _units(graph, plan, reference or graph, settings.whole)
     saved = None
     if checkpoint is not None:
-        saved = Checkpoint(checkpoint, graph, plan, calibration, settings, seed, reference)
+        saved = Checkpoint(checkpoint, graph, plan, calibration, settings, seed, reference, unrounded)
     each, resumed = max(settings.iterations, 1), 0
     reports: list[UnitReport] = []
 
@@ -81,7 +83,11 @@ def reconstruct(
             outputs, result = None, saved.read(index, unit) if saved else None
             resumed += result is not None
             if result is None:
-                outputs, result = _UnitTraining(graph, plan.quantizers, unit, streams, settings, seed, index).run(tell)
+                learners = Learners.of(graph, plan.quantizers, unit, settings, unrounded)
+                training = _UnitTraining(
+                    graph, plan.quantizers, unit, streams, settings, learners, (seed << 20) + index
+                )
+                outputs, result = training.run(tell)
                 if saved:
                     saved.write(index, unit, result)
             for name, value in result.tensors.items():
@@ -118,14 +124,17 @@ class _UnitTraining:
         unit: Unit,
         streams: Streams,
         settings: Settings,
+        learners: Learners,
         seed: int,
-        index: int,
     ):
         self.graph, self.quantizers, self.unit, self.streams = graph, quantizers, unit, streams
         self.settings, self.device = settings, graph.device
         self.loss = LOSSES[settings.loss] if isinstance(settings.loss, str) else settings.loss
-        self.generator = torch.Generator().manual_seed((seed << 20) + index)
-        self.learners = Learners.of(graph, quantizers, unit, settings)
+        self.generator, self.learners = torch.Generator().manual_seed(seed), learners
+        held = torch.zeros(streams.count, dtype=torch.bool)
+        held[list(settings.held_out)] = True
+        self.trained = (~held).nonzero()[:, 0]
+        self.measured = held.nonzero()[:, 0] if held.any() else self.trained
 
     def run(self, tell: Callable[[int], None]) -> tuple[Outputs, Result]:
         """Train in rounds, measure after each, keep the best. Returns the kept unit's results for all images, and what
@@ -173,13 +182,13 @@ class _UnitTraining:
         return objects_of(logits.pick(images).flatten(0, 1), sigmoid)
 
     def _measure(self, outputs: Outputs) -> float:
-        """The loss over all images."""
+        """The loss over all images, or those that are held out."""
         total = 0.0
-        for first, last in self.streams.chunks:
+        for images in self.measured.split(CHUNK):
             for node in self.scale_of:
-                got, expected = (x[node].rows(first, last).flatten(0, 1) for x in (outputs, self.streams.float))
-                loss = self.loss(got, expected, self._context(node, torch.arange(first, last)))
-                total += float(loss) * (last - first) / self.streams.count
+                got, expected = (x[node].pick(images).flatten(0, 1) for x in (outputs, self.streams.float))
+                loss = self.loss(got, expected, self._context(node, images))
+                total += float(loss) * len(images) / len(self.measured)
         return total
 
     def _size(self, node: fx.Node) -> float:
@@ -227,9 +236,10 @@ class _UnitTraining:
         return [Group(found[kind], rates[kind] * factor, falling=kind not in constant) for kind in found]
 
     def _batches(self) -> Iterator[Tensor]:
-        """Numbers of the images of each mini-batch: a shuffled pass over all images, again and again."""
-        size, count = min(self.settings.batch_size, self.streams.count), self.streams.count
+        """Numbers of the images of each mini-batch: a shuffled pass over those that are trained on, again and again."""
+        count = len(self.trained)
+        size = min(self.settings.batch_size, count)
         while True:
-            order = torch.randperm(count, generator=self.generator)
+            order = self.trained[torch.randperm(count, generator=self.generator)]
             for first in range(0, count - size + 1, size):
                 yield order[first : first + size]

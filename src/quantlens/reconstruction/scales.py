@@ -171,6 +171,9 @@ def fake_quantize(quantizer: Any, x: Tensor, kept: Tensor | None = None) -> Tens
 ZETA, GAMMA = 1.1, -0.1
 """Ends of the stretched sigmoid: it reaches 0 and 1 at finite α (Louizos et al., 2018)."""
 
+MARGIN = 0.05
+"""How far from ½, at least, h starts where a weight is rounded already."""
+
 
 class AdaRound(nn.Module):
     """A weight whose rounding is learned, on the grid of a frozen :class:`~quantlens.formats.Uniform`.
@@ -178,12 +181,15 @@ class AdaRound(nn.Module):
     quantizer: uniform, symmetric or asymmetric, per tensor or per channel. weight: the float weight, float32, any shape
     that the quantizer fits. ``forward()`` gives the soft weight (same shape); :attr:`alpha` is what is learned.
     straight_through: the forward pass uses the rounded direction, h ≥ ½, and the gradient that of the soft one; the
-    loss is then that of the hard weight at every step, and no regulariser is needed.
+    loss is then that of the hard weight at every step, and no regulariser is needed. rounded: values on the grid that
+    the hard weight starts from; the other level is then the next one towards ``weight``.
 
     Raises UnsupportedError for a format that is not uniform, ValueError for a weight that is not finite.
     """
 
-    def __init__(self, quantizer: Quantizer, weight: Tensor, *, straight_through: bool = False):
+    def __init__(
+        self, quantizer: Quantizer, weight: Tensor, *, straight_through: bool = False, rounded: Tensor | None = None
+    ):
         super().__init__()
         if not isinstance(quantizer, Uniform):
             raise UnsupportedError(
@@ -198,8 +204,15 @@ class AdaRound(nn.Module):
         self.register_buffer("scale", spread(quantizer.scale, dims).clone())
         self.register_buffer("low", spread((quantizer.qmin - quantizer.zero_point).float(), dims))
         self.register_buffer("high", spread((quantizer.qmax - quantizer.zero_point).float(), dims))
-        self.register_buffer("floor", levels.floor())
-        self.alpha = nn.Parameter(torch.logit((levels - self.floor - GAMMA) / (ZETA - GAMMA)))
+        floor, part = levels.floor(), levels - levels.floor()
+        if rounded is not None:
+            start = (rounded.detach().float() * spread(1.0 / quantizer.scale, dims)).round()
+            floor = torch.minimum(torch.maximum(floor, start - 1), start)
+            part = torch.where(
+                start > floor, (levels - floor).clamp(0.5 + MARGIN, 1.0), (levels - floor).clamp(0.0, 0.5 - MARGIN)
+            )
+        self.register_buffer("floor", floor)
+        self.alpha = nn.Parameter(torch.logit((part - GAMMA) / (ZETA - GAMMA)))
 
     def h(self) -> Tensor:
         """How far each weight is from the level below to the one above, in [0, 1]."""

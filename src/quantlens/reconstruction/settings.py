@@ -178,7 +178,9 @@ class Settings:
     float_weights: bool = False
     """With "weights": those that are not quantized are trained, too."""
     guarded: bool = True
-    """A unit whose loss on all images did not fall keeps its start."""
+    """A unit whose loss did not fall keeps its start."""
+    held_out: tuple[int, ...] = ()
+    """Numbers of images that are not trained on; the loss is measured on these alone (none: on all)."""
     whole: bool = False
     """The network is one unit, compared by its logits and boxes."""
 
@@ -261,10 +263,11 @@ class Checkpoint:
         settings: Any,
         seed: int,
         reference: Graph | None = None,
+        unrounded: Mapping[str, Tensor] | None = None,
     ):
         self.folder = Path(folder)
         check_writable(self.folder / "unit")
-        self.key = fingerprint(graph, plan.quantizers, calibration, settings, seed, reference)
+        self.key = fingerprint(graph, plan.quantizers, calibration, settings, seed, reference, unrounded)
 
     def _path(self, index: int, unit: Unit) -> Path:
         return self.folder / f"{index:03d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', unit.name)}.safetensors"
@@ -310,9 +313,10 @@ def fingerprint(
     settings: Any,
     seed: int,
     reference: Graph | None = None,
+    unrounded: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """Hex digest of everything that determines a reconstruction: graph, reference, quantizers, images,
-    settings (a dataclass), seed, torch's version and the kind of device. A loss with a state counts by
+    """Hex digest of everything that determines a reconstruction: graph, reference, quantizers, images, unrounded
+    weights, settings (a dataclass), seed, torch's version and the kind of device. A loss with a state counts by
     ``loss.state()``."""
     digest = hashlib.sha256()
 
@@ -332,6 +336,8 @@ def fingerprint(
                 add(node.op, node.target, node.args, node.kwargs)
             for name, tensor in part.tensors().items():
                 add(name, tensor)
+    for name, tensor in sorted((unrounded or {}).items()):
+        add("unrounded", name, tensor)
     shared: dict[int, int] = {}
     for key, quantizer in sorted(quantizers.items()):
         add(key, json.dumps(quantizer.config(), sort_keys=True), shared.setdefault(id(quantizer), len(shared)))

@@ -84,7 +84,14 @@ class Learners:
     vectors: dict[fx.Node, Vector] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, graph: Graph, quantizers: Mapping[str, Quantizer], unit: Unit, settings: Settings) -> "Learners":
+    def of(
+        cls,
+        graph: Graph,
+        quantizers: Mapping[str, Quantizer],
+        unit: Unit,
+        settings: Settings,
+        unrounded: Mapping[str, Tensor] | None = None,
+    ) -> "Learners":
         """Learners for what ``settings.optimise`` names in a unit: weights that one layer alone reads, scales that can
         be learned and that no other unit shares, vectors that the unit alone reads."""
         found, inside = cls(), {edge.key for edge in unit.edges}
@@ -94,8 +101,9 @@ class Learners:
         for edge in unit.edges:
             quantizer = quantizers.get(edge.key)
             if edge.is_weight:
-                learner = _weight(graph.tensor(str(edge.value.target)), quantizer, settings)
-                if learner is not None and uses[str(edge.value.target)] == 1:
+                name = str(edge.value.target)
+                learner = _weight(graph.tensor(name), quantizer, settings, (unrounded or {}).get(name))
+                if learner is not None and uses[name] == 1:
                     found.by_edge[edge.key] = learner
             elif SCALES in settings.optimise and learnable(quantizer) and id(quantizer) not in shared:
                 found.by_edge[edge.key] = scales.setdefault(id(quantizer), LearnedScale(quantizer))  # type: ignore[arg-type]
@@ -155,12 +163,15 @@ class Learners:
         return tensors | {str(node.target): vector.harden() for node, vector in self.vectors.items()}, quantizers
 
 
-def _weight(weight: Tensor, quantizer: Quantizer | None, settings: Settings) -> AdaRound | Latent | None:
-    """The learner of a weight, None where it stays as it is."""
+def _weight(
+    weight: Tensor, quantizer: Quantizer | None, settings: Settings, unrounded: Tensor | None = None
+) -> AdaRound | Latent | None:
+    """The learner of a weight, None where it stays as it is. unrounded: what it was rounded from."""
     if (quantizer is None and not settings.float_weights) or not bool(torch.isfinite(weight).all()):
         return None
     if ROUNDING in settings.optimise and isinstance(quantizer, Uniform):
-        return AdaRound(quantizer, weight, straight_through=settings.straight_through)
+        start, weight = (None, weight) if unrounded is None else (weight, unrounded.reshape(weight.shape))
+        return AdaRound(quantizer, weight, straight_through=settings.straight_through, rounded=start)
     return Latent(quantizer, weight) if WEIGHTS in settings.optimise else None
 
 
