@@ -10,11 +10,26 @@ least squared error. e is an integer of 8 bits and z one of b bits (8 codes of 4
 Zero is a level: what a ReLU has made zero stays zero, and the codes of groups that are positive all lie above it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from quantlens.formats.base import needs_grad
 from quantlens.formats.group_scaled import LEAST, MOST, Grouped, exponents_of
+
+
+class _Through(torch.autograd.Function):
+    """x, what it is rounded to, and where it lies inside the range (1, else 0): the second, with x's gradient there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, inside: Tensor) -> Tensor:
+        ctx.save_for_backward(inside)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return grad * ctx.saved_tensors[0], None, None
 
 
 class GroupAffine(Grouped):
@@ -80,14 +95,16 @@ class GroupAffine(Grouped):
         return self._codes(groups, zeros, scales).sub_(zeros).mul_(scales)
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = self.groups(x)
+        trained = needs_grad(x)
         with torch.no_grad():
+            groups = self.groups(x)
             _, zeros, scales = self.terms(groups)
-            value = self._rounded(groups, zeros, scales)
-        if needs_grad(x):
-            through = torch.minimum(torch.maximum(groups, -zeros * scales), (self.qmax - zeros) * scales)
-            value = value + (through - through.detach())
-        return self.whole(value)
+            value = self.whole(self._rounded(groups, zeros, scales))
+            if not trained:
+                return value
+            ends = -zeros * scales, (self.qmax - zeros) * scales
+            inside = self.whole(torch.minimum(groups.maximum(ends[0]), ends[1]).eq_(groups))
+        return _Through.apply(x, value, inside)
 
     def encode(self, x: Tensor) -> Tensor:
         with torch.no_grad():
