@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import quantlens as ql
 from quantlens.calibration import Calibration
@@ -170,8 +171,8 @@ def test_best_goes_on_where_fast_ends(digits):
     assert not torch.equal(q(digits["images"]), fast(digits["images"]))
 
 
-@pytest.mark.parametrize("harm", [False, True])
-def test_best_is_fast_where_training_harms_images_that_it_did_not_see(harm, loaded, pictures, monkeypatch):
+@pytest.mark.parametrize(("logits", "harm"), [(10, False), (10, True), (1, False)])
+def test_best_is_fast_where_training_harms_images_that_it_did_not_see(logits, harm, fresh, pictures, monkeypatch):
     from quantlens.methods import quantlens_best
 
     held = []
@@ -184,9 +185,12 @@ def test_best_is_fast_where_training_harms_images_that_it_did_not_see(harm, load
         plan.quantizers = {} if not harm else dict(plan.quantizers)
         return []
 
-    fast = ql.quantize(loaded["vit"], pictures, "quantlens-fast", "W3A3")(pictures)
+    model = fresh("vit")
+    if logits == 1:
+        model = ql.load_model(nn.Sequential(model.module, nn.Linear(10, 1)), input_size=(3, 32, 32))
+    fast = ql.quantize(model, pictures, "quantlens-fast", "W3A3")(pictures)
     monkeypatch.setattr(quantlens_best, "train", trained)
-    q = ql.quantize(loaded["vit"], pictures, "quantlens-best", "W3A3", views_per_image=2)
+    q = ql.quantize(model, pictures, "quantlens-best", "W3A3", views_per_image=2)
     assert held == [7, 15, 23]
     told = q.plan.info["held_out"]
     assert (told["after"] > told["before"] > 0) == harm

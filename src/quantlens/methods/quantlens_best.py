@@ -69,6 +69,13 @@ def logits_of(graph: Graph, quantizers: Mapping[str, Quantizer], images: Tensor)
         return torch.cat([graph.run(unit.nodes, {graph.input: x}, hook=hook, keep=(end,))[end] for x in chunks])
 
 
+def difference(expected: Tensor, got: Tensor) -> float:
+    """Mean divergence of predictions [N, ..., K]; of one logit, its mean squared error."""
+    if expected.shape[-1] == 1:
+        return float((got - expected).square().mean())
+    return float(kl_of_logits(expected, got, "mean"))
+
+
 class QuantlensBest(Method):
     info = MethodInfo(
         name="quantlens-best",
@@ -145,11 +152,11 @@ class QuantlensBest(Method):
         told = train(graph, plan, images, run, settings, reference=original, part=(1, 2), unrounded=unrounded)
         plan.notes |= {"reconstruction": told, "iterations": iterations}
         if held:
-            networks = ((original, {}), begun, (graph, plan.quantizers))
             chunks = ([n - i * CHUNK for n in held if n // CHUNK == i] for i in range(images.pieces))
             seen = torch.cat([images.chunk(i)[numbers] for i, numbers in enumerate(chunks)])
-            expected, *found = (logits_of(*network, seen) for network in networks)
-            before, after = (float(kl_of_logits(expected, logits, "mean")) for logits in found)
+            networks: list[tuple[Graph, dict[str, Quantizer]]] = [(original, {}), begun, (graph, plan.quantizers)]
+            expected, *found = (logits_of(one, quantizers, seen) for one, quantizers in networks)
+            before, after = (difference(expected, got) for got in found)
             plan.notes["held_out"] = {"images": len(held), "before": before, "after": after}
             if not after < before:
                 for name, tensor in begun[0].tensors().items():
