@@ -1,20 +1,13 @@
 """quantlens-best: quantlens-fast, then every block, or the whole of a detector, trained for some hundred steps.
 
-1. :mod:`quantlens.methods.quantlens_fast` rotates the network, finds ranges, fits and rounds the weights in closed
-   form, on the first :data:`FITTED` images.
-2. Block after block, the rounding of the weights (AdaRound's parameters, straight through the rounded direction, from
-   where they are rounded), the static scales of activations, biases and LayerNorms are trained towards the output of
-   the float block, on inputs of which half the elements are the quantized network's and half the float one's (QDrop).
-   The loss weighs the squared error by the average perturbation Hessian (APHQ-ViT, Wu et al., CVPR 2025, section 3.2);
-   at the classifier it is the divergence of the predictions.
-3. Beside every calibration image stand views of it (:mod:`quantlens.calibration.images`): crops, and
-   out-of-distribution images made of it. Blocks that see a few hundred images alone overfit them.
-4. One of :data:`HELD` images, with its views, is not trained on. What training made of a block is kept where these gain
-   by it, and what it made of the network where these, too, are predicted more as in float; else it is quantlens-fast's.
+Rounding of the weights (AdaRound, from where they are rounded), static scales of activations, biases and LayerNorms are
+trained towards the float block's output, on QDrop's mixed inputs, by the average perturbation Hessian (APHQ-ViT, Wu et
+al., CVPR 2025, section 3.2), at the classifier by the divergence of the predictions, on the images and views of them.
+One of :data:`HELD` images and its views is held out: what training made of a block, and then of the network, is kept
+where these gain by it.
 
-A detector is trained as a whole, because it is the error of its boxes that counts, to which every layer adds: the
-weights themselves, straight through their quantizers, from where quantlens-fast has rounded them, towards the float
-model's logits and boxes, on images and compositions of them.
+A detector is trained as a whole, since every layer adds to the error of its boxes: the weights themselves, straight
+through their quantizers, towards the float model's logits and boxes, on images and compositions of them.
 """
 
 from collections.abc import Mapping

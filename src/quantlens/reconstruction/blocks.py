@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from quantlens.calibration import CHUNK, MEMORY, ActivationStore, Calibration, held_memory
-from quantlens.errors import UnsupportedError
+from quantlens.errors import QuantlensError, UnsupportedError
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
 from quantlens.metrics.divergence import objects_of
@@ -134,6 +134,8 @@ class _UnitTraining:
         held = torch.zeros(streams.count, dtype=torch.bool)
         held[list(settings.held_out)] = True
         self.trained = (~held).nonzero()[:, 0]
+        if not len(self.trained):
+            raise QuantlensError("every image is held out; leave some to train on")
         self.measured = held.nonzero()[:, 0] if held.any() else self.trained
 
     def run(self, tell: Callable[[int], None]) -> tuple[Outputs, Result]:
