@@ -3,7 +3,7 @@
 Rounding of the weights (AdaRound, from where they are rounded), static scales of activations, biases and LayerNorms are
 trained towards the float block's output, on QDrop's mixed inputs, by the average perturbation Hessian (APHQ-ViT, Wu et
 al., CVPR 2025, section 3.2), at the classifier by the divergence of the predictions, on the images and views of them.
-One of :data:`HELD` images and its views is held out: what training made of a block, and then of the network, is kept
+Every eighth image and its views are held out: what training made of a block, and then of the network, is kept
 where these gain by it.
 
 A detector is trained as a whole, since every layer adds to the error of its boxes: the weights themselves, straight
