@@ -88,7 +88,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
 def main() -> None:
     given = arguments("calibration_images", __doc__).parse_args()
     if given.publish:
-        figure(publish(given.out, "calibration_images", shown)).save(FIGURE)
+        figure(publish(given.out, "calibration_images", shown, ("model", "method", "bits", "images"))).save(FIGURE)
         return
     chosen = given.model or list(MODELS)
     cells: list[Row] = [{"model": one, "method": None, "bits": "FP32", "images": None} for one in chosen]

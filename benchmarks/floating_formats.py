@@ -68,7 +68,7 @@ def shown(row: Row) -> Row:
 def main() -> None:
     given = arguments("floating_formats", __doc__).parse_args()
     if given.publish:
-        publish(given.out, "floating_formats", shown)
+        publish(given.out, "floating_formats", shown, ("model", "format", "method"))
         return
     chosen = given.model or list(MODELS)
     cells = [{"model": one, "format": form, "method": method} for form, _, method, _ in CELLS for one in chosen]

@@ -46,10 +46,13 @@ def measure(out: Path, cells: list[Row], numbers: Callable[[Row], Row]) -> None:
         print(f"{number}/{len(left)} {row} about {hours:.1f} h left", flush=True)
 
 
-def publish(files: list[Path], key: str, row: Callable[[Row], Row]) -> list[Row]:
-    """Put the measured cells into docs/results.json, under ``key``; returns them. row: a cell as it stands there."""
+def publish(files: list[Path], key: str, row: Callable[[Row], Row], cell: tuple[str, ...]) -> list[Row]:
+    """Put the measured cells into docs/results.json, under ``key``, beside those that are there of other cells; returns
+    all. row: a cell as it stands there. cell: names of what tells one from another."""
     data = json.loads(FILE.read_text(encoding="utf-8"))
-    data[key] = [row(json.loads(line)) for file in files for line in file.open()]
+    new = [row(json.loads(line)) for file in files for line in file.open()]
+    rows = {tuple(one[name] for name in cell): one for one in [*data.get(key, []), *new]}
+    data[key] = list(rows.values())
     FILE.write_text(written(data), encoding="utf-8")
     return data[key]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import quantlens as ql
 from quantlens.calibration import Calibration
 from quantlens.formats import ShiftedLog
 from quantlens.graph import graph_of
 from quantlens.methods import registry
+from quantlens.reconstruction import find_units, perturbation_metrics
 
 DROPPING = ("qdrop", "fima-q", "aphq-vit")
 METHODS = (*DROPPING, "i-and-s-vit")
@@ -181,3 +183,20 @@ def test_saved_and_read_back(method, vit, pictures, tmp_path):
     q = ql.quantize(vit, pictures, method=method, bits="W3A4", iterations=2)
     again = ql.load(q.save(tmp_path / "q.safetensors"))
     assert torch.equal(again(pictures), q(pictures))
+
+
+@pytest.mark.parametrize(("task", "logits", "outputs"), [("binary", 1, "sigmoid"), ("features", 10, "values")])
+def test_blocks_are_trained_towards_what_the_model_gives(task, logits, outputs, vit, pictures):
+    """A softmax of one logit has neither a gradient nor a loss, one of features is taken by nobody."""
+    module = nn.Sequential(vit.module, nn.Linear(10, logits))
+    model = ql.load_model(module, input_size=(3, 32, 32), task=task)
+    images = Calibration.of(pictures, model.preprocess)
+    graph = graph_of(model)
+    measured = {unit.name for unit in find_units(graph)[:-1]}
+    assert measured <= set(perturbation_metrics(graph, images, outputs=outputs))
+    assert not perturbation_metrics(graph, images) or logits > 1
+    for method in ("fima-q", "aphq-vit", "quantlens-best"):
+        q = ql.quantize(model, pictures, method=method, bits="W3A3", iterations=2)
+        told = q.plan.info["reconstruction"]
+        last = (told["quantized"] if isinstance(told, dict) else told)[-1]
+        assert last["before"] > 0, method

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from quantlens.metrics.divergence import kl_divergence, kl_of_logits, sqnr_db
+from quantlens.metrics.divergence import damage, kl_divergence, kl_of_logits, outputs_of, sqnr_db
 
 
 def test_kl_of_logits_is_scipys() -> None:
@@ -42,3 +44,26 @@ def test_signal_over_noise() -> None:
     assert sqnr_db(float((x**2).sum()), float((noise**2).sum())) == pytest.approx(40)
     assert sqnr_db(1.0, 0.0) is None
     assert sqnr_db(0.0, 1.0) is None
+
+
+def test_damage_is_of_what_the_model_gives() -> None:
+    generator = torch.Generator().manual_seed(2)
+    a, b = (2 * torch.randn(5, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    p, q = (torch.sigmoid(x).numpy() for x in (a, b))
+    by_label = entropy([p, 1 - p], [q, 1 - q], axis=0)
+    assert float(damage(a, b, "sigmoid", "sum")) == pytest.approx(by_label.sum())
+    assert float(damage(a, b, "sigmoid")) == pytest.approx(by_label.sum(1).mean())
+    assert float(damage(a, b, "values")) == pytest.approx(np.square(a.numpy() - b.numpy()).mean())
+    assert float(damage(a, b, "values", "sum")) == pytest.approx(np.square(a.numpy() - b.numpy()).sum() / 3)
+    assert float(damage(a, b, "softmax", "sum")) == pytest.approx(float(kl_of_logits(a, b, "sum")))
+    assert float(damage(a[:, :1], b[:, :1], "sigmoid")) > 0  # of one logit the softmax says nothing
+
+
+def test_what_a_model_gives_follows_from_its_task_and_head() -> None:
+    def given(task: str, scoring: str = "") -> str:
+        return outputs_of(SimpleNamespace(task=task, detection_head=SimpleNamespace(scoring=scoring)))
+
+    tasks = ("classify", "binary", "multilabel", "features", "zero-shot", "detect")
+    assert [given(task) for task in tasks] == ["softmax", "sigmoid", "sigmoid", "values", "values", "softmax"]
+    assert given("detect", "sigmoid") == "sigmoid"
+    assert outputs_of(object()) == "softmax"

@@ -51,7 +51,7 @@ class APHQViT(Method):
         year=2025,
         url="https://arxiv.org/abs/2504.02508",
         quantizes=MATMUL_OPERANDS,
-        version=3,
+        version=4,
         summary="GELU made ReLU and MLPs refitted; block reconstruction with random dropping, weighted by a "
         "perturbation Hessian",
         departures=(*DEPARTURES, Departure("mlp_iterations", 100, 20_000, "steps per MLP")),
@@ -77,7 +77,7 @@ class APHQViT(Method):
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         original, mlps = graph.clone(share=True), find_mlps(graph)
-        metrics = perturbation_metrics(graph, calibration, seed=run.seed, sigmoid=run.sigmoid)
+        metrics = perturbation_metrics(graph, calibration, seed=run.seed, outputs=run.outputs)
         rewrites, notes = [], {}
         if mlps:
             width = bits.of(graph, mlps[0].second.edges["input"])
@@ -89,7 +89,7 @@ class APHQViT(Method):
         plan = started(graph, calibration, bits, run)
         plan.rewrites[:0], plan.notes = rewrites, notes
         drop_and_reconstruct(
-            graph, plan, calibration, run, MetricLoss(metrics, run.sigmoid), reference=original, part=(1, 2)
+            graph, plan, calibration, run, MetricLoss(metrics, run.outputs), reference=original, part=(1, 2)
         )
         return plan
 

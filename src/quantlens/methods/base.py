@@ -24,6 +24,7 @@ from quantlens.formats import Uniform, pixel_codes
 from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, graph_of, op_name, walk
 from quantlens.methods._everything import everything_edges as everything_edges, quantized_tensors
 from quantlens.methods._former_options import current_options
+from quantlens.metrics.divergence import Outputs, outputs_of
 from quantlens.qmodel import FLOAT, TARGETS, Bits, Plan, Provenance, QuantizedModel, Target, float_copy, target_named
 from quantlens.transforms import fold_layer_scale, scale_queries
 
@@ -203,8 +204,7 @@ class Method(ABC):
             done, split, pixels = self._rewritten(graph, model, images, settings)
             known = not split and not pixels and images.fingerprint is not None
             seen = model.derived.setdefault(f"seen, images {images.fingerprint}", {}) if known else None
-            sigmoid = getattr(getattr(model, "detection_head", None), "scoring", "") == "sigmoid"
-            run = Run(self.settings(settings) | settings, seed, progress, seen, sigmoid)
+            run = Run(self.settings(settings) | settings, seed, progress, seen, outputs_of(model))
             plan = self.build(graph, images, widths, run)
         if not isinstance(plan, Plan):
             raise QuantlensError(f"the method {self.info.name} gave {type(plan).__name__}; its `build` returns a Plan")
@@ -296,13 +296,13 @@ def _check_modules(graph: Graph, asked: Bits) -> None:
 @dataclass(frozen=True)
 class Run:
     """What a method is told of the run: its options (all, defaults filled in), the seed, a progress callback, what was
-    seen of the float model on the same images before, and whether it is a detector whose logits are of sigmoids."""
+    seen of the float model on the same images before, and what the model gives."""
 
     options: dict[str, Any]
     seed: int
     progress: Progress | None = None
     seen: ObservationCache | None = None
-    sigmoid: bool = False
+    outputs: Outputs = "softmax"
 
     def __getitem__(self, option: str) -> Any:
         return self.options[option]

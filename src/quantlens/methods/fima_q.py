@@ -33,7 +33,7 @@ class FIMAQ(Method):
         year=2025,
         url="https://arxiv.org/abs/2506.11543",
         quantizes=MATMUL_OPERANDS,
-        version=3,
+        version=4,
         summary="block reconstruction with random dropping; the loss a diagonal plus low-rank Fisher matrix",
         departures=DEPARTURES,
         readings=(
@@ -56,6 +56,6 @@ class FIMAQ(Method):
 
     def build(self, graph: Graph, calibration: Calibration, bits: Widths, run: Run) -> Plan:
         plan = started(graph, calibration, bits, run)
-        metrics = fisher_metrics(graph, plan.quantizers, calibration, rank=run["rank"], sigmoid=run.sigmoid)
-        drop_and_reconstruct(graph, plan, calibration, run, MetricLoss(metrics, run.sigmoid))
+        metrics = fisher_metrics(graph, plan.quantizers, calibration, rank=run["rank"], outputs=run.outputs)
+        drop_and_reconstruct(graph, plan, calibration, run, MetricLoss(metrics, run.outputs))
         return plan

@@ -43,6 +43,7 @@ from quantlens.methods.base import (
     Run,
     Widths,
 )
+from quantlens.metrics.divergence import Outputs, fisher_noise
 
 SPLITS = 20
 """Candidates 2⁰, 2⁻¹ … for the end of the first range of softmax outputs."""
@@ -54,13 +55,10 @@ GELU_MINIMUM = 0.16997124254703522
 ALPHA, BETA = 0.01, 1.2
 
 
-def fisher(logits: Tensor, reference: Tensor, generator: torch.Generator) -> Tensor:
-    """A linear function of the logits whose gradient v at them is random with E[v·vᵀ] = diag(p) − p·pᵀ, the Hessian of
-    KL(p ‖ softmax(logits)): v = √p∘ξ − p·Σ√p∘ξ, ξ normal. At any value before the logits, the squared gradient is
-    then the Fisher matrix's diagonal in expectation."""
-    p = reference.softmax(-1)
-    noise = torch.randn(p.shape, generator=generator).to(p) * p.sqrt()
-    return (logits * (noise - p * noise.sum(-1, keepdim=True))).sum()
+def fisher(logits: Tensor, reference: Tensor, generator: torch.Generator, outputs: Outputs = "softmax") -> Tensor:
+    """A linear function of the logits whose gradient v at them is :func:`.fisher_noise`. At any value before the
+    logits, the squared gradient is then the Fisher matrix's diagonal in expectation."""
+    return (logits * fisher_noise(reference, outputs, generator)).sum()
 
 
 class PTQ4ViT(Method):
@@ -71,6 +69,7 @@ class PTQ4ViT(Method):
         venue="ECCV",
         year=2022,
         url="https://arxiv.org/abs/2111.12293",
+        version=2,
         quantizes=MATMUL_OPERANDS,
         summary="twin uniform formats for softmax and GELU; alternating scale search weighted by squared gradients",
         departures=(
@@ -117,7 +116,9 @@ class PTQ4ViT(Method):
         factors = torch.tensor(factors_of(run, BETA, ALPHA), dtype=torch.float64)
         products, fused, plan = quantized_products(graph, bits), fused_projections(graph), Plan()
         sampler = ProductSampler(torch.Generator().manual_seed(run.seed))
-        samples = sample_products(graph, calibration, products, sampler, fisher, floor=run["floor"])
+        samples = sample_products(
+            graph, calibration, products, sampler, partial(fisher, outputs=run.outputs), floor=run["floor"]
+        )
         for done, product in enumerate(products, 1):
             sample = samples.pop(product.site.name)
             widths = [bits.of(graph, edge) for edge in product.quantized]

@@ -33,7 +33,7 @@ from quantlens.methods.base import (
     matmul_operand_edges,
 )
 from quantlens.methods.quantlens_fast import QuantlensFast
-from quantlens.metrics.divergence import kl_of_logits
+from quantlens.metrics.divergence import damage
 from quantlens.reconstruction import DetectionLoss, MetricLoss, Settings, perturbation_metrics
 from quantlens.reconstruction.units import frozen_hook, whole_network
 
@@ -62,13 +62,6 @@ def logits_of(graph: Graph, quantizers: Mapping[str, Quantizer], images: Tensor)
         return torch.cat([graph.run(unit.nodes, {graph.input: x}, hook=hook, keep=(end,))[end] for x in chunks])
 
 
-def difference(expected: Tensor, got: Tensor) -> float:
-    """Mean divergence of predictions [N, ..., K]; of one logit, its mean squared error."""
-    if expected.shape[-1] == 1:
-        return float((got - expected).square().mean())
-    return float(kl_of_logits(expected, got, "mean"))
-
-
 class QuantlensBest(Method):
     info = MethodInfo(
         name="quantlens-best",
@@ -81,7 +74,7 @@ class QuantlensBest(Method):
         summary="quantlens-fast, then every block trained for a short time, on the images and views of them",
         aliases=("best",),
         arguments=QuantlensFast.info.arguments,
-        version=14,
+        version=15,
         options={
             "activation_granularity": FAST["activation_granularity"],
             "softmax": FAST["softmax"],
@@ -130,14 +123,14 @@ class QuantlensBest(Method):
         plan = Plan({}, fast.rewrite(graph, fitted, bits, start))
         original = graph.clone(share=True)
         blocks = iterations > 0 and not whole
-        metrics = perturbation_metrics(graph, fitted, seed=run.seed, sigmoid=run.sigmoid) if blocks else {}
+        metrics = perturbation_metrics(graph, fitted, seed=run.seed, outputs=run.outputs) if blocks else {}
         unrounded = fast.calibrate(graph, fitted, bits, plan, start)
         if not iterations:
             return plan
         views = round(run["views_per_image"] * count)
         held = [] if whole else [n for n in range(count + views) if n % count % HELD == HELD - 1]
         settings = (
-            self.whole(run, iterations) if whole else self.blocks(run, iterations, MetricLoss(metrics, run.sigmoid))
+            self.whole(run, iterations) if whole else self.blocks(run, iterations, MetricLoss(metrics, run.outputs))
         )
         view = composed if whole else lambda seen, generator: draw(seen, run["ood_view_share"], generator)
         images = with_views(calibration, views, run.seed, view)
@@ -149,7 +142,7 @@ class QuantlensBest(Method):
             seen = torch.cat([images.chunk(i)[numbers] for i, numbers in enumerate(chunks)])
             networks: list[tuple[Graph, dict[str, Quantizer]]] = [(original, {}), begun, (graph, plan.quantizers)]
             expected, *found = (logits_of(one, quantizers, seen) for one, quantizers in networks)
-            before, after = (difference(expected, got) for got in found)
+            before, after = (float(damage(expected, got, run.outputs)) for got in found)
             plan.notes["held_out"] = {"images": len(held), "before": before, "after": after}
             if not after < before:
                 for name, tensor in begun[0].tensors().items():
@@ -176,7 +169,7 @@ class QuantlensBest(Method):
         return Settings(
             optimise=("weights", *(("vectors",) if run["train_norms_and_biases"] else ())),
             whole=True,
-            loss=DetectionLoss(run.sigmoid),
+            loss=DetectionLoss(run.outputs),
             inputs="quantized",
             iterations=iterations,
             batch_size=run["batch_size"],

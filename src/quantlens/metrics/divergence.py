@@ -1,12 +1,15 @@
 """How far two distributions, or a signal and its quantized form, are apart; of torch tensors, with gradient."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 Reduction = Literal["none", "sum", "mean"]
+
+Outputs = Literal["softmax", "sigmoid", "values"]
+"""What a model gives: logits of one class of several, logits of yes or no each, or plain values, such as features."""
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor, reduction: Reduction = "none") -> Tensor:
@@ -24,6 +27,39 @@ def kl_divergence(log_p: Tensor, log_q: Tensor, reduction: Reduction = "none") -
 def kl_of_logits(reference: Tensor, other: Tensor, reduction: Reduction = "none") -> Tensor:
     """KL(softmax(reference) ‖ softmax(other)) of logits [B, K], as :func:`kl_divergence`."""
     return kl_divergence(reference.log_softmax(-1), other.log_softmax(-1), reduction)
+
+
+def outputs_of(model: Any) -> Outputs:
+    """What a :class:`quantlens.models.Model` gives, by its task and its detection head."""
+    task, scoring = getattr(model, "task", "classify"), getattr(getattr(model, "detection_head", None), "scoring", "")
+    if task in ("binary", "multilabel") or scoring == "sigmoid":
+        return "sigmoid"
+    return "values" if task in ("features", "zero-shot") else "softmax"
+
+
+def damage(expected: Tensor, got: Tensor, outputs: Outputs, reduction: Literal["sum", "mean"] = "mean") -> Tensor:
+    """How far outputs [B, ..., K] are from the float model's, summed over the images or their mean: KL of softmaxes,
+    KL of sigmoids summed over the K labels, or mean squared difference of values; a detector's summed over queries."""
+    if outputs == "values":
+        total = (got - expected).square().mean(-1).sum()
+        return total / len(got) if reduction == "mean" else total
+    if outputs == "sigmoid":
+        expected, got = as_choices(expected), as_choices(got)
+    return kl_of_logits(expected, got, reduction)
+
+
+def fisher_noise(logits: Tensor, outputs: Outputs, generator: torch.Generator) -> Tensor:
+    """Random normal v like ``logits`` [B, ..., K] with E[v·vᵀ] the Hessian of :func:`damage` there, summed over images:
+    diag(p) − p·pᵀ of a softmax p, diag(p(1 − p)) of sigmoids, 2/K of values."""
+    normal = torch.randn(logits.shape, generator=generator, device=generator.device, dtype=logits.dtype).to(logits)
+    if outputs == "values":
+        return normal * math.sqrt(2 / logits.shape[-1])
+    if outputs == "sigmoid":
+        p = logits.sigmoid()
+        return normal * (p * (1 - p)).sqrt()
+    p = logits.softmax(-1)
+    noise = normal * p.sqrt()
+    return noise - p * noise.sum(-1, keepdim=True)
 
 
 def as_choices(logits: Tensor) -> Tensor:

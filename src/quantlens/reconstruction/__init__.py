@@ -16,7 +16,6 @@ from quantlens.reconstruction.settings import (
     Report,
     Settings,
     UnitReport,
-    divergence,
     mse,
     token_norm,
 )
@@ -40,7 +39,6 @@ __all__ = [
     "UnitReport",
     "annealed_beta",
     "correct_biases",
-    "divergence",
     "find_mlps",
     "find_units",
     "fisher_metrics",

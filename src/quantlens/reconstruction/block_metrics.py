@@ -1,9 +1,9 @@
 """How much the model's output suffers from an error at the output of a unit: the metrics of block reconstruction.
 
 The damage is L = KL(softmax(f) ‖ softmax(f̂)) at temperature T between the float model's logits f and those that the
-float rest of the network makes of a changed output ŷ of one unit. At ŷ = y its gradient is zero and its Hessian is the
-Fisher matrix F of that output, so that ∂L/∂ŷ ≈ F·(ŷ − y). Of a detector L is summed over queries, T is 1, and the error
-of the boxes (:func:`.box_error`) is added.
+float rest of the network makes of a changed output ŷ of one unit (of sigmoids and features: :func:`.damage`). At ŷ = y
+its gradient is zero and its Hessian is the Fisher matrix F of that output, so that ∂L/∂ŷ ≈ F·(ŷ − y). Of a detector L
+is summed over queries, T is 1, and the error of the boxes (:func:`.box_error`) is added.
 
 * :func:`fisher_metrics`: gradients at the quantized unit's output, with the errors that caused them, give a matrix of
   low rank and a diagonal (FIMA-Q, Wu et al., CVPR 2025).
@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from quantlens.calibration import Calibration, images_together
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
-from quantlens.metrics.divergence import as_choices, box_error, kl_divergence, objects_of
+from quantlens.metrics.divergence import Outputs, box_error, damage, objects_of
 from quantlens.reconstruction.settings import Metric
 from quantlens.reconstruction.units import Unit, find_units, frozen_hook, run_unit
 
@@ -43,7 +43,7 @@ def fisher_metrics(
     rank: int = 5,
     damping: float = DAMPING,
     temperature: float = TEMPERATURE,
-    sigmoid: bool = False,
+    outputs: Outputs = "softmax",
 ) -> dict[str, Metric]:
     """Diagonal plus low-rank metrics by unit, for units with one result that is not the logits.
 
@@ -51,10 +51,10 @@ def fisher_metrics(
     images each gives one row of G, the mean magnitude of the gradient at the unit's output, and one row of D, the mean
     magnitude of its error. With B = D·Dᵀ + λI, the low-rank part is Gᵀ·B⁻¹·G, the diagonal the mean of G's rows. Each
     part is divided by its mean value on D's rows, so that both weigh the same. A unit without any error gets none.
-    sigmoid: whether a detector's logits are of sigmoids.
+    outputs: what the model gives.
     """
     rows: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-    probe = _Probe(graph, temperature, sigmoid)
+    probe = _Probe(graph, temperature, outputs)
     for batch in probe.batches(calibration, least=rank):
         for index, unit in enumerate(probe.measured):
             hook = frozen_hook(graph, unit, quantizers)
@@ -87,7 +87,7 @@ def perturbation_metrics(
     step: float = STEP,
     temperature: float = TEMPERATURE,
     seed: int = 0,
-    sigmoid: bool = False,
+    outputs: Outputs = "softmax",
 ) -> dict[str, Metric]:
     """Diagonal metrics by unit, for units with one result that is not the logits.
 
@@ -95,11 +95,11 @@ def perturbation_metrics(
     of |g(y + δv) − g(y − δv)|/2δ, that is of |F·v|, divided by its own mean.
 
     The signs are random because the same number added to all channels of a token changes nothing: every later
-    LayerNorm takes the mean away, and F·(1, …, 1) = 0. sigmoid: whether a detector's logits are of sigmoids.
+    LayerNorm takes the mean away, and F·(1, …, 1) = 0. outputs: what the model gives.
     """
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
-    probe = _Probe(graph, temperature, sigmoid)
+    probe = _Probe(graph, temperature, outputs)
     for batch in probe.batches(calibration):
         for index, unit in enumerate(probe.measured):
             value = batch[unit.results[0]]
@@ -124,8 +124,8 @@ Values = dict[fx.Node, Tensor]
 class _Probe:
     """Gradients of the damage at the output of any unit."""
 
-    def __init__(self, graph: Graph, temperature: float, sigmoid: bool = False):
-        self.graph, self.units, self.boxes, self.sigmoid = graph, find_units(graph), graph.boxes, sigmoid
+    def __init__(self, graph: Graph, temperature: float, outputs: Outputs = "softmax"):
+        self.graph, self.units, self.boxes, self.outputs = graph, find_units(graph), graph.boxes, outputs
         self.temperature = temperature if self.boxes is None else 1.0
         ends = (graph.output, self.boxes)
         alone = (u for u in self.units if len(u.results) - len(u.choices) == 1)
@@ -147,11 +147,10 @@ class _Probe:
             return torch.autograd.grad(self._damage(batch, after), leaf)[0]
 
     def _damage(self, batch: Values, after: Values) -> Tensor:
-        logits = [x[self.graph.output] / self.temperature for x in (batch, after)]
-        expected, got = (as_choices(x) if self.sigmoid else x for x in logits)
-        total = kl_divergence(expected.log_softmax(-1), got.log_softmax(-1), "sum")
+        expected, got = (x[self.graph.output] / self.temperature for x in (batch, after))
+        total = damage(expected, got, self.outputs, "sum")
         if self.boxes is not None:
-            found, objects = after[self.boxes], objects_of(logits[0], self.sigmoid)
+            found, objects = after[self.boxes], objects_of(expected, self.outputs == "sigmoid")
             total = total + box_error(found, batch[self.boxes], objects) * len(found)
         return total
 

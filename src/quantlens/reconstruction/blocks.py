@@ -178,7 +178,7 @@ class _UnitTraining:
         """Where a detector's boxes are made: the float model's probability of an object for each."""
         if node is not self.graph.boxes:
             return None
-        logits, sigmoid = self.streams.float.get(self.graph.output), getattr(self.loss, "sigmoid", False)
+        logits, sigmoid = self.streams.float.get(self.graph.output), getattr(self.loss, "outputs", "") == "sigmoid"
         if logits is None:  # boxes that are made before the logits
             return torch.ones((), device=self.device)
         return objects_of(logits.pick(images).flatten(0, 1), sigmoid)

@@ -18,7 +18,7 @@ from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.files import check_writable, write_whole
 from quantlens.formats import Quantizer, restore
 from quantlens.graph import Graph
-from quantlens.metrics.divergence import as_choices, box_error, box_shift, kl_of_logits
+from quantlens.metrics.divergence import Outputs, box_error, box_shift, damage
 from quantlens.qmodel import Plan
 from quantlens.reconstruction.units import Unit
 
@@ -64,12 +64,6 @@ def token_norm(got: Tensor, expected: Tensor, context: Context) -> Tensor:
     return ((got - expected).square().sum(-1) / norm).mean()
 
 
-def divergence(got: Tensor, expected: Tensor, context: Context) -> Tensor:
-    """KL(softmax(y) ‖ softmax(ŷ)) of logits [B, K], mean over the images; of a detector's [B, Q, C] summed over
-    queries."""
-    return kl_of_logits(expected, got, "mean")
-
-
 @dataclass(frozen=True)
 class Metric:
     """A quadratic form on a unit's error that stands for a Hessian or Fisher matrix, diagonal plus low rank.
@@ -93,21 +87,19 @@ class Metric:
 
 @dataclass(frozen=True)
 class MetricLoss:
-    """A loss with a :class:`Metric` for every unit; the divergence at the logits, :func:`box_error` at a detector's
+    """A loss with a :class:`Metric` for every unit; :func:`.damage` at the logits, :func:`box_error` at a detector's
     boxes, squared error for a unit that has none.
 
     metrics: by name of the unit; its second result's, of those that have several, by that name and ``#1``. They may be
-    on any device. sigmoid: whether a detector's logits are of sigmoids.
+    on any device. outputs: what the model gives.
     """
 
     metrics: Mapping[str, Metric] = field(repr=False)
-    sigmoid: bool = False
+    outputs: Outputs = "softmax"
 
     def __call__(self, got: Tensor, expected: Tensor, context: Context) -> Tensor:
         if context.is_logits:
-            if self.sigmoid:
-                got, expected = as_choices(got), as_choices(expected)
-            return divergence(got, expected, context)
+            return damage(expected, got, self.outputs)
         if context.objects is not None:
             return box_error(got, expected, context.objects)
         metric = self.metrics.get(name_of_result(context.unit, context.result))
@@ -121,14 +113,14 @@ class MetricLoss:
 
 @dataclass(frozen=True)
 class DetectionLoss:
-    """The loss of a whole detector: the divergence at the logits, :func:`box_shift` at the boxes, squared error of the
-    scores that queries are chosen by. sigmoid: whether the logits are of sigmoids."""
+    """The loss of a whole detector: :func:`.damage` at the logits, :func:`box_shift` at the boxes, squared error of the
+    scores that queries are chosen by. outputs: what the model gives."""
 
-    sigmoid: bool = False
+    outputs: Outputs = "softmax"
 
     def __call__(self, got: Tensor, expected: Tensor, context: Context) -> Tensor:
         if context.is_logits or context.objects is None:
-            return MetricLoss({}, self.sigmoid)(got, expected, context)
+            return MetricLoss({}, self.outputs)(got, expected, context)
         return box_shift(got, expected, context.objects)
 
 
