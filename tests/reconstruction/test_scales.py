@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantlens.errors import UnsupportedError
-from quantlens.formats import GroupScaled, Log, PowerOfTwo, Uniform
+from quantlens.formats import Log, PowerOfTwo, Uniform
 from quantlens.reconstruction.scales import LearnedScale, fake_quantize, moved_zero
 
 
@@ -23,8 +23,6 @@ QUANTIZERS = {
     "channel": Uniform(torch.tensor([0.1, 0.2, 0.4, 0.1, 0.9, 0.3]), torch.tensor([7, 8, 5, 9, 8, 40]), 4, signed=False,
                        granularity="channel", axis=-1),
     "power-of-two": PowerOfTwo(torch.tensor(0.05), torch.tensor([0, 2, 3, 1, 5, 2]), torch.tensor(7), 4),
-    "block": GroupScaled(0.3, 3, 2),
-    "block of keys": GroupScaled(0.3, 3, 7, axis=-2),
 }  # fmt: skip
 
 
@@ -80,23 +78,14 @@ def test_the_gradients_are_those_of_the_definition(quantizer):
     learned(held).backward(grad)
 
     spread = quantizer.spread
-    if isinstance(quantizer, GroupScaled):
-        blocks = quantizer.groups(x)
-        steps = quantizer.scales(quantizer.exponents(blocks)).expand(blocks.shape)
-        base = quantizer.whole(steps).double()
-        low = torch.tensor(quantizer.qmin + 0.5, dtype=torch.float64)
-        high = torch.tensor(quantizer.qmax + 0.5, dtype=torch.float64)
-        offset = 0.5
-    else:
-        scales = quantizer.scales if isinstance(quantizer, PowerOfTwo) else quantizer.scale
-        low = (quantizer.qmin - quantizer.zero_point).double()
-        high = (quantizer.qmax - quantizer.zero_point).double()
-        if low.dim():
-            low, high = spread(low, 3), spread(high, 3)
-        base = spread(scales.double(), 3)
-        offset = 0.0
+    scales = quantizer.scales if isinstance(quantizer, PowerOfTwo) else quantizer.scale
+    low = (quantizer.qmin - quantizer.zero_point).double()
+    high = (quantizer.qmax - quantizer.zero_point).double()
+    if low.dim():
+        low, high = spread(low, 3), spread(high, 3)
+    base = spread(scales.double(), 3)
     clipped = torch.clamp(x.double() / base, low, high)
-    residue = (clipped - offset).round() + offset - clipped
+    residue = clipped.round() - clipped
 
     def definition(ratio: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         step = base * (spread(ratio, 3) if ratio.dim() else ratio)

@@ -90,10 +90,9 @@ class GroupScaled(Grouped):
     def __init__(self, scale: Tensor | float, bits: int, group_size: int, *, axis: int = -1):
         super().__init__(scale, bits, group_size, signed=True, axis=axis)
 
-    def exponents(self, groups: Tensor, scale: Tensor | None = None) -> Tensor:
-        """e of every group [..., G, group_size], float32 integers [..., G, 1]. scale: in place of :attr:`scale`."""
-        size = groups.square().mean(-1, keepdim=True).sqrt_()
-        return exponents_of(size.mul_(self.scale if scale is None else scale))
+    def exponents(self, groups: Tensor) -> Tensor:
+        """e of every group [..., G, group_size], float32 integers [..., G, 1]."""
+        return exponents_of(groups.square().mean(-1, keepdim=True).sqrt_().mul_(self.scale))
 
     def _levels(self, groups: Tensor, scales: Tensor) -> Tensor:
         return (groups * scales.reciprocal()).sub_(0.5).round_().clamp_(self.qmin, self.qmax)

@@ -18,15 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from quantlens.errors import UnsupportedError
-from quantlens.formats import GroupScaled, PowerOfTwo, Quantizer, Uniform, bounded_, restore
+from quantlens.formats import PowerOfTwo, Quantizer, Uniform, bounded_, restore
 
 SMALLEST, LARGEST = 0.05, 8.0
 """Bounds of the learned scale as multiples of the one it started from."""
 
 
 class _Quantize(torch.autograd.Function):
-    """x, s (the values' scale, spread), low and high level, kept (bool like x: left in float; or None) -> x̂. offset:
-    what the values are above their levels, in units of s."""
+    """x, s (the values' scale, spread), low and high level, kept (bool like x: left in float; or None) -> x̂."""
 
     @staticmethod
     def forward(
@@ -38,18 +37,12 @@ class _Quantize(torch.autograd.Function):
         high: Tensor | float,
         kept: Tensor | None,
         factor: float,
-        offset: float = 0.0,
     ) -> Tensor:
         levels = x * inverse
-        if offset:
-            levels -= offset
         clamped = bounded_(levels.clone(), low, high)
         # 1 inside, 0 outside, as float: comparisons that give bool, and products with bool, are ten times as slow
         inside = levels.eq_(clamped)
-        clamped.round_()
-        if offset:
-            clamped += offset
-        value = clamped.mul_(scale)
+        value = clamped.round_().mul_(scale)
         if kept is not None:
             value = torch.where(kept, x, value)
             inside.masked_fill_(kept, 1.0)
@@ -69,14 +62,13 @@ class _Quantize(torch.autograd.Function):
             shared = [d for d in range(grad.dim()) if scale.dim() == 0 or scale.shape[d] == 1]
             wanted = (wanted.sum(shared, keepdim=True) if scale.dim() else wanted.sum()) / scale
             wanted = wanted * ctx.factor
-        return through, wanted, None, None, None, None, None, None
+        return through, wanted, None, None, None, None, None
 
 
 class LearnedScale(nn.Module):
     """An activation quantizer whose scale is learned; everything else of it stays.
 
-    quantizer: :class:`~quantlens.formats.Uniform` (any granularity), :class:`~quantlens.formats.PowerOfTwo` or
-    :class:`~quantlens.formats.GroupScaled` (the scale: its step in units of a group's root mean square).
+    quantizer: :class:`~quantlens.formats.Uniform` (any granularity) or :class:`~quantlens.formats.PowerOfTwo`.
     :attr:`ratio` is the parameter: the scale as a multiple of the quantizer's own ([] or [n]), so that one learning
     rate suits tensors of any size. ``forward(x, kept=None)`` quantizes x exactly as the frozen quantizer would; where
     ``kept`` (bool, shape of x) is set, x passes in float (QDrop). :meth:`freeze` gives the quantizer.
@@ -112,22 +104,12 @@ class LearnedScale(nn.Module):
 
 def learnable(quantizer: Any) -> bool:
     """Whether :class:`LearnedScale` can hold this quantizer."""
-    return isinstance(quantizer, Uniform | PowerOfTwo | GroupScaled)
+    return isinstance(quantizer, Uniform | PowerOfTwo)
 
 
 def _through(q: Any, x: Tensor, kept: Tensor | None, scale: Tensor, factor: float = 0.0) -> Tensor:
     """x̂ on the grid of a quantizer whose scale is ``scale``, straight through the rounding."""
     now, dims = scale.detach(), x.dim()
-    if isinstance(q, GroupScaled):
-        # a group's scale is as a constant times the learned one: the gradient does not see that it is rounded, nor
-        # that it depends on x
-        groups = q.groups(x)
-        with torch.no_grad():
-            scales = q.scales(q.exponents(groups, now))
-        kept = None if kept is None else q.groups(kept)
-        spread = scales * (scale / now) if scale.requires_grad else scales
-        ends = float(q.qmin), float(q.qmax)
-        return q.whole(_Quantize.apply(groups, spread, scales.reciprocal(), *ends, kept, factor, 0.5))
     inverse, ends = 1.0 / now, q.bounds(dims)
     if isinstance(q, PowerOfTwo):
         powers = torch.exp2(q.exponents.to(scale.dtype))
