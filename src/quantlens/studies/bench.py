@@ -74,10 +74,7 @@ def bench(
 
     Raises QuantlensError for no files, files that cannot be run, and files of different sizes of image.
     """
-    counts = {"batch": _several(batch), "threads": _several(threads), "rounds": [rounds]}
-    for name, values in counts.items():
-        if not values or min(values) < 1:
-            raise QuantlensError(f"{name} is {values}; give whole numbers from 1 on")
+    counts = _counts(batch=batch, threads=threads, rounds=rounds)
     _check_images(peers, calibration, id, ood)
     if weights is not None and not isinstance(fp32, str):
         raise QuantlensError("weights are those of a float model's name: give it as fp32 (--fp32 MODEL), too")
@@ -92,14 +89,13 @@ def bench(
             from quantlens.studies.quality import evaluated
 
             results = evaluated(contenders, id, ood, threads=max(counts["threads"]), progress=evaluating)
-        timings = time_them(
-            contenders,
-            input_size=_size(contenders),
-            batches=counts["batch"],
-            threads=counts["threads"],
-            rounds=rounds,
-            progress=progress,
-        )
+        settings: dict[str, Any] = {
+            "batches": counts["batch"],
+            "threads": counts["threads"],
+            "rounds": rounds,
+            "progress": progress,
+        }
+        timings = time_them(contenders, input_size=_size(contenders), **settings)
     found = Timings(timings, [c.facts for c in contenders], environment(), results)
     if store is not None:
         _keep(Path(store), found)
@@ -148,5 +144,10 @@ def _float(model: Any, weights: str | None) -> Any:
     return model if isinstance(model, Model) else load_model(model)
 
 
-def _several(given: int | Sequence[int]) -> list[int]:
-    return [given] if isinstance(given, int) else list(given)
+def _counts(**given: int | Sequence[int]) -> dict[str, list[int]]:
+    """Each as a list. Raises QuantlensError for none, and for one below 1."""
+    counts = {name: [value] if isinstance(value, int) else list(value) for name, value in given.items()}
+    for name, values in counts.items():
+        if not values or min(values) < 1:
+            raise QuantlensError(f"{name} is {values}; give whole numbers from 1 on")
+    return counts
