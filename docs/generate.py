@@ -182,6 +182,39 @@ def floating_formats_section() -> str:
     return "\n".join(parts)
 
 
+def races_section() -> str:
+    """A table for each model and processor: quality of every contender, and its latency at each batch size and thread
+    count. Nothing without results."""
+    found = results().get("races", [])
+    if not found:
+        return ""
+    parts = [
+        "## Measured races\n\nOf W8A8 files, 32 calibration images; quality on 300 official validation images against "
+        "textures, places and flowers, speed alone where weights are random. SQNR is of the logits against FP32's (60: "
+        "equal but for rounding). A latency is the median of a batch in ms, with the ratio to PyTorch eager FP32 in "
+        "the same run; ● is on the Pareto front of SQNR against latency. Made by `python -m benchmarks.race`.\n"
+    ]
+    columns = {"top1": "top-1 %", "nll": "NLL", "aupr_out": "AUPR-out %", "sqnr_db": "SQNR dB", "agreement": "same %"}
+    for race in found:
+        sums = "with VNNI" if race["vnni"] else "without VNNI"
+        versions = ", ".join(f"{name} {version}" for name, version in race["versions"].items())
+        own = [key for key in columns if any(key in row for row in race["rows"])]
+        places = list(race["rows"][0]["latency"])
+        lines = []
+        for row in race["rows"]:
+            name = row["label"] + (f" (integers {row['integers']})" if row["integers"] else "")
+            lines.append([name, *(number(row.get(key)) for key in own), *map(latency, row["latency"].values())])
+        parts.append(f"**{race['model']}** on {race['cpu']} {sums}, {unbroken(race['date'])}; {versions}\n")
+        head = ["", *(columns[key] for key in own), *(f"ms, batch {p.replace(' on ', ', threads ')}" for p in places)]
+        parts.append(table(head, lines))
+    return "\n".join(parts)
+
+
+def latency(place: dict[str, Any]) -> str:
+    """ "5.21 (2.77×) ●"; never broken between lines."""
+    return f"{place['median_ms']}\u00a0({place['speedup']}×)" + ("\u00a0●" if place.get("front") else "")
+
+
 def published_table() -> str:
     rows = results()["published"]
     head = [key.replace("deit_tiny_", "DeiT-Tiny ").replace("deit_small_", "DeiT-Small ") for key in rows[0]]
@@ -373,6 +406,7 @@ GENERATED = {
     "results-tables": results_tables,
     "calibration-images": calibration_images_table,
     "floating-formats": floating_formats_section,
+    "races": races_section,
     "published-table": published_table,
     "commands": command_page,
     "sources-table": lambda: sources_table(),

@@ -102,10 +102,8 @@ def loaded(place):
 
 
 def timed(place):
-    from quantlens.export.bench import race
-
-    timings, _ = race([place.exported], fp32=place.model, batches=(1,), threads=(3,), rounds=1, memory=False)
-    return [timing["label"] for timing in timings]
+    found = ql.bench(place.exported, fp32=place.model, threads=3, rounds=1, id="embedded:digits-test[0:8]")
+    return [(timing["label"], timing["top1"]) for timing in found.timings]
 
 
 def studied(place):

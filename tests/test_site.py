@@ -203,6 +203,21 @@ def test_floating_formats_are_beside_fp32_once_they_are_measured(generate, monke
     assert generate.floating_formats_section() == ""
 
 
+def test_races_are_shown_once_they_are_run(generate, monkeypatch):
+    latency = {"1 on 2": {"median_ms": 5.25, "speedup": 2.77, "front": True}}
+    row = {"label": "m.onnx", "integers": "saturate", "top1": 78.0, "nll": 0.89, "sqnr_db": 21.5, "latency": latency}
+    fp32 = {**row, "label": "FP32", "integers": None, "latency": {"1 on 2": {"median_ms": 14.5, "speedup": 1.0}}}
+    race = {"cpu": "P", "vnni": False, "model": "M", "date": "2026-12-01", "versions": {"torch": "2"}}
+    monkeypatch.setattr(generate, "results", lambda: {"races": [race | {"rows": [fp32, row]}]})
+    lines = generate.races_section().replace("\u00a0", " ").replace("\u2011", "-").splitlines()
+    assert "**M** on P without VNNI, 2026-12-01; torch 2" in lines
+    assert "|  | top-1 % | NLL | SQNR dB | ms, batch 1, threads 2 |" in lines
+    assert "| FP32 | 78.0 | 0.89 | 21.5 | 14.5 (1.0×) |" in lines
+    assert "| m.onnx (integers saturate) | 78.0 | 0.89 | 21.5 | 5.25 (2.77×) ● |" in lines
+    monkeypatch.setattr(generate, "results", dict)
+    assert generate.races_section() == ""
+
+
 def test_the_readme_shows_results_of_the_file(generate):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count("\n") <= 120

@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ def measure(out: Path, cells: list[Row], numbers: Callable[[Row], Row]) -> None:
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         hours = (time.time() - start) / number * (len(left) - number) / 3600
-        print(f"{number}/{len(left)} {row} about {hours:.1f} h left", flush=True)
+        said = {key: value for key, value in row.items() if not isinstance(value, list)}
+        print(f"{number}/{len(left)} {said} about {hours:.1f} h left", flush=True)
 
 
 def publish(files: list[Path], key: str, row: Callable[[Row], Row], cell: tuple[str, ...]) -> list[Row]:
@@ -57,7 +58,7 @@ def publish(files: list[Path], key: str, row: Callable[[Row], Row], cell: tuple[
     return data[key]
 
 
-def arguments(name: str, about: str | None) -> argparse.ArgumentParser:
+def arguments(name: str, about: str | None, models: Sequence[str] = tuple(MODELS)) -> argparse.ArgumentParser:
     """--out, --model and --publish."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -69,6 +70,6 @@ def arguments(name: str, about: str | None) -> argparse.ArgumentParser:
         action="append",
         help="the file of results, a line for each (to publish: several)",
     )
-    parser.add_argument("--model", choices=list(MODELS), action="append", help="this model alone (default: both)")
+    parser.add_argument("--model", choices=models, action="append", help="this model alone (default: all)")
     parser.add_argument("--publish", action="store_true", help="write what there is into docs/")
     return parser

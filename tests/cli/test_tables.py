@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from study_fakes import FakeModel, quantized
 
+from quantlens.cli.bench import MARK, quality_table
 from quantlens.cli.evaluate import tables as result_tables
 from quantlens.cli.study import means_table
 from quantlens.evaluation.run import evaluate
@@ -67,3 +68,29 @@ def test_means_as_a_table() -> None:
     assert "NLL" not in text, "no row has it"
     assert "0.25 ±" not in text, "no seed changes a size"
     assert text.count("minmax") == 1
+
+
+def test_a_race_as_one_table() -> None:
+    """A row for each contender: what it is worth, and its latency at every place."""
+    rows = [
+        {"label": label, "fingerprint": label, "batch": batch, "threads": 2, "median_ms": ms, "speedup": ratio}
+        | {"top1": top1, "nll": 0.5, "aupr_out": None, "sqnr_db": db, "agreement": 0.9, "size_mb": 1.0}
+        | {"integers": integers, "front": ms < 5}
+        for batch in (1, 8)
+        for label, ms, ratio, top1, db, integers in (
+            ("float", 8.0 * batch, 1.0, 0.75, 60.0, None),
+            ("peer", 4.0 * batch, 2.0, 0.5, 21.25, "saturate"),
+        )
+    ]
+    console = Console(width=160, no_color=True, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(quality_table(rows, "sqnr_db"))
+    lines = capture.get().splitlines()
+    (first,), (second,) = ([line for line in lines if name in line] for name in ("│ float", "peer: integers saturate"))
+    assert [cell.strip() for cell in first.split("│")[2:-1]] == (
+        ["75.00", "0.500", "–", "60.0", "90.00", "8.0 1.00×", "64.0 1.00×"]
+    )
+    assert f"4.0 2.00×{MARK}" in second
+    assert f"32.0 2.00×{MARK}" not in second
+    assert "ms, 8 on 2" in capture.get()
+    assert "Pareto front of SQNR against latency" in " ".join(capture.get().split())

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 import quantlens as ql
 from quantlens.errors import QuantlensError
 from quantlens.export import bench as module
-from quantlens.export.bench import Contender, bench, contender, eager, race
+from quantlens.export.bench import Contender, bench, contender, eager, line_up
 
 
 class Clock:
@@ -85,16 +87,25 @@ class Exported:
         return {"fingerprint": "f", "runtime": "r"}
 
 
-def test_a_race_of_files(monkeypatch):
-    """In one call: timings in the order of the files, with what each of them is."""
+def test_who_is_timed(monkeypatch, tmp_path):
+    """The float model, its files, what the tools made of them with the images given, the files; in this order."""
     monkeypatch.setattr(module, "Artefact", Exported)
-    timings, facts = race(["4.onnx", "4.xml"], rounds=3, memory=False)
-    assert [t["label"] for t in timings] == ["4.onnx", "4.xml"]
-    assert facts == [{"fingerprint": "f", "runtime": "r"}] * 2
+    monkeypatch.setattr(module, "float_files", lambda model, folder: [contender("4.float.onnx")])
+    seen = []
+    monkeypatch.setattr(module, "peer_files", lambda images, folder: seen.append(images) or {"a tool": "4.tool.onnx"})
+    model = ql.load_model("digits-vit")
+    images = torch.ones(2, 3, 32, 32)
+    found = line_up(["4.onnx", "4.xml"], tmp_path, fp32=model, with_peers=True, peer_images=images)
+    assert [c.label for c in found] == ["PyTorch eager FP32", "4.float.onnx", "a tool", "4.onnx", "4.xml"]
+    assert np.array_equal(seen[0], images.numpy())
+    assert found[0].model(1) is model
+    line_up(["4.onnx"], tmp_path, fp32=model, with_peers=True, peer_images="embedded:digits-train")
+    assert len(seen[1]) == 32, "as many as ours are calibrated with"
+    assert [c.label for c in line_up(["4.onnx"], tmp_path)] == ["4.onnx"]
     for files, options, words in (
         (["4.onnx", "8.onnx"], {}, "different sizes of image"),
         ([], {}, "at least one"),
         (["4.onnx"], {"with_peers": True}, "give it, too"),
     ):
         with pytest.raises(QuantlensError, match=words):
-            race(files, **options)
+            line_up(files, tmp_path, **options)

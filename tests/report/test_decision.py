@@ -92,6 +92,7 @@ def test_a_store_of_files_alone_becomes_a_page(tmp_path):
     times = [10.0, 5.0, 6.0, 4.0, 3.0]
     sizes = [4.0, 1.0, 1.0, 1.0, None]
     described = [facts(n, "FP32" if n == "fp32.xml" else "W8A8") for n in names]
+    described[2]["integers"] = "saturate"
     put_timings(store, [timing(*t) for t in zip(names, times, sizes, strict=True)], described, MACHINE)
     html = page(store)
     found = rows(html)
@@ -101,6 +102,7 @@ def test_a_store_of_files_alone_becomes_a_page(tmp_path):
     assert found["fp32.xml"][5] == "80.00 (measured in PyTorch)"
     assert found["fp32.xml"][2] == "on the front", "slower and larger, but more accurate"
     assert found["bad.xml"][2] == "no: 2 is better"
+    assert [found[name][3] for name in ("good.xml", "bad.xml")] == ["openvino 1", "openvino 1, integers saturate"]
     assert found["elsewhere.xml"][5:8] == ["evaluated on other images"] * 3
     assert found["elsewhere.xml"][2] == "not weighed"
     assert found["new.xml"][5:8] == ["not evaluated"] * 3

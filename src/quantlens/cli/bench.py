@@ -9,13 +9,18 @@ import typer
 from quantlens.cli import _common, _options
 from quantlens.files import check_writable
 
-HELP = """Time exported models against each other, in one process with interleaved runs.
+HELP = """Time exported models against each other, in one process with interleaved runs, and evaluate them.
 
 The first contender is the baseline of the ratios: with --fp32 that is the float model in PyTorch, followed by the float
 model in the runtimes that are installed; with --peers also what the runtimes' own tools make of it at 8 bits.
 
-With --store the timings are kept in the store of a study, beside the evaluations that `quantlens evaluate FILE --store`
-keeps there, and `quantlens report` shows accuracy, OOD detection, latency and size in one table with its Pareto front.
+With --id (and --ood) every contender is evaluated too, on the same images: accuracy, OOD detection, SQNR of the logits
+and agreement of the predictions against the float model, and which integers saturate on this processor. The table then
+has a row for each contender, and marks the Pareto front of SQNR against latency.
+
+With --store timings and evaluations are kept in the store of a study, beside those that `quantlens evaluate FILE
+--store` keeps there, and `quantlens report` shows accuracy, OOD detection, latency and size in one table with its
+Pareto front.
 
 [bold]Examples[/bold]
 
@@ -23,6 +28,11 @@ keeps there, and `quantlens report` shows accuracy, OOD detection, latency and s
 
     quantlens bench deit.xml --fp32 deit_tiny_patch16_224 \\
       --weights deit_tiny.safetensors --json bench.json
+
+    quantlens bench deit.onnx deit.xml --fp32 deit_tiny_patch16_224 \\
+      --weights deit_tiny.safetensors --peers \\
+      --calibration "imagenet:train?n=32" --id imagenet:val \\
+      --ood textures=images:textures --batch 1,8 --threads 1,2
 
     quantlens evaluate deit.xml --id imagenet:val --store results
 
@@ -45,10 +55,14 @@ def bench(
     calibration: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Images that the peers quantize with (default: noise).")
     ] = None,
-    files: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the float and the peers' files here, to evaluate them too.")
+    id: Annotated[
+        str | None, typer.Option("--id", metavar="SOURCE", help="Evaluate all of them on these labelled images, too.")
     ] = None,
-    store: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the timings in the store of a study.")] = None,
+    ood: _options.OodSets = None,
+    files: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the float and the peers' files here.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep timings and evaluations in the store of a study.")
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the timings as JSON.")] = None,
     quiet: _options.Quiet = False,
 ) -> None:
@@ -57,7 +71,7 @@ def bench(
 
     check_writable(json)
     with _common.stages(quiet) as step:
-        found = time_files(
+        race = time_files(
             artefacts,
             batch=_common.whole_numbers(batch, "--batch") or 1,
             threads=_common.whole_numbers(threads, "--threads") or 1,
@@ -66,11 +80,15 @@ def bench(
             weights=weights,
             peers=peers,
             calibration=calibration,
+            id=id,
+            ood=_common.pairs(ood, "--ood") or None,
             folder=files,
             store=store,
             progress=partial(step, "timing"),
-        ).timings
-    _common.show([_table(found)], found, json, "the timings")
+            evaluating=step,
+        )
+    found, by = race.timings, race.front_by
+    _common.show([_table(found) if by is None else quality_table(found, by)], found, json, "the timings")
     if store is not None:
         print(f"kept in {store}; `quantlens report {store}` shows them")
 
@@ -92,3 +110,27 @@ def _table(found: list[dict[str, Any]]) -> Any:
     ]
     heads = ["model", "batch", "threads", "median ms", "p10 to p90", "images/s", "ratio", "MB", "memory MB"]
     return _common.table(heads, rows, right=heads[1:], caption=f"ratios to {found[0]['label']}; runs interleaved")
+
+
+MARK = "●"
+"""Of what is on the Pareto front."""
+
+
+def quality_table(found: list[dict[str, Any]], by: str) -> Any:
+    """A row for each contender: what it is worth, and its latency at every batch size and thread count, with ratio and
+    mark of the front. by: the metric of the front."""
+    from quantlens.metrics import METRICS
+
+    places = list(dict.fromkeys((t["batch"], t["threads"]) for t in found))
+    names = [name for name in METRICS if name in found[0] and METRICS[name].family not in ("size", "speed")]
+    rows = []
+    for one in (t for t in found if (t["batch"], t["threads"]) == places[0]):
+        timed = [t for t in found if t["fingerprint"] == one["fingerprint"]]
+        times = [f"{t['median_ms']:.1f} {t['speedup']:.2f}×{MARK if t['front'] else ' '}" for t in timed]
+        said = (f"{one['label']}: integers {one['integers']}" if one["integers"] else one["label"],)
+        rows.append((*said, *(METRICS[name].text(one[name]) for name in names), *times))
+    heads = ["model", *(METRICS[name].heading for name in names)]
+    heads += [f"ms, {batch} on {threads}" for batch, threads in places]
+    front = f"{MARK} on the Pareto front of {METRICS[by].title} against latency"
+    caption = f"ms of a batch on so many threads, with ratios to {found[0]['label']}; runs interleaved; {front}"
+    return _common.table(heads, rows, right=heads[1:], caption=caption)

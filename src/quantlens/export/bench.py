@@ -1,7 +1,6 @@
 """Latency of exported models and what they are compared with: interleaved runs in one process, so that ratios hold
 though the machine's speed drifts."""
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -18,26 +17,30 @@ import numpy as np
 from quantlens.data import as_image_set
 from quantlens.errors import QuantlensError
 from quantlens.export.exported import Artefact
-from quantlens.export.runtimes import isolated, openvino_core
+from quantlens.export.peers import peer_files
+from quantlens.export.runtimes import isolated
 
 
 @dataclass(frozen=True)
 class Contender:
     """Something to time. make: threads -> function of images [B, 3, H, W] float32. path: its file, if it has one.
-    facts: what it is (see `Artefact.facts`)."""
+    facts: what it is (see `Artefact.facts`). model: threads -> what `evaluate` measures."""
 
     label: str
     make: Callable[[int], Callable[[np.ndarray], Any]]
     path: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    model: Callable[[int], Any] | None = None
 
 
 def contender(path: str | Path, label: str | None = None) -> Contender:
     """An exported file."""
     path = Path(path)
-    return Contender(
-        label or path.name, lambda threads: Artefact(path, threads=threads).run, path, Artefact(path).facts()
-    )
+
+    def model(threads: int) -> Artefact:
+        return Artefact(path, threads=threads)
+
+    return Contender(label or path.name, lambda threads: model(threads).run, path, Artefact(path).facts(), model)
 
 
 def eager(model: Any, label: str = "PyTorch eager FP32") -> Contender:
@@ -59,8 +62,9 @@ def eager(model: Any, label: str = "PyTorch eager FP32") -> Contender:
         "seed": 0,
         "checkpoint_sha256": model.checkpoint_sha256,
         "size_mb": None,
+        "integers": None,
     }
-    return Contender(label, lambda threads: partial(run, threads), facts=facts)
+    return Contender(label, lambda threads: partial(run, threads), facts=facts, model=lambda threads: model)
 
 
 @isolated
@@ -127,46 +131,41 @@ def bench(
 
 
 @isolated
-def race(
-    paths: Sequence[str | Path],
-    *,
-    fp32: Any = None,
-    with_peers: bool = False,
-    peer_images: Any = None,
-    folder: str | Path | None = None,
-    **settings: Any,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Time exported files of one model, against its float model and what the runtimes' own tools make of that: the rows
-    of :func:`bench`, and what each contender is (`Artefact.facts`).
+def line_up(
+    paths: Sequence[str | Path], folder: Path, *, fp32: Any = None, with_peers: bool = False, peer_images: Any = None
+) -> list[Contender]:
+    """Who is timed: exported files of one model, behind its float model, the float model's files in the runtimes that
+    are installed, and what the runtimes' own tools make of that.
 
-    fp32: the float model (`load_model`), which becomes the baseline, followed by its files in the runtimes that are
-    installed. with_peers: also the runtimes' own int8, quantized with ``peer_images`` (a SOURCE, an image set or a
-    float tensor; None: noise, which gives their speed, not their accuracy). folder: where the files of these are kept.
-    settings: of :func:`bench`. Raises QuantlensError for files that take images of different sizes.
+    folder: where files are written. fp32: the float model (`load_model`); None: the files alone. with_peers: also the
+    runtimes' own int8, quantized with ``peer_images`` (a SOURCE, an image set or a float tensor; None: noise, which
+    gives their speed, not their accuracy) and run with the runtime's own settings. Raises QuantlensError for files that
+    take images of different sizes.
     """
-    sizes = {Artefact(path).preprocess.input_size for path in paths}
-    if len(sizes) != 1:
+    if len({Artefact(path).preprocess.input_size for path in paths}) != 1:
         raise QuantlensError(
             "give at least one exported model, and time those that take different sizes of image apart"
         )
     if with_peers and fp32 is None:
         raise QuantlensError("the runtimes' own tools (--peers) quantize the float model; give it, too (--fp32 MODEL)")
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch if folder is None else folder)
-        contenders = [contender(path) for path in paths]
-        if fp32 is not None:
-            floats = [eager(fp32), *float_files(fp32, place)]
-            made = peers(fp32, _pixels(peer_images, fp32), place) if with_peers else []
-            contenders = [*floats, *made, *contenders]
-        found = bench(contenders, input_size=sizes.pop(), **settings)
-    return found, [c.facts for c in contenders]
+    contenders = [contender(path) for path in paths]
+    if fp32 is None:
+        return contenders
+    floats = [eager(fp32), *float_files(fp32, folder)]
+    made = peer_files(_pixels(peer_images, fp32), folder) if with_peers else {}
+    return [*floats, *(contender(path, label) for label, path in made.items()), *contenders]
 
 
 def _pixels(images: Any, model: Any) -> np.ndarray:
-    """Images as the model reads them, float32 [N, 3, H, W]; 16 of noise for None."""
+    """Images as the model reads them, float32 [N, 3, H, W]: of a SOURCE those that `quantize` would draw; 16 of noise
+    for None."""
     if images is None:
         shape = (16, *model.preprocess.input_size)
         return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    if isinstance(images, str):
+        from quantlens.data.sources import open_calibration
+
+        images = open_calibration(images)
     return as_image_set(images, model.preprocess).tensor().numpy()
 
 
@@ -179,67 +178,6 @@ def float_files(model: Any, folder: Path) -> list[Contender]:
         with suppress(QuantlensError):
             found.append(contender(export(model, folder / name), label))
     return found
-
-
-def peers(model: Any, calibration: np.ndarray, folder: Path) -> list[Contender]:
-    """What the runtimes' own tools make of the float model at 8 bits: ONNX Runtime's static quantization with its
-    defaults, NNCF's transformer preset. What is not installed is left out. calibration: float32 [N, 3, H, W]."""
-    found = []
-    for make in (_ort_static, _nncf):
-        with suppress(ImportError):
-            found.append(make(model, calibration, folder))
-    return found
-
-
-OF_THE_FILE = ("sha256", "plan_sha256")
-"""What another tool's file does not take over of the metadata of the float file that it is made of."""
-
-
-def _ort_static(model: Any, calibration: np.ndarray, folder: Path) -> Contender:
-    import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
-
-    from quantlens.export.export import export
-
-    images = iter(calibration)
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(images, None)
-            return None if image is None else {"images": image[None]}
-
-    source, target = export(model, folder / "peer-fp32.onnx"), folder / "onnxruntime-static.onnx"
-    quantize_static(source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
-    made = onnx.load(target)
-    record = {p.key: p.value for p in onnx.load(source).metadata_props if p.key not in OF_THE_FILE}
-    record["saturating"] = "true"
-    onnx.helper.set_model_props(made, record | {"plan": _peer_plan(record["plan"], "onnxruntime-static", calibration)})
-    onnx.save(made, target)
-    return contender(target, "ONNX Runtime static int8 (its defaults)")
-
-
-def _nncf(model: Any, calibration: np.ndarray, folder: Path) -> Contender:
-    import nncf
-    import openvino
-
-    from quantlens.export.export import export
-
-    source = openvino_core().read_model(export(model, folder / "peer-fp32.xml"))
-    data = nncf.Dataset([image[None] for image in calibration])
-    quantized = nncf.quantize(source, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration))
-    plan = source.get_rt_info(["quantlens", "plan"]).value
-    quantized.set_rt_info(_peer_plan(plan, "nncf-transformer", calibration), ["quantlens", "plan"])
-    for key, value in {"saturating": "true", **dict.fromkeys(OF_THE_FILE, "")}.items():
-        quantized.set_rt_info(value, ["quantlens", key])
-    target = folder / "nncf.xml"
-    openvino.save_model(quantized, target, compress_to_fp16=False)
-    return contender(target, "NNCF int8 (transformer)")
-
-
-def _peer_plan(plan: str, method: str, calibration: np.ndarray) -> str:
-    """The float file's record (JSON) as that of what another tool made of it."""
-    made = {"method": method, "bits": "W8A8", "calibration": {"n": len(calibration)}}
-    return json.dumps(json.loads(plan) | made)
 
 
 _MEMORY = """

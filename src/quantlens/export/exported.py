@@ -17,7 +17,7 @@ from quantlens.data import as_rgb, decode_image
 from quantlens.errors import BadImageError, BadWeightsError, UnknownNameError, UnsupportedError
 from quantlens.export.digest import check_content
 from quantlens.export.record import check_outputs, has_guard, names_in, read_head, read_record
-from quantlens.export.runtimes import need, openvino_core, reason_of, refused
+from quantlens.export.runtimes import need, openvino_core, openvino_settings, reason_of, refused
 from quantlens.files import mistaken
 
 
@@ -38,8 +38,8 @@ class Artefact:
 
     threads: CPU threads (None: the runtime's choice). Where the processor's integer sums saturate (see
     :func:`saturates`), ONNX Runtime is told to avoid it, and OpenVINO computes with the same codes in
-    float: right, and not faster than FP32. opened: the file, where it is open. Raises BadWeightsError for a file
-    that is missing, damaged or not written by quantlens.
+    float: right, and not faster than FP32; files of the peers of a race run with their runtime's own settings. opened:
+    the file, where it is open. Raises BadWeightsError for a file that is missing, damaged or not written by quantlens.
     """
 
     @checked
@@ -60,6 +60,7 @@ class Artefact:
         self.checkpoint_sha256: str | None = info.get("checkpoint_sha256")
         self.class_names: list[str] | None = info.get("class_names")
         self._failures, self._entry = opened.failures, opened.entry
+        self.integers = None if self.bits == "FP32" else opened.integers
         check_outputs(self, [port.name for port in opened.outputs])
         self.size_mb = sum(file.stat().st_size for file in files_of(self.path)) / 1e6
         self.size_ratio = self.size_mb * 1e6 / (4 * self.num_parameters) if self.num_parameters else None
@@ -181,8 +182,12 @@ class Artefact:
             "seed": self.seed,
             "checkpoint_sha256": self.checkpoint_sha256,
             "size_mb": self.size_mb,
+            "integers": self.integers,
         }
 
+
+SATURATE, AS_FLOAT = "saturate", "run as float"
+"""What may become of integers on a processor: their sums saturate, or float operations compute with their values."""
 
 UNFUSED, PRECISE = "session.disable_quant_qdq", "session.x64quantprecision"
 """Entries of a session of ONNX Runtime: leave quantized operations as they are written; add without saturation."""
@@ -219,6 +224,11 @@ def may_saturate(metadata: dict[str, str]) -> bool:
     return metadata.get("saturating") != "false"
 
 
+def own_settings(metadata: dict[str, str]) -> bool:
+    """Whether a file is run as its users would, with its runtime's own settings: of a race's peers (`export.peers`)."""
+    return metadata.get("own_settings") == "true"
+
+
 def files_of(path: Path) -> list[Path]:
     """The files of an exported model: an .xml has its weights in the .bin beside it."""
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
@@ -234,7 +244,8 @@ class Port(NamedTuple):
 
 class Opened(NamedTuple):
     """A file in its runtime. run: inputs -> outputs, by name. runtime: name and version of what runs it. failures: what
-    `run` raises of an input that does not fit. entry: of ONNX Runtime's session, which it needed."""
+    `run` raises of an input that does not fit. entry: of ONNX Runtime's session, which it needed. integers: what
+    becomes of them here, if it has any: :data:`SATURATE`, :data:`AS_FLOAT`, or None where they are added exactly."""
 
     run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
     inputs: list[Port]
@@ -243,6 +254,7 @@ class Opened(NamedTuple):
     runtime: str
     failures: tuple[type[Exception], ...]
     entry: str = ""
+    integers: str | None = None
 
     @property
     def ours(self) -> bool:
@@ -289,9 +301,12 @@ def _onnxruntime(path: Path, threads: int | None, inner: Sequence[str]) -> Opene
     except BadWeightsError:  # it makes integer operators of codes of other types too, and then refuses them
         session, entry = opened(UNFUSED), UNFUSED
     metadata = dict(session.get_modelmeta().custom_metadata_map)
+    integers = AS_FLOAT if entry else None
     if not entry and saturates() and may_saturate(metadata):  # known only once it is open
-        # weights as unsigned codes, whose products ONNX Runtime adds without saturation
-        session, entry = opened(PRECISE), PRECISE
+        if own_settings(metadata):
+            integers = SATURATE
+        else:  # weights as unsigned codes, whose products ONNX Runtime adds without saturation
+            session, entry = opened(PRECISE), PRECISE
 
     def port(value: Any) -> Port:
         kind = value.type.removeprefix("tensor(").removesuffix(")")
@@ -304,7 +319,7 @@ def _onnxruntime(path: Path, threads: int | None, inner: Sequence[str]) -> Opene
     def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(names, session.run(names, values), strict=True))
 
-    return Opened(run, inputs, outputs, metadata, f"onnxruntime {ort.__version__}", failures, entry)
+    return Opened(run, inputs, outputs, metadata, f"onnxruntime {ort.__version__}", failures, entry, integers)
 
 
 def _with_outputs(path: Path, inner: Sequence[str]) -> bytes:
@@ -321,18 +336,6 @@ def _with_outputs(path: Path, inner: Sequence[str]) -> bytes:
 
 def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
     openvino = need("openvino")
-    # float32 where the model is float: some CPUs would take bfloat16 by default, which is not what was measured
-    # and no 8-bit activations that nobody measured, which it makes itself before layers with integer weights
-    settings: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    # without VNNI, OpenVINO saturates in its integer kernels, slower than float: the same codes in float operations
-    if saturates():
-        settings["LP_TRANSFORMS_MODE"] = False
-    if threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = threads
     try:
         model = openvino_core().read_model(path)
         known = {name for op in model.get_ordered_ops() for out in op.outputs() for name in out.names}
@@ -340,11 +343,12 @@ def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
             if name not in known:
                 raise UnknownNameError(f"tensor of {path}", name, known)
             model.add_outputs(name)
-        compiled = openvino_core().compile_model(model, "CPU", settings)
+        info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
+        metadata = {key: str(getattr(value, "value", value)) for key, value in info.items()}
+        own = own_settings(metadata)
+        compiled = openvino_core().compile_model(model, "CPU", openvino_settings(threads, own, saturates()))
     except RuntimeError as error:
         raise refused(path, "OpenVINO", error) from error
-    info = model.get_rt_info("quantlens").value if model.has_rt_info("quantlens") else {}
-    metadata = {key: str(getattr(value, "value", value)) for key, value in info.items()}
     written = names_in(metadata.get("outputs", '["logits", "score"]')) if "plan" in metadata else []
 
     def port(value: Any, place: int, wanted: Sequence[str]) -> Port:  # OpenVINO calls a tensor by several names
@@ -364,8 +368,9 @@ def _openvino(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:
         found = compiled({into.get(name, name): value for name, value in values.items()})
         return dict(zip(names, found.to_tuple(), strict=True))
 
-    version = openvino.__version__.split("-")[0]
-    return Opened(run, inputs, outputs, metadata, f"openvino {version}", (RuntimeError,))
+    version, here = openvino.__version__.split("-")[0], saturates() and (may_saturate(metadata) or not own)
+    integers = None if not here else SATURATE if own else AS_FLOAT
+    return Opened(run, inputs, outputs, metadata, f"openvino {version}", (RuntimeError,), integers=integers)
 
 
 def _torch(path: Path, threads: int | None, inner: Sequence[str]) -> Opened:

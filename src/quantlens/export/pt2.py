@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from quantlens.ambient import isolation
 from quantlens.errors import BadWeightsError, UnsupportedError
 from quantlens.export.detectors import measured_outputs
-from quantlens.export.exported import Opened, Port
+from quantlens.export.exported import AS_FLOAT, Opened, Port
 from quantlens.export.guards import Gaussians, add_score
 from quantlens.export.onnx_codes import is_integer
 from quantlens.export.runtimes import refused
@@ -145,7 +145,8 @@ def open_pt2(path: Path, threads: int | None) -> Opened:
         for name, shape in zip(names, shapes, strict=True)
     ]
     ports = [Port(name, None, "float32") for name in inputs]
-    return Opened(run, ports, outputs, record, f"torch {torch.__version__.split('+')[0]}", (RuntimeError,))
+    version = torch.__version__.split("+")[0]
+    return Opened(run, ports, outputs, record, f"torch {version}", (RuntimeError,), integers=AS_FLOAT)
 
 
 def _check_plain(parts: zipfile.ZipFile) -> None:

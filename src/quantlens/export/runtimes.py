@@ -48,6 +48,22 @@ def openvino_core() -> Any:
     return need("openvino").Core()
 
 
+def openvino_settings(threads: int | None, own: bool, saturates: bool) -> dict[str, Any]:
+    """What OpenVINO compiles a model with. own: nothing but the threads. saturates: whether 8-bit sums do here."""
+    counted = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    if own:
+        return counted
+    # float32 where the model is float: some CPUs would take bfloat16 by default, which is not what was measured
+    # and no 8-bit activations that nobody measured, which it makes itself before layers with integer weights
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    # without VNNI, OpenVINO saturates in its integer kernels, slower than float: the same codes in float operations
+    return settings | ({"LP_TRANSFORMS_MODE": False} if saturates else {}) | counted
+
+
 def isolated(function: Callable[Given, Found]) -> Callable[Given, Found]:
     """As :func:`quantlens.ambient.isolated`, in a process that may do without torch: where it is not imported, nothing
     of it is set."""

@@ -132,6 +132,7 @@ _ALL = (
     _percent("size_ratio", "size of FP32's", "lower", "size"),
     Metric("sqnr_db", "SQNR", "dB", "higher", "sensitivity", digits=1),
     Metric("kl", "KL", "nats", "lower", "sensitivity"),
+    _percent("agreement", "agreement", "higher", "sensitivity"),
     _percent("changed", "predictions changed", "lower", "sensitivity"),
     Metric("rollout_spearman", "rollout rank correlation", "", "higher", "attention"),
     _percent("rollout_overlap", "rollout top-10 % overlap", "higher", "attention"),

@@ -68,7 +68,7 @@ def _row(place: int, choice: Choice, best: int | None, judged: tuple[str, str]) 
         str(place),
         choice.name,
         "not weighed" if best is None else "on the front" if best + 1 == place else f"no: {best + 1} is better",
-        str(facts.get("runtime", MISSING)),
+        str(facts.get("runtime", MISSING)) + (f", integers {facts['integers']}" if facts.get("integers") else ""),
         " ".join(str(facts.get(key, MISSING)) for key in ("model", "method", "bits")),
         nothing if choice.first is None else first.text(choice.first) + said,
         nothing if choice.second is None else second.text(choice.second),
