@@ -64,8 +64,8 @@ def convert(model: torch.nn.Module, image: torch.Tensor, path: Path) -> dict:
         program = torch.export.export(model, (image,), strict=False)
         program = program.run_decompositions({torch.ops.aten.matmul.default: product})
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-    path.write_bytes(lowered.to_executorch().buffer)
     found = get_delegation_info(lowered.exported_program().graph_module)
+    path.write_bytes(lowered.to_executorch().buffer)
     kinds = {name: one for name, one in found.delegation_by_operator.items() if name != "getitem"}
     return {
         "parts": found.num_delegated_subgraphs,
@@ -106,8 +106,8 @@ def in_onnxruntime(path: Path, threads: int) -> Run:
 
 
 def profile(path: Path, image: torch.Tensor) -> dict:
-    """Where the time goes, by ExecuTorch's event tracer: fractions of one execution in XNNPACK (all of it), in each
-    kind of operation outside, and in between; of XNNPACK's own part, those of its kernels (counted in microseconds)."""
+    """Where the time goes, by ExecuTorch's event tracer: fractions of it in XNNPACK (all of it) and in each kind of
+    operation outside; of XNNPACK's own part, those of its kernels (which it counts in microseconds)."""
     program = Runtime.get().load_program(path, enable_etdump=True)
     method = program.load_method("forward")
     for _ in range(PROFILED):
@@ -115,12 +115,10 @@ def profile(path: Path, image: torch.Tensor) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         program.write_etdump_result_to_file(f"{folder}/events", None)
         blocks = Inspector(etdump_path=f"{folder}/events").event_blocks
-    outside, kernels, counts, inside, whole = Counter(), Counter(), Counter(), 0.0, 0.0
+    outside, kernels, counts, inside = Counter(), Counter(), Counter(), 0.0
     for event in (one for block in blocks if block.name == "Execute" for one in block.events if one.perf_data):
         spent, name = float(event.perf_data.p50), event.name
-        if name == "Method::execute":
-            whole = spent
-        elif name == "DELEGATE_CALL":
+        if name == "DELEGATE_CALL":
             inside += spent
         elif event.is_delegated_op:
             kernels[name.split(" #")[0]] += spent
@@ -128,9 +126,7 @@ def profile(path: Path, image: torch.Tensor) -> dict:
         elif name.startswith("native_call_"):
             outside[name.removeprefix("native_call_").split(".")[0]] += spent
     shares = {"XNNPACK": inside, **dict(outside.most_common())}
-    whole = whole or sum(shares.values())
-    shares["in between"] = max(whole - sum(shares.values()), 0.0)
-    own = sum(kernels.values()) or 1.0
+    whole, own = sum(shares.values()), sum(kernels.values()) or 1.0
     return {
         "share_of_time": {name: round(spent / whole, 4) for name, spent in shares.items()},
         "kernels": {name: {"n": counts[name], "share": round(s / own, 3)} for name, s in kernels.most_common()},
