@@ -4,11 +4,12 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+EXECUTORCH ?= .venv-executorch
 JOBS   ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=20
 SELECT ?= not slow and not process and not browser
 
-.PHONY: help install dev demo docs test test-rest test-all test-processors test-oldest test-newest lint types zoo bench quality finding clean
+.PHONY: help install dev demo docs test test-rest test-all test-processors test-oldest test-newest executorch lint types zoo bench quality finding clean
 .DEFAULT_GOAL := help
 
 help:            ## show this list
@@ -58,6 +59,13 @@ test-newest: .venv-newest/.installed  ## make test's selection with the newest v
 	.venv-newest/bin/python -m pip install --disable-pip-version-check -q -U --upgrade-strategy eager -e '.[dev]'
 	touch $@
 
+executorch: $(EXECUTORCH)/.installed  ## make the environment of examples/executorch, whose pins are not ours
+
+$(EXECUTORCH)/.installed: examples/executorch/requirements.txt
+	test -x $(EXECUTORCH)/bin/python || $(PYTHON) -m venv $(EXECUTORCH)
+	$(EXECUTORCH)/bin/python -m pip install --disable-pip-version-check -q -r examples/executorch/requirements.txt
+	touch $@
+
 .FORCE:
 
 lint: dev        ## lint and format check
@@ -83,4 +91,4 @@ finding: dev     ## draw the figures of docs/training-factors.md and print its p
 	$(BIN)/python docs/finding.py
 
 clean:           ## remove what make made
-	rm -rf $(VENV) .venv-oldest .venv-newest quantlens-demo site build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-executorch quantlens-demo site build dist .pytest_cache .mypy_cache .ruff_cache

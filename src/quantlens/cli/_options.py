@@ -73,7 +73,8 @@ ARGUMENTS = {
         str | None, typer.Option(metavar="range|pixels", help="Codes of an 8-bit image; pixels is exact.")
     ],
     "target": Annotated[
-        str | None, typer.Option(help="Stay inside a runtime's integers: openvino-cpu, onnxruntime-cpu, tensorrt, qnn.")
+        str | None,
+        typer.Option(help="Stay inside a runtime's integers: openvino-cpu, onnxruntime-cpu, tensorrt, qnn, xnnpack."),
     ],
 }
 """What every method takes."""

@@ -136,7 +136,10 @@ def _check(qmodel: QuantizedModel, path: Path, guard: str | None, guard_images: 
     if not 0 < keep < 1:
         raise QuantlensError(f"keep={keep}: give the share of in-distribution images to keep, such as 0.95")
     if path.suffix not in (".onnx", ".xml", ".pt2"):
-        raise UnsupportedError(f"{path}: give a file that ends in .onnx or .xml (OpenVINO) or .pt2 (PyTorch)")
+        raise UnsupportedError(
+            f"{path}: give a file that ends in .onnx or .xml (OpenVINO) or .pt2 (PyTorch; of that, "
+            "examples/executorch makes a .pte)"
+        )
     if guard_images is not None and not has_guard(qmodel):
         raise UnsupportedError(
             f"{qmodel.name} has the task {qmodel.task!r}, and a guard is for classifiers of several classes: export it "

@@ -1,5 +1,6 @@
-"""The edges that a fully quantized method quantizes."""
+"""The edges that a fully quantized method quantizes, and those that a target asks for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -7,6 +8,7 @@ from torch import fx
 from quantlens.calibration import Calibration, CalibrationPass, EdgeView, affine
 from quantlens.formats import Quantizer
 from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, coordinates, op_name
+from quantlens.qmodel import Plan, Target
 
 
 def everything_edges(graph: Graph) -> list[tuple[Edge, ...]]:
@@ -42,7 +44,32 @@ def quantized_tensors(graph: Graph, calibration: Calibration, bits: int, seed: i
     product: over the whole range seen, with zero in it."""
     queries = [site.edges["q"] for site in graph.sites.of_kind("scores")]
     scaled = [(q,) for q in queries if op_name(_origin(q.value, scalings=False)) in SCALINGS]
-    groups = {group[0]: group for group in (*everything_edges(graph), *scaled)}
+    return _over_whole_ranges(graph, calibration, [*everything_edges(graph), *scaled], bits, seed)
+
+
+def of_target(target: Target, graph: Graph, plan: Plan, calibration: Calibration, seed: int) -> dict[str, Quantizer]:
+    """Quantizers of activations, over the whole range seen, that a target asks for: of every tensor; or of inputs and
+    outputs of linear and conv layers with a quantized weight, where the plan has none (layers that read one value share
+    its quantizer); else none."""
+    if target.everything:
+        return quantized_tensors(graph, calibration, target.activations[0], seed)
+    groups: dict[Any, list[Edge]] = {}
+    for site in graph.sites if target.layers else ():
+        if site.kind in ("linear", "conv") and site.edges["weight"].key in plan.quantizers:
+            for edge in (site.edges["input"], site.edges["output"]):
+                if edge.key not in plan.quantizers:
+                    groups.setdefault((edge.value, edge.position is None), []).append(edge)
+    if not groups:
+        return {}
+    made = _over_whole_ranges(graph, calibration, list(map(tuple, groups.values())), target.activations[0], seed)
+    return {key: target.conform(key, quantizer) for key, quantizer in made.items()}
+
+
+def _over_whole_ranges(
+    graph: Graph, calibration: Calibration, edges: Sequence[tuple[Edge, ...]], bits: int, seed: int
+) -> dict[str, Quantizer]:
+    """An asymmetric quantizer of each group of edges, by key."""
+    groups = {group[0]: group for group in edges}
 
     def on_edge(edge: Edge, view: EdgeView) -> Quantizer:
         seen = view(tail=0.0, sample=False)

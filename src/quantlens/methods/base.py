@@ -22,7 +22,7 @@ from quantlens.calibration import Calibration, ObservationCache, affine, read_as
 from quantlens.errors import QuantlensError, UnknownNameError, UnsupportedError
 from quantlens.formats import Uniform, pixel_codes
 from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, graph_of, op_name, walk
-from quantlens.methods._everything import everything_edges as everything_edges, quantized_tensors
+from quantlens.methods._everything import everything_edges as everything_edges, of_target
 from quantlens.methods._former_options import current_options
 from quantlens.metrics.divergence import Outputs, outputs_of
 from quantlens.qmodel import FLOAT, TARGETS, Bits, Plan, Provenance, QuantizedModel, Target, float_copy, target_named
@@ -209,9 +209,9 @@ class Method(ABC):
         if not isinstance(plan, Plan):
             raise QuantlensError(f"the method {self.info.name} gave {type(plan).__name__}; its `build` returns a Plan")
         graph.invalidate()
+        plan.quantizers |= {key: pixel_codes(images.device) for key in pixels if key in plan.quantizers}
         widths.conform(graph, plan, images, seed)
         plan.share_weights(graph)
-        plan.quantizers |= {key: pixel_codes(images.device) for key in pixels if key in plan.quantizers}
         order = {key: place for place, key in enumerate(graph.sites.edges)}
         plan.quantizers = dict(sorted(plan.quantizers.items(), key=lambda item: order.get(item[0], -1)))
         plan.rewrites[:0] = done
@@ -358,8 +358,8 @@ class Widths:
         return self.target.symmetric(torch.maximum(low.abs(), high.abs()), made)
 
     def conform(self, graph: Graph, plan: Plan, images: Calibration, seed: int) -> None:
-        """Bring a plan's quantizers inside the target (an option); where that quantizes every tensor, those of
-        activations are chosen here, whatever the method has chosen."""
+        """Bring a plan's quantizers inside the target (an option), which may add some; where it quantizes every tensor,
+        those of activations are chosen here, whatever the method has chosen."""
         if self.target is None:
             return
         if self.target.everything:
@@ -368,8 +368,7 @@ class Widths:
             edge = graph.sites.edges[key]
             weight = graph.tensor(str(edge.value.target)) if edge.is_weight else None
             plan.quantizers[key] = self.target.conform(key, quantizer, weight)
-        if self.target.everything:
-            plan.quantizers |= quantized_tensors(graph, images, self.target.activations[0], seed)
+        plan.quantizers |= of_target(self.target, graph, plan, images, seed)
 
 
 def matmul_operand_edges(graph: Graph) -> list[Edge]:

@@ -263,9 +263,11 @@ class Target:
     edges: (site kind, edge) pairs that it computes in integers. weights, activations: widths it has kernels for;
     weights of 5 to 7 bits are stored and multiplied as 8 (with 7 or fewer, a sum of two products fits 16 bits:
     :func:`quantlens.export.exported.saturates`). symmetric_weights, symmetric_activations: whether they must have
-    signed codes and zero point 0. half_scales: whether scales must be numbers of float16. everything: whether each
-    tensor is quantized, at the only width of activations. options: of methods, where they have them,
-    that it has by default. untried: the machine that its files have never been run on; "" where they have.
+    signed codes and zero point 0. signed_activations: whether codes must be signed, with any zero point. half_scales:
+    whether scales must be numbers of float16. everything: whether each tensor is quantized, at the only width of
+    activations; layers: whether of each layer with a quantized weight input and output are. options: of methods, where
+    they have them, that it has by default. untried: the machine that its files have never been run on; "" where they
+    have.
     """
 
     name: str
@@ -275,8 +277,10 @@ class Target:
     activations: tuple[int, ...] = (8,)
     symmetric_weights: bool = True
     symmetric_activations: bool = False
+    signed_activations: bool = False
     half_scales: bool = False
     everything: bool = False
+    layers: bool = False
     options: Mapping[str, Any] = field(default_factory=lambda: {"outlier_channels": "split", "image": "pixels"})
     untried: str = ""
 
@@ -320,10 +324,15 @@ class Target:
             )
         if self.symmetric_activations:
             return self.symmetric(torch.maximum(low.abs(), high.abs()), quantizer)
-        if quantizer.qmin <= int(quantizer.zero_point) <= quantizer.qmax and not quantizer.signed:
+        inside = quantizer.qmin <= int(quantizer.zero_point) <= quantizer.qmax
+        if inside and quantizer.signed == self.signed_activations:
             return quantizer
-        scale, zero = affine_parameters(low.clamp_max(0), high.clamp_min(0), quantizer.bits)
-        return Uniform(scale, zero, quantizer.bits, signed=False)
+        if not inside or quantizer.signed:
+            scale, zero = affine_parameters(low.clamp_max(0), high.clamp_min(0), quantizer.bits)
+            quantizer = Uniform(scale, zero, quantizer.bits, signed=False)
+        if not self.signed_activations:
+            return quantizer
+        return Uniform(quantizer.scale, quantizer.zero_point - quantizer.qmax // 2 - 1, quantizer.bits, signed=True)
 
     def symmetric(self, largest: Tensor, like: Uniform) -> Uniform:
         """Codes for ±largest ([] or [n]), with the granularity of another quantizer."""
@@ -338,6 +347,8 @@ class Target:
 
 
 LINEAR = frozenset({("linear", "input"), ("linear", "weight"), ("conv", "input"), ("conv", "weight")})
+
+OUTPUTS = frozenset({("linear", "output"), ("conv", "output")})
 
 ATTENTION = frozenset({("scores", "q"), ("scores", "k"), ("probs", "output"), ("context", "v")})
 
@@ -365,6 +376,14 @@ TARGETS = {
             everything=True,
             options={"patch_bits": 16},
             untried="an NPU",
+        ),
+        Target(
+            "xnnpack",
+            "ExecuTorch's XNNPACK: linear and conv layers, their outputs too, signed; int8 weights per output channel",
+            LINEAR | OUTPUTS,
+            weights=(8,),
+            signed_activations=True,
+            layers=True,
         ),
     )
 }
