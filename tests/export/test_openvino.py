@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -139,7 +137,7 @@ def test_a_resized_picture_with_scales_of_channels(target, tmp_path):
     qmodel = ql.quantize(model, images[:16], bits="W8A8", target=target)
     expected = qmodel(images)
     noise = float((expected - Artefact(export(qmodel, tmp_path / "m.xml", simulate=True))(images)).square().sum())
-    assert 10 * math.log10(float(expected.square().sum()) / noise) > 60
+    assert noise < 1e-6 * float(expected.square().sum())
 
 
 @pytest.mark.parametrize("target", [None, "openvino-cpu"])
@@ -156,4 +154,4 @@ def test_it_computes_what_was_measured(made, target, tmp_path, monkeypatch):
     for saturates in (True,) if exported.saturates() else (False, True):
         monkeypatch.setattr(exported, "saturates", lambda said=saturates: said)
         noise = float((expected - Artefact(path, threads=1)(images)).square().sum())
-        assert 10 * math.log10(float(expected.square().sum()) / noise) > 60, saturates
+        assert noise < 1e-6 * float(expected.square().sum()), saturates
