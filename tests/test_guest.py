@@ -249,7 +249,7 @@ def changed(before):
     return {name for name, value in before.items() if after[name] != value}
 
 
-LONG = ("pt2", "openvino")
+LONG = ("pt2", "openvino", "bench", "trained", "study", "train", "attention", "lens", "class activation")
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def test_mistakes_are_told(vit, pictures):
 
 
 # -- quantizing with it ------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_every_architecture_gets_the_widths_it_was_allocated(architecture, loaded, pictures):
     model = loaded[architecture]
     allocation = ql.allocate(model, pictures, "MP6", sensitivity="random", seed=2)

@@ -37,6 +37,7 @@ def found(digits):
     return ql.attention.compare(model, quantized, images, ood={"letters": "embedded:letters[0:9]"}, limit=10)
 
 
+@pytest.mark.slow
 def test_the_result_holds_what_the_models_saw(digits, found):
     model, quantized, images = digits
     view, positions = found.sets["ID"], evenly(30, 10)

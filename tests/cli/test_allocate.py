@@ -80,6 +80,7 @@ def test_another_model_s_allocation_is_refused(run, tmp_path) -> None:
     assert "not for digits-vit" in err
 
 
+@pytest.mark.slow
 def test_a_study_with_mixed_precision(run, tmp_path) -> None:
     study = tmp_path / "study.yaml"
     study.write_text(

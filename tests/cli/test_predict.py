@@ -26,6 +26,7 @@ def pictures(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_objects_are_told_and_drawn(run, pictures, tmp_path) -> None:
     paths, truth = pictures
     out, broken = tmp_path / "drawn", tmp_path / "broken.png"
@@ -50,6 +51,7 @@ def test_objects_are_told_and_drawn(run, pictures, tmp_path) -> None:
         assert (before != after).any()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_says_what_it_says_at_its_bits(run, pictures, tmp_path) -> None:
     paths, _ = pictures
     file = tmp_path / "q.safetensors"

@@ -39,6 +39,7 @@ def piped(study: Path, tail: str, *options: str, **environment: str) -> subproce
     return subprocess.run(["bash", "-c", text], capture_output=True, text=True, env={**os.environ, **environment})
 
 
+@pytest.mark.slow
 def test_names_are_shown_as_they_are_written(run, study: Path) -> None:
     """In the table, on every rerun, and where a cell fails; and the report is there."""
     arguments = ("study", str(study), "--out", str(study.parent / "out"), "--report")

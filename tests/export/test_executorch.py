@@ -69,7 +69,7 @@ def test_an_output_covers_what_the_layer_gives(loaded, pictures):
     assert high - low < 1.1 * float(logits.max().clamp_min(0) - logits.min().clamp_max(0))
 
 
-@pytest.mark.parametrize("name", ["vit", "swin"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
 def test_a_pt2_has_the_pattern_that_the_partitioner_looks_for(name, loaded, pictures, tmp_path):
     qmodel = ql.quantize(loaded[name], pictures, method="minmax", bits="W8A8", target="xnnpack")
     graph = torch.export.load(ql.export(qmodel, tmp_path / "m.pt2")).graph_module.graph

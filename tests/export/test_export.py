@@ -241,6 +241,7 @@ def test_how_often_the_guard_is_right():
     assert looks_unknown(None, np.zeros((1, 2))) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_the_file_is_measured_like_a_model(ending, tmp_path):
     _need(ending)

@@ -359,7 +359,7 @@ def written_group(group):
 
 
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("runtime", [onnxruntime, openvino])
+@pytest.mark.parametrize("runtime", [onnxruntime, pytest.param(openvino, marks=pytest.mark.slow)])
 def test_operations(group, runtime):
     """All of a group in one file; what differs is named."""
     wrong = differing(GROUPS[group], runtime(written_group(group)))

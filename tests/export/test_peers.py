@@ -56,6 +56,7 @@ def _near(path, model, images):
     return 10 * np.log10((expected**2).sum() / (noise**2).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_tool_makes_a_file(small, name, monkeypatch, tmp_path):
     """It holds 8-bit weights, gives nearly the float model's logits, and says what made it of how many images; nothing

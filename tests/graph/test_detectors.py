@@ -116,6 +116,7 @@ def stem(norm: type[nn.Module] = Frozen, **settings) -> Stem:
     return module.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "left"),
     [

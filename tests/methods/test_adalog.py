@@ -82,6 +82,7 @@ def test_saved_and_read_back_the_logits_are_equal(quantized, pictures, tmp_path)
     assert isinstance(again.plan.quantizers["blocks.0.mlp.fc2.input"], AdaLog)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".onnx", ".pt2"])
 def test_it_is_exported_as_a_simulation_alone(ending, model, pictures, tmp_path):
     pytest.importorskip("onnxruntime", reason="the deploy extra is not installed")

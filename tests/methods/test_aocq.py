@@ -28,6 +28,7 @@ def vit(loaded):
     return loaded["vit"]
 
 
+@pytest.mark.slow
 def test_balanced_operators_even_out_uneven_channels(digits):
     """Four channels of every LayerNorm made 16 times as large, and the layers behind it undone: the same function.
     Balanced, the channels that a layer reads are of one size again."""
@@ -205,6 +206,7 @@ def keys_of(site):
     return [edge.key for edge in site.edges.values()]
 
 
+@pytest.mark.slow
 def test_boxes_and_sampled_places_of_a_detector_stay_float():
     """Every sum and output between the layers that give them and the boxes or the sampling; what a layer reads of
     them, and features, are quantized."""

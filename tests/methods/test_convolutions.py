@@ -106,6 +106,7 @@ def test_convolutions_in_front_of_an_attention():
     check(drawn(Hybrid()), 32, METHODS)
 
 
+@pytest.mark.slow
 def test_a_stem_with_a_norm_of_its_own():
     """As in CLIP: the patch embedding has no bias, and a LayerNorm makes the residual stream."""
     from timm.models.vision_transformer import VisionTransformer

@@ -222,6 +222,7 @@ def test_widths_of_head_and_pixels(loaded, pictures):
     assert plan.operators["blocks.0.norm1"].output.bits == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["W2A2", "W4A8", "W8A8", "W10A10"])
 def test_a_file_gives_the_same_logits_bit_for_bit(bits, loaded, pictures, tmp_path):
     for kind, options in (("swin", {}), ("vit", {"softmax_bits": 4}), ("swin", {"lis": False})):

@@ -101,6 +101,7 @@ def test_there_are_such_methods():
     assert "fq-ptq" in METHODS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_left_in_float(method, architecture, quantized):
     assert float_inputs(quantized(method, architecture).simulation()) == []

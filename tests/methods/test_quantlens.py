@@ -49,6 +49,7 @@ def _fast(digits, bits="W3A3", model=None, method=None, **options):
     return (method or QuantlensFast()).apply(model or digits["model"], digits["calibration"][:8], bits, **options)
 
 
+@pytest.mark.slow
 def test_each_step_on_weights_can_be_left_out(digits):
     """Neither: weights rounded to nearest. Rounding alone: other codes of the same scale. The fit: other scales too."""
     graph = graph_of(digits["model"])
@@ -87,6 +88,7 @@ def _peak(values) -> float:
     return float((size.amax(-1) / size.median(-1).values).max())
 
 
+@pytest.mark.slow
 def test_rotations_even_out_uneven_channels(digits):
     """Two channels of every LayerNorm, and of every q and k, made 16 times as large and undone: the same function.
     Each kind of rotation evens out what it reaches, and nothing else."""
@@ -265,6 +267,7 @@ def test_what_they_use_can_be_shipped(digits):
                 assert quantizer.granularity == ("channel" if key.endswith(".weight") else "tensor"), key
 
 
+@pytest.mark.slow
 def test_narrow_activations_find_their_scales_at_run_time(digits):
     def groups(bits, **options):
         q = ql.quantize(digits["model"], digits["calibration"][:8], method="fast", bits=bits, **options)

@@ -159,6 +159,7 @@ def test_names():
         assert registry.get(alias).info.name == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_goes_on(method, vit, pictures, tmp_path):
     short = {"iterations": 8} | ({"mlp_iterations": 4} if method == "aphq-vit" else {})
@@ -185,7 +186,10 @@ def test_saved_and_read_back(method, vit, pictures, tmp_path):
     assert torch.equal(again(pictures), q(pictures))
 
 
-@pytest.mark.parametrize(("task", "logits", "outputs"), [("binary", 1, "sigmoid"), ("features", 10, "values")])
+@pytest.mark.parametrize(
+    ("task", "logits", "outputs"),
+    [("binary", 1, "sigmoid"), pytest.param("features", 10, "values", marks=pytest.mark.slow)],
+)
 def test_blocks_are_trained_towards_what_the_model_gives(task, logits, outputs, vit, pictures):
     """A softmax of one logit has neither a gradient nor a loss, one of features is taken by nobody."""
     module = nn.Sequential(vit.module, nn.Linear(10, logits))

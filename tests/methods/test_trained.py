@@ -14,6 +14,7 @@ def _quantize(digits, **settings):
     return ql.quantize(digits["model"], digits["calibration"], **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["minmax", "percentile", "repq-vit"])
 def test_more_bits_are_a_finer_grid_of_the_same_range(method, digits):
     """Every quantizer has the bits asked for, in the same format; minmax spans the range in 17 times finer steps."""
@@ -33,6 +34,7 @@ def test_more_bits_are_a_finer_grid_of_the_same_range(method, digits):
     assert compared or method != "minmax"
 
 
+@pytest.mark.slow
 def test_layernorm_outputs_have_a_scale_per_channel_that_costs_nothing(digits):
     """Reparameterized, layers behind a LayerNorm have one scale, and the graph undoes the channels' own."""
     plans = {
@@ -49,6 +51,7 @@ def test_layernorm_outputs_have_a_scale_per_channel_that_costs_nothing(digits):
     )
 
 
+@pytest.mark.slow
 def test_saved_and_read_back_the_figures_are_equal(digits, tmp_path):
     qmodel = _quantize(digits, method="repq-vit", bits="W4A4")
     again = ql.load(qmodel.save(tmp_path / "q.safetensors"))

@@ -35,6 +35,7 @@ def test_names():
     assert type(registry.get("vtptq")) is type(registry.get("Liu2021")) is type(registry.get("vt-ptq"))
 
 
+@pytest.mark.slow
 def test_every_tensor_has_one_symmetric_scale(model, pictures):
     for key, quantizer in _plan(model, pictures).plan.quantizers.items():
         assert isinstance(quantizer, Uniform)
@@ -54,6 +55,7 @@ def test_without_its_parts_it_is_the_largest_magnitude(model, pictures):
         assert torch.equal(bias, graph_of(model).tensor(graph_of(model).sites[name].bias))
 
 
+@pytest.mark.slow
 def test_each_part_changes_what_it_should(model, pictures):
     """Table 3: similarity all scales, ranking those of the scores alone, bias correction the biases."""
     none = _plan(model, pictures, **OFF)
@@ -98,6 +100,7 @@ def test_missing_biases_are_made(loaded, pictures):
     assert bool(torch.isfinite(qmodel(pictures)).all())
 
 
+@pytest.mark.slow
 def test_drawn_pairs_depend_on_the_seed_alone(model, pictures, monkeypatch):
     from quantlens.methods import vt_ptq
 

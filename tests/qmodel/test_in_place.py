@@ -21,6 +21,7 @@ def decibels(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float(10 * torch.log10(expected.square().sum() / (got - expected).square().sum()))
 
 
+@pytest.mark.slow
 def test_the_vision_tower_of_a_clip_model(tmp_path):
     """Called by keyword, with what is False or None, and read by name; also after it was saved and loaded."""
     transformers = pytest.importorskip("transformers")
@@ -106,6 +107,7 @@ class _Stages(nn.Module):
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["body", "fpn and body"])
 def test_the_body_of_a_detector(part, tmp_path):
     """Feature maps come as the mapping that the next part reads."""

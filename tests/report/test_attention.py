@@ -47,6 +47,7 @@ def test_studies_without_attention_have_no_section(small_store):
     assert 'href="#attention"' not in page
 
 
+@pytest.mark.slow
 def test_a_gallery_for_every_image_and_a_picture_for_every_cell(store):
     board, section = _section(store)
     assert [g["key"] for g in section["pictures"]["shown"]] == [
@@ -131,6 +132,7 @@ def test_models_without_the_lens_say_why(store):
     assert "Attention maps and drift" in render(_section(store)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

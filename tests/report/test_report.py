@@ -360,6 +360,7 @@ def test_write_report_makes_the_file(small_store, tmp_path):
     assert [p.name for p in out.parent.iterdir()] == ["r.html"], "no temporary file is left"
 
 
+@pytest.mark.slow
 def test_same_store_same_file(full_store, full_page):
     assert render(board_of(full_store)) == full_page
 

@@ -145,6 +145,7 @@ def test_it_goes_without_fp32(log: Path, tmp_path: Path) -> None:
     assert FakeBackend(log).ended() == ["fake inspection W4A4 0"]
 
 
+@pytest.mark.slow
 def test_real_figures_and_the_report(digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of `ql.inspect` on the same images; the report reads them, and inspects nothing."""
     study = parse_config({**REAL, "inspect": ASKED})

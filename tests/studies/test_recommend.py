@@ -24,6 +24,7 @@ def found():
     return ql.recommend("digits-vit", ID, calibration=CALIBRATION, target=None, methods=["minmax", "repq-vit"])
 
 
+@pytest.mark.slow
 def test_the_smallest_is_inside_and_no_tried_one_is_smaller(found) -> None:
     inside = [trial for trial in found.trials if trial.inside]
     assert found.smallest in inside
@@ -53,6 +54,7 @@ def test_the_command_makes_the_model_that_was_measured(found, tmp_path) -> None:
     assert again.change["id"]["top1"] == pytest.approx(found.smallest.change)
 
 
+@pytest.mark.slow
 def test_without_calibration_images_some_of_the_id_set_are_set_aside() -> None:
     found = ql.recommend("digits-vit", f"{ID}[:120]", target=None, methods=["minmax"], max_loss=0.5)
     assert found.n == 120 - 32
@@ -155,6 +157,7 @@ def of_detector():
     return ql.recommend(detector(), pictures(60), ood={"empty": pictures(30, seed=3, objects=False)}, **given)
 
 
+@pytest.mark.slow
 def test_a_detector_is_judged_by_map_on_images_with_boxes(of_detector) -> None:
     found, model, ids = of_detector, detector(), pictures(60)
     assert (found.metric, found.n, found.top1) == ("map", 60, None)

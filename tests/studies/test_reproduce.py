@@ -35,6 +35,7 @@ def directory(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_cell_comes_out_identical(directory) -> None:
     (found,) = ql.reproduce(f"{directory}:method=percentile,bits=W4A4,seed=3", progress=False)
     assert found.identical

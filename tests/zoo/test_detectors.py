@@ -240,6 +240,7 @@ def test_entry_and_recipe_agree(name: str, monkeypatch, tmp_path) -> None:
 SHIPPED = [name for name in DETECTOR_RECIPES if name in zoo.available()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_card_of_a_shipped_detector_tells_the_truth(name: str) -> None:
     entry, recipe = zoo.available()[name], DETECTOR_RECIPES[name]
