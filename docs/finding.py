@@ -132,17 +132,16 @@ def called(path: str) -> str:
 
 
 def cells(found: Finding) -> Table:
-    """Every cell: outcomes of FP32 in percent and their changes in points, means and standard deviations over seeds."""
+    """Every outcome and cell: FP32 in percent and its changes in points, means and standard deviations over seeds."""
     experiment, settings = found.experiment, [(FP32, "FP32"), *found.experiment.judged_settings]
-    heads = ["FP32", *(f"change by {one}" for one in found.names)]
-    head = ["trained", *(f"{called(path)}, {one}" for path in experiment.primary for one in heads)]
-    columns = [values_of(experiment, found.rows, p, (*s, READOUT)) for p in experiment.primary for s in settings]
-    by_cell = 100 * np.stack(columns, axis=2).transpose(1, 2, 0)  # [cells, columns, seeds]
     lines = []
-    for cell, values in zip(factorial(experiment), by_cell, strict=True):
-        told = [f"{v.mean():.1f} ± {v.std(ddof=1):.1f}".replace("-", "−") for v in values]
-        lines.append([cell.name.replace("-", ", "), *told])
-    return head, lines
+    for path in experiment.primary:
+        columns = [values_of(experiment, found.rows, path, (*setting, READOUT)) for setting in settings]
+        by_cell = 100 * np.stack(columns, axis=2).transpose(1, 2, 0)  # [cells, columns, seeds]
+        for cell, values in zip(factorial(experiment), by_cell, strict=True):
+            told = [f"{v.mean():.1f} ± {v.std(ddof=1):.1f}".replace("-", "−") for v in values]
+            lines.append([called(path), cell.name.replace("-", ", "), *told])
+    return ["outcome", "trained", "FP32", *(f"change by {one}" for one in found.names)], lines
 
 
 def factors(found: Finding) -> Table:
@@ -158,11 +157,12 @@ def factors(found: Finding) -> Table:
 
 def arms(found: Finding) -> Table:
     """Every arm that is measured against the cell that it is like."""
-    lines: dict[str, list[str]] = {}
-    for one in (one for every in found.effects.values() for one in every if " (like " in one.name):
-        lines.setdefault(in_words(one.name), []).append(estimated(one))
-    heads = [f"{called(path)}, {one}" for path in found.experiment.primary for one in found.names]
-    return ["arm", *heads], [[arm, *told] for arm, told in lines.items()]
+    lines: dict[tuple[str, str], list[str]] = {}
+    for (path, _), every in found.effects.items():
+        for one in every:
+            if " (like " in one.name:
+                lines.setdefault((in_words(one.name), called(path)), []).append(estimated(one))
+    return ["arm", "outcome", *found.names], [[*key, *told] for key, told in lines.items()]
 
 
 def carried(found: Finding) -> Table:
@@ -255,8 +255,8 @@ def _course(rows: list[dict[str, Any]], caption: str) -> Panel:
 
 
 FIGURES: dict[str, tuple[str, Callable[[Finding], list[Panel]]]] = {
-    "training-effects-figure": ("Effects of the factors on what four bits change", effects_figure),
-    "training-trajectory-figure": ("What four bits change along the training", trajectory_figure),
+    "training-effects-figure": ("Effects of the factors on what four and three bits change", effects_figure),
+    "training-trajectory-figure": ("What four and three bits change along the training", trajectory_figure),
     "training-mediators-figure": ("What mediators carry of the effects", mediators_figure),
 }
 
