@@ -324,6 +324,10 @@ def method_page(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def several(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
+
+
 def beside_the_authors(name: str) -> list[str]:
     """Scales of six layers and those of the authors' code, of the methods that docs/fidelity.yaml has."""
     told = yaml.safe_load((DOCS / "fidelity.yaml").read_text(encoding="utf-8")).get(name)
@@ -335,9 +339,9 @@ def beside_the_authors(name: str) -> list[str]:
         rows = [
             [
                 f"`{row}`",
-                f"{ours:.4g}",
+                " or ".join(f"{one:.4g}" for one in several(ours)),
                 f"{theirs:.4g}",
-                f"{100 * (ours / theirs - 1):+.1f}\u00a0%",
+                " or ".join(f"{100 * (one / theirs - 1):+.1f}\u00a0%" for one in several(ours)),
                 *map(str, map(numbers.get, why)),
             ]
             for row, (ours, theirs, *why) in case["rows"].items()

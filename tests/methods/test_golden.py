@@ -115,5 +115,7 @@ def test_scales_beside_the_authors(method, case, shared_data):
         assert theirs(params, row) == pytest.approx(their, rel=1e-3), row
         found = ours(plan, row)
         assert why or apart(found, their) <= NEAR, (row, found, their)
-        # kernels add in another order on another processor; at 4 bits later layers feel it
-        assert found == pytest.approx(our, rel=0.05 if why else 0.01), row
+        # kernels add in another order on another processor: later layers feel it, and of two candidates that are nearly
+        # equal the other one may be the best there, of which the table then has both
+        near = pytest.approx(0, abs=0.05 if why else NEAR)
+        assert any(found / one - 1 == near for one in (our if isinstance(our, list) else [our])), (row, found, our)

@@ -156,7 +156,8 @@ def test_what_is_rotated_behind_a_norm_leaves_the_function(loaded, architecture,
 
 @pytest.mark.slow
 def test_best_goes_on_where_fast_ends(digits):
-    """Without a step it is quantlens-fast; with some, a block is kept where its own loss fell."""
+    """Without a step it is quantlens-fast; with some, a block is kept where its own loss fell, and all of them where
+    images that none was trained on gain."""
     fast, none, q = (
         ql.quantize(digits["model"], digits["calibration"][:16], method=method, bits="W3A3", **given)
         for method, given in (
@@ -170,7 +171,8 @@ def test_best_goes_on_where_fast_ends(digits):
     assert any(unit["accepted"] for unit in units)
     for unit in units:
         assert unit["after"] < unit["before"] if unit["accepted"] else unit["after"] == unit["before"]
-    assert not torch.equal(q(digits["images"]), fast(digits["images"]))
+    held = q.plan.info["held_out"]
+    assert torch.equal(q(digits["images"]), fast(digits["images"])) == (held["after"] >= held["before"])
 
 
 @pytest.mark.parametrize(("logits", "harm"), [(10, False), (10, True), (1, False)])
