@@ -447,3 +447,11 @@ def test_a_training_is_checked_by_doing_it_again(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([*arguments, "--check", "plain-*"])
     assert "--check is of one training, and 2 are called so" in capsys.readouterr().err
+
+
+def test_two_processes_add_to_one_file(tmp_path):
+    """Each opened it before the other wrote."""
+    one, two = Results(tmp_path / "r.jsonl"), Results(tmp_path / "r.jsonl")
+    for number, results in enumerate((one, two, one, two)):
+        results.add({"key": str(number), "metrics": {}})
+    assert set(Results(tmp_path / "r.jsonl").rows) == {"0", "1", "2", "3"} == set(two.rows)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from quantlens.errors import StorageError
 from quantlens.files import check_writable, write_whole
 from quantlens.methods import registry
@@ -82,22 +84,26 @@ def on_the_way(recipe: Recipe) -> list[tuple[int, str]]:
 
 
 class Results:
-    """The file of measurements: a line of JSON for each, {"key", …, "metrics"}; always whole."""
+    """The file of measurements: a line of JSON for each, {"key", …, "metrics"}; always whole. Several processes may add
+    to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.rows = self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            self.rows = {row["key"]: row for row in map(json.loads, lines)}
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            return {row["key"]: row for row in map(json.loads, lines)}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"results {path} cannot be read ({error}); mend or remove the file") from error
+            raise StorageError(f"results {self.path} cannot be read ({error}); mend or remove the file") from error
 
     def add(self, row: dict[str, Any]) -> None:
-        """Add a row, and write the file anew. Raises StorageError."""
-        self.rows[row["key"]] = row
-        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.rows.values())
-        write_whole(self.path, text, what="the results")
+        """Add a row to what the file has now, and write it anew. Raises StorageError."""
+        with FileLock(self.path.with_name(self.path.name + ".lock")):
+            self.rows = self.rows | self._read() | {row["key"]: row}
+            text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.rows.values())
+            write_whole(self.path, text, what="the results")
 
     def check(self) -> None:
         """Raises StorageError where rows could not be added."""
