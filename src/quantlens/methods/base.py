@@ -24,7 +24,7 @@ from quantlens.formats import Uniform, pixel_codes
 from quantlens.graph import SCALINGS, VIEWS, Edge, Graph, graph_of, op_name, walk
 from quantlens.methods._everything import everything_edges as everything_edges, of_target
 from quantlens.methods._former_options import current_options
-from quantlens.metrics.divergence import Outputs, outputs_of
+from quantlens.metrics.divergence import OutputKind, outputs_of
 from quantlens.qmodel import FLOAT, TARGETS, Bits, Plan, Provenance, QuantizedModel, Target, float_copy, target_named
 from quantlens.transforms import fold_layer_scale, scale_queries
 
@@ -302,7 +302,7 @@ class Run:
     seed: int
     progress: Progress | None = None
     seen: ObservationCache | None = None
-    outputs: Outputs = "softmax"
+    outputs: OutputKind = "softmax"
 
     def __getitem__(self, option: str) -> Any:
         return self.options[option]

@@ -43,7 +43,7 @@ from quantlens.methods.base import (
     Run,
     Widths,
 )
-from quantlens.metrics.divergence import Outputs, fisher_noise
+from quantlens.metrics.divergence import OutputKind, fisher_noise
 
 SPLITS = 20
 """Candidates 2⁰, 2⁻¹ … for the end of the first range of softmax outputs."""
@@ -55,7 +55,7 @@ GELU_MINIMUM = 0.16997124254703522
 ALPHA, BETA = 0.01, 1.2
 
 
-def fisher(logits: Tensor, reference: Tensor, generator: torch.Generator, outputs: Outputs = "softmax") -> Tensor:
+def fisher(logits: Tensor, reference: Tensor, generator: torch.Generator, outputs: OutputKind = "softmax") -> Tensor:
     """A linear function of the logits whose gradient v at them is :func:`.fisher_noise`. At any value before the
     logits, the squared gradient is then the Fisher matrix's diagonal in expectation."""
     return (logits * fisher_noise(reference, outputs, generator)).sum()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 Reduction = Literal["none", "sum", "mean"]
 
-Outputs = Literal["softmax", "sigmoid", "values"]
+OutputKind = Literal["softmax", "sigmoid", "values"]
 """What a model gives: logits of one class of several, logits of yes or no each, or plain values, such as features."""
 
 
@@ -29,7 +29,7 @@ def kl_of_logits(reference: Tensor, other: Tensor, reduction: Reduction = "none"
     return kl_divergence(reference.log_softmax(-1), other.log_softmax(-1), reduction)
 
 
-def outputs_of(model: Any) -> Outputs:
+def outputs_of(model: Any) -> OutputKind:
     """What a :class:`quantlens.models.Model` gives, by its task and its detection head."""
     task, scoring = getattr(model, "task", "classify"), getattr(getattr(model, "detection_head", None), "scoring", "")
     if task in ("binary", "multilabel") or scoring == "sigmoid":
@@ -37,7 +37,7 @@ def outputs_of(model: Any) -> Outputs:
     return "values" if task in ("features", "zero-shot") else "softmax"
 
 
-def damage(expected: Tensor, got: Tensor, outputs: Outputs, reduction: Literal["sum", "mean"] = "mean") -> Tensor:
+def damage(expected: Tensor, got: Tensor, outputs: OutputKind, reduction: Literal["sum", "mean"] = "mean") -> Tensor:
     """How far outputs [B, ..., K] are from the float model's, summed over the images or their mean: KL of softmaxes,
     KL of sigmoids summed over the K labels, or mean squared difference of values; a detector's summed over queries."""
     if outputs == "values":
@@ -48,7 +48,7 @@ def damage(expected: Tensor, got: Tensor, outputs: Outputs, reduction: Literal["
     return kl_of_logits(expected, got, reduction)
 
 
-def fisher_noise(logits: Tensor, outputs: Outputs, generator: torch.Generator) -> Tensor:
+def fisher_noise(logits: Tensor, outputs: OutputKind, generator: torch.Generator) -> Tensor:
     """Random normal v like ``logits`` [B, ..., K] with E[v·vᵀ] the Hessian of :func:`damage` there, summed over images:
     diag(p) − p·pᵀ of a softmax p, diag(p(1 − p)) of sigmoids, 2/K of values."""
     normal = torch.randn(logits.shape, generator=generator, device=generator.device, dtype=logits.dtype).to(logits)

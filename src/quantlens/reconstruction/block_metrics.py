@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from quantlens.calibration import Calibration, images_together
 from quantlens.formats import Quantizer
 from quantlens.graph import Graph
-from quantlens.metrics.divergence import Outputs, box_error, damage, objects_of
+from quantlens.metrics.divergence import OutputKind, box_error, damage, objects_of
 from quantlens.reconstruction.settings import Metric
 from quantlens.reconstruction.units import Unit, find_units, frozen_hook, run_unit
 
@@ -43,7 +43,7 @@ def fisher_metrics(
     rank: int = 5,
     damping: float = DAMPING,
     temperature: float = TEMPERATURE,
-    outputs: Outputs = "softmax",
+    outputs: OutputKind = "softmax",
 ) -> dict[str, Metric]:
     """Diagonal plus low-rank metrics by unit, for units with one result that is not the logits.
 
@@ -87,7 +87,7 @@ def perturbation_metrics(
     step: float = STEP,
     temperature: float = TEMPERATURE,
     seed: int = 0,
-    outputs: Outputs = "softmax",
+    outputs: OutputKind = "softmax",
 ) -> dict[str, Metric]:
     """Diagonal metrics by unit, for units with one result that is not the logits.
 
@@ -124,7 +124,7 @@ Values = dict[fx.Node, Tensor]
 class _Probe:
     """Gradients of the damage at the output of any unit."""
 
-    def __init__(self, graph: Graph, temperature: float, outputs: Outputs = "softmax"):
+    def __init__(self, graph: Graph, temperature: float, outputs: OutputKind = "softmax"):
         self.graph, self.units, self.boxes, self.outputs = graph, find_units(graph), graph.boxes, outputs
         self.temperature = temperature if self.boxes is None else 1.0
         ends = (graph.output, self.boxes)

@@ -18,7 +18,7 @@ from quantlens.errors import QuantlensError, UnknownNameError
 from quantlens.files import check_writable, write_whole
 from quantlens.formats import Quantizer, restore
 from quantlens.graph import Graph
-from quantlens.metrics.divergence import Outputs, box_error, box_shift, damage
+from quantlens.metrics.divergence import OutputKind, box_error, box_shift, damage
 from quantlens.qmodel import Plan
 from quantlens.reconstruction.units import Unit
 
@@ -95,7 +95,7 @@ class MetricLoss:
     """
 
     metrics: Mapping[str, Metric] = field(repr=False)
-    outputs: Outputs = "softmax"
+    outputs: OutputKind = "softmax"
 
     def __call__(self, got: Tensor, expected: Tensor, context: Context) -> Tensor:
         if context.is_logits:
@@ -116,7 +116,7 @@ class DetectionLoss:
     """The loss of a whole detector: :func:`.damage` at the logits, :func:`box_shift` at the boxes, squared error of the
     scores that queries are chosen by. outputs: what the model gives."""
 
-    outputs: Outputs = "softmax"
+    outputs: OutputKind = "softmax"
 
     def __call__(self, got: Tensor, expected: Tensor, context: Context) -> Tensor:
         if context.is_logits or context.objects is None:

@@ -20,13 +20,12 @@ from quantlens.formats import Quantizer
 from quantlens.graph import Graph, choices, dynamic_nodes, op_name
 from quantlens.methods.base import Progress
 from quantlens.metrics.detection import CONFIDENT
-from quantlens.metrics.divergence import as_choices, box_error, box_iou, kl_of_logits, objects_of, sqnr_db
+from quantlens.metrics.divergence import OutputKind, as_choices, box_error, box_iou, kl_of_logits, objects_of, sqnr_db
 
 Hook = Callable[[str, Tensor], Tensor]
 Ahead = Callable[[Iterable[fx.Node]], dict[fx.Node, Any]]
 Visit = Callable[[int, dict[fx.Node, Any], Ahead], None]
 
-SIGMOID, FEATURES = ("binary", "multilabel"), ("features", "zero-shot")
 ROWS = {"cpu": 8}
 MANY_ROWS = 256
 """Images of all variants together that go through the rest of the model at once, by kind of device: a CPU core is busy
@@ -58,24 +57,22 @@ def effects_alone(
     parts: Sequence[Sequence[str]],
     calibration: Calibration,
     *,
-    task: str = "classify",
-    sigmoid: bool = False,
+    outputs: OutputKind = "softmax",
     rows: int | None = None,
     progress: Progress | None = None,
 ) -> list[Effect]:
     """The effect of each part alone.
 
     quantizers: edge key -> quantizer. parts: keys of the quantizers that act together (those of a site, of a block).
-    task: what the outputs are (:mod:`quantlens.models.tasks`). sigmoid: whether a detector's logits are of sigmoids.
+    outputs: what the model gives; values, such as features, have neither `kl` nor `changed`.
     rows: images of all variants together in one pass over the rest of the model (default: :data:`ROWS`); no more images
     than that, and than a chunk, go through the model at once.
     """
     with torch.no_grad():
-        sigmoid = sigmoid or task in SIGMOID
-        run = _Run(graph, quantizers, parts, rows or ROWS.get(graph.device.type, MANY_ROWS), sigmoid)
+        run = _Run(graph, quantizers, parts, rows or ROWS.get(graph.device.type, MANY_ROWS), outputs == "sigmoid")
         visit_starts(graph, run.nodes, calibration, run.visit, progress, at_once=min(run.rows, CHUNK))
         run.flush()
-    images, classes = len(calibration), task not in FEATURES
+    images, classes = len(calibration), outputs != "values"
     iou = (run.iou / run.sure).tolist() if bool(run.sure.all()) else [None] * len(parts)
     if graph.boxes is None:
         signal, noise = float(run.signal[0]), run.noise[:, 0].tolist()

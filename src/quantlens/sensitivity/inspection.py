@@ -19,6 +19,7 @@ from quantlens.files import write_whole
 from quantlens.formats import Quantizer
 from quantlens.graph import Edge, Graph
 from quantlens.methods import Progress, registry
+from quantlens.metrics.divergence import outputs_of
 from quantlens.qmodel import Bits, QuantizedModel, float_model, simulate
 from quantlens.qmodel.model import pooled
 from quantlens.sensitivity.alone import Effect, effects_alone
@@ -183,8 +184,7 @@ def inspect(
     looked = time.perf_counter()
     keys_of = [keys for _, _, keys in named]
     told = partial(step, "one part at a time")
-    settings: dict[str, Any] = {"task": getattr(model, "task", "classify"), "rows": rows, "progress": told}
-    settings["sigmoid"] = getattr(getattr(model, "detection_head", None), "scoring", "") == "sigmoid"
+    settings: dict[str, Any] = {"outputs": outputs_of(model), "rows": rows, "progress": told}
     effects = effects_alone(graph, plan.quantizers, keys_of, calibration, **settings)
     parts: dict[str, tuple[Part, ...]] = dict.fromkeys(by, ())
     for (kind, name, keys), effect in zip(named, effects, strict=True):
